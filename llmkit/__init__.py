@@ -1,0 +1,72 @@
+"""llmkit: load a GGUF model in a notebook, see what it costs, and let other programs use the same loaded model.
+
+>>> import llmkit
+>>> llm = llmkit.load("smollm2")            # doctest: +SKIP
+>>> print(llm.chat("What is a prime number?"))  # doctest: +SKIP
+>>> llm.serve()                             # doctest: +SKIP
+
+Importing llmkit loads neither llama.cpp nor pandas, matplotlib or ipywidgets: each comes with its first use.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from llmkit.errors import (
+    ContextLengthError,
+    EngineError,
+    EngineGoneError,
+    InsufficientMemoryError,
+    InvalidModelFileError,
+    InvalidRequestError,
+    LLMKitError,
+    ModelLoadError,
+    ModelNotFoundError,
+    ModelUnloadedError,
+    QueueFullError,
+)
+from llmkit.types import Completion, EngineStats, FinishReason, Message, RequestMetrics, SamplingParams, Usage
+
+if TYPE_CHECKING:
+    from llmkit.llm import LLM, estimate, load
+    from llmkit.stream import Stream
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "LLM",
+    "Completion",
+    "ContextLengthError",
+    "EngineError",
+    "EngineGoneError",
+    "EngineStats",
+    "FinishReason",
+    "InsufficientMemoryError",
+    "InvalidModelFileError",
+    "InvalidRequestError",
+    "LLMKitError",
+    "Message",
+    "ModelLoadError",
+    "ModelNotFoundError",
+    "ModelUnloadedError",
+    "QueueFullError",
+    "RequestMetrics",
+    "SamplingParams",
+    "Stream",
+    "Usage",
+    "estimate",
+    "load",
+]
+
+_LATE = {"LLM": "llmkit.llm", "load": "llmkit.llm", "estimate": "llmkit.llm", "Stream": "llmkit.stream"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LATE:
+        return getattr(importlib.import_module(_LATE[name]), name)
+    raise AttributeError(f"module 'llmkit' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

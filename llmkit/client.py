@@ -1,0 +1,38 @@
+"""The seam above the engine: what every face of llmkit may ask of a loaded model, wherever it lives."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from llmkit.stream import Stream
+from llmkit.types import EngineStats, GenerationRequest, ModelDescription
+
+__all__ = ["EngineClient"]
+
+
+class EngineClient(Protocol):
+    """A loaded model: `LocalEngine` in this process, `BridgeClient` in another. All methods are thread-safe and do not block on the engine."""
+
+    @property
+    def description(self) -> ModelDescription:
+        """Name, sizes and limits of the model."""
+        ...
+
+    def submit(self, request: GenerationRequest) -> Stream:
+        """Queue a request.
+
+        Raises `InvalidRequestError` or `ContextLengthError` at once or from the stream, `ModelUnloadedError` or `EngineGoneError` when there is no engine any more.
+        """
+        ...
+
+    def abort(self, request_id: str) -> None:
+        """End a request early; unknown ids are ignored."""
+        ...
+
+    def stats(self) -> EngineStats:
+        """The newest snapshot."""
+        ...
+
+    def close(self) -> None:
+        """Let go: a local engine frees its memory, a remote one only disconnects."""
+        ...

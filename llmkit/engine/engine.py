@@ -1,0 +1,171 @@
+"""The engine thread: the only caller of the runner. Other threads leave messages in the inbox and read frozen snapshots."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable
+
+from llmkit.engine.request import Request
+from llmkit.engine.runner import ModelRunner
+from llmkit.engine.scheduler import Scheduler
+from llmkit.engine.slots import PrefixCache
+from llmkit.engine.stats import StatsCounter
+from llmkit.errors import EngineError, ModelUnloadedError, QueueFullError
+from llmkit.types import EngineStats, FinishReason
+
+__all__ = ["Engine"]
+
+MIXED_BATCH_TOKENS = 128
+INTERRUPT_TOKENS = 16  # a chunk longer than this is worth interrupting
+
+
+class Engine:
+    """Continuous batching over one `ModelRunner`; ``submit`` and ``abort`` are thread-safe and return at once.
+
+    ``is_end`` tells end-of-generation tokens. ``max_waiting`` bounds the queue.
+    """
+
+    def __init__(self, runner: ModelRunner, *, is_end: Callable[[int], bool], max_waiting: int = 1024, name: str = "llmkit-engine") -> None:
+        self._runner = runner
+        self._max_waiting = max_waiting
+        cache = PrefixCache(runner.n_slots, can_truncate=runner.can_truncate, can_fork=runner.can_fork)
+        self._scheduler = Scheduler(
+            cache,
+            n_ctx=runner.n_ctx,
+            max_batch_tokens=runner.max_batch_tokens,
+            mixed_batch_tokens=MIXED_BATCH_TOKENS,
+            is_end=is_end,
+        )
+        self._stats = StatsCounter(cache, self._scheduler, runner.n_ctx)
+        self._inbox: queue.SimpleQueue[Request | str | None] = queue.SimpleQueue()
+        self._num_submitted = self._num_taken = 0
+        self._lock = threading.Lock()
+        self._closed = False
+        # Requests with a long chunk in the running step; None: a step is being put together, so nobody knows.
+        self._prefilling: frozenset[str] | None = frozenset()
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
+
+    @property
+    def stats(self) -> EngineStats:
+        return self._stats.snapshot
+
+    @property
+    def closed(self) -> bool:
+        return self._closed
+
+    def submit(self, request: Request) -> None:
+        """Queue a request.
+
+        Raises `ModelUnloadedError` after ``close`` and `QueueFullError` when ``max_waiting`` requests wait.
+        """
+        with self._lock:
+            if self._closed:
+                raise ModelUnloadedError("the model was unloaded; load it again with llmkit.load()")
+            waiting = self._stats.snapshot.num_waiting + self._num_submitted - self._num_taken
+            if waiting >= self._max_waiting:
+                raise QueueFullError(f"{waiting} requests wait already; try again later")
+            self._num_submitted += 1
+            self._inbox.put(request)
+
+    def abort(self, request_id: str) -> None:
+        """End a request early; a long prompt chunk of it that is being computed is interrupted."""
+        self._inbox.put(request_id)
+        prefilling = self._prefilling
+        if prefilling is None or request_id in prefilling:
+            self._runner.interrupt()
+
+    def close(self, timeout: float = 5.0) -> bool:
+        """Stop the thread; running requests end with an abort. False if it did not end in time: then the runner must not be freed."""
+        with self._lock:
+            self._closed = True
+            self._inbox.put(None)
+        if threading.current_thread() is self._thread:
+            return False
+        end = time.monotonic() + timeout
+        while self._thread.is_alive() and time.monotonic() < end:
+            self._runner.interrupt()
+            self._thread.join(0.05)
+        return not self._thread.is_alive()
+
+    # -- engine thread
+
+    def _run(self) -> None:
+        failure: Exception = ModelUnloadedError("the model was unloaded while this request ran")
+        try:
+            while self._take_messages():
+                if self._scheduler.has_work:
+                    self._step()
+        except Exception as error:  # a bug or a broken runner: nobody may wait forever
+            failure = EngineError(f"the engine stopped: {error!r}. Load the model again.")
+            failure.__cause__ = error
+        self._shut_down(failure)
+
+    def _take_messages(self) -> bool:
+        """Empty the inbox, waiting for a message when idle. False: close."""
+        # Order matters: an abort puts its message before it interrupts, so an interrupt cleared here has its message in the inbox.
+        self._prefilling = None
+        self._runner.clear_interrupt()
+        aborted: list[str] = []
+        while True:
+            try:
+                message = self._inbox.get(block=not (self._scheduler.has_work or aborted))
+            except queue.Empty:
+                break
+            if message is None:
+                return False
+            if isinstance(message, str):
+                aborted.append(message)
+            else:
+                self._num_taken += 1
+                self._stats.requests += 1
+                self._scheduler.add(message)
+        if aborted:
+            self._publish(self._scheduler.abort(aborted))
+            self._stats.refresh()
+        return True
+
+    def _step(self) -> None:
+        start = time.perf_counter()
+        batch = self._scheduler.schedule()
+        running = {r.slot: r.request_id for r in self._scheduler.running}
+        self._prefilling = frozenset(running[c.slot] for c in batch.chunks if len(c.tokens) > INTERRUPT_TOKENS)
+        output = self._runner.execute(batch)
+        error = output.error or ("the context has no room left" if output.no_room else None)
+        self._publish(self._scheduler.update(batch, output), EngineError(f"this request failed in the backend: {error}") if error else None)
+        stats = self._stats
+        stats.generation_tokens += sum(t is not None for t in output.tokens)
+        stats.steps += 1
+        stats.backend_s += output.backend_s
+        stats.step_s += time.perf_counter() - start
+        stats.refresh()
+
+    def _publish(self, requests: list[Request], failure: Exception | None = None) -> None:
+        """Hand the news of a step to the readers: all of it is stored before the first one is woken."""
+        for request in requests:
+            request.publish(failure)
+            if request.finish_reason is not None:
+                self._stats.prompt_tokens += request.num_prompt_tokens
+                self._stats.cached_tokens += request.num_cached_tokens
+        for request in requests:
+            request.channel.wake()
+
+    def _shut_down(self, failure: Exception) -> None:
+        with self._lock:
+            self._closed = True
+        pending = [*self._scheduler.running, *self._scheduler.waiting]
+        while True:
+            try:
+                message = self._inbox.get_nowait()
+            except queue.Empty:
+                break
+            if isinstance(message, Request):
+                pending.append(message)
+        for request in pending:
+            request.finish(FinishReason.ABORT if isinstance(failure, ModelUnloadedError) else FinishReason.ERROR)
+        self._publish(pending, failure)
+        self._scheduler.running.clear()
+        self._scheduler.waiting.clear()
+        self._stats.refresh()

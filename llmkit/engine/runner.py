@@ -1,0 +1,35 @@
+"""The seam below the engine: the handful of things it asks of a model. Only the engine thread calls ``execute``."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from llmkit.engine.batch import Batch, StepOutput
+
+__all__ = ["ModelRunner"]
+
+
+class ModelRunner(Protocol):
+    """A model with ``n_slots`` sequences of at most ``n_ctx`` tokens each."""
+
+    n_slots: int
+    n_ctx: int
+    max_batch_tokens: int
+    can_truncate: bool
+    can_fork: bool
+
+    def execute(self, batch: Batch) -> StepOutput:
+        """Run one step. Errors of the step come back in the output; an exception means that the runner is unusable."""
+        ...
+
+    def interrupt(self) -> None:
+        """From any thread: end the decode that is running, or else the next one, early."""
+        ...
+
+    def clear_interrupt(self) -> None:
+        """Forget an interrupt that was asked for."""
+        ...
+
+    def close(self) -> None:
+        """Free the memory. Only after the engine thread has ended."""
+        ...

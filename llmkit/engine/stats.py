@@ -1,0 +1,47 @@
+"""Counters of the engine thread, read by others as frozen snapshots."""
+
+from __future__ import annotations
+
+import time
+
+from llmkit.engine.scheduler import Scheduler
+from llmkit.engine.slots import PrefixCache
+from llmkit.types import EngineStats
+
+__all__ = ["StatsCounter"]
+
+
+class StatsCounter:
+    """Counts what the engine does; ``snapshot`` is replaced whole, so readers need no lock."""
+
+    def __init__(self, cache: PrefixCache, scheduler: Scheduler, n_ctx: int) -> None:
+        self._cache = cache
+        self._scheduler = scheduler
+        self._n_ctx = n_ctx
+        self.prompt_tokens = self.cached_tokens = self.generation_tokens = self.requests = self.steps = 0
+        self.step_s = self.backend_s = 0.0
+        self.snapshot = self._take()
+
+    def refresh(self) -> None:
+        """Publish a new snapshot."""
+        self.snapshot = self._take()
+
+    def _take(self) -> EngineStats:
+        slots = self._cache.slots
+        used = sum(len(s.tokens) for s in slots if s.busy)
+        return EngineStats(
+            num_running=len(self._scheduler.running),
+            num_waiting=len(self._scheduler.waiting),
+            kv_used_tokens=used,
+            kv_cached_tokens=sum(len(s.tokens) for s in slots) - used,
+            kv_capacity_tokens=len(slots) * self._n_ctx,
+            num_slots=len(slots),
+            prompt_tokens_total=self.prompt_tokens,
+            cached_tokens_total=self.cached_tokens,
+            generation_tokens_total=self.generation_tokens,
+            requests_total=self.requests,
+            steps_total=self.steps,
+            step_seconds_total=self.step_s,
+            backend_seconds_total=self.backend_s,
+            taken_at=time.time(),
+        )

@@ -1,0 +1,276 @@
+"""Plain frozen data that crosses boundaries; standard library only, no behaviour beyond validation."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, fields
+from enum import StrEnum
+from typing import Any, Literal
+
+from llmkit.errors import InvalidRequestError
+
+__all__ = [
+    "Completion",
+    "Delta",
+    "EngineStats",
+    "FinishReason",
+    "GenerationRequest",
+    "Message",
+    "ModelDescription",
+    "RequestMetrics",
+    "SamplingParams",
+    "Usage",
+]
+
+MAX_STOP_STRINGS = 16
+MAX_LOGIT_BIAS = 1024
+MAX_SEED = 2**32 - 1
+
+
+class FinishReason(StrEnum):
+    """Why a request ended."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    TOOL_CALLS = "tool_calls"
+    ABORT = "abort"
+    ERROR = "error"
+
+
+def _check(ok: bool, param: str, message: str) -> None:
+    if not ok:
+        raise InvalidRequestError(f"{param} {message}", param)
+
+
+def _number(value: object, param: str, low: float, high: float) -> None:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    _check(is_number and math.isfinite(value) and low <= value <= high, param, f"must be a number from {low:g} to {high:g}, not {value!r:.50}.")  # type: ignore[arg-type]
+
+
+def _integer(value: object, param: str, low: int, high: int) -> None:
+    ok = isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+    _check(ok, param, f"must be an integer from {low} to {high}, not {value!r:.50}.")
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How the next token is chosen. Defaults are llama.cpp's.
+
+    >>> SamplingParams(temperature=0).greedy
+    True
+
+    ``max_tokens=None`` goes on to the end of the context. ``seed=None`` draws a fresh one. ``top_k=0`` and the values 1.0
+    (top_p, typical_p, repetition_penalty) and 0.0 (min_p, presence/frequency_penalty) switch a step off.
+    ``logit_bias`` holds (token id, bias) pairs. ``stop`` strings may span tokens and are never part of the text.
+    """
+
+    max_tokens: int | None = 256
+    temperature: float = 0.8
+    top_k: int = 40
+    top_p: float = 0.95
+    min_p: float = 0.05
+    typical_p: float = 1.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    penalty_last_n: int = 64
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    ignore_eos: bool = False
+
+    def __post_init__(self) -> None:
+        if isinstance(self.stop, str):
+            object.__setattr__(self, "stop", (self.stop,))
+        if self.stop is None:
+            object.__setattr__(self, "stop", ())
+        if isinstance(self.stop, list):
+            object.__setattr__(self, "stop", tuple(self.stop))
+        if isinstance(self.logit_bias, dict):
+            object.__setattr__(self, "logit_bias", tuple(self.logit_bias.items()))
+        if self.max_tokens is not None:
+            _integer(self.max_tokens, "max_tokens", 1, 2**31 - 1)
+        _number(self.temperature, "temperature", 0, 100)
+        _integer(self.top_k, "top_k", 0, 2**31 - 1)
+        _number(self.top_p, "top_p", 0, 1)
+        _number(self.min_p, "min_p", 0, 1)
+        _number(self.typical_p, "typical_p", 0, 1)
+        _number(self.repetition_penalty, "repetition_penalty", 0.01, 100)
+        _number(self.presence_penalty, "presence_penalty", -100, 100)
+        _number(self.frequency_penalty, "frequency_penalty", -100, 100)
+        _integer(self.penalty_last_n, "penalty_last_n", 0, 2**20)
+        if self.seed is not None:
+            _integer(self.seed, "seed", -(2**63), 2**64)
+            object.__setattr__(self, "seed", self.seed % MAX_SEED)  # llama.cpp keeps 2**32-1 for "random"
+        _check(isinstance(self.stop, tuple), "stop", "must be a string or a list of strings.")
+        _check(len(self.stop) <= MAX_STOP_STRINGS, "stop", f"may hold at most {MAX_STOP_STRINGS} strings.")
+        _check(all(isinstance(s, str) and 0 < len(s) <= 1000 for s in self.stop), "stop", "must hold strings of 1 to 1000 characters.")
+        _check(len(self.logit_bias) <= MAX_LOGIT_BIAS, "logit_bias", f"may hold at most {MAX_LOGIT_BIAS} tokens.")
+        for token, bias in self.logit_bias:
+            _integer(token, "logit_bias", 0, 2**31 - 1)
+            _number(bias, "logit_bias", -1e6, 1e6)
+        _check(isinstance(self.ignore_eos, bool), "ignore_eos", "must be true or false.")
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the most probable token is taken each time."""
+        return self.temperature == 0 or self.top_k == 1
+
+    @property
+    def plain_greedy(self) -> bool:
+        """Greedy, and nothing changes the logits before (``ignore_eos`` aside): an argmax is enough."""
+        penalties = self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
+        return self.greedy and not (penalties or self.logit_bias)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Only what differs from the defaults, JSON-ready."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One chat message. ``role`` is system, developer, user, assistant or tool."""
+
+    role: str
+    content: str
+    name: str | None = None
+
+    def as_dict(self) -> dict[str, str]:
+        """What a chat template sees."""
+        named = {"name": self.name} if self.name else {}
+        return {"role": self.role, "content": self.content, **named}
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationRequest:
+    """What a caller asks: exactly one of ``prompt`` (text or token ids) and ``messages``."""
+
+    request_id: str
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    prompt: str | tuple[int, ...] | None = None
+    messages: tuple[Message, ...] | None = None
+
+    def __post_init__(self) -> None:
+        _check((self.prompt is None) != (self.messages is None), "prompt", "or messages must be given, and only one of them.")
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Token counts of one request; ``cached_tokens`` of the prompt came from a cached prefix."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cached_tokens: int = 0
+
+    @property
+    def total_tokens(self) -> int:
+        return self.prompt_tokens + self.completion_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class RequestMetrics:
+    """Times of one request in seconds, measured in the engine.
+
+    ``ttft_s`` from arrival to the first token, ``queue_s`` of it spent waiting, ``decode_s`` from the first to the last token,
+    ``max_itl_s`` the largest gap between two tokens.
+    """
+
+    queue_s: float = 0.0
+    ttft_s: float = 0.0
+    decode_s: float = 0.0
+    max_itl_s: float = 0.0
+
+    @property
+    def total_s(self) -> float:
+        return self.ttft_s + self.decode_s
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """New text of one stream, and how many tokens it took."""
+
+    text: str
+    num_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """One finished generation: text, why it ended, token counts and times.
+
+    ``tokens`` holds the generated token ids (without the end-of-generation token).
+    """
+
+    text: str
+    finish_reason: FinishReason
+    usage: Usage = Usage()
+    metrics: RequestMetrics = field(default=RequestMetrics(), compare=False)
+    tokens: tuple[int, ...] = ()
+    request_id: str = field(default="", compare=False)
+    error: str | None = None
+
+    @property
+    def decode_tok_s(self) -> float:
+        """Generated tokens a second after the first one (nan below two tokens)."""
+        n = self.usage.completion_tokens - 1
+        return n / self.metrics.decode_s if n > 0 and self.metrics.decode_s > 0 else math.nan
+
+    @property
+    def prefill_tok_s(self) -> float:
+        """Computed prompt tokens a second (nan where the engine was not alone enough to tell)."""
+        seconds = self.metrics.ttft_s - self.metrics.queue_s
+        n = self.usage.prompt_tokens - self.usage.cached_tokens
+        return n / seconds if seconds > 0 else math.nan
+
+    def __str__(self) -> str:
+        return self.text
+
+    def __repr__(self) -> str:
+        u = self.usage
+        return (
+            f"Completion({self.text!r}, finish_reason={self.finish_reason.value!r}, "
+            f"prompt_tokens={u.prompt_tokens}, completion_tokens={u.completion_tokens})"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """A snapshot of one engine; counters only grow. KV figures are in tokens (cells), times in seconds."""
+
+    num_running: int = 0
+    num_waiting: int = 0
+    kv_used_tokens: int = 0
+    kv_cached_tokens: int = 0
+    kv_capacity_tokens: int = 0
+    num_slots: int = 0
+    prompt_tokens_total: int = 0
+    cached_tokens_total: int = 0
+    generation_tokens_total: int = 0
+    requests_total: int = 0
+    steps_total: int = 0
+    step_seconds_total: float = 0.0
+    backend_seconds_total: float = 0.0
+    taken_at: float = 0.0
+
+    @property
+    def kv_usage(self) -> float:
+        """Share of the KV cells that running requests occupy, 0 to 1."""
+        return self.kv_used_tokens / self.kv_capacity_tokens if self.kv_capacity_tokens else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class ModelDescription:
+    """What a client needs to know of a loaded model; sizes in bytes."""
+
+    name: str
+    path: str
+    architecture: str = ""
+    quantization: str = ""
+    n_params: int = 0
+    n_ctx: int = 0
+    n_ctx_train: int = 0
+    n_slots: int = 0
+    n_vocab: int = 0
+    weights_bytes: int = 0
+    kv_bytes: int = 0
+    device: Literal["cpu", "gpu"] = "cpu"
+    created: int = 0
