@@ -1,0 +1,114 @@
+"""llama.cpp as a library: loaded once, its log kept instead of printed, its short calls without a GIL hand-over.
+
+Only `llmkit.backend` imports llama_cpp, and always through this module.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from collections import deque
+from functools import cache
+from typing import Any, NamedTuple
+
+import llama_cpp.llama_cpp as C
+
+__all__ = ["C", "Device", "Log", "devices", "gpu_backend", "log", "short", "start"]
+
+LOG_LEVEL_ERROR = 3
+
+
+class Log:
+    """The last lines that llama.cpp logged; thread-safe."""
+
+    def __init__(self, size: int = 200) -> None:
+        self._lines: deque[tuple[int, str]] = deque(maxlen=size)
+        self._lock = threading.Lock()
+        self._open = False
+
+    def add(self, level: int, text: str) -> None:
+        with self._lock:
+            if self._open and self._lines:
+                last, line = self._lines[-1]
+                self._lines[-1] = (last, line + text.rstrip("\n"))
+            else:
+                self._lines.append((level, text.rstrip("\n")))
+            self._open = not text.endswith("\n")
+
+    def clear(self) -> None:
+        with self._lock:
+            self._lines.clear()
+
+    def errors(self, count: int = 4) -> list[str]:
+        """The newest error lines, oldest first; any lines when there is no error among them."""
+        with self._lock:
+            lines = [text for level, text in self._lines if level == LOG_LEVEL_ERROR] or [text for _, text in self._lines]
+        return [line for line in lines if line.strip()][-count:]
+
+
+log = Log()
+
+
+@C.llama_log_callback
+def _keep_log(level: int, text: bytes, _: Any) -> None:
+    log.add(level, text.decode("utf-8", "replace"))
+
+
+@cache
+def start() -> None:
+    """Initialise the backend; later calls do nothing."""
+    C.llama_log_set(_keep_log, ctypes.c_void_p(0))
+    C.llama_backend_init()
+
+
+@cache
+def _pydll() -> ctypes.PyDLL:
+    return ctypes.PyDLL(C._lib._name)
+
+
+def short(name: str) -> Any:
+    """A function of libllama for calls of microseconds: it keeps the GIL, so no busy thread can take it in between.
+
+    Argument and result types are those of the ordinary binding.
+    """
+    typed = getattr(C._lib, name)
+    function = getattr(_pydll(), name)
+    function.argtypes, function.restype = typed.argtypes, typed.restype
+    return function
+
+
+class Device(NamedTuple):
+    """A device that ggml can compute on; memory in bytes."""
+
+    name: str
+    description: str
+    is_gpu: bool
+    free_bytes: int
+    total_bytes: int
+
+
+def devices() -> list[Device]:
+    """All devices of this build: the CPU, and GPUs (CUDA, Metal, Vulkan, ROCm alike)."""
+    from llama_cpp._ggml import libggml as lib
+
+    start()
+    lib.ggml_backend_dev_count.restype = ctypes.c_size_t
+    lib.ggml_backend_dev_get.restype = ctypes.c_void_p
+    lib.ggml_backend_dev_get.argtypes = [ctypes.c_size_t]
+    base = ctypes.CDLL(str(lib._name).replace("libggml.", "libggml-base."))
+    for name, result in (("name", ctypes.c_char_p), ("description", ctypes.c_char_p), ("type", ctypes.c_int), ("memory", None)):
+        getattr(base, f"ggml_backend_dev_{name}").restype = result
+    found = []
+    for i in range(lib.ggml_backend_dev_count()):
+        device = ctypes.c_void_p(lib.ggml_backend_dev_get(i))
+        free, total = ctypes.c_size_t(), ctypes.c_size_t()
+        base.ggml_backend_dev_memory(device, ctypes.byref(free), ctypes.byref(total))
+        name = base.ggml_backend_dev_name(device).decode()
+        description = base.ggml_backend_dev_description(device).decode()
+        found.append(Device(name, description, base.ggml_backend_dev_type(device) in (1, 2), free.value, total.value))
+    return found
+
+
+def gpu_backend() -> bool:
+    """Whether this build of llama.cpp can use a GPU at all."""
+    return bool(C.llama_supports_gpu_offload())

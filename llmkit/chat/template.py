@@ -1,0 +1,89 @@
+"""Chat messages to a prompt, by the model's own template in jinja2's sandbox. Pure; any thread.
+
+A template comes from a file that anybody may have made: the sandbox keeps it from Python objects, and its output and loops are bounded.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+from collections.abc import Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from llmkit.errors import InvalidRequestError
+from llmkit.types import Message
+
+if TYPE_CHECKING:
+    import jinja2
+
+__all__ = ["CHATML", "ChatTemplate"]
+
+MAX_OUTPUT = 16 << 20
+ROLES = ("system", "developer", "user", "assistant", "tool")
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+class ChatTemplate:
+    """A model's chat template.
+
+    >>> t = ChatTemplate("{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}")
+    >>> t.render([Message("user", "hi")])
+    '[user]hi'
+
+    ``bos`` and ``eos`` are the texts of the model's begin and end tokens. Raises `InvalidRequestError` when the template refuses the messages.
+    """
+
+    def __init__(self, source: str, *, bos: str = "", eos: str = "") -> None:
+        self.source, self._bos, self._eos = source, bos, eos
+
+    @cached_property
+    def _template(self) -> jinja2.Template:
+        import jinja2
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+        environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
+        environment.globals["raise_exception"] = _refuse
+        environment.globals["strftime_now"] = lambda layout: datetime.datetime.now().strftime(layout)
+        try:
+            return environment.from_string(self.source)
+        except jinja2.TemplateError as error:
+            raise InvalidRequestError(f"the model's chat template cannot be read ({error}); use a text prompt instead.", "messages") from error
+
+    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> str:
+        """The prompt text for these messages, ready for the assistant's turn."""
+        import jinja2
+
+        if not messages:
+            raise InvalidRequestError("messages must hold at least one message.", "messages")
+        for message in messages:
+            if message.role not in ROLES:
+                raise InvalidRequestError(f"messages: the role must be one of {', '.join(ROLES)}, not {message.role!r:.40}.", "messages")
+        values: dict[str, Any] = {
+            "messages": [m.as_dict() for m in messages],
+            "add_generation_prompt": add_generation_prompt,
+            "bos_token": self._bos,
+            "eos_token": self._eos,
+        }
+        parts, size = [], 0
+        try:
+            for part in self._template.generate(values):
+                size += len(part)
+                if size > MAX_OUTPUT:
+                    raise InvalidRequestError("the chat template produced too much text.", "messages")
+                parts.append(part)
+        except InvalidRequestError:
+            raise
+        except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError, OverflowError, RecursionError) as error:
+            raise InvalidRequestError(f"the model's chat template refuses these messages: {error}", "messages") from error
+        return "".join(parts)
+
+
+def _refuse(message: str) -> None:
+    import jinja2
+
+    raise jinja2.TemplateError(message)

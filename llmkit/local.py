@@ -1,0 +1,231 @@
+"""The composition root: a model file becomes a running engine in this process. The only place that knows backend, chat, models and engine at once."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import threading
+import time
+import warnings
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from llmkit.chat.template import CHATML, ChatTemplate
+from llmkit.engine.detokenize import Detokenizer
+from llmkit.engine.engine import Engine
+from llmkit.engine.request import Request
+from llmkit.errors import ContextLengthError, InsufficientMemoryError, InvalidRequestError, ModelLoadError, ModelUnloadedError
+from llmkit.models import gguf, memory
+from llmkit.models.registry import ModelSpec, resolve
+from llmkit.stream import Channel, Stream
+from llmkit.types import EngineStats, GenerationRequest, ModelDescription
+
+if TYPE_CHECKING:
+    from llmkit.backend.llama import LlamaModel, LlamaRunner
+
+__all__ = ["LocalEngine", "device_memory"]
+
+# Characters a token can stand for at most, on average: a longer text cannot fit, and is refused before it is tokenized.
+MAX_CHARS_PER_TOKEN = 64
+GPU_HINT = (
+    'a GPU is here, but this build of llama.cpp is for the CPU only. Install the GPU build with\n    CMAKE_ARGS="-DGGML_CUDA=on" pip install --force-reinstall '
+    "--no-cache-dir --no-deps llama-cpp-python"
+)
+
+_running: weakref.WeakSet[LocalEngine] = weakref.WeakSet()
+
+
+class LocalEngine:
+    """An `EngineClient` for a model in this process.
+
+    Raises what `llmkit.load` documents. ``close()`` frees the memory and may be called twice; a running request ends with `ModelUnloadedError`.
+    """
+
+    def __init__(
+        self,
+        model: str | Path,
+        *,
+        n_ctx: int | None = None,
+        n_slots: int | None = None,
+        n_gpu_layers: int = -1,
+        threads: int | None = None,
+        kv_unified: bool = False,
+        name: str | None = None,
+        force: bool = False,
+        progress: Callable[[float], None] | None = None,
+    ) -> None:
+        self._closed = False
+        self._close_lock = threading.Lock()
+        self._pid = os.getpid()
+        spec = resolve(model)
+        info = gguf.read_header(spec.path)
+        n_ctx, n_slots = _sizes(info, n_ctx, n_slots, threads)
+        _check_memory(info, n_ctx, n_slots, n_gpu_layers, force)
+        self._model, self._runner = _load(spec, n_ctx, n_slots, n_gpu_layers, threads, kv_unified, progress)
+        vocab = self._vocab = self._model.vocab
+        self._template = ChatTemplate(
+            str(info.metadata.get("tokenizer.chat_template") or CHATML), bos=vocab.token_text(vocab.bos), eos=vocab.token_text(vocab.eos)
+        )
+        self._description = ModelDescription(
+            name=name or spec.name,
+            path=str(spec.path),
+            architecture=info.architecture,
+            quantization=info.quantization,
+            n_params=self._model.n_params,
+            n_ctx=n_ctx,
+            n_ctx_train=self._model.n_ctx_train,
+            n_slots=n_slots,
+            n_vocab=vocab.n_tokens,
+            weights_bytes=self._model.size_bytes,
+            kv_bytes=info.kv_bytes_per_token * n_ctx * n_slots,
+            device="gpu" if n_gpu_layers != 0 and _has_gpu() else "cpu",
+            created=int(time.time()),
+        )
+        self._engine = Engine(self._runner, is_end=vocab.is_end)
+        _running.add(self)
+
+    @property
+    def description(self) -> ModelDescription:
+        return self._description
+
+    @property
+    def closed(self) -> bool:
+        return self._closed
+
+    def tokenize(self, text: str) -> list[int]:
+        """Token ids of a text, with what the model wants at its beginning."""
+        with self._close_lock:  # the vocabulary must not be freed under us
+            self._check_open()
+            return self._vocab.tokenize(text)
+
+    def render(self, request: GenerationRequest) -> list[int]:
+        """The prompt of a request in tokens: the chat template applied, tokenized, checked.
+
+        Raises `InvalidRequestError` and `ContextLengthError`.
+        """
+        if isinstance(request.prompt, tuple):
+            return self._check_tokens(list(request.prompt))
+        if request.messages is not None:
+            text, param, special = self._template.render(request.messages), "messages", True
+            bos = self._vocab.token_text(self._vocab.bos)
+            if bos and self._vocab.adds_bos:
+                text = text.removeprefix(bos)  # tokenize adds it
+        else:
+            text, param, special = request.prompt or "", "prompt", False
+        n_ctx = self._description.n_ctx
+        if len(text) > n_ctx * MAX_CHARS_PER_TOKEN:
+            raise ContextLengthError(len(text) // MAX_CHARS_PER_TOKEN, n_ctx, param)
+        tokens = self._vocab.tokenize(text, parse_special=special)
+        if not tokens:
+            raise InvalidRequestError("the prompt is empty; give at least one token.", param)
+        if len(tokens) >= n_ctx:
+            raise ContextLengthError(len(tokens), n_ctx, param)
+        return tokens
+
+    def _check_tokens(self, tokens: list[int]) -> list[int]:
+        n_vocab, n_ctx = self._vocab.n_tokens, self._description.n_ctx
+        if not tokens:
+            raise InvalidRequestError("the prompt is empty; give at least one token.", "prompt")
+        for token in tokens:
+            if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < n_vocab:
+                raise InvalidRequestError(f"prompt: token ids go from 0 to {n_vocab - 1}; {token!r:.30} is none.", "prompt")
+        if len(tokens) >= n_ctx:
+            raise ContextLengthError(len(tokens), n_ctx)
+        return tokens
+
+    def submit(self, request: GenerationRequest) -> Stream:
+        n_vocab = self._description.n_vocab
+        for token, _ in request.sampling.logit_bias:
+            if token >= n_vocab:
+                raise InvalidRequestError(f"logit_bias: token ids go from 0 to {n_vocab - 1}; {token} is none.", "logit_bias")
+        with self._close_lock:
+            self._check_open()
+            tokens = self.render(request)
+        room = self._description.n_ctx - len(tokens)
+        max_tokens = min(request.sampling.max_tokens or room, room)
+        detokenizer = Detokenizer(self._vocab.piece, request.sampling.stop)
+        channel = Channel(request.request_id, self.abort)
+        self._engine.submit(Request(tokens, request.sampling, max_tokens, detokenizer, channel))
+        return Stream(channel)
+
+    def abort(self, request_id: str) -> None:
+        if not self._closed:
+            self._engine.abort(request_id)
+
+    def stats(self) -> EngineStats:
+        return self._engine.stats
+
+    def _check_open(self) -> None:
+        if self._pid != os.getpid():
+            raise ModelUnloadedError("this model was loaded in the parent process before a fork; load it again here, or reach it through its gateway.")
+        if self._closed or self._engine.closed:
+            raise ModelUnloadedError(f"the model {self._description.name!r} was unloaded; load it again with llmkit.load().")
+
+    def close(self) -> None:
+        with self._close_lock:
+            if self._closed or self._pid != os.getpid():
+                return
+            self._closed = True
+            _running.discard(self)
+            if self._engine.close():
+                self._runner.close()
+                self._model.close()
+            else:
+                warnings.warn("the engine did not stop in time, so its memory was not freed", ResourceWarning, stacklevel=2)
+
+
+def _sizes(info: gguf.ModelInfo, n_ctx: int | None, n_slots: int | None, threads: int | None) -> tuple[int, int]:
+    for name, value, most in (("n_ctx", n_ctx, 1 << 24), ("n_slots", n_slots, 256), ("threads", threads, 1024)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most):
+            raise InvalidRequestError(f"{name} must be an integer from 1 to {most}, not {value!r:.40}.", name)
+    n_ctx = n_ctx or memory.default_context(info)
+    n_ctx = -(-n_ctx // 256) * 256  # llama.cpp's cells come in blocks of 256
+    return n_ctx, n_slots or memory.default_slots(info, n_ctx)
+
+
+def _has_gpu() -> bool:
+    from llmkit.backend import library
+
+    return any(d.is_gpu for d in library.devices())
+
+
+def device_memory() -> tuple[int, int] | None:
+    """Used and total bytes over all GPUs that llama.cpp can use; None without one."""
+    from llmkit.backend import library
+
+    gpus = [d for d in library.devices() if d.is_gpu]
+    return (sum(d.total_bytes - d.free_bytes for d in gpus), sum(d.total_bytes for d in gpus)) if gpus else None
+
+
+def _check_memory(info: gguf.ModelInfo, n_ctx: int, n_slots: int, n_gpu_layers: int, force: bool) -> None:
+    if force or (n_gpu_layers != 0 and device_memory() is not None):
+        return
+    need = memory.estimate(info, n_ctx=n_ctx, n_slots=n_slots)
+    if not need.fits:
+        raise InsufficientMemoryError(f"{info.path.name}: {need.advice()}")
+
+
+def _load(
+    spec: ModelSpec, n_ctx: int, n_slots: int, n_gpu_layers: int, threads: int | None, kv_unified: bool, progress: Callable[[float], None] | None
+) -> tuple[LlamaModel, LlamaRunner]:
+    from llmkit.backend import library
+    from llmkit.backend.llama import LlamaModel, LlamaRunner
+
+    if not library.gpu_backend() and Path("/proc/driver/nvidia/version").exists():
+        warnings.warn(GPU_HINT, RuntimeWarning, stacklevel=4)
+    model = LlamaModel(spec.path, n_gpu_layers=n_gpu_layers, progress=progress)
+    try:
+        if not model.can_generate:
+            raise ModelLoadError(f"{spec.path.name} is not a text generation model (no decoder in it).")
+        return model, LlamaRunner(model, n_ctx=n_ctx, n_slots=n_slots, threads=threads, kv_unified=kv_unified)
+    except BaseException:
+        model.close()
+        raise
+
+
+@atexit.register
+def _close_all() -> None:
+    for engine in list(_running):
+        engine.close()

@@ -1,0 +1,220 @@
+"""The header of a GGUF file, read with bounds on everything: no value in the file is believed before it is checked against the file's size.
+
+Why not the `gguf` package: its reader maps and decodes the whole file (seconds for a large vocabulary) and trusts counts. llama.cpp's own asserts kill the
+process, so a file is checked here before llama.cpp sees it. Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from llmkit.errors import InvalidModelFileError
+
+__all__ = ["ModelInfo", "TensorInfo", "read_header"]
+
+MAX_KEYS, MAX_TENSORS, MAX_STRING, MAX_ARRAY = 100_000, 1_000_000, 64 << 20, 50_000_000
+MAX_DIMS = 4
+SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+STRING, ARRAY = 8, 9
+# (elements a block, bytes a block) by ggml type, and their names
+BLOCKS = {
+    0: ("F32", 1, 4), 1: ("F16", 1, 2), 2: ("Q4_0", 32, 18), 3: ("Q4_1", 32, 20), 6: ("Q5_0", 32, 22), 7: ("Q5_1", 32, 24),
+    8: ("Q8_0", 32, 34), 9: ("Q8_1", 32, 36), 10: ("Q2_K", 256, 84), 11: ("Q3_K", 256, 110), 12: ("Q4_K", 256, 144), 13: ("Q5_K", 256, 176),
+    14: ("Q6_K", 256, 210), 15: ("Q8_K", 256, 292), 16: ("IQ2_XXS", 256, 66), 17: ("IQ2_XS", 256, 74), 18: ("IQ3_XXS", 256, 98),
+    19: ("IQ1_S", 256, 50), 20: ("IQ4_NL", 32, 18), 21: ("IQ3_S", 256, 110), 22: ("IQ2_S", 256, 82), 23: ("IQ4_XS", 256, 136), 24: ("I8", 1, 1),
+    25: ("I16", 1, 2), 26: ("I32", 1, 4), 27: ("I64", 1, 8), 28: ("F64", 1, 8), 29: ("IQ1_M", 256, 56), 30: ("BF16", 1, 2),
+    34: ("TQ1_0", 256, 54), 35: ("TQ2_0", 256, 66), 39: ("MXFP4", 32, 17), 40: ("NVFP4", 64, 36),
+}  # fmt: skip
+KNOWN_STARTS = {
+    b"PK\x03\x04": "a ZIP archive (a PyTorch checkpoint, perhaps); convert it to GGUF first",
+    b"ggml": "an old GGML file from before GGUF; convert it again",
+    b"ggjt": "an old GGJT file from before GGUF; convert it again",
+    b"\x1f\x8b": "gzip-compressed; unpack it first",
+    b"<!DO": "an HTML page: the download gave an error page instead of the model",
+    b"<htm": "an HTML page: the download gave an error page instead of the model",
+    b"vers": "perhaps a Git LFS pointer: fetch the file itself with `git lfs pull`",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """One tensor: its shape (ggml order, fastest first), type and place after the header."""
+
+    name: str
+    shape: tuple[int, ...]
+    type_name: str
+    offset: int
+    num_bytes: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """A header read: metadata (long arrays as their length only) and tensors. Sizes in bytes, lengths in tokens."""
+
+    path: Path
+    file_bytes: int
+    metadata: dict[str, Any] = field(repr=False)
+    tensors: tuple[TensorInfo, ...] = field(repr=False)
+
+    @property
+    def architecture(self) -> str:
+        return str(self.metadata.get("general.architecture", ""))
+
+    def value(self, key: str, default: Any = None) -> Any:
+        """``<architecture>.<key>``, such as ``block_count``."""
+        return self.metadata.get(f"{self.architecture}.{key}", default)
+
+    def integer(self, key: str, default: int = 0) -> int:
+        """A number of the header; the largest where a model has one for each layer."""
+        value = self.value(key, default)
+        if isinstance(value, list):
+            value = max(value, default=default)
+        return int(value) if isinstance(value, int | float) and math.isfinite(value) else default
+
+    @property
+    def n_ctx_train(self) -> int:
+        return self.integer("context_length")
+
+    @property
+    def weights_bytes(self) -> int:
+        return sum(t.num_bytes or 0 for t in self.tensors) or self.file_bytes
+
+    @property
+    def quantization(self) -> str:
+        """The type that most of the weights have, such as ``Q4_1``."""
+        sizes: dict[str, int] = {}
+        for t in self.tensors:
+            sizes[t.type_name] = sizes.get(t.type_name, 0) + math.prod(t.shape)
+        return max(sizes, key=lambda k: sizes[k], default="")
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Bytes of f16 keys and values for one token over all layers: 2 bytes x (key + value length) x KV heads x layers."""
+        layers, heads = self.integer("block_count"), self.integer("attention.head_count", 1)
+        heads_kv = self.value("attention.head_count_kv", heads)
+        total_heads = sum(heads_kv) if isinstance(heads_kv, list) else int(heads_kv) * layers
+        head = self.integer("embedding_length") // max(heads, 1)
+        key, value = self.integer("attention.key_length", head), self.integer("attention.value_length", head)
+        return 2 * (key + value) * total_heads
+
+
+def read_header(path: str | Path) -> ModelInfo:
+    """Read and check the header of a GGUF file; the weights stay unread.
+
+    Raises `InvalidModelFileError` (what the file is instead, or what in it cannot be true) and `FileNotFoundError`.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise InvalidModelFileError(f"{path} is a directory; name the .gguf file in it.{_gguf_names(path)}")
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(4)
+        if start != b"GGUF":
+            raise InvalidModelFileError(f"{path} is not a GGUF file: it {_what(start, size)}.")
+        reader = _Reader(file, size, path)
+        version, n_tensors, n_keys = reader.unpack("IQQ")
+        if version not in (2, 3):
+            raise InvalidModelFileError(f"{path} has GGUF version {version}; llama.cpp reads 2 and 3 (little-endian).")
+        if n_keys > MAX_KEYS or n_tensors > MAX_TENSORS or n_keys * 12 + n_tensors * 24 > size:
+            raise InvalidModelFileError(f"{path} claims {n_keys} keys and {n_tensors} tensors in {size} bytes: the header is damaged. Fetch the file again.")
+        metadata = {}
+        for _ in range(n_keys):
+            key = reader.string()
+            metadata[key] = reader.value(*reader.unpack("I"))
+        tensors = tuple(reader.tensor() for _ in range(n_tensors))
+        info = ModelInfo(path, size, metadata, tensors)
+        _check_tensors(info, file.tell())
+    return info
+
+
+def _gguf_names(folder: Path) -> str:
+    names = sorted(p.name for p in folder.glob("*.gguf"))[:5]
+    return f" There: {', '.join(names)}." if names else ""
+
+
+def _what(start: bytes, size: int) -> str:
+    if size == 0:
+        return "is empty"
+    for magic, what in KNOWN_STARTS.items():
+        if start.startswith(magic):
+            return f"looks like {what}"
+    if start[::-1] == b"GGUF":
+        return "is a big-endian GGUF file, which this machine cannot read"
+    if all(32 <= b < 127 or b in b"\t\r\n" for b in start):
+        return f"looks like text, beginning with {start.decode()!r}"
+    return f"begins with the bytes {start.hex(' ')}"
+
+
+def _check_tensors(info: ModelInfo, header_end: int) -> None:
+    alignment = info.metadata.get("general.alignment", 32)
+    if not isinstance(alignment, int) or alignment <= 0 or alignment > 1 << 20 or alignment & (alignment - 1):
+        raise InvalidModelFileError(f"{info.path} claims an alignment of {alignment!r}: the header is damaged. Fetch the file again.")
+    data = -(-header_end // alignment) * alignment
+    end = max((data + t.offset + (t.num_bytes or 0) for t in info.tensors), default=data)
+    if end > info.file_bytes:
+        missing = end - info.file_bytes
+        raise InvalidModelFileError(
+            f"{info.path} is truncated: its header describes {end} bytes, but {missing} are missing. The download or copy was cut off: fetch it again."
+        )
+    for key in ("block_count", "context_length", "embedding_length", "attention.head_count"):
+        value = info.value(key)
+        numbers = value if isinstance(value, list) else [value]
+        if value is not None and not all(isinstance(v, int) and 0 <= v < 1 << 31 for v in numbers):
+            raise InvalidModelFileError(f"{info.path} claims {key} = {value!r:.40}: the header is damaged.")
+
+
+class _Reader:
+    """Little-endian values of a file, never beyond its end."""
+
+    def __init__(self, file: BinaryIO, size: int, path: Path) -> None:
+        self._file, self._size, self._path = file, size, path
+
+    def _damaged(self, what: str) -> InvalidModelFileError:
+        return InvalidModelFileError(f"{self._path} is damaged or truncated: {what} at byte {self._file.tell()} of {self._size}. Fetch the file again.")
+
+    def read(self, n: int) -> bytes:
+        if n > self._size - self._file.tell():
+            raise self._damaged(f"{n} bytes are needed")
+        return self._file.read(n)
+
+    def unpack(self, layout: str) -> tuple[Any, ...]:
+        return struct.unpack("<" + layout, self.read(struct.calcsize("<" + layout)))
+
+    def string(self) -> str:
+        (n,) = self.unpack("Q")
+        if n > MAX_STRING:
+            raise self._damaged(f"a string claims {n} bytes")
+        return self.read(n).decode("utf-8", "replace")
+
+    def value(self, kind: int, depth: int = 0) -> Any:
+        if kind in SCALARS:
+            return self.unpack(SCALARS[kind])[0]
+        if kind == STRING:
+            return self.string()
+        if kind != ARRAY or depth > 2:
+            raise self._damaged(f"a value has the unknown type {kind}")
+        item, n = self.unpack("IQ")
+        if n > MAX_ARRAY or n > self._size:
+            raise self._damaged(f"an array claims {n} values")
+        if item in SCALARS:
+            data = self.read(n * struct.calcsize(SCALARS[item]))
+            return list(struct.unpack(f"<{n}{SCALARS[item]}", data)) if n <= 1024 else n
+        values = [self.value(item, depth + 1) for _ in range(n)]
+        return values if n <= 1024 else n
+
+    def tensor(self) -> TensorInfo:
+        name = self.string()
+        (n_dims,) = self.unpack("I")
+        if n_dims > MAX_DIMS:
+            raise self._damaged(f"tensor {name[:80]!r} claims {n_dims} dimensions")
+        shape = self.unpack("Q" * n_dims)
+        kind, offset = self.unpack("IQ")
+        elements = math.prod(shape)
+        if elements > 1 << 50 or offset > self._size:
+            raise self._damaged(f"tensor {name[:80]!r} claims shape {shape} at offset {offset}")
+        type_name, block, block_bytes = BLOCKS.get(kind, (f"type {kind}", 0, 0))
+        return TensorInfo(name, shape, type_name, offset, elements // block * block_bytes if block else None)
