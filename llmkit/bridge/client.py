@@ -1,0 +1,181 @@
+"""The other end of the bridge: an `EngineClient` for a model in another process. One thread for each engine reads and writes the socket."""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import threading
+import time
+from typing import Any
+
+import zmq
+
+from llmkit.bridge import messages as m
+from llmkit.bridge.connection import Connection
+from llmkit.bridge.server import Waker
+from llmkit.errors import EngineGoneError
+from llmkit.stream import Channel, Stream
+from llmkit.types import Delta, EngineStats, GenerationRequest, ModelDescription
+
+__all__ = ["BridgeClient"]
+
+PING_S = 0.5
+
+
+class BridgeClient:
+    """Reaches the engine of a `Connection`.
+
+    An engine that holds the interpreter (a cell in C that keeps the GIL) only delays the answer: it counts as gone when its process is gone or said
+    goodbye, and then every request ends with `EngineGoneError`.
+    """
+
+    def __init__(self, connection: Connection) -> None:
+        self.connection = connection
+        self._description = connection.model
+        self._stats = EngineStats(num_slots=connection.model.n_slots)
+        self._channels: dict[str, Channel] = {}
+        self._lock = threading.Lock()
+        self._gone: str | None = None
+        self._closed = False
+        self._last_heard = 0.0
+        self._outbox: queue.SimpleQueue[tuple[bytes, Any]] = queue.SimpleQueue()
+        self._waker = Waker()
+        self._thread = threading.Thread(target=self._run, name="llmkit-bridge-client", daemon=True)
+        self._thread.start()
+
+    @property
+    def description(self) -> ModelDescription:
+        return self._description
+
+    @property
+    def gone(self) -> str | None:
+        """Why the engine cannot be reached any more; None while it can."""
+        return self._gone
+
+    @property
+    def answers(self) -> bool:
+        """Whether the engine was heard of in the last two seconds."""
+        return time.monotonic() - self._last_heard < 2
+
+    def submit(self, request: GenerationRequest) -> Stream:
+        channel = Channel(request.request_id, self.abort)
+        with self._lock:
+            if self._gone is not None:
+                raise EngineGoneError(self._gone)
+            self._channels[request.request_id] = channel
+            self._post(m.SUBMIT, m.request_to(request))
+        return Stream(channel)
+
+    def abort(self, request_id: str) -> None:
+        if self._gone is None:
+            self._post(m.ABORT, {"id": request_id})
+
+    def stats(self) -> EngineStats:
+        return self._stats
+
+    def close(self) -> None:
+        """Disconnect; the model stays loaded where it is."""
+        self._closed = True
+        self._waker()
+        if threading.current_thread() is not self._thread:
+            self._thread.join(2)
+
+    def _post(self, kind: bytes, data: Any) -> None:
+        self._outbox.put((kind, data))
+        self._waker()
+
+    # -- bridge client thread
+
+    def _run(self) -> None:
+        context = zmq.Context()
+        sock = context.socket(zmq.DEALER)
+        sock.setsockopt(zmq.LINGER, 100)
+        sock.setsockopt(zmq.MAXMSGSIZE, 64 << 20)
+        sock.connect(self.connection.address)
+        poller = zmq.Poller()
+        poller.register(sock, zmq.POLLIN)
+        poller.register(self._waker.fileno, zmq.POLLIN)
+        self._send(sock, m.HELLO, {"key": self.connection.key})
+        next_ping = 0.0
+        while not self._closed and self._gone is None:
+            now = time.monotonic()
+            if now >= next_ping:
+                next_ping = now + PING_S
+                self._send(sock, m.PING, {})
+                if not self.connection.is_alive:
+                    self._receive_all(sock)  # its last words
+                    self._lose(f"the process that held the model {self._description.name!r} (pid {self.connection.pid}) has ended: killed or restarted. Load the model again.")
+                    break
+            events = dict(poller.poll(max(0, int((next_ping - now) * 1000))))
+            if self._waker.fileno in events:
+                self._waker.clear()
+            if sock in events:
+                self._receive_all(sock)
+            with contextlib.suppress(queue.Empty):
+                while True:
+                    self._send(sock, *self._outbox.get_nowait())
+        self._lose("the connection to the engine was closed")
+        sock.close()
+        context.term()
+        self._waker.close()
+
+    @staticmethod
+    def _send(sock: zmq.Socket[bytes], kind: bytes, data: Any) -> None:
+        with contextlib.suppress(zmq.Again):
+            sock.send_multipart([kind, m.pack(data)], zmq.NOBLOCK)
+
+    def _receive_all(self, sock: zmq.Socket[bytes]) -> None:
+        with contextlib.suppress(zmq.Again):
+            while True:
+                kind, payload = sock.recv_multipart(zmq.NOBLOCK)
+                self._handle(sock, kind, m.unpack(payload))
+
+    def _handle(self, sock: zmq.Socket[bytes], kind: bytes, data: Any) -> None:
+        self._last_heard = time.monotonic()
+        if kind == m.EVENTS:
+            self._deliver(*data)
+        elif kind == m.PONG:
+            self._stats = m.stats_from(data)
+        elif kind == m.WELCOME:
+            self._description = m.description_from(data["description"])
+        elif kind == m.GOODBYE:
+            self._lose(f"the model {self._description.name!r} is no longer served: {data['reason']}. Load it again.")
+        elif kind == m.DENIED:
+            # We were silent for too long (a stopped process, a sleeping laptop) and our requests were aborted; begin again.
+            self._fail_all(EngineGoneError("the connection to the engine was lost for a while and this request was aborted; send it again"))
+            self._send(sock, m.HELLO, {"key": self.connection.key})
+
+    def _deliver(self, deltas: list[list[Any]], ends: list[list[Any]]) -> None:
+        touched: list[Channel] = []
+        for request_id, text, num_tokens in deltas:
+            channel = self._channels.get(request_id)
+            if channel is not None:
+                channel.push(Delta(text, num_tokens))
+                touched.append(channel)
+        for request_id, completion, failure in ends:
+            channel = self._channels.pop(request_id, None)
+            if channel is None:
+                continue
+            error = m.error_from(failure) if failure else None
+            if completion is None:
+                channel.fail(error or EngineGoneError("the engine ended this request without a result"))
+            else:
+                channel.finish(m.completion_from(completion, request_id, "".join(channel.text_parts)), error)
+            touched.append(channel)
+        for channel in dict.fromkeys(touched):
+            channel.wake()
+
+    def _lose(self, reason: str) -> None:
+        with self._lock:
+            if self._gone is None:
+                self._gone = reason
+        self._fail_all(EngineGoneError(self._gone or reason))
+
+    def _fail_all(self, error: Exception) -> None:
+        with self._lock:
+            channels = list(self._channels.values())
+            self._channels.clear()
+        for channel in channels:
+            channel.fail(error)
+        for channel in channels:
+            channel.wake()

@@ -1,0 +1,171 @@
+"""The connection file: how a running engine is found without running a line of code in its kernel.
+
+It lies in `jupyter_runtime_dir()`, 0600, and says who serves which model at which address. Readers trust it only when owner and mode are right and the process that
+wrote it is still the same one. Home directories are often shared between hosts, so the file also says where its process id is valid.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import shutil
+import stat
+import sys
+import tempfile
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from llmkit.types import ModelDescription
+
+__all__ = ["Connection", "find_connections", "make_connection", "process_start_time", "remove", "runtime_dir", "write"]
+
+PREFIX, SUFFIX = "llmkit-", ".json"
+VERSION = 1
+MAX_FILE_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Connection:
+    """One running engine as its connection file describes it."""
+
+    address: str
+    key: str = field(repr=False)
+    pid: int
+    start_time: float
+    host: str
+    boot_id: str
+    pid_namespace: str
+    kernel_id: str | None
+    created: float
+    model: ModelDescription
+    path: Path = field(default=Path(), compare=False)
+
+    @property
+    def kernel_name(self) -> str:
+        """What stands behind the ``@`` of an exact model name: the kernel's id, else the process id."""
+        return self.kernel_id or str(self.pid)
+
+    @property
+    def is_here(self) -> bool:
+        """Whether the process id means anything on this machine."""
+        return (self.host, self.boot_id, self.pid_namespace) == _place()
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the very process that wrote the file still runs."""
+        return self.is_here and process_start_time(self.pid) == self.start_time
+
+
+def runtime_dir() -> Path:
+    from jupyter_core.paths import jupyter_runtime_dir
+
+    return Path(jupyter_runtime_dir())
+
+
+def process_start_time(pid: int) -> float | None:
+    """When a process started, in the system's own unit; None when there is none of that id (or it is a zombie)."""
+    if sys.platform == "linux":
+        try:
+            fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+        except (OSError, IndexError):
+            return None
+        return None if fields[0] in "ZX" else float(fields[19])
+    import psutil
+
+    try:
+        return float(psutil.Process(pid).create_time())
+    except psutil.Error:
+        return None
+
+
+def _place() -> tuple[str, str, str]:
+    boot = namespace = ""
+    with contextlib.suppress(OSError):
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    with contextlib.suppress(OSError):
+        namespace = os.readlink("/proc/self/ns/pid")
+    return os.uname().nodename if hasattr(os, "uname") else os.environ.get("COMPUTERNAME", ""), boot, namespace
+
+
+def make_connection(model: ModelDescription, kernel_id: str | None, created: float) -> Connection:
+    """A connection for an engine in this process, with a fresh key and a socket in a private directory on local disk (a socket path has 107 bytes at most)."""
+    start = process_start_time(os.getpid())
+    host, boot, namespace = _place()
+    folder = tempfile.mkdtemp(prefix=PREFIX, dir=_socket_root())
+    return Connection(f"ipc://{folder}/s", secrets.token_hex(32), os.getpid(), start or 0.0, host, boot, namespace, kernel_id, created, model)
+
+
+def _socket_root() -> str:
+    """A short local directory of the user's own if there is one."""
+    root = os.environ.get("XDG_RUNTIME_DIR", "")
+    if root and len(root) < 60 and os.access(root, os.W_OK) and os.stat(root).st_uid == os.getuid():
+        return root
+    for root in (tempfile.gettempdir(), "/tmp"):
+        if len(root) < 70 and os.access(root, os.W_OK):
+            return root
+    return tempfile.gettempdir()
+
+
+def write(connection: Connection) -> Path:
+    """Write the file, readable for its owner only. Returns its path."""
+    from jupyter_core.paths import secure_write
+
+    folder = runtime_dir()
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    path = folder / f"{PREFIX}{connection.pid}-{secrets.token_hex(4)}{SUFFIX}"
+    data = asdict(connection)
+    del data["path"]
+    hidden = path.with_name("." + path.name)  # renamed when complete: nobody reads half a file
+    with secure_write(str(hidden)) as file:
+        json.dump({"version": VERSION, **data}, file)
+    hidden.rename(path)
+    return path
+
+
+def remove(connection: Connection) -> None:
+    """Delete a connection's file and socket directory."""
+    if connection.path != Path():
+        connection.path.unlink(missing_ok=True)
+    folder = Path(connection.address.removeprefix("ipc://")).parent
+    with contextlib.suppress(OSError):
+        if folder.name.startswith(PREFIX) and _private(folder.lstat(), directory=True):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _private(status: os.stat_result, *, directory: bool) -> bool:
+    kind = stat.S_ISDIR(status.st_mode) if directory else stat.S_ISREG(status.st_mode)
+    return kind and status.st_uid == os.getuid() and not status.st_mode & 0o077
+
+
+def _read(path: Path) -> Connection | None:
+    """A connection that may be trusted, else None."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        with open(descriptor, "rb") as file:
+            if not _private(os.fstat(descriptor), directory=False):
+                return None
+            data: dict[str, Any] = json.loads(file.read(MAX_FILE_BYTES))
+        if data.pop("version") != VERSION:
+            return None
+        model = ModelDescription(**data.pop("model"))
+        connection = Connection(**data, model=model, path=path)
+        return connection if connection.address.startswith("ipc://") and isinstance(connection.key, str) and len(connection.key) == 64 else None
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return None
+
+
+def find_connections(folder: Path | None = None) -> list[Connection]:
+    """All live engines of this user on this machine, newest first. Files of dead processes of this machine are removed."""
+    found = []
+    for path in (folder or runtime_dir()).glob(f"{PREFIX}*{SUFFIX}"):
+        connection = _read(path)
+        if connection is None or not connection.is_here:
+            continue
+        if connection.is_alive:
+            found.append(connection)
+        else:
+            remove(connection)
+    return sorted(found, key=lambda c: (c.created, c.path.name), reverse=True)

@@ -1,0 +1,110 @@
+"""What crosses the bridge: two-frame ZMQ messages (kind, JSON), and the translation of llmkit's types and errors. Pure.
+
+    client → server   HELLO key · SUBMIT request · ABORT id · PING
+    server → client   WELCOME description · DENIED · EVENTS [[id, text, tokens], …] [[id, completion, failure], …] · PONG stats · GOODBYE reason
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import Any
+
+from llmkit import errors
+from llmkit.types import Completion, EngineStats, FinishReason, GenerationRequest, Message, ModelDescription, RequestMetrics, SamplingParams, Usage
+
+__all__ = [
+    "ABORT", "DENIED", "EVENTS", "GOODBYE", "HELLO", "PING", "PONG", "SUBMIT", "WELCOME",
+    "completion_from", "completion_to", "description_from", "description_to", "error_from", "error_to",
+    "pack", "request_from", "request_to", "stats_from", "stats_to", "unpack",
+]  # fmt: skip
+
+HELLO, SUBMIT, ABORT, PING = b"HELLO", b"SUBMIT", b"ABORT", b"PING"
+WELCOME, DENIED, EVENTS, PONG, GOODBYE = b"WELCOME", b"DENIED", b"EVENTS", b"PONG", b"GOODBYE"
+
+
+def pack(value: Any) -> bytes:
+    return json.dumps(value, separators=(",", ":")).encode()
+
+
+def unpack(data: bytes) -> Any:
+    return json.loads(data)
+
+
+def request_to(request: GenerationRequest) -> dict[str, Any]:
+    return {
+        "id": request.request_id,
+        "sampling": request.sampling.as_dict(),
+        "prompt": request.prompt,
+        "messages": None if request.messages is None else [m.as_dict() for m in request.messages],
+    }
+
+
+def request_from(data: dict[str, Any]) -> GenerationRequest:
+    """Raises `InvalidRequestError` for values out of range."""
+    sampling = dict(data["sampling"])
+    if "logit_bias" in sampling:
+        sampling["logit_bias"] = tuple((t, b) for t, b in sampling["logit_bias"])
+    prompt = data["prompt"]
+    return GenerationRequest(
+        data["id"],
+        SamplingParams(**sampling),
+        prompt=tuple(prompt) if isinstance(prompt, list) else prompt,
+        messages=None if data["messages"] is None else tuple(Message(**m) for m in data["messages"]),
+    )
+
+
+def completion_to(completion: Completion) -> dict[str, Any]:
+    """Without the text: the reader has it from the deltas."""
+    data = asdict(completion)
+    del data["text"], data["request_id"]
+    return data
+
+
+def completion_from(data: dict[str, Any], request_id: str, text: str) -> Completion:
+    return Completion(
+        text=text,
+        finish_reason=FinishReason(data["finish_reason"]),
+        usage=Usage(**data["usage"]),
+        metrics=RequestMetrics(**data["metrics"]),
+        tokens=tuple(data["tokens"]),
+        request_id=request_id,
+        error=data["error"],
+    )
+
+
+def description_to(description: ModelDescription) -> dict[str, Any]:
+    return asdict(description)
+
+
+def description_from(data: dict[str, Any]) -> ModelDescription:
+    return ModelDescription(**data)
+
+
+def stats_to(stats: EngineStats) -> dict[str, Any]:
+    return asdict(stats)
+
+
+def stats_from(data: dict[str, Any]) -> EngineStats:
+    return EngineStats(**data)
+
+
+def error_to(error: Exception) -> dict[str, Any]:
+    data: dict[str, Any] = {"type": type(error).__name__, "message": str(error)}
+    if isinstance(error, errors.InvalidRequestError):
+        data["param"] = error.param
+    if isinstance(error, errors.ContextLengthError):
+        data |= {"num_tokens": error.num_tokens, "n_ctx": error.n_ctx}
+    return data
+
+
+def error_from(data: dict[str, Any]) -> Exception:
+    """The same class on this side; what is not llmkit's becomes an `EngineError`."""
+    name, message = data["type"], data["message"]
+    if name == "ContextLengthError":
+        return errors.ContextLengthError(data["num_tokens"], data["n_ctx"], data["param"])
+    if name == "InvalidRequestError":
+        return errors.InvalidRequestError(message, data["param"])
+    if name in ("QueueFullError", "ModelUnloadedError", "EngineGoneError"):
+        return getattr(errors, name)(message)  # type: ignore[no-any-return]
+    return errors.EngineError(message)
