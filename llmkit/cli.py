@@ -1,0 +1,82 @@
+"""The command ``llmkit``: serve, engine, bench."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import llmkit
+from llmkit.errors import LLMKitError
+
+__all__ = ["main"]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; 0 on success, 1 for an error (one clear line on stderr), 2 for wrong usage, 130 after Ctrl-C."""
+    args = _parser().parse_args(argv)
+    try:
+        return int(args.run(args))
+    except LLMKitError as error:
+        print(f"llmkit: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"llmkit: {error.strerror or error}: {error.filename or ''}".rstrip(": "), file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="llmkit", description="Run a GGUF model and let programs use it through an OpenAI-compatible endpoint.")
+    parser.add_argument("--version", action="version", version=f"llmkit {llmkit.__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    serve = commands.add_parser("serve", help="serve a model, or all running engines, at http://HOST:PORT/v1")
+    serve.add_argument("model", nargs="?", help="alias or path of a GGUF file; without it all engines of your notebooks are served")
+    serve.add_argument("--host", help="address to listen on (127.0.0.1); others than loopback need a key")
+    serve.add_argument("--port", type=int, help="port to listen on (3000; 0 takes a free one)")
+    serve.add_argument("--api-key", help="key that callers must send; better in $LLMKIT_API_KEY, where `ps` does not show it")
+    serve.add_argument("--config", type=Path, help="TOML file of settings")
+    serve.add_argument("--attach", type=int, metavar="PID", help="serve only the engines of this process, and end with it")
+    _engine_options(serve)
+    serve.set_defaults(run=_serve)
+    engine = commands.add_parser("engine", help="hold a model for gateways and notebooks, without HTTP; ends with its standard input")
+    engine.add_argument("model")
+    _engine_options(engine)
+    engine.set_defaults(run=_engine)
+    bench = commands.add_parser("bench", help="measure any OpenAI-compatible endpoint under load")
+    from llmkit.bench import workload
+
+    workload.add_arguments(bench)
+    bench.set_defaults(run=workload.main)
+    return parser
+
+
+def _engine_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--name", help="name of the model for callers")
+    parser.add_argument("--n-ctx", type=int, help="most tokens of one request (4096 at most by default)")
+    parser.add_argument("--n-slots", type=int, help="requests computed at once (8 at most by default)")
+    parser.add_argument("--n-gpu-layers", type=int, help="layers on the GPU (-1: all)")
+    parser.add_argument("--threads", type=int, help="compute threads (all cores)")
+
+
+ENGINE_OPTIONS = ("name", "n_ctx", "n_slots", "n_gpu_layers", "threads")
+
+
+def _serve(args: argparse.Namespace) -> int:
+    from llmkit.config import read_settings
+    from llmkit.gateway import standalone
+
+    given = {k: getattr(args, k) for k in ("model", "host", "port", "api_key", *ENGINE_OPTIONS) if getattr(args, k) is not None}
+    return standalone.serve(read_settings(given, args.config), attach_pid=args.attach)
+
+
+def _engine(args: argparse.Namespace) -> int:
+    options = {k: getattr(args, k) for k in ENGINE_OPTIONS if getattr(args, k) is not None}
+    from llmkit.llm import load
+
+    with load(args.model, **options) as llm:
+        print(f"loaded {llm!r}", flush=True)
+        sys.stdin.buffer.read()  # whoever started us holds the other end: its end is ours
+    return 0

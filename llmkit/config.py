@@ -1,0 +1,60 @@
+"""Settings of `llmkit serve`, from the command line, the environment (``LLMKIT_PORT=…``) and a TOML file, in that order. Unknown keys are errors."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, ValidationError
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+
+from llmkit.errors import InvalidRequestError
+
+__all__ = ["ServeSettings", "read_settings"]
+
+
+class ServeSettings(BaseSettings):
+    """What `llmkit serve` runs with."""
+
+    model_config = SettingsConfigDict(env_prefix="LLMKIT_", extra="forbid")
+
+    model: str | None = Field(None, description="alias or path of a GGUF file; none exposes all running engines")
+    host: str = Field("127.0.0.1", description="address to listen on; others than loopback need a key")
+    port: int = Field(3000, ge=0, le=65535, description="port to listen on; 0 takes a free one")
+    api_key: str | None = Field(None, description="key that callers must send")
+    name: str | None = Field(None, description="name of the model for callers")
+    n_ctx: int | None = Field(None, ge=1, description="most tokens of one request")
+    n_slots: int | None = Field(None, ge=1, description="requests computed at once")
+    n_gpu_layers: int = Field(-1, description="layers on the GPU; -1 means all")
+    threads: int | None = Field(None, ge=1, description="compute threads; none means all cores")
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return init_settings, env_settings
+
+
+def read_settings(given: dict[str, Any], file: Path | None = None) -> ServeSettings:
+    """Settings by precedence: ``given`` (what the command line said), environment, ``file``.
+
+    Raises `InvalidRequestError` that names the key.
+    """
+    try:
+        known = ServeSettings(**given)
+        if file is None:
+            return known
+        values = tomllib.loads(file.read_text())
+        return ServeSettings(**{**values, **known.model_dump(exclude_unset=True)})
+    except (OSError, tomllib.TOMLDecodeError) as error:
+        raise InvalidRequestError(f"cannot read the settings file {file}: {error}") from None
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        key = ".".join(map(str, first["loc"]))
+        raise InvalidRequestError(f"setting {key}: {first['msg']}", key) from None

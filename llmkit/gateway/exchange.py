@@ -1,0 +1,83 @@
+"""One HTTP request and its answer, whatever serves it: routes see only this, never Tornado's handlers. Tornado loop only."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import secrets
+from datetime import timedelta
+from typing import Any
+
+from tornado import gen, iostream, web
+
+from llmkit.gateway.failures import ApiError
+
+__all__ = ["ClientGoneError", "Exchange"]
+
+WRITE_TIMEOUT_S = 60
+MAX_BODY_BYTES = 16 << 20
+
+
+class ClientGoneError(Exception):
+    """The client closed the connection, or reads nothing any more."""
+
+
+class Exchange:
+    """A request to a route: ``method``, ``path`` (under the mount), ``body``; answered once, by ``send_json`` or as events."""
+
+    def __init__(self, handler: web.RequestHandler, path: str) -> None:
+        self._handler = handler
+        self.method = str(handler.request.method)
+        self.path = "/" + path.strip("/")
+        self.args: tuple[str, ...] = ()
+        self.request_id = handler.request.headers.get("x-request-id", "")[:100] or secrets.token_hex(16)
+        if not self.request_id.isprintable():
+            self.request_id = secrets.token_hex(16)
+        self.streaming = False
+        handler.set_header("x-request-id", self.request_id)
+
+    @property
+    def body(self) -> bytes:
+        body = self._handler.request.body
+        if len(body) > MAX_BODY_BYTES:
+            raise ApiError(413, f"The body has {len(body)} bytes; at most {MAX_BODY_BYTES} are accepted.", code="request_too_large")
+        return body
+
+    def send_json(self, value: Any, status: int = 200, headers: dict[str, str] | None = None) -> None:
+        self._handler.set_status(status)
+        for name, text in (headers or {}).items():
+            self._handler.set_header(name, text)
+        self._handler.set_header("Content-Type", "application/json")
+        self._handler.finish(json.dumps(value))
+
+    def send_error(self, error: ApiError) -> None:
+        """The error object; within a stream as its last event, which then ends without ``[DONE]``."""
+        if not self.streaming:
+            self.send_json(error.body, error.status, error.headers)
+            return
+        try:
+            self._handler.write(f"data: {json.dumps(error.body)}\n\n")
+            self._handler.finish()
+        except (iostream.StreamClosedError, RuntimeError):
+            return
+
+    async def start_events(self) -> None:
+        self.streaming = True
+        self._handler.set_header("Content-Type", "text/event-stream")
+        self._handler.set_header("Cache-Control", "no-cache")
+        self._handler.set_header("X-Accel-Buffering", "no")  # JupyterHub's and other proxies must not collect
+
+    async def send_text(self, text: str) -> None:
+        """Write and flush. Raises `ClientGoneError`."""
+        self._handler.write(text)
+        try:
+            await gen.with_timeout(timedelta(seconds=WRITE_TIMEOUT_S), self._handler.flush())
+        except (iostream.StreamClosedError, gen.TimeoutError, asyncio.TimeoutError) as error:
+            raise ClientGoneError from error
+
+    async def send_event(self, value: Any) -> None:
+        await self.send_text(f"data: {json.dumps(value)}\n\n")
+
+    def end_events(self) -> None:
+        self._handler.write("data: [DONE]\n\n")
+        self._handler.finish()

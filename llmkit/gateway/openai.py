@@ -1,0 +1,202 @@
+"""The OpenAI routes: models, chat completions, completions. Tornado loop only."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+from llmkit.client import EngineClient
+from llmkit.errors import EngineGoneError, ModelNotFoundError
+from llmkit.gateway import schemas
+from llmkit.gateway.engines import EngineDirectory
+from llmkit.gateway.exchange import Exchange
+from llmkit.stream import Stream
+from llmkit.types import Completion, Delta, FinishReason, GenerationRequest
+
+__all__ = ["OpenAIRoutes"]
+
+PING_S = 15.0
+Chunk = Callable[[dict[str, Any], int, Any, FinishReason | None], dict[str, Any]]
+
+
+class OpenAIRoutes:
+    """Routes over the engines of a directory. ``fingerprint`` goes into every reply; ``on_use`` hears of each engine that is used."""
+
+    def __init__(self, directory: EngineDirectory, fingerprint: str, on_use: Callable[[EngineClient], None] = lambda _: None) -> None:
+        self._directory = directory
+        self._fingerprint = fingerprint
+        self._on_use = on_use
+
+    async def list_models(self, exchange: Exchange) -> None:
+        data = [schemas.model_object(e.model_id, e.client.description) for e in self._directory.entries()]
+        exchange.send_json({"object": "list", "data": data})
+
+    async def get_model(self, exchange: Exchange) -> None:
+        model = exchange.args[0]
+        try:
+            description = self._directory.lookup(model).description
+        except EngineGoneError as error:  # here a model that is not there is not found, whatever it was
+            raise ModelNotFoundError(str(error)) from error
+        exchange.send_json(schemas.model_object(model, description))
+
+    async def chat_completions(self, exchange: Exchange) -> None:
+        request = schemas.parse(schemas.ChatRequest, exchange.body)
+        reply_id = schemas.new_id("chatcmpl")
+        engine = self._engine(request.model)
+        head = self._head(reply_id, "chat.completion.chunk" if request.stream else "chat.completion", engine)
+        streams = submit_all(engine, request.requests(reply_id))
+        try:
+            if not request.stream:
+                exchange.send_json(schemas.chat_object(head, await gather(streams, lambda: self._on_use(engine))))
+                return
+            events = merge(streams)
+            news = await anext(events)  # an error before the first byte still has its real status
+            await self._start(exchange, head, request.include_usage)
+            for i in range(len(streams)):
+                await exchange.send_event(schemas.chat_chunk(head, i, {"role": "assistant", "content": ""}))
+            await self._relay(exchange, engine, head, news, events, request.include_usage, 1, lambda i, text: {"content": text} if text else {}, schemas.chat_chunk)
+        finally:
+            close_all(streams)
+
+    async def completions(self, exchange: Exchange) -> None:
+        request = schemas.parse(schemas.CompletionRequest, exchange.body)
+        reply_id = schemas.new_id("cmpl")
+        engine = self._engine(request.model)
+        head = self._head(reply_id, "text_completion", engine)
+        requests = request.requests(reply_id)
+        num_prompts = len(request.prompts)
+        streams = submit_all(engine, requests)
+        try:
+            if not request.stream:
+                done = await gather(streams, lambda: self._on_use(engine))
+                texts = [request.echo_text(i) + c.text for i, c in enumerate(done)]
+                exchange.send_json(schemas.completion_object(head, texts, done, num_prompts))
+                return
+            events = merge(streams)
+            news = await anext(events)
+            await self._start(exchange, head, request.include_usage)
+            if request.echo:
+                for i in range(len(streams)):
+                    await exchange.send_event(schemas.text_chunk(head, i, request.echo_text(i)))
+            await self._relay(exchange, engine, head, news, events, request.include_usage, num_prompts, lambda i, text: text, schemas.text_chunk)
+        finally:
+            close_all(streams)
+
+    def _engine(self, model: str) -> EngineClient:
+        engine = self._directory.lookup(model)
+        self._on_use(engine)
+        return engine
+
+    def _head(self, reply_id: str, kind: str, engine: EngineClient) -> dict[str, Any]:
+        return {
+            "id": reply_id,
+            "object": kind,
+            "created": int(time.time()),
+            "model": engine.description.name,
+            "system_fingerprint": self._fingerprint,
+        }
+
+    @staticmethod
+    async def _start(exchange: Exchange, head: dict[str, Any], include_usage: bool) -> None:
+        if include_usage:
+            head["usage"] = None
+        await exchange.start_events()
+
+    async def _relay(
+        self,
+        exchange: Exchange,
+        engine: EngineClient,
+        head: dict[str, Any],
+        news: Event | None,
+        events: AsyncIterator[Event | None],
+        include_usage: bool,
+        num_prompts: int,
+        payload: Callable[[int, str], Any],
+        chunk: Chunk,
+    ) -> None:
+        """Pass events on until all streams have ended."""
+        usages = {}
+        while True:
+            if news is None:
+                self._on_use(engine)  # still at work, though silent
+                await exchange.send_text(": ping\n\n")
+            else:
+                index, deltas, completion = news
+                text = "".join(d.text for d in deltas)
+                if text:
+                    await exchange.send_event(chunk(head, index, payload(index, text), None))
+                if completion is not None:
+                    usages[index] = completion.usage
+                    await exchange.send_event(chunk(head, index, payload(index, ""), completion.finish_reason))
+            try:
+                news = await anext(events)
+            except StopAsyncIteration:
+                break
+        if include_usage:
+            usage = schemas.usage_object([usages[i] for i in sorted(usages)], num_prompts)
+            await exchange.send_event({**head, "choices": [], "usage": usage})
+        self._on_use(engine)
+        exchange.end_events()
+
+
+Event = tuple[int, list[Delta], Completion | None]
+
+
+def submit_all(engine: EngineClient, requests: list[GenerationRequest]) -> list[Stream]:
+    """All or none."""
+    streams: list[Stream] = []
+    try:
+        for request in requests:
+            streams.append(engine.submit(request))
+    except BaseException:
+        close_all(streams)
+        raise
+    return streams
+
+
+def close_all(streams: list[Stream]) -> None:
+    for stream in streams:
+        stream.close()
+
+
+async def gather(streams: list[Stream], on_wait: Callable[[], None]) -> list[Completion]:
+    """The completions of all streams, in order. The first failure is raised at once."""
+    done: dict[int, Completion] = {}
+    async for event in merge(streams):
+        if event is None:
+            on_wait()
+        elif event[2] is not None:
+            done[event[0]] = event[2]
+    return [done[i] for i in range(len(streams))]
+
+
+async def merge(streams: list[Stream]) -> AsyncIterator[Event | None]:
+    """News of any stream as it comes; None after 15 s of silence. A failed stream's error is raised."""
+    loop, arrived = asyncio.get_running_loop(), asyncio.Event()
+
+    def wake() -> None:
+        if not loop.is_closed():
+            loop.call_soon_threadsafe(arrived.set)
+
+    for stream in streams:
+        stream.listen(wake)
+    waiting = dict(enumerate(streams))
+    while waiting:
+        try:
+            async with asyncio.timeout(PING_S):
+                await arrived.wait()
+        except TimeoutError:
+            yield None
+            continue
+        arrived.clear()
+        for index, stream in list(waiting.items()):
+            deltas, completion = stream.take()
+            if completion is not None:
+                del waiting[index]
+                if completion.finish_reason in (FinishReason.ERROR, FinishReason.ABORT):
+                    raise stream.failure or EngineGoneError("the request was aborted in the kernel")
+            if deltas or completion is not None:
+                yield index, deltas, completion
+

@@ -1,0 +1,266 @@
+"""OpenAI's words, and nobody else's: request schemas, and the objects that answers are made of. What a field means is translated here, once.
+
+A parameter is honoured or refused with a 400 that names it; none is ignored but those that ask nothing of a server (`user`, `metadata`, …).
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+from typing import Annotated, Any, Literal, NoReturn, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from llmkit.errors import InvalidRequestError
+from llmkit.types import Completion, FinishReason, GenerationRequest, Message, ModelDescription, SamplingParams, Usage
+
+__all__ = ["ChatRequest", "CompletionRequest", "chat_chunk", "chat_object", "completion_object", "model_object", "new_id", "parse", "text_chunk", "usage_object"]
+
+LEGACY_MAX_TOKENS = 16
+MAX_CHOICES = 128
+MAX_PROMPTS = 2048
+FINISH_REASONS = {FinishReason.STOP: "stop", FinishReason.LENGTH: "length", FinishReason.TOOL_CALLS: "tool_calls", FinishReason.ABORT: "stop"}
+TokenIds = list[int]
+Schema = TypeVar("Schema", bound=BaseModel)
+
+
+class StreamOptions(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+    include_usage: bool | None = None
+    include_obfuscation: bool | None = None
+
+
+class GenerationFields(BaseModel):
+    """What both endpoints take."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    model: str = "default"
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
+    max_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    typical_p: float | None = None
+    repetition_penalty: float | None = None
+    repeat_penalty: float | None = None
+    repeat_last_n: int | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    logit_bias: dict[str, float] | None = None
+    ignore_eos: bool | None = None
+    user: str | None = None
+    metadata: dict[str, str] | None = None
+    store: Literal[False] | None = None
+    service_tier: Literal["auto", "default"] | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+
+    @property
+    def include_usage(self) -> bool:
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+    def sampling(self, index: int, max_tokens: int | None) -> SamplingParams:
+        """Parameters of choice ``index``. Raises `InvalidRequestError`."""
+        if self.stream_options is not None and not self.stream:
+            raise InvalidRequestError("stream_options is only allowed when stream is true.", "stream_options")
+        values: dict[str, Any] = {
+            "max_tokens": max_tokens,
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+            "top_k": self.top_k,
+            "min_p": self.min_p,
+            "typical_p": self.typical_p,
+            "repetition_penalty": self.repetition_penalty if self.repetition_penalty is not None else self.repeat_penalty,
+            "penalty_last_n": self.repeat_last_n,
+            "presence_penalty": self.presence_penalty,
+            "frequency_penalty": self.frequency_penalty,
+            "seed": None if self.seed is None else self.seed + index,
+            "stop": None if self.stop is None else (self.stop,) if isinstance(self.stop, str) else tuple(self.stop),
+            "logit_bias": _logit_bias(self.logit_bias),
+            "ignore_eos": self.ignore_eos,
+        }
+        given = {k: v for k, v in values.items() if v is not None}
+        return SamplingParams(**{"max_tokens": None, **given})
+
+
+def _logit_bias(bias: dict[str, float] | None) -> tuple[tuple[int, float], ...] | None:
+    if bias is None:
+        return None
+    try:
+        return tuple((int(token), float(value)) for token, value in bias.items())
+    except ValueError:
+        raise InvalidRequestError("logit_bias: the keys must be token ids.", "logit_bias") from None
+
+
+class TextPart(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+    type: Literal["text"]
+    text: str
+
+
+class ChatMessage(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[TextPart] | None = None
+    name: str | None = None
+    refusal: str | None = None
+
+    def message(self) -> Message:
+        content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content or [])
+        return Message(self.role, content, self.name)
+
+
+class ChatRequest(GenerationFields):
+    """POST /v1/chat/completions"""
+
+    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    max_completion_tokens: int | None = None
+    logprobs: Literal[False] | None = None
+    response_format: ResponseFormat | None = None
+    modalities: list[Literal["text"]] | None = None
+
+    def requests(self, reply_id: str) -> list[GenerationRequest]:
+        """One engine request for each choice."""
+        limit = self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
+        messages = tuple(m.message() for m in self.messages)
+        return [GenerationRequest(f"{reply_id}-{i}", self.sampling(i, limit), messages=messages) for i in range(self.n or 1)]
+
+
+class ResponseFormat(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+    type: Literal["text"]
+
+
+class CompletionRequest(GenerationFields):
+    """POST /v1/completions"""
+
+    prompt: str | list[str] | TokenIds | list[TokenIds]
+    echo: bool | None = None
+    best_of: Literal[1] | None = None
+
+    @property
+    def prompts(self) -> list[str | tuple[int, ...]]:
+        """The prompts, one by one. Raises `InvalidRequestError` for none, or too many."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        if not self.prompt:
+            raise InvalidRequestError("prompt must not be empty.", "prompt")
+        if isinstance(self.prompt[0], int):
+            return [tuple(self.prompt)]  # type: ignore[arg-type]
+        if len(self.prompt) * (self.n or 1) > MAX_PROMPTS:
+            raise InvalidRequestError(f"prompt: at most {MAX_PROMPTS} prompts times n in one request.", "prompt")
+        return [p if isinstance(p, str) else tuple(p) for p in self.prompt]  # type: ignore[arg-type]
+
+    def requests(self, reply_id: str) -> list[GenerationRequest]:
+        """One engine request for each choice; choice index = prompt index x n + j."""
+        n, prompts = self.n or 1, self.prompts
+        if self.echo and not all(isinstance(p, str) for p in prompts):
+            raise InvalidRequestError("echo is only supported for text prompts.", "echo")
+        limit = LEGACY_MAX_TOKENS if self.max_tokens is None else self.max_tokens
+        return [
+            GenerationRequest(f"{reply_id}-{i * n + j}", self.sampling(j, limit), prompt=prompt)
+            for i, prompt in enumerate(prompts)
+            for j in range(n)
+        ]
+
+    def echo_text(self, index: int) -> str:
+        """What choice ``index`` begins with."""
+        return str(self.prompts[index // (self.n or 1)]) if self.echo else ""
+
+
+def parse(schema: type[Schema], body: bytes) -> Schema:
+    """A request body as its schema.
+
+    Raises `InvalidRequestError` that names the first field that is wrong.
+    """
+    try:
+        data = json.loads(body.decode("utf-8"), parse_constant=_no_constant)
+    except UnicodeDecodeError as error:
+        raise InvalidRequestError(f"The body is not valid UTF-8 (byte {error.start}).") from None
+    except RecursionError:
+        raise InvalidRequestError("The body is nested too deeply.") from None
+    except ValueError as error:
+        raise InvalidRequestError(f"The body is not valid JSON: {error}") from None
+    if not isinstance(data, dict):
+        raise InvalidRequestError("The body must be a JSON object.")
+    try:
+        return schema.model_validate(data)
+    except RecursionError:
+        raise InvalidRequestError("The body is nested too deeply.") from None
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        param = next((str(part) for part in first["loc"] if isinstance(part, str)), None)
+        place = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "extra_forbidden":
+            raise InvalidRequestError(f"Unrecognized or unsupported parameter: {place:.200}", param) from None
+        raise InvalidRequestError(f"{place:.200}: {first['msg']}", param) from None
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+def new_id(prefix: str) -> str:
+    return f"{prefix}-{secrets.token_hex(12)}"
+
+
+def usage_object(usages: list[Usage], num_prompts: int = 1) -> dict[str, Any]:
+    """Tokens of a reply: each prompt counts once, the output of all choices is summed."""
+    step = max(1, len(usages) // num_prompts)
+    prompts = usages[::step]
+    prompt, completion = sum(u.prompt_tokens for u in prompts), sum(u.completion_tokens for u in usages)
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+        "prompt_tokens_details": {"cached_tokens": sum(u.cached_tokens for u in prompts)},
+        "completion_tokens_details": {"reasoning_tokens": 0},
+    }
+
+
+def chat_chunk(head: dict[str, Any], index: int, delta: dict[str, Any], finish: FinishReason | None = None) -> dict[str, Any]:
+    choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None if finish is None else FINISH_REASONS[finish]}
+    return {**head, "choices": [choice]}
+
+
+def text_chunk(head: dict[str, Any], index: int, text: str, finish: FinishReason | None = None) -> dict[str, Any]:
+    choice = {"text": text, "index": index, "logprobs": None, "finish_reason": None if finish is None else FINISH_REASONS[finish]}
+    return {**head, "choices": [choice]}
+
+
+def chat_object(head: dict[str, Any], completions: list[Completion]) -> dict[str, Any]:
+    choices = [
+        {
+            "index": i,
+            "message": {"role": "assistant", "content": c.text, "refusal": None},
+            "logprobs": None,
+            "finish_reason": FINISH_REASONS[c.finish_reason],
+        }
+        for i, c in enumerate(completions)
+    ]
+    return {**head, "choices": choices, "usage": usage_object([c.usage for c in completions])}
+
+
+def completion_object(head: dict[str, Any], texts: list[str], completions: list[Completion], num_prompts: int) -> dict[str, Any]:
+    choices = [
+        {"text": text, "index": i, "logprobs": None, "finish_reason": FINISH_REASONS[c.finish_reason]}
+        for i, (text, c) in enumerate(zip(texts, completions, strict=True))
+    ]
+    return {**head, "choices": choices, "usage": usage_object([c.usage for c in completions], num_prompts)}
+
+
+def model_object(model_id: str, description: ModelDescription) -> dict[str, Any]:
+    meta = {
+        "n_ctx": description.n_ctx,
+        "n_ctx_train": description.n_ctx_train,
+        "n_params": description.n_params,
+        "n_vocab": description.n_vocab,
+        "quantization": description.quantization,
+    }
+    return {"id": model_id, "object": "model", "created": description.created, "owned_by": "llmkit", "meta": meta}
