@@ -1,0 +1,100 @@
+"""The Jupyter adapter of the route table: Jupyter's identity and authorizer, OpenAI's error shape."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from typing import Any
+
+from jupyter_core.utils import ensure_async
+from jupyter_server.base.handlers import APIHandler
+from llmkit.gateway.app import Gateway
+from llmkit.gateway.exchange import Exchange
+from llmkit.gateway.failures import ApiError
+from tornado import web
+
+__all__ = ["JupyterGatewayHandler"]
+
+RESOURCE = "llmkit"
+
+
+class JupyterGatewayHandler(APIHandler):
+    """Runs every route under the mount, unknown ones included, for users that Jupyter lets in.
+
+    The authorizer is asked for ``read`` (GET) or ``execute`` (the rest) on the resource ``llmkit``.
+    """
+
+    auth_resource = RESOURCE
+
+    def initialize(self, gateway: Gateway) -> None:
+        self._gateway = gateway
+        self._task: asyncio.Task[None] | None = None
+
+    async def prepare(self) -> None:  # type: ignore[override]
+        headers = self.request.headers
+        if "Authorization" not in headers and "x-api-key" in headers:
+            headers["Authorization"] = f"Bearer {headers['x-api-key']}"  # Anthropic's way to send a key
+        try:
+            await super().prepare()
+        except web.HTTPError as error:
+            if error.status_code == 403 and self._is_stranger():
+                raise web.HTTPError(401) from None
+            raise
+
+    def get_login_url(self) -> str:
+        """An API never redirects to a login page."""
+        raise web.HTTPError(401)
+
+    def _is_stranger(self) -> bool:
+        """Nobody is logged in. `check_host` failures set no user either, but those come with a host that is not ours."""
+        return getattr(self, "_jupyter_current_user", None) is None and self.check_host()
+
+    async def _run(self, path: str | None = None) -> None:
+        exchange = Exchange(self, path or "")
+        action = "read" if self.request.method in ("GET", "HEAD") else "execute"
+        if not await ensure_async(self.authorizer.is_authorized(self, self.current_user, action, RESOURCE)):
+            exchange.send_error(ApiError(403, f"You may not {action} on {RESOURCE} here.", "permission_error", code="forbidden"))
+            return
+        self._task = asyncio.ensure_future(self._gateway.dispatch(exchange))
+        with contextlib.suppress(asyncio.CancelledError):
+            await self._task
+
+    @web.authenticated
+    async def get(self, path: str | None = None) -> None:
+        await self._run(path)
+
+    @web.authenticated
+    async def head(self, path: str | None = None) -> None:
+        await self._run(path)
+
+    @web.authenticated
+    async def post(self, path: str | None = None) -> None:
+        await self._run(path)
+
+    @web.authenticated
+    async def put(self, path: str | None = None) -> None:
+        await self._run(path)
+
+    @web.authenticated
+    async def patch(self, path: str | None = None) -> None:
+        await self._run(path)
+
+    @web.authenticated
+    async def delete(self, path: str | None = None) -> None:
+        await self._run(path)
+
+    def on_connection_close(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+
+    def write_error(self, status_code: int, **kwargs: Any) -> None:
+        """Errors from before the route, in the same shape."""
+        exchange = Exchange(self, self.request.path)
+        if status_code == 401:
+            message = "No valid token: send the Jupyter token as `Authorization: Bearer TOKEN`, or log in."
+            exchange.send_error(ApiError(401, message, "authentication_error", code="invalid_api_key"))
+            return
+        error = kwargs.get("exc_info", (None, None, None))[1]
+        message = (error.log_message if isinstance(error, web.HTTPError) else None) or self._reason
+        kind = "server_error" if status_code >= 500 else "permission_error" if status_code == 403 else "invalid_request_error"
+        exchange.send_error(ApiError(status_code, message, kind))

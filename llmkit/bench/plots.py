@@ -1,0 +1,32 @@
+"""Finished pictures for results; matplotlib on the caller's thread only."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.axes import Axes
+
+__all__ = ["profile"]
+
+
+def profile(summary: pd.DataFrame, name: str) -> Axes:
+    """Prefill throughput by prompt length, and decode throughput by batch size, in tokens a second."""
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    for batch_size, group in summary.groupby("batch_size"):
+        left.plot(group["prompt_tokens"], group["prefill_tok_s"], marker="o", label=f"batch {batch_size}")
+    left.set(title="Prefill", xlabel="prompt length (tokens)", ylabel="tokens / s", ylim=(0, None))
+    left.legend(frameon=False)
+    for length, group in summary.groupby("prompt_tokens"):
+        right.plot(group["batch_size"], group["decode_tok_s"], marker="o", label=f"{length}-token prompts")
+    right.set(title="Decode", xlabel="batch size (streams)", ylabel="tokens / s, all streams", ylim=(0, None))
+    right.set_xticks(sorted(summary["batch_size"].unique()))
+    right.legend(frameon=False)
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="y", alpha=0.3)
+    figure.suptitle(f"{name}: speed on this machine")
+    return right

@@ -1,0 +1,334 @@
+"""`LLM`, the handle people hold: generate, chat, stream, profile, monitor, serve. It composes the rooms below it and owns no memory itself."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import threading
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, overload
+
+from llmkit.client import EngineClient
+from llmkit.errors import InvalidRequestError, ModelUnloadedError
+from llmkit.stream import Channel, Stream
+from llmkit.types import Completion, EngineStats, FinishReason, GenerationRequest, Message, ModelDescription, SamplingParams
+
+if TYPE_CHECKING:
+    from llmkit.bench.profiler import Profile
+    from llmkit.bridge.server import BridgeServer
+    from llmkit.models.memory import MemoryEstimate
+    from llmkit.notebook.monitor import Monitor
+    from llmkit.notebook.serving import Endpoint
+
+__all__ = ["LLM", "Interrupted", "estimate", "load"]
+
+Messages = str | Message | dict[str, Any] | Sequence[Message | dict[str, Any]]
+
+# Prompts of one batch call that are in the engine at a time: more than any number of slots, less than the queue's bound.
+BATCH_WINDOW = 256
+_ids = itertools.count(1)
+_loaded: dict[Path, LLM] = {}
+_load_lock = threading.RLock()
+
+
+class Interrupted(KeyboardInterrupt):
+    """The stop button ended a generation. The text so far is in ``llm.last``; the next call works."""
+
+    def _render_traceback_(self) -> list[str]:
+        """What IPython shows: one line instead of the frames in which we waited."""
+        return [f"Interrupted: {self}"]
+
+
+def load(
+    model: str | Path = "smollm2",
+    *,
+    n_ctx: int | None = None,
+    n_slots: int | None = None,
+    n_gpu_layers: int = -1,
+    threads: int | None = None,
+    kv_unified: bool = False,
+    name: str | None = None,
+    share: bool = True,
+    force: bool = False,
+) -> LLM:
+    """Load a GGUF model into this process.
+
+    ``model`` is an alias ("smollm2") or a path. ``n_ctx`` is the most tokens one request may have (prompt and answer), ``n_slots`` the number of requests
+    computed at once; None chooses both (4096 at most, 8 at most, by memory). ``n_gpu_layers=-1`` puts all layers on the GPU if there is one. ``threads`` None: all
+    cores this process may use. ``share`` lets the gateway reach the model from other processes of this user. The same file loads once: a second call gives the
+    same engine.
+
+    Raises `ModelNotFoundError`, `InvalidModelFileError`, `InsufficientMemoryError` (``force=True`` skips the estimate), `ModelLoadError`.
+    """
+    from llmkit.local import LocalEngine
+    from llmkit.models.registry import resolve
+
+    with _load_lock:
+        path = resolve(model).path
+        options = {"n_ctx": n_ctx, "n_slots": n_slots, "n_gpu_layers": n_gpu_layers, "threads": threads, "kv_unified": kv_unified}
+        loaded = _loaded.get(path)
+        if loaded is not None and not loaded.closed:
+            loaded._check_same(options, name)
+            return loaded
+        engine = LocalEngine(model, **options, name=name, force=force)  # type: ignore[arg-type]
+        bridge = None
+        try:
+            if share:
+                from llmkit.bridge.server import BridgeServer
+
+                bridge = BridgeServer(engine, kernel_id())
+        except BaseException:
+            engine.close()
+            raise
+        _register_displays()
+        _loaded[path] = llm = LLM(engine, bridge, options)
+        return llm
+
+
+def estimate(model: str | Path = "smollm2", *, n_ctx: int | None = None, n_slots: int | None = None) -> MemoryEstimate:
+    """What `load` would take, from the file's header alone; loads nothing. Raises what `load` raises for a file that is none."""
+    from llmkit.models import gguf, memory
+    from llmkit.models.registry import resolve
+
+    info = gguf.read_header(resolve(model).path)
+    n_ctx = n_ctx or memory.default_context(info)
+    return memory.estimate(info, n_ctx=n_ctx, n_slots=n_slots or memory.default_slots(info, n_ctx))
+
+
+def kernel_id() -> str | None:
+    """The id of the Jupyter kernel that this is, None elsewhere. Never imports ipykernel."""
+    import sys
+
+    if "ipykernel.kernelapp" not in sys.modules:
+        return None
+    from ipykernel.kernelapp import IPKernelApp  # type: ignore[import-untyped,unused-ignore]
+
+    if not IPKernelApp.initialized():
+        return None
+    stem = Path(IPKernelApp.instance().connection_file).stem
+    return stem.removeprefix("kernel-") if stem.startswith("kernel-") else None
+
+
+def _register_displays() -> None:
+    import sys
+
+    if "IPython" in sys.modules:
+        from llmkit.notebook import display
+
+        display.register()
+
+
+class LLM:
+    """A loaded model.
+
+    >>> llm = llmkit.load("smollm2")                       # doctest: +SKIP
+    >>> llm.generate("Once upon a time", max_tokens=20)    # doctest: +SKIP
+    >>> for piece in llm.stream("Once"): print(piece)      # doctest: +SKIP
+
+    Sampling parameters are keywords everywhere; see `SamplingParams`. The handle is light: references to it that live on (``Out[]``) do not keep the model's
+    memory after ``unload()``; later calls then raise `ModelUnloadedError`. The stop button raises KeyboardInterrupt, and ``last`` has the text so far.
+    """
+
+    def __init__(self, client: EngineClient, bridge: BridgeServer | None = None, options: dict[str, Any] | None = None) -> None:
+        self._client: EngineClient | None = client
+        self._description = client.description
+        self._bridge = bridge
+        self._options = options or {}
+        self._last: Channel | None = None
+        self._endpoint: Endpoint | None = None
+        self._monitors: list[Monitor] = []
+
+    def _check_same(self, options: dict[str, Any], name: str | None) -> None:
+        other = {k: v for k, v in options.items() if v != self._options[k]}
+        if name is not None and name != self._description.name:
+            other["name"] = name
+        if other:
+            asked = ", ".join(f"{k}={v!r}" for k, v in other.items())
+            raise InvalidRequestError(f"{self._description.name!r} is loaded in this process with other settings than {asked}; unload() it first to change them.")
+
+    # -- what it is
+
+    @property
+    def model(self) -> ModelDescription:
+        """Name, sizes and limits."""
+        return self._description
+
+    @property
+    def name(self) -> str:
+        return self._description.name
+
+    @property
+    def closed(self) -> bool:
+        return self._client is None
+
+    @property
+    def stats(self) -> EngineStats:
+        """The engine's newest counters."""
+        return self._engine.stats()
+
+    @property
+    def _engine(self) -> EngineClient:
+        if self._client is None:
+            raise ModelUnloadedError(f"the model {self.name!r} was unloaded; load it again with llmkit.load().")
+        return self._client
+
+    def __repr__(self) -> str:
+        d = self._description
+        if self.closed:
+            return f"LLM({d.name!r}, unloaded)"
+        return f"LLM({d.name!r}, {d.quantization}, {d.n_params / 1e6:.0f}M parameters, n_ctx={d.n_ctx}, n_slots={d.n_slots}, {d.device})"
+
+    # -- generate
+
+    @overload
+    def generate(self, prompt: str, **sampling: Any) -> Completion: ...
+    @overload
+    def generate(self, prompt: Sequence[str], **sampling: Any) -> list[Completion]: ...
+    def generate(self, prompt: str | Sequence[str], **sampling: Any) -> Completion | list[Completion]:
+        """Continue a text; with a list of texts, all of them at once in one batch. Blocks; ■ stops it."""
+        if isinstance(prompt, str):
+            return self._wait([self.stream(prompt, **sampling)])[0]
+        params = SamplingParams(**sampling)
+        prompts = list(prompt)
+        for i, text in enumerate(prompts):
+            if not isinstance(text, str):
+                raise InvalidRequestError(f"prompt {i} is not text but {type(text).__name__}.", "prompt")
+        return self._map(GenerationRequest(self._new_id(), params, prompt=text) for text in prompts)
+
+    def stream(self, prompt: str, **sampling: Any) -> Stream:
+        """Continue a text piece by piece: ``for piece in …``, ``async for piece in …`` or ``await …`` for the completion."""
+        if not isinstance(prompt, str):
+            raise InvalidRequestError(f"prompt must be a text, not {type(prompt).__name__}; generate() takes a list.", "prompt")
+        return self._submit(GenerationRequest(self._new_id(), SamplingParams(**sampling), prompt=prompt))
+
+    def chat(self, messages: Messages, *, stream: bool = False, **sampling: Any) -> Any:
+        """Answer a message, or a conversation as a list of messages (dicts with ``role`` and ``content``, or `Message`).
+
+        A `Completion`, or with ``stream=True`` a `Stream`.
+        """
+        request = GenerationRequest(self._new_id(), SamplingParams(**sampling), messages=_messages(messages))
+        reply = self._submit(request)
+        return reply if stream else self._wait([reply])[0]
+
+    @property
+    def last(self) -> Completion | None:
+        """The newest completion, also a partial one after an interrupt (``finish_reason`` "abort")."""
+        channel = self._last
+        if channel is None:
+            return None
+        end = time.monotonic() + 0.3  # an abort takes a step to arrive
+        while not channel.finished and time.monotonic() < end:
+            time.sleep(0.005)
+        return channel.result or Completion("".join(channel.text_parts), FinishReason.ABORT, request_id=channel.request_id)
+
+    @staticmethod
+    def _new_id() -> str:
+        return f"local-{os.getpid()}-{next(_ids)}"
+
+    def _submit(self, request: GenerationRequest) -> Stream:
+        stream = self._engine.submit(request)
+        self._last = stream.channel
+        return stream
+
+    def _wait(self, streams: list[Stream]) -> list[Completion]:
+        try:
+            return [s.result() for s in streams]
+        except KeyboardInterrupt:
+            for stream in streams:
+                stream.close()
+            for stream in streams:
+                stream.wait(0.3)
+            raise Interrupted("generation stopped; the text so far is in llm.last") from None
+
+    def _map(self, requests: Iterable[GenerationRequest]) -> list[Completion]:
+        done: list[Completion] = []
+        running: list[Stream] = []
+        for request in requests:
+            if len(running) >= BATCH_WINDOW:
+                done += self._wait_first(running)
+            running.append(self._submit(request))
+        return done + self._wait(running)
+
+    def _wait_first(self, running: list[Stream]) -> list[Completion]:
+        """The oldest one's completion; an interrupt ends all."""
+        first = running.pop(0)
+        try:
+            return self._wait([first])
+        except KeyboardInterrupt:
+            for stream in running:
+                stream.close()
+            raise
+
+    # -- measure, watch, share
+
+    def profile(self, **options: Any) -> Profile:
+        """Measure prefill and decode speed by prompt length and batch size; see `llmkit.bench.profiler.run`. ``.df`` is a tidy DataFrame, ``.plot()`` a picture."""
+        from llmkit.bench import profiler
+
+        return profiler.run(self._engine, **options)
+
+    def monitor(self, interval: float = 0.5) -> Monitor:
+        """A live panel of memory, throughput, queue and KV use, moving also while cells are busy. Ends with ``unload()``."""
+        from llmkit.local import device_memory
+        from llmkit.notebook.monitor import Monitor
+
+        monitor = Monitor(self._engine, interval=interval, device_memory=device_memory)
+        self._monitors = [m for m in self._monitors if m.running] + [monitor]
+        return monitor
+
+    def serve(self, port: int = 0) -> Endpoint:
+        """Where other programs reach this model: the Jupyter server's gateway, or a loopback gateway of its own (on ``port``; 0 takes a free one) where no
+        Jupyter server owns this kernel. Shows the URL and how to use it, never the secret.
+        """
+        from llmkit.notebook import serving
+
+        engine = self._engine
+        if self._bridge is None:
+            raise InvalidRequestError("this model was loaded with share=False; load it with share=True to serve it.", "share")
+        if self._endpoint is None or not self._endpoint.alive:
+            self._endpoint = serving.find_or_start(engine.description, self._bridge.connection.kernel_id, port)
+        return self._endpoint
+
+    def unload(self) -> None:
+        """Give the memory back. Running requests end with `ModelUnloadedError`; a second call does nothing."""
+        with _load_lock:
+            client, self._client = self._client, None
+            if client is None:
+                return
+            for path, llm in list(_loaded.items()):
+                if llm is self:
+                    del _loaded[path]
+        for monitor in self._monitors:
+            monitor.stop()
+        if self._endpoint is not None:
+            self._endpoint.close()
+        if self._bridge is not None:
+            self._bridge.close()
+        client.close()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.unload()
+
+
+def _messages(messages: Messages) -> tuple[Message, ...]:
+    if isinstance(messages, str):
+        return (Message("user", messages),)
+    if isinstance(messages, Message | dict):
+        messages = [messages]
+    found = []
+    for message in messages:
+        if isinstance(message, dict):
+            try:
+                message = Message(**message)
+            except TypeError:
+                raise InvalidRequestError("a message needs the keys role and content (and may have name).", "messages") from None
+        if not isinstance(message, Message) or not isinstance(message.content, str) or not isinstance(message.role, str):
+            raise InvalidRequestError("messages must be texts with a role: {'role': 'user', 'content': '…'}.", "messages")
+        found.append(message)
+    return tuple(found)
+

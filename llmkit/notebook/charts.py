@@ -1,0 +1,71 @@
+"""Small charts as inline SVG: they work offline in every front end, follow the theme, and say their numbers as text. Pure; all text is escaped."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from html import escape
+
+__all__ = ["BLUE", "GREEN", "ORANGE", "PURPLE", "bar", "card", "size_text", "sparkline"]
+
+# Readable on white and on Jupyter's dark grey alike (contrast of at least 3:1 for graphics); text takes the theme's colour.
+BLUE, ORANGE, GREEN, PURPLE = "#3b7dd8", "#c9720a", "#2e8b57", "#9063cd"
+FOREGROUND = "var(--jp-ui-font-color1, CanvasText)"
+MUTED = "var(--jp-ui-font-color2, GrayText)"
+LINE = "var(--jp-border-color2, #bbb)"
+
+
+def size_text(num_bytes: float) -> str:
+    """1536 → '1.5 KiB'."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(num_bytes) < 1024 or unit == "GiB":
+            return f"{num_bytes:.0f} {unit}" if unit in ("B", "MiB", "KiB") and abs(num_bytes) >= 10 or unit == "B" else f"{num_bytes:.1f} {unit}"
+        num_bytes /= 1024
+    raise AssertionError
+
+
+def sparkline(title: str, value: str, points: Sequence[float], color: str, *, top: float | None = None, width: int = 220, height: int = 48) -> str:
+    """A labelled line over time; ``top`` fixes the upper end of the scale, else the largest point does."""
+    top = max([top or 0.0, *points, 1e-9]) if top is None else max(top, 1e-9)
+    step = width / max(len(points) - 1, 1)
+    path = " ".join(f"{i * step:.1f},{height - 2 - min(p / top, 1) * (height - 6):.1f}" for i, p in enumerate(points))
+    area = f'<polygon points="0,{height} {path} {(len(points) - 1) * step:.1f},{height}" fill="{color}" opacity="0.15"/>' if len(points) > 1 else ""
+    line = f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="2"/>' if len(points) > 1 else ""
+    return (
+        f'<div style="min-width:{width}px">{_label(title, value)}'
+        f'<svg role="img" viewBox="0 0 {width} {height}" width="{width}" height="{height}" aria-label="{escape(title)}: {escape(value)}">'
+        f"<title>{escape(title)}: {escape(value)}</title>"
+        f'<line x1="0" y1="{height - 1}" x2="{width}" y2="{height - 1}" stroke="{LINE}"/>{area}{line}</svg></div>'
+    )
+
+
+def bar(title: str, value: str, parts: Sequence[tuple[float, str]], *, width: int = 220) -> str:
+    """A horizontal bar of shares (0 to 1 each) in their colours."""
+    at, rects = 0.0, ""
+    for share, color in parts:
+        wide = max(0.0, min(share, 1 - at)) * width
+        rects += f'<rect x="{at * width:.1f}" y="0" width="{wide:.1f}" height="12" fill="{color}"/>'
+        at += max(0.0, min(share, 1 - at))
+    return (
+        f'<div style="min-width:{width}px">{_label(title, value)}'
+        f'<svg role="img" viewBox="0 0 {width} 12" width="{width}" height="12" aria-label="{escape(title)}: {escape(value)}">'
+        f"<title>{escape(title)}: {escape(value)}</title>"
+        f'<rect x="0" y="0" width="{width}" height="12" fill="{LINE}" opacity="0.5"/>{rects}</svg></div>'
+    )
+
+
+def _label(title: str, value: str) -> str:
+    return (
+        f'<div style="display:flex;justify-content:space-between;gap:1em"><span style="color:{MUTED}">{escape(title)}</span>'
+        f'<span style="color:{FOREGROUND};font-variant-numeric:tabular-nums">{escape(value)}</span></div>'
+    )
+
+
+def card(title: str, note: str, parts: Sequence[str]) -> str:
+    """A frame around charts."""
+    return (
+        f'<div role="group" aria-label="{escape(title)}" style="border:1px solid {LINE};border-radius:4px;padding:8px 12px;max-width:760px;'
+        f'color:{FOREGROUND};font-family:var(--jp-ui-font-family, system-ui, sans-serif);font-size:var(--jp-ui-font-size1, 13px)">'
+        f'<div style="display:flex;justify-content:space-between;gap:1em;margin-bottom:6px"><strong>{escape(title)}</strong>'
+        f'<span style="color:{MUTED}">{escape(note)}</span></div>'
+        f'<div style="display:flex;flex-wrap:wrap;gap:10px 24px">{"".join(parts)}</div></div>'
+    )

@@ -1,0 +1,149 @@
+"""`llm.monitor()`: a live panel over an engine's counters. A thread samples and sets one widget trait; no kernel message is needed to keep it moving."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from llmkit.client import EngineClient
+from llmkit.errors import LLMKitError
+from llmkit.notebook import charts
+from llmkit.types import EngineStats
+
+__all__ = ["Monitor", "Sample"]
+
+HISTORY = 120
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One look at the engine and the process: rates in tokens a second since the last one, memory in bytes (``vram`` used and total; None without a GPU)."""
+
+    stats: EngineStats
+    decode_tok_s: float
+    rss_bytes: int
+    total_ram_bytes: int
+    vram: tuple[int, int] | None
+
+
+class Monitor:
+    """A panel that moves on its own, also while a cell is busy, until the model is unloaded or ``stop()``.
+
+    Displays as a widget, as a picture where there are no widgets, and as text. ``sample()`` gives the numbers.
+    """
+
+    def __init__(self, client: EngineClient, *, interval: float = 0.5, device_memory: Callable[[], tuple[int, int] | None] = lambda: None) -> None:
+        import psutil
+
+        self._client = client
+        self._interval = min(max(interval, 0.25), 60)
+        self._device_memory = device_memory
+        self._process = psutil.Process()
+        self._total_ram = int(psutil.virtual_memory().total)
+        self._rates: deque[float] = deque([0.0], maxlen=HISTORY)
+        self._kv: deque[float] = deque([0.0], maxlen=HISTORY)
+        self._before = client.stats()
+        self._before_at = time.monotonic()
+        self._stopped = threading.Event()
+        self._lock = threading.Lock()
+        self._widget: Any = None
+        self._last = self._take()
+        self._thread = threading.Thread(target=self._run, name="llmkit-monitor", daemon=True)
+        self._thread.start()
+
+    @property
+    def running(self) -> bool:
+        return not self._stopped.is_set()
+
+    def sample(self) -> Sample:
+        """The newest sample."""
+        return self._last
+
+    def stop(self) -> None:
+        """Stop moving; the last picture stays."""
+        self._stopped.set()
+        if threading.current_thread() is not self._thread:
+            self._thread.join(1)
+        self._show()
+
+    def _take(self) -> Sample:
+        stats, now = self._client.stats(), time.monotonic()
+        rate = (stats.generation_tokens_total - self._before.generation_tokens_total) / max(now - self._before_at, 1e-3)
+        self._before, self._before_at = stats, now
+        self._rates.append(rate)
+        self._kv.append(stats.kv_usage)
+        return Sample(stats, rate, int(self._process.memory_info().rss), self._total_ram, self._device_memory())
+
+    def _run(self) -> None:
+        while not self._stopped.wait(self._interval):
+            try:
+                sample = self._take()
+            except LLMKitError:
+                break
+            with self._lock:
+                self._last = sample
+            self._show()
+        self._stopped.set()
+
+    def _show(self) -> None:
+        widget = self._widget
+        if widget is not None:
+            with contextlib.suppress(Exception):  # a closed front end must not end the thread
+                widget.value = self.html()
+
+    def html(self) -> str:
+        """The panel as it is now, as HTML with inline SVG."""
+        s, d = self._last, self._client.description
+        stats = s.stats
+        parts = [
+            charts.sparkline("tokens / s", f"{s.decode_tok_s:.0f}", list(self._rates), charts.BLUE),
+            charts.sparkline("KV cache in use", f"{stats.kv_used_tokens} of {stats.kv_capacity_tokens} tokens", list(self._kv), charts.PURPLE, top=1.0),
+            charts.bar(
+                "slots: running / waiting",
+                f"{stats.num_running} of {stats.num_slots} / {stats.num_waiting}",
+                [(stats.num_running / max(stats.num_slots, 1), charts.GREEN)],
+            ),
+            charts.bar(
+                "RAM of this process",
+                f"{charts.size_text(s.rss_bytes)} (weights {charts.size_text(d.weights_bytes)}, KV {charts.size_text(d.kv_bytes)})",
+                [
+                    (d.weights_bytes / s.total_ram_bytes, charts.BLUE),
+                    (d.kv_bytes / s.total_ram_bytes, charts.PURPLE),
+                    (max(0, s.rss_bytes - d.weights_bytes - d.kv_bytes) / s.total_ram_bytes, charts.ORANGE),
+                ],
+            ),
+            self._vram_bar(s),
+        ]
+        return charts.card(f"llmkit · {d.name}", "live" if self.running else "stopped", parts)
+
+    @staticmethod
+    def _vram_bar(s: Sample) -> str:
+        if s.vram is None:
+            return charts.bar("VRAM", "none: CPU only", [])
+        used, total = s.vram
+        return charts.bar("VRAM", f"{charts.size_text(used)} of {charts.size_text(total)}", [(used / max(total, 1), charts.GREEN)])
+
+    def __repr__(self) -> str:
+        s = self._last
+        vram = "CPU only" if s.vram is None else f"VRAM {charts.size_text(s.vram[0])} of {charts.size_text(s.vram[1])}"
+        return (
+            f"Monitor({self._client.description.name!r}, {'live' if self.running else 'stopped'}: {s.decode_tok_s:.0f} tokens/s, "
+            f"{s.stats.num_running} running, {s.stats.num_waiting} waiting, KV {s.stats.kv_used_tokens} of {s.stats.kv_capacity_tokens} tokens, "
+            f"RAM {charts.size_text(s.rss_bytes)}, {vram})"
+        )
+
+    def _repr_mimebundle_(self, **_: Any) -> dict[str, Any]:
+        bundle: dict[str, Any] = {"text/plain": repr(self), "text/html": self.html()}
+        try:
+            import ipywidgets
+        except ImportError:
+            return bundle
+        if self._widget is None:
+            self._widget = ipywidgets.HTML(self.html())
+        view = self._widget._repr_mimebundle_() or {}
+        return {**view, **bundle}

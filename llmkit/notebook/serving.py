@@ -1,0 +1,155 @@
+"""`llm.serve()`: where the gateway of this kernel is, or one of its own. Prints addresses and how to authenticate, never a secret."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from dataclasses import dataclass, field
+from html import escape
+from pathlib import Path
+
+from llmkit.errors import EngineError
+from llmkit.types import ModelDescription
+
+__all__ = ["Endpoint", "find_or_start"]
+
+ENABLE = "jupyter server extension enable llmkit_jupyter"
+START_TIMEOUT_S = 30
+
+
+@dataclass
+class Endpoint:
+    """An address of this model for other programs. ``url`` is the OpenAI base URL; ``api_key`` is the secret: it is shown nowhere."""
+
+    url: str
+    model: str
+    api_key: str = field(repr=False)
+    how: str
+    in_jupyter: bool
+    _process: subprocess.Popen[str] | None = field(default=None, repr=False)
+
+    @property
+    def alive(self) -> bool:
+        return self._process is None or self._process.poll() is None
+
+    def close(self) -> None:
+        """Stop a gateway that was started for this model; Jupyter's stays."""
+        if self._process is not None and self._process.poll() is None:
+            self._process.terminate()
+            try:
+                self._process.wait(3)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
+
+    @property
+    def curl(self) -> str:
+        """A shell command; needs the key in $OPENAI_API_KEY."""
+        body = json.dumps({"model": self.model, "messages": [{"role": "user", "content": "Hello!"}], "max_tokens": 32})
+        return f'curl {self.url}/chat/completions -H "Authorization: Bearer $OPENAI_API_KEY" -H "Content-Type: application/json" -d \'{body}\''
+
+    @property
+    def python(self) -> str:
+        """A Python snippet; takes the key from $OPENAI_API_KEY."""
+        return (
+            "from openai import OpenAI\n"
+            f'client = OpenAI(base_url="{self.url}")  # the key comes from $OPENAI_API_KEY\n'
+            f'reply = client.chat.completions.create(model="{self.model}", messages=[{{"role": "user", "content": "Hello!"}}], max_tokens=32)\n'
+            "print(reply.choices[0].message.content)"
+        )
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Variables for a child process that is to use this endpoint: pass them on, do not print them."""
+        return {"OPENAI_BASE_URL": self.url, "OPENAI_API_KEY": self.api_key}
+
+    def __repr__(self) -> str:
+        return f"{self.model} at {self.url}\n\nKey: {self.how}\n\n{self.curl}\n\n{self.python}"
+
+    def _repr_html_(self) -> str:
+        return (
+            f"<p><strong>{escape(self.model)}</strong> at <code>{escape(self.url)}</code></p><p>Key: {escape(self.how)}</p>"
+            f"<pre>{escape(self.curl)}</pre><pre>{escape(self.python)}</pre>"
+        )
+
+
+def find_or_start(model: ModelDescription, kernel_id: str | None, port: int = 0) -> Endpoint:
+    """The Jupyter server's gateway where one owns this kernel and has the extension, else a new one on loopback.
+
+    Raises `EngineError` when that one cannot be started.
+    """
+    if kernel_id is not None and port == 0:
+        endpoint = _in_jupyter(model)
+        if endpoint is not None:
+            return endpoint
+    return _start(model, port)
+
+
+def _in_jupyter(model: ModelDescription) -> Endpoint | None:
+    """The server that started this kernel is its parent process, and described itself in the runtime directory."""
+    try:
+        from jupyter_server.serverapp import list_running_servers
+
+        parent = int(os.environ.get("JPY_PARENT_PID", 0)) or os.getppid()
+        server = next(s for s in list_running_servers(log=_Silent()) if s.get("pid") == parent)
+    except (ImportError, StopIteration, OSError, ValueError):
+        return None
+    url = f"{server['url'].rstrip('/')}/llmkit"
+    token = str(server.get("token") or os.environ.get("JUPYTERHUB_API_TOKEN", ""))
+    request = urllib.request.Request(f"{url}/v1/models", headers={"Authorization": f"Bearer {token}"})
+    try:
+        with urllib.request.urlopen(request, timeout=5) as reply:
+            json.load(reply)
+    except urllib.error.HTTPError as error:
+        if error.code == 404:
+            print(f"llmkit's extension is not enabled in this Jupyter server; enable it and restart the server:\n    {ENABLE}", file=sys.stderr)
+        if error.code != 401:
+            return None
+    except (OSError, ValueError):
+        return None
+    how = "the token of this Jupyter server (under JupyterHub: an API token of yours, such as $JUPYTERHUB_API_TOKEN)"
+    return Endpoint(f"{url}/v1", model.name, token, how, in_jupyter=True)
+
+
+class _Silent:
+    """A logger for `list_running_servers`."""
+
+    def warning(self, *_: object, **__: object) -> None: ...
+
+
+def _start(model: ModelDescription, port: int) -> Endpoint:
+    """A gateway in a process of its own (HTTP in the kernel would fight the engine for the GIL); it ends with this one."""
+    key = secrets.token_urlsafe(24)
+    command = [sys.executable, "-m", "llmkit", "serve", "--attach", str(os.getpid()), "--port", str(port)]
+    environment = {**os.environ, "LLMKIT_API_KEY": key, "LLMKIT_HOST": "127.0.0.1", "PYTHONPATH": _python_path()}
+    for name in ("LLMKIT_MODEL", "LLMKIT_PORT"):
+        environment.pop(name, None)
+    process = subprocess.Popen(
+        command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    assert process.stdout is not None and process.stderr is not None
+    line = process.stdout.readline()
+    if " at " not in line:
+        process.kill()
+        reason = process.stderr.read().strip().splitlines()[-1:] or ["no answer"]
+        raise EngineError(f"the gateway could not be started: {reason[0].removeprefix('llmkit: ')}")
+    process.stderr.close()
+    url = line.rsplit(" at ", 1)[1].strip()
+    how = "a fresh one, in .api_key of this object; .environment has what a child process needs"
+    return Endpoint(url, model.name, key, how, in_jupyter=False, _process=process)
+
+
+def _python_path() -> str:
+    """Where this very llmkit lies, also when it is not installed."""
+    here = str(Path(__file__).resolve().parents[2])
+    known = os.environ.get("PYTHONPATH", "")
+    with contextlib.suppress(ValueError):
+        known.split(os.pathsep).index(here)
+        return known
+    return f"{known}{os.pathsep}{here}" if known else here
