@@ -1,0 +1,62 @@
+"""Fixtures that several files need. Servers listen on loopback, on free ports, and are stopped by the fixture that started them."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from fakes import FakeClient
+from llmkit.local import LocalEngine
+
+pytest_plugins = ["pytest_jupyter.jupyter_server"]
+
+ROOT = Path(__file__).resolve().parents[1]
+MODEL = "smollm2"
+
+
+@pytest.fixture(autouse=True)
+def private_runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A runtime directory of the test's own: engines of other tests, and the user's, are not seen."""
+    folder = tmp_path / "runtime"
+    folder.mkdir(mode=0o700)
+    monkeypatch.setenv("JUPYTER_RUNTIME_DIR", str(folder))
+    monkeypatch.delenv("XDG_RUNTIME_DIR", raising=False)
+    for name in list(os.environ):
+        if name.startswith("LLMKIT_"):
+            monkeypatch.delenv(name)
+    yield folder
+
+
+@pytest.fixture
+def fake() -> Iterator[FakeClient]:
+    client = FakeClient()
+    yield client
+    client.close()
+
+
+@pytest.fixture(scope="session")
+def engine() -> Iterator[LocalEngine]:
+    """The embedded model, in this process."""
+    local = LocalEngine(MODEL, n_ctx=1024, n_slots=4)
+    yield local
+    local.close()
+
+
+@pytest.fixture(scope="session")
+def chromium() -> str:
+    """The path of Debian's chromium; skips loudly without it, but never in CI."""
+    found = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if not found:
+        if os.environ.get("CI"):
+            pytest.fail("chromium is missing, and CI may not skip")
+        pytest.skip("no chromium here: apt-get install chromium")
+    return found
+
+
+@pytest.fixture(scope="session")
+def python() -> str:
+    return sys.executable

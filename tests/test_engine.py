@@ -1,0 +1,203 @@
+"""The scheduler and the engine thread on the fake model: exact equality with its reference, whatever runs beside."""
+
+import gc
+import random
+import threading
+import time
+
+import pytest
+from fakes import FakeClient, FakeRunner, ask, wait_for
+from llmkit.errors import EngineError, ModelUnloadedError, QueueFullError
+from llmkit.types import FinishReason
+
+
+def test_batched_equals_one_by_one(fake: FakeClient) -> None:
+    rng = random.Random(3)
+    prompts = ["".join(rng.choices("abc ", k=rng.randrange(1, 150))) for _ in range(40)]
+    streams = [fake.submit(ask(p, max_tokens=12)) for p in prompts]
+    for prompt, stream in zip(prompts, streams, strict=True):
+        assert stream.result(10).text.encode() == fake.runner.reference(prompt.encode(), 12)
+
+
+def test_cached_equals_cold_and_is_counted(fake: FakeClient) -> None:
+    prompt = "x" * 100
+    cold = fake.submit(ask(prompt)).result(5)
+    warm = fake.submit(ask(prompt)).result(5)
+    longer = fake.submit(ask(prompt + "yz")).result(5)
+    assert cold.text == warm.text and cold.usage.cached_tokens == 0
+    assert warm.usage.cached_tokens == 99 and longer.usage.cached_tokens >= 99
+    assert longer.text.encode() == fake.runner.reference(b"x" * 100 + b"yz", 8)
+    assert fake.stats().cached_tokens_total >= 198
+
+
+def test_decodes_are_in_every_step_of_a_long_prefill() -> None:
+    client = FakeClient(runner=FakeRunner(n_ctx=2000, max_batch_tokens=64, step_s=0.001))
+    first = client.submit(ask("a", max_tokens=200))
+    wait_for(lambda: first.text)
+    client.submit(ask("b" * 1500, max_tokens=1)).result(10)
+    steps = [b for b in client.runner.batches if any(len(c.tokens) > 1 for c in b.chunks) and b.num_tokens > 10]
+    assert steps and all(any(c.slot == 0 and len(c.tokens) == 1 for c in b.chunks) for b in steps)
+    first.close()
+    client.close()
+
+
+def test_streamed_equals_whole_for_all_readers(fake: FakeClient) -> None:
+    whole = fake.submit(ask("hello", max_tokens=20)).result(5).text
+    assert "".join(fake.submit(ask("hello", max_tokens=20))) == whole
+
+
+async def test_async_readers(fake: FakeClient) -> None:
+    whole = fake.submit(ask("hello", max_tokens=20)).result(5).text
+    assert "".join([piece async for piece in fake.submit(ask("hello", max_tokens=20))]) == whole
+    assert (await fake.submit(ask("hello", max_tokens=20))).text == whole
+
+
+@pytest.mark.parametrize("way", ["break", "close", "drop"])
+def test_leaving_a_stream_frees_its_slot(way: str) -> None:
+    client = FakeClient(runner=FakeRunner(n_ctx=100_000, step_s=0.001))
+    stream = client.submit(ask("a", max_tokens=90_000))
+    for _ in stream:
+        if way != "drop":
+            break
+        break
+    if way == "close":
+        stream.close()
+    del stream
+    gc.collect()
+    wait_for(lambda: client.stats().num_running == 0)
+    client.close()
+
+
+async def test_leaving_an_async_loop_frees_the_slot() -> None:
+    client = FakeClient(runner=FakeRunner(n_ctx=100_000, step_s=0.001))
+    async for _ in client.submit(ask("a", max_tokens=90_000)):
+        break
+    gc.collect()
+    wait_for(lambda: client.stats().num_running == 0)
+    client.close()
+
+
+def test_an_abort_interrupts_its_own_prompt_and_nobody_elses_text_changes() -> None:
+    runner = FakeRunner(n_ctx=5000, max_batch_tokens=2000, step_s=0.3)
+    client = FakeClient(runner=runner)
+    other = client.submit(ask("other", max_tokens=3))
+    long = client.submit(ask("b" * 4000, max_tokens=3))
+    wait_for(lambda: any(c.tokens and len(c.tokens) > 100 for b in runner.batches for c in b.chunks))
+    start = time.monotonic()
+    long.close()
+    assert long.wait(5).finish_reason is FinishReason.ABORT  # type: ignore[union-attr]
+    assert time.monotonic() - start < 5 and runner.num_interrupted >= 1
+    assert other.result(10).text.encode() == runner.reference(b"other", 3)
+    client.close()
+
+
+def test_aborted_while_waiting() -> None:
+    client = FakeClient(runner=FakeRunner(n_slots=1, n_ctx=100_000, step_s=0.001))
+    running, waiting = client.submit(ask("a", max_tokens=90_000)), client.submit(ask("b"))
+    waiting.close()
+    assert waiting.wait(5).finish_reason is FinishReason.ABORT  # type: ignore[union-attr]
+    running.close()
+    client.close()
+
+
+def test_end_token_stop_string_length_and_context() -> None:
+    client = FakeClient(runner=FakeRunner(n_ctx=40, end_after=20))
+    ended = client.submit(ask("a" * 10, max_tokens=30)).result(5)
+    assert ended.finish_reason is FinishReason.STOP and ended.usage.completion_tokens == 10
+    full = client.submit(ask("a" * 10, max_tokens=None, ignore_eos=True)).result(5)
+    assert full.finish_reason is FinishReason.LENGTH and full.usage.completion_tokens == 30
+    text = client.submit(ask("b" * 5, max_tokens=10)).result(5).text
+    stopped = client.submit(ask("b" * 5, max_tokens=10, stop=(text[3:5],))).result(5)
+    assert stopped.text == text[: text.index(text[3:5])] and stopped.finish_reason is FinishReason.STOP
+    client.close()
+
+
+def test_a_failed_step_ends_its_requests_only(fake: FakeClient) -> None:
+    fake.runner.fail_next = "llama_decode returned -3"
+    with pytest.raises(EngineError, match="-3"):
+        fake.submit(ask("a")).result(5)
+    assert fake.submit(ask("a")).result(5).text.encode() == fake.runner.reference(b"a", 8)
+
+
+def test_no_room_ends_the_youngest() -> None:
+    client = FakeClient(runner=FakeRunner(n_ctx=10_000, step_s=0.002))
+    old = client.submit(ask("old", max_tokens=100))
+    wait_for(lambda: old.text)
+    young = client.submit(ask("young", max_tokens=5000))
+    wait_for(lambda: young.text)
+    client.runner.no_room_next = True
+    with pytest.raises(EngineError, match="room"):
+        young.result(5)
+    assert old.result(5).text.encode() == client.runner.reference(b"old", 100)
+    client.close()
+
+
+def test_a_broken_runner_leaves_nobody_waiting() -> None:
+    client = FakeClient()
+    client.runner.crash_next = True
+    with pytest.raises(EngineError, match="engine stopped"):
+        client.submit(ask("a")).result(5)
+    with pytest.raises(ModelUnloadedError):
+        client.submit(ask("a"))
+
+
+def test_close_ends_running_requests() -> None:
+    client = FakeClient(runner=FakeRunner(n_slots=1, n_ctx=100_000, step_s=0.001))
+    running, waiting = client.submit(ask("a", max_tokens=90_000)), client.submit(ask("b"))
+    wait_for(lambda: running.text)
+    client.close()
+    for stream in (running, waiting):
+        with pytest.raises(ModelUnloadedError):
+            stream.result(5)
+
+
+def test_the_queue_is_bounded() -> None:
+    client = FakeClient(runner=FakeRunner(n_slots=1, n_ctx=100_000, step_s=0.001), max_waiting=3)
+    streams = [client.submit(ask("a", max_tokens=90_000))]
+    wait_for(lambda: client.stats().num_running == 1)
+    streams += [client.submit(ask("b")) for _ in range(3)]
+    with pytest.raises(QueueFullError):
+        client.submit(ask("c"))
+    client.close()
+
+
+def test_many_threads_submit_and_abort() -> None:
+    client = FakeClient(runner=FakeRunner(n_slots=3, n_ctx=300))
+    failures: list[str] = []
+
+    def work(seed: int) -> None:
+        rng = random.Random(seed)
+        for _ in range(30):
+            prompt = "p" * rng.randrange(1, 200)
+            stream = client.submit(ask(prompt, max_tokens=5))
+            if rng.random() < 0.3:
+                stream.close()
+                if stream.wait(10) is None:
+                    failures.append("lost")
+            elif stream.result(10).text.encode() != client.runner.reference(prompt.encode(), 5):
+                failures.append(prompt)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join(60)
+    assert not failures and client.stats().num_running == client.stats().num_waiting == 0
+    client.close()
+
+
+def test_one_wake_finds_the_whole_step() -> None:
+    """All streams of a step are stored before the first reader is woken: the bridge's one message a step depends on it."""
+    client = FakeClient(runner=FakeRunner(n_slots=4, step_s=0.02))
+    streams = [client.submit(ask(c, max_tokens=6)) for c in "abcd"]
+    wait_for(lambda: all(s.text for s in streams))
+    seen: list[list[int]] = []
+
+    def look() -> None:
+        seen.append([len(s.text) for s in streams])
+
+    streams[0].listen(look)
+    for s in streams:
+        s.wait(5)
+    assert seen and all(max(lengths) == min(lengths) for lengths in seen)
+    client.close()

@@ -1,0 +1,223 @@
+"""The main job, for real: a Jupyter server in a process, a kernel with the embedded model, the stock openai client outside."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+from fakes import wait_for
+from jupyter_client_http import JupyterServer, Kernel
+
+pytestmark = pytest.mark.model
+LOAD = "import llmkit; llm = llmkit.load('smollm2', n_ctx=1024, n_slots=4); import os; print(os.getpid())"
+# Calls into C that keep the GIL: PyDLL does not release it.
+SLEEP_HOLDING_GIL = "import ctypes; ctypes.PyDLL(None).usleep(3_000_000)"
+MESSAGES: Any = [{"role": "user", "content": "Count from one to twenty."}]
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[JupyterServer]:
+    jupyter = JupyterServer(tmp_path_factory.mktemp("jupyter"))
+    yield jupyter
+    jupyter.stop()
+
+
+@pytest.fixture
+def kernel(server: JupyterServer) -> Iterator[Kernel]:
+    k = server.kernel()
+    yield k
+    k.close()
+    server.request("DELETE", f"/api/kernels/{k.id}")
+
+
+def client(server: JupyterServer, **options: Any) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{server.url}/llmkit/v1", api_key=server.token, max_retries=0, timeout=60, **options)
+
+
+def chat(server: JupyterServer, model: str = "default", max_tokens: int = 8, **options: Any) -> Any:
+    return client(server).chat.completions.create(model=model, messages=MESSAGES, max_tokens=max_tokens, temperature=0, **options)
+
+
+def test_the_same_loaded_model_from_outside(server: JupyterServer, kernel: Kernel) -> None:
+    with pytest.raises(openai.APIStatusError) as none_yet:
+        chat(server)
+    assert none_yet.value.status_code == 503 and "llmkit.load" in none_yet.value.message
+    kernel.run(LOAD)
+    inside = kernel.run("print(llm.chat('Count from one to twenty.', max_tokens=24, temperature=0).text, end='')")
+    reply = chat(server, "smollm2", 24)
+    streamed = list(chat(server, "smollm2", 24, stream=True, stream_options={"include_usage": True}))
+    assert reply.choices[0].message.content == inside
+    assert "".join(c.choices[0].delta.content or "" for c in streamed if c.choices) == inside
+    assert streamed[-1].usage is not None and streamed[-1].usage.completion_tokens == 24
+    assert reply.usage.prompt_tokens_details.cached_tokens > 0, "the kernel's own prompt is a cached prefix for the gateway"
+    models = client(server).models.list().data
+    assert [m.id for m in models] == ["smollm2"] and client(server).models.retrieve("smollm2").id == "smollm2"
+    assert chat(server, f"smollm2@{kernel.id}").choices[0].message.content
+    with pytest.raises(openai.NotFoundError) as unknown:
+        chat(server, "gpt-7")
+    assert unknown.value.code == "model_not_found"
+    kernel.run("assert llm.stats.requests_total >= 3; llm.unload()")
+    with pytest.raises(openai.APIStatusError) as gone:
+        chat(server, "smollm2")
+    assert gone.value.status_code == 503 and "unloaded" in gone.value.message
+
+
+@pytest.mark.parametrize(
+    "busy",
+    [
+        "import time; end = time.time() + 6\nwhile time.time() < end: sum(range(1000))",
+        "import time; time.sleep(6)",
+        "import numpy as np; a = np.random.rand(700, 700); import time; end = time.time() + 6\nwhile time.time() < end: a @ a",
+    ],
+    ids=["python", "sleep", "numpy"],
+)
+def test_a_busy_cell_does_not_block_a_request(server: JupyterServer, kernel: Kernel, busy: str) -> None:
+    kernel.run(LOAD)
+    chat(server)
+    done = threading.Event()
+    cell = kernel.start(busy)
+    time.sleep(0.5)
+    reply = chat(server, max_tokens=12)
+    assert reply.usage.completion_tokens == 12
+    assert kernel_is_busy(server, kernel), "the reply came while the cell still ran"
+    assert kernel.wait(cell)[1] is None and not done.is_set()
+
+
+def kernel_is_busy(server: JupyterServer, kernel: Kernel) -> bool:
+    return bool(server.request("GET", f"/api/kernels/{kernel.id}")["execution_state"] == "busy")
+
+
+def test_c_code_that_holds_the_gil_delays_a_request_only(server: JupyterServer, kernel: Kernel) -> None:
+    kernel.run(LOAD)
+    chat(server)
+    cell = kernel.start(SLEEP_HOLDING_GIL)
+    time.sleep(0.3)
+    assert chat(server).usage.completion_tokens == 8
+    assert kernel.wait(cell)[1] is None
+
+
+def test_stop_while_a_stream_from_outside_runs(server: JupyterServer, kernel: Kernel) -> None:
+    """■ ends the notebook's own generation; the other process's stream goes on."""
+    kernel.run(LOAD)
+    with ThreadPoolExecutor(1) as pool:
+        outside = pool.submit(lambda: chat(server, max_tokens=150, extra_body={"ignore_eos": True}))
+        cell = kernel.start("llm.generate('Once', max_tokens=900, ignore_eos=True)")
+        time.sleep(1.0)
+        start = time.monotonic()
+        kernel.interrupt()
+        _, error = kernel.wait(cell)
+        took = time.monotonic() - start
+        assert error is not None and "llm.last" in error and "ctypes" not in error
+        assert outside.result(60).usage.completion_tokens == 150
+    print(f"stop took {took:.3f} s")
+    text = kernel.run("c = llm.last; print(c.finish_reason.value, len(c.text) > 0, llm.generate('The', max_tokens=2).usage.completion_tokens)")
+    assert text.split() == ["abort", "True", "2"]
+
+
+def test_stop_in_prefill_and_in_a_loop(server: JupyterServer, kernel: Kernel) -> None:
+    kernel.run(LOAD)
+    for code in ("llm.generate('word and ' * 480, max_tokens=5)", "for piece in llm.stream('a', max_tokens=900, ignore_eos=True): pass"):
+        cell = kernel.start(code)
+        time.sleep(0.6)
+        kernel.interrupt()
+        _, error = kernel.wait(cell)
+        assert error is not None and "Interrupt" in error
+        assert kernel.run("import time; time.sleep(0.1); print(llm.stats.num_running, llm.last.finish_reason.value)").split() == ["0", "abort"]
+
+
+def test_a_client_that_disconnects_frees_its_slot(server: JupyterServer, kernel: Kernel) -> None:
+    kernel.run(LOAD)
+    stream = chat(server, max_tokens=900, stream=True, extra_body={"ignore_eos": True})
+    for _, _ in zip(range(5), stream, strict=False):
+        pass
+    assert kernel.run("print(llm.stats.num_running)").strip() == "1"
+    stream.close()
+    time.sleep(0.5)
+    assert kernel.run("print(llm.stats.num_running)").strip() == "0"
+
+
+def test_kill_9_mid_stream_then_restart(server: JupyterServer, kernel: Kernel) -> None:
+    pid = int(kernel.run(LOAD))
+    stream = chat(server, "smollm2", max_tokens=900, stream=True, extra_body={"ignore_eos": True})
+    next(stream)
+    os.kill(pid, signal.SIGKILL)
+    with pytest.raises(openai.APIError, match="ended|killed"):
+        for _ in stream:
+            pass
+    with pytest.raises(openai.APIStatusError) as gone:
+        chat(server, "smollm2")
+    assert gone.value.status_code == 503 and "Load" in gone.value.message
+    assert gone.value.response.headers["retry-after"]
+    wait_for(lambda: server.request("GET", f"/api/kernels/{kernel.id}")["execution_state"] in ("idle", "starting", "busy", "restarting"))
+    kernel.restart()
+    kernel.run(LOAD)
+    assert chat(server, "smollm2").usage.completion_tokens == 8
+    assert not list(server.runtime.glob(f"llmkit-{pid}-*")), "the dead engine's file is gone"
+
+
+def test_restart_while_generating(server: JupyterServer, kernel: Kernel) -> None:
+    kernel.run(LOAD)
+    kernel.start("llm.generate('Once', max_tokens=900, ignore_eos=True)")
+    time.sleep(0.5)
+    start = time.monotonic()
+    kernel.restart()
+    assert kernel.run("print('back')").strip() == "back"
+    print(f"restart took {time.monotonic() - start:.2f} s")
+    with pytest.raises(openai.APIStatusError) as gone:
+        chat(server, "smollm2")
+    assert gone.value.status_code == 503
+
+
+def test_two_kernels_with_the_same_model(server: JupyterServer, kernel: Kernel) -> None:
+    kernel.run(LOAD)
+    second = server.kernel()
+    try:
+        second.run(LOAD)
+        ids = [m.id for m in client(server).models.list().data]
+        assert ids == ["smollm2", f"smollm2@{kernel.id}"]
+        chat(server, "smollm2")
+        assert second.run("print(llm.stats.requests_total)").strip() == "1", "the newest has the plain name"
+        chat(server, f"smollm2@{kernel.id}")
+        assert kernel.run("print(llm.stats.requests_total)").strip() == "1"
+    finally:
+        second.close()
+        server.request("DELETE", f"/api/kernels/{second.id}")
+    assert chat(server, "smollm2").usage.completion_tokens == 8, "the older engine takes the name over"
+
+
+def test_a_second_server_sees_its_own_kernels_only(server: JupyterServer, kernel: Kernel, tmp_path: Path) -> None:
+    kernel.run(LOAD)
+    other = JupyterServer(tmp_path, "--ServerApp.allow_origin=", runtime=server.runtime, base_url="/user/me/")
+    try:
+        assert client(other).models.list().data == []
+        with pytest.raises(openai.APIStatusError) as none:
+            chat(other, "smollm2")
+        assert none.value.status_code == 503
+        assert chat(server, "smollm2").usage.completion_tokens == 8
+    finally:
+        other.stop()
+
+
+def test_serve_in_jupyter_names_the_servers_gateway(server: JupyterServer, kernel: Kernel) -> None:
+    kernel.run(LOAD)
+    shown = kernel.run("e = llm.serve(); print(e.in_jupyter, e.url, e)")
+    assert shown.startswith("True") and "/llmkit/v1" in shown
+    assert server.token not in shown, "the secret is not shown"
+    code = "import subprocess, sys, os; r = subprocess.run([sys.executable, '-c', e.python], env={**os.environ, **e.environment}, capture_output=True, text=True); print(r)"
+    assert "returncode=0" in kernel.run(code)
+
+
+def test_being_used_is_activity(server: JupyterServer, kernel: Kernel) -> None:
+    kernel.run(LOAD)
+    before = server.request("GET", f"/api/kernels/{kernel.id}")["last_activity"]
+    time.sleep(0.1)
+    chat(server)
+    assert server.request("GET", f"/api/kernels/{kernel.id}")["last_activity"] > before
