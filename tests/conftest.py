@@ -12,8 +12,6 @@ import pytest
 from fakes import FakeClient
 from llmkit.local import LocalEngine
 
-pytest_plugins = ["pytest_jupyter.jupyter_server"]
-
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = "smollm2"
 

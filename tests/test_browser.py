@@ -1,0 +1,126 @@
+"""Notebook 01 in a real JupyterLab, in Debian's chromium: it runs to the end, the monitor moves while a cell is busy, the stop button stops."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+from jupyter_client_http import JupyterServer
+from playwright.sync_api import Page, sync_playwright
+
+pytestmark = [pytest.mark.browser, pytest.mark.model]
+ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
+SHOTS = Path(os.environ.get("LLMKIT_SCREENSHOTS", "")) if os.environ.get("LLMKIT_SCREENSHOTS") else None
+IDLE = '.jp-NotebookPanel-toolbar [data-status="idle"], .jp-Notebook-ExecutionIndicator[data-status="idle"]'
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[JupyterServer]:
+    folder = tmp_path_factory.mktemp("lab")
+    shutil.copy(ROOT / "notebooks" / "01_quickstart.ipynb", folder)
+    settings = folder / "settings"
+    notifications = settings / "@jupyterlab" / "apputils-extension" / "notification.jupyterlab-settings"
+    notifications.parent.mkdir(parents=True)
+    notifications.write_text('{"fetchNews": "false", "checkForUpdates": false}')
+    os.environ["JUPYTERLAB_SETTINGS_DIR"] = str(settings)
+    server = JupyterServer(folder, "--LabApp.expose_app_in_browser=True", "--LabApp.extension_manager=readonly", app="jupyterlab")
+    yield server
+    server.stop()
+    del os.environ["JUPYTERLAB_SETTINGS_DIR"]
+
+
+@pytest.fixture(scope="module")
+def page(lab: JupyterServer, chromium: str) -> Iterator[Page]:
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=ARGUMENTS)
+        page = browser.new_page(viewport={"width": 1280, "height": 1600})
+        page.errors = []  # type: ignore[attr-defined]
+        page.on("pageerror", lambda error: page.errors.append(str(error)))  # type: ignore[attr-defined]
+        page.goto(f"{lab.url}/lab/tree/01_quickstart.ipynb?token={lab.token}")
+        page.wait_for_selector(".jp-NotebookPanel .jp-CodeCell", timeout=60_000)
+        page.evaluate("() => window.jupyterapp.shell.currentWidget.sessionContext.ready")
+        page.wait_for_selector(IDLE, timeout=60_000)
+        yield page
+        shot(page, "at-the-end")
+        browser.close()
+
+
+def shot(page: Page, name: str) -> None:
+    if SHOTS is not None:
+        SHOTS.mkdir(parents=True, exist_ok=True)
+        page.screenshot(path=SHOTS / f"{name}.png")
+
+
+def command(page: Page, name: str) -> None:
+    """Run a JupyterLab command without waiting for its end."""
+    page.evaluate("name => { window.jupyterapp.commands.execute(name); }", name)
+
+
+def wait_done(page: Page, timeout: int = 90_000) -> None:
+    """Every code cell has run."""
+    cells = "window.jupyterapp.shell.currentWidget.content.widgets.filter(w => w.model.type === 'code')"
+    page.wait_for_function(f"() => {cells}.every(w => w.model.executionCount !== null)", timeout=timeout)
+    page.wait_for_selector(IDLE, timeout=timeout)
+
+
+def select(page: Page, index: int) -> None:
+    page.evaluate("i => { const c = window.jupyterapp.shell.currentWidget.content; c.activeCellIndex = i < 0 ? c.widgets.length + i : i; }", index)
+    page.wait_for_timeout(300)
+
+
+def test_notebook_01_runs_to_the_end(page: Page) -> None:
+    command(page, "notebook:run-all-cells")
+    page.wait_for_timeout(1500)
+    wait_done(page)
+    errors = page.locator(".jp-RenderedText[data-mime-type='application/vnd.jupyter.stderr'], .jp-OutputArea-output pre span.ansi-red-fg")
+    assert errors.count() == 0, errors.all_text_contents()
+    assert page.get_by_text("smollm2 is served in Jupyter").count() == 1
+    assert page.locator(".jp-RenderedImage img").count() == 1, "the profile's picture"
+    assert "Red" in page.locator(".jp-CodeCell").filter(has_text="the stock client, in another process").locator(".jp-OutputArea-output").inner_text()
+    for i in (0, 9, 16, 24):
+        select(page, i)
+        page.evaluate("() => { const c = window.jupyterapp.shell.currentWidget.content; c.scrollToItem(c.activeCellIndex, 'start'); }")
+        page.wait_for_timeout(500)
+        shot(page, f"notebook-{i:02d}")
+    assert not page.errors, page.errors  # type: ignore[attr-defined]
+
+
+def run_code(page: Page, code: str) -> None:
+    """Type into a new last cell and run it, without waiting."""
+    select(page, -1)
+    for name in ("notebook:insert-cell-below", "notebook:enter-edit-mode"):
+        page.evaluate("name => window.jupyterapp.commands.execute(name)", name)
+        page.wait_for_timeout(200)
+    page.keyboard.insert_text(code)
+    page.keyboard.press("Control+Enter")
+
+
+def test_the_monitor_moves_while_a_cell_is_busy(page: Page, lab: JupyterServer) -> None:
+    run_code(page, "llm = llmkit.load('smollm2', n_slots=4); monitor = llm.monitor(); monitor")
+    page.wait_for_timeout(3000)
+    wait_done(page)
+    run_code(page, "s = llm.stream('Once', max_tokens=1500, ignore_eos=True)\nimport time; end = time.time() + 6\nwhile time.time() < end: sum(range(1000))")
+    page.wait_for_timeout(1500)
+    card = page.locator(".jp-OutputArea-output [role=group][aria-label^='llmkit']").last
+    seen = set()
+    for _ in range(6):
+        seen.add(card.inner_text())
+        page.wait_for_timeout(500)
+    shot(page, "monitor-busy")
+    assert len(seen) >= 3, seen
+    assert any("1 of 4 / 0" in text for text in seen), seen
+    wait_done(page)
+
+
+def test_the_stop_button_stops_a_generation(page: Page) -> None:
+    run_code(page, "s.close(); llm.generate('Once', max_tokens=3000, ignore_eos=True)")
+    page.wait_for_timeout(1500)
+    page.locator(".jp-NotebookPanel-toolbar [data-command='notebook:interrupt-kernel'], .jp-NotebookPanel-toolbar [title^='Interrupt']").first.click()
+    page.wait_for_function("() => document.body.innerText.includes('the text so far is in llm.last')", timeout=5000)
+    wait_done(page, 10_000)
+    shot(page, "stopped")
+    assert page.locator(".jp-OutputArea-output").filter(has_text="Interrupted").last.inner_text().count("\n") <= 2, "one line, no traceback"
