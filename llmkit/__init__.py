@@ -27,12 +27,11 @@ from llmkit.errors import (
     QueueFullError,
 )
 from llmkit.types import Completion, EngineStats, FinishReason, Message, RequestMetrics, SamplingParams, Usage
+from llmkit.version import __version__
 
 if TYPE_CHECKING:
     from llmkit.llm import LLM, estimate, load
     from llmkit.stream import Stream
-
-__version__ = "0.1.0"
 
 __all__ = [
     "LLM",
@@ -55,6 +54,7 @@ __all__ = [
     "SamplingParams",
     "Stream",
     "Usage",
+    "__version__",
     "estimate",
     "load",
 ]
@@ -69,4 +69,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return [*__all__, "__version__"]
+    return __all__

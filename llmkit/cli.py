@@ -7,8 +7,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import llmkit
 from llmkit.errors import LLMKitError
+from llmkit.version import __version__
 
 __all__ = ["main"]
 
@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="llmkit", description="Run a GGUF model and let programs use it through an OpenAI-compatible endpoint.")
-    parser.add_argument("--version", action="version", version=f"llmkit {llmkit.__version__}")
+    parser.add_argument("--version", action="version", version=f"llmkit {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     serve = commands.add_parser("serve", help="serve a model, or all running engines, at http://HOST:PORT/v1")
     serve.add_argument("model", nargs="?", help="alias or path of a GGUF file; without it all engines of your notebooks are served")

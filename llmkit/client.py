@@ -21,7 +21,8 @@ class EngineClient(Protocol):
     def submit(self, request: GenerationRequest) -> Stream:
         """Queue a request.
 
-        Raises `InvalidRequestError` or `ContextLengthError` at once or from the stream, `ModelUnloadedError` or `EngineGoneError` when there is no engine any more.
+        Raises `InvalidRequestError` or `ContextLengthError` at once or from the stream, `ModelUnloadedError` or `EngineGoneError` when there is no
+        engine any more.
         """
         ...
 

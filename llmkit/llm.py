@@ -56,9 +56,9 @@ def load(
     """Load a GGUF model into this process.
 
     ``model`` is an alias ("smollm2") or a path. ``n_ctx`` is the most tokens one request may have (prompt and answer), ``n_slots`` the number of requests
-    computed at once; None chooses both (4096 at most, 8 at most, by memory). ``n_gpu_layers=-1`` puts all layers on the GPU if there is one. ``threads`` None: all
-    cores this process may use. ``share`` lets the gateway reach the model from other processes of this user. The same file loads once: a second call gives the
-    same engine.
+    computed at once; None chooses both (4096 at most, 8 at most, by memory). ``n_gpu_layers=-1`` puts all layers on the GPU if there is one. ``threads=None``
+    takes all cores this process may use. ``share`` lets the gateway reach the model from other processes of this user. The same file loads once: a second call
+    gives the same engine.
 
     Raises `ModelNotFoundError`, `InvalidModelFileError`, `InsufficientMemoryError` (``force=True`` skips the estimate), `ModelLoadError`.
     """
@@ -146,7 +146,9 @@ class LLM:
             other["name"] = name
         if other:
             asked = ", ".join(f"{k}={v!r}" for k, v in other.items())
-            raise InvalidRequestError(f"{self._description.name!r} is loaded in this process with other settings than {asked}; unload() it first to change them.")
+            raise InvalidRequestError(
+                f"{self._description.name!r} is loaded in this process with other settings than {asked}; unload() it first to change them."
+            )
 
     # -- what it is
 
@@ -264,7 +266,7 @@ class LLM:
     # -- measure, watch, share
 
     def profile(self, **options: Any) -> Profile:
-        """Measure prefill and decode speed by prompt length and batch size; see `llmkit.bench.profiler.run`. ``.df`` is a tidy DataFrame, ``.plot()`` a picture."""
+        """Measure prefill and decode speed by prompt length and batch size. ``.df`` is a table, ``.plot()`` a picture; options: `llmkit.bench.profiler.run`."""
         from llmkit.bench import profiler
 
         return profiler.run(self._engine, **options)
@@ -331,4 +333,3 @@ def _messages(messages: Messages) -> tuple[Message, ...]:
             raise InvalidRequestError("messages must be texts with a role: {'role': 'user', 'content': '…'}.", "messages")
         found.append(message)
     return tuple(found)
-

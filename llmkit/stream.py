@@ -230,7 +230,7 @@ class Stream:
             future: asyncio.Future[None] = loop.create_future()
 
             def wake(future: asyncio.Future[None] = future, loop: asyncio.AbstractEventLoop = loop) -> None:
-                loop.call_soon_threadsafe(lambda: future.done() or future.set_result(None))
+                loop.call_soon_threadsafe(_resolve, future)
 
             if self._channel.wait(wake):
                 try:
@@ -251,6 +251,11 @@ class Stream:
     def take(self) -> tuple[list[Delta], Completion | None]:
         """What has come since the last call, without waiting."""
         return self._channel.take()
+
+
+def _resolve(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)
 
 
 class AsyncPieces:
@@ -277,4 +282,3 @@ class AsyncPieces:
     def __del__(self) -> None:
         with contextlib.suppress(Exception):
             self._stream.close()
-

@@ -43,8 +43,8 @@ def _check(ok: bool, param: str, message: str) -> None:
 
 
 def _number(value: object, param: str, low: float, high: float) -> None:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    _check(is_number and math.isfinite(value) and low <= value <= high, param, f"must be a number from {low:g} to {high:g}, not {value!r:.50}.")  # type: ignore[arg-type]
+    ok = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and low <= value <= high
+    _check(ok, param, f"must be a number from {low:g} to {high:g}, not {value!r:.50}.")
 
 
 def _integer(value: object, param: str, low: int, high: int) -> None:
@@ -227,8 +227,7 @@ class Completion:
     def __repr__(self) -> str:
         u = self.usage
         return (
-            f"Completion({self.text!r}, finish_reason={self.finish_reason.value!r}, "
-            f"prompt_tokens={u.prompt_tokens}, completion_tokens={u.completion_tokens})"
+            f"Completion({self.text!r}, finish_reason={self.finish_reason.value!r}, prompt_tokens={u.prompt_tokens}, completion_tokens={u.completion_tokens})"
         )
 
 

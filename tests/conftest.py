@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from fakes import FakeClient
+
 from llmkit.local import LocalEngine
 
 ROOT = Path(__file__).resolve().parents[1]

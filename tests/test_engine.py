@@ -7,6 +7,7 @@ import time
 
 import pytest
 from fakes import FakeClient, FakeRunner, ask, wait_for
+
 from llmkit.errors import EngineError, ModelUnloadedError, QueueFullError
 from llmkit.types import FinishReason
 

@@ -1,6 +1,7 @@
 import random
 
 import pytest
+
 from llmkit.engine.batch import Fork, Truncate
 from llmkit.engine.slots import MIN_FORK_TOKENS, PrefixCache, Slot, common_prefix
 

@@ -1,4 +1,5 @@
 import pytest
+
 from llmkit.errors import InvalidRequestError
 from llmkit.types import Completion, FinishReason, GenerationRequest, Message, RequestMetrics, SamplingParams, Usage
 

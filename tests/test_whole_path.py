@@ -149,7 +149,7 @@ def test_kill_9_mid_stream_then_restart(server: JupyterServer, kernel: Kernel) -
     stream = chat(server, "smollm2", max_tokens=900, stream=True, extra_body={"ignore_eos": True})
     next(stream)
     os.kill(pid, signal.SIGKILL)
-    with pytest.raises(openai.APIError, match="ended|killed"):
+    with pytest.raises(openai.APIError, match=r"ended|killed"):
         for _ in stream:
             pass
     with pytest.raises(openai.APIStatusError) as gone:
@@ -211,7 +211,8 @@ def test_serve_in_jupyter_names_the_servers_gateway(server: JupyterServer, kerne
     shown = kernel.run("e = llm.serve(); print(e.in_jupyter, e.url, e)")
     assert shown.startswith("True") and "/llmkit/v1" in shown
     assert server.token not in shown, "the secret is not shown"
-    code = "import subprocess, sys, os; r = subprocess.run([sys.executable, '-c', e.python], env={**os.environ, **e.environment}, capture_output=True, text=True); print(r)"
+    code = "import subprocess, sys, os; v = {**os.environ, **e.environment}\n"
+    code += "print(subprocess.run([sys.executable, '-c', e.python], env=v, capture_output=True, text=True))"
     assert "returncode=0" in kernel.run(code)
 
 

@@ -6,13 +6,15 @@ from typing import Any
 
 from jupyter_server._tz import utcnow
 from jupyter_server.extension.application import ExtensionApp
+from jupyter_server.serverapp import ServerApp
+from traitlets import Unicode
+
 from llmkit.bridge.client import BridgeClient
 from llmkit.bridge.connection import Connection
 from llmkit.client import EngineClient
 from llmkit.gateway.app import Gateway
 from llmkit.gateway.engines import EngineDirectory
 from llmkit_jupyter.handler import JupyterGatewayHandler
-from traitlets import Unicode
 
 __all__ = ["LLMKitExtension"]
 
@@ -30,18 +32,23 @@ class LLMKitExtension(ExtensionApp):
         self._directory = EngineDirectory(self._is_ours, default=self.default_model)
         gateway = Gateway(self._directory, self._note_use)
         self.handlers.append((r"/llmkit(?:/(.*))?", JupyterGatewayHandler, {"gateway": gateway}))
-        self.log.info("llmkit gateway at %sllmkit/v1", self.serverapp.connection_url)
+        self.log.info("llmkit gateway at %sllmkit/v1", self._server.connection_url)
+
+    @property
+    def _server(self) -> ServerApp:
+        assert self.serverapp is not None
+        return self.serverapp
 
     def _is_ours(self, connection: Connection) -> bool:
-        return connection.kernel_id is not None and connection.kernel_id in self.serverapp.kernel_manager
+        return connection.kernel_id is not None and connection.kernel_id in self._server.kernel_manager
 
     def _note_use(self, engine: EngineClient) -> None:
         """A kernel whose model is used is not idle, neither for Jupyter's culling nor for JupyterHub's; one that is only loaded is."""
         now = utcnow()
-        self.serverapp.web_app.settings["last_activity_times"]["llmkit"] = now
+        self._server.web_app.settings["last_activity_times"]["llmkit"] = now
         kernel_id = engine.connection.kernel_id if isinstance(engine, BridgeClient) else None
-        if kernel_id is not None and kernel_id in self.serverapp.kernel_manager:
-            kernel: Any = self.serverapp.kernel_manager.get_kernel(kernel_id)
+        if kernel_id is not None and kernel_id in self._server.kernel_manager:
+            kernel: Any = self._server.kernel_manager.get_kernel(kernel_id)
             kernel.last_activity = now
 
     async def stop_extension(self) -> None:

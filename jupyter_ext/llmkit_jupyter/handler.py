@@ -8,10 +8,11 @@ from typing import Any
 
 from jupyter_core.utils import ensure_async
 from jupyter_server.base.handlers import APIHandler
+from tornado import web
+
 from llmkit.gateway.app import Gateway
 from llmkit.gateway.exchange import Exchange
 from llmkit.gateway.failures import ApiError
-from tornado import web
 
 __all__ = ["JupyterGatewayHandler"]
 

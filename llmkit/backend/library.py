@@ -49,7 +49,7 @@ class Log:
 log = Log()
 
 
-@C.llama_log_callback
+@C.llama_log_callback  # type: ignore[untyped-decorator]
 def _keep_log(level: int, text: bytes, _: Any) -> None:
     log.add(level, text.decode("utf-8", "replace"))
 

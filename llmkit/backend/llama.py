@@ -45,7 +45,7 @@ class LlamaModel:
         library.log.clear()
         cancelled = threading.Event()
 
-        @C.llama_progress_callback
+        @C.llama_progress_callback  # type: ignore[untyped-decorator]
         def on_progress(share: float, _: Any) -> bool:
             if progress is not None:
                 progress(share)
@@ -55,6 +55,7 @@ class LlamaModel:
         params.n_gpu_layers = n_gpu_layers
         params.progress_callback = on_progress
         self.handle: Any = None
+        self.vocab: Vocab
 
         def load() -> None:
             self.handle = C.llama_model_load_from_file(os.fsencode(path), params)
@@ -171,15 +172,10 @@ class LlamaRunner:
         self._n_seq = np.ones(size, np.int32)
         self._seq_pointers = self._seq.ctypes.data + 4 * np.arange(size, dtype=np.uint64)
         self._batch = C.llama_batch()
-        for field, array in (
-            ("token", self._token),
-            ("pos", self._pos),
-            ("n_seq_id", self._n_seq),
-            ("seq_id", self._seq_pointers),
-            ("logits", self._output),
-        ):
-            kind = dict(C.llama_batch._fields_)[field]
-            setattr(self._batch, field, ctypes.cast(array.ctypes.data, kind))
+        kinds: dict[str, Any] = {name: kind for name, kind, *_ in C.llama_batch._fields_}
+        arrays: dict[str, np.ndarray] = {"token": self._token, "pos": self._pos, "n_seq_id": self._n_seq, "seq_id": self._seq_pointers, "logits": self._output}
+        for name, array in arrays.items():
+            setattr(self._batch, name, ctypes.cast(array.ctypes.data, kinds[name]))
 
     def execute(self, batch: Batch) -> StepOutput:
         for op in batch.ops:

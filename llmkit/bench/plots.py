@@ -15,6 +15,8 @@ def profile(summary: pd.DataFrame, name: str) -> Axes:
     """Prefill throughput by prompt length, and decode throughput by batch size, in tokens a second."""
     import matplotlib.pyplot as plt
 
+    left: Axes
+    right: Axes
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
     for batch_size, group in summary.groupby("batch_size"):
         left.plot(group["prompt_tokens"], group["prefill_tok_s"], marker="o", label=f"batch {batch_size}")

@@ -39,7 +39,9 @@ def run(
     lengths = [n for n in dict.fromkeys(prompt_tokens) if 0 < n <= d.n_ctx - max_tokens]
     sizes = [b for b in dict.fromkeys(batch_sizes) if 0 < b <= d.n_slots]
     if not lengths or not sizes or max_tokens < 2:
-        raise InvalidRequestError(f"nothing to measure: prompts must leave room for max_tokens (at least 2) in {d.n_ctx} tokens, batches fit {d.n_slots} slots.")
+        raise InvalidRequestError(
+            f"nothing to measure: prompts must leave room for max_tokens (at least 2) in {d.n_ctx} tokens, batches fit {d.n_slots} slots."
+        )
     rng = random.Random(f"{seed}/{time.time_ns()}")
     rows: list[dict[str, Any]] = []
     _complete(client, _prompts(rng, d.n_vocab, 8, 1), 2)  # the first step of a context is slower
@@ -102,7 +104,8 @@ class Profile:
         import pandas as pd
 
         table = []
-        for (batch_size, length), group in self.df.groupby(["batch_size", "prompt_tokens"]):
+        groups: Any = self.df.groupby(["batch_size", "prompt_tokens"])
+        for (batch_size, length), group in groups:
             table.append(
                 {
                     "batch_size": batch_size,
@@ -128,4 +131,3 @@ class Profile:
     def _repr_html_(self) -> str:
         title = f"Profile of {self.model.name} ({self.model.quantization}, {self.model.device})"
         return f"<p>{html.escape(title)}</p>{self.summary().round(3).to_html(index=False)}"
-

@@ -22,14 +22,15 @@ from llmkit.errors import InvalidRequestError
 
 __all__ = ["LoadResult", "Reply", "add_arguments", "main", "prompt_text", "run_load"]
 
-VOCABULARY = (
-    "able air art bank bird blue boat book bread bridge brother cause chair child circle city clear cloud coast color corner cost country cup dance dark deal door dream "
-    "dry earth east edge energy engine fact fall farm field fire fish floor flower form friend fruit game glass gold grass green group hand heart heat hill history home "
-    "horse hour house idea inch iron island job key king lake land law leaf letter life line list machine map mark mile milk mind model moon morning mouth music name "
-    "night noise north note ocean office oil order paint pair paper part path people piece plan plant point power price queen question rain reason rest ring river road "
-    "rock roof room root rule salt sand school sea seat ship side sign sky sleep snow song sound south space stage star state step stone store story street summer sun "
-    "table task tea test thing thought town trade train tree truth valley value village voice wall war watch water wave week west wheel wind window winter wish word"
-).split()
+VOCABULARY = """
+able air art bank bird blue boat book bread bridge brother cause chair child circle city clear cloud coast color corner cost country cup
+dance dark deal door dream dry earth east edge energy engine fact fall farm field fire fish floor flower form friend fruit game glass gold
+grass green group hand heart heat hill history home horse hour house idea inch iron island job key king lake land law leaf letter life line
+list machine map mark mile milk mind model moon morning mouth music name night noise north note ocean office oil order paint pair paper part
+path people piece plan plant point power price queen question rain reason rest ring river road rock roof room root rule salt sand school sea
+seat ship side sign sky sleep snow song sound south space stage star state step stone store story street summer sun table task tea test
+thing thought town trade train tree truth valley value village voice wall war watch water wave week west wheel wind window winter wish word
+""".split()  # noqa: SIM905
 
 
 @dataclass(slots=True)
@@ -234,4 +235,4 @@ def main(args: argparse.Namespace) -> int:
 
 def median_of(results: list[LoadResult], name: str) -> float:
     """The median of one figure over repeated runs."""
-    return statistics.median(getattr(r, name) for r in results)
+    return float(statistics.median(getattr(r, name) for r in results))

@@ -104,7 +104,9 @@ class BridgeClient:
                 self._send(sock, m.PING, {})
                 if not self.connection.is_alive:
                     self._receive_all(sock)  # its last words
-                    self._lose(f"the process that held the model {self._description.name!r} (pid {self.connection.pid}) has ended: killed or restarted. Load the model again.")
+                    self._lose(
+                        f"the process with the model {self._description.name!r} (pid {self.connection.pid}) has ended: killed or restarted. Load it again."
+                    )
                     break
             events = dict(poller.poll(max(0, int((next_ping - now) * 1000))))
             if self._waker.fileno in events:

@@ -1,7 +1,7 @@
 """The connection file: how a running engine is found without running a line of code in its kernel.
 
-It lies in `jupyter_runtime_dir()`, 0600, and says who serves which model at which address. Readers trust it only when owner and mode are right and the process that
-wrote it is still the same one. Home directories are often shared between hosts, so the file also says where its process id is valid.
+It lies in `jupyter_runtime_dir()`, 0600, and says who serves which model at which address. Readers trust it only when owner and mode are right and the
+process that wrote it is still the same one. Home directories are often shared between hosts, so the file also says where its process id is valid.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What crosses the bridge: two-frame ZMQ messages (kind, JSON), and the translation of llmkit's types and errors. Pure.
 
-    client → server   HELLO key · SUBMIT request · ABORT id · PING
-    server → client   WELCOME description · DENIED · EVENTS [[id, text, tokens], …] [[id, completion, failure], …] · PONG stats · GOODBYE reason
+client → server   HELLO key · SUBMIT request · ABORT id · PING
+server → client   WELCOME description · DENIED · EVENTS [[id, text, tokens], …] [[id, completion, failure], …] · PONG stats · GOODBYE reason
 """
 
 from __future__ import annotations

@@ -195,5 +195,3 @@ class BridgeServer:
         for peer in self._peers.values():
             for request_id in peer.streams:
                 self._client.abort(request_id)
-
-

@@ -11,13 +11,13 @@ from urllib.parse import unquote
 
 from tornado import httpserver, web
 
-import llmkit
 from llmkit.client import EngineClient
 from llmkit.gateway.auth import Keys
 from llmkit.gateway.engines import EngineDirectory
 from llmkit.gateway.exchange import MAX_BODY_BYTES, ClientGoneError, Exchange
 from llmkit.gateway.failures import ApiError, api_error
 from llmkit.gateway.openai import OpenAIRoutes
+from llmkit.version import __version__
 
 __all__ = ["Gateway", "make_app", "make_server"]
 
@@ -31,7 +31,7 @@ class Gateway:
 
     def __init__(self, directory: EngineDirectory, on_use: Callable[[EngineClient], None] = lambda _: None) -> None:
         self._directory = directory
-        openai = OpenAIRoutes(directory, f"llmkit-{llmkit.__version__}", on_use)
+        openai = OpenAIRoutes(directory, f"llmkit-{__version__}", on_use)
         self.routes: list[tuple[str, re.Pattern[str], Route]] = [
             ("GET", re.compile(r"/health"), self._health),
             ("GET", re.compile(r"/v1/models"), openai.list_models),
@@ -90,7 +90,7 @@ class GatewayHandler(web.RequestHandler):
         with contextlib.suppress(asyncio.CancelledError):
             await self._task
 
-    get = post = put = delete = patch = head = options = _run  # type: ignore[assignment]
+    get = post = put = delete = patch = head = options = _run
 
     def on_connection_close(self) -> None:
         if self._task is not None:

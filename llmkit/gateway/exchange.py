@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import secrets
 from datetime import timedelta
@@ -72,7 +71,7 @@ class Exchange:
         self._handler.write(text)
         try:
             await gen.with_timeout(timedelta(seconds=WRITE_TIMEOUT_S), self._handler.flush())
-        except (iostream.StreamClosedError, gen.TimeoutError, asyncio.TimeoutError) as error:
+        except (iostream.StreamClosedError, TimeoutError) as error:
             raise ClientGoneError from error
 
     async def send_event(self, value: Any) -> None:

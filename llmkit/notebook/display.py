@@ -16,7 +16,7 @@ def register() -> None:
     """Register with the running IPython, if there is one; again does no harm."""
     from IPython.core.getipython import get_ipython
 
-    shell: Any = get_ipython()  # type: ignore[no-untyped-call]
+    shell: Any = get_ipython()
     if shell is not None:
         shell.display_formatter.formatters["text/html"].for_type(Completion, completion_html)
 

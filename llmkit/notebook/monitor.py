@@ -69,6 +69,8 @@ class Monitor:
         self._stopped.set()
         if threading.current_thread() is not self._thread:
             self._thread.join(1)
+        with contextlib.suppress(LLMKitError):
+            self._last = self._take()
         self._show()
 
     def _take(self) -> Sample:
@@ -110,11 +112,16 @@ class Monitor:
             ),
             charts.bar(
                 "RAM of this process",
-                f"{charts.size_text(s.rss_bytes)} (weights {charts.size_text(d.weights_bytes)}, KV {charts.size_text(d.kv_bytes)})",
+                f"{charts.size_text(s.rss_bytes)} of {charts.size_text(s.total_ram_bytes)}",
                 [
-                    (d.weights_bytes / s.total_ram_bytes, charts.BLUE),
-                    (d.kv_bytes / s.total_ram_bytes, charts.PURPLE),
-                    (max(0, s.rss_bytes - d.weights_bytes - d.kv_bytes) / s.total_ram_bytes, charts.ORANGE),
+                    (d.weights_bytes / s.rss_bytes, charts.BLUE),
+                    (d.kv_bytes / s.rss_bytes, charts.PURPLE),
+                    (max(0, s.rss_bytes - d.weights_bytes - d.kv_bytes) / s.rss_bytes, charts.ORANGE),
+                ],
+                legend=[
+                    (f"weights {charts.size_text(d.weights_bytes)}", charts.BLUE),
+                    (f"KV {charts.size_text(d.kv_bytes)}", charts.PURPLE),
+                    ("rest", charts.ORANGE),
                 ],
             ),
             self._vram_bar(s),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import secrets
 import subprocess
@@ -97,7 +98,7 @@ def _in_jupyter(model: ModelDescription) -> Endpoint | None:
         from jupyter_server.serverapp import list_running_servers
 
         parent = int(os.environ.get("JPY_PARENT_PID", 0)) or os.getppid()
-        server = next(s for s in list_running_servers(log=_Silent()) if s.get("pid") == parent)
+        server = next(s for s in list_running_servers(log=logging.getLogger("llmkit.silent")) if s.get("pid") == parent)
     except (ImportError, StopIteration, OSError, ValueError):
         return None
     url = f"{server['url'].rstrip('/')}/llmkit"
@@ -115,12 +116,6 @@ def _in_jupyter(model: ModelDescription) -> Endpoint | None:
         return None
     how = "the token of this Jupyter server (under JupyterHub: an API token of yours, such as $JUPYTERHUB_API_TOKEN)"
     return Endpoint(f"{url}/v1", model.name, token, how, in_jupyter=True)
-
-
-class _Silent:
-    """A logger for `list_running_servers`."""
-
-    def warning(self, *_: object, **__: object) -> None: ...
 
 
 def _start(model: ModelDescription, port: int) -> Endpoint:

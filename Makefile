@@ -1,0 +1,35 @@
+# Two commands on a fresh machine (Python 3.11, a C/C++ compiler, cmake): `make lab` and `make test`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+LAB_ARGS ?=
+PYTEST_ARGS ?=
+BENCH_ARGS ?=
+ROOT_FLAG := $(shell [ "$$(id -u)" = 0 ] && echo --allow-root)
+
+.PHONY: setup lab test demo check bench notebooks clean
+
+setup:
+	@PYTHON="$(PYTHON)" VENV="$(VENV)" bash .ci/setup
+
+lab: setup
+	$(BIN)/jupyter lab $(ROOT_FLAG) notebooks/01_quickstart.ipynb $(LAB_ARGS)
+
+test: setup
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+demo: setup
+	$(BIN)/python notebooks/demo.py
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --config .ci/importlinter.ini
+	$(BIN)/python .ci/layout.py
+
+bench: setup
+	$(BIN)/python benchmarks/compare.py $(BENCH_ARGS)
+
+clean:
+	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache
