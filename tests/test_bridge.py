@@ -1,0 +1,273 @@
+"""Both ends of the bridge over real ZMQ, with the fake model behind it."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import zmq
+from fakes import FakeClient, FakeRunner, ask, wait_for
+
+from llmkit.bridge import connection as files
+from llmkit.bridge import messages as m
+from llmkit.bridge.client import BridgeClient
+from llmkit.bridge.server import PEER_TIMEOUT_S, BridgeServer
+from llmkit.errors import ContextLengthError, EngineGoneError, InvalidRequestError, ModelUnloadedError, QueueFullError
+from llmkit.types import Completion, FinishReason, GenerationRequest, Message, RequestMetrics, SamplingParams, Usage
+
+
+@pytest.fixture
+def slow() -> Iterator[FakeClient]:
+    client = FakeClient(runner=FakeRunner(n_ctx=50_000, step_s=0.002))
+    yield client
+    client.close()
+
+
+@pytest.fixture
+def server(slow: FakeClient) -> Iterator[BridgeServer]:
+    bridge = BridgeServer(slow)
+    yield bridge
+    bridge.close()
+
+
+@pytest.fixture
+def remote(server: BridgeServer) -> Iterator[BridgeClient]:
+    client = BridgeClient(server.connection)
+    yield client
+    client.close()
+
+
+def test_a_remote_engine_is_the_same_engine(slow: FakeClient, remote: BridgeClient) -> None:
+    request = ask("hello", max_tokens=30)
+    stream = remote.submit(request)
+    assert "".join(stream).encode() == slow.runner.reference(b"hello", 30)
+    local = slow.submit(ask("hello", max_tokens=30)).result(5)
+    assert stream.result(5) == replace(local, request_id=request.request_id, usage=replace(local.usage, cached_tokens=0))
+    wait_for(lambda: remote.stats().requests_total == 2)
+    assert remote.description == slow.description and remote.answers
+
+
+def test_errors_keep_their_class(remote: BridgeClient) -> None:
+    with pytest.raises(ContextLengthError) as too_long:
+        remote.submit(ask("x" * 60_000)).result(5)
+    assert (too_long.value.num_tokens, too_long.value.n_ctx) == (60_000, 50_000)
+    with pytest.raises(InvalidRequestError, match="empty"):
+        remote.submit(ask("")).result(5)
+
+
+@pytest.mark.parametrize(
+    "error", [InvalidRequestError("no", "p"), ContextLengthError(9, 4), QueueFullError("full"), ModelUnloadedError("gone"), EngineGoneError("away")]
+)
+def test_every_error_travels(error: Exception) -> None:
+    back = m.error_from(json.loads(json.dumps(m.error_to(error))))
+    assert type(back) is type(error) and str(back) == str(error) and vars(back) == vars(error)
+
+
+def test_requests_and_completions_travel() -> None:
+    for request in (
+        GenerationRequest("a", SamplingParams(stop=("x",), logit_bias=((3, -1.5),), seed=4), prompt="p"),
+        GenerationRequest("b", prompt=(1, 2, 3)),
+        GenerationRequest("c", messages=(Message("user", "hi", "me"), Message("system", ""))),
+    ):
+        assert m.request_from(m.unpack(m.pack(m.request_to(request)))) == request
+    completion = Completion("text", FinishReason.LENGTH, Usage(1, 2, 1), RequestMetrics(0.1, 0.2, 0.3, 0.4), (5, 6), "id", None)
+    assert m.completion_from(m.unpack(m.pack(m.completion_to(completion))), "id", "text") == completion
+
+
+def test_one_message_a_step_for_all_streams(slow: FakeClient, server: BridgeServer) -> None:
+    slow.runner.step_s = 0.03
+    context = zmq.Context()
+    sock = context.socket(zmq.DEALER)
+    sock.connect(server.connection.address)
+    sock.send_multipart([m.HELLO, m.pack({"key": server.connection.key})])
+    for i in range(4):
+        sock.send_multipart([m.SUBMIT, m.pack(m.request_to(ask("p" * (i + 1), max_tokens=20)))])
+    together, ended = [], 0
+    while ended < 4:
+        assert sock.poll(5000)
+        kind, payload = sock.recv_multipart()
+        if kind == m.EVENTS:
+            deltas, ends = m.unpack(payload)
+            together.append(len(deltas))
+            ended += len(ends)
+    sock.close(0)
+    context.term()
+    assert together.count(4) >= 15, together
+
+
+def test_abort_and_drop_free_the_slot(slow: FakeClient, remote: BridgeClient) -> None:
+    stream = remote.submit(ask("a", max_tokens=40_000))
+    wait_for(lambda: stream.text)
+    stream.close()
+    assert stream.wait(5).finish_reason is FinishReason.ABORT  # type: ignore[union-attr]
+    for _ in remote.submit(ask("b", max_tokens=40_000)):
+        break
+    wait_for(lambda: slow.stats().num_running == 0)
+
+
+def test_a_wrong_key_gets_nothing(slow: FakeClient, server: BridgeServer) -> None:
+    stranger = BridgeClient(replace(server.connection, key="0" * 64))
+    with pytest.raises(EngineGoneError):
+        stranger.submit(ask("a")).result(5)
+    stranger.close()
+    assert slow.stats().requests_total == 0 and server.num_peers == 0
+
+
+def test_garbage_changes_nothing(slow: FakeClient, server: BridgeServer, remote: BridgeClient) -> None:
+    context = zmq.Context()
+    sock = context.socket(zmq.DEALER)
+    sock.connect(server.connection.address)
+    for frames in ([b"x"], [m.HELLO, b"{"], [m.HELLO, b"[]"], [m.HELLO, b'{"key":1}'], [m.SUBMIT, b"{}"], [b"", b"", b""], [m.PING, b"\xff"]):
+        sock.send_multipart(frames)
+    sock.send_multipart([m.HELLO, m.pack({"key": server.connection.key})])
+    for payload in ({}, {"id": 1}, {"id": "q", "sampling": {"nope": 1}, "prompt": "a", "messages": None}, [], None, "x"):
+        sock.send_multipart([m.SUBMIT, m.pack(payload)])
+    assert remote.submit(ask("still here")).result(5).finish_reason is FinishReason.LENGTH
+    sock.close(0)
+    context.term()
+
+
+def test_a_gateway_that_vanishes_has_its_requests_aborted(slow: FakeClient, server: BridgeServer, remote: BridgeClient) -> None:
+    code = (
+        "import sys, time; sys.path[:0] = sys.argv[1:]\n"
+        "from fakes import ask; from llmkit.bridge.client import BridgeClient; from llmkit.bridge.connection import find_connections\n"
+        "s = BridgeClient(find_connections()[0]).submit(ask('a', max_tokens=40_000)); next(iter(s)); print('on', flush=True); time.sleep(60)"
+    )
+    other = subprocess.Popen([sys.executable, "-c", code, str(Path(__file__).parent)], stdout=subprocess.PIPE)
+    assert other.stdout is not None and other.stdout.readline() == b"on\n"
+    mine = remote.submit(ask("mine", max_tokens=40_000))
+    wait_for(lambda: slow.stats().num_running == 2)
+    other.kill()
+    other.wait()
+    other.stdout.close()
+    start = time.monotonic()
+    wait_for(lambda: slow.stats().num_running == 1)
+    assert time.monotonic() - start < 5 * PEER_TIMEOUT_S and not mine.finished
+    mine.close()
+
+
+def test_unloading_says_goodbye(slow: FakeClient, server: BridgeServer, remote: BridgeClient) -> None:
+    stream = remote.submit(ask("a", max_tokens=40_000))
+    wait_for(lambda: stream.text)
+    path = server.connection.path
+    server.close()
+    with pytest.raises(EngineGoneError, match="unloaded"):
+        stream.result(5)
+    with pytest.raises(EngineGoneError, match="unloaded"):
+        remote.submit(ask("b"))
+    assert not path.exists() and not Path(server.connection.address.removeprefix("ipc://")).parent.exists()
+    wait_for(lambda: slow.stats().num_running == 0)
+
+
+def test_the_file_is_private_and_complete(server: BridgeServer) -> None:
+    path = server.connection.path
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    folder = Path(server.connection.address.removeprefix("ipc://")).parent
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    assert len(server.connection.address.encode()) < 107
+    assert files.find_connections() == [server.connection]
+    assert "key" not in repr(server.connection)
+
+
+def test_a_readable_or_linked_file_is_not_trusted(server: BridgeServer) -> None:
+    path = server.connection.path
+    path.chmod(0o640)
+    assert files.find_connections() == [] and path.exists()
+    path.chmod(0o600)
+    moved = path.with_name("elsewhere.json")
+    path.rename(moved)
+    path.symlink_to(moved)
+    assert files.find_connections() == []
+    path.unlink()
+    moved.rename(path)
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can give a file away")
+def test_a_file_of_another_user_is_not_trusted(server: BridgeServer) -> None:
+    path = server.connection.path
+    os.chown(path, 12345, 12345)
+    assert files.find_connections() == [] and path.exists()
+    os.chown(path, 0, 0)
+    assert len(files.find_connections()) == 1
+
+
+def rewrite(path: Path, **changes: object) -> None:
+    data = json.loads(path.read_text())
+    path.write_text(json.dumps({**data, **changes}))
+
+
+def test_stale_files_are_removed_and_other_hosts_are_left_alone(server: BridgeServer) -> None:
+    path = server.connection.path
+    text = path.read_text()
+    rewrite(path, host="another-host")
+    assert files.find_connections() == [] and path.exists()
+    rewrite(path, host=server.connection.host, pid_namespace="pid:[1]")
+    assert files.find_connections() == [] and path.exists()
+    path.write_text(text)
+    rewrite(path, start_time=1.0)  # the pid was given to another process
+    assert files.find_connections() == [] and not path.exists()
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"version": 99}', '{"version": 1}', '{"version": 1, "model": {}}', "\xff" * 10])
+def test_a_damaged_file_is_skipped(private_runtime: Path, text: str) -> None:
+    path = private_runtime / "llmkit-1-bad.json"
+    path.write_text(text)
+    path.chmod(0o600)
+    assert files.find_connections() == [] and path.exists()
+
+
+def test_a_silent_process_is_waited_for_not_given_up(slow: FakeClient, tmp_path: Path) -> None:
+    """The owner is stopped (as if C code held its GIL): requests wait, and go on when it does."""
+    code = (
+        "import sys, time; sys.path[:0] = sys.argv[1:]\n"
+        "from fakes import FakeClient; from llmkit.bridge.server import BridgeServer\n"
+        "b = BridgeServer(FakeClient('other')); print(b.connection.path, flush=True); sys.stdin.read(); b.close()"
+    )
+    owner = subprocess.Popen([sys.executable, "-c", code, str(Path(__file__).parent)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert owner.stdout is not None and owner.stdin is not None
+    owner.stdout.readline()
+    remote = BridgeClient(files.find_connections()[0])
+    assert remote.submit(ask("a")).result(5)
+    os.kill(owner.pid, 19)  # SIGSTOP
+    stream = remote.submit(ask("b"))
+    assert stream.wait(3) is None and remote.gone is None
+    os.kill(owner.pid, 18)  # SIGCONT
+    try:
+        stream.result(10)
+    except EngineGoneError:  # both ends were silent for too long: the request was dropped, and says so
+        assert remote.submit(ask("b")).result(10)
+    owner.stdin.close()
+    owner.wait(10)
+    owner.stdout.close()
+    wait_for(lambda: remote.gone is not None)
+    remote.close()
+
+
+def test_a_killed_owner_is_noticed(private_runtime: Path) -> None:
+    code = (
+        "import sys, time; sys.path[:0] = sys.argv[1:]\n"
+        "from fakes import FakeClient, FakeRunner; from llmkit.bridge.server import BridgeServer\n"
+        "b = BridgeServer(FakeClient('other', FakeRunner(n_ctx=50_000, step_s=0.01))); print('on', flush=True); sys.stdin.read()"
+    )
+    owner = subprocess.Popen([sys.executable, "-c", code, str(Path(__file__).parent)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert owner.stdout is not None and owner.stdin is not None
+    owner.stdout.readline()
+    remote = BridgeClient(files.find_connections()[0])
+    stream = remote.submit(ask("a", max_tokens=40_000))
+    next(iter_once := iter(stream))
+    owner.kill()
+    with pytest.raises(EngineGoneError, match="killed"):
+        list(iter_once)
+    owner.wait()
+    owner.stdin.close()
+    owner.stdout.close()
+    assert files.find_connections() == [] and not list(private_runtime.glob("llmkit-*"))
+    remote.close()

@@ -1,0 +1,152 @@
+"""`llmkit serve` and `llmkit bench` as a user types them."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import openai
+import psutil
+import pytest
+from fakes import wait_for
+
+from llmkit.cli import main
+from llmkit.config import read_settings
+from llmkit.errors import InvalidRequestError
+
+LLMKIT = [sys.executable, "-m", "llmkit"]
+
+
+class Served:
+    def __init__(self, *args: str, **environment: str) -> None:
+        env = {**os.environ, **environment}
+        self.process = subprocess.Popen([*LLMKIT, "serve", *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        assert " at " in line, self.process.communicate()
+        self.url = line.rsplit(" at ", 1)[1].strip()
+
+    def health(self) -> int:
+        try:
+            with urllib.request.urlopen(self.url.removesuffix("/v1") + "/health", timeout=5) as reply:
+                return int(reply.status)
+        except urllib.error.HTTPError as error:
+            return error.code
+
+    def stop(self, number: int = signal.SIGTERM) -> tuple[int, str]:
+        self.process.send_signal(number)
+        _, errors = self.process.communicate(timeout=15)
+        return self.process.returncode, errors
+
+
+@pytest.fixture(scope="module")
+def served() -> Iterator[Served]:
+    server = Served("smollm2", "--port", "0", "--n-ctx", "512", "--n-slots", "4", LLMKIT_API_KEY="k")
+    wait_for(lambda: server.health() == 200, 60)
+    yield server
+    children = psutil.Process(server.process.pid).children()
+    assert len(children) == 1
+    code, errors = server.stop(signal.SIGINT)
+    assert code == 0 and "Traceback" not in errors
+    assert not children[0].is_running()
+
+
+@pytest.mark.model
+def test_serve_a_model(served: Served) -> None:
+    client = openai.OpenAI(base_url=served.url, api_key="k", max_retries=0)
+    reply = client.completions.create(model="default", prompt="The capital of France is", max_tokens=4, temperature=0)
+    assert "Paris" in reply.choices[0].text
+    assert client.models.list().data[0].id == "smollm2"
+    with pytest.raises(openai.AuthenticationError):
+        openai.OpenAI(base_url=served.url, api_key="wrong", max_retries=0).models.list()
+
+
+@pytest.mark.model
+def test_bench_any_endpoint(served: Served, capsys: pytest.CaptureFixture[str]) -> None:
+    common = ["bench", "--base-url", served.url, "--prompt-words", "20", "--max-tokens", "6", "--api-key"]
+    assert main([*common, "k", "--concurrency", "1", "3", "--json"]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [r["concurrency"] for r in lines] == [1, 3] and all(r["errors"] == 0 and r["tok_s"] > 0 for r in lines)
+    assert lines[1]["completion_tokens"] == 6 * 6 and lines[1]["cached_tokens"] == 0
+    assert main([*common, "wrong", "--concurrency", "1"]) == 1
+    assert "401" in capsys.readouterr().err
+
+
+@pytest.mark.model
+def test_a_killed_gateway_takes_its_engine_along() -> None:
+    server = Served("smollm2", "--port", "0", "--n-ctx", "256", "--n-slots", "1")
+    wait_for(lambda: server.health() == 200, 60)
+    (engine,) = psutil.Process(server.process.pid).children()
+    server.stop(signal.SIGKILL)
+    wait_for(lambda: not engine.is_running() or engine.status() == psutil.STATUS_ZOMBIE, 15)
+
+
+@pytest.mark.model
+def test_a_killed_engine_ends_serve_with_the_reason() -> None:
+    server = Served("smollm2", "--port", "0", "--n-ctx", "256", "--n-slots", "1")
+    wait_for(lambda: server.health() == 200, 60)
+    (engine,) = psutil.Process(server.process.pid).children()
+    engine.kill()
+    _, errors = server.process.communicate(timeout=15)
+    assert server.process.returncode == 1 and "has ended" in errors and "Traceback" not in errors
+
+
+def test_while_loading_it_is_503(tmp_path: Path) -> None:
+    server = Served("--port", "0")  # no model, no engine anywhere
+    assert server.health() == 503
+    with pytest.raises(openai.InternalServerError, match="No model is loaded"):
+        openai.OpenAI(base_url=server.url, api_key="x", max_retries=0).completions.create(model="default", prompt="a")
+    assert server.stop()[0] == 0
+
+
+def fails(*args: str, **environment: str) -> str:
+    done = subprocess.run([*LLMKIT, *args], capture_output=True, text=True, timeout=60, env={**os.environ, **environment})
+    assert done.returncode == 1, done
+    assert done.stderr.startswith("llmkit: ") or "\nllmkit: " in done.stderr
+    assert "Traceback" not in done.stderr
+    return done.stderr
+
+
+def test_mistakes_get_one_clear_line(tmp_path: Path) -> None:
+    assert "without a key" in fails("serve", "smollm2", "--host", "0.0.0.0")
+    assert "no model" in fails("serve", str(tmp_path / "none.gguf"), "--port", "0")
+    (tmp_path / "text.gguf").write_text("hello")
+    assert "not a GGUF file" in fails("serve", str(tmp_path / "text.gguf"), "--port", "0")
+    assert "setting port" in fails("serve", "--port", "99999")
+    assert "setting n_ctx" in fails("serve", "smollm2", "--port", "0", "--n-ctx", "0")
+    assert "base-url" in fails("bench", "--base-url", "nonsense")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        start = time.monotonic()
+        assert "in use" in fails("serve", "smollm2", "--port", str(taken.getsockname()[1]))
+        assert time.monotonic() - start < 30
+
+
+def test_settings_precedence_and_unknown_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "llmkit.toml"
+    file.write_text('port = 1111\nhost = "127.0.0.9"\nn_ctx = 512')
+    monkeypatch.setenv("LLMKIT_PORT", "2222")
+    settings = read_settings({"n_ctx": 1024}, file)
+    assert (settings.host, settings.port, settings.n_ctx) == ("127.0.0.9", 2222, 1024)
+    file.write_text("prot = 1")
+    with pytest.raises(InvalidRequestError, match="prot"):
+        read_settings({}, file)
+    file.write_text("= =")
+    with pytest.raises(InvalidRequestError, match="cannot read"):
+        read_settings({}, file)
+
+
+def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
+    for args in (["--help"], ["serve", "--help"], ["bench", "--help"], ["--version"]):
+        with pytest.raises(SystemExit) as end:
+            main(args)
+        assert end.value.code == 0 and capsys.readouterr().out

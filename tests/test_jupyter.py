@@ -1,0 +1,94 @@
+"""The mounted gateway: Jupyter's own authentication guards every route, and errors have OpenAI's shape."""
+
+from __future__ import annotations
+
+import json
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from jupyter_client_http import JupyterServer
+
+from llmkit.gateway.app import Gateway
+from llmkit.gateway.engines import EngineDirectory
+
+PATHS = ["/v1/models", "/v1/models/x", "/v1/chat/completions", "/v1/completions", "/health", "/v1/unknown", "/", ""]
+METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE"]
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[JupyterServer]:
+    jupyter = JupyterServer(tmp_path_factory.mktemp("jupyter"), base_url="/user/ann/")
+    yield jupyter
+    jupyter.stop()
+
+
+def fetch(server: JupyterServer, method: str, path: str, headers: dict[str, str] | None = None, body: bytes | None = None) -> tuple[int, Any, Any]:
+    request = urllib.request.Request(f"{server.url}/llmkit{path}", body, headers or {}, method=method)
+    try:
+        with urllib.request.urlopen(request, timeout=30) as reply:
+            return reply.status, reply.read(), reply.headers
+    except urllib.error.HTTPError as error:
+        return error.code, error.read(), error.headers
+
+
+def check_error(body: bytes, code: str | None = None) -> None:
+    error = json.loads(body)["error"]
+    assert set(error) == {"message", "type", "param", "code"} and error["message"]
+    assert code is None or error["code"] == code
+
+
+def test_the_route_table_is_covered() -> None:
+    known = {pattern.pattern.replace("(.+)", "x") for _, pattern, _ in Gateway(EngineDirectory()).routes}
+    assert known <= set(PATHS), "a new route must be listed here"
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("path", PATHS)
+def test_no_route_is_open(server: JupyterServer, method: str, path: str) -> None:
+    for headers in ({}, {"Authorization": "Bearer wrong"}, {"x-api-key": "wrong"}, {"Cookie": "_xsrf=1", "X-XSRFToken": "1"}):
+        status, body, _ = fetch(server, method, path, headers, b"{}" if method == "POST" else None)
+        assert status == 401, (headers, body)
+        if method != "HEAD":
+            check_error(body, "invalid_api_key")
+
+
+def test_another_host_or_origin_is_refused(server: JupyterServer) -> None:
+    status, body, _ = fetch(server, "GET", "/v1/models", {"Authorization": f"Bearer {server.token}", "Host": "evil.example"})
+    assert status == 403
+    check_error(body)
+    status, _, headers = fetch(server, "OPTIONS", "/v1/models", {"Origin": "http://evil.example", "Access-Control-Request-Method": "GET"})
+    assert "Access-Control-Allow-Origin" not in headers
+
+
+@pytest.mark.parametrize("how", ["bearer", "token", "x-api-key"])
+def test_the_token_opens_it(server: JupyterServer, how: str) -> None:
+    header = {
+        "bearer": {"Authorization": f"Bearer {server.token}"},
+        "token": {"Authorization": f"token {server.token}"},
+        "x-api-key": {"x-api-key": server.token},
+    }
+    status, body, headers = fetch(server, "GET", "/v1/models", header[how])
+    assert status == 200 and json.loads(body) == {"object": "list", "data": []} and headers["x-request-id"]
+
+
+def test_errors_have_openais_shape(server: JupyterServer) -> None:
+    auth = {"Authorization": f"Bearer {server.token}"}
+    for method, path, status, code in [
+        ("GET", "/v1/unknown", 404, "not_found"),
+        ("GET", "/", 404, "not_found"),
+        ("DELETE", "/v1/models", 405, "method_not_allowed"),
+        ("GET", "/v1/chat/completions", 405, "method_not_allowed"),
+        ("GET", "/v1/models/x", 404, "model_not_found"),
+        ("GET", "/health", 503, "model_unavailable"),
+        ("POST", "/v1/chat/completions", 400, None),
+    ]:
+        got, body, _ = fetch(server, method, path, auth, b"{" if method == "POST" else None)
+        assert got == status, body
+        check_error(body, code)
+
+
+def test_the_extension_is_enabled_by_installing_and_says_where(server: JupyterServer) -> None:
+    assert "llmkit gateway at http" in server.output() and "/user/ann/llmkit/v1" in server.output()

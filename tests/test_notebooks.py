@@ -1,0 +1,61 @@
+"""The tutorial notebooks run, by nbval and by nbconvert; every output has a fallback that needs no widgets."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+from conftest import ROOT
+
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+pytestmark = pytest.mark.model
+
+
+def test_there_are_notebooks() -> None:
+    assert [n.name for n in NOTEBOOKS] == ["01_quickstart.ipynb"]
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda n: n.stem)
+def test_nbval(notebook: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "--nbval-lax",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-c",
+        os.devnull,
+        "--rootdir",
+        str(notebook.parent),
+        str(notebook),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=notebook.parent)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda n: n.stem)
+def test_nbconvert_and_fallbacks(notebook: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "jupyter", "nbconvert", "--to", "notebook", "--execute", str(notebook), "--output", str(tmp_path / "out.ipynb")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=notebook.parent)
+    assert done.returncode == 0, done.stderr
+    cells = [c for c in nbformat.read(tmp_path / "out.ipynb", as_version=4).cells if c.cell_type == "code"]
+    outputs = [o for c in cells for o in c.outputs]
+    assert not any(o.output_type == "error" for o in outputs)
+    assert not any(o.output_type == "stream" and o.name == "stderr" for o in outputs)
+    bundles = [o.data for o in outputs if o.output_type in ("display_data", "execute_result")]
+    assert all("text/plain" in b for b in bundles)
+    widgets = [b for b in bundles if "application/vnd.jupyter.widget-view+json" in b]
+    assert widgets and all("<svg" in b["text/html"] for b in widgets)
+    assert any("image/png" in b for b in bundles)
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda n: n.stem)
+def test_notebooks_are_kept_without_outputs(notebook: Path) -> None:
+    cells = nbformat.read(notebook, as_version=4).cells
+    assert all(not c.get("outputs") and c.get("execution_count") is None for c in cells if c.cell_type == "code")

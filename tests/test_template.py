@@ -1,0 +1,52 @@
+import pytest
+
+from llmkit.chat.template import CHATML, ChatTemplate
+from llmkit.errors import InvalidRequestError
+from llmkit.types import Message
+
+HELLO = [Message("user", "hello")]
+
+
+def test_chatml() -> None:
+    assert ChatTemplate(CHATML).render(HELLO) == "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_special_tokens_and_helpers() -> None:
+    template = ChatTemplate("{{ bos_token }}{{ messages | tojson }}{{ eos_token }}", bos="<s>", eos="</s>")
+    assert template.render(HELLO) == '<s>[{"role": "user", "content": "hello"}]</s>'
+    assert ChatTemplate("{{ strftime_now('%Y') }}").render(HELLO).startswith("20")
+
+
+def test_a_refusal_is_an_error_that_quotes_it() -> None:
+    with pytest.raises(InvalidRequestError, match="must alternate"):
+        ChatTemplate("{{ raise_exception('roles must alternate') }}").render(HELLO)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+        "{{ messages.__class__.__init__.__globals__ }}",
+        "{{ cycler.__init__.__globals__.os.popen('id').read() }}",
+        "{{ raise_exception.__globals__ }}",
+        "{{ ().__class__.__base__ }}",
+        "{% set x = messages.append(1) %}",
+        "{{ '%s' | format(self.__init__.__globals__) }}",
+        "{% for i in range(10000000) %}x{% endfor %}",
+        "{{ 'x' * 100000000 }}",
+        "{{ 1 / 0 }}",
+        "{% include '/etc/passwd' %}",
+        "{% if %}",
+        "{{ messages[99].content.nope }}",
+    ],
+)
+def test_a_template_cannot_reach_python_or_run_wild(source: str) -> None:
+    with pytest.raises(InvalidRequestError):
+        ChatTemplate(source).render(HELLO)
+
+
+def test_bad_messages() -> None:
+    with pytest.raises(InvalidRequestError, match="at least one"):
+        ChatTemplate(CHATML).render([])
+    with pytest.raises(InvalidRequestError, match="role"):
+        ChatTemplate(CHATML).render([Message("wizard", "x")])
