@@ -139,7 +139,7 @@ def test_a_gateway_that_vanishes_has_its_requests_aborted(slow: FakeClient, serv
     code = (
         "import sys, time; sys.path[:0] = sys.argv[1:]\n"
         "from fakes import ask; from llmkit.bridge.client import BridgeClient; from llmkit.bridge.connection import find_connections\n"
-        "s = BridgeClient(find_connections()[0]).submit(ask('a', max_tokens=40_000)); next(iter(s)); print('on', flush=True); time.sleep(60)"
+        "s = BridgeClient(find_connections()[0]).submit(ask('a', max_tokens=40_000)); it = iter(s); next(it); print('on', flush=True); time.sleep(60)"
     )
     other = subprocess.Popen([sys.executable, "-c", code, str(Path(__file__).parent)], stdout=subprocess.PIPE)
     assert other.stdout is not None and other.stdout.readline() == b"on\n"

@@ -11,8 +11,10 @@ import time
 from collections.abc import Iterator
 
 import pytest
+from fakes import wait_for
 
 import llmkit
+from llmkit.bridge.connection import process_start_time
 from llmkit.errors import InvalidRequestError
 from llmkit.llm import Interrupted
 
@@ -148,9 +150,8 @@ print(pid)
         done = subprocess.run([sys.executable, "-c", code, *argument], capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stderr
         assert not done.stderr
-        time.sleep(1.5)
-        with pytest.raises(ProcessLookupError):
-            os.kill(int(done.stdout), 0)
+        pid = int(done.stdout)
+        wait_for(lambda pid=pid: process_start_time(pid) is None)
     assert not list(os.scandir(os.environ["JUPYTER_RUNTIME_DIR"]))
 
 

@@ -50,7 +50,8 @@ def _samplers(params: SamplingParams, vocab: Vocab) -> list[Any]:
         pairs = (C.llama_logit_bias * len(bias))(*((C.llama_logit_bias)(t, b) for t, b in bias.items()))
         steps.append(C.llama_sampler_init_logit_bias(vocab.n_tokens, len(bias), pairs))
     if params.repetition_penalty != 1 or params.presence_penalty != 0 or params.frequency_penalty != 0:
-        steps.append(C.llama_sampler_init_penalties(params.penalty_last_n, params.repetition_penalty, params.frequency_penalty, params.presence_penalty))
+        penalties = (params.penalty_last_n, params.repetition_penalty, params.frequency_penalty, params.presence_penalty)
+        steps.append(C.llama_sampler_init_penalties(vocab.n_tokens, *penalties))
     if params.greedy:
         return [*steps, C.llama_sampler_init_greedy()]
     if params.top_k:

@@ -78,7 +78,7 @@ class ChatTemplate:
                 parts.append(part)
         except InvalidRequestError:
             raise
-        except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError, OverflowError, RecursionError) as error:
+        except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
             raise InvalidRequestError(f"the model's chat template refuses these messages: {error}", "messages") from error
         return "".join(parts)
 

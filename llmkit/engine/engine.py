@@ -17,7 +17,7 @@ from llmkit.types import EngineStats, FinishReason
 
 __all__ = ["Engine"]
 
-MIXED_BATCH_TOKENS = 128
+MIXED_BATCH_TOKENS = 256
 INTERRUPT_TOKENS = 16  # a chunk longer than this is worth interrupting
 
 

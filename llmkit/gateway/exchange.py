@@ -33,6 +33,7 @@ class Exchange:
         if not self.request_id.isprintable():
             self.request_id = secrets.token_hex(16)
         self.streaming = False
+        self._stream: iostream.IOStream | None = getattr(handler.request.connection, "stream", None)
         handler.set_header("x-request-id", self.request_id)
 
     @property
@@ -67,10 +68,13 @@ class Exchange:
         self._handler.set_header("X-Accel-Buffering", "no")  # JupyterHub's and other proxies must not collect
 
     async def send_text(self, text: str) -> None:
-        """Write and flush. Raises `ClientGoneError`."""
+        """Write and flush. Waits only for a client that reads too slowly. Raises `ClientGoneError` when it is gone, or reads nothing for a minute."""
         self._handler.write(text)
         try:
-            await gen.with_timeout(timedelta(seconds=WRITE_TIMEOUT_S), self._handler.flush())
+            flushed = self._handler.flush()
+            if self._stream is not None and not self._stream.writing() and not self._stream.closed():
+                return  # the operating system has it all; the future would only cost a turn of the loop
+            await gen.with_timeout(timedelta(seconds=WRITE_TIMEOUT_S), flushed)
         except (iostream.StreamClosedError, TimeoutError) as error:
             raise ClientGoneError from error
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
 from llmkit.client import EngineClient
@@ -177,27 +177,44 @@ async def gather(streams: list[Stream], on_wait: Callable[[], None]) -> list[Com
 async def merge(streams: list[Stream]) -> AsyncIterator[Event | None]:
     """News of any stream as it comes; None after 15 s of silence. A failed stream's error is raised."""
     loop, arrived = asyncio.get_running_loop(), asyncio.Event()
+    last_news = loop.time()
+    timer: asyncio.TimerHandle | None = None
 
     def wake() -> None:
         if not loop.is_closed():
             loop.call_soon_threadsafe(arrived.set)
 
+    def watch_silence() -> None:
+        """One timer for the whole stream; a timeout around every wait would cost more than the wait."""
+        nonlocal timer
+        timer = loop.call_later(max(0.01, last_news + PING_S - loop.time()), watch_silence)
+        arrived.set()
+
+    timer = loop.call_later(PING_S, watch_silence)
     for stream in streams:
         stream.listen(wake)
     waiting = dict(enumerate(streams))
-    while waiting:
-        try:
-            async with asyncio.timeout(PING_S):
-                await arrived.wait()
-        except TimeoutError:
-            yield None
-            continue
-        arrived.clear()
-        for index, stream in list(waiting.items()):
-            deltas, completion = stream.take()
-            if completion is not None:
-                del waiting[index]
-                if completion.finish_reason in (FinishReason.ERROR, FinishReason.ABORT):
-                    raise stream.failure or EngineGoneError("the request was aborted in the kernel")
-            if deltas or completion is not None:
-                yield index, deltas, completion
+    try:
+        while waiting:
+            await arrived.wait()
+            arrived.clear()
+            if loop.time() - last_news >= PING_S:
+                last_news = loop.time()
+                yield None
+            for event in take_news(waiting):
+                last_news = loop.time()
+                yield event
+    finally:
+        timer.cancel()
+
+
+def take_news(waiting: dict[int, Stream]) -> Iterator[Event]:
+    """What the waiting streams have; ended ones are taken out. A failed stream's error is raised."""
+    for index, stream in list(waiting.items()):
+        deltas, completion = stream.take()
+        if completion is not None:
+            del waiting[index]
+            if completion.finish_reason in (FinishReason.ERROR, FinishReason.ABORT):
+                raise stream.failure or EngineGoneError("the request was aborted in the kernel")
+        if deltas or completion is not None:
+            yield index, deltas, completion
