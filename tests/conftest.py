@@ -17,6 +17,13 @@ ROOT = Path(__file__).resolve().parents[1]
 MODEL = "smollm2"
 
 
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """CI allows no skip."""
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if os.environ.get("CI") and reporter is not None and reporter.stats.get("skipped"):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
 @pytest.fixture(autouse=True)
 def private_runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A runtime directory of the test's own: engines of other tests, and the user's, are not seen."""
