@@ -20,15 +20,13 @@ from llmkit.errors import ContextLengthError, InsufficientMemoryError, InvalidRe
 from llmkit.models import gguf, memory
 from llmkit.models.registry import ModelSpec, resolve
 from llmkit.stream import Channel, Stream
-from llmkit.types import EngineStats, GenerationRequest, ModelDescription
+from llmkit.types import MAX_CHARS_PER_TOKEN, EngineStats, GenerationRequest, ModelDescription
 
 if TYPE_CHECKING:
     from llmkit.backend.llama import LlamaModel, LlamaRunner
 
 __all__ = ["LocalEngine", "device_memory"]
 
-# Characters a token can stand for at most, on average: a longer text cannot fit, and is refused before it is tokenized.
-MAX_CHARS_PER_TOKEN = 64
 GPU_HINT = (
     'a GPU is here, but this build of llama.cpp is for the CPU only. Install the GPU build with\n    CMAKE_ARGS="-DGGML_CUDA=on" pip install --force-reinstall '
     "--no-cache-dir --no-deps llama-cpp-python"
@@ -62,19 +60,19 @@ class LocalEngine:
         spec = resolve(model)
         info = gguf.read_header(spec.path)
         n_ctx, n_slots = _sizes(info, n_ctx, n_slots, threads)
+        most = min(n_ctx, info.max_positions or n_ctx)
         _check_memory(info, n_ctx, n_slots, n_gpu_layers, force)
         self._model, self._runner = _load(spec, n_ctx, n_slots, n_gpu_layers, threads, kv_unified, progress)
         vocab = self._vocab = self._model.vocab
-        self._template = ChatTemplate(
-            str(info.metadata.get("tokenizer.chat_template") or CHATML), bos=vocab.token_text(vocab.bos), eos=vocab.token_text(vocab.eos)
-        )
+        self._bos = vocab.token_text(vocab.bos)
+        self._template = ChatTemplate(str(info.metadata.get("tokenizer.chat_template") or CHATML), bos=self._bos, eos=vocab.token_text(vocab.eos))
         self._description = ModelDescription(
             name=name or spec.name,
             path=str(spec.path),
             architecture=info.architecture,
             quantization=info.quantization,
             n_params=self._model.n_params,
-            n_ctx=n_ctx,
+            n_ctx=most,
             n_ctx_train=self._model.n_ctx_train,
             n_slots=n_slots,
             n_vocab=vocab.n_tokens,
@@ -83,7 +81,7 @@ class LocalEngine:
             device="gpu" if n_gpu_layers != 0 and _has_gpu() else "cpu",
             created=int(time.time()),
         )
-        self._engine = Engine(self._runner, is_end=vocab.is_end)
+        self._engine = Engine(self._runner, is_end=vocab.is_end, n_ctx=most)
         _running.add(self)
 
     @property
@@ -103,21 +101,22 @@ class LocalEngine:
     def render(self, request: GenerationRequest) -> list[int]:
         """The prompt of a request in tokens: the chat template applied, tokenized, checked.
 
-        Raises `InvalidRequestError` and `ContextLengthError`.
+        Raises `InvalidRequestError`, `ContextLengthError` and `ModelUnloadedError`.
         """
         if isinstance(request.prompt, tuple):
             return self._check_tokens(list(request.prompt))
         if request.messages is not None:
             text, param, special = self._template.render(request.messages), "messages", True
-            bos = self._vocab.token_text(self._vocab.bos)
-            if bos and self._vocab.adds_bos:
-                text = text.removeprefix(bos)  # tokenize adds it
+            if self._bos and self._vocab.adds_bos:
+                text = text.removeprefix(self._bos)  # tokenize adds it
         else:
             text, param, special = request.prompt or "", "prompt", False
         n_ctx = self._description.n_ctx
         if len(text) > n_ctx * MAX_CHARS_PER_TOKEN:
             raise ContextLengthError(len(text) // MAX_CHARS_PER_TOKEN, n_ctx, param)
-        tokens = self._vocab.tokenize(text, parse_special=special)
+        with self._close_lock:  # the vocabulary must not be freed under us
+            self._check_open()
+            tokens = self._vocab.tokenize(text, parse_special=special)
         if not tokens:
             raise InvalidRequestError("the prompt is empty; give at least one token.", param)
         if len(tokens) >= n_ctx:
@@ -140,9 +139,8 @@ class LocalEngine:
         for token, _ in request.sampling.logit_bias:
             if token >= n_vocab:
                 raise InvalidRequestError(f"logit_bias: token ids go from 0 to {n_vocab - 1}; {token} is none.", "logit_bias")
-        with self._close_lock:
-            self._check_open()
-            tokens = self.render(request)
+        self._check_open()
+        tokens = self.render(request)
         room = self._description.n_ctx - len(tokens)
         max_tokens = min(request.sampling.max_tokens or room, room)
         detokenizer = Detokenizer(self._vocab.piece, request.sampling.stop)
@@ -181,6 +179,8 @@ def _sizes(info: gguf.ModelInfo, n_ctx: int | None, n_slots: int | None, threads
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most):
             raise InvalidRequestError(f"{name} must be an integer from 1 to {most}, not {value!r:.40}.", name)
     n_ctx = n_ctx or memory.default_context(info)
+    if info.max_positions is not None and n_ctx > info.max_positions:
+        raise InvalidRequestError(f"this model knows positions for {info.max_positions} tokens only; n_ctx={n_ctx} is more.", "n_ctx")
     n_ctx = -(-n_ctx // 256) * 256  # llama.cpp's cells come in blocks of 256
     return n_ctx, n_slots or memory.default_slots(info, n_ctx)
 
@@ -218,7 +218,7 @@ def _load(
     model = LlamaModel(spec.path, n_gpu_layers=n_gpu_layers, progress=progress)
     try:
         if not model.can_generate:
-            raise ModelLoadError(f"{spec.path.name} is not a text generation model (no decoder in it).")
+            raise ModelLoadError(f"{spec.path.name} is not a text generation model: it has no plain decoder, or no vocabulary.")
         return model, LlamaRunner(model, n_ctx=n_ctx, n_slots=n_slots, threads=threads, kv_unified=kv_unified)
     except BaseException:
         model.close()

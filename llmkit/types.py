@@ -25,6 +25,8 @@ __all__ = [
 MAX_STOP_STRINGS = 16
 MAX_LOGIT_BIAS = 1024
 MAX_SEED = 2**32 - 1
+# Characters a token can stand for at most, on average: a longer text cannot fit, and is refused before it is tokenized.
+MAX_CHARS_PER_TOKEN = 64
 
 
 class FinishReason(StrEnum):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import stat
 import subprocess
 import sys
@@ -121,6 +122,33 @@ def test_a_wrong_key_gets_nothing(slow: FakeClient, server: BridgeServer) -> Non
     assert slow.stats().requests_total == 0 and server.num_peers == 0
 
 
+def stop_process(pid: int) -> None:
+    """SIGSTOP, until all of its threads stand."""
+    os.kill(pid, signal.SIGSTOP)
+    wait_for(lambda: all(p.read_text().rsplit(")", 1)[1].split()[0] == "T" for p in Path(f"/proc/{pid}/task").glob("*/stat")))
+
+
+def test_thousands_of_messages_to_a_stopped_reader_are_not_lost(private_runtime: Path) -> None:
+    code = (
+        "import sys; sys.path[:0] = sys.argv[1:]\n"
+        "from fakes import FakeClient, FakeRunner; from llmkit.bridge.server import BridgeServer\n"
+        "b = BridgeServer(FakeClient('other', FakeRunner(n_slots=16), max_waiting=9999)); print('on', flush=True); sys.stdin.read(); b.close()"
+    )
+    owner = subprocess.Popen([sys.executable, "-c", code, str(Path(__file__).parent)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert owner.stdout is not None and owner.stdin is not None
+    owner.stdout.readline()
+    remote = BridgeClient(files.find_connections()[0])
+    assert remote.submit(ask("a")).result(5)
+    stop_process(owner.pid)
+    streams = [remote.submit(ask("b", max_tokens=1)) for _ in range(4000)]
+    os.kill(owner.pid, signal.SIGCONT)
+    assert all(s.result(30).usage.completion_tokens == 1 for s in streams)
+    owner.stdin.close()
+    owner.wait(10)
+    owner.stdout.close()
+    remote.close()
+
+
 def test_garbage_changes_nothing(slow: FakeClient, server: BridgeServer, remote: BridgeClient) -> None:
     context = zmq.Context()
     sock = context.socket(zmq.DEALER)
@@ -236,10 +264,10 @@ def test_a_silent_process_is_waited_for_not_given_up(slow: FakeClient, tmp_path:
     owner.stdout.readline()
     remote = BridgeClient(files.find_connections()[0])
     assert remote.submit(ask("a")).result(5)
-    os.kill(owner.pid, 19)  # SIGSTOP
+    stop_process(owner.pid)
     stream = remote.submit(ask("b"))
     assert stream.wait(3) is None and remote.gone is None
-    os.kill(owner.pid, 18)  # SIGCONT
+    os.kill(owner.pid, signal.SIGCONT)
     try:
         stream.result(10)
     except EngineGoneError:  # both ends were silent for too long: the request was dropped, and says so

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from llmkit.backend.llama import LlamaModel, LlamaRunner
+from llmkit.backend.vocab import longest_run
 from llmkit.engine.batch import Batch, Chunk, Fork, Open, Truncate
 from llmkit.errors import ContextLengthError, InvalidRequestError, ModelUnloadedError
 from llmkit.local import LocalEngine
@@ -167,6 +168,14 @@ def test_bad_input_never_reaches_c(engine: LocalEngine) -> None:
         generate(engine, "")
     assert generate(engine, "nul \0 byte", max_tokens=2).usage.completion_tokens == 2
     assert generate(engine, "<|im_end|>", max_tokens=1).usage.prompt_tokens > 1, "what users type is no control token"
+
+
+def test_a_long_run_of_one_character_is_tokenized_on_a_deep_stack(model: LlamaModel) -> None:
+    """Pre-tokenizers that use std::regex recurse for every character of a match."""
+    assert longest_run("ab 123 " * 1000 + "x" * 5000) == 5000
+    assert len(model.vocab.tokenize("a" * 20_000)) > 100
+    with pytest.raises(InvalidRequestError, match="without a break"):
+        model.vocab.tokenize(" " * 600_000)
 
 
 def test_stop_in_a_long_prefill_is_quick(model: LlamaModel) -> None:

@@ -65,6 +65,18 @@ def test_the_least_recently_used_slot_is_given_up() -> None:
     assert slot is old is not young and cached == 0 and ops == [Truncate(old.index, 0)]
 
 
+def test_conversations_that_share_only_a_few_tokens_keep_a_slot_each() -> None:
+    cache = PrefixCache(8, can_truncate=True, can_fork=True)
+    first, second = [1, 2, 3, *[10] * 200], [1, 2, 3, *[20] * 200]
+    one, two = fill(cache, first), fill(cache, second)
+    assert one is not two
+    slot, cached, _ = cache.acquire([*first, 11])
+    assert slot is one and cached == 203
+    cache.release(slot)
+    slot, cached, _ = cache.acquire([*second, 21])
+    assert slot is two and cached == 203
+
+
 def test_state_that_cannot_be_cut_is_only_used_whole() -> None:
     cache = PrefixCache(2, can_truncate=False, can_fork=False)
     first = fill(cache, list(range(50)))

@@ -23,6 +23,8 @@ from llmkit.errors import ModelLoadError
 
 __all__ = ["LlamaModel", "LlamaRunner", "num_threads"]
 
+VOCAB_TYPE_NONE = 0
+
 
 def num_threads() -> int:
     """Cores this process may use: affinity and cgroup quota, at least 1."""
@@ -89,7 +91,8 @@ class LlamaModel:
 
     @property
     def can_generate(self) -> bool:
-        return bool(C.llama_model_has_decoder(self.handle)) and not C.llama_model_is_diffusion(self.handle)
+        plain = C.llama_model_has_decoder(self.handle) and not C.llama_model_has_encoder(self.handle) and not C.llama_model_is_diffusion(self.handle)
+        return bool(plain) and int(C.llama_vocab_type(C.llama_model_get_vocab(self.handle))) != VOCAB_TYPE_NONE
 
     @property
     def is_recurrent(self) -> bool:
@@ -154,6 +157,9 @@ class LlamaRunner:
         if not self._context:
             raise ModelLoadError(f"llama.cpp could not make a context of {n_slots} x {n_ctx} tokens: " + "; ".join(library.log.errors()))
         self._memory = C.llama_get_memory(self._context)
+        if not self._memory:
+            C.llama_free(self._context)
+            raise ModelLoadError("this model keeps no context memory: it is no text generation model.")
         self._n_vocab = model.vocab.n_tokens
         self._samplers: list[SamplerChain | None] = [None] * n_slots
         self._ignore_eos = [False] * n_slots
@@ -259,11 +265,13 @@ class LlamaRunner:
 
     def _resident(self, chunk: Chunk) -> int:
         """After an interrupt: how many tokens of the slot are whole. The last one of a sampling chunk is given up, since its logits are lost."""
-        length = int(self._pos_max(self._memory, chunk.slot)) + 1
-        keep = min(length, chunk.start + len(chunk.tokens) - chunk.sample)
-        if keep < length and not self._seq_rm(self._memory, chunk.slot, keep, -1):
+        if not self.can_truncate:  # its state may be half updated, and says nothing of it
             self._seq_rm(self._memory, chunk.slot, -1, -1)
             return 0
+        length = int(self._pos_max(self._memory, chunk.slot)) + 1
+        keep = min(length, chunk.start + len(chunk.tokens) - chunk.sample)
+        if keep < length:
+            self._seq_rm(self._memory, chunk.slot, keep, -1)
         return keep
 
     def logits(self, tokens: list[int]) -> np.ndarray:

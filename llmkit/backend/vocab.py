@@ -3,12 +3,42 @@
 from __future__ import annotations
 
 import ctypes
+import re
+import threading
+from collections.abc import Callable
 from typing import Any
 
 from llmkit.backend.library import C, short
 from llmkit.errors import InvalidRequestError
 
 __all__ = ["Vocab"]
+
+# Some pre-tokenizers of llama.cpp match with std::regex, which recurses for every character of a match: 30,000 letters in a row overflow a thread's 8 MiB stack
+# (deepseek-llm; about 400 bytes a character) and end the process.
+SAFE_RUN, MAX_RUN, STACK_PER_CHARACTER = 4000, 500_000, 2048
+RUN = re.compile(r"[^\W\d_]+|\d+|\s+|[^\w\s]+|_+")
+_stack_lock = threading.Lock()
+
+
+def longest_run(text: str) -> int:
+    """The longest stretch of letters, digits, white space or other characters."""
+    return max((m.end() - m.start() for m in RUN.finditer(text)), default=0) if len(text) > SAFE_RUN else 0
+
+
+def on_a_deep_stack(num_bytes: int, work: Callable[[], list[int]]) -> list[int]:
+    """Run ``work`` on a thread with that much stack; the pages are taken only as they are used."""
+    result: list[list[int]] = []
+    with _stack_lock:
+        before = threading.stack_size((16 << 20) + -(-num_bytes // 4096) * 4096)
+        try:
+            thread = threading.Thread(target=lambda: result.append(work()), name="llmkit-tokenize")
+            thread.start()
+        finally:
+            threading.stack_size(before)
+    thread.join()
+    if not result:
+        raise InvalidRequestError("the text cannot be tokenized.", "prompt")
+    return result[0]
 
 
 class Vocab:
@@ -39,6 +69,14 @@ class Vocab:
         except UnicodeEncodeError as error:
             raise InvalidRequestError(f"the text holds a lone surrogate at character {error.start}; it is not valid Unicode.", "prompt") from None
         size = len(data) + 16
+        run = longest_run(text)
+        if run > MAX_RUN:
+            raise InvalidRequestError(f"the text holds {run} characters without a break; at most {MAX_RUN} can be tokenized.", "prompt")
+        if run > SAFE_RUN:
+            return on_a_deep_stack(STACK_PER_CHARACTER * run, lambda: self._tokenize(data, size, add_special, parse_special))
+        return self._tokenize(data, size, add_special, parse_special)
+
+    def _tokenize(self, data: bytes, size: int, add_special: bool, parse_special: bool) -> list[int]:
         while True:
             tokens = (C.llama_token * size)()
             n = C.llama_tokenize(self._vocab, data, len(data), tokens, size, add_special, parse_special)

@@ -13,13 +13,21 @@ import zmq
 from llmkit.bridge import messages as m
 from llmkit.bridge.connection import Connection
 from llmkit.bridge.server import Waker
-from llmkit.errors import EngineGoneError
+from llmkit.errors import ContextLengthError, EngineGoneError
 from llmkit.stream import Channel, Stream
-from llmkit.types import Delta, EngineStats, GenerationRequest, ModelDescription
+from llmkit.types import MAX_CHARS_PER_TOKEN, Delta, EngineStats, GenerationRequest, ModelDescription
 
 __all__ = ["BridgeClient"]
 
 PING_S = 0.5
+
+
+def check_size(request: GenerationRequest, n_ctx: int) -> None:
+    """Refuse what cannot fit the context before it travels. Raises `ContextLengthError`."""
+    size = len(request.prompt or ()) if request.messages is None else sum(len(msg.content) for msg in request.messages)
+    tokens = size if isinstance(request.prompt, tuple) else size // MAX_CHARS_PER_TOKEN
+    if tokens >= n_ctx:
+        raise ContextLengthError(tokens, n_ctx, "prompt" if request.messages is None else "messages")
 
 
 class BridgeClient:
@@ -59,11 +67,13 @@ class BridgeClient:
 
     def submit(self, request: GenerationRequest) -> Stream:
         channel = Channel(request.request_id, self.abort)
+        data = m.request_to(request)
+        check_size(request, self._description.n_ctx)
         with self._lock:
             if self._gone is not None:
                 raise EngineGoneError(self._gone)
             self._channels[request.request_id] = channel
-            self._post(m.SUBMIT, m.request_to(request))
+            self._post(m.SUBMIT, data)
         return Stream(channel)
 
     def abort(self, request_id: str) -> None:
@@ -89,8 +99,17 @@ class BridgeClient:
     def _run(self) -> None:
         context = zmq.Context()
         sock = context.socket(zmq.DEALER)
+        try:
+            self._talk(sock)
+        finally:  # whatever happens, nobody may wait forever
+            self._lose("the connection to the engine was closed")
+            sock.close()
+            context.term()
+            self._waker.close()
+
+    def _talk(self, sock: zmq.Socket[bytes]) -> None:
         sock.setsockopt(zmq.LINGER, 100)
-        sock.setsockopt(zmq.MAXMSGSIZE, 64 << 20)
+        sock.setsockopt(zmq.SNDHWM, 0)  # nothing is dropped while a busy kernel does not read; requests are bounded at the gateway
         sock.connect(self.connection.address)
         poller = zmq.Poller()
         poller.register(sock, zmq.POLLIN)
@@ -113,13 +132,14 @@ class BridgeClient:
                 self._waker.clear()
             if sock in events:
                 self._receive_all(sock)
-            with contextlib.suppress(queue.Empty):
-                while True:
-                    self._send(sock, *self._outbox.get_nowait())
-        self._lose("the connection to the engine was closed")
-        sock.close()
-        context.term()
-        self._waker.close()
+            self._send_outbox(sock)
+
+    def _send_outbox(self, sock: zmq.Socket[bytes]) -> None:
+        with contextlib.suppress(queue.Empty):
+            while True:
+                kind, data = self._outbox.get_nowait()
+                if kind != m.SUBMIT or data["id"] in self._channels:  # not one that failed meanwhile
+                    self._send(sock, kind, data)
 
     @staticmethod
     def _send(sock: zmq.Socket[bytes], kind: bytes, data: Any) -> None:

@@ -69,7 +69,7 @@ def process_start_time(pid: int) -> float | None:
     """When a process started, in the system's own unit; None when there is none of that id (or it is a zombie)."""
     if sys.platform == "linux":
         try:
-            fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+            fields = Path(f"/proc/{pid}/stat").read_bytes().rsplit(b")", 1)[1].decode().split()
         except (OSError, IndexError):
             return None
         return None if fields[0] in "ZX" else float(fields[19])

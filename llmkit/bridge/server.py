@@ -81,7 +81,7 @@ class BridgeServer:
         self._zmq = zmq.Context()
         self._socket = self._zmq.socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.LINGER, 200)
-        self._socket.setsockopt(zmq.MAXMSGSIZE, 64 << 20)
+        self._socket.setsockopt(zmq.RCVHWM, 0)
         self._socket.setsockopt(zmq.SNDHWM, 10_000)
         self._socket.bind(connection.address)
         self.connection = replace(connection, path=files.write(connection))
@@ -128,7 +128,7 @@ class BridgeServer:
             frames = self._socket.recv_multipart(zmq.NOBLOCK)
         except zmq.Again:
             return False
-        with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):  # garbage from a peer is dropped
+        with contextlib.suppress(Exception):  # garbage from a peer is dropped
             identity, kind, payload = frames
             self._handle(identity, kind, m.unpack(payload))
         return True

@@ -5,12 +5,11 @@ A template comes from a file that anybody may have made: the sandbox keeps it fr
 
 from __future__ import annotations
 
-import datetime
-import json
 from collections.abc import Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from llmkit.chat.sandbox import BUDGET, MAX_OUTPUT, Budget, make_environment
 from llmkit.errors import InvalidRequestError
 from llmkit.types import Message
 
@@ -19,7 +18,6 @@ if TYPE_CHECKING:
 
 __all__ = ["CHATML", "ChatTemplate"]
 
-MAX_OUTPUT = 16 << 20
 ROLES = ("system", "developer", "user", "assistant", "tool")
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
@@ -43,12 +41,8 @@ class ChatTemplate:
     @cached_property
     def _template(self) -> jinja2.Template:
         import jinja2
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
-        environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
-        environment.globals["raise_exception"] = _refuse
-        environment.globals["strftime_now"] = lambda layout: datetime.datetime.now().strftime(layout)
+        environment = make_environment()
         try:
             return environment.from_string(self.source)
         except jinja2.TemplateError as error:
@@ -68,6 +62,7 @@ class ChatTemplate:
             "add_generation_prompt": add_generation_prompt,
             "bos_token": self._bos,
             "eos_token": self._eos,
+            BUDGET: Budget(),
         }
         parts, size = [], 0
         try:
@@ -81,9 +76,3 @@ class ChatTemplate:
         except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
             raise InvalidRequestError(f"the model's chat template refuses these messages: {error}", "messages") from error
         return "".join(parts)
-
-
-def _refuse(message: str) -> None:
-    import jinja2
-
-    raise jinja2.TemplateError(message)

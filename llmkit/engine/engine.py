@@ -24,16 +24,16 @@ INTERRUPT_TOKENS = 16  # a chunk longer than this is worth interrupting
 class Engine:
     """Continuous batching over one `ModelRunner`; ``submit`` and ``abort`` are thread-safe and return at once.
 
-    ``is_end`` tells end-of-generation tokens. ``max_waiting`` bounds the queue.
+    ``is_end`` tells end-of-generation tokens. ``n_ctx`` (at most the runner's) ends a request that grows to it. ``max_waiting`` bounds the queue.
     """
 
-    def __init__(self, runner: ModelRunner, *, is_end: Callable[[int], bool], max_waiting: int = 1024, name: str = "llmkit-engine") -> None:
+    def __init__(self, runner: ModelRunner, *, is_end: Callable[[int], bool], n_ctx: int | None = None, max_waiting: int = 1024) -> None:
         self._runner = runner
         self._max_waiting = max_waiting
         cache = PrefixCache(runner.n_slots, can_truncate=runner.can_truncate, can_fork=runner.can_fork)
         self._scheduler = Scheduler(
             cache,
-            n_ctx=runner.n_ctx,
+            n_ctx=n_ctx or runner.n_ctx,
             max_batch_tokens=runner.max_batch_tokens,
             mixed_batch_tokens=MIXED_BATCH_TOKENS,
             is_end=is_end,
@@ -45,7 +45,7 @@ class Engine:
         self._closed = False
         # Requests with a long chunk in the running step; None: a step is being put together, so nobody knows.
         self._prefilling: frozenset[str] | None = frozenset()
-        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread = threading.Thread(target=self._run, name="llmkit-engine", daemon=True)
         self._thread.start()
 
     @property

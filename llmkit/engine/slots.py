@@ -73,7 +73,7 @@ class PrefixCache:
             return True
         if not self._can_truncate:
             return False
-        return shared * 2 >= len(slot.tokens) or len(free) == 1 or not self._can_fork or shared < MIN_FORK_TOKENS
+        return shared * 2 >= len(slot.tokens) or len(free) == 1
 
     def _victim(self, free: list[Slot], keep: Slot | None) -> Slot:
         """An empty slot, else the least recently used; low indices first, since llama.cpp computes neighbouring streams together."""

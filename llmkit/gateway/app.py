@@ -46,6 +46,7 @@ class Gateway:
             await self._route(exchange)(exchange)
         except ClientGoneError:
             logger.info("the client of %s went away", exchange.path)
+            exchange.drop()
         except Exception as error:
             answer = api_error(error)
             if answer.code == "internal_error":
@@ -111,7 +112,7 @@ def make_app(gateway: Gateway, keys: Keys) -> web.Application:
 
 
 def make_server(app: web.Application) -> httpserver.HTTPServer:
-    return httpserver.HTTPServer(app, max_body_size=2 * MAX_BODY_BYTES, idle_connection_timeout=300)
+    return httpserver.HTTPServer(app, max_body_size=2 * MAX_BODY_BYTES, idle_connection_timeout=300, body_timeout=60)
 
 
 def _log(handler: web.RequestHandler) -> None:

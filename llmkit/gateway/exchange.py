@@ -81,6 +81,11 @@ class Exchange:
     async def send_event(self, value: Any) -> None:
         await self.send_text(f"data: {json.dumps(value)}\n\n")
 
+    def drop(self) -> None:
+        """Close the connection of a client that reads nothing."""
+        if self._stream is not None:
+            self._stream.close()
+
     def end_events(self) -> None:
         self._handler.write("data: [DONE]\n\n")
         self._handler.finish()

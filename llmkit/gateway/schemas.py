@@ -29,7 +29,7 @@ __all__ = [
 
 LEGACY_MAX_TOKENS = 16
 MAX_CHOICES = 128
-MAX_PROMPTS = 2048
+MAX_PROMPTS = 512
 FINISH_REASONS = {FinishReason.STOP: "stop", FinishReason.LENGTH: "length", FinishReason.TOOL_CALLS: "tool_calls", FinishReason.ABORT: "stop"}
 TokenIds = list[int]
 Schema = TypeVar("Schema", bound=BaseModel)

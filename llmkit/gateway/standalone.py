@@ -94,6 +94,9 @@ def serve(settings: ServeSettings, *, attach_pid: int | None = None) -> int:
 
 
 async def _serve(settings: ServeSettings, keys: Keys, attach_pid: int | None) -> int:
+    started = process_start_time(attach_pid) if attach_pid is not None else None
+    if attach_pid is not None and started is None:
+        raise InvalidRequestError(f"there is no process {attach_pid} to attach to.", "attach")
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -111,7 +114,6 @@ async def _serve(settings: ServeSettings, keys: Keys, attach_pid: int | None) ->
         server.add_sockets(sockets)
         host = f"[{settings.host}]" if ":" in settings.host else settings.host
         print(f"llmkit gateway at http://{host}:{sockets[0].getsockname()[1]}/v1", flush=True)
-        started = process_start_time(attach_pid) if attach_pid is not None else None
         while not stop.is_set():
             if engine is not None:
                 engine.check()

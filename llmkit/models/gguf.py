@@ -29,6 +29,16 @@ BLOCKS = {
     25: ("I16", 1, 2), 26: ("I32", 1, 4), 27: ("I64", 1, 8), 28: ("F64", 1, 8), 29: ("IQ1_M", 256, 56), 30: ("BF16", 1, 2),
     34: ("TQ1_0", 256, 54), 35: ("TQ2_0", 256, 66), 39: ("MXFP4", 32, 17), 40: ("NVFP4", 64, 36),
 }  # fmt: skip
+# Keys that llama.cpp asserts on, and with what bounds (LLAMA_MAX_LAYERS, LLAMA_MAX_EXPERTS).
+LIMITS = {
+    "block_count": 512,
+    "context_length": 1 << 31,
+    "embedding_length": 1 << 24,
+    "attention.head_count": 1 << 16,
+    "attention.head_count_kv": 1 << 16,
+    "expert_count": 1024,
+    "expert_used_count": 1024,
+}
 KNOWN_STARTS = {
     b"PK\x03\x04": "a ZIP archive (a PyTorch checkpoint, perhaps); convert it to GGUF first",
     b"ggml": "an old GGML file from before GGUF; convert it again",
@@ -78,6 +88,11 @@ class ModelInfo:
     @property
     def n_ctx_train(self) -> int:
         return self.integer("context_length")
+
+    @property
+    def max_positions(self) -> int | None:
+        """The most tokens a model with learned positions can hold (its table has no more rows); None for all others."""
+        return next((t.shape[1] for t in self.tensors if t.name == "position_embd.weight" and len(t.shape) == 2), None)
 
     @property
     def weights_bytes(self) -> int:
@@ -160,11 +175,13 @@ def _check_tensors(info: ModelInfo, header_end: int) -> None:
         raise InvalidModelFileError(
             f"{info.path} is truncated: its header describes {end} bytes, but {missing} are missing. The download or copy was cut off: fetch it again."
         )
-    for key in ("block_count", "context_length", "embedding_length", "attention.head_count"):
+    for key, most in LIMITS.items():
         value = info.value(key)
         numbers = value if isinstance(value, list) else [value]
-        if value is not None and not all(isinstance(v, int) and 0 <= v < 1 << 31 for v in numbers):
+        if value is not None and not all(isinstance(v, int) and 0 <= v <= most for v in numbers):
             raise InvalidModelFileError(f"{info.path} claims {key} = {value!r:.40}: the header is damaged.")
+    if info.integer("expert_used_count") > info.integer("expert_count"):
+        raise InvalidModelFileError(f"{info.path} claims to use more experts than it has: the header is damaged.")
 
 
 class _Reader:

@@ -70,7 +70,7 @@ def estimate(info: ModelInfo, *, n_ctx: int, n_slots: int, free_bytes: int | Non
 
 def default_context(info: ModelInfo) -> int:
     """The trained context, at most 4096 tokens."""
-    return min(info.n_ctx_train or DEFAULT_CONTEXT, DEFAULT_CONTEXT)
+    return min(info.n_ctx_train or DEFAULT_CONTEXT, info.max_positions or DEFAULT_CONTEXT, DEFAULT_CONTEXT)
 
 
 def default_slots(info: ModelInfo, n_ctx: int, free_bytes: int | None = None) -> int:
