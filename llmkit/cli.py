@@ -37,6 +37,7 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--host", help="address to listen on (127.0.0.1); others than loopback need a key")
     serve.add_argument("--port", type=int, help="port to listen on (3000; 0 takes a free one)")
     serve.add_argument("--api-key", help="key that callers must send; better in $LLMKIT_API_KEY, where `ps` does not show it")
+    serve.add_argument("--log-level", help="debug, info, warning or error (info): how much is logged on standard error")
     serve.add_argument("--config", type=Path, help="TOML file of settings")
     serve.add_argument("--attach", type=int, metavar="PID", help="serve only the engines of this process, and end with it")
     _engine_options(serve)
@@ -68,7 +69,7 @@ def _serve(args: argparse.Namespace) -> int:
     from llmkit.config import read_settings
     from llmkit.gateway import standalone
 
-    given = {k: getattr(args, k) for k in ("model", "host", "port", "api_key", *ENGINE_OPTIONS) if getattr(args, k) is not None}
+    given = {k: getattr(args, k) for k in ("model", "host", "port", "api_key", "log_level", *ENGINE_OPTIONS) if getattr(args, k) is not None}
     return standalone.serve(read_settings(given, args.config), attach_pid=args.attach)
 
 

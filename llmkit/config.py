@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tomllib
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
@@ -23,6 +23,7 @@ class ServeSettings(BaseSettings):
     host: str = Field("127.0.0.1", description="address to listen on; others than loopback need a key")
     port: int = Field(3000, ge=0, le=65535, description="port to listen on; 0 takes a free one")
     api_key: str | None = Field(None, description="key that callers must send")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="how much is logged on standard error")
     name: str | None = Field(None, description="name of the model for callers")
     n_ctx: int | None = Field(None, ge=1, description="most tokens of one request")
     n_slots: int | None = Field(None, ge=1, description="requests computed at once")

@@ -86,7 +86,7 @@ def serve(settings: ServeSettings, *, attach_pid: int | None = None) -> int:
 
     Raises `InvalidRequestError` (address, key) before anything is loaded, `ModelLoadError` when the model cannot be loaded.
     """
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+    logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     if attach_pid is not None and settings.model is not None:
         raise InvalidRequestError("name a model or --attach a process, not both.", "attach")
     keys = Keys(settings.api_key, settings.host)

@@ -7,8 +7,10 @@ import json
 import logging
 import os
 import secrets
+import select
 import subprocess
 import sys
+import tempfile
 import urllib.error
 import urllib.request
 from dataclasses import dataclass, field
@@ -121,20 +123,23 @@ def _in_jupyter(model: ModelDescription) -> Endpoint | None:
 def _start(model: ModelDescription, port: int) -> Endpoint:
     """A gateway in a process of its own (HTTP in the kernel would fight the engine for the GIL); it ends with this one."""
     key = secrets.token_urlsafe(24)
-    command = [sys.executable, "-m", "llmkit", "serve", "--attach", str(os.getpid()), "--port", str(port)]
+    command = [sys.executable, "-m", "llmkit", "serve", "--attach", str(os.getpid()), "--port", str(port), "--log-level", "error"]
     environment = {**os.environ, "LLMKIT_API_KEY": key, "LLMKIT_HOST": "127.0.0.1", "PYTHONPATH": _python_path()}
     for name in ("LLMKIT_MODEL", "LLMKIT_PORT"):
         environment.pop(name, None)
-    process = subprocess.Popen(
-        command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
-    assert process.stdout is not None and process.stderr is not None
-    line = process.stdout.readline()
-    if " at " not in line:
-        process.kill()
-        reason = process.stderr.read().strip().splitlines()[-1:] or ["no answer"]
-        raise EngineError(f"the gateway could not be started: {reason[0].removeprefix('llmkit: ')}")
-    process.stderr.close()
+    with tempfile.TemporaryFile("w+") as errors:
+        process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors, text=True, start_new_session=True)
+        assert process.stdout is not None
+        ready, _, _ = select.select([process.stdout], [], [], START_TIMEOUT_S)
+        line = process.stdout.readline() if ready else ""
+        if " at " not in line:
+            process.kill()
+            process.wait()
+            process.stdout.close()
+            errors.seek(0)
+            reason = errors.read().strip().splitlines()[-1:] or [f"no answer in {START_TIMEOUT_S} s"]
+            raise EngineError(f"the gateway could not be started: {reason[0].removeprefix('llmkit: ')}")
+    process.stdout.close()
     url = line.rsplit(" at ", 1)[1].strip()
     how = "a fresh one, in .api_key of this object; .environment has what a child process needs"
     return Endpoint(url, model.name, key, how, in_jupyter=False, _process=process)
