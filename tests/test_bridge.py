@@ -268,15 +268,33 @@ def test_a_silent_process_is_waited_for_not_given_up(slow: FakeClient, tmp_path:
     stream = remote.submit(ask("b"))
     assert stream.wait(3) is None and remote.gone is None
     os.kill(owner.pid, signal.SIGCONT)
-    try:
-        stream.result(10)
-    except EngineGoneError:  # both ends were silent for too long: the request was dropped, and says so
-        assert remote.submit(ask("b")).result(10)
+    assert stream.result(10)
     owner.stdin.close()
     owner.wait(10)
     owner.stdout.close()
     wait_for(lambda: remote.gone is not None)
     remote.close()
+
+
+def test_a_client_that_slept_begins_again(slow: FakeClient, server: BridgeServer) -> None:
+    """The other way round: the client is stopped, its request is aborted; awake again, it is told so once, and goes on."""
+    code = (
+        "import sys, os, time; sys.path[:0] = sys.argv[1:]\n"
+        "from fakes import ask; from llmkit.bridge.client import BridgeClient; from llmkit.bridge.connection import find_connections\n"
+        "from llmkit.errors import EngineGoneError\n"
+        "c = BridgeClient(find_connections()[0]); s = c.submit(ask('a', max_tokens=40_000)); it = iter(s); next(it); print('on', flush=True)\n"
+        "try: list(it)\n"
+        "except EngineGoneError as e: print('told', 'aborted' in str(e), flush=True)\n"
+        "print([c.submit(ask('b')).result(10).usage.completion_tokens for _ in range(20)] == [8] * 20, flush=True); c.close()"
+    )
+    other = subprocess.Popen([sys.executable, "-c", code, str(Path(__file__).parent)], stdout=subprocess.PIPE)
+    assert other.stdout is not None and other.stdout.readline() == b"on\n"
+    stop_process(other.pid)
+    wait_for(lambda: slow.stats().num_running == 0)
+    os.kill(other.pid, signal.SIGCONT)
+    assert other.stdout.read() == b"told True\nTrue\n"
+    other.stdout.close()
+    assert other.wait(10) == 0
 
 
 def test_a_killed_owner_is_noticed(private_runtime: Path) -> None:

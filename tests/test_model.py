@@ -100,9 +100,10 @@ def test_same_shapes_give_the_same_tokens(runner: LlamaRunner, model: LlamaModel
 
 def test_streamed_equals_whole(engine: LocalEngine) -> None:
     request = {"temperature": 0, "max_tokens": 30}
-    generate(engine, PROMPTS[1], **request)  # from here on both find the same cached prefix
-    whole = generate(engine, PROMPTS[1], **request)
-    stream = engine.submit(GenerationRequest("s", SamplingParams(**request), prompt=PROMPTS[1]))  # type: ignore[arg-type]
+    prompt = "Once upon a time, in a small house by the river, there lived a"
+    generate(engine, prompt, **request)  # from here on both find the same cached prefix
+    whole = generate(engine, prompt, **request)
+    stream = engine.submit(GenerationRequest("s", SamplingParams(**request), prompt=prompt))  # type: ignore[arg-type]
     assert "".join(stream) == whole.text == stream.result().text
     assert len(whole.tokens) == 30 and whole.usage.cached_tokens == whole.usage.prompt_tokens - 1
 

@@ -41,7 +41,7 @@ def test_the_last_token_is_always_computed() -> None:
 
 def test_a_shared_beginning_is_copied_and_kept() -> None:
     cache = PrefixCache(3, can_truncate=True, can_fork=True)
-    prefix = list(range(MIN_FORK_TOKENS))
+    prefix = list(range(100, 100 + MIN_FORK_TOKENS))
     source = fill(cache, prefix + [900] * 200)
     slot, cached, ops = cache.acquire([*prefix, 1, 2])
     assert slot is not source and cached == len(prefix)

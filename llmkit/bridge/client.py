@@ -45,6 +45,7 @@ class BridgeClient:
         self._lock = threading.Lock()
         self._gone: str | None = None
         self._closed = False
+        self._greeting = False
         self._last_heard = 0.0
         self._outbox: queue.SimpleQueue[tuple[bytes, Any]] = queue.SimpleQueue()
         self._waker = Waker()
@@ -114,7 +115,7 @@ class BridgeClient:
         poller = zmq.Poller()
         poller.register(sock, zmq.POLLIN)
         poller.register(self._waker.fileno, zmq.POLLIN)
-        self._send(sock, m.HELLO, {"key": self.connection.key})
+        self._greet(sock)
         next_ping = 0.0
         while not self._closed and self._gone is None:
             now = time.monotonic()
@@ -141,6 +142,10 @@ class BridgeClient:
                 if kind != m.SUBMIT or data["id"] in self._channels:  # not one that failed meanwhile
                     self._send(sock, kind, data)
 
+    def _greet(self, sock: zmq.Socket[bytes]) -> None:
+        self._greeting = True
+        self._send(sock, m.HELLO, {"key": self.connection.key})
+
     @staticmethod
     def _send(sock: zmq.Socket[bytes], kind: bytes, data: Any) -> None:
         with contextlib.suppress(zmq.Again):
@@ -159,13 +164,16 @@ class BridgeClient:
         elif kind == m.PONG:
             self._stats = m.stats_from(data)
         elif kind == m.WELCOME:
+            self._greeting = False
             self._description = m.description_from(data["description"])
         elif kind == m.GOODBYE:
             self._lose(f"the model {self._description.name!r} is no longer served: {data['reason']}. Load it again.")
-        elif kind == m.DENIED:
+        elif kind == m.DENIED and data.get("key"):
+            self._lose("the engine refused the key of its connection file")
+        elif kind == m.DENIED and not self._greeting:  # while greeting, it answers what we sent before
             # We were silent for too long (a stopped process, a sleeping laptop) and our requests were aborted; begin again.
             self._fail_all(EngineGoneError("the connection to the engine was lost for a while and this request was aborted; send it again"))
-            self._send(sock, m.HELLO, {"key": self.connection.key})
+            self._greet(sock)
 
     def _deliver(self, deltas: list[list[Any]], ends: list[list[Any]]) -> None:
         touched: list[Channel] = []

@@ -107,11 +107,15 @@ class BridgeServer:
         poller = zmq.Poller()
         poller.register(self._socket, zmq.POLLIN)
         poller.register(self._waker.fileno, zmq.POLLIN)
+        turned = time.monotonic()
         while self._closing is None:
             events = dict(poller.poll(TICK_MS))
+            before, turned = turned, time.monotonic()
+            if turned - before > PEER_TIMEOUT_S / 2:
+                self._excuse()
             if self._waker.fileno in events:
                 self._waker.clear()
-            # Everything that waits is read before anybody is judged silent: this thread may itself have been held up by a busy cell.
+            # Everything that waits is read before anybody is judged silent.
             while self._receive():
                 pass
             self._send_news()
@@ -139,7 +143,7 @@ class BridgeServer:
                 self._peers[identity] = Peer(time.monotonic())
                 self._send(identity, m.WELCOME, {"description": m.description_to(self._client.description)})
             else:
-                self._send(identity, m.DENIED, {})
+                self._send(identity, m.DENIED, {"key": True})
             return
         peer = self._peers.get(identity)
         if peer is None:  # unknown, or dropped while it was silent: it says HELLO again
@@ -182,6 +186,11 @@ class BridgeServer:
     def _send(self, identity: bytes, kind: bytes, data: Any) -> None:
         with contextlib.suppress(zmq.ZMQError):  # the peer is gone; it will be noticed as silent
             self._socket.send_multipart([identity, kind, m.pack(data)], zmq.NOBLOCK)
+
+    def _excuse(self) -> None:
+        """This thread was held up itself (a cell in C that kept the GIL, a stopped process): what the peers said meanwhile may still be on its way."""
+        for peer in self._peers.values():
+            peer.last_seen = time.monotonic()
 
     def _drop_silent(self) -> None:
         now = time.monotonic()

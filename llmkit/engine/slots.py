@@ -14,7 +14,7 @@ from llmkit.engine.batch import Fork, SlotOp, Truncate
 __all__ = ["PrefixCache", "Slot"]
 
 # A copy between split streams moves the whole stream (about 5 ms for 35 MB); shorter prefixes are computed again as quickly.
-MIN_FORK_TOKENS = 32
+MIN_FORK_TOKENS = 8
 
 
 @dataclass(slots=True)
