@@ -32,7 +32,6 @@ class LLMKitExtension(ExtensionApp):
         self._directory = EngineDirectory(self._is_ours, default=self.default_model)
         gateway = Gateway(self._directory, self._note_use)
         self.handlers.append((r"/llmkit(?:/(.*))?", JupyterGatewayHandler, {"gateway": gateway}))
-        self.log.info("llmkit gateway at %sllmkit/v1", self._server.connection_url)
 
     @property
     def _server(self) -> ServerApp:
@@ -50,6 +49,10 @@ class LLMKitExtension(ExtensionApp):
         if kernel_id is not None and kernel_id in self._server.kernel_manager:
             kernel: Any = self._server.kernel_manager.get_kernel(kernel_id)
             kernel.last_activity = now
+
+    async def _start_jupyter_server_extension(self, serverapp: ServerApp) -> None:
+        """Called when the server listens: only now a free port (``--port=0``) is known."""
+        self.log.info("llmkit gateway at %sllmkit/v1", serverapp.connection_url)
 
     async def stop_extension(self) -> None:
         self._directory.close()
