@@ -33,7 +33,19 @@ def llama_server() -> Path:
         return binary
     folder.mkdir(parents=True, exist_ok=True)
     print(f"Building llama-server from llama-cpp-python {version}'s sources in {folder}: about eleven minutes on two cores.", file=sys.stderr)
-    download = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--no-binary", ":all:", f"llama-cpp-python=={version}", "-d", str(folder)]
+    download = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "-q",
+        "--no-deps",
+        "--no-binary",
+        "llama-cpp-python",
+        f"llama-cpp-python=={version}",
+        "-d",
+        str(folder),
+    ]
     subprocess.run(download, check=True)
     with tarfile.open(next(folder.glob("*.tar.gz"))) as archive:
         archive.extractall(folder, filter="data")

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -122,31 +123,43 @@ def test_a_wrong_key_gets_nothing(slow: FakeClient, server: BridgeServer) -> Non
     assert slow.stats().requests_total == 0 and server.num_peers == 0
 
 
+@contextmanager
+def another_process(code: str) -> Iterator[subprocess.Popen[bytes]]:
+    """Python in a process of its own that has printed "on"; its standard input ends with the block."""
+    imports = (
+        "import sys, time; sys.path[:0] = sys.argv[1:]\n"
+        "from fakes import FakeClient, FakeRunner, ask\n"
+        "from llmkit.bridge.client import BridgeClient; from llmkit.bridge.server import BridgeServer\n"
+        "from llmkit.bridge.connection import find_connections; from llmkit.errors import EngineGoneError\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", imports + code, str(Path(__file__).parent)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert process.stdin is not None and process.stdout is not None
+    try:
+        assert process.stdout.readline() == b"on\n"
+        yield process
+    finally:
+        process.stdin.close()
+        process.wait(15)
+        process.stdout.close()
+
+
 def stop_process(pid: int) -> None:
     """SIGSTOP, until all of its threads stand."""
     os.kill(pid, signal.SIGSTOP)
     wait_for(lambda: all(p.read_text().rsplit(")", 1)[1].split()[0] == "T" for p in Path(f"/proc/{pid}/task").glob("*/stat")))
 
 
-def test_thousands_of_messages_to_a_stopped_reader_are_not_lost(private_runtime: Path) -> None:
-    code = (
-        "import sys; sys.path[:0] = sys.argv[1:]\n"
-        "from fakes import FakeClient, FakeRunner; from llmkit.bridge.server import BridgeServer\n"
+def test_thousands_of_messages_to_a_stopped_reader_are_not_lost() -> None:
+    with another_process(
         "b = BridgeServer(FakeClient('other', FakeRunner(n_slots=16), max_waiting=9999)); print('on', flush=True); sys.stdin.read(); b.close()"
-    )
-    owner = subprocess.Popen([sys.executable, "-c", code, str(Path(__file__).parent)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    assert owner.stdout is not None and owner.stdin is not None
-    owner.stdout.readline()
-    remote = BridgeClient(files.find_connections()[0])
-    assert remote.submit(ask("a")).result(5)
-    stop_process(owner.pid)
-    streams = [remote.submit(ask("b", max_tokens=1)) for _ in range(4000)]
-    os.kill(owner.pid, signal.SIGCONT)
-    assert all(s.result(30).usage.completion_tokens == 1 for s in streams)
-    owner.stdin.close()
-    owner.wait(10)
-    owner.stdout.close()
-    remote.close()
+    ) as owner:
+        remote = BridgeClient(files.find_connections()[0])
+        assert remote.submit(ask("a")).result(5)
+        stop_process(owner.pid)
+        streams = [remote.submit(ask("b", max_tokens=1)) for _ in range(4000)]
+        os.kill(owner.pid, signal.SIGCONT)
+        assert all(s.result(30).usage.completion_tokens == 1 for s in streams)
+        remote.close()
 
 
 def test_garbage_changes_nothing(slow: FakeClient, server: BridgeServer, remote: BridgeClient) -> None:
@@ -164,18 +177,11 @@ def test_garbage_changes_nothing(slow: FakeClient, server: BridgeServer, remote:
 
 
 def test_a_gateway_that_vanishes_has_its_requests_aborted(slow: FakeClient, server: BridgeServer, remote: BridgeClient) -> None:
-    code = (
-        "import sys, time; sys.path[:0] = sys.argv[1:]\n"
-        "from fakes import ask; from llmkit.bridge.client import BridgeClient; from llmkit.bridge.connection import find_connections\n"
-        "s = BridgeClient(find_connections()[0]).submit(ask('a', max_tokens=40_000)); it = iter(s); next(it); print('on', flush=True); time.sleep(60)"
-    )
-    other = subprocess.Popen([sys.executable, "-c", code, str(Path(__file__).parent)], stdout=subprocess.PIPE)
-    assert other.stdout is not None and other.stdout.readline() == b"on\n"
-    mine = remote.submit(ask("mine", max_tokens=40_000))
-    wait_for(lambda: slow.stats().num_running == 2)
-    other.kill()
-    other.wait()
-    other.stdout.close()
+    code = "s = BridgeClient(find_connections()[0]).submit(ask('a', max_tokens=40_000)); it = iter(s); next(it); print('on', flush=True); time.sleep(60)"
+    with another_process(code) as other:
+        mine = remote.submit(ask("mine", max_tokens=40_000))
+        wait_for(lambda: slow.stats().num_running == 2)
+        other.kill()
     start = time.monotonic()
     wait_for(lambda: slow.stats().num_running == 1)
     assert time.monotonic() - start < 5 * PEER_TIMEOUT_S and not mine.finished
@@ -252,68 +258,43 @@ def test_a_damaged_file_is_skipped(private_runtime: Path, text: str) -> None:
     assert files.find_connections() == [] and path.exists()
 
 
-def test_a_silent_process_is_waited_for_not_given_up(slow: FakeClient, tmp_path: Path) -> None:
+def test_a_silent_process_is_waited_for_not_given_up() -> None:
     """The owner is stopped (as if C code held its GIL): requests wait, and go on when it does."""
-    code = (
-        "import sys, time; sys.path[:0] = sys.argv[1:]\n"
-        "from fakes import FakeClient; from llmkit.bridge.server import BridgeServer\n"
-        "b = BridgeServer(FakeClient('other')); print(b.connection.path, flush=True); sys.stdin.read(); b.close()"
-    )
-    owner = subprocess.Popen([sys.executable, "-c", code, str(Path(__file__).parent)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    assert owner.stdout is not None and owner.stdin is not None
-    owner.stdout.readline()
-    remote = BridgeClient(files.find_connections()[0])
-    assert remote.submit(ask("a")).result(5)
-    stop_process(owner.pid)
-    stream = remote.submit(ask("b"))
-    assert stream.wait(3) is None and remote.gone is None
-    os.kill(owner.pid, signal.SIGCONT)
-    assert stream.result(10)
-    owner.stdin.close()
-    owner.wait(10)
-    owner.stdout.close()
+    with another_process("b = BridgeServer(FakeClient('other')); print('on', flush=True); sys.stdin.read(); b.close()") as owner:
+        remote = BridgeClient(files.find_connections()[0])
+        assert remote.submit(ask("a")).result(5)
+        stop_process(owner.pid)
+        stream = remote.submit(ask("b"))
+        assert stream.wait(3) is None and remote.gone is None
+        os.kill(owner.pid, signal.SIGCONT)
+        assert stream.result(10)
     wait_for(lambda: remote.gone is not None)
+    assert "no longer served" in str(remote.gone)
     remote.close()
 
 
 def test_a_client_that_slept_begins_again(slow: FakeClient, server: BridgeServer) -> None:
     """The other way round: the client is stopped, its request is aborted; awake again, it is told so once, and goes on."""
     code = (
-        "import sys, os, time; sys.path[:0] = sys.argv[1:]\n"
-        "from fakes import ask; from llmkit.bridge.client import BridgeClient; from llmkit.bridge.connection import find_connections\n"
-        "from llmkit.errors import EngineGoneError\n"
         "c = BridgeClient(find_connections()[0]); s = c.submit(ask('a', max_tokens=40_000)); it = iter(s); next(it); print('on', flush=True)\n"
         "try: list(it)\n"
         "except EngineGoneError as e: print('told', 'aborted' in str(e), flush=True)\n"
         "print([c.submit(ask('b')).result(10).usage.completion_tokens for _ in range(20)] == [8] * 20, flush=True); c.close()"
     )
-    other = subprocess.Popen([sys.executable, "-c", code, str(Path(__file__).parent)], stdout=subprocess.PIPE)
-    assert other.stdout is not None and other.stdout.readline() == b"on\n"
-    stop_process(other.pid)
-    wait_for(lambda: slow.stats().num_running == 0)
-    os.kill(other.pid, signal.SIGCONT)
-    assert other.stdout.read() == b"told True\nTrue\n"
-    other.stdout.close()
-    assert other.wait(10) == 0
+    with another_process(code) as other:
+        stop_process(other.pid)
+        wait_for(lambda: slow.stats().num_running == 0)
+        os.kill(other.pid, signal.SIGCONT)
+        assert other.stdout is not None and other.stdout.read() == b"told True\nTrue\n"
 
 
 def test_a_killed_owner_is_noticed(private_runtime: Path) -> None:
-    code = (
-        "import sys, time; sys.path[:0] = sys.argv[1:]\n"
-        "from fakes import FakeClient, FakeRunner; from llmkit.bridge.server import BridgeServer\n"
-        "b = BridgeServer(FakeClient('other', FakeRunner(n_ctx=50_000, step_s=0.01))); print('on', flush=True); sys.stdin.read()"
-    )
-    owner = subprocess.Popen([sys.executable, "-c", code, str(Path(__file__).parent)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    assert owner.stdout is not None and owner.stdin is not None
-    owner.stdout.readline()
-    remote = BridgeClient(files.find_connections()[0])
-    stream = remote.submit(ask("a", max_tokens=40_000))
-    next(iter_once := iter(stream))
-    owner.kill()
-    with pytest.raises(EngineGoneError, match="killed"):
-        list(iter_once)
-    owner.wait()
-    owner.stdin.close()
-    owner.stdout.close()
+    with another_process("b = BridgeServer(FakeClient('other', FakeRunner(n_ctx=50_000, step_s=0.01))); print('on', flush=True); sys.stdin.read()") as owner:
+        remote = BridgeClient(files.find_connections()[0])
+        pieces = iter(remote.submit(ask("a", max_tokens=40_000)))
+        next(pieces)
+        owner.kill()
+        with pytest.raises(EngineGoneError, match="killed"):
+            list(pieces)
     assert files.find_connections() == [] and not list(private_runtime.glob("llmkit-*"))
     remote.close()

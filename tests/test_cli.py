@@ -85,7 +85,7 @@ def test_a_killed_gateway_takes_its_engine_along() -> None:
     server = Served("smollm2", "--port", "0", "--n-ctx", "256", "--n-slots", "1")
     wait_for(lambda: server.health() == 200, 60)
     (engine,) = psutil.Process(server.process.pid).children()
-    server.stop(signal.SIGKILL)
+    assert server.stop(signal.SIGKILL)[0] == -signal.SIGKILL
     wait_for(lambda: not engine.is_running() or engine.status() == psutil.STATUS_ZOMBIE, 15)
 
 

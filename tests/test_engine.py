@@ -57,15 +57,17 @@ async def test_async_readers(fake: FakeClient) -> None:
 def test_leaving_a_stream_frees_its_slot(way: str) -> None:
     client = FakeClient(runner=FakeRunner(n_ctx=100_000, step_s=0.001))
     stream = client.submit(ask("a", max_tokens=90_000))
-    for _ in stream:
-        if way != "drop":
+    wait_for(lambda: client.stats().num_running == 1)
+    if way == "break":
+        for _ in stream:
             break
-        break
-    if way == "close":
+    elif way == "close":
         stream.close()
-    del stream
-    gc.collect()
+    else:
+        del stream
+        gc.collect()
     wait_for(lambda: client.stats().num_running == 0)
+    assert client.submit(ask("b")).result(5).usage.completion_tokens == 8
     client.close()
 
 
@@ -75,6 +77,7 @@ async def test_leaving_an_async_loop_frees_the_slot() -> None:
         break
     gc.collect()
     wait_for(lambda: client.stats().num_running == 0)
+    assert client.submit(ask("b")).result(5).usage.completion_tokens == 8
     client.close()
 
 
