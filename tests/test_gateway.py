@@ -303,6 +303,14 @@ async def test_keys(closed: Api) -> None:
     assert (await Api(closed.url).fetch("GET", "/v1/models", headers={"x-api-key": KEY})).code == 200
 
 
+async def test_a_stranger_is_refused_before_the_body(closed: Api) -> None:
+    host, port = closed.url.removeprefix("http://").split(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    writer.write(b"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 16000000\r\n\r\n")
+    assert (await asyncio.wait_for(reader.readline(), 10)).split()[1] == b"401"
+    writer.close()
+
+
 async def test_without_a_key_web_pages_are_kept_out(api: Api) -> None:
     assert is_error(await api.fetch("GET", "/v1/models", headers={"Host": "evil.example"}), 403)["code"] == "forbidden_host"
     for origin in ("http://evil.example", "null", "http://127.0.0.1.evil.example"):

@@ -74,20 +74,27 @@ class Gateway:
         exchange.send_json({"status": "ok"})
 
 
+@web.stream_request_body
 class GatewayHandler(web.RequestHandler):
-    """The plain Tornado adapter, with the gateway's own keys."""
+    """The plain Tornado adapter, with the gateway's own keys: they are checked before a body is read."""
 
     def initialize(self, gateway: Gateway, keys: Keys) -> None:
         self._gateway, self._keys = gateway, keys
         self._task: asyncio.Task[None] | None = None
+        self._body: list[bytes] = []
 
-    async def _run(self, path: str) -> None:
-        exchange = Exchange(self, path)
+    def prepare(self) -> None:
+        exchange = Exchange(self, self.path_args[0])
         refusal = self._keys.refusal(exchange.path, self.request.headers, self.request.host_name)
         if refusal is not None:
             exchange.send_error(refusal)
-            return
-        self._task = asyncio.ensure_future(self._gateway.dispatch(exchange))
+
+    def data_received(self, chunk: bytes) -> None:
+        self._body.append(chunk)
+
+    async def _run(self, path: str) -> None:
+        self.request.body = b"".join(self._body)
+        self._task = asyncio.ensure_future(self._gateway.dispatch(Exchange(self, path)))
         with contextlib.suppress(asyncio.CancelledError):
             await self._task
 
