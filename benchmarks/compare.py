@@ -169,15 +169,15 @@ def main() -> int:
             if args.unified:
                 arms += [EngineArm("llmkit engine, unified", args.model, args.threads, kv_unified=True)]
             arms += [gateway_arm(args.model, args.threads), JupyterArm(args.model, args.threads, Path(folder))]
-            for clients in args.clients:
-                compare(arms, clients, args)
+            errors = sum(compare(arms, clients, args) for clients in args.clients)
         finally:
             for arm in arms:
                 arm.close()
-    return 0
+    return int(errors > 0)
 
 
-def compare(arms: list[Arm], clients: int, args: argparse.Namespace) -> None:
+def compare(arms: list[Arm], clients: int, args: argparse.Namespace) -> int:
+    """Prints a table; returns how many requests failed."""
     runs: dict[str, list[dict[str, Any]]] = {arm.label: [] for arm in arms}
     noise = []
     for rep in range(args.reps):
@@ -210,6 +210,7 @@ def compare(arms: list[Arm], clients: int, args: argparse.Namespace) -> None:
     errors = sum(r["errors"] for results in runs.values() for r in results)
     if errors:
         print(f"ERRORS: {errors} requests failed; the figures do not count", flush=True)
+    return errors
 
 
 if __name__ == "__main__":

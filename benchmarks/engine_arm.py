@@ -10,6 +10,7 @@ import time
 from typing import Any
 
 from llmkit.bench.workload import percentile, prompt_text
+from llmkit.errors import LLMKitError
 from llmkit.local import LocalEngine
 from llmkit.types import GenerationRequest, SamplingParams
 
@@ -19,6 +20,7 @@ def run(engine: LocalEngine, job: dict[str, int]) -> dict[str, Any]:
     todo, lock = iter(range(job["requests"])), threading.Lock()
     ttft: list[float] = []
     gaps: list[float] = []
+    errors: list[str] = []
     before, begin = engine.stats(), time.perf_counter()
 
     def client() -> None:
@@ -29,7 +31,11 @@ def run(engine: LocalEngine, job: dict[str, int]) -> dict[str, Any]:
                 return
             start = time.perf_counter()
             request = GenerationRequest(f"bench-{job['seed']}-{index}", params, prompt=prompt_text(job["seed"], index, job["prompt_words"]))
-            times = [time.perf_counter() for _ in engine.submit(request)]
+            try:
+                times = [time.perf_counter() for _ in engine.submit(request)]
+            except LLMKitError as error:
+                errors.append(str(error))
+                continue
             ttft.append(1000 * (times[0] - start))
             gaps.extend(1000 * (b - a) for a, b in itertools.pairwise(times))
 
@@ -41,14 +47,14 @@ def run(engine: LocalEngine, job: dict[str, int]) -> dict[str, Any]:
     wall, after = time.perf_counter() - begin, engine.stats()
     step = after.step_seconds_total - before.step_seconds_total
     return {
-        "tok_s": job["requests"] * job["max_tokens"] / wall,
+        "tok_s": len(ttft) * job["max_tokens"] / wall,
         "ttft_p50_ms": percentile(ttft, 0.5),
         "ttft_p95_ms": percentile(ttft, 0.95),
         "itl_p50_ms": percentile(gaps, 0.5),
         "itl_p95_ms": percentile(gaps, 0.95),
-        "itl_max_ms": max(gaps),
+        "itl_max_ms": max(gaps, default=float("nan")),
         "python_share": 1 - (after.backend_seconds_total - before.backend_seconds_total) / step,
-        "errors": 0,
+        "errors": len(errors),
     }
 
 

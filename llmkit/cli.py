@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from llmkit.config import ENGINE_OPTIONS
 from llmkit.errors import LLMKitError
 from llmkit.version import __version__
 
@@ -58,11 +59,12 @@ def _engine_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--name", help="name of the model for callers")
     parser.add_argument("--n-ctx", type=int, help="most tokens of one request (4096 at most by default)")
     parser.add_argument("--n-slots", type=int, help="requests computed at once (8 at most by default)")
-    parser.add_argument("--n-gpu-layers", type=int, help="layers on the GPU (-1: all)")
+    parser.add_argument("--n-gpu-layers", type=_layers, help="layers on the GPU (-1: all; auto, the default: as many as fit)")
     parser.add_argument("--threads", type=int, help="compute threads (all cores)")
 
 
-ENGINE_OPTIONS = ("name", "n_ctx", "n_slots", "n_gpu_layers", "threads")
+def _layers(text: str) -> int | str:
+    return text if text == "auto" else int(text)
 
 
 def _serve(args: argparse.Namespace) -> int:

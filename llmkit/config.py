@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import os
 import tomllib
 from pathlib import Path
 from typing import Any, Literal
@@ -11,13 +13,17 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 
 from llmkit.errors import InvalidRequestError
 
-__all__ = ["ServeSettings", "read_settings"]
+__all__ = ["ENGINE_OPTIONS", "ServeSettings", "read_settings"]
+
+# What `llmkit engine` and `llmkit serve` hand on to `load`.
+ENGINE_OPTIONS = ("name", "n_ctx", "n_slots", "n_gpu_layers", "threads")
+ENVIRONMENT = "LLMKIT_"
 
 
 class ServeSettings(BaseSettings):
     """What `llmkit serve` runs with."""
 
-    model_config = SettingsConfigDict(env_prefix="LLMKIT_", extra="forbid")
+    model_config = SettingsConfigDict(env_prefix=ENVIRONMENT, extra="forbid")
 
     model: str | None = Field(None, description="alias or path of a GGUF file; none exposes all running engines")
     host: str = Field("127.0.0.1", description="address to listen on; others than loopback need a key")
@@ -27,7 +33,7 @@ class ServeSettings(BaseSettings):
     name: str | None = Field(None, description="name of the model for callers")
     n_ctx: int | None = Field(None, ge=1, description="most tokens of one request")
     n_slots: int | None = Field(None, ge=1, description="requests computed at once")
-    n_gpu_layers: int = Field(-1, description="layers on the GPU; -1 means all")
+    n_gpu_layers: int | Literal["auto"] = Field("auto", description="layers on the GPU; -1 means all, auto as many as fit")
     threads: int | None = Field(None, ge=1, description="compute threads; none means all cores")
 
     @classmethod
@@ -47,6 +53,7 @@ def read_settings(given: dict[str, Any], file: Path | None = None) -> ServeSetti
 
     Raises `InvalidRequestError` that names the key.
     """
+    _check_environment()
     try:
         known = ServeSettings(**given)
         if file is None:
@@ -59,3 +66,13 @@ def read_settings(given: dict[str, Any], file: Path | None = None) -> ServeSetti
         first = error.errors(include_url=False)[0]
         key = ".".join(map(str, first["loc"]))
         raise InvalidRequestError(f"setting {key}: {first['msg']}", key) from None
+
+
+def _check_environment() -> None:
+    """pydantic-settings passes over variables that it does not know; a typing error must not be silent."""
+    known = {f"{ENVIRONMENT}{name.upper()}" for name in ServeSettings.model_fields}
+    for name in os.environ:
+        if name.upper().startswith(ENVIRONMENT) and name.upper() not in known:
+            near = difflib.get_close_matches(name.upper(), known, n=1)
+            hint = f" Did you mean {near[0]}?" if near else ""
+            raise InvalidRequestError(f"the environment variable {name} is no setting of llmkit.{hint}", name)

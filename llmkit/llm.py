@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 from llmkit.client import EngineClient
 from llmkit.errors import InvalidRequestError, ModelUnloadedError
@@ -28,17 +28,29 @@ Messages = str | Message | dict[str, Any] | Sequence[Message | dict[str, Any]]
 
 # Prompts of one batch call that are in the engine at a time: more than any number of slots, less than the queue's bound.
 BATCH_WINDOW = 256
+ABORT_S = 0.3  # an abort takes a step to arrive
 _ids = itertools.count(1)
 _loaded: dict[Path, LLM] = {}
 _load_lock = threading.RLock()
 
 
 class Interrupted(KeyboardInterrupt):
-    """The stop button ended a generation. The text so far is in ``llm.last``; the next call works."""
+    """The stop button ended a generation. The text so far is in ``llm.last``, that of a batch in ``llm.last_batch``; the next call works."""
 
     def _render_traceback_(self) -> list[str]:
         """What IPython shows: one line instead of the frames in which we waited."""
         return [f"Interrupted: {self}"]
+
+
+def _forget_the_parents_models() -> None:
+    """In a forked child: its engines have no threads here, and the lock may be held by a thread that is none of ours."""
+    global _load_lock
+    _load_lock = threading.RLock()
+    _loaded.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_the_parents_models)
 
 
 def load(
@@ -46,7 +58,7 @@ def load(
     *,
     n_ctx: int | None = None,
     n_slots: int | None = None,
-    n_gpu_layers: int = -1,
+    n_gpu_layers: int | Literal["auto"] = "auto",
     threads: int | None = None,
     kv_unified: bool = False,
     name: str | None = None,
@@ -56,9 +68,9 @@ def load(
     """Load a GGUF model into this process.
 
     ``model`` is an alias ("smollm2") or a path. ``n_ctx`` is the most tokens one request may have (prompt and answer), ``n_slots`` the number of requests
-    computed at once; None chooses both (4096 at most, 8 at most, by memory). ``n_gpu_layers=-1`` puts all layers on the GPU if there is one. ``threads=None``
-    takes all cores this process may use. ``share`` lets the gateway reach the model from other processes of this user. The same file loads once: a second call
-    gives the same engine.
+    computed at once; None chooses both (4096 at most, 8 at most, by memory). ``n_gpu_layers="auto"`` puts as many layers on the GPU as fit there, -1 all,
+    0 none. ``threads=None`` takes all cores this process may use. ``share`` lets the gateway reach the model from other processes of this user. The same
+    file loads once: a second call gives the same engine.
 
     Raises `ModelNotFoundError`, `InvalidModelFileError`, `InsufficientMemoryError` (``force=True`` skips the estimate), `ModelLoadError`.
     """
@@ -87,14 +99,15 @@ def load(
         return llm
 
 
-def estimate(model: str | Path = "smollm2", *, n_ctx: int | None = None, n_slots: int | None = None) -> MemoryEstimate:
-    """What `load` would take, from the file's header alone; loads nothing. Raises what `load` raises for a file that is none."""
-    from llmkit.models import gguf, memory
+def estimate(
+    model: str | Path = "smollm2", *, n_ctx: int | None = None, n_slots: int | None = None, n_gpu_layers: int | Literal["auto"] = "auto"
+) -> MemoryEstimate:
+    """What `load` would take, from the file's header alone; loads nothing. Raises what `load` raises for a file that is none and for impossible limits."""
+    from llmkit import local
+    from llmkit.models import gguf
     from llmkit.models.registry import resolve
 
-    info = gguf.read_header(resolve(model).path)
-    n_ctx = n_ctx or memory.default_context(info)
-    return memory.estimate(info, n_ctx=n_ctx, n_slots=n_slots or memory.default_slots(info, n_ctx))
+    return local.estimate(gguf.read_header(resolve(model).path), n_ctx=n_ctx, n_slots=n_slots, n_gpu_layers=n_gpu_layers)
 
 
 def kernel_id() -> str | None:
@@ -137,6 +150,7 @@ class LLM:
         self._bridge = bridge
         self._options = options or {}
         self._last: Channel | None = None
+        self._batch: list[Channel] = []
         self._endpoint: Endpoint | None = None
         self._monitors: list[Monitor] = []
 
@@ -191,13 +205,13 @@ class LLM:
     def generate(self, prompt: str | Sequence[str], **sampling: Any) -> Completion | list[Completion]:
         """Continue a text; with a list of texts, all of them at once in one batch. Blocks; ■ stops it."""
         if isinstance(prompt, str):
-            return self._wait([self.stream(prompt, **sampling)])[0]
+            return self._complete([GenerationRequest(self._new_id(), SamplingParams(**sampling), prompt=prompt)])[0]
         params = SamplingParams(**sampling)
         prompts = list(prompt)
         for i, text in enumerate(prompts):
             if not isinstance(text, str):
                 raise InvalidRequestError(f"prompt {i} is not text but {type(text).__name__}.", "prompt")
-        return self._map(GenerationRequest(self._new_id(), params, prompt=text) for text in prompts)
+        return self._complete(GenerationRequest(self._new_id(), params, prompt=text) for text in prompts)
 
     def stream(self, prompt: str, **sampling: Any) -> Stream:
         """Continue a text piece by piece: ``for piece in …``, ``async for piece in …`` or ``await …`` for the completion."""
@@ -211,8 +225,7 @@ class LLM:
         A `Completion`, or with ``stream=True`` a `Stream`.
         """
         request = GenerationRequest(self._new_id(), SamplingParams(**sampling), messages=_messages(messages))
-        reply = self._submit(request)
-        return reply if stream else self._wait([reply])[0]
+        return self._submit(request) if stream else self._complete([request])[0]
 
     @property
     def last(self) -> Completion | None:
@@ -220,10 +233,15 @@ class LLM:
         channel = self._last
         if channel is None:
             return None
-        end = time.monotonic() + 0.3  # an abort takes a step to arrive
+        end = time.monotonic() + ABORT_S
         while not channel.finished and time.monotonic() < end:
             time.sleep(0.005)
-        return channel.result or Completion("".join(channel.text_parts), FinishReason.ABORT, request_id=channel.request_id)
+        return channel.result or _partial(channel)
+
+    @property
+    def last_batch(self) -> list[Completion]:
+        """The completions of the newest call with a list of prompts, in their order; after an interrupt also the partial ones, as far as it came."""
+        return [c.result or _partial(c) for c in self._batch]
 
     @staticmethod
     def _new_id() -> str:
@@ -234,34 +252,28 @@ class LLM:
         self._last = stream.channel
         return stream
 
-    def _wait(self, streams: list[Stream]) -> list[Completion]:
+    def _complete(self, requests: Iterable[GenerationRequest]) -> list[Completion]:
+        """All completions, in order. An interrupt or a failed request ends the others."""
+        streams: list[Stream] = []
         try:
+            for i, request in enumerate(requests):
+                if i >= BATCH_WINDOW:
+                    streams[i - BATCH_WINDOW].result()
+                streams.append(self._submit(request))
             return [s.result() for s in streams]
-        except KeyboardInterrupt:
+        except BaseException as error:
             for stream in streams:
                 stream.close()
+            end = time.monotonic() + ABORT_S
             for stream in streams:
-                stream.wait(0.3)
-            raise Interrupted("generation stopped; the text so far is in llm.last") from None
-
-    def _map(self, requests: Iterable[GenerationRequest]) -> list[Completion]:
-        done: list[Completion] = []
-        running: list[Stream] = []
-        for request in requests:
-            if len(running) >= BATCH_WINDOW:
-                done += self._wait_first(running)
-            running.append(self._submit(request))
-        return done + self._wait(running)
-
-    def _wait_first(self, running: list[Stream]) -> list[Completion]:
-        """The oldest one's completion; an interrupt ends all."""
-        first = running.pop(0)
-        try:
-            return self._wait([first])
-        except KeyboardInterrupt:
-            for stream in running:
-                stream.close()
+                stream.wait(max(0.0, end - time.monotonic()))
+            self._last = next((s.channel for s in reversed(streams) if s.text), self._last)
+            if isinstance(error, KeyboardInterrupt):
+                raise Interrupted("generation stopped; the text so far is in llm.last" + ("_batch" if len(streams) > 1 else "")) from None
             raise
+        finally:
+            if len(streams) > 1:
+                self._batch = [s.channel for s in streams]
 
     # -- measure, watch, share
 
@@ -289,6 +301,9 @@ class LLM:
         engine = self._engine
         if self._bridge is None:
             raise InvalidRequestError("this model was loaded with share=False; load it with share=True to serve it.", "share")
+        if self._endpoint is not None and port not in (0, self._endpoint.port):
+            self._endpoint.close()
+            self._endpoint = None
         if self._endpoint is None or not self._endpoint.alive:
             self._endpoint = serving.find_or_start(engine.description, self._bridge.connection.kernel_id, port)
         return self._endpoint
@@ -315,6 +330,10 @@ class LLM:
 
     def __exit__(self, *_: object) -> None:
         self.unload()
+
+
+def _partial(channel: Channel) -> Completion:
+    return Completion("".join(channel.text_parts), FinishReason.ABORT, request_id=channel.request_id)
 
 
 def _messages(messages: Messages) -> tuple[Message, ...]:

@@ -8,9 +8,8 @@ import threading
 import time
 import warnings
 import weakref
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from llmkit.chat.template import CHATML, ChatTemplate
 from llmkit.engine.detokenize import Detokenizer
@@ -25,7 +24,7 @@ from llmkit.types import MAX_CHARS_PER_TOKEN, EngineStats, GenerationRequest, Mo
 if TYPE_CHECKING:
     from llmkit.backend.llama import LlamaModel, LlamaRunner
 
-__all__ = ["LocalEngine", "device_memory"]
+__all__ = ["LocalEngine", "device_memory", "estimate"]
 
 GPU_HINT = (
     'a GPU is here, but this build of llama.cpp is for the CPU only. Install the GPU build with\n    CMAKE_ARGS="-DGGML_CUDA=on" pip install --force-reinstall '
@@ -47,22 +46,23 @@ class LocalEngine:
         *,
         n_ctx: int | None = None,
         n_slots: int | None = None,
-        n_gpu_layers: int = -1,
+        n_gpu_layers: int | Literal["auto"] = "auto",
         threads: int | None = None,
         kv_unified: bool = False,
         name: str | None = None,
         force: bool = False,
-        progress: Callable[[float], None] | None = None,
     ) -> None:
         self._closed = False
         self._close_lock = threading.Lock()
         self._pid = os.getpid()
         spec = resolve(model)
         info = gguf.read_header(spec.path)
-        n_ctx, n_slots = _sizes(info, n_ctx, n_slots, threads)
+        need = estimate(info, n_ctx=n_ctx, n_slots=n_slots, n_gpu_layers=n_gpu_layers, threads=threads)
+        if not (force or need.fits):
+            raise InsufficientMemoryError(f"{info.path.name}: {need.advice()}")
+        n_ctx, n_slots = need.n_ctx, need.n_slots
         most = min(n_ctx, info.max_positions or n_ctx)
-        _check_memory(info, n_ctx, n_slots, n_gpu_layers, force)
-        self._model, self._runner = _load(spec, n_ctx, n_slots, n_gpu_layers, threads, kv_unified, progress)
+        self._model, self._runner = _load(spec, n_ctx, n_slots, need.n_gpu_layers, threads, kv_unified)
         vocab = self._vocab = self._model.vocab
         self._bos = vocab.token_text(vocab.bos)
         self._template = ChatTemplate(str(info.metadata.get("tokenizer.chat_template") or CHATML), bos=self._bos, eos=vocab.token_text(vocab.eos))
@@ -78,7 +78,7 @@ class LocalEngine:
             n_vocab=vocab.n_tokens,
             weights_bytes=self._model.size_bytes,
             kv_bytes=info.kv_bytes_per_token * n_ctx * n_slots,
-            device="gpu" if n_gpu_layers != 0 and _has_gpu() else "cpu",
+            device="gpu" if need.n_gpu_layers else "cpu",
             created=int(time.time()),
         )
         self._engine = Engine(self._runner, is_end=vocab.is_end, n_ctx=most)
@@ -174,21 +174,30 @@ class LocalEngine:
                 warnings.warn("the engine did not stop in time, so its memory was not freed", ResourceWarning, stacklevel=2)
 
 
-def _sizes(info: gguf.ModelInfo, n_ctx: int | None, n_slots: int | None, threads: int | None) -> tuple[int, int]:
-    for name, value, most in (("n_ctx", n_ctx, 1 << 24), ("n_slots", n_slots, 256), ("threads", threads, 1024)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most):
-            raise InvalidRequestError(f"{name} must be an integer from 1 to {most}, not {value!r:.40}.", name)
+def estimate(
+    info: gguf.ModelInfo,
+    *,
+    n_ctx: int | None = None,
+    n_slots: int | None = None,
+    n_gpu_layers: int | Literal["auto"] = "auto",
+    threads: int | None = None,
+) -> memory.MemoryEstimate:
+    """What a load with these limits would take here, defaults filled in from the memory that is free. Raises `InvalidRequestError` for impossible limits."""
+    for name, value, least, most in (("n_ctx", n_ctx, 1, 1 << 24), ("n_slots", n_slots, 1, 256), ("threads", threads, 1, 1024)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most):
+            raise InvalidRequestError(f"{name} must be an integer from {least} to {most}, not {value!r:.40}.", name)
+    if n_gpu_layers != "auto" and (isinstance(n_gpu_layers, bool) or not isinstance(n_gpu_layers, int) or not -1 <= n_gpu_layers <= 10_000):
+        raise InvalidRequestError(f'n_gpu_layers must be "auto", -1 (all) or a number of layers, not {n_gpu_layers!r:.40}.', "n_gpu_layers")
     n_ctx = n_ctx or memory.default_context(info)
     if info.max_positions is not None and n_ctx > info.max_positions:
         raise InvalidRequestError(f"this model knows positions for {info.max_positions} tokens only; n_ctx={n_ctx} is more.", "n_ctx")
     n_ctx = -(-n_ctx // 256) * 256  # llama.cpp's cells come in blocks of 256
-    return n_ctx, n_slots or memory.default_slots(info, n_ctx)
-
-
-def _has_gpu() -> bool:
-    from llmkit.backend import library
-
-    return any(d.is_gpu for d in library.devices())
+    device = device_memory() if n_gpu_layers != 0 else None
+    free = None if device is None else device[1] - device[0]
+    n_slots = n_slots or memory.default_slots(info, n_ctx, free)
+    if n_gpu_layers == "auto":
+        n_gpu_layers = 0 if free is None else memory.layers_that_fit(info, n_ctx=n_ctx, n_slots=n_slots, gpu_free_bytes=free)
+    return memory.estimate(info, n_ctx=n_ctx, n_slots=n_slots, n_gpu_layers=n_gpu_layers, gpu_free_bytes=free)
 
 
 def device_memory() -> tuple[int, int] | None:
@@ -199,23 +208,13 @@ def device_memory() -> tuple[int, int] | None:
     return (sum(d.total_bytes - d.free_bytes for d in gpus), sum(d.total_bytes for d in gpus)) if gpus else None
 
 
-def _check_memory(info: gguf.ModelInfo, n_ctx: int, n_slots: int, n_gpu_layers: int, force: bool) -> None:
-    if force or (n_gpu_layers != 0 and device_memory() is not None):
-        return
-    need = memory.estimate(info, n_ctx=n_ctx, n_slots=n_slots)
-    if not need.fits:
-        raise InsufficientMemoryError(f"{info.path.name}: {need.advice()}")
-
-
-def _load(
-    spec: ModelSpec, n_ctx: int, n_slots: int, n_gpu_layers: int, threads: int | None, kv_unified: bool, progress: Callable[[float], None] | None
-) -> tuple[LlamaModel, LlamaRunner]:
+def _load(spec: ModelSpec, n_ctx: int, n_slots: int, n_gpu_layers: int, threads: int | None, kv_unified: bool) -> tuple[LlamaModel, LlamaRunner]:
     from llmkit.backend import library
     from llmkit.backend.llama import LlamaModel, LlamaRunner
 
     if not library.gpu_backend() and Path("/proc/driver/nvidia/version").exists():
         warnings.warn(GPU_HINT, RuntimeWarning, stacklevel=4)
-    model = LlamaModel(spec.path, n_gpu_layers=n_gpu_layers, progress=progress)
+    model = LlamaModel(spec.path, n_gpu_layers=n_gpu_layers)
     try:
         if not model.can_generate:
             raise ModelLoadError(f"{spec.path.name} is not a text generation model: it has no plain decoder, or no vocabulary.")

@@ -182,10 +182,6 @@ class RequestMetrics:
     decode_s: float = 0.0
     max_itl_s: float = 0.0
 
-    @property
-    def total_s(self) -> float:
-        return self.ttft_s + self.decode_s
-
 
 @dataclass(frozen=True, slots=True)
 class Delta:
@@ -216,13 +212,6 @@ class Completion:
         n = self.usage.completion_tokens - 1
         return n / self.metrics.decode_s if n > 0 and self.metrics.decode_s > 0 else math.nan
 
-    @property
-    def prefill_tok_s(self) -> float:
-        """Computed prompt tokens a second (nan where the engine was not alone enough to tell)."""
-        seconds = self.metrics.ttft_s - self.metrics.queue_s
-        n = self.usage.prompt_tokens - self.usage.cached_tokens
-        return n / seconds if seconds > 0 else math.nan
-
     def __str__(self) -> str:
         return self.text
 
@@ -250,7 +239,6 @@ class EngineStats:
     steps_total: int = 0
     step_seconds_total: float = 0.0
     backend_seconds_total: float = 0.0
-    taken_at: float = 0.0
 
     @property
     def kv_usage(self) -> float:

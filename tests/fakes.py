@@ -16,6 +16,7 @@ from llmkit.stream import Channel, Stream
 from llmkit.types import EngineStats, GenerationRequest, ModelDescription
 
 END = 0
+BAD_SEED = 666  # a request whose sampler cannot be made
 
 
 class FakeRunner:
@@ -34,6 +35,7 @@ class FakeRunner:
         self.crash_next = False
         self._interrupt = threading.Event()
         self.num_interrupted = 0
+        self.faults: list[tuple[int, str]] = []
         self.closed = False
 
     def next_token(self, tokens: list[int]) -> int:
@@ -53,6 +55,9 @@ class FakeRunner:
             else:
                 assert isinstance(op, Open)
                 self.opened[op.slot] = True
+                self.faults = [(s, why) for s, why in self.faults if s != op.slot]
+                if op.sampling.seed == BAD_SEED:
+                    self.faults.append((op.slot, "no such sampler"))
         if self.crash_next:
             raise RuntimeError("the fake is broken")
         assert batch.num_tokens <= self.max_batch_tokens
@@ -79,7 +84,7 @@ class FakeRunner:
         if interrupted:
             self.num_interrupted += 1
             return StepOutput(nothing, resident, interrupted=True)
-        return StepOutput(tokens, resident)
+        return StepOutput(tokens, resident, faults=tuple(self.faults))
 
     def interrupt(self) -> None:
         self._interrupt.set()

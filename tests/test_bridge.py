@@ -54,7 +54,7 @@ def test_a_remote_engine_is_the_same_engine(slow: FakeClient, remote: BridgeClie
     local = slow.submit(ask("hello", max_tokens=30)).result(5)
     assert stream.result(5) == replace(local, request_id=request.request_id, usage=replace(local.usage, cached_tokens=0))
     wait_for(lambda: remote.stats().requests_total == 2)
-    assert remote.description == slow.description and remote.answers
+    assert remote.description == slow.description
 
 
 def test_errors_keep_their_class(remote: BridgeClient) -> None:
@@ -224,12 +224,12 @@ def test_a_readable_or_linked_file_is_not_trusted(server: BridgeServer) -> None:
     moved.rename(path)
 
 
-@pytest.mark.skipif(os.getuid() != 0, reason="only root can give a file away")
-def test_a_file_of_another_user_is_not_trusted(server: BridgeServer) -> None:
-    path = server.connection.path
-    os.chown(path, 12345, 12345)
+def test_a_file_of_another_user_is_not_trusted(server: BridgeServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seen from the other side, so that no root is needed: the file is ours, and we are somebody else."""
+    path, me = server.connection.path, os.getuid()
+    monkeypatch.setattr("os.getuid", lambda: me + 1)
     assert files.find_connections() == [] and path.exists()
-    os.chown(path, 0, 0)
+    monkeypatch.setattr("os.getuid", lambda: me)
     assert len(files.find_connections()) == 1
 
 

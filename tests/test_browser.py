@@ -124,6 +124,19 @@ def test_the_monitor_moves_while_a_cell_is_busy(page: Page, lab: JupyterServer) 
     wait_done(page)
 
 
+def test_the_monitor_moves_while_c_code_has_the_cell(page: Page) -> None:
+    """One long call that releases the GIL: no bytecode of the cell runs, and no widget message is handled."""
+    run_code(page, "s.close(); s = llm.stream('Once', max_tokens=1500, ignore_eos=True)\nimport ctypes; ctypes.CDLL(None).usleep(6_000_000)")
+    page.wait_for_timeout(1500)
+    card = page.locator(".jp-OutputArea-output [role=group][aria-label^='llmkit']").last
+    seen = set()
+    for _ in range(6):
+        seen.add(card.inner_text())
+        page.wait_for_timeout(500)
+    assert len(seen) >= 3, seen
+    wait_done(page)
+
+
 def test_the_stop_button_stops_a_generation(page: Page) -> None:
     run_code(page, "s.close(); llm.generate('Once', max_tokens=3000, ignore_eos=True)")
     page.wait_for_timeout(1500)

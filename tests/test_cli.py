@@ -150,3 +150,9 @@ def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
         with pytest.raises(SystemExit) as end:
             main(args)
         assert end.value.code == 0 and capsys.readouterr().out
+
+
+def test_a_misspelt_variable_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLMKIT_APIKEY", "x")
+    with pytest.raises(InvalidRequestError, match="LLMKIT_APIKEY.*LLMKIT_API_KEY"):
+        read_settings({})

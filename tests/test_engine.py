@@ -6,7 +6,7 @@ import threading
 import time
 
 import pytest
-from fakes import FakeClient, FakeRunner, ask, wait_for
+from fakes import BAD_SEED, FakeClient, FakeRunner, ask, wait_for
 
 from llmkit.errors import EngineError, ModelUnloadedError, QueueFullError
 from llmkit.types import FinishReason
@@ -205,3 +205,11 @@ def test_one_wake_finds_the_whole_step() -> None:
         s.wait(5)
     assert seen and all(max(lengths) == min(lengths) for lengths in seen)
     client.close()
+
+
+def test_one_request_that_cannot_be_set_up_fails_alone(fake: FakeClient) -> None:
+    good, bad = fake.submit(ask("good", max_tokens=40)), fake.submit(ask("bad", seed=BAD_SEED))
+    with pytest.raises(EngineError, match="no such sampler"):
+        bad.result(5)
+    assert good.result(5).text.encode() == fake.runner.reference(b"good", 40)
+    assert fake.submit(ask("bad", max_tokens=3)).result(5).usage.completion_tokens == 3, "its slot is usable again"

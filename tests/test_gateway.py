@@ -96,6 +96,14 @@ async def test_chat_whole(api: Api, model: FakeClient) -> None:
     assert reply["system_fingerprint"].startswith("llmkit-")
 
 
+async def test_null_is_not_given(api: Api) -> None:
+    """Clients send null for what they do not use, also for what we do not know."""
+    code, _ = await api.post("/v1/chat/completions", {**CHAT, "tools": None, "temperature": None, "response_format": None, "stream": None})
+    assert code == 200
+    code, _ = await api.post("/v1/chat/completions", {**CHAT, "messages": None})
+    assert code == 400
+
+
 async def test_chat_streamed_in_strict_order(api: Api, model: FakeClient) -> None:
     events = await api.events("/v1/chat/completions", {**CHAT, "stream_options": {"include_usage": True}})
     assert events[-1] == "[DONE]"
@@ -175,7 +183,9 @@ def is_error(reply: HTTPResponse, status: int) -> dict[str, Any]:
         ("/v1/chat/completions", {**CHAT, "messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}, "messages"),
         ("/v1/chat/completions", {**CHAT, "max_tokens": 0}, "max_tokens"),
         ("/v1/chat/completions", {**CHAT, "max_tokens": -5}, "max_tokens"),
-        ("/v1/chat/completions", {**CHAT, "max_completion_tokens": 0}, "max_tokens"),
+        ("/v1/chat/completions", {**CHAT, "max_completion_tokens": 0}, "max_completion_tokens"),
+        ("/v1/chat/completions", {**CHAT, "repeat_last_n": -1}, "repeat_last_n"),
+        ("/v1/chat/completions", {**CHAT, "repeat_penalty": 0}, "repeat_penalty"),
         ("/v1/chat/completions", {**CHAT, "max_tokens": "many"}, "max_tokens"),
         ("/v1/chat/completions", {**CHAT, "temperature": -1}, "temperature"),
         ("/v1/chat/completions", {**CHAT, "temperature": True}, "temperature"),
@@ -280,8 +290,7 @@ async def test_a_disconnect_frees_the_slot(api: Api, model: FakeClient, stream: 
     _, writer = await asyncio.open_connection(host, int(port))
     body = json.dumps({"prompt": "a", "max_tokens": 4500, "stream": stream}).encode()
     writer.write(b"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
-    await asyncio.sleep(0.3)
-    assert model.stats().num_running == 1
+    await asyncio.to_thread(wait_for, lambda: model.stats().num_running == 1)
     writer.close()
     await asyncio.to_thread(wait_for, lambda: model.stats().num_running == 0, 3)
 

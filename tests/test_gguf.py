@@ -5,13 +5,14 @@ from __future__ import annotations
 import random
 import struct
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import llmkit
 from llmkit.errors import InsufficientMemoryError, InvalidModelFileError, InvalidRequestError, ModelLoadError, ModelNotFoundError
 from llmkit.models.gguf import read_header
-from llmkit.models.memory import estimate
+from llmkit.models.memory import estimate, layers_that_fit
 from llmkit.models.registry import resolve
 
 
@@ -29,7 +30,7 @@ def test_the_real_header(real: Path) -> None:
     assert "messages" in info.metadata["tokenizer.chat_template"]
 
 
-def test_the_header_agrees_with_the_gguf_package_and_llama_cpp(real: Path, engine: object) -> None:
+def test_the_header_agrees_with_llama_cpp(real: Path, engine: object) -> None:
     description = engine.description  # type: ignore[attr-defined]
     info = read_header(real)
     assert description.n_vocab == info.metadata["tokenizer.ggml.tokens"]
@@ -107,6 +108,8 @@ def test_missing_files_and_directories(tmp_path: Path, monkeypatch: pytest.Monke
         llmkit.load(tmp_path / "mistral7b.gguf")
     with pytest.raises(ModelNotFoundError, match="smollm2"):
         llmkit.load("smolm2")
+    with pytest.raises(ModelNotFoundError, match="no such user"):
+        llmkit.load("~nobody-of-this-name/x.gguf")
     with pytest.raises(InvalidModelFileError, match=r"directory.*mistral-7b\.gguf"):
         llmkit.load(tmp_path)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
@@ -117,19 +120,44 @@ def test_missing_files_and_directories(tmp_path: Path, monkeypatch: pytest.Monke
 def test_too_large_for_the_memory(real: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InsufficientMemoryError, match=r"n_ctx.*n_slots.*quantization.*force=True"):
         llmkit.load("smollm2", n_ctx=8_000_000, n_slots=64)
+    monkeypatch.setattr("llmkit.local.device_memory", lambda: None)
     monkeypatch.setattr("llmkit.models.memory.free_ram", lambda: 50 << 20)
-    with pytest.raises(InsufficientMemoryError, match="GiB are free"):
+    with pytest.raises(InsufficientMemoryError, match=r"does not fit: 0\.05 GiB free"):
         llmkit.load("smollm2")
 
 
-@pytest.mark.parametrize("options", [{"n_ctx": 0}, {"n_ctx": -5}, {"n_slots": 0}, {"n_slots": 10_000}, {"n_ctx": 1.5}, {"threads": 0}, {"n_ctx": True}])
-def test_impossible_limits(options: dict[str, int]) -> None:
-    with pytest.raises(InvalidRequestError, match=next(iter(options))):
-        llmkit.load("smollm2", **options)  # type: ignore[arg-type]
+def test_too_large_for_the_gpu(real: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llmkit.local.device_memory", lambda: (3 << 30, (3 << 30) + (512 << 20)))
+    with pytest.raises(InsufficientMemoryError, match=r"of 0\.50 GiB free on the GPU.*n_gpu_layers"):
+        llmkit.load("smollm2", n_gpu_layers=-1, n_slots=8)
+    fitting = llmkit.estimate("smollm2", n_slots=8)
+    assert fitting.fits and 0 < fitting.n_gpu_layers < 31 and fitting.gpu_bytes <= 512 << 20
+    assert llmkit.estimate("smollm2").n_slots == 1, "the default number of slots follows the GPU's memory"
+    assert llmkit.estimate("smollm2", n_gpu_layers=0).gpu_free_bytes is None
+
+
+def test_layers_that_fit(real: Path) -> None:
+    info = read_header(real)
+    layers = [layers_that_fit(info, n_ctx=4096, n_slots=8, gpu_free_bytes=n << 20) for n in (64, 256, 512, 1024, 4096)]
+    assert layers == sorted(layers) and layers[0] == 0 and layers[-1] == 31
+    everything = estimate(info, n_ctx=4096, n_slots=8, n_gpu_layers=-1, gpu_free_bytes=1 << 40)
+    assert everything.gpu_bytes >= 0.9 * everything.total_bytes and everything.fits
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"n_ctx": 0}, {"n_ctx": -5}, {"n_slots": 0}, {"n_slots": 10_000}, {"n_ctx": 1.5}, {"n_ctx": True}, {"n_gpu_layers": "some"}, {"n_gpu_layers": -2}],
+)
+def test_impossible_limits(options: dict[str, Any]) -> None:
+    for call in (llmkit.load, llmkit.estimate):
+        with pytest.raises(InvalidRequestError, match=next(iter(options))):
+            call("smollm2", **options)
+    with pytest.raises(InvalidRequestError, match="threads"):
+        llmkit.load("smollm2", threads=0)
 
 
 def test_the_estimate_adds_up(real: Path) -> None:
     e = estimate(read_header(real), n_ctx=1024, n_slots=2, free_bytes=1 << 30)
     assert e.kv_bytes == 23_040 * 1024 * 2 and e.fits and e.total_bytes == e.weights_bytes + e.kv_bytes + e.compute_bytes
-    assert "fits in 1.00 GiB" in repr(e)
+    assert "fits: 1.00 GiB free" in repr(e)
     assert llmkit.estimate("smollm2", n_slots=2).n_ctx == 4096

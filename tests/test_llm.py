@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 
 import pytest
@@ -81,9 +80,28 @@ def test_stop_keeps_the_text_so_far(llm: llmkit.LLM) -> None:
     interrupt_soon(0.5)
     with pytest.raises(KeyboardInterrupt):
         llm.generate(["Once upon a time"] * 300, max_tokens=500, ignore_eos=True)
-    time.sleep(0.2)
-    assert llm.stats.num_running == llm.stats.num_waiting == 0
+    wait_for(lambda: llm.stats.num_running == llm.stats.num_waiting == 0)
     assert llm.generate("The", max_tokens=2).usage.completion_tokens == 2
+
+
+def test_stop_in_a_batch_loses_nothing(llm: llmkit.LLM) -> None:
+    prompts = ["Say", *["Once upon a time"] * 7]
+    thread = threading.Thread(target=lambda: (wait_for(lambda: llm.stats.generation_tokens_total > before + 40), os.kill(os.getpid(), signal.SIGINT)))
+    before = llm.stats.generation_tokens_total
+    thread.start()
+    with pytest.raises(Interrupted, match="last_batch"):
+        llm.generate(prompts, max_tokens=700, ignore_eos=True)
+    thread.join()
+    assert len(llm.last_batch) == 8 and {c.finish_reason.value for c in llm.last_batch} <= {"abort", "length"}
+    assert sum(len(c.text) for c in llm.last_batch) > 40 and llm.last is not None and llm.last.text
+    done = llm.generate(["One,", "Two,"], max_tokens=3)
+    assert llm.last_batch == done
+
+
+def test_a_bad_prompt_ends_its_batch(llm: llmkit.LLM) -> None:
+    with pytest.raises(llmkit.ContextLengthError):
+        llm.generate(["Once"] * 6 + ["word " * 5000], max_tokens=900, ignore_eos=True)
+    wait_for(lambda: llm.stats.num_running == llm.stats.num_waiting == 0)
 
 
 def test_profile(llm: llmkit.LLM) -> None:
@@ -105,17 +123,15 @@ def test_profile(llm: llmkit.LLM) -> None:
 def test_monitor_samples_and_shows_itself_in_every_form(llm: llmkit.LLM) -> None:
     monitor = llm.monitor(interval=0.25)
     stream = llm.stream("Once", max_tokens=900, ignore_eos=True)
-    time.sleep(1)
-    busy = monitor.sample()
-    assert busy.stats.num_running == 1 and busy.decode_tok_s > 0 and busy.rss_bytes > 100 << 20
+    wait_for(lambda: monitor.sample().decode_tok_s > 0 and monitor.sample().stats.num_running == 1)
+    assert monitor.sample().rss_bytes > 100 << 20
     bundle = monitor._repr_mimebundle_()
     assert "application/vnd.jupyter.widget-view+json" in bundle
-    assert "<svg" in bundle["text/html"] and "CPU only" in bundle["text/plain"] and "1 running" in bundle["text/plain"]
+    assert "<svg" in bundle["text/html"] and "RAM" in bundle["text/plain"] and "1 running" in bundle["text/plain"]
     before = monitor._widget.value
-    time.sleep(0.7)
-    assert monitor._widget.value != before
+    wait_for(lambda: monitor._widget.value != before)
     stream.close()
-    time.sleep(0.2)
+    wait_for(lambda: llm.stats.num_running == 0)
     monitor.stop()
     assert not monitor.running and "stopped" in monitor._widget.value and "0 of 4 / 0" in monitor._widget.value
 
@@ -169,12 +185,15 @@ pid = os.fork()
 if pid == 0:
     try: llm.generate("a", max_tokens=1)
     except llmkit.ModelUnloadedError as e: print("child:", "fork" in str(e), flush=True)
+    again = llmkit.load("smollm2", n_ctx=256, n_slots=1)
+    print("again:", again is not llm and again.generate("a", max_tokens=1).usage.completion_tokens, flush=True)
+    again.unload()
     raise SystemExit
 os.waitpid(pid, 0)
 print("parent:", llm.generate("a", max_tokens=1).usage.completion_tokens)
 """
     done = run(code)
-    assert done.returncode == 0 and done.stdout == "child: True\nparent: 1\n", done
+    assert done.returncode == 0 and done.stdout == "child: True\nagain: 1\nparent: 1\n", done
 
 
 def test_unloaded(tmp_path: object) -> None:
@@ -189,3 +208,14 @@ def test_unloaded(tmp_path: object) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "LLM('smollm2', unloaded)" in done.stdout and "n_ctx=768" in done.stdout and "?" not in done.stdout
+
+
+def test_a_gpu_with_a_cpu_only_build_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    from llmkit import local
+
+    monkeypatch.setattr("llmkit.backend.library.gpu_backend", lambda: False)
+    exists = local.Path.exists
+    monkeypatch.setattr(local.Path, "exists", lambda path: str(path) == "/proc/driver/nvidia/version" or exists(path))
+    with pytest.warns(RuntimeWarning, match=r"CPU only.*\n.*DGGML_CUDA=on.*pip install"):
+        engine = local.LocalEngine("smollm2", n_ctx=256, n_slots=1)
+    engine.close()

@@ -7,6 +7,7 @@ import time
 
 import numpy as np
 import pytest
+from fakes import wait_for
 
 from llmkit.backend.llama import LlamaModel, LlamaRunner
 from llmkit.backend.vocab import longest_run
@@ -181,8 +182,8 @@ def test_a_long_run_of_one_character_is_tokenized_on_a_deep_stack(model: LlamaMo
 
 def test_stop_in_a_long_prefill_is_quick(model: LlamaModel) -> None:
     engine = LocalEngine("smollm2", n_ctx=4096, n_slots=1)
-    stream = engine.submit(GenerationRequest("p", SamplingParams(max_tokens=4), prompt="word and " * 1500))
-    time.sleep(0.7)
+    stream = engine.submit(GenerationRequest("p", SamplingParams(max_tokens=4000, ignore_eos=True), prompt="word and " * 1500))
+    wait_for(lambda: engine.stats().num_running == 1)
     start = time.perf_counter()
     stream.close()
     assert stream.wait(5).finish_reason is FinishReason.ABORT  # type: ignore[union-attr]

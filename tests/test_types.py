@@ -67,6 +67,5 @@ def test_a_request_has_a_prompt_or_messages() -> None:
 def test_completion_rates_and_repr() -> None:
     c = Completion("hi", FinishReason.STOP, Usage(10, 5, 2), RequestMetrics(queue_s=0.5, ttft_s=1.5, decode_s=2.0))
     assert c.decode_tok_s == 2.0
-    assert c.prefill_tok_s == 8.0
     assert repr(c) == "Completion('hi', finish_reason='stop', prompt_tokens=10, completion_tokens=5)"
     assert Completion("hi", FinishReason.STOP) == Completion("hi", FinishReason.STOP, metrics=RequestMetrics(1, 1, 1, 1))

@@ -137,8 +137,18 @@ def test_a_client_that_disconnects_frees_its_slot(server: JupyterServer, kernel:
         pass
     assert kernel.run("print(llm.stats.num_running)").strip() == "1"
     stream.close()
-    time.sleep(0.5)
-    assert kernel.run("print(llm.stats.num_running)").strip() == "0"
+    wait_for(lambda: kernel.run("print(llm.stats.num_running)").strip() == "0")
+
+
+def test_break_out_of_a_stream_frees_its_slot(server: JupyterServer, kernel: Kernel) -> None:
+    """In a cell, sync and async; IPython keeps the variables of the loop alive."""
+    kernel.run(LOAD)
+    loop = "for piece in llm.stream('Once', max_tokens=900, ignore_eos=True):\n    if len(piece): break\nprint(piece != '')"
+    assert kernel.run(loop).strip() == "True"
+    wait_for(lambda: kernel.run("print(llm.stats.num_running)").strip() == "0")
+    assert kernel.run("async " + loop).strip() == "True"
+    wait_for(lambda: kernel.run("print(llm.stats.num_running)").strip() == "0")
+    assert chat(server).usage.completion_tokens == 8
 
 
 def test_kill_9_mid_stream_then_restart(server: JupyterServer, kernel: Kernel) -> None:

@@ -8,7 +8,6 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -39,18 +38,16 @@ def num_threads() -> int:
 class LlamaModel:
     """The weights of one file, read-only once loaded; contexts share them.
 
-    Raises `ModelLoadError` with llama.cpp's last error lines. ``progress`` is called with 0..1 while loading. A KeyboardInterrupt ends the load.
+    Raises `ModelLoadError` with llama.cpp's last error lines. A KeyboardInterrupt ends the load.
     """
 
-    def __init__(self, path: Path, *, n_gpu_layers: int = -1, progress: Callable[[float], None] | None = None) -> None:
+    def __init__(self, path: Path, *, n_gpu_layers: int = -1) -> None:
         library.start()
         library.log.clear()
         cancelled = threading.Event()
 
         @C.llama_progress_callback  # type: ignore[untyped-decorator]
         def on_progress(share: float, _: Any) -> bool:
-            if progress is not None:
-                progress(share)
             return not cancelled.is_set()
 
         params = C.llama_model_default_params()
@@ -161,7 +158,9 @@ class LlamaRunner:
             C.llama_free(self._context)
             raise ModelLoadError("this model keeps no context memory: it is no text generation model.")
         self._n_vocab = model.vocab.n_tokens
+        self._c_seconds = 0.0  # of the running step, inside llama.cpp
         self._samplers: list[SamplerChain | None] = [None] * n_slots
+        self._faults: dict[int, str] = {}
         self._ignore_eos = [False] * n_slots
         self._end_tokens = np.fromiter(model.vocab.end_tokens, np.int64)
         self._make_batch(self.max_batch_tokens)
@@ -193,10 +192,11 @@ class LlamaRunner:
         code = self._decode(self._context, self._batch)
         if code == 0:
             self._synchronize(self._context)
+            self._c_seconds = time.perf_counter() - start
             # Sampling may use the interrupt flag no more: the decode is whole, its tokens count.
             tokens = self._sample(batch.chunks, rows)
-            seconds = time.perf_counter() - start
-            return StepOutput(tokens, [c.start + len(c.tokens) for c in batch.chunks], backend_s=seconds)
+            resident = [c.start + len(c.tokens) for c in batch.chunks]
+            return StepOutput(tokens, resident, faults=tuple(self._faults.items()), backend_s=self._c_seconds)
         seconds = time.perf_counter() - start
         nothing = [None] * len(batch.chunks)
         if code == 2:
@@ -212,7 +212,13 @@ class LlamaRunner:
             if previous is not None:
                 previous.close()
             self._ignore_eos[op.slot] = op.sampling.ignore_eos
-            self._samplers[op.slot] = None if op.sampling.plain_greedy else SamplerChain(op.sampling, self._model.vocab, op.history)
+            self._samplers[op.slot] = None
+            self._faults.pop(op.slot, None)
+            try:
+                if not op.sampling.plain_greedy:
+                    self._samplers[op.slot] = SamplerChain(op.sampling, self._model.vocab, op.history)
+            except Exception as error:  # this request's own parameters: the others go on
+                self._faults[op.slot] = repr(error)
         elif isinstance(op, Fork):
             # Between split streams only whole copies exist; the rest is cut off afterwards.
             self._seq_rm(self._memory, op.target, -1, -1)
@@ -251,7 +257,9 @@ class LlamaRunner:
             if sampler is None:
                 tokens.append(self._argmax(logits[row_of_output], self._ignore_eos[chunk.slot]))
             else:
+                start = time.perf_counter()
                 tokens.append(sampler.sample(self._context, row))
+                self._c_seconds += time.perf_counter() - start
             row_of_output += 1
         return tokens
 

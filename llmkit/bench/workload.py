@@ -11,7 +11,6 @@ import json
 import os
 import random
 import ssl
-import statistics
 import sys
 import time
 from dataclasses import asdict, dataclass, field
@@ -231,8 +230,3 @@ def main(args: argparse.Namespace) -> int:
             failed = True
             print(f"llmkit: {result.errors} of {result.requests} requests failed; the first: {result.error}", file=sys.stderr)
     return int(failed)
-
-
-def median_of(results: list[LoadResult], name: str) -> float:
-    """The median of one figure over repeated runs."""
-    return float(statistics.median(getattr(r, name) for r in results))

@@ -46,7 +46,6 @@ class BridgeClient:
         self._gone: str | None = None
         self._closed = False
         self._greeting = False
-        self._last_heard = 0.0
         self._outbox: queue.SimpleQueue[tuple[bytes, Any]] = queue.SimpleQueue()
         self._waker = Waker()
         self._thread = threading.Thread(target=self._run, name="llmkit-bridge-client", daemon=True)
@@ -60,11 +59,6 @@ class BridgeClient:
     def gone(self) -> str | None:
         """Why the engine cannot be reached any more; None while it can."""
         return self._gone
-
-    @property
-    def answers(self) -> bool:
-        """Whether the engine was heard of in the last two seconds."""
-        return time.monotonic() - self._last_heard < 2
 
     def submit(self, request: GenerationRequest) -> Stream:
         channel = Channel(request.request_id, self.abort)
@@ -158,7 +152,6 @@ class BridgeClient:
                 self._handle(sock, kind, m.unpack(payload))
 
     def _handle(self, sock: zmq.Socket[bytes], kind: bytes, data: Any) -> None:
-        self._last_heard = time.monotonic()
         if kind == m.EVENTS:
             self._deliver(*data)
         elif kind == m.PONG:

@@ -66,8 +66,9 @@ class StepOutput:
     """What one step gave, parallel to ``batch.chunks``.
 
     ``tokens[i]`` is the sampled token (None where none was asked). ``resident[i]`` is the number of tokens that the slot holds now; it is
-    less than asked after an interrupt (``interrupted``) or a failure. ``error`` is set when the decode failed for these chunks.
-    ``backend_s`` is the time spent inside the C library, seconds.
+    less than asked after an interrupt (``interrupted``) or a failure. ``error`` is set when the decode failed for these chunks; ``faults`` holds
+    (slot, why) of requests that alone went wrong.
+    ``backend_s`` is the time spent inside calls of the C library (decode and sampler chains), seconds.
     """
 
     tokens: Sequence[int | None]
@@ -75,4 +76,5 @@ class StepOutput:
     interrupted: bool = False
     no_room: bool = False
     error: str | None = None
+    faults: Sequence[tuple[int, str]] = ()
     backend_s: float = field(default=0.0, compare=False)

@@ -145,7 +145,7 @@ class Engine:
     def _publish(self, requests: list[Request], failure: Exception | None = None) -> None:
         """Hand the news of a step to the readers: all of it is stored before the first one is woken."""
         for request in requests:
-            request.publish(failure)
+            request.publish(EngineError(f"this request failed in the backend: {request.error}") if request.error else failure)
             if request.finish_reason is not None:
                 self._stats.prompt_tokens += request.num_prompt_tokens
                 self._stats.cached_tokens += request.num_cached_tokens

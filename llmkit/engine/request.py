@@ -3,19 +3,12 @@
 from __future__ import annotations
 
 import time
-from enum import StrEnum
 
 from llmkit.engine.detokenize import Detokenizer
 from llmkit.stream import Channel
 from llmkit.types import Completion, Delta, FinishReason, RequestMetrics, SamplingParams, Usage
 
-__all__ = ["Request", "RequestStatus"]
-
-
-class RequestStatus(StrEnum):
-    WAITING = "waiting"
-    RUNNING = "running"
-    FINISHED = "finished"
+__all__ = ["Request"]
 
 
 class Request:
@@ -29,6 +22,7 @@ class Request:
         "arrived_at",
         "channel",
         "detokenizer",
+        "error",
         "finish_reason",
         "first_token_at",
         "last_token_at",
@@ -42,7 +36,6 @@ class Request:
         "sampling",
         "slot",
         "started_at",
-        "status",
         "tokens",
         "unsent",
     )
@@ -57,8 +50,8 @@ class Request:
         self.num_prompt_tokens = len(prompt)
         self.num_computed_tokens = 0
         self.num_cached_tokens = 0
-        self.status = RequestStatus.WAITING
         self.finish_reason: FinishReason | None = None
+        self.error: str | None = None  # why it alone failed
         self.slot: int | None = None
         self.arrived_at = time.perf_counter()
         self.started_at: float | None = None
@@ -84,7 +77,6 @@ class Request:
     def start(self, slot: int, num_cached_tokens: int) -> None:
         self.slot = slot
         self.num_computed_tokens = self.num_cached_tokens = num_cached_tokens
-        self.status = RequestStatus.RUNNING
         self.started_at = time.perf_counter()
 
     def append(self, token: int, now: float) -> None:
@@ -101,7 +93,6 @@ class Request:
             self.unsent.append(text)
 
     def finish(self, reason: FinishReason) -> None:
-        self.status = RequestStatus.FINISHED
         self.finish_reason = reason
         text = self.detokenizer.flush()
         if text:

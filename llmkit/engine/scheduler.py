@@ -87,12 +87,17 @@ class Scheduler:
         now = time.perf_counter()
         if output.no_room or output.error:
             return self._fail(batch, output)
-        news = []
+        news, faults = [], dict(output.faults)
         for request, chunk, token, resident in zip(self._scheduled, batch.chunks, output.tokens, output.resident, strict=True):
             slot = self._slot(request)
             slot.tokens[chunk.start :] = chunk.tokens
             del slot.tokens[resident:]  # fewer than asked after an interrupt
             request.num_computed_tokens = resident
+            if chunk.slot in faults:
+                news.append(request)
+                request.error = faults[chunk.slot]
+                self._finish(request, FinishReason.ERROR)
+                continue
             if token is None:
                 continue
             news.append(request)

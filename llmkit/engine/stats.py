@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 from llmkit.engine.scheduler import Scheduler
 from llmkit.engine.slots import PrefixCache
 from llmkit.types import EngineStats
@@ -43,5 +41,4 @@ class StatsCounter:
             steps_total=self.steps,
             step_seconds_total=self.step_s,
             backend_seconds_total=self.backend_s,
-            taken_at=time.time(),
         )

@@ -31,6 +31,12 @@ LEGACY_MAX_TOKENS = 16
 MAX_CHOICES = 128
 MAX_PROMPTS = 512
 FINISH_REASONS = {FinishReason.STOP: "stop", FinishReason.LENGTH: "length", FinishReason.TOOL_CALLS: "tool_calls", FinishReason.ABORT: "stop"}
+# Where a field has several spellings: ours, and what callers may have written.
+ALIASES = {
+    "max_tokens": ("max_completion_tokens",),
+    "repetition_penalty": ("repetition_penalty", "repeat_penalty"),
+    "penalty_last_n": ("repeat_last_n",),
+}
 TokenIds = list[int]
 Schema = TypeVar("Schema", bound=BaseModel)
 
@@ -97,7 +103,15 @@ class GenerationFields(BaseModel):
             "ignore_eos": self.ignore_eos,
         }
         given = {k: v for k, v in values.items() if v is not None}
-        return SamplingParams(**{"max_tokens": None, **given})
+        try:
+            return SamplingParams(**{"max_tokens": None, **given})
+        except InvalidRequestError as error:
+            raise self._in_callers_words(error) from None
+
+    def _in_callers_words(self, error: InvalidRequestError) -> InvalidRequestError:
+        """The same error, naming the field as the caller spelled it."""
+        name = next((alias for alias in ALIASES.get(error.param or "", ()) if getattr(self, alias, None) is not None), None)
+        return InvalidRequestError(str(error).replace(error.param or "", name, 1), name) if name else error
 
 
 def _logit_bias(bias: dict[str, float] | None) -> tuple[tuple[int, float], ...] | None:
@@ -196,6 +210,7 @@ def parse(schema: type[Schema], body: bytes) -> Schema:
         raise InvalidRequestError(f"The body is not valid JSON: {error}") from None
     if not isinstance(data, dict):
         raise InvalidRequestError("The body must be a JSON object.")
+    data = {k: v for k, v in data.items() if v is not None}  # a field that is null is a field not given, known to us or not
     try:
         return schema.model_validate(data)
     except RecursionError:

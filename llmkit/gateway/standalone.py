@@ -12,7 +12,7 @@ import threading
 from collections import deque
 
 from llmkit.bridge.connection import process_start_time
-from llmkit.config import ServeSettings
+from llmkit.config import ENGINE_OPTIONS, ServeSettings
 from llmkit.errors import InvalidRequestError, ModelLoadError
 from llmkit.gateway.app import Gateway, make_app, make_server
 from llmkit.gateway.auth import Keys
@@ -20,7 +20,6 @@ from llmkit.gateway.engines import EngineDirectory
 
 __all__ = ["EngineProcess", "serve"]
 
-ENGINE_OPTIONS = ("name", "n_ctx", "n_slots", "n_gpu_layers", "threads")
 POLL_S = 0.5
 
 
@@ -53,6 +52,8 @@ class EngineProcess:
         assert self._process.stderr is not None
         for line in self._process.stderr:
             self._errors.append(line.rstrip())
+            if self._ready or not line.startswith("llmkit: "):  # the reason why it could not load is said once, by `check`
+                print(line, end="", file=sys.stderr, flush=True)
 
     @property
     def pid(self) -> int:

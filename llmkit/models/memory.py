@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from llmkit.models.gguf import ModelInfo
 
-__all__ = ["MemoryEstimate", "default_context", "default_slots", "estimate", "free_ram"]
+__all__ = ["MemoryEstimate", "default_context", "default_slots", "estimate", "free_ram", "layers_that_fit"]
 
 GIB = 1 << 30
 COMPUTE_BASE = 64 << 20
@@ -20,7 +21,10 @@ KV_SHARE = 0.25  # of the free memory, for the default number of slots
 
 @dataclass(frozen=True, slots=True, repr=False)
 class MemoryEstimate:
-    """What loading would take: weights, KV cache and compute buffers, against the memory that is free."""
+    """What loading would take: weights, KV cache and compute buffers, against the memory that is free.
+
+    ``gpu_bytes`` of it go to the GPU (``n_gpu_layers`` of the model's layers), where ``gpu_free_bytes`` are free; None without a GPU.
+    """
 
     weights_bytes: int
     kv_bytes: int
@@ -28,14 +32,22 @@ class MemoryEstimate:
     free_bytes: int
     n_ctx: int
     n_slots: int
+    n_gpu_layers: int = 0
+    gpu_bytes: int = 0
+    gpu_free_bytes: int | None = None
 
     @property
     def total_bytes(self) -> int:
         return self.weights_bytes + self.kv_bytes + self.compute_bytes
 
     @property
+    def ram_bytes(self) -> int:
+        """What stays in main memory."""
+        return self.total_bytes - self.gpu_bytes
+
+    @property
     def fits(self) -> bool:
-        return self.total_bytes <= self.free_bytes
+        return self.ram_bytes <= self.free_bytes and self.gpu_bytes <= (self.gpu_free_bytes or 0)
 
     def _parts(self) -> str:
         return (
@@ -43,29 +55,72 @@ class MemoryEstimate:
             f"compute {self.compute_bytes / GIB:.2f}"
         )
 
+    def _free(self) -> str:
+        if self.gpu_free_bytes is None:
+            return f"{self.free_bytes / GIB:.2f} GiB free"
+        gpu = f"{self.gpu_bytes / GIB:.2f} of {self.gpu_free_bytes / GIB:.2f} GiB free on the GPU"
+        return f"{gpu}, {self.ram_bytes / GIB:.2f} of {self.free_bytes / GIB:.2f} in RAM"
+
     def __repr__(self) -> str:
         verdict = "fits" if self.fits else "does not fit"
-        return f"MemoryEstimate({self.total_bytes / GIB:.2f} GiB: {self._parts()}; {verdict} in {self.free_bytes / GIB:.2f} GiB free)"
+        return f"MemoryEstimate({self.total_bytes / GIB:.2f} GiB: {self._parts()}; {verdict}: {self._free()})"
 
     def advice(self) -> str:
-        """The refusal, with three ways out."""
+        """The refusal, with the ways out."""
+        fewer = " fewer layers on the GPU (n_gpu_layers)," if self.gpu_bytes > (self.gpu_free_bytes or 0) else ""
         return (
-            f"this needs about {self.total_bytes / GIB:.2f} GiB ({self._parts()}), but {self.free_bytes / GIB:.2f} GiB are free. "
-            f"Try a smaller n_ctx, fewer slots (n_slots=1) or a smaller quantization of the model; force=True loads it all the same."
+            f"this needs about {self.total_bytes / GIB:.2f} GiB ({self._parts()}), which does not fit: {self._free()}. "
+            f"Try a smaller n_ctx, fewer slots (n_slots=1),{fewer} or a smaller quantization of the model; force=True loads it all the same."
         )
 
 
-def estimate(info: ModelInfo, *, n_ctx: int, n_slots: int, free_bytes: int | None = None) -> MemoryEstimate:
-    """Estimate from a header. KV: see `ModelInfo.kv_bytes_per_token`; compute: a float32 row of logits for each token of a 512-token step, and a base."""
+def estimate(
+    info: ModelInfo, *, n_ctx: int, n_slots: int, n_gpu_layers: int = 0, free_bytes: int | None = None, gpu_free_bytes: int | None = None
+) -> MemoryEstimate:
+    """Estimate from a header. KV: see `ModelInfo.kv_bytes_per_token`; compute: a float32 row of logits for each token of a 512-token step, and a base.
+
+    ``n_gpu_layers`` counts as llama.cpp does, from the last layer, the output layer being one more; -1 means all. Without a GPU it counts as 0.
+    """
     vocab = next((t.shape[1] for t in info.tensors if t.name == "token_embd.weight" and len(t.shape) == 2), 32_000)
+    kv, compute = info.kv_bytes_per_token * n_ctx * n_slots, COMPUTE_BASE + 4 * 512 * vocab
+    layers = 0 if gpu_free_bytes is None else _num_layers(info) if n_gpu_layers < 0 else min(n_gpu_layers, _num_layers(info))
     return MemoryEstimate(
         weights_bytes=info.weights_bytes,
-        kv_bytes=info.kv_bytes_per_token * n_ctx * n_slots,
-        compute_bytes=COMPUTE_BASE + 4 * 512 * vocab,
+        kv_bytes=kv,
+        compute_bytes=compute,
         free_bytes=free_ram() if free_bytes is None else free_bytes,
         n_ctx=n_ctx,
         n_slots=n_slots,
+        n_gpu_layers=layers,
+        gpu_bytes=_gpu_bytes(info, kv, compute, layers),
+        gpu_free_bytes=gpu_free_bytes,
     )
+
+
+def layers_that_fit(info: ModelInfo, *, n_ctx: int, n_slots: int, gpu_free_bytes: int) -> int:
+    """The most layers (the output layer is one of them) for which weights, KV cache and compute buffers fit into the free memory of a GPU, a tenth spared."""
+    room = int(gpu_free_bytes * 0.9)
+    for layers in range(_num_layers(info), 0, -1):
+        need = estimate(info, n_ctx=n_ctx, n_slots=n_slots, n_gpu_layers=layers, gpu_free_bytes=room)
+        if need.gpu_bytes <= room:
+            return layers
+    return 0
+
+
+def _num_layers(info: ModelInfo) -> int:
+    return info.integer("block_count") + 1
+
+
+def _gpu_bytes(info: ModelInfo, kv: int, compute: int, layers: int) -> int:
+    """What ``layers`` layers put on the GPU. The input embedding stays in RAM; where the model has no output matrix of its own, the GPU gets a copy of it."""
+    if not layers:
+        return 0
+    blocks = info.integer("block_count")
+    first = blocks - (layers - 1)
+    sizes = {t.name: t.num_bytes or 0 for t in info.tensors}
+    on_gpu = sizes.get("output.weight") or sizes.get("token_embd.weight", 0)
+    on_gpu += sum(n for name, n in sizes.items() if (block := re.match(r"blk\.(\d{1,4})\.", name)) and int(block[1]) >= first)
+    return on_gpu + kv * (layers - 1) // max(blocks, 1) + compute
 
 
 def default_context(info: ModelInfo) -> int:

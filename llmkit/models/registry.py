@@ -42,7 +42,10 @@ def resolve(model: str | Path) -> ModelSpec:
     text = str(model)
     if text in ALIASES:
         return ModelSpec(text, _packaged(text, ALIASES[text]))
-    path = Path(text).expanduser()
+    try:
+        path = Path(text).expanduser()
+    except RuntimeError:
+        raise ModelNotFoundError(f"there is no model {text!r}: there is no such user.") from None
     if path.exists():
         return ModelSpec(path.stem or text, path.resolve())
     raise ModelNotFoundError(_missing(text, path))

@@ -50,7 +50,6 @@ class Monitor:
         self._before = client.stats()
         self._before_at = time.monotonic()
         self._stopped = threading.Event()
-        self._lock = threading.Lock()
         self._widget: Any = None
         self._last = self._take()
         self._thread = threading.Thread(target=self._run, name="llmkit-monitor", daemon=True)
@@ -87,8 +86,7 @@ class Monitor:
                 sample = self._take()
             except LLMKitError:
                 break
-            with self._lock:
-                self._last = sample
+            self._last = sample
             self._show()
         self._stopped.set()
 

@@ -16,13 +16,17 @@ import urllib.request
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from llmkit.errors import EngineError
 from llmkit.types import ModelDescription
 
 __all__ = ["Endpoint", "find_or_start"]
 
-ENABLE = "jupyter server extension enable llmkit_jupyter"
+NO_EXTENSION = (
+    "llmkit is not active in this Jupyter server, so the model gets a gateway of its own. To have it at the server's address, install llmkit in the "
+    "environment that Jupyter runs in (pip enables the extension; `jupyter server extension list` tells) and restart the server."
+)
 START_TIMEOUT_S = 30
 
 
@@ -40,6 +44,11 @@ class Endpoint:
     @property
     def alive(self) -> bool:
         return self._process is None or self._process.poll() is None
+
+    @property
+    def port(self) -> int:
+        """The port of a gateway of its own; 0 for Jupyter's, whose address is not ours to choose."""
+        return 0 if self.in_jupyter else urlsplit(self.url).port or 0
 
     def close(self) -> None:
         """Stop a gateway that was started for this model; Jupyter's stays."""
@@ -111,22 +120,26 @@ def _in_jupyter(model: ModelDescription) -> Endpoint | None:
             json.load(reply)
     except urllib.error.HTTPError as error:
         if error.code == 404:
-            print(f"llmkit's extension is not enabled in this Jupyter server; enable it and restart the server:\n    {ENABLE}", file=sys.stderr)
-        if error.code != 401:
-            return None
+            print(NO_EXTENSION, file=sys.stderr)
+        return None  # a key that does not open it is no use either
     except (OSError, ValueError):
         return None
     how = "the token of this Jupyter server (under JupyterHub: an API token of yours, such as $JUPYTERHUB_API_TOKEN)"
-    return Endpoint(f"{url}/v1", model.name, token, how, in_jupyter=True)
+    return Endpoint(f"{_public_url(url)}/v1", model.name, token, how, in_jupyter=True)
+
+
+def _public_url(url: str) -> str:
+    """Under JupyterHub, where the hub's proxy has it: the server describes an address inside the pod."""
+    public = os.environ.get("JUPYTERHUB_PUBLIC_URL", "")
+    return f"{public.rstrip('/')}/llmkit" if public and "JUPYTERHUB_SERVICE_PREFIX" in os.environ else url
 
 
 def _start(model: ModelDescription, port: int) -> Endpoint:
     """A gateway in a process of its own (HTTP in the kernel would fight the engine for the GIL); it ends with this one."""
     key = secrets.token_urlsafe(24)
     command = [sys.executable, "-m", "llmkit", "serve", "--attach", str(os.getpid()), "--port", str(port), "--log-level", "error"]
-    environment = {**os.environ, "LLMKIT_API_KEY": key, "LLMKIT_HOST": "127.0.0.1", "PYTHONPATH": _python_path()}
-    for name in ("LLMKIT_MODEL", "LLMKIT_PORT"):
-        environment.pop(name, None)
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith("LLMKIT_")}
+    environment = {**inherited, "LLMKIT_API_KEY": key, "LLMKIT_HOST": "127.0.0.1", "PYTHONPATH": _python_path()}
     with tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors, text=True, start_new_session=True)
         assert process.stdout is not None
