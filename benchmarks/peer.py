@@ -23,9 +23,9 @@ FLAGS = [
 
 
 def llama_server() -> Path:
-    """The path of llama-server; builds it if it is not there (about eleven minutes on two cores). $LLMKIT_PEER names a ready one."""
-    if os.environ.get("LLMKIT_PEER"):
-        return Path(os.environ["LLMKIT_PEER"])
+    """The path of llama-server; builds it if it is not there (about eleven minutes on two cores). $LLAMA_SERVER names a ready one."""
+    if os.environ.get("LLAMA_SERVER"):
+        return Path(os.environ["LLAMA_SERVER"])
     version = importlib.metadata.version("llama-cpp-python")
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llmkit" / f"peer-{version}"
     binary = folder / "build" / "bin" / "llama-server"

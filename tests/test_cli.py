@@ -154,5 +154,5 @@ def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_a_misspelt_variable_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LLMKIT_APIKEY", "x")
-    with pytest.raises(InvalidRequestError, match="LLMKIT_APIKEY.*LLMKIT_API_KEY"):
+    with pytest.raises(InvalidRequestError, match=r"LLMKIT_APIKEY.*LLMKIT_API_KEY"):
         read_settings({})
