@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import difflib
 import itertools
 import os
 import threading
 import time
 from collections.abc import Iterable, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 from llmkit.client import EngineClient
 from llmkit.errors import InvalidRequestError, ModelUnloadedError
+from llmkit.options import EngineOptions
 from llmkit.stream import Channel, Stream
 from llmkit.types import Completion, EngineStats, FinishReason, GenerationRequest, Message, ModelDescription, SamplingParams
 
@@ -60,10 +63,10 @@ def load(
     n_slots: int | None = None,
     n_gpu_layers: int | Literal["auto"] = "auto",
     threads: int | None = None,
-    kv_unified: bool = False,
     name: str | None = None,
     share: bool = True,
     force: bool = False,
+    **options: Any,
 ) -> LLM:
     """Load a GGUF model into this process.
 
@@ -72,19 +75,31 @@ def load(
     0 none. ``threads=None`` takes all cores this process may use. ``share`` lets the gateway reach the model from other processes of this user. The same
     file loads once: a second call gives the same engine.
 
-    Raises `ModelNotFoundError`, `InvalidModelFileError`, `InsufficientMemoryError` (``force=True`` skips the estimate), `ModelLoadError`.
+    ``options``, seldom needed:
+
+    - ``target_itl_ms=250``: prompts of others stretch the time between two tokens of a stream to no more than this, if the machine can do it at all.
+    - ``kv_unified=True``: one KV buffer for all requests, of ``kv_tokens`` tokens in all (default: n_ctx x n_slots), instead of one each; requests that do
+      not fit any more wait and come back.
+    - ``kv_type="f16"``, "q8_0" or "q4_0"; ``flash_attention=None`` (llama.cpp decides), True or False; ``rope_scaling=2.0`` stretches positions.
+    - ``host_cache_mb=512``: room outside the context for prefixes that lost their slot. ``prefix_dir``: a folder where prefixes outlive the process, at most
+      ``disk_cache_mb=4096`` of them.
+    - ``deterministic=True``: the same request gives the same tokens whatever runs beside it or is cached; slower.
+    - ``max_waiting=1024``: requests that may wait.
+
+    Raises `ModelNotFoundError`, `InvalidModelFileError`, `InsufficientMemoryError` (``force=True`` skips the estimate), `ModelLoadError`, and
+    `InvalidRequestError` for impossible options.
     """
     from llmkit.local import LocalEngine
     from llmkit.models.registry import resolve
 
+    settings = _options(n_ctx=n_ctx, n_slots=n_slots, n_gpu_layers=n_gpu_layers, threads=threads, **options)
     with _load_lock:
         path = resolve(model).path
-        options = {"n_ctx": n_ctx, "n_slots": n_slots, "n_gpu_layers": n_gpu_layers, "threads": threads, "kv_unified": kv_unified}
         loaded = _loaded.get(path)
         if loaded is not None and not loaded.closed:
-            loaded._check_same(options, name)
+            loaded._check_same(settings, name)
             return loaded
-        engine = LocalEngine(model, **options, name=name, force=force)  # type: ignore[arg-type]
+        engine = LocalEngine(model, settings, name=name, force=force)
         bridge = None
         try:
             if share:
@@ -95,19 +110,26 @@ def load(
             engine.close()
             raise
         _register_displays()
-        _loaded[path] = llm = LLM(engine, bridge, options)
+        _loaded[path] = llm = LLM(engine, bridge, settings)
         return llm
 
 
-def estimate(
-    model: str | Path = "smollm2", *, n_ctx: int | None = None, n_slots: int | None = None, n_gpu_layers: int | Literal["auto"] = "auto"
-) -> MemoryEstimate:
-    """What `load` would take, from the file's header alone; loads nothing. Raises what `load` raises for a file that is none and for impossible limits."""
+def estimate(model: str | Path = "smollm2", **options: Any) -> MemoryEstimate:
+    """What `load` with these options would take, from the file's header alone; loads nothing. Raises what `load` raises for a file that is none and for
+    impossible options."""
     from llmkit import local
     from llmkit.models import gguf
     from llmkit.models.registry import resolve
 
-    return local.estimate(gguf.read_header(resolve(model).path), n_ctx=n_ctx, n_slots=n_slots, n_gpu_layers=n_gpu_layers)
+    return local.estimate(gguf.read_header(resolve(model).path), _options(**options))
+
+
+def _options(**options: Any) -> EngineOptions:
+    unknown = set(options) - {f.name for f in fields(EngineOptions)}
+    if unknown:
+        near = difflib.get_close_matches(min(unknown), [f.name for f in fields(EngineOptions)], n=1)
+        raise TypeError(f"load() got an unexpected option {min(unknown)!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+    return EngineOptions(**options)
 
 
 def kernel_id() -> str | None:
@@ -144,18 +166,19 @@ class LLM:
     memory after ``unload()``; later calls then raise `ModelUnloadedError`. The stop button raises KeyboardInterrupt, and ``last`` has the text so far.
     """
 
-    def __init__(self, client: EngineClient, bridge: BridgeServer | None = None, options: dict[str, Any] | None = None) -> None:
+    def __init__(self, client: EngineClient, bridge: BridgeServer | None = None, options: EngineOptions | None = None) -> None:
         self._client: EngineClient | None = client
         self._description = client.description
         self._bridge = bridge
-        self._options = options or {}
+        self._options = options or EngineOptions()
         self._last: Channel | None = None
         self._batch: list[Channel] = []
         self._endpoint: Endpoint | None = None
         self._monitors: list[Monitor] = []
 
-    def _check_same(self, options: dict[str, Any], name: str | None) -> None:
-        other = {k: v for k, v in options.items() if v != self._options[k]}
+    def _check_same(self, options: EngineOptions, name: str | None) -> None:
+        mine = self._options.as_dict()
+        other = {k: v for k, v in options.as_dict().items() if v != mine[k]}
         if name is not None and name != self._description.name:
             other["name"] = name
         if other:

@@ -8,8 +8,9 @@ import threading
 import time
 import warnings
 import weakref
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any
 
 from llmkit.chat.template import CHATML, ChatTemplate
 from llmkit.engine.detokenize import Detokenizer
@@ -18,11 +19,13 @@ from llmkit.engine.request import Request
 from llmkit.errors import ContextLengthError, InsufficientMemoryError, InvalidRequestError, ModelLoadError, ModelUnloadedError
 from llmkit.models import gguf, memory
 from llmkit.models.registry import ModelSpec, resolve
+from llmkit.options import EngineOptions
 from llmkit.stream import Channel, Stream
 from llmkit.types import MAX_CHARS_PER_TOKEN, EngineStats, GenerationRequest, ModelDescription
 
 if TYPE_CHECKING:
-    from llmkit.backend.llama import LlamaModel, LlamaRunner
+    from llmkit.backend.llama import LlamaRunner
+    from llmkit.backend.model import LlamaModel
 
 __all__ = ["LocalEngine", "device_memory", "estimate"]
 
@@ -40,29 +43,22 @@ class LocalEngine:
     Raises what `llmkit.load` documents. ``close()`` frees the memory and may be called twice; a running request ends with `ModelUnloadedError`.
     """
 
-    def __init__(
-        self,
-        model: str | Path,
-        *,
-        n_ctx: int | None = None,
-        n_slots: int | None = None,
-        n_gpu_layers: int | Literal["auto"] = "auto",
-        threads: int | None = None,
-        kv_unified: bool = False,
-        name: str | None = None,
-        force: bool = False,
-    ) -> None:
+    def __init__(self, model: str | Path, options: EngineOptions | None = None, *, name: str | None = None, force: bool = False, **changes: Any) -> None:
         self._closed = False
         self._close_lock = threading.Lock()
         self._pid = os.getpid()
+        options = EngineOptions(**changes) if options is None else replace(options, **changes)
         spec = resolve(model)
         info = gguf.read_header(spec.path)
-        need = estimate(info, n_ctx=n_ctx, n_slots=n_slots, n_gpu_layers=n_gpu_layers, threads=threads)
+        need = estimate(info, options)
         if not (force or need.fits):
             raise InsufficientMemoryError(f"{info.path.name}: {need.advice()}")
         n_ctx, n_slots = need.n_ctx, need.n_slots
         most = min(n_ctx, info.max_positions or n_ctx)
-        self._model, self._runner = _load(spec, n_ctx, n_slots, need.n_gpu_layers, threads, kv_unified)
+        self._model, self._runner = _load(spec, options, need)
+        from llmkit.backend.grammar import GrammarCompiler
+
+        self._grammars = GrammarCompiler(self._model.vocab)
         vocab = self._vocab = self._model.vocab
         self._bos = vocab.token_text(vocab.bos)
         self._template = ChatTemplate(str(info.metadata.get("tokenizer.chat_template") or CHATML), bos=self._bos, eos=vocab.token_text(vocab.eos))
@@ -77,11 +73,18 @@ class LocalEngine:
             n_slots=n_slots,
             n_vocab=vocab.n_tokens,
             weights_bytes=self._model.size_bytes,
-            kv_bytes=info.kv_bytes_per_token * n_ctx * n_slots,
+            kv_bytes=need.kv_bytes,
             device="gpu" if need.n_gpu_layers else "cpu",
             created=int(time.time()),
         )
-        self._engine = Engine(self._runner, is_end=vocab.is_end, n_ctx=most)
+        self._engine = Engine(
+            self._runner,
+            is_end=vocab.is_end,
+            n_ctx=most,
+            max_waiting=options.max_waiting,
+            target_itl_s=None if options.deterministic else options.target_itl_ms / 1000,
+            deterministic=options.deterministic,
+        )
         _running.add(self)
 
     @property
@@ -142,10 +145,25 @@ class LocalEngine:
         self._check_open()
         tokens = self.render(request)
         room = self._description.n_ctx - len(tokens)
-        max_tokens = min(request.sampling.max_tokens or room, room)
-        detokenizer = Detokenizer(self._vocab.piece, request.sampling.stop)
+        max_tokens = room if request.sampling.max_tokens is None else min(request.sampling.max_tokens, room)
+        with self._close_lock:
+            self._check_open()
+            constraint = None if request.sampling.grammar is None else self._grammars.compile(request.sampling.grammar)
         channel = Channel(request.request_id, self.abort)
-        self._engine.submit(Request(tokens, request.sampling, max_tokens, detokenizer, channel))
+        self._engine.submit(
+            Request(
+                tokens,
+                request.sampling,
+                max_tokens,
+                Detokenizer(self._vocab.piece, request.sampling.stop),
+                channel,
+                priority=request.priority,
+                caller=request.caller,
+                cache_salt=request.cache_salt,
+                constraint=constraint,
+                keep_on_disk=request.keep_on_disk,
+            )
+        )
         return Stream(channel)
 
     def abort(self, request_id: str) -> None:
@@ -168,36 +186,27 @@ class LocalEngine:
             self._closed = True
             _running.discard(self)
             if self._engine.close():
+                self._grammars.close()
                 self._runner.close()
                 self._model.close()
             else:
                 warnings.warn("the engine did not stop in time, so its memory was not freed", ResourceWarning, stacklevel=2)
 
 
-def estimate(
-    info: gguf.ModelInfo,
-    *,
-    n_ctx: int | None = None,
-    n_slots: int | None = None,
-    n_gpu_layers: int | Literal["auto"] = "auto",
-    threads: int | None = None,
-) -> memory.MemoryEstimate:
-    """What a load with these limits would take here, defaults filled in from the memory that is free. Raises `InvalidRequestError` for impossible limits."""
-    for name, value, least, most in (("n_ctx", n_ctx, 1, 1 << 24), ("n_slots", n_slots, 1, 256), ("threads", threads, 1, 1024)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most):
-            raise InvalidRequestError(f"{name} must be an integer from {least} to {most}, not {value!r:.40}.", name)
-    if n_gpu_layers != "auto" and (isinstance(n_gpu_layers, bool) or not isinstance(n_gpu_layers, int) or not -1 <= n_gpu_layers <= 10_000):
-        raise InvalidRequestError(f'n_gpu_layers must be "auto", -1 (all) or a number of layers, not {n_gpu_layers!r:.40}.', "n_gpu_layers")
-    n_ctx = n_ctx or memory.default_context(info)
+def estimate(info: gguf.ModelInfo, options: EngineOptions) -> memory.MemoryEstimate:
+    """What a load would take here, defaults filled in from the memory that is free. Raises `InvalidRequestError` for what this model cannot do."""
+    n_ctx = options.n_ctx or memory.default_context(info)
     if info.max_positions is not None and n_ctx > info.max_positions:
         raise InvalidRequestError(f"this model knows positions for {info.max_positions} tokens only; n_ctx={n_ctx} is more.", "n_ctx")
     n_ctx = -(-n_ctx // 256) * 256  # llama.cpp's cells come in blocks of 256
-    device = device_memory() if n_gpu_layers != 0 else None
+    device = device_memory() if options.n_gpu_layers != 0 else None
     free = None if device is None else device[1] - device[0]
-    n_slots = n_slots or memory.default_slots(info, n_ctx, free)
-    if n_gpu_layers == "auto":
-        n_gpu_layers = 0 if free is None else memory.layers_that_fit(info, n_ctx=n_ctx, n_slots=n_slots, gpu_free_bytes=free)
-    return memory.estimate(info, n_ctx=n_ctx, n_slots=n_slots, n_gpu_layers=n_gpu_layers, gpu_free_bytes=free)
+    n_slots = options.n_slots or memory.default_slots(info, n_ctx, free)
+    sizes: dict[str, Any] = {"n_ctx": n_ctx, "n_slots": n_slots, "kv_type": options.kv_type, "kv_tokens": options.kv_tokens}
+    layers = options.n_gpu_layers
+    if layers == "auto":
+        layers = 0 if free is None else memory.layers_that_fit(info, gpu_free_bytes=free, **sizes)
+    return memory.estimate(info, n_gpu_layers=layers, gpu_free_bytes=free, **sizes)
 
 
 def device_memory() -> tuple[int, int] | None:
@@ -208,17 +217,33 @@ def device_memory() -> tuple[int, int] | None:
     return (sum(d.total_bytes - d.free_bytes for d in gpus), sum(d.total_bytes for d in gpus)) if gpus else None
 
 
-def _load(spec: ModelSpec, n_ctx: int, n_slots: int, n_gpu_layers: int, threads: int | None, kv_unified: bool) -> tuple[LlamaModel, LlamaRunner]:
+def _load(spec: ModelSpec, options: EngineOptions, need: memory.MemoryEstimate) -> tuple[LlamaModel, LlamaRunner]:
     from llmkit.backend import library
-    from llmkit.backend.llama import LlamaModel, LlamaRunner
+    from llmkit.backend.llama import LlamaRunner
+    from llmkit.backend.model import LlamaModel
 
     if not library.gpu_backend() and Path("/proc/driver/nvidia/version").exists():
         warnings.warn(GPU_HINT, RuntimeWarning, stacklevel=4)
-    model = LlamaModel(spec.path, n_gpu_layers=n_gpu_layers)
+    model = LlamaModel(spec.path, n_gpu_layers=need.n_gpu_layers)
     try:
         if not model.can_generate:
             raise ModelLoadError(f"{spec.path.name} is not a text generation model: it has no plain decoder, or no vocabulary.")
-        return model, LlamaRunner(model, n_ctx=n_ctx, n_slots=n_slots, threads=threads, kv_unified=kv_unified)
+        runner = LlamaRunner(
+            model,
+            n_ctx=need.n_ctx,
+            n_slots=need.n_slots,
+            threads=options.threads,
+            kv_unified=options.kv_unified,
+            kv_tokens=options.kv_tokens,
+            kv_type=options.kv_type,
+            flash_attention=options.flash_attention,
+            rope_scaling=options.rope_scaling,
+            host_tokens=int(min(options.host_cache_mb * (1 << 20), memory.free_ram() // 8)) // max(need.kv_bytes_per_token, 1024),
+            prefix_dir=None if options.prefix_dir is None else Path(options.prefix_dir),
+            max_disk_bytes=int(options.disk_cache_mb * (1 << 20)),
+            deterministic=options.deterministic,
+        )
+        return model, runner
     except BaseException:
         model.close()
         raise

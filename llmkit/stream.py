@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Generator
 from typing import TYPE_CHECKING
 
-from llmkit.types import Completion, Delta, FinishReason
+from llmkit.types import Completion, Delta, FinishReason, TokenLogprob
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -29,12 +29,13 @@ class Channel:
     of many channels finds a whole step at once. None of them blocks.
     """
 
-    __slots__ = ("_deltas", "_failure", "_listener", "_lock", "_result", "_wakers", "abort_request", "request_id", "text_parts")
+    __slots__ = ("_deltas", "_failure", "_listener", "_lock", "_result", "_wakers", "abort_request", "logprobs", "request_id", "text_parts")
 
     def __init__(self, request_id: str, abort_request: Callable[[str], None]) -> None:
         self.request_id = request_id
         self.abort_request = abort_request
         self.text_parts: list[str] = []
+        self.logprobs: list[TokenLogprob] = []
         self._listener: Callable[[], object] | None = None
         self._deltas: deque[Delta] = deque()
         self._result: Completion | None = None
@@ -48,6 +49,7 @@ class Channel:
             self._deltas.append(delta)
             if delta.text:
                 self.text_parts.append(delta.text)
+            self.logprobs.extend(delta.logprobs)
 
     def finish(self, result: Completion, failure: Exception | None = None) -> None:
         """The last event; later calls change nothing. ``failure`` is raised to the reader."""

@@ -15,15 +15,19 @@ __all__ = [
     "EngineStats",
     "FinishReason",
     "GenerationRequest",
+    "Grammar",
     "Message",
     "ModelDescription",
     "RequestMetrics",
     "SamplingParams",
+    "TokenLogprob",
     "Usage",
 ]
 
 MAX_STOP_STRINGS = 16
 MAX_LOGIT_BIAS = 1024
+MAX_LOGPROBS = 50
+MAX_GRAMMAR_CHARS = 1 << 20
 MAX_SEED = 2**32 - 1
 # Characters a token can stand for at most, on average: a longer text cannot fit, and is refused before it is tokenized.
 MAX_CHARS_PER_TOKEN = 64
@@ -54,6 +58,25 @@ def _integer(value: object, param: str, low: int, high: int) -> None:
     _check(ok, param, f"must be an integer from {low} to {high}, not {value!r:.50}.")
 
 
+GRAMMAR_KINDS = ("json_schema", "regex", "lark", "gbnf", "choice")
+
+
+@dataclass(frozen=True, slots=True)
+class Grammar:
+    """What a text must look like. ``kind`` is json_schema, regex, lark, gbnf (their source in ``text``) or choice (a JSON list of texts).
+
+    >>> Grammar("regex", "[0-9]{4}").kind
+    'regex'
+    """
+
+    kind: str
+    text: str
+
+    def __post_init__(self) -> None:
+        _check(self.kind in GRAMMAR_KINDS, "grammar", f"kinds are {', '.join(GRAMMAR_KINDS)}, not {self.kind!r:.30}.")
+        _check(isinstance(self.text, str) and 0 < len(self.text) <= MAX_GRAMMAR_CHARS, "grammar", f"must be a text of 1 to {MAX_GRAMMAR_CHARS} characters.")
+
+
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How the next token is chosen. Defaults are llama.cpp's.
@@ -63,7 +86,9 @@ class SamplingParams:
 
     ``max_tokens=None`` goes on to the end of the context. ``seed=None`` draws a fresh one. ``top_k=0`` and the values 1.0
     (top_p, typical_p, repetition_penalty) and 0.0 (min_p, presence/frequency_penalty) switch a step off.
-    ``logit_bias`` holds (token id, bias) pairs. ``stop`` strings may span tokens and are never part of the text.
+    ``logit_bias`` holds (token id, bias) pairs. ``stop`` strings may span tokens and are never part of the text. ``logprobs=k`` records the log-probability of
+    each generated token and of the k likeliest ones, ``prompt_logprobs`` the same for the prompt (which is then computed whole). ``grammar`` constrains the
+    text. ``speculate`` lets the engine guess ahead where that pays; what comes out is the same.
     """
 
     max_tokens: int | None = 256
@@ -80,6 +105,10 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     logit_bias: tuple[tuple[int, float], ...] = ()
     ignore_eos: bool = False
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    grammar: Grammar | None = None
+    speculate: bool = True
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
@@ -91,7 +120,7 @@ class SamplingParams:
         if isinstance(self.logit_bias, dict):
             object.__setattr__(self, "logit_bias", tuple(self.logit_bias.items()))
         if self.max_tokens is not None:
-            _integer(self.max_tokens, "max_tokens", 1, 2**31 - 1)
+            _integer(self.max_tokens, "max_tokens", 0, 2**31 - 1)
         _number(self.temperature, "temperature", 0, 100)
         _integer(self.top_k, "top_k", 0, 2**31 - 1)
         _number(self.top_p, "top_p", 0, 1)
@@ -112,6 +141,13 @@ class SamplingParams:
             _integer(token, "logit_bias", 0, 2**31 - 1)
             _number(bias, "logit_bias", -1e6, 1e6)
         _check(isinstance(self.ignore_eos, bool), "ignore_eos", "must be true or false.")
+        _check(isinstance(self.speculate, bool), "speculate", "must be true or false.")
+        for param in ("logprobs", "prompt_logprobs"):
+            if getattr(self, param) is not None:
+                _integer(getattr(self, param), param, 0, MAX_LOGPROBS)
+        if isinstance(self.grammar, dict):
+            object.__setattr__(self, "grammar", Grammar(**self.grammar))
+        _check(self.grammar is None or isinstance(self.grammar, Grammar), "grammar", "must be a Grammar.")
 
     @property
     def greedy(self) -> bool:
@@ -126,7 +162,10 @@ class SamplingParams:
 
     def as_dict(self) -> dict[str, Any]:
         """Only what differs from the defaults, JSON-ready."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
+        found = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
+        if self.grammar is not None:
+            found["grammar"] = {"kind": self.grammar.kind, "text": self.grammar.text}
+        return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,14 +184,26 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
-    """What a caller asks: exactly one of ``prompt`` (text or token ids) and ``messages``."""
+    """What a caller asks: exactly one of ``prompt`` (text or token ids) and ``messages``.
+
+    A lower ``priority`` goes first (0 is usual). ``caller`` names who asks: callers share the engine fairly, whatever the number of their requests.
+    Prefixes are shared only among requests of the same ``cache_salt``: tenants that must not learn of each other by timing get one each.
+    ``keep_on_disk`` (with ``max_tokens=0``) saves the computed prompt for later processes.
+    """
 
     request_id: str
     sampling: SamplingParams = field(default_factory=SamplingParams)
     prompt: str | tuple[int, ...] | None = None
     messages: tuple[Message, ...] | None = None
+    priority: int = 0
+    caller: str = ""
+    cache_salt: str = ""
+    keep_on_disk: bool = False
 
     def __post_init__(self) -> None:
+        _integer(self.priority, "priority", -(2**31), 2**31)
+        for param in ("caller", "cache_salt"):
+            _check(isinstance(getattr(self, param), str) and len(getattr(self, param)) <= 1000, param, "must be a text of at most 1000 characters.")
         _check((self.prompt is None) != (self.messages is None), "prompt", "or messages must be given, and only one of them.")
 
 
@@ -184,18 +235,33 @@ class RequestMetrics:
 
 
 @dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """A token, the bytes it stands for, its natural log-probability under the model (before temperature and penalties), and the likeliest tokens in its place.
+
+    ``logprob`` is None for the first token of a prompt: nothing comes before it.
+    """
+
+    token: int
+    piece: bytes
+    logprob: float | None
+    top: tuple[tuple[int, bytes, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Delta:
-    """New text of one stream, and how many tokens it took."""
+    """New text of one stream, how many tokens it took, and their log-probabilities where asked."""
 
     text: str
     num_tokens: int
+    logprobs: tuple[TokenLogprob, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Completion:
     """One finished generation: text, why it ended, token counts and times.
 
-    ``tokens`` holds the generated token ids (without the end-of-generation token).
+    ``tokens`` holds the generated token ids (without the end-of-generation token), ``logprobs`` one entry for each of them where asked,
+    ``prompt_logprobs`` one for each token of the prompt.
     """
 
     text: str
@@ -205,6 +271,8 @@ class Completion:
     tokens: tuple[int, ...] = ()
     request_id: str = field(default="", compare=False)
     error: str | None = None
+    logprobs: tuple[TokenLogprob, ...] = ()
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
 
     @property
     def decode_tok_s(self) -> float:
@@ -238,6 +306,10 @@ class EngineStats:
     requests_total: int = 0
     steps_total: int = 0
     step_seconds_total: float = 0.0
+    preemptions_total: int = 0
+    draft_tokens_total: int = 0
+    accepted_tokens_total: int = 0
+    host_cached_tokens: int = 0
     backend_seconds_total: float = 0.0
 
     @property

@@ -7,13 +7,13 @@ import threading
 import time
 import zlib
 
-from llmkit.engine.batch import Batch, Fork, Open, StepOutput, Truncate
+from llmkit.engine.batch import Batch, Close, Drop, Fork, Open, Park, Restore, SlotOp, StepOutput, Truncate
 from llmkit.engine.detokenize import Detokenizer
 from llmkit.engine.engine import Engine
 from llmkit.engine.request import Request
 from llmkit.errors import ContextLengthError, InvalidRequestError
 from llmkit.stream import Channel, Stream
-from llmkit.types import EngineStats, GenerationRequest, ModelDescription
+from llmkit.types import EngineStats, GenerationRequest, ModelDescription, SamplingParams
 
 END = 0
 BAD_SEED = 666  # a request whose sampler cannot be made
@@ -23,68 +23,119 @@ class FakeRunner:
     """Implements `ModelRunner`: the next token is a letter computed from all tokens before it, or ``END`` after ``end_after`` tokens in a slot."""
 
     can_truncate = can_fork = True
+    saves = False
 
-    def __init__(self, n_slots: int = 4, n_ctx: int = 256, max_batch_tokens: int = 64, step_s: float = 0.0, end_after: int = 10**9) -> None:
+    def __init__(
+        self,
+        n_slots: int = 4,
+        n_ctx: int = 256,
+        max_batch_tokens: int = 64,
+        step_s: float = 0.0,
+        end_after: int = 10**9,
+        capacity: int | None = None,
+        host_tokens: int = 0,
+        letters: int = 26,
+    ) -> None:
         self.n_slots, self.n_ctx, self.max_batch_tokens = n_slots, n_ctx, max_batch_tokens
-        self.step_s, self.end_after = step_s, end_after
+        self.capacity, self.host_tokens = capacity, host_tokens
+        self.step_s, self.end_after, self.letters = step_s, end_after, letters
         self.slots: list[list[int]] = [[] for _ in range(n_slots)]
-        self.opened = [False] * n_slots
+        self.parked: dict[int, list[int]] = {}
+        self.serials = [0] * n_slots
+        self.open: dict[int, SamplingParams] = {}
         self.batches: list[Batch] = []
         self.fail_next: str | None = None
         self.no_room_next = False
         self.crash_next = False
+        self.lose_parked = False
         self._interrupt = threading.Event()
         self.num_interrupted = 0
         self.faults: list[tuple[int, str]] = []
         self.closed = False
 
+    def saved(self) -> list[tuple[int, list[int], str]]:
+        return []
+
     def next_token(self, tokens: list[int]) -> int:
-        return END if len(tokens) >= self.end_after else 97 + zlib.crc32(bytes(t % 256 for t in tokens)) % 26
+        return END if len(tokens) >= self.end_after else 97 + zlib.crc32(bytes(t % 256 for t in tokens[-40:])) % self.letters
+
+    def _apply(self, op: SlotOp, broken: set[int], lost: list[int]) -> None:
+        match op:
+            case Fork():
+                assert op.length <= len(self.slots[op.source]), "fork beyond what is resident"
+                assert self.can_fork and (self.can_truncate or op.length == len(self.slots[op.source]))
+                self.slots[op.target] = self.slots[op.source][: op.length]
+            case Truncate():
+                assert op.length <= len(self.slots[op.slot]) and (self.can_truncate or op.length == 0)
+                del self.slots[op.slot][op.length :]
+            case Park():
+                assert list(op.tokens) == self.slots[op.slot], "parked is what is resident"
+                self.parked[op.key] = list(op.tokens)
+            case Restore():
+                if self.lose_parked:
+                    self.slots[op.slot] = []
+                    broken.add(op.slot)
+                    lost.append(op.key)
+                else:
+                    assert op.length <= len(self.parked[op.key]) and (self.can_truncate or op.length == len(self.parked[op.key]))
+                    self.slots[op.slot] = self.parked[op.key][: op.length]
+            case Drop():
+                del self.parked[op.key]
+            case Open():
+                self.serials[op.slot] = op.serial
+                self.open.setdefault(op.serial, op.sampling)
+                self.faults = [(s, why) for s, why in self.faults if s != op.slot]
+                if op.sampling.seed == BAD_SEED:
+                    self.faults.append((op.slot, "no such sampler"))
+            case Close():
+                self.open.pop(op.serial, None)
 
     def execute(self, batch: Batch) -> StepOutput:
         assert not self.closed
         self.batches.append(batch)
+        broken: set[int] = set()
+        lost: list[int] = []
         for op in batch.ops:
-            if isinstance(op, Fork):
-                assert op.length <= len(self.slots[op.source]), "fork beyond what is resident"
-                assert self.can_fork and (self.can_truncate or op.length == len(self.slots[op.source]))
-                self.slots[op.target] = self.slots[op.source][: op.length]
-            elif isinstance(op, Truncate):
-                assert op.length <= len(self.slots[op.slot]) and (self.can_truncate or op.length == 0)
-                del self.slots[op.slot][op.length :]
-            else:
-                assert isinstance(op, Open)
-                self.opened[op.slot] = True
-                self.faults = [(s, why) for s, why in self.faults if s != op.slot]
-                if op.sampling.seed == BAD_SEED:
-                    self.faults.append((op.slot, "no such sampler"))
+            self._apply(op, broken, lost)
+        assert sum(map(len, self.parked.values())) <= self.host_tokens
         if self.crash_next:
             raise RuntimeError("the fake is broken")
         assert batch.num_tokens <= self.max_batch_tokens
         assert [c.slot for c in batch.chunks] == sorted({c.slot for c in batch.chunks}), "one chunk a slot, in order"
-        nothing = [None] * len(batch.chunks)
-        if self.no_room_next:
+        nothing: list[tuple[int, ...]] = [()] * len(batch.chunks)
+        if self.no_room_next or (self.capacity and batch.num_tokens + sum(map(len, self.slots)) > self.capacity):
             self.no_room_next = False
-            return StepOutput(nothing, [c.start for c in batch.chunks], no_room=True)
+            return StepOutput(nothing, [c.start for c in batch.chunks], no_room=True, lost=lost)
         if self.fail_next:
             error, self.fail_next = self.fail_next, None
             return StepOutput(nothing, [0] * len(batch.chunks), error=error)
         interrupted = self._interrupt.wait(self.step_s) if self.step_s else self._interrupt.is_set()
-        tokens: list[int | None] = []
+        tokens: list[tuple[int, ...]] = []
         for chunk in batch.chunks:
-            slot = self.slots[chunk.slot]
-            assert self.opened[chunk.slot] and len(slot) == chunk.start, "positions must be contiguous"
-            assert chunk.tokens and chunk.start + len(chunk.tokens) <= self.n_ctx
-            if interrupted:  # half of it was done
-                slot.extend(list(chunk.tokens)[: len(chunk.tokens) // 2])
+            if chunk.slot in broken:
+                tokens.append(())
                 continue
-            slot.extend(chunk.tokens)
-            tokens.append(self.next_token(slot) if chunk.sample else None)
+            slot = self.slots[chunk.slot]
+            assert self.serials[chunk.slot] in self.open and len(slot) == chunk.start, "positions must be contiguous"
+            assert chunk.tokens and chunk.start + len(chunk.tokens) <= self.n_ctx
+            known = list(chunk.tokens)[: len(chunk.tokens) - chunk.draft]
+            if interrupted:  # half of it was done
+                slot.extend(known[: len(known) // 2])
+                continue
+            slot.extend(known)
+            chosen = []
+            for guess in (*chunk.tokens[len(known) :], None):
+                if chunk.sample:
+                    chosen.append(self.next_token(slot))
+                    if guess != chosen[-1]:
+                        break
+                    slot.append(guess)
+            tokens.append(tuple(chosen))
         resident = [len(self.slots[c.slot]) for c in batch.chunks]
         if interrupted:
             self.num_interrupted += 1
-            return StepOutput(nothing, resident, interrupted=True)
-        return StepOutput(tokens, resident, faults=tuple(self.faults))
+            return StepOutput(nothing, resident, interrupted=True, lost=lost)
+        return StepOutput(tokens, resident, faults=tuple(self.faults), lost=lost)
 
     def interrupt(self) -> None:
         self._interrupt.set()
@@ -132,7 +183,9 @@ class FakeClient:
         room = self.runner.n_ctx - len(prompt)
         channel = Channel(request.request_id, self.abort)
         detokenizer = Detokenizer(piece, request.sampling.stop)
-        self.engine.submit(Request(prompt, request.sampling, min(request.sampling.max_tokens or room, room), detokenizer, channel))
+        wanted = request.sampling.max_tokens
+        who = {"priority": request.priority, "caller": request.caller, "cache_salt": request.cache_salt}
+        self.engine.submit(Request(prompt, request.sampling, room if wanted is None else min(wanted, room), detokenizer, channel, **who))  # type: ignore[arg-type]
         return Stream(channel)
 
     def abort(self, request_id: str) -> None:
@@ -148,10 +201,9 @@ class FakeClient:
 _ids = itertools.count()
 
 
-def ask(prompt: str, **sampling: object) -> GenerationRequest:
-    from llmkit.types import SamplingParams
-
-    return GenerationRequest(f"r{next(_ids)}", SamplingParams(**{"temperature": 0, "max_tokens": 8, **sampling}), prompt=prompt)  # type: ignore[arg-type]
+def ask(prompt: str, *, priority: int = 0, caller: str = "", cache_salt: str = "", **sampling: object) -> GenerationRequest:
+    params = SamplingParams(**{"temperature": 0, "max_tokens": 8, **sampling})  # type: ignore[arg-type]
+    return GenerationRequest(f"r{next(_ids)}", params, prompt=prompt, priority=priority, caller=caller, cache_salt=cache_salt)
 
 
 def wait_for(condition: object, timeout: float = 10.0) -> None:

@@ -123,16 +123,24 @@ def test_a_failed_step_ends_its_requests_only(fake: FakeClient) -> None:
     assert fake.submit(ask("a")).result(5).text.encode() == fake.runner.reference(b"a", 8)
 
 
-def test_no_room_ends_the_youngest() -> None:
-    client = FakeClient(runner=FakeRunner(n_ctx=10_000, step_s=0.002))
+def test_without_room_the_youngest_waits_and_loses_nothing() -> None:
+    client = FakeClient(runner=FakeRunner(n_ctx=10_000, step_s=0.001))
     old = client.submit(ask("old", max_tokens=100))
     wait_for(lambda: old.text)
-    young = client.submit(ask("young", max_tokens=5000))
+    young = client.submit(ask("young", max_tokens=200))
     wait_for(lambda: young.text)
     client.runner.no_room_next = True
-    with pytest.raises(EngineError, match="room"):
-        young.result(5)
     assert old.result(5).text.encode() == client.runner.reference(b"old", 100)
+    assert young.result(5).text.encode() == client.runner.reference(b"young", 200)
+    assert client.stats().preemptions_total == 1
+    client.close()
+
+
+def test_a_request_that_never_fits_fails() -> None:
+    client = FakeClient(runner=FakeRunner(capacity=20))
+    with pytest.raises(EngineError, match="room"):
+        client.submit(ask("a prompt of more than twenty tokens")).result(5)
+    assert client.submit(ask("short", max_tokens=4)).result(5).usage.completion_tokens == 4
     client.close()
 
 

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from fakes import wait_for
 
-from llmkit.backend.llama import LlamaModel, LlamaRunner
+from llmkit.backend.llama import LlamaRunner
+from llmkit.backend.model import LlamaModel
 from llmkit.backend.vocab import longest_run
 from llmkit.engine.batch import Batch, Chunk, Fork, Open, Truncate
 from llmkit.errors import ContextLengthError, InvalidRequestError, ModelUnloadedError
@@ -42,21 +43,21 @@ def runner(model: LlamaModel):  # type: ignore[no-untyped-def]
 def greedy(runner: LlamaRunner, slots: list[int], starts: list[list[int]], steps: int) -> list[list[int]]:
     """Greedy decoding in given slots side by side."""
     sequences = [list(s) for s in starts]
-    runner.execute(Batch((), tuple(op for slot in slots for op in (Truncate(slot, 0), Open(slot, SamplingParams(temperature=0), ())))))
+    runner.execute(Batch((), tuple(op for slot in slots for op in (Truncate(slot, 0), Open(slot, slot + 1, SamplingParams(temperature=0), ())))))
     done = [0] * len(slots)
     for _ in range(steps):
         chunks = tuple(Chunk(slot, n, seq[n:], True) for slot, seq, n in zip(slots, sequences, done, strict=True))
         output = runner.execute(Batch(chunks))
-        for i, token in enumerate(output.tokens):
+        for i, (token,) in enumerate(output.tokens):
             done[i] = len(sequences[i])
-            sequences[i].append(int(token))  # type: ignore[arg-type]
+            sequences[i].append(token)
     return [s[len(p) :] for s, p in zip(sequences, starts, strict=True)]
 
 
 def test_a_copied_prefix_has_the_logits_of_a_computed_one(runner: LlamaRunner, model: LlamaModel) -> None:
     """Forced to the same batch shapes, cached equals cold exactly; also while the source runs on."""
     prefix, rest = model.vocab.tokenize("word " * 64)[:64], model.vocab.tokenize(PROMPTS[0])
-    everywhere = tuple(Open(s, SamplingParams(temperature=0), ()) for s in range(4))
+    everywhere = tuple(Open(s, s + 1, SamplingParams(temperature=0), ()) for s in range(4))
     runner.execute(Batch((Chunk(0, 0, prefix, False),), everywhere))
     cold = runner.execute(Batch((Chunk(0, 64, rest, True),))).tokens
     cold_more = [runner.execute(Batch((Chunk(0, 64 + len(rest) + i, [100 + i], True),))).tokens for i in range(8)]

@@ -7,7 +7,6 @@ from llmkit.types import Completion, FinishReason, GenerationRequest, Message, R
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("max_tokens", 0),
         ("max_tokens", -1),
         ("max_tokens", 1.5),
         ("max_tokens", True),

@@ -1,4 +1,4 @@
-"""A GGUF model and its context in llama.cpp. The engine thread is the only caller of a runner, but for ``interrupt``."""
+"""A context of llama.cpp: the sequences of one model, computed in batches. The engine thread is the only caller of a runner, but for ``interrupt``."""
 
 from __future__ import annotations
 
@@ -6,23 +6,27 @@ import contextlib
 import ctypes
 import os
 import sys
-import threading
 import time
+from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from llmkit.backend import library
+from llmkit.backend.grammar import Constraint
 from llmkit.backend.library import C, short
-from llmkit.backend.sampler import SamplerChain
-from llmkit.backend.vocab import Vocab
-from llmkit.engine.batch import Batch, Chunk, Fork, Open, SlotOp, StepOutput
+from llmkit.backend.model import LlamaModel
+from llmkit.backend.sampler import Sampler, score
+from llmkit.backend.state import StateStore, fingerprint
+from llmkit.engine.batch import Batch, Chunk, Close, Drop, Fork, Open, Park, Restore, Score, SlotOp, StepOutput, Truncate
 from llmkit.errors import ModelLoadError
 
-__all__ = ["LlamaModel", "LlamaRunner", "num_threads"]
+__all__ = ["LlamaRunner", "num_threads"]
 
-VOCAB_TYPE_NONE = 0
+KV_TYPES = {"f16": 1, "q8_0": 8, "q4_0": 2}
 
 
 def num_threads() -> int:
@@ -33,86 +37,6 @@ def num_threads() -> int:
         if quota != "max":
             count = min(count, max(1, int(quota) // int(period)))
     return count
-
-
-class LlamaModel:
-    """The weights of one file, read-only once loaded; contexts share them.
-
-    Raises `ModelLoadError` with llama.cpp's last error lines. A KeyboardInterrupt ends the load.
-    """
-
-    def __init__(self, path: Path, *, n_gpu_layers: int = -1) -> None:
-        library.start()
-        library.log.clear()
-        cancelled = threading.Event()
-
-        @C.llama_progress_callback  # type: ignore[untyped-decorator]
-        def on_progress(share: float, _: Any) -> bool:
-            return not cancelled.is_set()
-
-        params = C.llama_model_default_params()
-        params.n_gpu_layers = n_gpu_layers
-        params.progress_callback = on_progress
-        self.handle: Any = None
-        self.vocab: Vocab
-
-        def load() -> None:
-            self.handle = C.llama_model_load_from_file(os.fsencode(path), params)
-
-        # In a thread of its own, so that the stop button reaches the waiting one.
-        worker = threading.Thread(target=load, name="llmkit-load", daemon=True)
-        worker.start()
-        try:
-            while worker.is_alive():
-                worker.join(0.1)
-        except KeyboardInterrupt:
-            cancelled.set()
-            worker.join()
-            self.close()
-            raise KeyboardInterrupt("loading was stopped") from None
-        if not self.handle:
-            raise ModelLoadError(f"llama.cpp could not load {path}: " + "; ".join(library.log.errors()))
-        self.vocab = Vocab(self.handle)
-
-    @property
-    def n_ctx_train(self) -> int:
-        return int(C.llama_model_n_ctx_train(self.handle))
-
-    @property
-    def size_bytes(self) -> int:
-        return int(C.llama_model_size(self.handle))
-
-    @property
-    def n_params(self) -> int:
-        return int(C.llama_model_n_params(self.handle))
-
-    @property
-    def can_generate(self) -> bool:
-        plain = C.llama_model_has_decoder(self.handle) and not C.llama_model_has_encoder(self.handle) and not C.llama_model_is_diffusion(self.handle)
-        return bool(plain) and int(C.llama_vocab_type(C.llama_model_get_vocab(self.handle))) != VOCAB_TYPE_NONE
-
-    @property
-    def is_recurrent(self) -> bool:
-        """Recurrent or hybrid: its state cannot be cut back to an earlier position."""
-        return bool(C.llama_model_is_recurrent(self.handle) or C.llama_model_is_hybrid(self.handle))
-
-    @property
-    def has_sliding_window(self) -> bool:
-        return int(C.llama_model_n_swa(self.handle)) > 0
-
-    def close(self) -> None:
-        """Free the weights; after all runners."""
-        if self.handle:
-            C.llama_model_free(self.handle)
-            self.handle = None
-        _return_free_memory()
-
-
-def _return_free_memory() -> None:
-    """glibc keeps freed memory for later; a notebook user wants to see it gone."""
-    if sys.platform == "linux":
-        with contextlib.suppress(AttributeError, OSError):
-            ctypes.CDLL(None).malloc_trim(0)
 
 
 class LlamaRunner:
@@ -131,18 +55,33 @@ class LlamaRunner:
         max_batch_tokens: int = 512,
         threads: int | None = None,
         kv_unified: bool = False,
+        kv_tokens: int | None = None,
+        kv_type: str = "f16",
+        flash_attention: bool | None = None,
+        rope_scaling: float | None = None,
+        host_tokens: int = 0,
+        prefix_dir: Path | None = None,
+        max_disk_bytes: int = 0,
+        deterministic: bool = False,
     ) -> None:
         self.n_ctx, self.n_slots = n_ctx, n_slots
         self.max_batch_tokens = max(max_batch_tokens, n_slots)
         self.can_truncate = self.can_fork = not model.is_recurrent
+        self.capacity = (kv_tokens or n_ctx * n_slots) if kv_unified else None
         self._model = model
+        self._deterministic = deterministic
         threads = threads or num_threads()
         params = C.llama_context_default_params()
-        params.n_ctx = n_ctx * n_slots
+        params.n_ctx = self.capacity or n_ctx * n_slots
         params.n_seq_max = n_slots
         params.n_batch = params.n_ubatch = self.max_batch_tokens
         params.n_threads = params.n_threads_batch = threads
         params.kv_unified = kv_unified
+        params.type_k = params.type_v = KV_TYPES[kv_type]
+        if flash_attention is not None:
+            params.flash_attn_type = int(flash_attention)
+        if rope_scaling is not None:
+            params.rope_freq_scale = 1 / rope_scaling
         # A sliding-window cache would accept a truncation and answer wrongly after it; the full one is right, for more memory.
         params.swa_full = model.has_sliding_window
         params.no_perf = True
@@ -158,17 +97,26 @@ class LlamaRunner:
             C.llama_free(self._context)
             raise ModelLoadError("this model keeps no context memory: it is no text generation model.")
         self._n_vocab = model.vocab.n_tokens
-        self._c_seconds = 0.0  # of the running step, inside llama.cpp
-        self._samplers: list[SamplerChain | None] = [None] * n_slots
+        self._samplers: dict[int, Sampler] = {}
+        self._serials = [0] * n_slots
         self._faults: dict[int, str] = {}
-        self._ignore_eos = [False] * n_slots
-        self._end_tokens = np.fromiter(model.vocab.end_tokens, np.int64)
+        self._broken: set[int] = set()
         self._make_batch(self.max_batch_tokens)
         self._seq_rm, self._seq_cp = short("llama_memory_seq_rm"), short("llama_memory_seq_cp")
         self._pos_max = short("llama_memory_seq_pos_max")
         self._logits = short("llama_get_logits")
         self._decode = C.llama_decode
         self._synchronize = C.llama_synchronize
+        marks = {"n_ctx": self.capacity or n_ctx, "unified": kv_unified, "kv_type": kv_type, "flash": flash_attention, "rope": rope_scaling}
+        self._store = StateStore(self._context, fingerprint(model.path, library=C.__file__, **marks) if prefix_dir else "", prefix_dir, max_disk_bytes)
+        self.saves, self.host_tokens = prefix_dir is not None, host_tokens
+
+    def set_threads(self, count: int) -> None:
+        """Compute with so many threads from the next step on."""
+        C.llama_set_n_threads(self._context, count, count)
+
+    def saved(self) -> list[tuple[int, list[int], str]]:
+        return self._store.found()
 
     def _make_batch(self, size: int) -> None:
         """One llama_batch for the life of the context, its arrays owned by numpy."""
@@ -183,52 +131,83 @@ class LlamaRunner:
             setattr(self._batch, name, ctypes.cast(array.ctypes.data, kinds[name]))
 
     def execute(self, batch: Batch) -> StepOutput:
+        self._broken.clear()
         for op in batch.ops:
             self._apply(op)
+        lost, self._store.lost = tuple(self._store.lost), []
         if not batch.chunks:
-            return StepOutput((), ())
-        rows = self._fill(batch.chunks)
+            return StepOutput((), (), lost=lost)
+        if self._broken:
+            whole = [c for c in batch.chunks if c.slot not in self._broken]
+            return _with_gaps(batch.chunks, self._step(whole, lost), self._broken)
+        return self._step(batch.chunks, lost)
+
+    def _step(self, chunks: Sequence[Chunk], lost: Sequence[int]) -> StepOutput:
+        if self._deterministic and len(chunks) > 1:  # the arithmetic of a chunk depends on what is computed beside it
+            return _joined([self._step([chunk], ()) for chunk in chunks], lost)
+        if not chunks:
+            return StepOutput((), (), lost=lost)
         start = time.perf_counter()
+        rows = self._fill(chunks)
+        for chunk in chunks:
+            if chunk.sample and (sampler := self._samplers.get(self._serials[chunk.slot])) is not None:
+                sampler.prepare()
+        decode_start = time.perf_counter()
         code = self._decode(self._context, self._batch)
         if code == 0:
             self._synchronize(self._context)
-            self._c_seconds = time.perf_counter() - start
-            # Sampling may use the interrupt flag no more: the decode is whole, its tokens count.
-            tokens = self._sample(batch.chunks, rows)
-            resident = [c.start + len(c.tokens) for c in batch.chunks]
-            return StepOutput(tokens, resident, faults=tuple(self._faults.items()), backend_s=self._c_seconds)
+            seconds = time.perf_counter() - decode_start
+            return self._choose(chunks, rows, lost, seconds)
         seconds = time.perf_counter() - start
-        nothing = [None] * len(batch.chunks)
+        nothing: list[tuple[int, ...]] = [()] * len(chunks)
         if code == 2:
-            return StepOutput(nothing, [self._resident(c) for c in batch.chunks], interrupted=True, backend_s=seconds)
+            return StepOutput(nothing, [self._resident(c) for c in chunks], interrupted=True, lost=lost, backend_s=seconds)
         if code == 1:
-            return StepOutput(nothing, [c.start for c in batch.chunks], no_room=True, backend_s=seconds)
+            return StepOutput(nothing, [c.start for c in chunks], no_room=True, lost=lost, backend_s=seconds)
         error = "; ".join(library.log.errors(2)) or f"llama_decode returned {code}"
-        return StepOutput(nothing, [0] * len(batch.chunks), error=error, backend_s=seconds)
+        return StepOutput(nothing, [0] * len(chunks), error=error, lost=lost, backend_s=seconds)
 
     def _apply(self, op: SlotOp) -> None:
-        if isinstance(op, Open):
-            previous = self._samplers[op.slot]
-            if previous is not None:
-                previous.close()
-            self._ignore_eos[op.slot] = op.sampling.ignore_eos
-            self._samplers[op.slot] = None
-            self._faults.pop(op.slot, None)
-            try:
-                if not op.sampling.plain_greedy:
-                    self._samplers[op.slot] = SamplerChain(op.sampling, self._model.vocab, op.history)
-            except Exception as error:  # this request's own parameters: the others go on
-                self._faults[op.slot] = repr(error)
-        elif isinstance(op, Fork):
-            # Between split streams only whole copies exist; the rest is cut off afterwards.
-            self._seq_rm(self._memory, op.target, -1, -1)
-            self._seq_cp(self._memory, op.source, op.target, -1, -1)
-            self._seq_rm(self._memory, op.target, op.length, -1)
-        elif not self._seq_rm(self._memory, op.slot, op.length or -1, -1):
-            raise RuntimeError(f"llama.cpp could not cut sequence {op.slot} back to {op.length} tokens")
+        match op:
+            case Open():
+                self._open(op)
+            case Close():
+                sampler = self._samplers.pop(op.serial, None)
+                if sampler is not None:
+                    sampler.close()
+            case Fork():
+                # Between split streams only whole copies exist; the rest is cut off afterwards.
+                self._seq_rm(self._memory, op.target, -1, -1)
+                self._seq_cp(self._memory, op.source, op.target, -1, -1)
+                self._seq_rm(self._memory, op.target, op.length, -1)
+            case Park():
+                self._store.park(op.key, op.slot, op.tokens, op.salt, op.save)
+            case Restore():
+                self._seq_rm(self._memory, op.slot, -1, -1)
+                if self._store.restore(op.key, op.slot):
+                    self._seq_rm(self._memory, op.slot, op.length, -1)
+                else:
+                    self._seq_rm(self._memory, op.slot, -1, -1)
+                    self._broken.add(op.slot)
+            case Drop():
+                self._store.drop(op.key)
+            case Truncate():
+                if not self._seq_rm(self._memory, op.slot, op.length or -1, -1):
+                    raise RuntimeError(f"llama.cpp could not cut sequence {op.slot} back to {op.length} tokens")
 
-    def _fill(self, chunks: tuple[Chunk, ...]) -> list[int]:
-        """Write the chunks into the C batch. Returns the batch row of each chunk's last token."""
+    def _open(self, op: Open) -> None:
+        self._serials[op.slot] = op.serial
+        self._faults.pop(op.slot, None)
+        if op.serial in self._samplers:  # it was preempted, and goes on as it was
+            return
+        try:
+            assert op.constraint is None or isinstance(op.constraint, Constraint)
+            self._samplers[op.serial] = Sampler(op.sampling, self._model.vocab, op.history, op.constraint)
+        except Exception as error:  # this request's own parameters: the others go on
+            self._faults[op.slot] = repr(error)
+
+    def _fill(self, chunks: Sequence[Chunk]) -> list[int]:
+        """Write the chunks into the C batch. Returns the batch row of each chunk's first token."""
         at, rows = 0, []
         self._output[:] = 0
         for chunk in chunks:
@@ -236,40 +215,63 @@ class LlamaRunner:
             self._token[at:end] = chunk.tokens
             self._pos[at:end] = np.arange(chunk.start, chunk.start + end - at)
             self._seq[at:end] = chunk.slot
-            self._output[end - 1] = chunk.sample
-            rows.append(end - 1)
+            if chunk.sample:
+                self._output[end - 1 - chunk.draft : end] = 1
+            self._output[at : at + len(chunk.targets)] = 1
+            rows.append(at)
             at = end
         self._batch.n_tokens = at
         return rows
 
-    def _sample(self, chunks: tuple[Chunk, ...], rows: list[int]) -> list[int | None]:
-        n_outputs = sum(c.sample for c in chunks)
+    def _choose(self, chunks: Sequence[Chunk], rows: list[int], lost: Sequence[int], seconds: float) -> StepOutput:
+        """Sample, check drafts and score, from the logits of a decode that is whole."""
+        output = self._output[: self._batch.n_tokens]
+        n_outputs = int(output.sum())
+        resident = [c.start + len(c.tokens) for c in chunks]
         if not n_outputs:
-            return [None] * len(chunks)
+            return StepOutput([()] * len(chunks), resident, faults=tuple(self._faults.items()), lost=lost, backend_s=seconds)
         logits = np.ctypeslib.as_array(self._logits(self._context), (n_outputs, self._n_vocab))
-        tokens: list[int | None] = []
-        row_of_output = 0
-        for chunk, row in zip(chunks, rows, strict=True):
-            if not chunk.sample:
-                tokens.append(None)
+        place = np.cumsum(output, dtype=np.int32) - 1  # of a batch row among the outputs
+        tokens: list[tuple[int, ...]] = []
+        scores: list[Sequence[Score]] = []
+        prompt_scores: list[Sequence[Score]] = []
+        forced: list[Sequence[int]] = []
+        for i, (chunk, row) in enumerate(zip(chunks, rows, strict=True)):
+            sampler = self._samplers.get(self._serials[chunk.slot])
+            num_top = sampler.prompt_logprobs if sampler is not None else 0
+            prompt_scores.append([score(logits[place[row + j]], target, num_top) for j, target in enumerate(chunk.targets)])
+            if not chunk.sample or sampler is None:
+                tokens.append(())
+                scores.append(())
+                forced.append(())
                 continue
-            sampler = self._samplers[chunk.slot]
-            if sampler is None:
-                tokens.append(self._argmax(logits[row_of_output], self._ignore_eos[chunk.slot]))
-            else:
-                start = time.perf_counter()
-                tokens.append(sampler.sample(self._context, row))
-                self._c_seconds += time.perf_counter() - start
-            row_of_output += 1
-        return tokens
+            chosen, marks = self._verify(sampler, chunk, row, logits, place)
+            seconds += sampler.c_seconds
+            sampler.c_seconds = 0.0
+            if len(chosen) < 1 + chunk.draft:
+                resident[i] = chunk.start + len(chunk.tokens) - (1 + chunk.draft - len(chosen))
+                self._seq_rm(self._memory, chunk.slot, resident[i], -1)
+            tokens.append(tuple(chosen))
+            scores.append(marks)
+            forced.append(sampler.forced)
+        return StepOutput(
+            tokens, resident, faults=tuple(self._faults.items()), lost=lost, scores=scores, prompt_scores=prompt_scores, forced=forced, backend_s=seconds
+        )
 
-    def _argmax(self, row: np.ndarray, ignore_eos: bool) -> int:
-        """numpy over a view of the logits takes 18 us where the C chain takes 120: that one copies the vocabulary first."""
-        token = int(row.argmax())
-        if ignore_eos and token in self._model.vocab.end_tokens:
-            row[self._end_tokens] = -np.inf
-            token = int(row.argmax())
-        return token
+    def _verify(self, sampler: Sampler, chunk: Chunk, row: int, logits: np.ndarray, place: np.ndarray) -> tuple[list[int], list[Score]]:
+        """Choose tokens as long as each is the one that was guessed. Each choice is a fresh one from the model's own distribution, so that distribution is what
+        comes out, guesses or not."""
+        chosen: list[int] = []
+        marks: list[Score] = []
+        first = row + len(chunk.tokens) - 1 - chunk.draft
+        for j in range(1 + chunk.draft):
+            token, mark = sampler.choose(self._context, first + j, logits[place[first + j]])
+            chosen.append(token)
+            if mark is not None:
+                marks.append(mark)
+            if j < chunk.draft and token != chunk.tokens[len(chunk.tokens) - chunk.draft + j]:
+                break
+        return chosen, marks
 
     def _resident(self, chunk: Chunk) -> int:
         """After an interrupt: how many tokens of the slot are whole. The last one of a sampling chunk is given up, since its logits are lost."""
@@ -277,7 +279,7 @@ class LlamaRunner:
             self._seq_rm(self._memory, chunk.slot, -1, -1)
             return 0
         length = int(self._pos_max(self._memory, chunk.slot)) + 1
-        keep = min(length, chunk.start + len(chunk.tokens) - chunk.sample)
+        keep = min(length, chunk.start + len(chunk.tokens) - chunk.draft - chunk.sample)
         if keep < length:
             self._seq_rm(self._memory, chunk.slot, keep, -1)
         return keep
@@ -288,8 +290,7 @@ class LlamaRunner:
         out = []
         for at in range(0, len(tokens), self.max_batch_tokens):
             part = tokens[at : at + self.max_batch_tokens]
-            self._fill((Chunk(0, at, part, True),))
-            self._output[: len(part)] = 1
+            self._fill((Chunk(0, at, part, True, draft=len(part) - 1),))
             if self._decode(self._context, self._batch):
                 raise RuntimeError("llama_decode failed")
             out.append(np.ctypeslib.as_array(self._logits(self._context), (len(part), self._n_vocab)).copy())
@@ -303,10 +304,10 @@ class LlamaRunner:
         self._interrupt[0] = b"\x00"
 
     def close(self) -> None:
-        for sampler in self._samplers:
-            if sampler is not None:
-                sampler.close()
-        self._samplers = [None] * self.n_slots
+        for sampler in self._samplers.values():
+            sampler.close()
+        self._samplers.clear()
+        self._store.close()
         if self._context:
             C.llama_free(self._context)
             self._context = None
@@ -317,3 +318,42 @@ def _strlen() -> Any:
     would need the GIL each time (beside a busy cell that costs a second a token)."""
     libc = ctypes.CDLL(None) if sys.platform != "win32" else ctypes.cdll.msvcrt
     return ctypes.cast(libc.strlen, C.ggml_abort_callback)
+
+
+def _with_gaps(chunks: Sequence[Chunk], output: StepOutput, missing: AbstractSet[int]) -> StepOutput:
+    """The output with places for chunks that were left out: their slots are empty now."""
+    kept = [None if c.slot in missing else c for c in chunks]
+
+    def spread(values: Sequence[Any], gap: Any) -> list[Any]:
+        found = iter(values)
+        return [gap if c is None else next(found) for c in kept] if values else []
+
+    return replace(
+        output,
+        tokens=spread(output.tokens, ()) or [()] * len(kept),
+        resident=spread(output.resident, 0) or [0] * len(kept),
+        scores=spread(output.scores, ()),
+        prompt_scores=spread(output.prompt_scores, ()),
+        forced=spread(output.forced, ()),
+    )
+
+
+def _joined(outputs: Sequence[StepOutput], lost: Sequence[int]) -> StepOutput:
+    """The outputs of single chunks as one."""
+
+    def each(name: str) -> list[Any]:
+        return [(getattr(o, name) or ((),))[0] for o in outputs]
+
+    return StepOutput(
+        each("tokens"),
+        [o.resident[0] for o in outputs],
+        interrupted=any(o.interrupted for o in outputs),
+        no_room=any(o.no_room for o in outputs),
+        error=next((o.error for o in outputs if o.error), None),
+        faults=outputs[-1].faults,
+        lost=lost,
+        scores=each("scores"),
+        prompt_scores=each("prompt_scores"),
+        forced=each("forced"),
+        backend_s=sum(o.backend_s for o in outputs),
+    )

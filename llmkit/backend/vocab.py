@@ -8,6 +8,8 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
 from llmkit.backend.library import C, short
 from llmkit.errors import InvalidRequestError
 
@@ -56,6 +58,8 @@ class Vocab:
         self._to_piece = short("llama_token_to_piece")
         self._pieces: dict[int, bytes] = {}
         self.end_tokens = frozenset(t for t in range(self.n_tokens) if C.llama_vocab_is_eog(self._vocab, t))
+        self.control_tokens = frozenset(t for t in range(self.n_tokens) if C.llama_vocab_is_control(self._vocab, t)) | self.end_tokens
+        self.end_ids = np.array(sorted(self.end_tokens), np.int64)
 
     def is_end(self, token: int) -> bool:
         return token in self.end_tokens
@@ -100,6 +104,10 @@ class Vocab:
             buffer = ctypes.create_string_buffer(-n)
             n = self._to_piece(self._vocab, token, buffer, len(buffer), 0, False)
         return buffer.raw[:n]
+
+    def pieces_with_specials(self) -> list[bytes]:
+        """The bytes of every token; of control tokens their spelling."""
+        return [self.token_text(t).encode() if t in self.control_tokens else self.piece(t) for t in range(self.n_tokens)]
 
     def token_text(self, token: int) -> str:
         """The token as the vocabulary spells it, control tokens included (``<|im_end|>``)."""

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from llmkit.types import SamplingParams
 
-__all__ = ["Batch", "Chunk", "Fork", "Open", "SlotOp", "StepOutput", "Truncate"]
+__all__ = ["Batch", "Chunk", "Close", "Drop", "Fork", "Open", "Park", "Restore", "Score", "SlotOp", "StepOutput", "Truncate"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,25 +29,68 @@ class Fork:
 
 
 @dataclass(frozen=True, slots=True)
-class Open:
-    """A request begins in ``slot``: set up its sampler. ``history`` are the prompt tokens that penalties look back on."""
+class Park:
+    """Keep a copy of what ``slot`` holds, outside the context, under ``key``. ``tokens`` are what it holds; ``save`` writes it to disk as well."""
 
     slot: int
+    key: int
+    tokens: Sequence[int]
+    salt: str = ""
+    save: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Restore:
+    """Make the first ``length`` tokens parked under ``key`` the whole content of ``slot``."""
+
+    key: int
+    slot: int
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class Drop:
+    """Forget what is parked under ``key``."""
+
+    key: int
+
+
+@dataclass(frozen=True, slots=True)
+class Open:
+    """Request ``serial`` takes ``slot``: bind its sampler, made from ``sampling`` when the request is new. ``history`` are the tokens that penalties look
+    back on; ``constraint`` is the runner's own form of ``sampling.grammar``."""
+
+    slot: int
+    serial: int
     sampling: SamplingParams
     history: Sequence[int]
+    constraint: object | None = None
 
 
-SlotOp = Truncate | Fork | Open
+@dataclass(frozen=True, slots=True)
+class Close:
+    """Request ``serial`` is over: free its sampler."""
+
+    serial: int
+
+
+SlotOp = Truncate | Fork | Park | Restore | Drop | Open | Close
 
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Consecutive tokens of one slot: ``tokens[i]`` goes to position ``start + i``. ``sample``: choose a token after the last one."""
+    """Consecutive tokens of one slot: ``tokens[i]`` goes to position ``start + i``.
+
+    ``sample``: choose a token after the last one. The last ``draft`` tokens are guesses: each counts only if the token chosen before it is the same.
+    ``targets``: the tokens that follow the first ``len(targets)`` tokens, to be scored (prompt logprobs).
+    """
 
     slot: int
     start: int
     tokens: Sequence[int]
     sample: bool
+    draft: int = 0
+    targets: Sequence[int] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,20 +105,33 @@ class Batch:
         return sum(len(c.tokens) for c in self.chunks)
 
 
+class Score(NamedTuple):
+    """Natural log-probabilities at one position: of the token there, and of the likeliest ones (token, logprob), best first."""
+
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
 @dataclass(frozen=True, slots=True)
 class StepOutput:
     """What one step gave, parallel to ``batch.chunks``.
 
-    ``tokens[i]`` is the sampled token (None where none was asked). ``resident[i]`` is the number of tokens that the slot holds now; it is
-    less than asked after an interrupt (``interrupted``) or a failure. ``error`` is set when the decode failed for these chunks; ``faults`` holds
-    (slot, why) of requests that alone went wrong.
-    ``backend_s`` is the time spent inside calls of the C library (decode and sampler chains), seconds.
+    ``tokens[i]`` are the chosen tokens: none where none was asked, more than one after an accepted draft. ``resident[i]`` is the number of tokens that the
+    slot holds now; it is less than asked after a rejected draft, an interrupt (``interrupted``) or a failure. ``scores[i]`` belong to ``tokens[i]`` where
+    asked, ``prompt_scores[i]`` to ``chunk.targets``; ``forced[i]`` are the tokens that a grammar leaves no choice but to come next.
+
+    ``error`` is set when the decode failed for these chunks; ``faults`` holds (slot, why) of requests that alone went wrong, ``lost`` keys that could not be
+    parked or restored. ``backend_s`` is the time spent inside calls of the C library (decode and sampler chains), seconds.
     """
 
-    tokens: Sequence[int | None]
+    tokens: Sequence[Sequence[int]]
     resident: Sequence[int]
     interrupted: bool = False
     no_room: bool = False
     error: str | None = None
     faults: Sequence[tuple[int, str]] = ()
+    lost: Sequence[int] = ()
+    scores: Sequence[Sequence[Score]] = ()
+    prompt_scores: Sequence[Sequence[Score]] = ()
+    forced: Sequence[Sequence[int]] = ()
     backend_s: float = field(default=0.0, compare=False)

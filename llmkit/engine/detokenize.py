@@ -21,10 +21,10 @@ class Detokenizer:
     ``flush`` gives them out at the end.
     """
 
-    __slots__ = ("_decoder", "_held", "_piece", "_stop", "stopped")
+    __slots__ = ("_decoder", "_held", "_stop", "piece", "stopped")
 
     def __init__(self, piece: Callable[[int], bytes], stop: tuple[str, ...] = ()) -> None:
-        self._piece = piece
+        self.piece = piece
         self._stop = stop
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._held = ""
@@ -34,7 +34,7 @@ class Detokenizer:
         """The text that this token completes. After a stop string was met, ``stopped`` is set and nothing more comes."""
         if self.stopped:
             return ""
-        return self._release(self._decoder.decode(self._piece(token)))
+        return self._release(self._decoder.decode(self.piece(token)))
 
     def flush(self) -> str:
         """What is still held back, at the end of the generation."""

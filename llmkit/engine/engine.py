@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 import time
 from collections.abc import Callable
 
+from llmkit.engine.batch import Batch
+from llmkit.engine.budget import StepClock
 from llmkit.engine.request import Request
 from llmkit.engine.runner import ModelRunner
 from llmkit.engine.scheduler import Scheduler
@@ -17,7 +20,6 @@ from llmkit.types import EngineStats, FinishReason
 
 __all__ = ["Engine"]
 
-MIXED_BATCH_TOKENS = 256
 INTERRUPT_TOKENS = 16  # a chunk longer than this is worth interrupting
 
 
@@ -25,18 +27,35 @@ class Engine:
     """Continuous batching over one `ModelRunner`; ``submit`` and ``abort`` are thread-safe and return at once.
 
     ``is_end`` tells end-of-generation tokens. ``n_ctx`` (at most the runner's) ends a request that grows to it. ``max_waiting`` bounds the queue.
+    ``target_itl_s`` is the time between two tokens of a stream that prompts of others must not stretch. ``deterministic``: see `Scheduler`.
     """
 
-    def __init__(self, runner: ModelRunner, *, is_end: Callable[[int], bool], n_ctx: int | None = None, max_waiting: int = 1024) -> None:
+    def __init__(
+        self,
+        runner: ModelRunner,
+        *,
+        is_end: Callable[[int], bool],
+        n_ctx: int | None = None,
+        max_waiting: int = 1024,
+        target_itl_s: float | None = None,
+        deterministic: bool = False,
+    ) -> None:
         self._runner = runner
         self._max_waiting = max_waiting
-        cache = PrefixCache(runner.n_slots, can_truncate=runner.can_truncate, can_fork=runner.can_fork)
+        cache = PrefixCache(runner.n_slots, can_truncate=runner.can_truncate, can_fork=runner.can_fork, host_tokens=runner.host_tokens)
+        for entry in runner.saved():
+            cache.add_saved(*entry)
+        self._clock = StepClock(target_itl_s)
         self._scheduler = Scheduler(
             cache,
             n_ctx=n_ctx or runner.n_ctx,
             max_batch_tokens=runner.max_batch_tokens,
-            mixed_batch_tokens=MIXED_BATCH_TOKENS,
             is_end=is_end,
+            clock=self._clock,
+            capacity=runner.capacity,
+            can_coalesce=runner.can_fork and runner.can_truncate,
+            can_draft=runner.can_truncate,
+            deterministic=deterministic,
         )
         self._stats = StatsCounter(cache, self._scheduler, runner.n_ctx)
         self._inbox: queue.SimpleQueue[Request | str | None] = queue.SimpleQueue()
@@ -132,15 +151,23 @@ class Engine:
         batch = self._scheduler.schedule()
         running = {r.slot: r.request_id for r in self._scheduler.running}
         self._prefilling = frozenset(running[c.slot] for c in batch.chunks if len(c.tokens) > INTERRUPT_TOKENS)
+        began = time.perf_counter()
         output = self._runner.execute(batch)
+        if not (output.interrupted or output.error or output.no_room):
+            self._observe(batch, time.perf_counter() - began)
         error = output.error or ("the context has no room left" if output.no_room else None)
         self._publish(self._scheduler.update(batch, output), EngineError(f"this request failed in the backend: {error}") if error else None)
         stats = self._stats
-        stats.generation_tokens += sum(t is not None for t in output.tokens)
+        stats.generation_tokens += sum(map(len, output.tokens))
         stats.steps += 1
         stats.backend_s += output.backend_s
         stats.step_s += time.perf_counter() - start
         stats.refresh()
+
+    def _observe(self, batch: Batch, seconds: float) -> None:
+        decoding = [c for c in batch.chunks if c.sample and len(c.tokens) == 1 + c.draft]
+        num_decode = sum(len(c.tokens) for c in decoding)
+        self._clock.observe(num_streams=len(decoding), num_decode=num_decode, num_prefill=batch.num_tokens - num_decode, seconds=seconds)
 
     def _publish(self, requests: list[Request], failure: Exception | None = None) -> None:
         """Hand the news of a step to the readers: all of it is stored before the first one is woken."""
@@ -166,6 +193,9 @@ class Engine:
         for request in pending:
             request.finish(FinishReason.ABORT if isinstance(failure, ModelUnloadedError) else FinishReason.ERROR)
         self._publish(pending, failure)
+        if self._runner.saves and isinstance(failure, ModelUnloadedError):
+            with contextlib.suppress(Exception):  # best effort: a full disk must not keep the memory
+                self._runner.execute(Batch((), tuple(self._scheduler.farewell())))
         self._scheduler.running.clear()
         self._scheduler.waiting.clear()
         self._stats.refresh()

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 import time
+from collections.abc import Sequence
 
+from llmkit.engine.batch import Score
 from llmkit.engine.detokenize import Detokenizer
+from llmkit.engine.draft import PromptLookup
 from llmkit.stream import Channel
-from llmkit.types import Completion, Delta, FinishReason, RequestMetrics, SamplingParams, Usage
+from llmkit.types import Completion, Delta, FinishReason, RequestMetrics, SamplingParams, TokenLogprob, Usage
 
 __all__ = ["Request"]
+
+
+_serials = itertools.count(1)
 
 
 class Request:
@@ -20,27 +27,52 @@ class Request:
 
     __slots__ = (
         "arrived_at",
+        "cache_salt",
+        "caller",
         "channel",
+        "constraint",
         "detokenizer",
         "error",
         "finish_reason",
         "first_token_at",
+        "forced",
+        "keep_on_disk",
         "last_token_at",
+        "lookup",
         "max_itl_s",
         "max_tokens",
         "num_cached_tokens",
         "num_computed_tokens",
         "num_prompt_tokens",
         "num_unsent_tokens",
+        "priority",
+        "prompt_logprobs",
         "request_id",
         "sampling",
+        "serial",
         "slot",
         "started_at",
         "tokens",
         "unsent",
+        "unsent_logprobs",
+        "waits_for",
     )
 
-    def __init__(self, prompt: list[int], sampling: SamplingParams, max_tokens: int, detokenizer: Detokenizer, channel: Channel) -> None:
+    def __init__(
+        self,
+        prompt: list[int],
+        sampling: SamplingParams,
+        max_tokens: int,
+        detokenizer: Detokenizer,
+        channel: Channel,
+        *,
+        priority: int = 0,
+        caller: str = "",
+        cache_salt: str = "",
+        keep_on_disk: bool = False,
+        constraint: object | None = None,
+    ) -> None:
+        self.serial = next(_serials)
         self.request_id = channel.request_id
         self.channel = channel
         self.sampling = sampling
@@ -58,6 +90,14 @@ class Request:
         self.first_token_at: float | None = None
         self.last_token_at: float | None = None
         self.max_itl_s = 0.0
+        self.priority, self.caller, self.cache_salt = priority, caller, cache_salt
+        self.constraint = constraint  # the runner's; opaque here
+        self.keep_on_disk = keep_on_disk  # its prompt, when it is computed
+        self.waits_for: tuple[Request, int] | None = None  # a running request that computes this many tokens of our prompt
+        self.lookup = PromptLookup() if sampling.speculate and sampling.prompt_logprobs is None else None
+        self.forced: Sequence[int] = ()  # what a grammar says must come next
+        self.prompt_logprobs: list[TokenLogprob] = []
+        self.unsent_logprobs: list[TokenLogprob] = []
         self.unsent: list[str] = []
         self.num_unsent_tokens = 0
 
@@ -74,14 +114,42 @@ class Request:
         """More than the newest token is missing."""
         return self.num_uncomputed_tokens > 1 or self.num_output_tokens == 0
 
+    @property
+    def scores_prompt(self) -> bool:
+        """Whether log-probabilities of its prompt are still to come."""
+        return self.sampling.prompt_logprobs is not None and len(self.prompt_logprobs) < self.num_prompt_tokens
+
     def start(self, slot: int, num_cached_tokens: int) -> None:
         self.slot = slot
-        self.num_computed_tokens = self.num_cached_tokens = num_cached_tokens
-        self.started_at = time.perf_counter()
+        self.num_computed_tokens = num_cached_tokens
+        self.waits_for = None
+        if self.started_at is None:  # not after a preemption
+            self.num_cached_tokens = num_cached_tokens
+            self.started_at = time.perf_counter()
+        if self.scores_prompt and not self.prompt_logprobs:
+            self.prompt_logprobs.append(TokenLogprob(self.tokens[0], self.detokenizer.piece(self.tokens[0]), None))
 
-    def append(self, token: int, now: float) -> None:
+    def preempt(self) -> None:
+        """Back to waiting; what it has generated stays."""
+        self.slot = None
+        self.num_computed_tokens = 0
+        if self.scores_prompt:
+            self.prompt_logprobs.clear()
+
+    def add_prompt_scores(self, start: int, scores: Sequence[Score]) -> None:
+        """Scores of the tokens after position ``start``."""
+        for i, score in enumerate(scores):
+            self.prompt_logprobs.append(self._logprob(self.tokens[start + 1 + i], score))
+
+    def _logprob(self, token: int, score: Score) -> TokenLogprob:
+        piece = self.detokenizer.piece
+        return TokenLogprob(token, piece(token), score.logprob, tuple((t, piece(t), p) for t, p in score.top))
+
+    def append(self, token: int, now: float, score: Score | None = None) -> None:
         """A sampled token, and its text."""
         self.tokens.append(token)
+        if score is not None:
+            self.unsent_logprobs.append(self._logprob(token, score))
         if self.last_token_at is None:
             self.first_token_at = now
         else:
@@ -101,8 +169,8 @@ class Request:
     def publish(self, failure: Exception | None = None) -> None:
         """Store new text, and the end, for the reader; once a step. ``failure`` counts for a request that is finished."""
         if self.unsent or self.num_unsent_tokens:
-            self.channel.push(Delta("".join(self.unsent), self.num_unsent_tokens))
-            self.unsent, self.num_unsent_tokens = [], 0
+            self.channel.push(Delta("".join(self.unsent), self.num_unsent_tokens, tuple(self.unsent_logprobs)))
+            self.unsent, self.num_unsent_tokens, self.unsent_logprobs = [], 0, []
         if self.finish_reason is not None:
             self.channel.finish(self._completion(str(failure) if failure else None), failure)
 
@@ -123,4 +191,6 @@ class Request:
             tokens=tuple(self.tokens[self.num_prompt_tokens :]),
             request_id=self.request_id,
             error=error,
+            logprobs=tuple(self.channel.logprobs),
+            prompt_logprobs=tuple(self.prompt_logprobs),
         )

@@ -10,16 +10,27 @@ __all__ = ["ModelRunner"]
 
 
 class ModelRunner(Protocol):
-    """A model with ``n_slots`` sequences of at most ``n_ctx`` tokens each."""
+    """A model with ``n_slots`` sequences of at most ``n_ctx`` tokens each.
+
+    ``capacity`` is how many tokens all of them can hold together (None: each has its own room), ``host_tokens`` how many may be parked outside the context.
+    ``saves``: what is idle at the end is to be parked on disk.
+    """
 
     n_slots: int
     n_ctx: int
     max_batch_tokens: int
     can_truncate: bool
     can_fork: bool
+    capacity: int | None
+    host_tokens: int
+    saves: bool
 
     def execute(self, batch: Batch) -> StepOutput:
         """Run one step. Errors of the step come back in the output; an exception means that the runner is unusable."""
+        ...
+
+    def saved(self) -> list[tuple[int, list[int], str]]:
+        """What is parked on disk from earlier: key, tokens, salt."""
         ...
 
     def interrupt(self) -> None:

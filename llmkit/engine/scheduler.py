@@ -1,74 +1,135 @@
 """Which tokens go into the next step. Engine thread only; pure bookkeeping, the runner does what the `Batch` says.
 
-Decodes go first, one token for each running stream; prompts share what is left of the step's token budget in order of arrival. While streams
-are running the budget is smaller, because every prompt token in a step is a wait for all of them.
+Decodes go first, one token for each running stream and what is guessed of the next ones; prompts get what is left of a step that is to hold the
+inter-token latency. When there is no room for a request that must go on, the youngest one of the least priority waits and comes back later.
 """
 
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Callable, Iterable
 
-from llmkit.engine.batch import Batch, Chunk, Open, SlotOp, StepOutput, Truncate
+from llmkit.engine.backlog import Backlog
+from llmkit.engine.batch import Batch, Chunk, Close, Open, Score, SlotOp, StepOutput, Truncate
+from llmkit.engine.budget import StepClock
 from llmkit.engine.request import Request
-from llmkit.engine.slots import PrefixCache, Slot
+from llmkit.engine.slots import PrefixCache, Slot, common_prefix
 from llmkit.types import FinishReason
 
 __all__ = ["Scheduler"]
+
+# A request waits for another that computes this many tokens of its prompt, rather than compute them as well.
+MIN_COALESCE_TOKENS = 32
+# Log-probabilities of a prompt need a row of logits for each token: small chunks keep them small.
+MAX_SCORED_TOKENS = 64
+# Chunks of a deterministic engine begin and end at multiples of this.
+ALIGNMENT = 64
 
 
 class Scheduler:
     """Continuous batching over the slots of one context.
 
-    ``max_batch_tokens`` bounds a step that holds prompts only, ``mixed_batch_tokens`` one in which streams decode as well.
+    ``capacity`` is the number of tokens that all slots together can hold (None: each slot has its own ``n_ctx``). ``deterministic`` makes every chunk's
+    place and size depend on its request alone.
     """
 
-    def __init__(self, cache: PrefixCache, *, n_ctx: int, max_batch_tokens: int, mixed_batch_tokens: int, is_end: Callable[[int], bool]) -> None:
+    def __init__(
+        self,
+        cache: PrefixCache,
+        *,
+        n_ctx: int,
+        max_batch_tokens: int,
+        is_end: Callable[[int], bool],
+        clock: StepClock,
+        capacity: int | None = None,
+        can_coalesce: bool = True,
+        can_draft: bool = True,
+        deterministic: bool = False,
+    ) -> None:
         self._cache = cache
         self._n_ctx = n_ctx
         self._max_batch_tokens = max_batch_tokens
-        self._mixed_batch_tokens = min(mixed_batch_tokens, max_batch_tokens)
         self._is_end = is_end
-        self.waiting: deque[Request] = deque()
+        self._clock = clock
+        self._capacity = capacity
+        self._can_coalesce = can_coalesce
+        self._can_draft = can_draft and not deterministic
+        self._deterministic = deterministic
+        self.waiting = Backlog()
         self.running: list[Request] = []
+        self.num_preemptions = self.num_drafted = self.num_accepted = 0
         self._pending: list[SlotOp] = []
         self._scheduled: list[Request] = []
+        self._saving: list[Request] = []
 
     @property
     def has_work(self) -> bool:
-        return bool(self.waiting or self.running)
+        return bool(len(self.waiting) or self.running)
 
     def add(self, request: Request) -> None:
-        self.waiting.append(request)
+        self.waiting.add(request)
+
+    # -- the next step
 
     def schedule(self) -> Batch:
-        """The next step; changes nothing but admissions. Every running request that can go on is in it."""
+        """The next step. Every running stream that can go on is in it."""
         ops, self._pending = self._pending, []
         ops += self._admit()
-        decoding = [r for r in self.running if not r.is_prefill]
-        prefilling = [r for r in self.running if r.is_prefill]
-        budget = (self._mixed_batch_tokens if decoding else self._max_batch_tokens) - len(decoding)
-        planned = [(r, 1) for r in decoding]
-        for request in prefilling:
-            count = min(request.num_uncomputed_tokens, budget)
-            if count > 0:
-                planned.append((request, count))
-                budget -= count
+        ops += self._make_room()
+        decoding = [r for r in self.running if not r.is_prefill and r not in self._saving]
+        prefilling = [r for r in self.running if r.is_prefill and r not in self._saving]
+        room = self._max_batch_tokens - len(decoding)
+        if self._capacity is not None:
+            room = min(room, self._capacity - self._cache.num_tokens - len(decoding))
+        planned = self._share(prefilling, min(room, self._clock.prefill_budget(len(decoding))) if decoding else room)
+        room -= sum(count for _, count, _ in planned)
+        # Guesses are for steps without prompts: with them the step's time is spent already.
+        most = 0 if planned or not self._can_draft else room // max(len(decoding), 1)
+        planned += [(r, 1, self._draft(r, most, len(decoding))) for r in decoding]
+        if not planned and self.running and not self._saving:  # no room even for one: the runner is to say so
+            planned = [(self.running[0], 1, [])]
         planned.sort(key=lambda p: self._slot_index(p[0]))  # llama.cpp joins neighbouring streams only in ascending order
-        self._scheduled = [r for r, _ in planned]
-        return Batch(tuple(self._chunk(r, n) for r, n in planned), tuple(ops))
+        self._scheduled = [r for r, _, _ in planned]
+        return Batch(tuple(self._chunk(*p) for p in planned), tuple(ops))
 
-    def _admit(self) -> list[SlotOp]:
-        ops: list[SlotOp] = []
-        while self.waiting and self._cache.num_free:
-            request = self.waiting.popleft()
-            slot, cached, slot_ops = self._cache.acquire(request.tokens)
-            ops += slot_ops
-            ops.append(Open(slot.index, request.sampling, request.tokens))
-            request.start(slot.index, cached)
-            self.running.append(request)
-        return ops
+    def _share(self, prefilling: list[Request], budget: int) -> list[tuple[Request, int, list[int]]]:
+        """Prompts in order of arrival; but one much shorter than the first need not wait behind it: such ones share half of the budget."""
+        order = sorted(prefilling, key=lambda r: r.priority)
+        if not order or budget <= 0:
+            return []
+        first = order[0]
+        short = sorted((r for r in order[1:] if 2 * r.num_uncomputed_tokens <= first.num_uncomputed_tokens), key=lambda r: r.num_uncomputed_tokens)
+        counts: dict[int, int] = {}
+        left = budget // 2 if short else 0
+        for request in short:
+            counts[request.serial] = self._size(request, left)
+            left -= counts[request.serial]
+        left = budget - sum(counts.values())
+        for request in order:
+            before = counts.get(request.serial, 0)
+            counts[request.serial] = self._size(request, left + before)
+            left -= counts[request.serial] - before
+        return [(r, counts[r.serial], []) for r in order if counts[r.serial] > 0]
+
+    def _size(self, request: Request, most: int) -> int:
+        """Tokens of a prompt for this step, at most ``most``."""
+        size = min(request.num_uncomputed_tokens, most)
+        if request.scores_prompt:
+            size = min(size, MAX_SCORED_TOKENS)
+        if self._deterministic:
+            whole = min(ALIGNMENT - request.num_computed_tokens % ALIGNMENT, request.num_uncomputed_tokens)
+            size = whole if most >= whole else 0
+        return max(size, 0)
+
+    def _draft(self, request: Request, most: int, num_streams: int) -> list[int]:
+        most = min(most, request.max_tokens - request.num_output_tokens - 1, self._n_ctx - len(request.tokens) - 1)
+        if most <= 0:
+            return []
+        if request.forced:
+            return list(request.forced[:most])
+        if request.lookup is None:
+            return []
+        return request.lookup.propose(request.tokens, most, self._clock.draft_cost(num_streams))
 
     @staticmethod
     def _slot_index(request: Request) -> int:
@@ -78,44 +139,180 @@ class Scheduler:
     def _slot(self, request: Request) -> Slot:
         return self._cache.slots[self._slot_index(request)]
 
-    def _chunk(self, request: Request, count: int) -> Chunk:
+    def _chunk(self, request: Request, count: int, draft: list[int]) -> Chunk:
         start = request.num_computed_tokens
-        return Chunk(self._slot_index(request), start, request.tokens[start : start + count], sample=start + count == len(request.tokens))
+        end = start + count
+        last = end == len(request.tokens)
+        targets = request.tokens[start + 1 : min(end, request.num_prompt_tokens - 1) + 1] if request.scores_prompt else ()
+        return Chunk(self._slot_index(request), start, request.tokens[start:end] + draft, last and request.max_tokens > 0, len(draft), targets)
+
+    # -- who runs
+
+    def _admit(self) -> list[SlotOp]:
+        ops: list[SlotOp] = []
+        while len(self.waiting):
+            if not self._cache.num_free and not self._may_preempt():
+                break
+            request = self.waiting.first(self._ready)
+            if request is None:
+                break
+            if not self._cache.num_free or not self._has_room(request):
+                victim = self._victim(above=request.priority)
+                if victim is None:
+                    break
+                ops += self._preempt(victim)
+                continue
+            self.waiting.remove(request)
+            slot, cached, slot_ops = self._cache.acquire(request.tokens, request.cache_salt, reuse=not request.scores_prompt)
+            ops += slot_ops
+            if self._deterministic and request.started_at is None and cached % ALIGNMENT:
+                cached -= cached % ALIGNMENT
+                del slot.tokens[cached:]
+                ops.append(Truncate(slot.index, cached))
+            ops.append(Open(slot.index, request.serial, request.sampling, request.tokens, request.constraint))
+            self.waiting.charge(request, num_prompt=len(request.tokens) - cached)
+            request.start(slot.index, cached)
+            self.running.append(request)
+        return ops
+
+    def _ready(self, request: Request) -> bool:
+        """False while a running request computes a good part of this one's prompt: once that is done, it can be copied."""
+        if request.waits_for is not None:
+            leader, length = request.waits_for
+            if leader.slot is not None and leader.finish_reason is None and leader.num_computed_tokens < length:
+                return False
+            request.waits_for = None
+        if not self._can_coalesce or request.scores_prompt:
+            return True
+        prompt = request.tokens
+        for leader in self.running:
+            if leader.cache_salt == request.cache_salt and leader.num_uncomputed_tokens >= MIN_COALESCE_TOKENS:
+                shared = common_prefix(leader.tokens, prompt, len(prompt) - 1)
+                gain = shared - leader.num_computed_tokens
+                if gain >= MIN_COALESCE_TOKENS and shared - self._cache.longest(prompt, request.cache_salt) >= MIN_COALESCE_TOKENS:
+                    request.waits_for = (leader, shared)
+                    return False
+        return True
+
+    def _has_room(self, request: Request) -> bool:
+        """Where all slots share one buffer: the prompt fits beside what runs. What will be generated is not reserved."""
+        if self._capacity is None or not self.running:
+            return True
+        return sum(len(r.tokens) for r in self.running) + len(request.tokens) < self._capacity
+
+    def _may_preempt(self) -> bool:
+        return not self._deterministic and max(r.priority for r in self.running) > self.waiting.most_urgent
+
+    def _victim(self, above: int | None = None) -> Request | None:
+        """The youngest running request of the least priority (a higher number than ``above``)."""
+        found = [r for r in self.running if r not in self._saving and (above is None or r.priority > above)]
+        return None if self._deterministic else max(found, key=lambda r: (r.priority, r.arrived_at), default=None)
+
+    def _preempt(self, request: Request) -> list[SlotOp]:
+        """Back to waiting. What it has computed is parked outside the context if there is room (a copy of 35 MB takes 4 ms, its 1,500 tokens some
+        seconds), else it will be computed again."""
+        slot = self._slot(request)
+        ops = self._cache.park(slot, pinned=True)
+        self.running.remove(request)
+        self._cache.release(slot)
+        request.preempt()
+        self.waiting.put_back(request)
+        self.num_preemptions += 1
+        return ops
+
+    def _make_room(self) -> list[SlotOp]:
+        """Where all slots share one buffer: idle prefixes go first, then requests, until every stream has room for a token."""
+        ops: list[SlotOp] = []
+        if self._capacity is None:
+            return ops
+        while True:
+            decoding = sum(not r.is_prefill for r in self.running)
+            wanted = min(sum(r.num_uncomputed_tokens for r in self.running), self._max_batch_tokens)
+            room = self._capacity - self._cache.num_tokens
+            idle = self._cache.oldest_idle()
+            if room < wanted and idle is not None:
+                ops += self._cache.evict(idle)
+            elif room < max(decoding, 1) and len(self.running) > 1 and (victim := self._victim()) is not None:
+                ops += self._preempt(victim)
+            else:
+                return ops
+
+    # -- what came of it
 
     def update(self, batch: Batch, output: StepOutput) -> list[Request]:
         """Take in what the step gave. Returns the requests that have news, finished ones included."""
         now = time.perf_counter()
+        for key in output.lost:
+            self._cache.parked.pop(key, None)
+        news = list(self._saving)
+        for request in news:
+            self._finish(request, FinishReason.LENGTH)
+        self._saving = []
         if output.no_room or output.error:
-            return self._fail(batch, output)
-        news, faults = [], dict(output.faults)
-        for request, chunk, token, resident in zip(self._scheduled, batch.chunks, output.tokens, output.resident, strict=True):
-            slot = self._slot(request)
+            return news + self._fail(output)
+        faults = dict(output.faults)
+        for i, (request, chunk) in enumerate(zip(self._scheduled, batch.chunks, strict=True)):
+            slot, resident, tokens = self._slot(request), output.resident[i], output.tokens[i]
             slot.tokens[chunk.start :] = chunk.tokens
-            del slot.tokens[resident:]  # fewer than asked after an interrupt
+            del slot.tokens[resident:]  # fewer than asked after an interrupt or a rejected draft
             request.num_computed_tokens = resident
             if chunk.slot in faults:
-                news.append(request)
                 request.error = faults[chunk.slot]
                 self._finish(request, FinishReason.ERROR)
+                news.append(request)
                 continue
-            if token is None:
-                continue
-            news.append(request)
-            if self._is_end(token) and not request.sampling.ignore_eos:
-                self._finish(request, FinishReason.STOP)
-                continue
-            request.append(token, now)
-            if request.detokenizer.stopped:
-                self._finish(request, FinishReason.STOP)
-            elif request.num_output_tokens >= request.max_tokens or len(request.tokens) >= self._n_ctx:
-                self._finish(request, FinishReason.LENGTH)
+            if chunk.targets and output.prompt_scores:
+                request.add_prompt_scores(chunk.start, output.prompt_scores[i])
+            if chunk.draft and not output.interrupted:
+                self.num_drafted += chunk.draft
+                self.num_accepted += len(tokens) - 1
+                if request.lookup is not None and not request.forced:
+                    request.lookup.learn(chunk.draft, len(tokens) - 1)
+            request.forced = output.forced[i] if output.forced else ()
+            if tokens or self._is_done_without_output(request):
+                news.append(request)
+                self._append(request, tokens, output.scores[i] if output.scores else (), now)
         return news
 
-    def _fail(self, batch: Batch, output: StepOutput) -> list[Request]:
-        """A step that the backend refused: its requests end with an error, their slots are emptied; the others go on."""
-        failed = list(self._scheduled)
-        if output.no_room and len(failed) > 1:
-            failed = [max(failed, key=lambda r: r.started_at or 0.0)]  # the youngest makes room
+    def _is_done_without_output(self, request: Request) -> bool:
+        return request.max_tokens == 0 and request.num_uncomputed_tokens == 0
+
+    def _append(self, request: Request, tokens: Iterable[int], scores: Iterable[Score], now: float) -> None:
+        scored = iter(scores)
+        for token in tokens:
+            if self._is_end(token) and not request.sampling.ignore_eos:
+                self._finish(request, FinishReason.STOP)
+                return
+            request.append(token, now, next(scored, None))
+            self.waiting.charge(request, num_output=1)
+            if request.detokenizer.stopped:
+                self._finish(request, FinishReason.STOP)
+                return
+            if request.num_output_tokens >= request.max_tokens or len(request.tokens) >= self._n_ctx:
+                self._finish(request, FinishReason.LENGTH)
+                return
+        if self._is_done_without_output(request):
+            if request.keep_on_disk:
+                self._pending += self._cache.park(self._slot(request), save=True)
+                self._saving.append(request)
+            else:
+                self._finish(request, FinishReason.LENGTH)
+
+    def _fail(self, output: StepOutput) -> list[Request]:
+        """A step that the backend refused. Without room, idle prefixes and then the youngest request give way, and the step is tried again. After an error
+        its requests end, and their slots are emptied; the others go on."""
+        if output.no_room:
+            idle = self._cache.oldest_idle()
+            if idle is not None:
+                self._pending += self._cache.evict(idle)
+                return []
+            victim = self._victim() if len(self.running) > 1 else None
+            if victim is not None:
+                slot = self._slot(victim)
+                self._pending += self._preempt(victim)
+                self._pending += self._cache.evict(slot)
+                return []
+        failed = [r for r in self._scheduled if r.slot is not None]
         for request in failed:
             slot = self._slot(request)
             slot.tokens.clear()
@@ -133,8 +330,30 @@ class Scheduler:
 
     def _finish(self, request: Request, reason: FinishReason) -> None:
         request.finish(reason)
+        self._pending.append(Close(request.serial))
         if request.slot is None:
+            self._cache.unpin(request.tokens, request.cache_salt)
             self.waiting.remove(request)
         else:
+            slot = self._slot(request)
+            if self._deterministic and len(slot.tokens) > request.num_prompt_tokens:  # what was decoded one by one is not what a chunk computes
+                del slot.tokens[request.num_prompt_tokens // ALIGNMENT * ALIGNMENT :]
+                self._pending.append(Truncate(slot.index, len(slot.tokens)))
             self.running.remove(request)
-            self._cache.release(self._slot(request))
+            if request in self._saving:
+                self._saving.remove(request)
+            self._cache.release(slot)
+        self.waiting.leave(request)
+
+    def farewell(self) -> list[SlotOp]:
+        """At the end of the engine: what copies the idle prefixes to disk."""
+        return [op for slot in self._cache.slots if len(slot.tokens) >= MIN_COALESCE_TOKENS * 4 for op in self._cache.park(slot, save=True)]
+
+    def check(self) -> None:
+        """Raises AssertionError where the books do not agree; for tests, between steps."""
+        assert {self._slot_index(r) for r in self.running} == {s.index for s in self._cache.slots if s.busy}
+        assert len({r.slot for r in self.running}) == len(self.running)
+        for request in self.running:
+            tokens = self._slot(request).tokens
+            assert len(tokens) == request.num_computed_tokens <= len(request.tokens) and request.tokens[: len(tokens)] == tokens
+        assert all(r.slot is None and r.finish_reason is None for r in self.waiting) and len(list(self.waiting)) == len(self.waiting)

@@ -1,7 +1,8 @@
 """Slots and the prefixes they keep: a finished request's tokens stay where they are until the room is needed. Engine thread only.
 
-A slot is one llama.cpp sequence. Choosing one for a new request answers two questions: where does its longest cached prefix lie, and may that slot be
-used up (truncated in place), or must the prefix be copied elsewhere because others still want it?
+A slot is one llama.cpp sequence. Choosing one for a request answers two questions: where does its longest cached prefix lie, and may that slot be used up
+(truncated in place), or must the prefix be copied because others still want it? A prefix that loses its slot may be parked: a copy outside the context, in
+RAM or on disk, from where it can be restored.
 """
 
 from __future__ import annotations
@@ -9,22 +10,37 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from llmkit.engine.batch import Fork, SlotOp, Truncate
+from llmkit.engine.batch import Drop, Fork, Park, Restore, SlotOp, Truncate
 
-__all__ = ["PrefixCache", "Slot"]
+__all__ = ["Parked", "PrefixCache", "Slot"]
 
 # A copy between split streams moves the whole stream (about 5 ms for 35 MB); shorter prefixes are computed again as quickly.
 MIN_FORK_TOKENS = 8
+# Shorter prefixes are not worth a place outside the context.
+MIN_PARK_TOKENS = 64
 
 
 @dataclass(slots=True)
 class Slot:
-    """One sequence of the context and the tokens whose keys and values it holds."""
+    """One sequence of the context and the tokens whose keys and values it holds, for requests of one ``salt``."""
 
     index: int
     tokens: list[int] = field(default_factory=list)
+    salt: str = ""
     busy: bool = False
     last_used: int = 0
+
+
+@dataclass(slots=True)
+class Parked:
+    """A prefix outside the context. ``pinned``: a preempted request will come back for it."""
+
+    key: int
+    tokens: list[int]
+    salt: str
+    last_used: int
+    pinned: bool = False
+    on_disk: bool = False
 
 
 class PrefixCache:
@@ -34,38 +50,79 @@ class PrefixCache:
     >>> slot, cached, ops = cache.acquire([1, 2, 3])
     >>> slot.index, cached, ops
     (0, 0, [])
+
+    ``host_tokens`` is how many tokens may be parked outside the context (0: none).
     """
 
-    def __init__(self, n_slots: int, *, can_truncate: bool, can_fork: bool) -> None:
+    def __init__(self, n_slots: int, *, can_truncate: bool, can_fork: bool, host_tokens: int = 0) -> None:
         self.slots = [Slot(i) for i in range(n_slots)]
+        self.parked: dict[int, Parked] = {}
         self._can_truncate = can_truncate
         self._can_fork = can_fork
+        self._host_tokens = host_tokens
         self._clock = 0
+        self._next_key = 0
 
     @property
     def num_free(self) -> int:
         return sum(not s.busy for s in self.slots)
 
-    def acquire(self, tokens: Sequence[int]) -> tuple[Slot, int, list[SlotOp]]:
+    @property
+    def num_tokens(self) -> int:
+        """Tokens in the context."""
+        return sum(len(s.tokens) for s in self.slots)
+
+    @property
+    def num_parked_tokens(self) -> int:
+        """Tokens parked in RAM."""
+        return sum(len(p.tokens) for p in self.parked.values() if not p.on_disk)
+
+    def add_saved(self, key: int, tokens: Sequence[int], salt: str) -> None:
+        """A prefix that lies on disk."""
+        self._next_key = max(self._next_key, key)
+        self.parked[key] = Parked(key, list(tokens), salt, 0, on_disk=True)
+
+    def longest(self, tokens: Sequence[int], salt: str = "") -> int:
+        """How many leading tokens are cached anywhere."""
+        prompt = list(tokens)
+        entries: list[Slot | Parked] = [*self.slots, *self.parked.values()]
+        return max((self._shared(e, prompt, salt) for e in entries), default=0)
+
+    def _shared(self, entry: Slot | Parked, prompt: list[int], salt: str) -> int:
+        if entry.salt != salt or not entry.tokens:
+            return 0
+        shared = common_prefix(entry.tokens, prompt, len(prompt) - 1)
+        return shared if self._can_truncate or shared == len(entry.tokens) or isinstance(entry, Slot) else 0
+
+    def acquire(self, tokens: Sequence[int], salt: str = "", *, reuse: bool = True) -> tuple[Slot, int, list[SlotOp]]:
         """Take a free slot for a prompt. Returns it, how many leading tokens it holds already, and what the runner must do first.
 
-        At least the last token is left to compute: its logits are needed. Must not be called when ``num_free`` is 0.
+        At least the last token is left to compute: its logits are needed. ``reuse=False`` starts from nothing. Must not be called when ``num_free`` is 0.
         """
         prompt = list(tokens)
         free = [s for s in self.slots if not s.busy]
-        limit = len(prompt) - 1
-        lengths = {s.index: common_prefix(s.tokens, prompt, limit) for s in self.slots if s.tokens}
-        best = max((s for s in self.slots if s.tokens), key=lambda s: (lengths[s.index], not s.busy, s.last_used), default=None)
+        lengths = {s.index: self._shared(s, prompt, salt) for s in self.slots} if reuse else {}
+        best = max((s for s in self.slots if lengths.get(s.index)), key=lambda s: (lengths[s.index], not s.busy, s.last_used), default=None)
         shared = lengths[best.index] if best is not None else 0
-        if best is not None and shared and not best.busy and self._may_use_up(best, shared, free):
-            return self._take(best, shared, [])
+        parked = max(self.parked.values(), key=lambda p: self._shared(p, prompt, salt), default=None) if reuse else None
+        outside = self._shared(parked, prompt, salt) if parked is not None else 0
+        if best is not None and shared >= outside and not best.busy and self._may_use_up(best, shared, free):
+            return self._take(best, shared, salt, [])
         target = self._victim(free, keep=best)
+        if parked is not None and outside > shared and outside >= MIN_FORK_TOKENS:
+            ops = self.park(target, unless=parked)
+            target.tokens = parked.tokens[:outside]
+            self._clock += 1
+            parked.last_used, parked.pinned = self._clock, False
+            return self._take(target, outside, salt, [*ops, Restore(parked.key, target.index, outside)])
         if best is not None and best is not target and shared >= MIN_FORK_TOKENS and self._can_fork and (self._can_truncate or shared == len(best.tokens)):
+            ops = self.park(target)
             target.tokens = best.tokens[:shared]
             if not best.busy:
                 self._touch(best)
-            return self._take(target, shared, [Fork(best.index, target.index, shared)])
-        return self._take(target, lengths.get(target.index, 0), [])
+            return self._take(target, shared, salt, [*ops, Fork(best.index, target.index, shared)])
+        keep = lengths.get(target.index, 0)
+        return self._take(target, keep, salt, self.park(target) if keep < len(target.tokens) else [])
 
     def _may_use_up(self, slot: Slot, shared: int, free: list[Slot]) -> bool:
         """In place: when the slot's content is continued, when most of it is of use, or when there is nothing else."""
@@ -80,13 +137,13 @@ class PrefixCache:
         others = [s for s in free if s is not keep] or free
         return min(others, key=lambda s: (bool(s.tokens), s.last_used, s.index))
 
-    def _take(self, slot: Slot, keep: int, ops: list[SlotOp]) -> tuple[Slot, int, list[SlotOp]]:
+    def _take(self, slot: Slot, keep: int, salt: str, ops: list[SlotOp]) -> tuple[Slot, int, list[SlotOp]]:
         if keep < len(slot.tokens):
             if not self._can_truncate:
                 keep = 0
             ops = [*ops, Truncate(slot.index, keep)]
             del slot.tokens[keep:]
-        slot.busy = True
+        slot.busy, slot.salt = True, salt
         self._touch(slot)
         return slot, keep, ops
 
@@ -95,12 +152,69 @@ class PrefixCache:
         slot.busy = False
         self._touch(slot)
 
+    def evict(self, slot: Slot) -> list[SlotOp]:
+        """Empty an idle slot, parking what it holds if that is worth it."""
+        ops = self.park(slot)
+        slot.tokens.clear()
+        return [*ops, Truncate(slot.index, 0)]
+
+    def oldest_idle(self) -> Slot | None:
+        """The idle slot with tokens that was used least recently."""
+        return min((s for s in self.slots if not s.busy and s.tokens), key=lambda s: s.last_used, default=None)
+
+    # -- outside the context
+
+    def park(self, slot: Slot, *, pinned: bool = False, unless: Parked | None = None, save: bool = False) -> list[SlotOp]:
+        """Copy a slot's tokens out of the context, making room by the least recently used; nothing where they are too few or too many, or cached elsewhere.
+
+        ``unless`` is not to be dropped for it. ``pinned`` ones stay until they are used. ``save`` copies to disk whatever the size.
+        """
+        size = len(slot.tokens)
+        if not save and (size < MIN_PARK_TOKENS or size > self._host_tokens or self._is_elsewhere(slot)):
+            return []
+        if save and any(p.on_disk and p.salt == slot.salt and p.tokens == slot.tokens for p in self.parked.values()):
+            return []
+        ops: list[SlotOp] = []
+        room = size if save else self._host_tokens - self.num_parked_tokens
+        for entry in sorted(self.parked.values(), key=lambda p: p.last_used):
+            if room >= size:
+                break
+            if not entry.pinned and not entry.on_disk and entry is not unless:
+                room += len(entry.tokens)
+                ops += self.drop(entry)
+        if room < size:
+            return ops
+        self._clock += 1
+        entry = Parked(self.new_key(), list(slot.tokens), slot.salt, self._clock, pinned, on_disk=save)
+        self.parked[entry.key] = entry
+        return [*ops, Park(slot.index, entry.key, entry.tokens, slot.salt, save)]
+
+    def _is_elsewhere(self, slot: Slot) -> bool:
+        size = len(slot.tokens)
+        others: list[Slot | Parked] = [s for s in self.slots if s is not slot]
+        return any(e.salt == slot.salt and len(e.tokens) >= size and e.tokens[:size] == slot.tokens for e in (*others, *self.parked.values()))
+
+    def drop(self, entry: Parked) -> list[SlotOp]:
+        """Forget a parked prefix."""
+        del self.parked[entry.key]
+        return [Drop(entry.key)]
+
+    def unpin(self, tokens: Sequence[int], salt: str) -> None:
+        """The preempted request is gone: what was parked for it may be dropped."""
+        for entry in self.parked.values():
+            if entry.pinned and entry.salt == salt and entry.tokens == list(tokens[: len(entry.tokens)]):
+                entry.pinned = False
+
+    def new_key(self) -> int:
+        self._next_key += 1
+        return self._next_key
+
     def _touch(self, slot: Slot) -> None:
         self._clock += 1
         slot.last_used = self._clock
 
 
-def common_prefix(a: Sequence[int], b: Sequence[int], limit: int) -> int:
+def common_prefix(a: list[int], b: list[int], limit: int) -> int:
     """Length of the common beginning of two lists, at most ``limit``; compares slices, so it runs in C."""
     low, high = 0, min(len(a), len(b), limit)
     if a[:high] == b[:high]:

@@ -153,6 +153,9 @@ class ChatRequest(GenerationFields):
     def requests(self, reply_id: str) -> list[GenerationRequest]:
         """One engine request for each choice."""
         limit = self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
+        if limit == 0:
+            name = "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
+            raise InvalidRequestError(f"{name} must be at least 1.", name)
         messages = tuple(m.message() for m in self.messages)
         return [GenerationRequest(f"{reply_id}-{i}", self.sampling(i, limit), messages=messages) for i in range(self.n or 1)]
 

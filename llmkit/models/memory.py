@@ -16,6 +16,7 @@ GIB = 1 << 30
 COMPUTE_BASE = 64 << 20
 DEFAULT_CONTEXT = 4096
 DEFAULT_SLOTS = 8
+KV_SIZE = {"f16": 1.0, "q8_0": 34 / 64, "q4_0": 18 / 64}  # of an f16 element, blocks of 32 with their scales
 KV_SHARE = 0.25  # of the free memory, for the default number of slots
 
 
@@ -32,9 +33,14 @@ class MemoryEstimate:
     free_bytes: int
     n_ctx: int
     n_slots: int
+    kv_tokens: int
     n_gpu_layers: int = 0
     gpu_bytes: int = 0
     gpu_free_bytes: int | None = None
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        return self.kv_bytes // self.kv_tokens
 
     @property
     def total_bytes(self) -> int:
@@ -75,14 +81,24 @@ class MemoryEstimate:
 
 
 def estimate(
-    info: ModelInfo, *, n_ctx: int, n_slots: int, n_gpu_layers: int = 0, free_bytes: int | None = None, gpu_free_bytes: int | None = None
+    info: ModelInfo,
+    *,
+    n_ctx: int,
+    n_slots: int,
+    n_gpu_layers: int = 0,
+    kv_type: str = "f16",
+    kv_tokens: int | None = None,
+    free_bytes: int | None = None,
+    gpu_free_bytes: int | None = None,
 ) -> MemoryEstimate:
     """Estimate from a header. KV: see `ModelInfo.kv_bytes_per_token`; compute: a float32 row of logits for each token of a 512-token step, and a base.
 
     ``n_gpu_layers`` counts as llama.cpp does, from the last layer, the output layer being one more; -1 means all. Without a GPU it counts as 0.
     """
     vocab = next((t.shape[1] for t in info.tensors if t.name == "token_embd.weight" and len(t.shape) == 2), 32_000)
-    kv, compute = info.kv_bytes_per_token * n_ctx * n_slots, COMPUTE_BASE + 4 * 512 * vocab
+    kv_tokens = kv_tokens or n_ctx * n_slots
+    kv = int(info.kv_bytes_per_token * KV_SIZE[kv_type]) * kv_tokens
+    compute = COMPUTE_BASE + 4 * 512 * vocab
     layers = 0 if gpu_free_bytes is None else _num_layers(info) if n_gpu_layers < 0 else min(n_gpu_layers, _num_layers(info))
     return MemoryEstimate(
         weights_bytes=info.weights_bytes,
@@ -91,17 +107,18 @@ def estimate(
         free_bytes=free_ram() if free_bytes is None else free_bytes,
         n_ctx=n_ctx,
         n_slots=n_slots,
+        kv_tokens=kv_tokens,
         n_gpu_layers=layers,
         gpu_bytes=_gpu_bytes(info, kv, compute, layers),
         gpu_free_bytes=gpu_free_bytes,
     )
 
 
-def layers_that_fit(info: ModelInfo, *, n_ctx: int, n_slots: int, gpu_free_bytes: int) -> int:
+def layers_that_fit(info: ModelInfo, *, n_ctx: int, n_slots: int, gpu_free_bytes: int, kv_type: str = "f16", kv_tokens: int | None = None) -> int:
     """The most layers (the output layer is one of them) for which weights, KV cache and compute buffers fit into the free memory of a GPU, a tenth spared."""
     room = int(gpu_free_bytes * 0.9)
     for layers in range(_num_layers(info), 0, -1):
-        need = estimate(info, n_ctx=n_ctx, n_slots=n_slots, n_gpu_layers=layers, gpu_free_bytes=room)
+        need = estimate(info, n_ctx=n_ctx, n_slots=n_slots, n_gpu_layers=layers, gpu_free_bytes=room, kv_type=kv_type, kv_tokens=kv_tokens)
         if need.gpu_bytes <= room:
             return layers
     return 0

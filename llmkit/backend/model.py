@@ -1,0 +1,101 @@
+"""The weights of a GGUF file in llama.cpp, and what the file says of itself."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+from llmkit.backend import library
+from llmkit.backend.library import C
+from llmkit.backend.vocab import Vocab
+from llmkit.errors import ModelLoadError
+
+__all__ = ["LlamaModel"]
+
+VOCAB_TYPE_NONE = 0
+
+
+class LlamaModel:
+    """The weights of one file, read-only once loaded; contexts share them.
+
+    Raises `ModelLoadError` with llama.cpp's last error lines. A KeyboardInterrupt ends the load.
+    """
+
+    def __init__(self, path: Path, *, n_gpu_layers: int = -1) -> None:
+        library.start()
+        library.log.clear()
+        cancelled = threading.Event()
+
+        @C.llama_progress_callback  # type: ignore[untyped-decorator]
+        def on_progress(share: float, _: Any) -> bool:
+            return not cancelled.is_set()
+
+        params = C.llama_model_default_params()
+        params.n_gpu_layers = n_gpu_layers
+        params.progress_callback = on_progress
+        self.handle: Any = None
+        self.path = path
+        self.vocab: Vocab
+
+        def load() -> None:
+            self.handle = C.llama_model_load_from_file(os.fsencode(path), params)
+
+        # In a thread of its own, so that the stop button reaches the waiting one.
+        worker = threading.Thread(target=load, name="llmkit-load", daemon=True)
+        worker.start()
+        try:
+            while worker.is_alive():
+                worker.join(0.1)
+        except KeyboardInterrupt:
+            cancelled.set()
+            worker.join()
+            self.close()
+            raise KeyboardInterrupt("loading was stopped") from None
+        if not self.handle:
+            raise ModelLoadError(f"llama.cpp could not load {path}: " + "; ".join(library.log.errors()))
+        self.vocab = Vocab(self.handle)
+
+    @property
+    def n_ctx_train(self) -> int:
+        return int(C.llama_model_n_ctx_train(self.handle))
+
+    @property
+    def size_bytes(self) -> int:
+        return int(C.llama_model_size(self.handle))
+
+    @property
+    def n_params(self) -> int:
+        return int(C.llama_model_n_params(self.handle))
+
+    @property
+    def can_generate(self) -> bool:
+        plain = C.llama_model_has_decoder(self.handle) and not C.llama_model_has_encoder(self.handle) and not C.llama_model_is_diffusion(self.handle)
+        return bool(plain) and int(C.llama_vocab_type(C.llama_model_get_vocab(self.handle))) != VOCAB_TYPE_NONE
+
+    @property
+    def is_recurrent(self) -> bool:
+        """Recurrent or hybrid: its state cannot be cut back to an earlier position."""
+        return bool(C.llama_model_is_recurrent(self.handle) or C.llama_model_is_hybrid(self.handle))
+
+    @property
+    def has_sliding_window(self) -> bool:
+        return int(C.llama_model_n_swa(self.handle)) > 0
+
+    def close(self) -> None:
+        """Free the weights; after all runners."""
+        if self.handle:
+            C.llama_model_free(self.handle)
+            self.handle = None
+        _return_free_memory()
+
+
+def _return_free_memory() -> None:
+    """glibc keeps freed memory for later; a notebook user wants to see it gone."""
+    if sys.platform == "linux":
+        with contextlib.suppress(AttributeError, OSError):
+            ctypes.CDLL(None).malloc_trim(0)

@@ -1,0 +1,89 @@
+"""Who goes next: waiting requests by priority, then by fairness among callers, then by arrival. Engine thread only.
+
+Each caller has a counter of the service it got (prompt tokens computed, generated tokens at twice the price); the one with the least goes first, so a
+caller with a hundred requests gets no more than one with a few. A caller that comes back is lifted to the least of those at work: idling earns no credit.
+The idea is the virtual token counter of Sheng et al., "Fairness in Serving Large Language Models", 2024.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+
+from llmkit.engine.request import Request
+
+__all__ = ["Backlog"]
+
+OUTPUT_PRICE = 2
+MAX_CALLERS = 10_000
+
+
+class Backlog:
+    """The waiting requests."""
+
+    def __init__(self) -> None:
+        self._queues: dict[tuple[int, str], deque[Request]] = {}
+        self._service: dict[str, float] = {}
+        self._active: dict[str, int] = {}  # requests of a caller, waiting or running
+        self._size = 0
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __iter__(self) -> Iterator[Request]:
+        return (r for q in self._queues.values() for r in q)
+
+    def add(self, request: Request) -> None:
+        """A new request."""
+        caller = request.caller
+        if not self._active.get(caller):
+            least = min((self._service[c] for c in self._active), default=0.0)
+            self._service[caller] = max(self._service.get(caller, 0.0), least)
+        self._active[caller] = self._active.get(caller, 0) + 1
+        self._queue(request).append(request)
+        self._size += 1
+
+    def put_back(self, request: Request) -> None:
+        """A preempted request: first among its caller's."""
+        self._queue(request).appendleft(request)
+        self._size += 1
+
+    def _queue(self, request: Request) -> deque[Request]:
+        return self._queues.setdefault((request.priority, request.caller), deque())
+
+    def charge(self, request: Request, num_prompt: int = 0, num_output: int = 0) -> None:
+        """The caller got this much service."""
+        self._service[request.caller] = self._service.get(request.caller, 0.0) + num_prompt + OUTPUT_PRICE * num_output
+
+    def leave(self, request: Request) -> None:
+        """The request is over."""
+        caller = request.caller
+        self._active[caller] -= 1
+        if not self._active[caller]:
+            del self._active[caller]
+            if len(self._service) > MAX_CALLERS:
+                self._service = {c: s for c, s in self._service.items() if c in self._active}
+
+    @property
+    def most_urgent(self) -> int:
+        """The lowest priority number that waits."""
+        return min(priority for priority, _ in self._queues)
+
+    def first(self, ready: Callable[[Request], bool]) -> Request | None:
+        """The next request for which ``ready`` is true; it stays in the backlog."""
+        for key in sorted(self._queues, key=lambda k: (k[0], self._service.get(k[1], 0.0), self._queues[k][0].arrived_at)):
+            for request in self._queues[key]:
+                if ready(request):
+                    return request
+        return None
+
+    def remove(self, request: Request) -> None:
+        key = (request.priority, request.caller)
+        self._queues[key].remove(request)
+        if not self._queues[key]:
+            del self._queues[key]
+        self._size -= 1
+
+    def clear(self) -> None:
+        self._queues.clear()
+        self._size = 0
