@@ -26,7 +26,7 @@ from llmkit.errors import (
     ModelUnloadedError,
     QueueFullError,
 )
-from llmkit.types import Completion, EngineStats, FinishReason, Message, RequestMetrics, SamplingParams, Usage
+from llmkit.types import Completion, EngineStats, FinishReason, Grammar, Message, RequestMetrics, SamplingParams, TokenLogprob, Usage
 from llmkit.version import __version__
 
 if TYPE_CHECKING:
@@ -41,6 +41,7 @@ __all__ = [
     "EngineGoneError",
     "EngineStats",
     "FinishReason",
+    "Grammar",
     "InsufficientMemoryError",
     "InvalidModelFileError",
     "InvalidRequestError",
@@ -53,6 +54,7 @@ __all__ = [
     "RequestMetrics",
     "SamplingParams",
     "Stream",
+    "TokenLogprob",
     "Usage",
     "__version__",
     "estimate",

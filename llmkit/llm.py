@@ -298,6 +298,15 @@ class LLM:
             if len(streams) > 1:
                 self._batch = [s.channel for s in streams]
 
+    def save_prefix(self, prompt: str | Messages) -> int:
+        """Compute a text, or the beginning of a conversation, and keep it in the folder ``prefix_dir``: requests that begin with it find it computed, also in
+        later processes. Returns its length in tokens."""
+        if self._options.prefix_dir is None:
+            raise InvalidRequestError("this model was loaded without a place for prefixes; load it with prefix_dir=... to keep them.", "prefix_dir")
+        request: dict[str, Any] = {"prompt": prompt} if isinstance(prompt, str) else {"messages": _messages(prompt)}
+        sampling = SamplingParams(max_tokens=0)
+        return self._complete([GenerationRequest(self._new_id(), sampling, keep_on_disk=True, **request)])[0].usage.prompt_tokens
+
     # -- measure, watch, share
 
     def profile(self, **options: Any) -> Profile:

@@ -275,6 +275,9 @@ class LlamaRunner:
 
     def _resident(self, chunk: Chunk) -> int:
         """After an interrupt: how many tokens of the slot are whole. The last one of a sampling chunk is given up, since its logits are lost."""
+        if self._deterministic:  # chunks begin at fixed places
+            self._seq_rm(self._memory, chunk.slot, chunk.start or -1, -1)
+            return chunk.start
         if not self.can_truncate:  # its state may be half updated, and says nothing of it
             self._seq_rm(self._memory, chunk.slot, -1, -1)
             return 0

@@ -170,10 +170,10 @@ class BridgeClient:
 
     def _deliver(self, deltas: list[list[Any]], ends: list[list[Any]]) -> None:
         touched: list[Channel] = []
-        for request_id, text, num_tokens in deltas:
+        for request_id, text, num_tokens, logprobs in deltas:
             channel = self._channels.get(request_id)
             if channel is not None:
-                channel.push(Delta(text, num_tokens))
+                channel.push(Delta(text, num_tokens, m.logprobs_from(logprobs)))
                 touched.append(channel)
         for request_id, completion, failure in ends:
             channel = self._channels.pop(request_id, None)
@@ -183,7 +183,7 @@ class BridgeClient:
             if completion is None:
                 channel.fail(error or EngineGoneError("the engine ended this request without a result"))
             else:
-                channel.finish(m.completion_from(completion, request_id, "".join(channel.text_parts)), error)
+                channel.finish(m.completion_from(completion, request_id, "".join(channel.text_parts), tuple(channel.logprobs)), error)
             touched.append(channel)
         for channel in dict.fromkeys(touched):
             channel.wake()

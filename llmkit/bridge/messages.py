@@ -1,21 +1,34 @@
 """What crosses the bridge: two-frame ZMQ messages (kind, JSON), and the translation of llmkit's types and errors. Pure.
 
 client → server   HELLO key · SUBMIT request · ABORT id · PING
-server → client   WELCOME description · DENIED · EVENTS [[id, text, tokens], …] [[id, completion, failure], …] · PONG stats · GOODBYE reason
+server → client   WELCOME description · DENIED · EVENTS [[id, text, tokens, logprobs], …] [[id, completion, failure], …] · PONG stats · GOODBYE reason
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from typing import Any
 
 from llmkit import errors
-from llmkit.types import Completion, EngineStats, FinishReason, GenerationRequest, Message, ModelDescription, RequestMetrics, SamplingParams, Usage
+from llmkit.types import (
+    Completion,
+    EngineStats,
+    FinishReason,
+    GenerationRequest,
+    Message,
+    ModelDescription,
+    RequestMetrics,
+    SamplingParams,
+    TokenLogprob,
+    Usage,
+)
 
 __all__ = [
     "ABORT", "DENIED", "EVENTS", "GOODBYE", "HELLO", "PING", "PONG", "SUBMIT", "WELCOME",
     "completion_from", "completion_to", "description_from", "description_to", "error_from", "error_to",
+    "logprobs_from", "logprobs_to",
     "pack", "request_from", "request_to", "stats_from", "stats_to", "unpack",
 ]  # fmt: skip
 
@@ -37,6 +50,10 @@ def request_to(request: GenerationRequest) -> dict[str, Any]:
         "sampling": request.sampling.as_dict(),
         "prompt": request.prompt,
         "messages": None if request.messages is None else [m.as_dict() for m in request.messages],
+        "priority": request.priority,
+        "caller": request.caller,
+        "cache_salt": request.cache_salt,
+        "keep_on_disk": request.keep_on_disk,
     }
 
 
@@ -51,17 +68,30 @@ def request_from(data: dict[str, Any]) -> GenerationRequest:
         SamplingParams(**sampling),
         prompt=tuple(prompt) if isinstance(prompt, list) else prompt,
         messages=None if data["messages"] is None else tuple(Message(**m) for m in data["messages"]),
+        priority=data["priority"],
+        caller=data["caller"],
+        cache_salt=data["cache_salt"],
+        keep_on_disk=data["keep_on_disk"],
     )
 
 
+def logprobs_to(entries: Sequence[TokenLogprob]) -> list[Any]:
+    return [[e.token, e.piece.decode("latin-1"), e.logprob, [[t, b.decode("latin-1"), p] for t, b, p in e.top]] for e in entries]
+
+
+def logprobs_from(data: list[Any]) -> tuple[TokenLogprob, ...]:
+    return tuple(TokenLogprob(t, b.encode("latin-1"), p, tuple((i, x.encode("latin-1"), q) for i, x, q in top)) for t, b, p, top in data)
+
+
 def completion_to(completion: Completion) -> dict[str, Any]:
-    """Without the text: the reader has it from the deltas."""
-    data = asdict(completion)
-    del data["text"], data["request_id"]
-    return data
+    """Without the text and its log-probabilities: the reader has them from the deltas."""
+    prompt_logprobs = logprobs_to(completion.prompt_logprobs)
+    data = asdict(replace(completion, logprobs=(), prompt_logprobs=()))
+    del data["text"], data["request_id"], data["logprobs"]
+    return {**data, "prompt_logprobs": prompt_logprobs}
 
 
-def completion_from(data: dict[str, Any], request_id: str, text: str) -> Completion:
+def completion_from(data: dict[str, Any], request_id: str, text: str, logprobs: tuple[TokenLogprob, ...] = ()) -> Completion:
     return Completion(
         text=text,
         finish_reason=FinishReason(data["finish_reason"]),
@@ -70,6 +100,8 @@ def completion_from(data: dict[str, Any], request_id: str, text: str) -> Complet
         tokens=tuple(data["tokens"]),
         request_id=request_id,
         error=data["error"],
+        logprobs=logprobs,
+        prompt_logprobs=logprobs_from(data["prompt_logprobs"]),
     )
 
 

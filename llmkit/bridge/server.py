@@ -175,7 +175,8 @@ class BridgeServer:
             for request_id, stream in list(peer.streams.items()):
                 news, completion = stream.take()
                 if news:
-                    deltas.append([request_id, "".join(d.text for d in news), sum(d.num_tokens for d in news)])
+                    logprobs = m.logprobs_to([p for d in news for p in d.logprobs])
+                    deltas.append([request_id, "".join(d.text for d in news), sum(d.num_tokens for d in news), logprobs])
                 if completion is not None:
                     failure = stream.failure
                     ends.append([request_id, m.completion_to(completion), m.error_to(failure) if failure else None])

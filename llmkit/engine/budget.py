@@ -7,6 +7,7 @@ __all__ = ["StepClock"]
 # The least that a prompt gets in a step: below it the fixed cost of a step eats what is gained.
 MIN_PREFILL_TOKENS = 16
 SMOOTHING = 0.2
+DRAFT_FACTOR = 1.3  # a guessed token is a prompt token with logits
 FIRST_DECODE_S, FIRST_PREFILL_S = 0.01, 0.002  # until the first steps are measured
 
 
@@ -35,8 +36,9 @@ class StepClock:
                 self._decode[num_streams] = before + SMOOTHING * (min(seconds, 4 * before) - before)
             return
         if not num_prefill:
-            cost = max(seconds - self.decode_s(num_streams), 0.0) / (num_decode - num_streams)
-            self._draft_s = cost if self._draft_s is None else self._draft_s + SMOOTHING * (min(cost, 4 * self._draft_s + 1e-4) - self._draft_s)
+            cost = (seconds - self.decode_s(num_streams)) / (num_decode - num_streams)
+            before = self._draft_s or DRAFT_FACTOR * self.prefill_s
+            self._draft_s = before + SMOOTHING * (min(max(cost, 0.3 * before), 3 * before) - before)
             return
         if num_prefill < MIN_PREFILL_TOKENS // 2:
             return
@@ -59,7 +61,7 @@ class StepClock:
 
     def draft_cost(self, num_streams: int) -> float:
         """What one guessed token more costs, in units of a plain token of one of the streams."""
-        cost = self.prefill_s if self._draft_s is None else self._draft_s
+        cost = self._draft_s or DRAFT_FACTOR * self.prefill_s
         return cost * num_streams / self.decode_s(num_streams)
 
     def prefill_budget(self, num_streams: int) -> int:

@@ -11,11 +11,12 @@ from collections.abc import Sequence
 
 __all__ = ["PromptLookup"]
 
-NGRAM, MIN_NGRAM = 4, 2
+NGRAM, MIN_NGRAM = 5, 2
 MAX_DRAFT = 24
-FIRST_ACCEPTANCE = 0.8
-SMOOTHING = 0.15
-PROBE_EVERY = 32  # tokens after which a request that stopped guessing tries again
+FIRST_ACCEPTANCE = 0.85
+SMOOTHING = 0.2
+PROBE_TOKENS = 3
+PAUSE, MAX_PAUSE = 32, 512  # tokens after which a request that stopped guessing tries again
 
 
 class PromptLookup:
@@ -26,13 +27,14 @@ class PromptLookup:
     [5, 6, 7]
     """
 
-    __slots__ = ("_acceptance", "_ends", "_indexed", "_next_try")
+    __slots__ = ("_acceptance", "_ends", "_indexed", "_next_try", "_pause")
 
     def __init__(self) -> None:
         self._ends: dict[tuple[int, ...], int] = {}  # n-gram -> where its newest occurrence ends
         self._indexed = 0
         self._acceptance = FIRST_ACCEPTANCE
         self._next_try = 0
+        self._pause = PAUSE
 
     def propose(self, tokens: Sequence[int], most: int, token_cost: float) -> list[int]:
         """At most ``most`` tokens that may come after ``tokens``. ``token_cost`` is r above."""
@@ -41,12 +43,22 @@ class PromptLookup:
         end = self._find(tokens)
         if end is None:
             return []
-        size = self._best_size(min(most, MAX_DRAFT, len(tokens) - end), token_cost)
+        size = self._best_size(min(most, MAX_DRAFT), token_cost)
         if not size:
-            self._next_try = len(tokens) + PROBE_EVERY
-            self._acceptance = max(self._acceptance, FIRST_ACCEPTANCE / 2 + 0.2)
-            return []
-        return list(tokens[end : end + size])
+            if not self._next_try:
+                self._next_try = len(tokens) + self._pause
+                return []
+            # Times change: look again now and then, ever more seldom while nothing comes of it.
+            size = min(PROBE_TOKENS, most)
+            self._pause = min(2 * self._pause, MAX_PAUSE)
+            self._next_try = len(tokens) + self._pause
+        else:
+            self._next_try = 0
+        guess = list(tokens[end : end + size])
+        period = len(tokens) - end
+        while len(guess) < size:  # what repeats at the very end goes on repeating
+            guess.append(guess[len(guess) - period])
+        return guess
 
     def _find(self, tokens: Sequence[int]) -> int | None:
         """Where the longest known end of ``tokens`` was seen before. Indexes what is new, but for the n-grams that end at the end."""

@@ -57,7 +57,7 @@ class Engine:
             can_draft=runner.can_truncate,
             deterministic=deterministic,
         )
-        self._stats = StatsCounter(cache, self._scheduler, runner.n_ctx)
+        self._stats = StatsCounter(cache, self._scheduler, runner.capacity or runner.n_slots * runner.n_ctx)
         self._inbox: queue.SimpleQueue[Request | str | None] = queue.SimpleQueue()
         self._num_submitted = self._num_taken = 0
         self._lock = threading.Lock()

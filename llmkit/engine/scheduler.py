@@ -117,7 +117,9 @@ class Scheduler:
         if request.scores_prompt:
             size = min(size, MAX_SCORED_TOKENS)
         if self._deterministic:
-            whole = min(ALIGNMENT - request.num_computed_tokens % ALIGNMENT, request.num_uncomputed_tokens)
+            # The prompt in chunks at fixed places; what was generated one by one, also after a preemption.
+            at = request.num_computed_tokens
+            whole = min(ALIGNMENT - at % ALIGNMENT, request.num_prompt_tokens - at) if at < request.num_prompt_tokens else 1
             size = whole if most >= whole else 0
         return max(size, 0)
 
@@ -165,10 +167,10 @@ class Scheduler:
             self.waiting.remove(request)
             slot, cached, slot_ops = self._cache.acquire(request.tokens, request.cache_salt, reuse=not request.scores_prompt)
             ops += slot_ops
-            if self._deterministic and request.started_at is None and cached % ALIGNMENT:
-                cached -= cached % ALIGNMENT
-                del slot.tokens[cached:]
-                ops.append(Truncate(slot.index, cached))
+            if self._deterministic:
+                slot.shareable = request.num_prompt_tokens - request.num_prompt_tokens % ALIGNMENT
+                ops += self._cache.cut(slot, min(cached - cached % ALIGNMENT, slot.shareable))
+                cached = len(slot.tokens)
             ops.append(Open(slot.index, request.serial, request.sampling, request.tokens, request.constraint))
             self.waiting.charge(request, num_prompt=len(request.tokens) - cached)
             request.start(slot.index, cached)
@@ -201,18 +203,18 @@ class Scheduler:
         return sum(len(r.tokens) for r in self.running) + len(request.tokens) < self._capacity
 
     def _may_preempt(self) -> bool:
-        return not self._deterministic and max(r.priority for r in self.running) > self.waiting.most_urgent
+        return max(r.priority for r in self.running) > self.waiting.most_urgent
 
     def _victim(self, above: int | None = None) -> Request | None:
         """The youngest running request of the least priority (a higher number than ``above``)."""
         found = [r for r in self.running if r not in self._saving and (above is None or r.priority > above)]
-        return None if self._deterministic else max(found, key=lambda r: (r.priority, r.arrived_at), default=None)
+        return max(found, key=lambda r: (r.priority, r.arrived_at), default=None)
 
     def _preempt(self, request: Request) -> list[SlotOp]:
         """Back to waiting. What it has computed is parked outside the context if there is room (a copy of 35 MB takes 4 ms, its 1,500 tokens some
         seconds), else it will be computed again."""
         slot = self._slot(request)
-        ops = self._cache.park(slot, pinned=True)
+        ops = self._cut_inexact(request, slot) if self._deterministic else self._cache.park(slot, pinned=True)
         self.running.remove(request)
         self._cache.release(slot)
         request.preempt()
@@ -256,6 +258,7 @@ class Scheduler:
             slot.tokens[chunk.start :] = chunk.tokens
             del slot.tokens[resident:]  # fewer than asked after an interrupt or a rejected draft
             request.num_computed_tokens = resident
+            request.num_cached_tokens = min(request.num_cached_tokens, resident)  # less where a parked prefix was lost
             if chunk.slot in faults:
                 request.error = faults[chunk.slot]
                 self._finish(request, FinishReason.ERROR)
@@ -336,14 +339,17 @@ class Scheduler:
             self.waiting.remove(request)
         else:
             slot = self._slot(request)
-            if self._deterministic and len(slot.tokens) > request.num_prompt_tokens:  # what was decoded one by one is not what a chunk computes
-                del slot.tokens[request.num_prompt_tokens // ALIGNMENT * ALIGNMENT :]
-                self._pending.append(Truncate(slot.index, len(slot.tokens)))
+            if self._deterministic:
+                self._pending += self._cut_inexact(request, slot)
             self.running.remove(request)
             if request in self._saving:
                 self._saving.remove(request)
             self._cache.release(slot)
         self.waiting.leave(request)
+
+    def _cut_inexact(self, request: Request, slot: Slot) -> list[SlotOp]:
+        """For others only what was computed in whole chunks is exactly what they would compute."""
+        return self._cache.cut(slot, min(len(slot.tokens), request.num_prompt_tokens) // ALIGNMENT * ALIGNMENT)
 
     def farewell(self) -> list[SlotOp]:
         """At the end of the engine: what copies the idle prefixes to disk."""

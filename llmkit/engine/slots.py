@@ -29,6 +29,7 @@ class Slot:
     salt: str = ""
     busy: bool = False
     last_used: int = 0
+    shareable: int | None = None  # how many of its leading tokens others may use; None: all
 
 
 @dataclass(slots=True)
@@ -91,7 +92,10 @@ class PrefixCache:
     def _shared(self, entry: Slot | Parked, prompt: list[int], salt: str) -> int:
         if entry.salt != salt or not entry.tokens:
             return 0
-        shared = common_prefix(entry.tokens, prompt, len(prompt) - 1)
+        limit = len(prompt) - 1
+        if isinstance(entry, Slot) and entry.shareable is not None:
+            limit = min(limit, entry.shareable)
+        shared = common_prefix(entry.tokens, prompt, limit)
         return shared if self._can_truncate or shared == len(entry.tokens) or isinstance(entry, Slot) else 0
 
     def acquire(self, tokens: Sequence[int], salt: str = "", *, reuse: bool = True) -> tuple[Slot, int, list[SlotOp]]:
@@ -139,11 +143,9 @@ class PrefixCache:
 
     def _take(self, slot: Slot, keep: int, salt: str, ops: list[SlotOp]) -> tuple[Slot, int, list[SlotOp]]:
         if keep < len(slot.tokens):
-            if not self._can_truncate:
-                keep = 0
-            ops = [*ops, Truncate(slot.index, keep)]
-            del slot.tokens[keep:]
-        slot.busy, slot.salt = True, salt
+            ops = [*ops, *self.cut(slot, keep)]
+            keep = len(slot.tokens)
+        slot.busy, slot.salt, slot.shareable = True, salt, None
         self._touch(slot)
         return slot, keep, ops
 
@@ -151,6 +153,14 @@ class PrefixCache:
         """The request ended; its tokens stay as a cached prefix."""
         slot.busy = False
         self._touch(slot)
+
+    def cut(self, slot: Slot, length: int) -> list[SlotOp]:
+        """Keep only the first ``length`` tokens of a slot, or none where the model cannot cut."""
+        if length >= len(slot.tokens):
+            return []
+        length = length if self._can_truncate else 0
+        del slot.tokens[length:]
+        return [Truncate(slot.index, length)]
 
     def evict(self, slot: Slot) -> list[SlotOp]:
         """Empty an idle slot, parking what it holds if that is worth it."""

@@ -12,10 +12,10 @@ __all__ = ["StatsCounter"]
 class StatsCounter:
     """Counts what the engine does; ``snapshot`` is replaced whole, so readers need no lock."""
 
-    def __init__(self, cache: PrefixCache, scheduler: Scheduler, n_ctx: int) -> None:
+    def __init__(self, cache: PrefixCache, scheduler: Scheduler, capacity: int) -> None:
         self._cache = cache
         self._scheduler = scheduler
-        self._n_ctx = n_ctx
+        self._capacity = capacity
         self.prompt_tokens = self.cached_tokens = self.generation_tokens = self.requests = self.steps = 0
         self.step_s = self.backend_s = 0.0
         self.snapshot = self._take()
@@ -32,7 +32,7 @@ class StatsCounter:
             num_waiting=len(self._scheduler.waiting),
             kv_used_tokens=used,
             kv_cached_tokens=sum(len(s.tokens) for s in slots) - used,
-            kv_capacity_tokens=len(slots) * self._n_ctx,
+            kv_capacity_tokens=self._capacity,
             num_slots=len(slots),
             prompt_tokens_total=self.prompt_tokens,
             cached_tokens_total=self.cached_tokens,

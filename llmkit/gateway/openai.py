@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from typing import Any
 
 from llmkit.client import EngineClient
@@ -13,12 +13,12 @@ from llmkit.gateway import schemas
 from llmkit.gateway.engines import EngineDirectory
 from llmkit.gateway.exchange import Exchange
 from llmkit.stream import Stream
-from llmkit.types import Completion, Delta, FinishReason, GenerationRequest
+from llmkit.types import Completion, Delta, FinishReason, GenerationRequest, TokenLogprob
 
 __all__ = ["OpenAIRoutes"]
 
 PING_S = 15.0
-Chunk = Callable[[dict[str, Any], int, Any, FinishReason | None], dict[str, Any]]
+Chunk = Callable[[dict[str, Any], int, Any, FinishReason | None, Sequence[TokenLogprob]], dict[str, Any]]
 
 
 class OpenAIRoutes:
@@ -49,7 +49,8 @@ class OpenAIRoutes:
         streams = submit_all(engine, request.requests(reply_id))
         try:
             if not request.stream:
-                exchange.send_json(schemas.chat_object(head, await gather(streams, lambda: self._on_use(engine))))
+                done = await gather(streams, lambda: self._on_use(engine))
+                exchange.send_json(schemas.chat_object(head, done, bool(request.logprobs)))
                 return
             events = merge(streams)
             news = await anext(events)  # an error before the first byte still has its real status
@@ -73,8 +74,7 @@ class OpenAIRoutes:
         try:
             if not request.stream:
                 done = await gather(streams, lambda: self._on_use(engine))
-                texts = [request.echo_text(i) + c.text for i, c in enumerate(done)]
-                exchange.send_json(schemas.completion_object(head, texts, done, num_prompts))
+                exchange.send_json(schemas.completion_object(head, request, done))
                 return
             events = merge(streams)
             news = await anext(events)
@@ -82,7 +82,7 @@ class OpenAIRoutes:
             if request.echo:
                 for i in range(len(streams)):
                     await exchange.send_event(schemas.text_chunk(head, i, request.echo_text(i)))
-            await self._relay(exchange, engine, head, news, events, request.include_usage, num_prompts, lambda i, text: text, schemas.text_chunk)
+            await self._relay(exchange, engine, head, news, events, request.include_usage, num_prompts, lambda i, text: text, TextChunks())
         finally:
             close_all(streams)
 
@@ -127,11 +127,12 @@ class OpenAIRoutes:
             else:
                 index, deltas, completion = news
                 text = "".join(d.text for d in deltas)
-                if text:
-                    await exchange.send_event(chunk(head, index, payload(index, text), None))
+                entries = [e for d in deltas for e in d.logprobs]
+                if text or entries:
+                    await exchange.send_event(chunk(head, index, payload(index, text), None, entries))
                 if completion is not None:
                     usages[index] = completion.usage
-                    await exchange.send_event(chunk(head, index, payload(index, ""), completion.finish_reason))
+                    await exchange.send_event(chunk(head, index, payload(index, ""), completion.finish_reason, ()))
             try:
                 news = await anext(events)
             except StopAsyncIteration:
@@ -141,6 +142,18 @@ class OpenAIRoutes:
             await exchange.send_event({**head, "choices": [], "usage": usage})
         self._on_use(engine)
         exchange.end_events()
+
+
+class TextChunks:
+    """Chunks of text completions; keeps where in its text each choice is."""
+
+    def __init__(self) -> None:
+        self._offsets: dict[int, int] = {}
+
+    def __call__(self, head: dict[str, Any], index: int, text: str, finish: FinishReason | None, entries: Sequence[TokenLogprob]) -> dict[str, Any]:
+        offset = self._offsets.get(index, 0)
+        self._offsets[index] = offset + len(text)
+        return schemas.text_chunk(head, index, text, finish, entries, offset)
 
 
 Event = tuple[int, list[Delta], Completion | None]

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import json
 import secrets
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal, NoReturn, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from llmkit.errors import InvalidRequestError
-from llmkit.types import Completion, FinishReason, GenerationRequest, Message, ModelDescription, SamplingParams, Usage
+from llmkit.gateway.logprobs import chat_logprobs, text_logprobs
+from llmkit.types import Completion, FinishReason, GenerationRequest, Grammar, Message, ModelDescription, SamplingParams, TokenLogprob, Usage
 
 __all__ = [
     "ChatRequest",
@@ -38,6 +40,9 @@ ALIASES = {
     "penalty_last_n": ("repeat_last_n",),
 }
 TokenIds = list[int]
+Head = dict[str, Any]
+ANY_OBJECT = {"type": "object"}
+MAX_TOP_LOGPROBS = 20
 Schema = TypeVar("Schema", bound=BaseModel)
 
 
@@ -45,6 +50,20 @@ class StreamOptions(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
     include_usage: bool | None = None
     include_obfuscation: bool | None = None
+
+
+class JsonSchema(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+    name: str
+    description: str | None = None
+    schema_: dict[str, Any] | None = Field(None, alias="schema")
+    strict: bool | None = None
+
+
+class ResponseFormat(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
 
 
 class GenerationFields(BaseModel):
@@ -71,6 +90,14 @@ class GenerationFields(BaseModel):
     stop: str | list[str] | None = None
     logit_bias: dict[str, float] | None = None
     ignore_eos: bool | None = None
+    speculate: bool | None = None
+    priority: int | None = None
+    cache_salt: str | None = None
+    response_format: ResponseFormat | None = None
+    json_schema: dict[str, Any] | None = None
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None
     user: str | None = None
     metadata: dict[str, str] | None = None
     store: Literal[False] | None = None
@@ -101,6 +128,9 @@ class GenerationFields(BaseModel):
             "stop": None if self.stop is None else (self.stop,) if isinstance(self.stop, str) else tuple(self.stop),
             "logit_bias": _logit_bias(self.logit_bias),
             "ignore_eos": self.ignore_eos,
+            "speculate": self.speculate,
+            "grammar": self._grammar(),
+            **self.wanted_logprobs(),
         }
         given = {k: v for k, v in values.items() if v is not None}
         try:
@@ -108,10 +138,43 @@ class GenerationFields(BaseModel):
         except InvalidRequestError as error:
             raise self._in_callers_words(error) from None
 
+    def wanted_logprobs(self) -> dict[str, int | None]:
+        """``logprobs`` and ``prompt_logprobs`` of the sampling parameters."""
+        return {}
+
+    def _grammar(self) -> Grammar | None:
+        """The one constraint that is asked for. Raises `InvalidRequestError` for two that differ."""
+        found = {name: grammar for name, grammar in self._grammars().items() if grammar is not None}
+        if len(set(found.values())) > 1:
+            raise InvalidRequestError(f"{' and '.join(found)} cannot be combined; give one of them.", list(found)[-1])
+        return next(iter(found.values()), None)
+
+    def _grammars(self) -> dict[str, Grammar | None]:
+        form = self.response_format
+        if form is not None and form.type == "json_schema" and form.json_schema is None:
+            raise InvalidRequestError("response_format: json_schema is missing.", "response_format")
+        schema = form.json_schema.schema_ if form is not None and form.json_schema is not None else None
+        return {
+            "response_format": None if form is None or form.type == "text" else _schema(ANY_OBJECT if schema is None else schema),
+            "json_schema": None if self.json_schema is None else _schema(self.json_schema),
+            "regex": None if self.regex is None else Grammar("regex", self.regex),
+            "choice": None if self.choice is None else Grammar("choice", json.dumps(self.choice)),
+            "grammar": None if self.grammar is None else Grammar("gbnf" if "::=" in self.grammar else "lark", self.grammar),
+        }
+
+    def _request(self, request_id: str, index: int, max_tokens: int | None, **prompt: Any) -> GenerationRequest:
+        return GenerationRequest(
+            request_id, self.sampling(index, max_tokens), priority=self.priority or 0, caller=self.user or "", cache_salt=self.cache_salt or "", **prompt
+        )
+
     def _in_callers_words(self, error: InvalidRequestError) -> InvalidRequestError:
         """The same error, naming the field as the caller spelled it."""
         name = next((alias for alias in ALIASES.get(error.param or "", ()) if getattr(self, alias, None) is not None), None)
         return InvalidRequestError(str(error).replace(error.param or "", name, 1), name) if name else error
+
+
+def _schema(schema: Any) -> Grammar:
+    return Grammar("json_schema", json.dumps(schema))
 
 
 def _logit_bias(bias: dict[str, float] | None) -> tuple[tuple[int, float], ...] | None:
@@ -146,8 +209,8 @@ class ChatRequest(GenerationFields):
 
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
     max_completion_tokens: int | None = None
-    logprobs: Literal[False] | None = None
-    response_format: ResponseFormat | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     modalities: list[Literal["text"]] | None = None
 
     def requests(self, reply_id: str) -> list[GenerationRequest]:
@@ -157,12 +220,12 @@ class ChatRequest(GenerationFields):
             name = "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
             raise InvalidRequestError(f"{name} must be at least 1.", name)
         messages = tuple(m.message() for m in self.messages)
-        return [GenerationRequest(f"{reply_id}-{i}", self.sampling(i, limit), messages=messages) for i in range(self.n or 1)]
+        return [self._request(f"{reply_id}-{i}", i, limit, messages=messages) for i in range(self.n or 1)]
 
-
-class ResponseFormat(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-    type: Literal["text"]
+    def wanted_logprobs(self) -> dict[str, int | None]:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise InvalidRequestError("top_logprobs is only allowed when logprobs is true.", "top_logprobs")
+        return {"logprobs": (self.top_logprobs or 0) if self.logprobs else None}
 
 
 class CompletionRequest(GenerationFields):
@@ -171,6 +234,7 @@ class CompletionRequest(GenerationFields):
     prompt: str | list[str] | TokenIds | list[TokenIds]
     echo: bool | None = None
     best_of: Literal[1] | None = None
+    logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
 
     @property
     def prompts(self) -> list[str | tuple[int, ...]]:
@@ -188,14 +252,28 @@ class CompletionRequest(GenerationFields):
     def requests(self, reply_id: str) -> list[GenerationRequest]:
         """One engine request for each choice; choice index = prompt index x n + j."""
         n, prompts = self.n or 1, self.prompts
-        if self.echo and not all(isinstance(p, str) for p in prompts):
-            raise InvalidRequestError("echo is only supported for text prompts.", "echo")
+        if self.echo and self.stream and (self.logprobs is not None or not all(isinstance(p, str) for p in prompts)):
+            raise InvalidRequestError("echo cannot be streamed with logprobs or token prompts; leave stream out.", "echo")
         limit = LEGACY_MAX_TOKENS if self.max_tokens is None else self.max_tokens
-        return [GenerationRequest(f"{reply_id}-{i * n + j}", self.sampling(j, limit), prompt=prompt) for i, prompt in enumerate(prompts) for j in range(n)]
+        return [self._request(f"{reply_id}-{i * n + j}", j, limit, prompt=prompt) for i, prompt in enumerate(prompts) for j in range(n)]
 
-    def echo_text(self, index: int) -> str:
+    def wanted_logprobs(self) -> dict[str, int | None]:
+        # The text of a token prompt is known from its scores.
+        scored = self.echo and (self.logprobs is not None or not isinstance(self.prompts[0], str))
+        return {"logprobs": self.logprobs, "prompt_logprobs": (self.logprobs or 0) if scored else None}
+
+    def echo_text(self, index: int, completion: Completion | None = None) -> str:
         """What choice ``index`` begins with."""
-        return str(self.prompts[index // (self.n or 1)]) if self.echo else ""
+        prompt = self.prompts[index // (self.n or 1)]
+        if not self.echo:
+            return ""
+        return prompt if isinstance(prompt, str) else b"".join(e.piece for e in completion.prompt_logprobs).decode("utf-8", "replace") if completion else ""
+
+    def choice_logprobs(self, completion: Completion) -> dict[str, Any] | None:
+        """``logprobs`` of a choice, the prompt's first where it is echoed."""
+        if self.logprobs is None:
+            return None
+        return text_logprobs([*(completion.prompt_logprobs if self.echo else ()), *completion.logprobs])
 
 
 def parse(schema: type[Schema], body: bytes) -> Schema:
@@ -249,22 +327,24 @@ def usage_object(usages: list[Usage], num_prompts: int = 1) -> dict[str, Any]:
     }
 
 
-def chat_chunk(head: dict[str, Any], index: int, delta: dict[str, Any], finish: FinishReason | None = None) -> dict[str, Any]:
-    choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None if finish is None else FINISH_REASONS[finish]}
-    return {**head, "choices": [choice]}
+def chat_chunk(head: Head, index: int, delta: dict[str, Any], finish: FinishReason | None = None, entries: Sequence[TokenLogprob] = ()) -> Head:
+    return {**head, "choices": [{"index": index, "delta": delta, **_ending(chat_logprobs(entries) if entries else None, finish)}]}
 
 
-def text_chunk(head: dict[str, Any], index: int, text: str, finish: FinishReason | None = None) -> dict[str, Any]:
-    choice = {"text": text, "index": index, "logprobs": None, "finish_reason": None if finish is None else FINISH_REASONS[finish]}
-    return {**head, "choices": [choice]}
+def text_chunk(head: Head, index: int, text: str, finish: FinishReason | None = None, entries: Sequence[TokenLogprob] = (), offset: int = 0) -> Head:
+    return {**head, "choices": [{"text": text, "index": index, **_ending(text_logprobs(entries, offset) if entries else None, finish)}]}
 
 
-def chat_object(head: dict[str, Any], completions: list[Completion]) -> dict[str, Any]:
+def _ending(logprobs: Any, finish: FinishReason | None) -> dict[str, Any]:
+    return {"logprobs": logprobs, "finish_reason": None if finish is None else FINISH_REASONS[finish]}
+
+
+def chat_object(head: Head, completions: list[Completion], logprobs: bool = False) -> Head:
     choices = [
         {
             "index": i,
             "message": {"role": "assistant", "content": c.text, "refusal": None},
-            "logprobs": None,
+            "logprobs": chat_logprobs(c.logprobs) if logprobs else None,
             "finish_reason": FINISH_REASONS[c.finish_reason],
         }
         for i, c in enumerate(completions)
@@ -272,12 +352,17 @@ def chat_object(head: dict[str, Any], completions: list[Completion]) -> dict[str
     return {**head, "choices": choices, "usage": usage_object([c.usage for c in completions])}
 
 
-def completion_object(head: dict[str, Any], texts: list[str], completions: list[Completion], num_prompts: int) -> dict[str, Any]:
+def completion_object(head: Head, request: CompletionRequest, completions: list[Completion]) -> Head:
     choices = [
-        {"text": text, "index": i, "logprobs": None, "finish_reason": FINISH_REASONS[c.finish_reason]}
-        for i, (text, c) in enumerate(zip(texts, completions, strict=True))
+        {
+            "text": request.echo_text(i, c) + c.text,
+            "index": i,
+            "logprobs": request.choice_logprobs(c),
+            "finish_reason": FINISH_REASONS[c.finish_reason],
+        }
+        for i, c in enumerate(completions)
     ]
-    return {**head, "choices": choices, "usage": usage_object([c.usage for c in completions], num_prompts)}
+    return {**head, "choices": choices, "usage": usage_object([c.usage for c in completions], len(request.prompts))}
 
 
 def model_object(model_id: str, description: ModelDescription) -> dict[str, Any]:

@@ -1,0 +1,52 @@
+"""Log-probabilities in OpenAI's two shapes. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from llmkit.types import TokenLogprob
+
+__all__ = ["chat_logprobs", "text_logprobs"]
+
+FLOOR = -9999.0  # JSON has no minus infinity
+
+
+def chat_logprobs(entries: Iterable[TokenLogprob]) -> dict[str, Any]:
+    """``logprobs`` of a chat choice."""
+
+    def one(piece: bytes, logprob: float | None) -> dict[str, Any]:
+        return {"token": _text(piece), "logprob": _finite(logprob), "bytes": list(piece)}
+
+    return {"content": [{**one(e.piece, e.logprob), "top_logprobs": [one(b, p) for _, b, p in e.top]} for e in entries], "refusal": None}
+
+
+def text_logprobs(entries: Sequence[TokenLogprob], offset: int = 0) -> dict[str, Any]:
+    """``logprobs`` of a text completion. ``offset`` is where in the choice's text the first token begins, in characters; a prompt's first token has none."""
+    offsets = []
+    for entry in entries:
+        offsets.append(offset)
+        offset += len(_text(entry.piece))
+    return {
+        "tokens": [_text(e.piece) for e in entries],
+        "token_logprobs": [None if e.logprob is None else _finite(e.logprob) for e in entries],
+        "top_logprobs": [None if e.logprob is None else _top(e) for e in entries],
+        "text_offset": offsets,
+    }
+
+
+def _top(entry: TokenLogprob) -> dict[str, float]:
+    found = {_text(piece): _finite(logprob) for _, piece, logprob in reversed(entry.top)}  # of equal texts the likelier one stays
+    return {**dict(reversed(found.items())), _text(entry.piece): _finite(entry.logprob)}
+
+
+def _finite(logprob: float | None) -> float:
+    return FLOOR if logprob is None else max(logprob, FLOOR)
+
+
+def _text(piece: bytes) -> str:
+    """The token as text; bytes that are no text by themselves as OpenAI spells them."""
+    try:
+        return piece.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{b:02x}" for b in piece)

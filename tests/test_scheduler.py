@@ -1,0 +1,294 @@
+"""The scheduler and its slots, driven step by step on the fake: whatever comes in whatever order, nothing leaks, and everybody gets what is theirs."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+from fakes import END, FakeRunner, piece
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llmkit.engine.backlog import Backlog
+from llmkit.engine.batch import Fork, Park, Restore
+from llmkit.engine.budget import StepClock
+from llmkit.engine.detokenize import Detokenizer
+from llmkit.engine.draft import PromptLookup
+from llmkit.engine.request import Request
+from llmkit.engine.scheduler import Scheduler
+from llmkit.engine.slots import PrefixCache
+from llmkit.stream import Channel
+from llmkit.types import FinishReason, SamplingParams
+
+_ids = itertools.count()
+
+
+class Bench:
+    """A scheduler and a runner without the engine's thread: ``step()`` is one step, with its books checked."""
+
+    def __init__(self, runner: FakeRunner, target_s: float | None = None, deterministic: bool = False) -> None:
+        self.runner = runner
+        self.cache = PrefixCache(runner.n_slots, can_truncate=runner.can_truncate, can_fork=runner.can_fork, host_tokens=runner.host_tokens)
+        self.clock = StepClock(target_s)
+        self.scheduler = Scheduler(
+            self.cache,
+            n_ctx=runner.n_ctx,
+            max_batch_tokens=runner.max_batch_tokens,
+            is_end=lambda t: t == END,
+            clock=self.clock,
+            capacity=runner.capacity,
+            can_coalesce=runner.can_fork and runner.can_truncate,
+            can_draft=runner.can_truncate,
+            deterministic=deterministic,
+        )
+        self.ended: list[Request] = []
+
+    def add(self, prompt: bytes, max_tokens: int = 8, **options: Any) -> Request:
+        params = SamplingParams(temperature=0, max_tokens=max_tokens)
+        room = self.runner.n_ctx - len(prompt)
+        channel = Channel(f"r{next(_ids)}", lambda _: None)
+        request = Request(list(prompt), params, min(max_tokens, room), Detokenizer(piece), channel, **options)
+        self.scheduler.add(request)
+        return request
+
+    def step(self) -> list[Request]:
+        batch = self.scheduler.schedule()
+        news = self.scheduler.update(batch, self.runner.execute(batch))
+        self.note(news)
+        return news
+
+    def note(self, news: list[Request]) -> None:
+        for request in news:
+            request.publish()
+        self.ended += [r for r in news if r.finish_reason is not None]
+        self.scheduler.check()
+        for slot in self.cache.slots:
+            assert slot.tokens == self.runner.slots[slot.index] or any(getattr(op, "slot", None) == slot.index for op in self.scheduler._pending)
+
+    def drain(self, most: int = 5000) -> None:
+        for _ in range(most):
+            if not self.scheduler.has_work:
+                break
+            self.step()
+        assert not self.scheduler.has_work, "it never ends"
+
+    def abort(self, request: Request) -> None:
+        self.note(self.scheduler.abort([request.request_id]))
+
+    def text(self, request: Request) -> bytes:
+        assert request.channel.result is not None
+        return request.channel.result.text.encode()
+
+
+ARRIVAL = st.tuples(
+    st.sampled_from([b"", b"a shared beginning that is long enough to be worth a wait, ", b"another one, also quite long and also shared by some of them "]),
+    st.binary(min_size=1, max_size=30).map(lambda b: bytes(97 + c % 26 for c in b)),
+    st.integers(0, 40),  # max_tokens
+    st.integers(0, 2),  # priority
+    st.sampled_from(["ann", "bob", "eve"]),
+    st.sampled_from(["", "", "salt"]),
+)
+EVENT = st.one_of(
+    ARRIVAL.map(lambda a: ("add", a)),
+    st.integers(0, 30).map(lambda i: ("abort", i)),
+    st.integers(1, 12).map(lambda n: ("steps", n)),
+    st.sampled_from([("interrupt", 0), ("no room", 0), ("lose", 0)]),
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    events=st.lists(EVENT, max_size=60),
+    n_slots=st.integers(1, 5),
+    capacity=st.sampled_from([None, None, 220, 400]),
+    host_tokens=st.sampled_from([0, 150, 5000]),
+    letters=st.sampled_from([2, 26]),
+    truncate=st.booleans(),
+    deterministic=st.booleans(),
+)
+def test_any_order_of_events_ends_well(
+    events: list[Any], n_slots: int, capacity: int | None, host_tokens: int, letters: int, truncate: bool, deterministic: bool
+) -> None:
+    runner = FakeRunner(n_slots=n_slots, n_ctx=200, capacity=capacity, host_tokens=host_tokens, letters=letters)
+    runner.can_truncate = runner.can_fork = truncate  # type: ignore[misc]
+    bench = Bench(runner, deterministic=deterministic)
+    requests: list[tuple[Request, bytes]] = []
+    aborted: set[str] = set()
+    for kind, value in events:
+        if kind == "add":
+            prefix, rest, max_tokens, priority, caller, salt = value
+            requests.append((bench.add(prefix + rest, max_tokens, priority=priority, caller=caller, cache_salt=salt), prefix + rest))
+        elif kind == "abort" and requests:
+            request = requests[value % len(requests)][0]
+            if request.finish_reason is None:
+                aborted.add(request.request_id)
+            bench.abort(request)
+        elif kind == "steps":
+            for _ in range(value):
+                bench.step()
+        elif kind == "interrupt":
+            runner.interrupt()
+            bench.step()
+            runner.clear_interrupt()
+        elif kind == "no room":
+            runner.no_room_next = bool(len(bench.scheduler.running) > 1)
+        elif kind == "lose":
+            runner.lose_parked = not runner.lose_parked
+    runner.lose_parked = False
+    bench.drain()
+    assert sorted(r.request_id for r in bench.ended) == sorted(r.request_id for r, _ in requests), "each ends exactly once"
+    for request, prompt in requests:
+        expected = runner.reference(prompt, min(request.max_tokens, 200 - len(prompt)))
+        if request.request_id in aborted:
+            assert request.finish_reason is FinishReason.ABORT and expected.startswith(bench.text(request))
+        else:
+            assert request.finish_reason is FinishReason.LENGTH and bench.text(request) == expected
+    assert bench.cache.num_free == n_slots and not [p for p in bench.cache.parked.values() if p.pinned]
+    bench.scheduler.schedule()
+    assert len(bench.scheduler.waiting._active) == 0
+
+
+def ops(bench: Bench, kind: type) -> list[Any]:
+    return [op for batch in bench.runner.batches for op in batch.ops if isinstance(op, kind)]
+
+
+def computed(bench: Bench) -> int:
+    """Tokens computed, without guesses that did not come true."""
+    wrong = bench.scheduler.num_drafted - bench.scheduler.num_accepted
+    return sum(batch.num_tokens for batch in bench.runner.batches) - wrong
+
+
+def test_one_cold_prefix_is_computed_once() -> None:
+    bench = Bench(FakeRunner(n_slots=8, n_ctx=400))
+    prefix = b"once and only once, said the prefix, and it went on for a while so that it was worth it. " * 2
+    requests = [bench.add(prefix + bytes([65 + i]), 4) for i in range(8)]
+    bench.drain()
+    assert computed(bench) == len(prefix) + 8 * (1 + 3), "the prefix, then each its own letter and what was generated but for the last"
+    assert len(ops(bench, Fork)) == 7 and [r.num_cached_tokens for r in requests] == [0] + [len(prefix)] * 7
+
+
+def test_a_prefix_of_a_running_stream_is_shared_while_it_runs() -> None:
+    bench = Bench(FakeRunner(n_ctx=400))
+    first = bench.add(b"a system prompt that others will want as well: hello", 100)
+    for _ in range(5):
+        bench.step()
+    second = bench.add(b"a system prompt that others will want as well: goodbye", 3)
+    bench.drain()
+    assert second.num_cached_tokens == len(b"a system prompt that others will want as well: ") and first.num_output_tokens == 100
+
+
+def test_salts_keep_tenants_apart() -> None:
+    bench = Bench(FakeRunner(n_ctx=400))
+    prompt = b"a secret that nobody else shall learn by measuring how long it takes"
+    for salt, cached in (("a", 0), ("b", 0), ("a", len(prompt) - 1)):
+        request = bench.add(prompt, 2, cache_salt=salt)
+        bench.drain()
+        assert request.num_cached_tokens == cached
+
+
+def test_a_more_urgent_request_preempts_and_nothing_is_computed_twice() -> None:
+    bench = Bench(FakeRunner(n_slots=1, n_ctx=400, host_tokens=1000))
+    slow = bench.add(b"this one is in no hurry at all, and long enough to be parked, so that it can come back", 60, priority=5)
+    for _ in range(10):
+        bench.step()
+    urgent = bench.add(b"now!", 5)
+    bench.drain()
+    assert bench.ended == [urgent, slow] and bench.scheduler.num_preemptions == 1
+    assert len(ops(bench, Park)) >= 1 and len(ops(bench, Restore)) == 1
+    assert bench.text(slow) == bench.runner.reference(bytes(slow.tokens[: slow.num_prompt_tokens]), 60)
+    assert computed(bench) == slow.num_prompt_tokens + 59 + 4 + 4
+
+
+def test_callers_share_whatever_the_number_of_their_requests() -> None:
+    bench = Bench(FakeRunner(n_slots=2))
+    for i in range(40):
+        bench.add(b"greedy %d" % i, 10, caller="greedy")
+    modest = [bench.add(b"modest %d" % i, 10, caller="modest") for i in range(3)]
+    bench.drain()
+    assert max(bench.ended.index(r) for r in modest) <= 8
+
+
+def test_a_short_prompt_passes_a_long_one_and_the_long_one_keeps_half() -> None:
+    bench = Bench(FakeRunner(n_slots=4, n_ctx=2000, max_batch_tokens=64))
+    long = bench.add(bytes(97 + i % 26 for i in range(1000)), 2)
+    bench.step()
+    short = bench.add(b"Z" * 40, 2)
+    before = long.num_computed_tokens
+    while short.num_output_tokens == 0:
+        bench.step()
+    assert short.num_output_tokens == 1 and long.num_computed_tokens - before >= 60
+
+
+def test_prompts_leave_running_streams_their_latency() -> None:
+    bench = Bench(FakeRunner(n_slots=4, n_ctx=2000, max_batch_tokens=512), target_s=0.1)
+    for _ in range(50):
+        bench.clock.observe(num_streams=1, num_decode=1, num_prefill=0, seconds=0.01)
+        bench.clock.observe(num_streams=0, num_decode=0, num_prefill=100, seconds=0.2)
+    bench.add(b"stream", 50)
+    bench.step()
+    bench.add(bytes(97 + i % 26 for i in range(1000)), 2)
+    bench.step()
+    assert sorted(len(c.tokens) for c in bench.runner.batches[-1].chunks) == [1, 45], "(0.1 - 0.01) s / 2 ms"
+
+
+def test_the_clock_survives_outliers_and_targets_below_a_step() -> None:
+    clock = StepClock(0.05)
+    for _ in range(20):
+        clock.observe(num_streams=2, num_decode=2, num_prefill=0, seconds=0.02)
+        clock.observe(num_streams=2, num_decode=2, num_prefill=30, seconds=0.05)
+    usual = clock.prefill_budget(2)
+    assert 25 <= usual <= 35
+    clock.observe(num_streams=2, num_decode=2, num_prefill=0, seconds=60)
+    assert clock.prefill_budget(2) >= 16
+    assert StepClock(None).prefill_budget(9) > 1_000_000 and StepClock(0.001).prefill_budget(1) == 16
+
+
+def test_lookup_guesses_pay_and_stop_when_they_do_not() -> None:
+    bench = Bench(FakeRunner(n_ctx=2000, letters=1))  # says "a" for ever
+    request = bench.add(b"aaaaaaaa", 200)
+    bench.drain()
+    assert bench.text(request) == b"a" * 200 and len(bench.runner.batches) < 60
+    lookup = PromptLookup()
+    wrong = [1, 2, 3, 4, 5] * 20
+    tried = 0
+    for _ in range(200):
+        guess = lookup.propose(wrong, 8, 0.3)
+        tried += len(guess)
+        lookup.learn(len(guess), 0)
+        wrong.append(1 + (wrong[-1] + 2) % 5)
+        wrong += [2, 3, 4]
+    assert tried < 150, "it notices"
+
+
+def test_service_counts_from_now_on_for_those_who_come_back() -> None:
+    backlog = Backlog()
+
+    def request(caller: str) -> Request:
+        return Request([1], SamplingParams(), 1, Detokenizer(piece), Channel(f"r{next(_ids)}", lambda _: None), caller=caller)
+
+    busy = request("busy")
+    backlog.add(busy)
+    backlog.charge(busy, num_prompt=1000)
+    idle = request("idle")
+    backlog.add(idle)
+    backlog.charge(idle, num_prompt=10)
+    assert backlog.first(lambda _: True) is busy, "the newcomer began at 1000, and has had 10 since"
+    backlog.remove(busy)
+    backlog.leave(busy)
+    assert backlog.first(lambda _: True) is idle and len(backlog) == 1
+
+
+@pytest.mark.parametrize("truncate", [True, False])
+def test_a_prefix_that_lost_its_slot_comes_back_from_ram(truncate: bool) -> None:
+    runner = FakeRunner(n_slots=1, n_ctx=400, host_tokens=1000)
+    runner.can_truncate = runner.can_fork = truncate  # type: ignore[misc]
+    bench = Bench(runner)
+    talk = b"a long conversation that somebody will come back to, after others have had the slot for theirs; "
+    first = bench.add(talk, 5)
+    bench.drain()
+    bench.add(b"somebody else, with something else to say", 5)
+    bench.drain()
+    again = bench.add(talk + bench.text(first) + b" and on", 5)
+    bench.drain()
+    assert again.num_cached_tokens >= len(talk) + 4 and len(ops(bench, Restore)) == 1
