@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from concurrent.futures import Future
 from typing import Protocol
 
 from llmkit.stream import Stream
-from llmkit.types import EngineStats, GenerationRequest, ModelDescription
+from llmkit.types import EmbeddingRequest, Embeddings, EngineStats, GenerationRequest, ModelDescription
 
 __all__ = ["EngineClient"]
 
@@ -24,6 +25,10 @@ class EngineClient(Protocol):
         Raises `InvalidRequestError` or `ContextLengthError` at once or from the stream, `ModelUnloadedError` or `EngineGoneError` when there is no
         engine any more.
         """
+        ...
+
+    def embed(self, request: EmbeddingRequest) -> Future[Embeddings]:
+        """Vectors of texts. Raises as ``submit`` does, also for a model that generates text."""
         ...
 
     def abort(self, request_id: str) -> None:

@@ -16,9 +16,11 @@ from llmkit.client import EngineClient
 from llmkit.errors import InvalidRequestError, ModelUnloadedError
 from llmkit.options import EngineOptions
 from llmkit.stream import Channel, Stream
-from llmkit.types import Completion, EngineStats, FinishReason, GenerationRequest, Message, ModelDescription, SamplingParams
+from llmkit.types import Completion, EmbeddingRequest, EngineStats, FinishReason, GenerationRequest, Message, ModelDescription, SamplingParams
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from llmkit.bench.profiler import Profile
     from llmkit.bridge.server import BridgeServer
     from llmkit.models.memory import MemoryEstimate
@@ -89,7 +91,7 @@ def load(
     Raises `ModelNotFoundError`, `InvalidModelFileError`, `InsufficientMemoryError` (``force=True`` skips the estimate), `ModelLoadError`, and
     `InvalidRequestError` for impossible options.
     """
-    from llmkit.local import LocalEngine
+    from llmkit.local import open_model
     from llmkit.models.registry import resolve
 
     settings = _options(n_ctx=n_ctx, n_slots=n_slots, n_gpu_layers=n_gpu_layers, threads=threads, **options)
@@ -99,7 +101,7 @@ def load(
         if loaded is not None and not loaded.closed:
             loaded._check_same(settings, name)
             return loaded
-        engine = LocalEngine(model, settings, name=name, force=force)
+        engine = open_model(model, settings, name=name, force=force)
         bridge = None
         try:
             if share:
@@ -297,6 +299,35 @@ class LLM:
         finally:
             if len(streams) > 1:
                 self._batch = [s.channel for s in streams]
+
+    # -- embed
+
+    def embed(self, texts: str | Sequence[str], *, normalize: bool = True) -> np.ndarray:
+        """Vectors of texts by an embedding model (``llmkit.load("minilm")``): float32 of shape (n, size), or (size,) for a single text.
+
+        ``normalize`` makes their length 1, so that ``a @ b`` is the cosine similarity. Blocks; texts of one call and of other callers are computed together.
+        """
+        import numpy as np
+
+        inputs = (texts,) if isinstance(texts, str) else tuple(texts)
+        for i, text in enumerate(inputs):
+            if not isinstance(text, str):
+                raise InvalidRequestError(f"text {i} is not text but {type(text).__name__}.", "texts")
+        if not inputs:
+            return np.empty((0, self._description.embedding_size), np.float32)
+        found = self._engine.embed(EmbeddingRequest(self._new_id(), inputs, normalize)).result()
+        vectors = np.frombuffer(found.data, np.float32).reshape(-1, found.size)
+        return vectors[0] if isinstance(texts, str) else vectors
+
+    def rerank(self, query: str, documents: Sequence[str], top: int | None = None) -> list[tuple[int, float]]:
+        """The places of the documents that fit the query best, with their cosine similarity, best first; at most ``top`` of them."""
+        documents = list(documents)
+        if not documents:
+            return []
+        vectors = self.embed([query, *documents])
+        scores = vectors[1:] @ vectors[0]
+        order = sorted(range(len(documents)), key=lambda i: -scores[i])
+        return [(i, float(scores[i])) for i in order[:top]]
 
     def save_prefix(self, prompt: str | Messages) -> int:
         """Compute a text, or the beginning of a conversation, and keep it in the folder ``prefix_dir``: requests that begin with it find it computed, also in

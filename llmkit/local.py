@@ -8,6 +8,7 @@ import threading
 import time
 import warnings
 import weakref
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,20 +22,37 @@ from llmkit.models import gguf, memory
 from llmkit.models.registry import ModelSpec, resolve
 from llmkit.options import EngineOptions
 from llmkit.stream import Channel, Stream
-from llmkit.types import MAX_CHARS_PER_TOKEN, EngineStats, GenerationRequest, ModelDescription
+from llmkit.turns import Turns
+from llmkit.types import MAX_CHARS_PER_TOKEN, EmbeddingRequest, Embeddings, EngineStats, GenerationRequest, ModelDescription
 
 if TYPE_CHECKING:
     from llmkit.backend.llama import LlamaRunner
     from llmkit.backend.model import LlamaModel
+    from llmkit.embedding import LocalEmbedder
 
-__all__ = ["LocalEngine", "device_memory", "estimate"]
+__all__ = ["LocalEngine", "device_memory", "estimate", "open_model"]
 
 GPU_HINT = (
     'a GPU is here, but this build of llama.cpp is for the CPU only. Install the GPU build with\n    CMAKE_ARGS="-DGGML_CUDA=on" pip install --force-reinstall '
     "--no-cache-dir --no-deps llama-cpp-python"
 )
 
-_running: weakref.WeakSet[LocalEngine] = weakref.WeakSet()
+_running: weakref.WeakSet[LocalEngine | LocalEmbedder] = weakref.WeakSet()
+# Models that compute on the CPU take turns: together they would be slower than one after the other.
+_turns = Turns()
+
+
+def open_model(model: str | Path, options: EngineOptions, *, name: str | None = None, force: bool = False) -> LocalEngine | LocalEmbedder:
+    """An engine of the kind that the file asks for: one that generates, or one that embeds. Raises what `llmkit.load` documents."""
+    spec = resolve(model)
+    info = gguf.read_header(spec.path)
+    if info.value("pooling_type") not in (1, 2, 3):
+        return LocalEngine(model, options, name=name, force=force)
+    from llmkit.embedding import LocalEmbedder
+
+    embedder = LocalEmbedder(spec, info, options, _turns, name)
+    _running.add(embedder)
+    return embedder
 
 
 class LocalEngine:
@@ -84,6 +102,7 @@ class LocalEngine:
             max_waiting=options.max_waiting,
             target_itl_s=None if options.deterministic else options.target_itl_ms / 1000,
             deterministic=options.deterministic,
+            turns=_turns if need.n_gpu_layers == 0 else None,
         )
         _running.add(self)
 
@@ -165,6 +184,9 @@ class LocalEngine:
             )
         )
         return Stream(channel)
+
+    def embed(self, request: EmbeddingRequest) -> Future[Embeddings]:
+        raise InvalidRequestError(f'{self._description.name!r} generates text; load an embedding model (such as "minilm") for vectors.', "model")
 
     def abort(self, request_id: str) -> None:
         if not self._closed:

@@ -12,6 +12,8 @@ from llmkit.errors import InvalidRequestError
 __all__ = [
     "Completion",
     "Delta",
+    "EmbeddingRequest",
+    "Embeddings",
     "EngineStats",
     "FinishReason",
     "GenerationRequest",
@@ -27,6 +29,7 @@ __all__ = [
 MAX_STOP_STRINGS = 16
 MAX_LOGIT_BIAS = 1024
 MAX_LOGPROBS = 50
+MAX_INPUTS = 100_000
 MAX_GRAMMAR_CHARS = 1 << 20
 MAX_SEED = 2**32 - 1
 # Characters a token can stand for at most, on average: a longer text cannot fit, and is refused before it is tokenized.
@@ -208,6 +211,28 @@ class GenerationRequest:
 
 
 @dataclass(frozen=True, slots=True)
+class EmbeddingRequest:
+    """Texts (or their token ids) to turn into vectors, of length 1 unless ``normalize`` is False."""
+
+    request_id: str
+    inputs: tuple[str | tuple[int, ...], ...]
+    normalize: bool = True
+
+    def __post_init__(self) -> None:
+        _check(0 < len(self.inputs) <= MAX_INPUTS, "input", f"must hold 1 to {MAX_INPUTS} texts.")
+        _check(all(isinstance(i, str | tuple) for i in self.inputs), "input", "must hold texts or lists of token ids.")
+
+
+@dataclass(frozen=True, slots=True)
+class Embeddings:
+    """Vectors as little-endian float32, one after the other, ``size`` numbers each; ``num_tokens`` of each text."""
+
+    data: bytes
+    size: int
+    num_tokens: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Usage:
     """Token counts of one request; ``cached_tokens`` of the prompt came from a cached prefix."""
 
@@ -333,5 +358,6 @@ class ModelDescription:
     n_vocab: int = 0
     weights_bytes: int = 0
     kv_bytes: int = 0
+    embedding_size: int = 0
     device: Literal["cpu", "gpu"] = "cpu"
     created: int = 0

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import struct
 import threading
 import time
 import zlib
+from concurrent.futures import Future
 
 from llmkit.engine.batch import Batch, Close, Drop, Fork, Open, Park, Restore, SlotOp, StepOutput, Truncate
 from llmkit.engine.detokenize import Detokenizer
@@ -13,7 +15,7 @@ from llmkit.engine.engine import Engine
 from llmkit.engine.request import Request
 from llmkit.errors import ContextLengthError, InvalidRequestError
 from llmkit.stream import Channel, Stream
-from llmkit.types import EngineStats, GenerationRequest, ModelDescription, SamplingParams
+from llmkit.types import EmbeddingRequest, Embeddings, EngineStats, GenerationRequest, ModelDescription, SamplingParams
 
 END = 0
 BAD_SEED = 666  # a request whose sampler cannot be made
@@ -187,6 +189,15 @@ class FakeClient:
         who = {"priority": request.priority, "caller": request.caller, "cache_salt": request.cache_salt}
         self.engine.submit(Request(prompt, request.sampling, room if wanted is None else min(wanted, room), detokenizer, channel, **who))  # type: ignore[arg-type]
         return Stream(channel)
+
+    def embed(self, request: EmbeddingRequest) -> Future[Embeddings]:
+        """Two numbers a text: its length, and one."""
+        future: Future[Embeddings] = Future()
+        if any(not text for text in request.inputs):
+            raise InvalidRequestError("a text to embed is empty.", "input")
+        sizes = tuple(len(text) for text in request.inputs)
+        future.set_result(Embeddings(b"".join(struct.pack("<ff", n, 1) for n in sizes), 2, sizes))
+        return future
 
     def abort(self, request_id: str) -> None:
         self.engine.abort(request_id)

@@ -6,6 +6,7 @@ import contextlib
 import queue
 import threading
 import time
+from concurrent.futures import Future
 from typing import Any
 
 import zmq
@@ -15,7 +16,7 @@ from llmkit.bridge.connection import Connection
 from llmkit.bridge.server import Waker
 from llmkit.errors import ContextLengthError, EngineGoneError
 from llmkit.stream import Channel, Stream
-from llmkit.types import MAX_CHARS_PER_TOKEN, Delta, EngineStats, GenerationRequest, ModelDescription
+from llmkit.types import MAX_CHARS_PER_TOKEN, Delta, EmbeddingRequest, Embeddings, EngineStats, GenerationRequest, ModelDescription
 
 __all__ = ["BridgeClient"]
 
@@ -42,6 +43,7 @@ class BridgeClient:
         self._description = connection.model
         self._stats = EngineStats(num_slots=connection.model.n_slots)
         self._channels: dict[str, Channel] = {}
+        self._futures: dict[str, Future[Embeddings]] = {}
         self._lock = threading.Lock()
         self._gone: str | None = None
         self._closed = False
@@ -70,6 +72,15 @@ class BridgeClient:
             self._channels[request.request_id] = channel
             self._post(m.SUBMIT, data)
         return Stream(channel)
+
+    def embed(self, request: EmbeddingRequest) -> Future[Embeddings]:
+        future: Future[Embeddings] = Future()
+        with self._lock:
+            if self._gone is not None:
+                raise EngineGoneError(self._gone)
+            self._futures[request.request_id] = future
+            self._post(m.EMBED, m.embedding_request_to(request))
+        return future
 
     def abort(self, request_id: str) -> None:
         if self._gone is None:
@@ -154,6 +165,8 @@ class BridgeClient:
     def _handle(self, sock: zmq.Socket[bytes], kind: bytes, data: Any) -> None:
         if kind == m.EVENTS:
             self._deliver(*data)
+        elif kind == m.EMBEDDED:
+            self._deliver_vectors(*data)
         elif kind == m.PONG:
             self._stats = m.stats_from(data)
         elif kind == m.WELCOME:
@@ -167,6 +180,15 @@ class BridgeClient:
             # We were silent for too long (a stopped process, a sleeping laptop) and our requests were aborted; begin again.
             self._fail_all(EngineGoneError("the connection to the engine was lost for a while and this request was aborted; send it again"))
             self._greet(sock)
+
+    def _deliver_vectors(self, request_id: str, found: dict[str, Any] | None, failure: dict[str, Any] | None) -> None:
+        future = self._futures.pop(request_id, None)
+        if future is None or not future.set_running_or_notify_cancel():
+            return
+        if found is not None:
+            future.set_result(m.embeddings_from(found))
+        else:
+            future.set_exception(m.error_from(failure) if failure else EngineGoneError("the engine ended this request without a result"))
 
     def _deliver(self, deltas: list[list[Any]], ends: list[list[Any]]) -> None:
         touched: list[Channel] = []
@@ -196,8 +218,12 @@ class BridgeClient:
 
     def _fail_all(self, error: Exception) -> None:
         with self._lock:
-            channels = list(self._channels.values())
+            channels, futures = list(self._channels.values()), list(self._futures.values())
             self._channels.clear()
+            self._futures.clear()
+        for future in futures:
+            if future.set_running_or_notify_cancel():
+                future.set_exception(error)
         for channel in channels:
             channel.fail(error)
         for channel in channels:

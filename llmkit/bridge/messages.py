@@ -1,11 +1,13 @@
 """What crosses the bridge: two-frame ZMQ messages (kind, JSON), and the translation of llmkit's types and errors. Pure.
 
-client → server   HELLO key · SUBMIT request · ABORT id · PING
-server → client   WELCOME description · DENIED · EVENTS [[id, text, tokens, logprobs], …] [[id, completion, failure], …] · PONG stats · GOODBYE reason
+client → server   HELLO key · SUBMIT request · EMBED request · ABORT id · PING
+server → client   WELCOME description · DENIED · EVENTS [[id, text, tokens, logprobs], …] [[id, completion, failure], …] · EMBEDDED id, vectors, failure ·
+                  PONG stats · GOODBYE reason
 """
 
 from __future__ import annotations
 
+import base64
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -14,6 +16,8 @@ from typing import Any
 from llmkit import errors
 from llmkit.types import (
     Completion,
+    EmbeddingRequest,
+    Embeddings,
     EngineStats,
     FinishReason,
     GenerationRequest,
@@ -26,14 +30,16 @@ from llmkit.types import (
 )
 
 __all__ = [
-    "ABORT", "DENIED", "EVENTS", "GOODBYE", "HELLO", "PING", "PONG", "SUBMIT", "WELCOME",
-    "completion_from", "completion_to", "description_from", "description_to", "error_from", "error_to",
+    "ABORT", "DENIED", "EMBED", "EMBEDDED", "EVENTS", "GOODBYE", "HELLO", "PING", "PONG", "SUBMIT", "WELCOME",
+    "completion_from", "completion_to", "description_from", "description_to",
+    "embedding_request_from", "embedding_request_to", "embeddings_from", "embeddings_to",
+    "error_from", "error_to",
     "logprobs_from", "logprobs_to",
     "pack", "request_from", "request_to", "stats_from", "stats_to", "unpack",
 ]  # fmt: skip
 
-HELLO, SUBMIT, ABORT, PING = b"HELLO", b"SUBMIT", b"ABORT", b"PING"
-WELCOME, DENIED, EVENTS, PONG, GOODBYE = b"WELCOME", b"DENIED", b"EVENTS", b"PONG", b"GOODBYE"
+HELLO, SUBMIT, EMBED, ABORT, PING = b"HELLO", b"SUBMIT", b"EMBED", b"ABORT", b"PING"
+WELCOME, DENIED, EVENTS, EMBEDDED, PONG, GOODBYE = b"WELCOME", b"DENIED", b"EVENTS", b"EMBEDDED", b"PONG", b"GOODBYE"
 
 
 def pack(value: Any) -> bytes:
@@ -73,6 +79,22 @@ def request_from(data: dict[str, Any]) -> GenerationRequest:
         cache_salt=data["cache_salt"],
         keep_on_disk=data["keep_on_disk"],
     )
+
+
+def embedding_request_to(request: EmbeddingRequest) -> dict[str, Any]:
+    return {"id": request.request_id, "inputs": request.inputs, "normalize": request.normalize}
+
+
+def embedding_request_from(data: dict[str, Any]) -> EmbeddingRequest:
+    return EmbeddingRequest(data["id"], tuple(i if isinstance(i, str) else tuple(i) for i in data["inputs"]), data["normalize"])
+
+
+def embeddings_to(found: Embeddings) -> dict[str, Any]:
+    return {"data": base64.b64encode(found.data).decode(), "size": found.size, "num_tokens": found.num_tokens}
+
+
+def embeddings_from(data: dict[str, Any]) -> Embeddings:
+    return Embeddings(base64.b64decode(data["data"]), data["size"], tuple(data["num_tokens"]))
 
 
 def logprobs_to(entries: Sequence[TokenLogprob]) -> list[Any]:

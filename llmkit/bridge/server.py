@@ -10,6 +10,7 @@ import os
 import socket
 import threading
 import time
+from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from hmac import compare_digest
 from typing import Any
@@ -21,6 +22,7 @@ from llmkit.bridge import messages as m
 from llmkit.client import EngineClient
 from llmkit.errors import EngineError, LLMKitError
 from llmkit.stream import Stream
+from llmkit.types import Embeddings
 
 __all__ = ["BridgeServer"]
 
@@ -77,6 +79,7 @@ class BridgeServer:
         self._waker = Waker()
         self._closing: str | None = None
         self._peers: dict[bytes, Peer] = {}
+        self._embedding: list[tuple[bytes, str, Future[Embeddings]]] = []
         connection = files.make_connection(client.description, kernel_id, time.time())
         self._zmq = zmq.Context()
         self._socket = self._zmq.socket(zmq.ROUTER)
@@ -119,6 +122,7 @@ class BridgeServer:
             while self._receive():
                 pass
             self._send_news()
+            self._send_vectors()
             self._drop_silent()
         for identity in self._peers:
             self._send(identity, m.GOODBYE, {"reason": self._closing})
@@ -157,6 +161,8 @@ class BridgeServer:
                 self._client.abort(data["id"])
         elif kind == m.SUBMIT:
             self._submit(identity, peer, data)
+        elif kind == m.EMBED:
+            self._embed(identity, data)
 
     def _submit(self, identity: bytes, peer: Peer, data: dict[str, Any]) -> None:
         try:
@@ -167,6 +173,26 @@ class BridgeServer:
             return
         peer.streams[data["id"]] = stream
         stream.listen(self._waker)
+
+    def _embed(self, identity: bytes, data: dict[str, Any]) -> None:
+        try:
+            future = self._client.embed(m.embedding_request_from(data))
+        except Exception as error:
+            failure = error if isinstance(error, LLMKitError) else EngineError(f"the request could not be read: {error!r}")
+            self._send(identity, m.EMBEDDED, [data["id"], None, m.error_to(failure)])
+            return
+        self._embedding.append((identity, data["id"], future))
+        future.add_done_callback(lambda _: self._waker())
+
+    def _send_vectors(self) -> None:
+        for entry in [e for e in self._embedding if e[2].done()]:
+            self._embedding.remove(entry)
+            identity, request_id, future = entry
+            error = future.exception()
+            if error is not None:
+                self._send(identity, m.EMBEDDED, [request_id, None, m.error_to(error if isinstance(error, Exception) else EngineError(repr(error)))])
+            else:
+                self._send(identity, m.EMBEDDED, [request_id, m.embeddings_to(future.result()), None])
 
     def _send_news(self) -> None:
         for identity, peer in self._peers.items():

