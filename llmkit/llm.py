@@ -8,7 +8,7 @@ import os
 import threading
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
@@ -33,6 +33,7 @@ Messages = str | Message | dict[str, Any] | Sequence[Message | dict[str, Any]]
 
 # Prompts of one batch call that are in the engine at a time: more than any number of slots, less than the queue's bound.
 BATCH_WINDOW = 256
+REQUEST_OPTIONS = ("priority", "caller", "cache_salt", "lora")
 ABORT_S = 0.3  # an abort takes a step to arrive
 _ids = itertools.count(1)
 _loaded: dict[Path, LLM] = {}
@@ -85,6 +86,7 @@ def load(
     - ``kv_type="f16"``, "q8_0" or "q4_0"; ``flash_attention=None`` (llama.cpp decides), True or False; ``rope_scaling=2.0`` stretches positions.
     - ``host_cache_mb=512``: room outside the context for prefixes that lost their slot. ``prefix_dir``: a folder where prefixes outlive the process, at most
       ``disk_cache_mb=4096`` of them.
+    - ``lora``: the path of an adapter, or a dict of paths and scales; requests choose others with ``lora={"name": scale}``.
     - ``deterministic=True``: the same request gives the same tokens whatever runs beside it or is cached; slower.
     - ``max_waiting=1024``: requests that may wait.
 
@@ -164,7 +166,8 @@ class LLM:
     >>> llm.generate("Once upon a time", max_tokens=20)    # doctest: +SKIP
     >>> for piece in llm.stream("Once"): print(piece)      # doctest: +SKIP
 
-    Sampling parameters are keywords everywhere; see `SamplingParams`. The handle is light: references to it that live on (``Out[]``) do not keep the model's
+    Sampling parameters are keywords everywhere; see `SamplingParams`. So are ``priority``, ``caller``, ``cache_salt`` and ``lora`` of `GenerationRequest`.
+    The handle is light: references to it that live on (``Out[]``) do not keep the model's
     memory after ``unload()``; later calls then raise `ModelUnloadedError`. The stop button raises KeyboardInterrupt, and ``last`` has the text so far.
     """
 
@@ -230,26 +233,26 @@ class LLM:
     def generate(self, prompt: str | Sequence[str], **sampling: Any) -> Completion | list[Completion]:
         """Continue a text; with a list of texts, all of them at once in one batch. Blocks; ■ stops it."""
         if isinstance(prompt, str):
-            return self._complete([GenerationRequest(self._new_id(), SamplingParams(**sampling), prompt=prompt)])[0]
-        params = SamplingParams(**sampling)
+            return self._complete([self._request(sampling, prompt=prompt)])[0]
         prompts = list(prompt)
         for i, text in enumerate(prompts):
             if not isinstance(text, str):
                 raise InvalidRequestError(f"prompt {i} is not text but {type(text).__name__}.", "prompt")
-        return self._complete(GenerationRequest(self._new_id(), params, prompt=text) for text in prompts)
+        first = self._request(sampling, prompt="")
+        return self._complete(replace(first, request_id=self._new_id(), prompt=text) for text in prompts)
 
     def stream(self, prompt: str, **sampling: Any) -> Stream:
         """Continue a text piece by piece: ``for piece in …``, ``async for piece in …`` or ``await …`` for the completion."""
         if not isinstance(prompt, str):
             raise InvalidRequestError(f"prompt must be a text, not {type(prompt).__name__}; generate() takes a list.", "prompt")
-        return self._submit(GenerationRequest(self._new_id(), SamplingParams(**sampling), prompt=prompt))
+        return self._submit(self._request(sampling, prompt=prompt))
 
     def chat(self, messages: Messages, *, stream: bool = False, **sampling: Any) -> Any:
         """Answer a message, or a conversation as a list of messages (dicts with ``role`` and ``content``, or `Message`).
 
         A `Completion`, or with ``stream=True`` a `Stream`.
         """
-        request = GenerationRequest(self._new_id(), SamplingParams(**sampling), messages=_messages(messages))
+        request = self._request(sampling, messages=_messages(messages))
         return self._submit(request) if stream else self._complete([request])[0]
 
     @property
@@ -267,6 +270,12 @@ class LLM:
     def last_batch(self) -> list[Completion]:
         """The completions of the newest call with a list of prompts, in their order; after an interrupt also the partial ones, as far as it came."""
         return [c.result or _partial(c) for c in self._batch]
+
+    def _request(self, options: dict[str, Any], **prompt: Any) -> GenerationRequest:
+        """Keywords of the methods above as a request: what is not about sampling is about the request."""
+        about = {k: v for k, v in options.items() if k in REQUEST_OPTIONS}
+        sampling = SamplingParams(**{k: v for k, v in options.items() if k not in REQUEST_OPTIONS})
+        return GenerationRequest(self._new_id(), sampling, **about, **prompt)
 
     @staticmethod
     def _new_id() -> str:

@@ -77,6 +77,7 @@ class LocalEngine:
         from llmkit.backend.grammar import GrammarCompiler
 
         self._grammars = GrammarCompiler(self._model.vocab)
+        self._lora = tuple(sorted((Path(path).stem, scale) for path, scale in options.lora))
         vocab = self._vocab = self._model.vocab
         self._bos = vocab.token_text(vocab.bos)
         self._template = ChatTemplate(str(info.metadata.get("tokenizer.chat_template") or CHATML), bos=self._bos, eos=vocab.token_text(vocab.eos))
@@ -181,9 +182,19 @@ class LocalEngine:
                 cache_salt=request.cache_salt,
                 constraint=constraint,
                 keep_on_disk=request.keep_on_disk,
+                adapters=self._adapters(request.lora),
             )
         )
         return Stream(channel)
+
+    def _adapters(self, wanted: tuple[tuple[str, float], ...] | None) -> tuple[tuple[str, float], ...]:
+        if wanted is None:
+            return self._lora
+        known = [name for name, _ in self._lora]
+        for name, _ in wanted:
+            if name not in known:
+                raise InvalidRequestError(f"there is no adapter {name!r}; loaded with the model: {', '.join(known) or 'none'}.", "lora")
+        return tuple(sorted((name, scale) for name, scale in wanted if scale))
 
     def embed(self, request: EmbeddingRequest) -> Future[Embeddings]:
         raise InvalidRequestError(f'{self._description.name!r} generates text; load an embedding model (such as "minilm") for vectors.', "model")
@@ -264,6 +275,7 @@ def _load(spec: ModelSpec, options: EngineOptions, need: memory.MemoryEstimate) 
             prefix_dir=None if options.prefix_dir is None else Path(options.prefix_dir),
             max_disk_bytes=int(options.disk_cache_mb * (1 << 20)),
             deterministic=options.deterministic,
+            lora=[Path(path) for path, _ in options.lora],
         )
         return model, runner
     except BaseException:

@@ -36,7 +36,7 @@ class EngineOptions:
     kv_type: str = "f16"
     flash_attention: bool | None = None
     rope_scaling: float | None = None
-    lora: tuple[tuple[str, float], ...] = ()
+    lora: Any = ()  # a path, or {path: scale}; kept as pairs
     target_itl_ms: float = 250.0
     max_waiting: int = 1024
     deterministic: bool = False

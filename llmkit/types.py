@@ -191,6 +191,7 @@ class GenerationRequest:
 
     A lower ``priority`` goes first (0 is usual). ``caller`` names who asks: callers share the engine fairly, whatever the number of their requests.
     Prefixes are shared only among requests of the same ``cache_salt``: tenants that must not learn of each other by timing get one each.
+    ``lora`` names adapters that were loaded with the model, and their scales (None: as loaded, (): none).
     ``keep_on_disk`` (with ``max_tokens=0``) saves the computed prompt for later processes.
     """
 
@@ -202,11 +203,17 @@ class GenerationRequest:
     caller: str = ""
     cache_salt: str = ""
     keep_on_disk: bool = False
+    lora: tuple[tuple[str, float], ...] | None = None
 
     def __post_init__(self) -> None:
         _integer(self.priority, "priority", -(2**31), 2**31)
         for param in ("caller", "cache_salt"):
             _check(isinstance(getattr(self, param), str) and len(getattr(self, param)) <= 1000, param, "must be a text of at most 1000 characters.")
+        if isinstance(self.lora, dict):
+            object.__setattr__(self, "lora", tuple(self.lora.items()))
+        for name, scale in self.lora or ():
+            _check(isinstance(name, str), "lora", "must name adapters.")
+            _number(scale, "lora", -100, 100)
         _check((self.prompt is None) != (self.messages is None), "prompt", "or messages must be given, and only one of them.")
 
 

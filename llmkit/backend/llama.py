@@ -26,6 +26,7 @@ from llmkit.errors import ModelLoadError
 
 __all__ = ["LlamaRunner", "num_threads"]
 
+Adapters = tuple[tuple[str, float], ...]
 KV_TYPES = {"f16": 1, "q8_0": 8, "q4_0": 2}
 
 
@@ -63,6 +64,7 @@ class LlamaRunner:
         prefix_dir: Path | None = None,
         max_disk_bytes: int = 0,
         deterministic: bool = False,
+        lora: Sequence[Path] = (),
     ) -> None:
         self.n_ctx, self.n_slots = n_ctx, n_slots
         self.max_batch_tokens = max(max_batch_tokens, n_slots)
@@ -98,6 +100,8 @@ class LlamaRunner:
             raise ModelLoadError("this model keeps no context memory: it is no text generation model.")
         self._n_vocab = model.vocab.n_tokens
         self._samplers: dict[int, Sampler] = {}
+        self._adapters: dict[int, Adapters] = {}
+        self._lora = {path.stem: self._load_adapter(path) for path in lora}
         self._serials = [0] * n_slots
         self._faults: dict[int, str] = {}
         self._broken: set[int] = set()
@@ -110,6 +114,15 @@ class LlamaRunner:
         marks = {"n_ctx": self.capacity or n_ctx, "unified": kv_unified, "kv_type": kv_type, "flash": flash_attention, "rope": rope_scaling}
         self._store = StateStore(self._context, fingerprint(model.path, library=C.__file__, **marks) if prefix_dir else "", prefix_dir, max_disk_bytes)
         self.saves, self.host_tokens = prefix_dir is not None, host_tokens
+
+    def _load_adapter(self, path: Path) -> Any:
+        """It lives as long as the model, which frees it. Raises `ModelLoadError`."""
+        library.log.clear()
+        handle = C.llama_adapter_lora_init(self._model.handle, os.fsencode(path))
+        if not handle:
+            C.llama_free(self._context)
+            raise ModelLoadError(f"llama.cpp could not load the adapter {path}: " + "; ".join(library.log.errors()))
+        return handle
 
     def set_threads(self, count: int) -> None:
         """Compute with so many threads from the next step on."""
@@ -143,11 +156,28 @@ class LlamaRunner:
         return self._step(batch.chunks, lost)
 
     def _step(self, chunks: Sequence[Chunk], lost: Sequence[int]) -> StepOutput:
-        if self._deterministic and len(chunks) > 1:  # the arithmetic of a chunk depends on what is computed beside it
-            return _joined([self._step([chunk], ()) for chunk in chunks], lost)
+        """Chunks with other adapters go into another decode; in a deterministic engine each goes alone, since its arithmetic depends on what is beside it."""
+        groups: dict[object, list[int]] = {}
+        for i, chunk in enumerate(chunks):
+            groups.setdefault(i if self._deterministic else self._adapters.get(self._serials[chunk.slot], ()), []).append(i)
+        if len(groups) <= 1:
+            return self._decode_together(chunks, lost)
+        outputs: dict[int, tuple[StepOutput, int]] = {}
+        for members in groups.values():
+            output = self._decode_together([chunks[i] for i in members], ())
+            outputs.update((i, (output, place)) for place, i in enumerate(members))
+            if output.no_room or output.error:  # the step counts as a whole
+                for chunk in chunks:
+                    self._seq_rm(self._memory, chunk.slot, chunk.start or -1, -1)
+                return replace(output, tokens=[()] * len(chunks), resident=[c.start if output.no_room else 0 for c in chunks], lost=lost)
+        return _merged([outputs[i] for i in range(len(chunks))], lost)
+
+    def _decode_together(self, chunks: Sequence[Chunk], lost: Sequence[int]) -> StepOutput:
         if not chunks:
             return StepOutput((), (), lost=lost)
         start = time.perf_counter()
+        if self._lora:
+            self._use_adapters(self._adapters.get(self._serials[chunks[0].slot], ()))
         rows = self._fill(chunks)
         for chunk in chunks:
             if chunk.sample and (sampler := self._samplers.get(self._serials[chunk.slot])) is not None:
@@ -172,6 +202,7 @@ class LlamaRunner:
             case Open():
                 self._open(op)
             case Close():
+                self._adapters.pop(op.serial, None)
                 sampler = self._samplers.pop(op.serial, None)
                 if sampler is not None:
                     sampler.close()
@@ -195,12 +226,19 @@ class LlamaRunner:
                 if not self._seq_rm(self._memory, op.slot, op.length or -1, -1):
                     raise RuntimeError(f"llama.cpp could not cut sequence {op.slot} back to {op.length} tokens")
 
+    def _use_adapters(self, adapters: Adapters) -> None:
+        handles = (C.llama_adapter_lora_p_ctypes * len(adapters))(*(self._lora[name] for name, _ in adapters))
+        scales = (ctypes.c_float * len(adapters))(*(scale for _, scale in adapters))
+        C.llama_set_adapters_lora(self._context, handles, len(adapters), scales)
+
     def _open(self, op: Open) -> None:
         self._serials[op.slot] = op.serial
         self._faults.pop(op.slot, None)
         if op.serial in self._samplers:  # it was preempted, and goes on as it was
             return
         try:
+            if op.adapters:
+                self._adapters[op.serial] = tuple(op.adapters)
             assert op.constraint is None or isinstance(op.constraint, Constraint)
             self._samplers[op.serial] = Sampler(op.sampling, self._model.vocab, op.history, op.constraint)
         except Exception as error:  # this request's own parameters: the others go on
@@ -341,22 +379,21 @@ def _with_gaps(chunks: Sequence[Chunk], output: StepOutput, missing: AbstractSet
     )
 
 
-def _joined(outputs: Sequence[StepOutput], lost: Sequence[int]) -> StepOutput:
-    """The outputs of single chunks as one."""
+def _merged(outputs: Sequence[tuple[StepOutput, int]], lost: Sequence[int]) -> StepOutput:
+    """One output out of several: for each chunk, the output that has it and its place there."""
 
-    def each(name: str) -> list[Any]:
-        return [(getattr(o, name) or ((),))[0] for o in outputs]
+    def each(name: str, gap: Any) -> list[Any]:
+        return [values[place] if (values := getattr(output, name)) else gap for output, place in outputs]
 
+    whole = list({id(output): output for output, _ in outputs}.values())
     return StepOutput(
-        each("tokens"),
-        [o.resident[0] for o in outputs],
-        interrupted=any(o.interrupted for o in outputs),
-        no_room=any(o.no_room for o in outputs),
-        error=next((o.error for o in outputs if o.error), None),
-        faults=outputs[-1].faults,
+        each("tokens", ()),
+        each("resident", 0),
+        interrupted=any(o.interrupted for o in whole),
+        faults=whole[-1].faults,
         lost=lost,
-        scores=each("scores"),
-        prompt_scores=each("prompt_scores"),
-        forced=each("forced"),
-        backend_s=sum(o.backend_s for o in outputs),
+        scores=each("scores", ()),
+        prompt_scores=each("prompt_scores", ()),
+        forced=each("forced", ()),
+        backend_s=sum(o.backend_s for o in whole),
     )

@@ -60,6 +60,7 @@ def request_to(request: GenerationRequest) -> dict[str, Any]:
         "caller": request.caller,
         "cache_salt": request.cache_salt,
         "keep_on_disk": request.keep_on_disk,
+        "lora": request.lora,
     }
 
 
@@ -78,6 +79,7 @@ def request_from(data: dict[str, Any]) -> GenerationRequest:
         caller=data["caller"],
         cache_salt=data["cache_salt"],
         keep_on_disk=data["keep_on_disk"],
+        lora=None if data["lora"] is None else tuple((name, scale) for name, scale in data["lora"]),
     )
 
 

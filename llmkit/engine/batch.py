@@ -58,13 +58,15 @@ class Drop:
 @dataclass(frozen=True, slots=True)
 class Open:
     """Request ``serial`` takes ``slot``: bind its sampler, made from ``sampling`` when the request is new. ``history`` are the tokens that penalties look
-    back on; ``constraint`` is the runner's own form of ``sampling.grammar``."""
+    back on; ``constraint`` is the runner's own form of ``sampling.grammar``,
+    ``adapters`` names LoRA adapters and their scales."""
 
     slot: int
     serial: int
     sampling: SamplingParams
     history: Sequence[int]
     constraint: object | None = None
+    adapters: Sequence[tuple[str, float]] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,6 +26,7 @@ class Request:
     """
 
     __slots__ = (
+        "adapters",
         "arrived_at",
         "cache_salt",
         "caller",
@@ -71,6 +72,7 @@ class Request:
         cache_salt: str = "",
         keep_on_disk: bool = False,
         constraint: object | None = None,
+        adapters: tuple[tuple[str, float], ...] = (),
     ) -> None:
         self.serial = next(_serials)
         self.request_id = channel.request_id
@@ -90,7 +92,10 @@ class Request:
         self.first_token_at: float | None = None
         self.last_token_at: float | None = None
         self.max_itl_s = 0.0
-        self.priority, self.caller, self.cache_salt = priority, caller, cache_salt
+        self.priority, self.caller = priority, caller
+        # What an adapter computed is of no use with another.
+        self.cache_salt = f"{cache_salt}\0{adapters}" if adapters else cache_salt
+        self.adapters = adapters
         self.constraint = constraint  # the runner's; opaque here
         self.keep_on_disk = keep_on_disk  # its prompt, when it is computed
         self.waits_for: tuple[Request, int] | None = None  # a running request that computes this many tokens of our prompt

@@ -171,7 +171,7 @@ class Scheduler:
                 slot.shareable = request.num_prompt_tokens - request.num_prompt_tokens % ALIGNMENT
                 ops += self._cache.cut(slot, min(cached - cached % ALIGNMENT, slot.shareable))
                 cached = len(slot.tokens)
-            ops.append(Open(slot.index, request.serial, request.sampling, request.tokens, request.constraint))
+            ops.append(Open(slot.index, request.serial, request.sampling, request.tokens, request.constraint, request.adapters))
             self.waiting.charge(request, num_prompt=len(request.tokens) - cached)
             request.start(slot.index, cached)
             self.running.append(request)
