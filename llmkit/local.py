@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import sys
 import threading
 import time
 import warnings
@@ -36,6 +37,9 @@ GPU_HINT = (
     'a GPU is here, but this build of llama.cpp is for the CPU only. Install the GPU build with\n    CMAKE_ARGS="-DGGML_CUDA=on" pip install --force-reinstall '
     "--no-cache-dir --no-deps llama-cpp-python"
 )
+
+# A busy cell gives the interpreter up only when another thread has asked for it so long: with Python's 5 ms the engine waits longer than it computes.
+SWITCH_INTERVAL_S = 0.0002
 
 _running: weakref.WeakSet[LocalEngine | LocalEmbedder] = weakref.WeakSet()
 # Models that compute on the CPU take turns: together they would be slower than one after the other.
@@ -106,6 +110,7 @@ class LocalEngine:
             turns=_turns if need.n_gpu_layers == 0 else None,
         )
         _running.add(self)
+        sys.setswitchinterval(min(sys.getswitchinterval(), SWITCH_INTERVAL_S))
 
     @property
     def description(self) -> ModelDescription:

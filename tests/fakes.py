@@ -26,6 +26,7 @@ class FakeRunner:
 
     can_truncate = can_fork = True
     saves = False
+    num_threads = 1
 
     def __init__(
         self,
@@ -54,6 +55,9 @@ class FakeRunner:
         self.num_interrupted = 0
         self.faults: list[tuple[int, str]] = []
         self.closed = False
+
+    def set_threads(self, count: int) -> None:
+        raise AssertionError("one thread is all there is")
 
     def saved(self) -> list[tuple[int, list[int], str]]:
         return []

@@ -106,7 +106,7 @@ def test_gemma_end_to_end() -> None:
     assert warm.usage.cached_tokens == warm.usage.prompt_tokens - 1 > 512 and warm.tokens == again.tokens
     # Other batch shapes, other roundings: the choice may differ where two tokens are about as likely.
     likely = {token: logprob for token, _, logprob in cold.logprobs[0].top}
-    assert likely[warm.tokens[0]] > cold.logprobs[0].top[0][2] - 0.5
+    assert likely[warm.tokens[0]] > cold.logprobs[0].top[0][2] - 1
     engine.close()
 
 

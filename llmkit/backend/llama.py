@@ -72,7 +72,7 @@ class LlamaRunner:
         self.capacity = (kv_tokens or n_ctx * n_slots) if kv_unified else None
         self._model = model
         self._deterministic = deterministic
-        threads = threads or num_threads()
+        self.num_threads = threads = threads or num_threads()
         params = C.llama_context_default_params()
         params.n_ctx = self.capacity or n_ctx * n_slots
         params.n_seq_max = n_slots

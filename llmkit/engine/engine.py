@@ -16,6 +16,7 @@ from llmkit.engine.runner import ModelRunner
 from llmkit.engine.scheduler import Scheduler
 from llmkit.engine.slots import PrefixCache
 from llmkit.engine.stats import StatsCounter
+from llmkit.engine.threads import ThreadGovernor
 from llmkit.errors import EngineError, ModelUnloadedError, QueueFullError
 from llmkit.types import EngineStats, FinishReason
 
@@ -50,6 +51,7 @@ class Engine:
         for entry in runner.saved():
             cache.add_saved(*entry)
         self._clock = StepClock(target_itl_s)
+        self._governor = ThreadGovernor(runner.num_threads, runner.set_threads)
         self._scheduler = Scheduler(
             cache,
             n_ctx=n_ctx or runner.n_ctx,
@@ -161,6 +163,7 @@ class Engine:
             seconds = time.perf_counter() - began
         if not (output.interrupted or output.error or output.no_room):
             self._observe(batch, seconds)
+            self._governor.observe(batch.num_tokens, seconds)
         error = output.error or ("the context has no room left" if output.no_room else None)
         self._publish(self._scheduler.update(batch, output), EngineError(f"this request failed in the backend: {error}") if error else None)
         stats = self._stats

@@ -13,7 +13,7 @@ class ModelRunner(Protocol):
     """A model with ``n_slots`` sequences of at most ``n_ctx`` tokens each.
 
     ``capacity`` is how many tokens all of them can hold together (None: each has its own room), ``host_tokens`` how many may be parked outside the context.
-    ``saves``: what is idle at the end is to be parked on disk.
+    ``num_threads`` compute on the CPU. ``saves``: what is idle at the end is to be parked on disk.
     """
 
     n_slots: int
@@ -24,9 +24,14 @@ class ModelRunner(Protocol):
     capacity: int | None
     host_tokens: int
     saves: bool
+    num_threads: int
 
     def execute(self, batch: Batch) -> StepOutput:
         """Run one step. Errors of the step come back in the output; an exception means that the runner is unusable."""
+        ...
+
+    def set_threads(self, count: int) -> None:
+        """Compute with so many threads from the next step on."""
         ...
 
     def saved(self) -> list[tuple[int, list[int], str]]:

@@ -1,0 +1,91 @@
+"""The thread governor against a simulated machine, and the turns of two models."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+
+import pytest
+
+from llmkit.engine.threads import ThreadGovernor
+from llmkit.turns import Turns
+
+
+class Machine:
+    """``cores`` of which ``busy`` are taken by others: as soon as a thread shares its core, all of them wait for it."""
+
+    def __init__(self, cores: int) -> None:
+        self.cores, self.busy, self.threads, self.now = cores, 0, cores, 0.0
+        self.rng = random.Random(1)
+        self.spent: dict[int, float] = {}
+
+    def set_threads(self, count: int) -> None:
+        self.threads = count
+
+    def step(self, num_tokens: int) -> float:
+        crowded = self.threads > self.cores - self.busy
+        seconds = 0.02 * (2 + num_tokens) / self.threads * (3 if crowded else 1) * self.rng.uniform(0.95, 1.1)
+        self.now += seconds
+        self.spent[self.threads] = self.spent.get(self.threads, 0.0) + seconds
+        return seconds
+
+
+@pytest.mark.parametrize(("cores", "best_when_busy"), [(2, 1), (8, 7), (16, 15)])
+def test_follows_the_load(cores: int, best_when_busy: int) -> None:
+    machine = Machine(cores)
+    governor = ThreadGovernor(cores, machine.set_threads, clock=lambda: machine.now)
+
+    def run(steps: int) -> float:
+        """The share of the time that was spent with the best count for this load."""
+        machine.spent.clear()
+        for _ in range(steps):
+            tokens = machine.rng.choice([1, 4, 8, 64])
+            governor.observe(tokens, machine.step(tokens))
+        best = best_when_busy if machine.busy else cores
+        return machine.spent.get(best, 0.0) / sum(machine.spent.values())
+
+    assert run(300) == 1, "nothing is tried while nothing is wrong"
+    machine.busy = 1
+    run(40)
+    assert governor.count == best_when_busy and run(600) > 0.85
+    machine.busy = 0
+    run(400)
+    assert governor.count == cores and run(300) > 0.95
+
+
+def test_a_machine_that_got_slower_for_good_is_not_tried_for_ever() -> None:
+    machine = Machine(4)
+    governor = ThreadGovernor(4, machine.set_threads, clock=lambda: machine.now)
+    for _ in range(100):
+        governor.observe(8, machine.step(8))
+    switches = 0
+    for _ in range(1000):
+        before = machine.threads
+        governor.observe(8, 2 * machine.step(8))  # everything takes twice as long, whatever the count
+        switches += machine.threads != before
+    assert governor.count == 4 and switches < 30
+
+
+def test_one_core_is_left_alone() -> None:
+    governor = ThreadGovernor(1, lambda _: pytest.fail("there is no choice"))
+    for seconds in (0.01, 1.0) * 100:
+        governor.observe(4, seconds)
+
+
+def test_turns_are_taken_in_order() -> None:
+    turns, order = Turns(), []
+
+    def work(name: int) -> None:
+        for _ in range(3):
+            with turns:
+                order.append(name)
+                time.sleep(0.005)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(3)]
+    for thread in threads:
+        thread.start()
+        time.sleep(0.001)
+    for thread in threads:
+        thread.join()
+    assert sorted(order) == [0, 0, 0, 1, 1, 1, 2, 2, 2] and order[3:6] == order[6:9] == order[:3]
