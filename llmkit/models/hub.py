@@ -45,10 +45,10 @@ def download(name: str) -> Path:
 
 
 def _files(repo: str, revision: str | None) -> str:
-    from huggingface_hub import list_repo_files
+    from huggingface_hub import model_info
 
     try:
-        found = [f for f in list_repo_files(repo, revision=revision) if f.endswith(".gguf")]
+        found = [f.rfilename for f in model_info(repo, revision=revision).siblings or () if f.rfilename.endswith(".gguf")]
     except Exception:  # it only makes the message better
         return "."
     return f"; it has {', '.join(found[:10])}." if found else "; it has no GGUF file at all."
