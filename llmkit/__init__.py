@@ -30,6 +30,7 @@ from llmkit.types import Completion, EngineStats, FinishReason, Grammar, Message
 from llmkit.version import __version__
 
 if TYPE_CHECKING:
+    from llmkit.bench.tuner import tune
     from llmkit.llm import LLM, estimate, load
     from llmkit.stream import Stream
 
@@ -59,9 +60,10 @@ __all__ = [
     "__version__",
     "estimate",
     "load",
+    "tune",
 ]
 
-_LATE = {"LLM": "llmkit.llm", "load": "llmkit.llm", "estimate": "llmkit.llm", "Stream": "llmkit.stream"}
+_LATE = {"LLM": "llmkit.llm", "load": "llmkit.llm", "estimate": "llmkit.llm", "tune": "llmkit.bench.tuner", "Stream": "llmkit.stream"}
 
 
 def __getattr__(name: str) -> Any:

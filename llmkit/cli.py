@@ -1,4 +1,4 @@
-"""The command ``llmkit``: serve, engine, bench."""
+"""The command ``llmkit``: serve, engine, tune, bench."""
 
 from __future__ import annotations
 
@@ -47,6 +47,9 @@ def _parser() -> argparse.ArgumentParser:
     engine.add_argument("model")
     _engine_options(engine)
     engine.set_defaults(run=_engine)
+    tune = commands.add_parser("tune", help="measure which settings make a model fastest on this machine, and remember them")
+    tune.add_argument("model", nargs="?", default="smollm2")
+    tune.set_defaults(run=_tune)
     bench = commands.add_parser("bench", help="measure any OpenAI-compatible endpoint under load")
     from llmkit.bench import workload
 
@@ -61,6 +64,10 @@ def _engine_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--n-slots", type=int, help="requests computed at once (8 at most by default)")
     parser.add_argument("--n-gpu-layers", type=_layers, help="layers on the GPU (-1: all; auto, the default: as many as fit)")
     parser.add_argument("--threads", type=int, help="compute threads (all cores)")
+    parser.add_argument("--kv-type", help="type of the KV cache's numbers: f16 (default), q8_0 or q4_0")
+    parser.add_argument("--prefix-dir", help="folder where computed prefixes outlive the process")
+    parser.add_argument("--target-itl-ms", type=float, help="time between two tokens of a stream that prompts of others must not stretch (250)")
+    parser.add_argument("--tuned", action="store_true", default=None, help="use what `llmkit tune` found best on this machine")
 
 
 def _layers(text: str) -> int | str:
@@ -73,6 +80,13 @@ def _serve(args: argparse.Namespace) -> int:
 
     given = {k: getattr(args, k) for k in ("model", "host", "port", "api_key", "log_level", *ENGINE_OPTIONS) if getattr(args, k) is not None}
     return standalone.serve(read_settings(given, args.config), attach_pid=args.attach)
+
+
+def _tune(args: argparse.Namespace) -> int:
+    from llmkit.bench import tuner
+
+    print(tuner.tune(args.model))
+    return 0
 
 
 def _engine(args: argparse.Namespace) -> int:

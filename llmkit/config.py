@@ -16,7 +16,7 @@ from llmkit.errors import InvalidRequestError
 __all__ = ["ENGINE_OPTIONS", "ServeSettings", "read_settings"]
 
 # What `llmkit engine` and `llmkit serve` hand on to `load`.
-ENGINE_OPTIONS = ("name", "n_ctx", "n_slots", "n_gpu_layers", "threads")
+ENGINE_OPTIONS = ("name", "n_ctx", "n_slots", "n_gpu_layers", "threads", "kv_type", "prefix_dir", "target_itl_ms", "tuned")
 ENVIRONMENT = "LLMKIT_"
 
 
@@ -35,6 +35,10 @@ class ServeSettings(BaseSettings):
     n_slots: int | None = Field(None, ge=1, description="requests computed at once")
     n_gpu_layers: int | Literal["auto"] = Field("auto", description="layers on the GPU; -1 means all, auto as many as fit")
     threads: int | None = Field(None, ge=1, description="compute threads; none means all cores")
+    kv_type: Literal["f16", "q8_0", "q4_0"] | None = Field(None, description="type of the KV cache's numbers")
+    prefix_dir: str | None = Field(None, description="folder where computed prefixes outlive the process")
+    target_itl_ms: float | None = Field(None, gt=0, description="time between two tokens of a stream that prompts of others must not stretch")
+    tuned: bool | None = Field(None, description="use what llmkit.tune() found best on this machine")
 
     @classmethod
     def settings_customise_sources(

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from llmkit.bench.profiler import Profile
     from llmkit.bridge.server import BridgeServer
     from llmkit.models.memory import MemoryEstimate
+    from llmkit.models.registry import ModelSpec
     from llmkit.notebook.monitor import Monitor
     from llmkit.notebook.serving import Endpoint
 
@@ -69,6 +70,7 @@ def load(
     name: str | None = None,
     share: bool = True,
     force: bool = False,
+    tuned: bool = False,
     **options: Any,
 ) -> LLM:
     """Load a GGUF model into this process.
@@ -76,7 +78,7 @@ def load(
     ``model`` is an alias ("smollm2") or a path. ``n_ctx`` is the most tokens one request may have (prompt and answer), ``n_slots`` the number of requests
     computed at once; None chooses both (4096 at most, 8 at most, by memory). ``n_gpu_layers="auto"`` puts as many layers on the GPU as fit there, -1 all,
     0 none. ``threads=None`` takes all cores this process may use. ``share`` lets the gateway reach the model from other processes of this user. The same
-    file loads once: a second call gives the same engine.
+    file loads once: a second call gives the same engine. ``tuned=True`` takes what `llmkit.tune` found best here.
 
     ``options``, seldom needed:
 
@@ -96,6 +98,12 @@ def load(
     from llmkit.local import open_model
     from llmkit.models.registry import resolve
 
+    spec = resolve(model)
+    if tuned:
+        model, best = _tuned(spec)
+        options = {**best, **options}
+        threads = threads or options.pop("threads", None)
+        name = name or spec.name
     settings = _options(n_ctx=n_ctx, n_slots=n_slots, n_gpu_layers=n_gpu_layers, threads=threads, **options)
     with _load_lock:
         path = resolve(model).path
@@ -126,6 +134,15 @@ def estimate(model: str | Path = "smollm2", **options: Any) -> MemoryEstimate:
     from llmkit.models.registry import resolve
 
     return local.estimate(gguf.read_header(resolve(model).path), _options(**options))
+
+
+def _tuned(spec: ModelSpec) -> tuple[Path, dict[str, Any]]:
+    from llmkit.bench import tuner
+
+    found = tuner.tuned(spec)
+    if found is None:
+        raise InvalidRequestError(f"{spec.name!r} was not tuned on this machine yet; run llmkit.tune({spec.name!r}) once.", "tuned")
+    return found
 
 
 def _options(**options: Any) -> EngineOptions:

@@ -85,7 +85,8 @@ def load(name: str, hub: str, home: Path) -> subprocess.CompletedProcess[str]:
     code = f"""
 import llmkit
 try:
-    with llmkit.load({name!r}, n_ctx=256, n_slots=1, share=False) as llm: print(llm.name, llm.generate("a", max_tokens=3, ignore_eos=True).usage.completion_tokens)
+    with llmkit.load({name!r}, n_ctx=256, n_slots=1, share=False) as llm:
+        print(llm.name, llm.generate("a", max_tokens=3, ignore_eos=True).usage.completion_tokens)
 except llmkit.ModelNotFoundError as error: print("not found:", error)
 """
     environment = {**os.environ, "HF_ENDPOINT": hub, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "NO_PROXY": "*"}

@@ -15,9 +15,10 @@ from llmkit.backend.library import C
 from llmkit.backend.vocab import Vocab
 from llmkit.errors import ModelLoadError
 
-__all__ = ["LlamaModel"]
+__all__ = ["LlamaModel", "requantize"]
 
 VOCAB_TYPE_NONE = 0
+FTYPES = {"Q4_0": 2, "Q8_0": 7}
 
 
 class LlamaModel:
@@ -99,3 +100,15 @@ def _return_free_memory() -> None:
     if sys.platform == "linux":
         with contextlib.suppress(AttributeError, OSError):
             ctypes.CDLL(None).malloc_trim(0)
+
+
+def requantize(source: Path, target: Path, quantization: str) -> None:
+    """Write a model's weights in another type, "Q8_0" or "Q4_0". Raises `ModelLoadError`, and leaves nothing behind then."""
+    library.start()
+    library.log.clear()
+    params = C.llama_model_quantize_default_params()
+    params.ftype = FTYPES[quantization]
+    params.allow_requantize = True
+    if C.llama_model_quantize(os.fsencode(source), os.fsencode(target), ctypes.byref(params)):
+        target.unlink(missing_ok=True)
+        raise ModelLoadError(f"llama.cpp could not quantize {source}: " + "; ".join(library.log.errors()))

@@ -31,8 +31,8 @@ class EngineProcess:
         command = [sys.executable, "-m", "llmkit", "engine", settings.model]
         for option in ENGINE_OPTIONS:
             value = getattr(settings, option)
-            if value is not None:
-                command += [f"--{option.replace('_', '-')}={value}"]
+            if value is not None and value is not False:
+                command += [f"--{option.replace('_', '-')}" + ("" if value is True else f"={value}")]
         self.model = settings.model
         self._ready = False
         self._errors: deque[str] = deque(maxlen=20)

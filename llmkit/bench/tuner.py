@@ -1,0 +1,231 @@
+"""`llmkit.tune()`: which settings, and which quantization, make a model fastest on this machine. Takes about half a minute for a small model."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmkit.errors import LLMKitError
+from llmkit.models import gguf
+from llmkit.models.registry import ModelSpec, cache_folder, resolve
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["Tuning", "tune", "tuned"]
+
+PROMPT_TOKENS, STREAMS, STEPS = 256, 8, 12
+OUTPUT_TOKENS = 128
+WORTH = 1.1  # a setting must be so much faster to replace a default
+# Types for which llama.cpp's CPU kernels are slow, and the ones to try in their place: Q8_0 keeps what the file knows, Q4_0 is smaller and rougher.
+SLOW_TYPES = ("Q4_1", "Q5_0", "Q5_1")
+FAST_TYPES = ("Q8_0", "Q4_0")
+MIN_AGREEMENT = 0.95  # of favourite tokens, for a prepared file to be chosen
+TEXT = (
+    "The harbour town woke slowly. Fishermen carried their nets down to the boats, the baker opened his shutters, and somewhere behind the church a dog "
+    "barked at the first cart of the day. Two children ran along the quay and counted the gulls: twelve on the roof, five on the mast, one on the head of the "
+    "old bronze sailor who had been looking out to sea for a hundred and nine years. "
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """One way to run the model: tokens a second of a prompt, of one stream and of eight, and of a load of eight clients (256 tokens in, 128 out)."""
+
+    label: str
+    options: dict[str, Any]
+    file: str
+    prefill_tok_s: float
+    decode_tok_s: float
+    decode8_tok_s: float
+    agreement: float = 1.0
+
+    @property
+    def load_tok_s(self) -> float:
+        seconds = STREAMS * PROMPT_TOKENS / self.prefill_tok_s + STREAMS * OUTPUT_TOKENS / self.decode8_tok_s
+        return STREAMS * OUTPUT_TOKENS / seconds
+
+
+class Tuning:
+    """What `llmkit.tune()` found; `llmkit.load(model, tuned=True)` uses it.
+
+    ``df`` has every trial, ``options`` what to give to `load`, ``file`` the prepared file if another quantization is much faster. ``agreement`` is the share of
+    a text's tokens for which a prepared file has the same favourite as the model; one with less than 95 % is shown, and not chosen.
+    """
+
+    def __init__(self, model: str, trials: list[Trial]) -> None:
+        self.model, self.trials = model, trials
+
+    @property
+    def best(self) -> Trial:
+        faithful = [t for t in self.trials if t.agreement >= MIN_AGREEMENT]
+        return max(faithful, key=lambda t: t.load_tok_s * (1 if t is self.trials[0] else 1 / WORTH))
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return dict(self.best.options)
+
+    @property
+    def file(self) -> Path:
+        return Path(self.best.file)
+
+    @property
+    def speedup(self) -> float:
+        """Of eight clients' throughput, over the defaults."""
+        return self.best.load_tok_s / self.trials[0].load_tok_s
+
+    @property
+    def df(self) -> pd.DataFrame:
+        """One row a trial, rates in tokens a second; ``ratio`` to the defaults."""
+        import pandas as pd
+
+        first = self.trials[0].load_tok_s
+        columns = [{"setting": t.label, **{n: getattr(t, n) for n in RATES}, "ratio": t.load_tok_s / first, "agreement": t.agreement} for t in self.trials]
+        return pd.DataFrame(columns)
+
+    def __repr__(self) -> str:
+        best = self.best
+        if best is self.trials[0]:
+            verdict = "the defaults are best here"
+        else:
+            verdict = f"best: {best.label}, {self.speedup:.2f}x the defaults with eight clients; llmkit.load({self.model!r}, tuned=True) uses it"
+            if best.file != self.trials[0].file:
+                verdict += f" (the prepared file agrees on {best.agreement:.0%} of the tokens)"
+        return f"Tuning({self.model!r}: {verdict})\n{self.df.round(2).to_string(index=False)}"
+
+    def _repr_html_(self) -> str:
+        import html
+
+        return f"<p>{html.escape(repr(self).splitlines()[0])}</p>{self.df.round(2).to_html(index=False)}"
+
+
+RATES = ("prefill_tok_s", "decode_tok_s", "decode8_tok_s", "load_tok_s")
+
+
+def tune(model: str | Path = "smollm2", *, prepare: bool = True) -> Tuning:
+    """Measure thread counts, flash attention and (``prepare``) the same model in Q8_0 and Q4_0, where its own type is known to be slow on CPUs.
+
+    The result is kept for this machine and model. Raises what `load` raises for a file that is none. ■ stops it; nothing is kept then.
+    """
+    from llmkit.backend.llama import num_threads
+
+    spec = resolve(model)
+    info = gguf.read_header(spec.path)
+    cores = num_threads()
+    candidates: list[tuple[str, dict[str, Any]]] = [("defaults", {})]
+    candidates += [(f"threads={n}", {"threads": n}) for n in sorted({max(1, cores - 1), max(1, cores // 2)} - {cores}, reverse=True)]
+    candidates += [("flash_attention=True", {"flash_attention": True}), ("flash_attention=False", {"flash_attention": False})]
+    trials = list(_measure(spec.path, candidates))
+    if prepare and info.quantization in SLOW_TYPES:
+        best = Tuning(str(model), trials).best
+        for kind in FAST_TYPES:
+            file = _prepared(spec, kind)
+            agreement = _agreement(spec.path, file)
+            trials += [replace(t, agreement=agreement) for t in _measure(file, [(f"{best.label}, {kind}" if best.options else kind, best.options)])]
+    found = Tuning(str(model), trials)
+    _save(spec, found)
+    return found
+
+
+def tuned(spec: ModelSpec) -> tuple[Path, dict[str, Any]] | None:
+    """File and options that `tune` found best for this machine and model; None when it was not run, or the file is gone."""
+    try:
+        data = json.loads(_result_file(spec).read_text())
+        file = Path(data["file"])
+        return (file, data["options"]) if file.exists() else None
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def _mark(path: Path) -> str:
+    stat = path.stat()
+    return hashlib.sha256(f"{path} {stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()[:12]
+
+
+def _result_file(spec: ModelSpec) -> Path:
+    from llmkit.backend.llama import num_threads
+
+    machine = hashlib.sha256(f"{platform.node()} {platform.machine()} {platform.processor()} {num_threads()}".encode()).hexdigest()[:8]
+    return cache_folder().parent / "tune" / f"{spec.name}-{_mark(spec.path)}-{machine}.json"
+
+
+def _save(spec: ModelSpec, found: Tuning) -> None:
+    target = _result_file(spec)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(json.dumps({"file": found.best.file, "options": found.options, "speedup": found.speedup, "at": int(time.time())}))
+
+
+def _prepared(spec: ModelSpec, kind: str) -> Path:
+    """The same model in another type, made once."""
+    from llmkit.backend.model import requantize
+
+    target = cache_folder() / f"{spec.name}-{_mark(spec.path)}-{kind}.gguf"
+    if not target.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        part = target.with_suffix(".part")
+        requantize(spec.path, part, kind)
+        os.replace(part, target)
+    return target
+
+
+def _measure(path: Path, candidates: list[tuple[str, dict[str, Any]]]) -> Iterator[Trial]:
+    from llmkit.backend.llama import LlamaRunner
+    from llmkit.backend.model import LlamaModel
+
+    model = LlamaModel(path)
+    try:
+        for label, options in candidates:
+            try:
+                runner = LlamaRunner(model, n_ctx=512, n_slots=STREAMS, **options)
+            except LLMKitError:  # this model or device cannot do it
+                continue
+            try:
+                yield replace(_time(runner), label=label, options=options, file=str(path))
+            finally:
+                runner.close()
+    finally:
+        model.close()
+
+
+def _time(runner: Any) -> Trial:
+    from llmkit.engine.batch import Batch, Chunk, Truncate
+
+    def seconds(batch: Batch, times: int) -> float:
+        """The median of some runs of the same step."""
+        taken = []
+        for _ in range(times):
+            start = time.perf_counter()
+            runner.execute(batch)
+            taken.append(time.perf_counter() - start)
+        return sorted(taken)[times // 2]
+
+    prompt = [1 + i % 200 for i in range(PROMPT_TOKENS)]
+    runner.execute(Batch((Chunk(0, 0, prompt[:8], False),)))
+    prefill = seconds(Batch((Chunk(0, 0, prompt, False),), (Truncate(0, 0),)), 3)
+    runner.execute(Batch(tuple(Chunk(s, 0, prompt[:64], False) for s in range(STREAMS)), tuple(Truncate(s, 0) for s in range(STREAMS))))
+    back = tuple(Truncate(s, 64) for s in range(STREAMS))
+    one = seconds(Batch((Chunk(0, 64, [5], True),), back), STEPS)
+    many = seconds(Batch(tuple(Chunk(s, 64, [5], True) for s in range(STREAMS)), back), STEPS)
+    return Trial("", {}, "", PROMPT_TOKENS / prefill, 1 / one, STREAMS / many)
+
+
+def _agreement(first: Path, second: Path) -> float:
+    """The share of positions of a text at which both models have the same favourite."""
+    from llmkit.backend.llama import LlamaRunner
+    from llmkit.backend.model import LlamaModel
+
+    favourites = []
+    for path in (first, second):
+        model = LlamaModel(path)
+        runner = LlamaRunner(model, n_ctx=512, n_slots=1)
+        favourites.append(runner.logits(model.vocab.tokenize(TEXT * 2)[:400]).argmax(axis=1))
+        runner.close()
+        model.close()
+    return float((favourites[0] == favourites[1]).mean())
