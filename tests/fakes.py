@@ -26,7 +26,7 @@ class FakeRunner:
 
     can_truncate = can_fork = True
     saves = False
-    num_threads = 1
+    num_threads = tile = 1
 
     def __init__(
         self,

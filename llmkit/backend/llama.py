@@ -72,6 +72,8 @@ class LlamaRunner:
         self.capacity = (kv_tokens or n_ctx * n_slots) if kv_unified else None
         self._model = model
         self._deterministic = deterministic
+        # ggml's flash attention works on tiles of 64 queries; smaller chunks cost up to twice as much a token (9.6 ms instead of 5.4 at 2,500 tokens).
+        self.tile = 1 if flash_attention is False or model.on_gpu else 64
         self.num_threads = threads = threads or num_threads()
         params = C.llama_context_default_params()
         params.n_ctx = self.capacity or n_ctx * n_slots

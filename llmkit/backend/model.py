@@ -40,6 +40,7 @@ class LlamaModel:
         params.n_gpu_layers = n_gpu_layers
         params.progress_callback = on_progress
         self.handle: Any = None
+        self.on_gpu = n_gpu_layers != 0 and library.gpu_backend()
         self.path = path
         self.vocab: Vocab
 

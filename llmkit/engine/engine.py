@@ -59,6 +59,7 @@ class Engine:
             is_end=is_end,
             clock=self._clock,
             capacity=runner.capacity,
+            tile=runner.tile,
             can_coalesce=runner.can_fork and runner.can_truncate,
             can_draft=runner.can_truncate,
             deterministic=deterministic,

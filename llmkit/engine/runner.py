@@ -13,7 +13,8 @@ class ModelRunner(Protocol):
     """A model with ``n_slots`` sequences of at most ``n_ctx`` tokens each.
 
     ``capacity`` is how many tokens all of them can hold together (None: each has its own room), ``host_tokens`` how many may be parked outside the context.
-    ``num_threads`` compute on the CPU. ``saves``: what is idle at the end is to be parked on disk.
+    ``tile``: chunks of a prompt are computed well in multiples of it (1: any size). ``num_threads`` compute on the CPU. ``saves``: what is idle at the end is
+    to be parked on disk.
     """
 
     n_slots: int
@@ -25,6 +26,7 @@ class ModelRunner(Protocol):
     host_tokens: int
     saves: bool
     num_threads: int
+    tile: int
 
     def execute(self, batch: Batch) -> StepOutput:
         """Run one step. Errors of the step come back in the output; an exception means that the runner is unusable."""

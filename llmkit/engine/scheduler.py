@@ -24,6 +24,7 @@ MIN_COALESCE_TOKENS = 32
 MAX_SCORED_TOKENS = 64
 # Chunks of a deterministic engine begin and end at multiples of this.
 ALIGNMENT = 64
+FAR_TILES = 8
 
 
 class Scheduler:
@@ -42,6 +43,7 @@ class Scheduler:
         is_end: Callable[[int], bool],
         clock: StepClock,
         capacity: int | None = None,
+        tile: int = 1,
         can_coalesce: bool = True,
         can_draft: bool = True,
         deterministic: bool = False,
@@ -52,6 +54,7 @@ class Scheduler:
         self._is_end = is_end
         self._clock = clock
         self._capacity = capacity
+        self._tile = tile
         self._can_coalesce = can_coalesce
         self._can_draft = can_draft and not deterministic
         self._deterministic = deterministic
@@ -81,7 +84,7 @@ class Scheduler:
         room = self._max_batch_tokens - len(decoding)
         if self._capacity is not None:
             room = min(room, self._capacity - self._cache.num_tokens - len(decoding))
-        planned = self._share(prefilling, min(room, self._clock.prefill_budget(len(decoding))) if decoding else room)
+        planned = self._share(prefilling, min(room, max(self._clock.prefill_budget(len(decoding)), self._least(prefilling))) if decoding else room)
         room -= sum(count for _, count, _ in planned)
         # Guesses are for steps without prompts: with them the step's time is spent already.
         most = 0 if planned or not self._can_draft else room // max(len(decoding), 1)
@@ -111,9 +114,18 @@ class Scheduler:
             left -= counts[request.serial] - before
         return [(r, counts[r.serial], []) for r in order if counts[r.serial] > 0]
 
+    def _least(self, prefilling: list[Request]) -> int:
+        """The smallest chunk that is computed well: one tile, or two far into a prompt, where attention is most of the work; and a token that goes with the
+        decodes."""
+        if self._tile == 1 or not prefilling:
+            return 0
+        return (2 if max(r.num_computed_tokens for r in prefilling) >= FAR_TILES * self._tile else 1) * self._tile + 1
+
     def _size(self, request: Request, most: int) -> int:
         """Tokens of a prompt for this step, at most ``most``."""
         size = min(request.num_uncomputed_tokens, most)
+        if self._tile < size < request.num_uncomputed_tokens:
+            size -= (size - 1) % self._tile
         if request.scores_prompt:
             size = min(size, MAX_SCORED_TOKENS)
         if self._deterministic:
