@@ -31,7 +31,8 @@ from llmkit.version import __version__
 
 if TYPE_CHECKING:
     from llmkit.bench.tuner import tune
-    from llmkit.llm import LLM, estimate, load
+    from llmkit.llm import LLM
+    from llmkit.loading import estimate, load
     from llmkit.stream import Stream
 
 __all__ = [
@@ -63,7 +64,7 @@ __all__ = [
     "tune",
 ]
 
-_LATE = {"LLM": "llmkit.llm", "load": "llmkit.llm", "estimate": "llmkit.llm", "tune": "llmkit.bench.tuner", "Stream": "llmkit.stream"}
+_LATE = {"LLM": "llmkit.llm", "load": "llmkit.loading", "estimate": "llmkit.loading", "tune": "llmkit.bench.tuner", "Stream": "llmkit.stream"}
 
 
 def __getattr__(name: str) -> Any:

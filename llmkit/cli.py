@@ -91,7 +91,7 @@ def _tune(args: argparse.Namespace) -> int:
 
 def _engine(args: argparse.Namespace) -> int:
     options = {k: getattr(args, k) for k in ENGINE_OPTIONS if getattr(args, k) is not None}
-    from llmkit.llm import load
+    from llmkit.loading import load
 
     with load(args.model, **options) as llm:
         print(f"loaded {llm!r}", flush=True)

@@ -7,6 +7,7 @@ import queue
 import threading
 import time
 from collections import deque
+from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -48,7 +49,7 @@ class LocalEmbedder:
         self._pid = os.getpid()
         self._turns = turns
         self._model = LlamaModel(Path(spec.path), n_gpu_layers=-1 if options.n_gpu_layers == "auto" else options.n_gpu_layers)
-        longest = min(options.n_ctx or info.n_ctx_train or 512, info.n_ctx_train or 1 << 20)
+        longest = min(options.n_ctx or MAX_BATCH_TOKENS, info.n_ctx_train or 512)
         try:
             self._embedder = Embedder(self._model, max_tokens=max(longest, min(MAX_BATCH_TOKENS, 4 * longest)), threads=options.threads)
         except BaseException:
@@ -120,11 +121,13 @@ class LocalEmbedder:
                     job = self._inbox.get(block=not self._jobs)
                     if job is None:
                         return self._fail_all()
-                    self._requests += 1
-                    self._jobs.append(job)
+                    if job.future.set_running_or_notify_cancel():
+                        self._requests += 1
+                        self._jobs.append(job)
             except queue.Empty:
                 pass
-            self._step()
+            if self._jobs:
+                self._step()
 
     def _step(self) -> None:
         """One batch: a sequence of each job in turn, so that a long list does not hold up a single text."""
@@ -162,13 +165,26 @@ class LocalEmbedder:
             vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
         return Embeddings(vectors.astype(np.float32).tobytes(), vectors.shape[1], tuple(map(len, job.sequences)))
 
+    def _left(self) -> Iterator[Job]:
+        """What is still in the inbox."""
+        while True:
+            try:
+                job = self._inbox.get_nowait()
+            except queue.Empty:
+                return
+            if job is not None:
+                yield job
+
     def _fail_all(self) -> None:
-        for job in self._jobs:
+        waiting = [j for j in self._left() if j.future.set_running_or_notify_cancel()]
+        for job in [*self._jobs, *waiting]:
             job.future.set_exception(ModelUnloadedError("the model was unloaded while this request ran"))
 
     def close(self) -> None:
+        if self._pid != os.getpid():
+            return
         with self._lock:
-            if self._closed or self._pid != os.getpid():
+            if self._closed:
                 return
             self._closed = True
             self._inbox.put(None)

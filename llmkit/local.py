@@ -46,6 +46,17 @@ _running: weakref.WeakSet[LocalEngine | LocalEmbedder] = weakref.WeakSet()
 _turns = Turns()
 
 
+def _forget_the_parents_engines() -> None:
+    """In a forked child: whoever had the turn, or a lock, is not here."""
+    global _turns
+    _turns = Turns()
+    _running.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_the_parents_engines)
+
+
 def open_model(model: str | Path, options: EngineOptions, *, name: str | None = None, force: bool = False) -> LocalEngine | LocalEmbedder:
     """An engine of the kind that the file asks for: one that generates, or one that embeds. Raises what `llmkit.load` documents."""
     spec = resolve(model)
@@ -76,7 +87,7 @@ class LocalEngine:
         if not (force or need.fits):
             raise InsufficientMemoryError(f"{info.path.name}: {need.advice()}")
         n_ctx, n_slots = need.n_ctx, need.n_slots
-        most = min(n_ctx, info.max_positions or n_ctx)
+        most = min(n_ctx, info.max_positions or n_ctx, need.kv_tokens)
         self._model, self._runner = _load(spec, options, need)
         from llmkit.backend.grammar import GrammarCompiler
 
@@ -218,8 +229,10 @@ class LocalEngine:
             raise ModelUnloadedError(f"the model {self._description.name!r} was unloaded; load it again with llmkit.load().")
 
     def close(self) -> None:
+        if self._pid != os.getpid():
+            return
         with self._close_lock:
-            if self._closed or self._pid != os.getpid():
+            if self._closed:
                 return
             self._closed = True
             _running.discard(self)

@@ -30,7 +30,7 @@ MAX_STOP_STRINGS = 16
 MAX_LOGIT_BIAS = 1024
 MAX_LOGPROBS = 50
 MAX_INPUTS = 100_000
-MAX_GRAMMAR_CHARS = 1 << 20
+MAX_GRAMMAR_CHARS = 1 << 17
 MAX_SEED = 2**32 - 1
 # Characters a token can stand for at most, on average: a longer text cannot fit, and is refused before it is tokenized.
 MAX_CHARS_PER_TOKEN = 64
@@ -151,6 +151,7 @@ class SamplingParams:
         if isinstance(self.grammar, dict):
             object.__setattr__(self, "grammar", Grammar(**self.grammar))
         _check(self.grammar is None or isinstance(self.grammar, Grammar), "grammar", "must be a Grammar.")
+        _check(not (self.grammar is not None and self.ignore_eos), "ignore_eos", "cannot be combined with a grammar, which says where the text ends.")
 
     @property
     def greedy(self) -> bool:

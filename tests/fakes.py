@@ -68,11 +68,14 @@ class FakeRunner:
     def _apply(self, op: SlotOp, broken: set[int], lost: list[int]) -> None:
         match op:
             case Fork():
-                assert op.length <= len(self.slots[op.source]), "fork beyond what is resident"
-                assert self.can_fork and (self.can_truncate or op.length == len(self.slots[op.source]))
+                assert op.length <= len(self.slots[op.source]) or op.source in broken, "fork beyond what is resident"
+                assert op.source in broken or (self.can_fork and (self.can_truncate or op.length == len(self.slots[op.source])))
                 self.slots[op.target] = self.slots[op.source][: op.length]
+                if op.source in broken:
+                    self.slots[op.target] = []
+                    broken.add(op.target)
             case Truncate():
-                assert op.length <= len(self.slots[op.slot]) and (self.can_truncate or op.length == 0)
+                assert op.slot in broken or (op.length <= len(self.slots[op.slot]) and (self.can_truncate or op.length == 0))
                 del self.slots[op.slot][op.length :]
             case Park():
                 assert list(op.tokens) == self.slots[op.slot], "parked is what is resident"
@@ -111,10 +114,10 @@ class FakeRunner:
         nothing: list[tuple[int, ...]] = [()] * len(batch.chunks)
         if self.no_room_next or (self.capacity and batch.num_tokens + sum(map(len, self.slots)) > self.capacity):
             self.no_room_next = False
-            return StepOutput(nothing, [c.start for c in batch.chunks], no_room=True, lost=lost)
+            return StepOutput(nothing, [c.start for c in batch.chunks], no_room=True, lost=lost, broken=tuple(broken))
         if self.fail_next:
             error, self.fail_next = self.fail_next, None
-            return StepOutput(nothing, [0] * len(batch.chunks), error=error)
+            return StepOutput(nothing, [0] * len(batch.chunks), error=error, lost=lost, broken=tuple(broken))
         interrupted = self._interrupt.wait(self.step_s) if self.step_s else self._interrupt.is_set()
         tokens: list[tuple[int, ...]] = []
         for chunk in batch.chunks:
@@ -140,8 +143,8 @@ class FakeRunner:
         resident = [len(self.slots[c.slot]) for c in batch.chunks]
         if interrupted:
             self.num_interrupted += 1
-            return StepOutput(nothing, resident, interrupted=True, lost=lost)
-        return StepOutput(tokens, resident, faults=tuple(self.faults), lost=lost)
+            return StepOutput(nothing, resident, interrupted=True, lost=lost, broken=tuple(broken))
+        return StepOutput(tokens, resident, faults=tuple(self.faults), lost=lost, broken=tuple(broken))
 
     def interrupt(self) -> None:
         self._interrupt.set()

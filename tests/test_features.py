@@ -211,7 +211,8 @@ def test_a_full_disk_loses_nothing(file: Path, tmp_path: Path) -> None:
         llmkit.load(file, n_ctx=512, n_slots=1, share=False, prefix_dir=tmp_path / "kv", disk_cache_mb=1) as llm,
         pytest.warns(RuntimeWarning, match="larger than the limit"),
     ):
-        llm.save_prefix("A prefix that is long enough to be kept on disk, said the engine. " * 6)
+        with pytest.raises(llmkit.EngineError, match="could not be saved"):
+            llm.save_prefix("A prefix that is long enough to be kept on disk, said the engine. " * 6)
         assert llm.generate("The", max_tokens=3).usage.completion_tokens == 3
     assert not list((tmp_path / "kv").iterdir())
 
@@ -286,3 +287,62 @@ def test_options_are_checked(options: dict[str, Any], name: str) -> None:
         llmkit.load("smollm2", **options)
     with pytest.raises(TypeError, match=r"kv_typ.*kv_type"):
         llmkit.load("smollm2", kv_typ="f16")
+
+
+# -- what an attacker sends
+
+
+def chain(kind: str, links: int) -> str:
+    if kind == "json_schema":
+        names: dict[str, Any] = {f"a{i}": {"type": "array", "items": {"$ref": f"#/$defs/a{i + 1}"}} for i in range(links)}
+        return json.dumps({"$ref": "#/$defs/a0", "$defs": {**names, f"a{links}": {"type": "integer"}}})
+    if kind == "lark":
+        return "start: T0\n" + "".join(f"T{i}: T{i + 1}\n" for i in range(links)) + f'T{links}: "x"\n'
+    return "root ::= r0\n" + "".join(f"r{i} ::= r{i + 1}\n" for i in range(links)) + f'r{links} ::= "x"\n'
+
+
+@pytest.mark.parametrize(("kind", "links"), [("json_schema", 1500), ("lark", 7000), ("gbnf", 6000)])
+def test_long_chains_of_rules_do_not_overflow_the_stack(llm: llmkit.LLM, kind: str, links: int) -> None:
+    """They ended the process once. Compiled or refused, the model lives."""
+    try:
+        llm.generate("x", max_tokens=2, grammar=Grammar(kind, chain(kind, links)))
+    except InvalidRequestError as error:
+        assert "grammar" in str(error)
+    assert llm.generate("The", max_tokens=2).usage.completion_tokens == 2
+
+
+@pytest.mark.parametrize("text", ["((a{1000}){1000}){1000}", "(a|b|c|aa|bb|cc|ab|bc|ca){1,400}x"])
+def test_a_slow_mask_hurts_nobody_else(llm: llmkit.LLM, text: str) -> None:
+    other = llm.stream("Once upon a time", max_tokens=30, ignore_eos=True)
+    try:
+        llm.generate("aaa", max_tokens=6, temperature=1.0, grammar=Grammar("regex", text))
+    except (InvalidRequestError, llmkit.EngineError) as error:
+        assert "grammar" in str(error)
+    assert other.result(60).usage.completion_tokens == 30
+
+
+def test_the_same_grammar_is_compiled_once(llm: llmkit.LLM) -> None:
+    grammar = Grammar("choice", json.dumps([f"word{i}" for i in range(3000)]))
+    texts = {c.text for c in llm.generate(["Say:"] * 20, max_tokens=8, temperature=1.0, grammar=grammar)}
+    assert all(t.startswith("word") for t in texts) and len(llm._client._grammars._known) <= 64  # type: ignore[union-attr]
+    with pytest.raises(InvalidRequestError, match="ignore_eos"):
+        llm.generate("x", ignore_eos=True, grammar=grammar)
+
+
+def test_a_copy_beside_a_restored_prefix_is_the_right_one() -> None:
+    """llama.cpp copies between streams at the next decode, but reads states at once: both in one step must not mix."""
+    from llmkit.engine.batch import Batch, Chunk, Fork, Open, Park, Restore
+
+    model = LlamaModel(resolve("smollm2").path)
+    runner = LlamaRunner(model, n_ctx=512, n_slots=3)
+    first, second = model.vocab.tokenize(PASSAGE)[:40], model.vocab.tokenize("Quite another text, about boats and the sea. " * 5)[:40]
+    params = SamplingParams(temperature=0, logprobs=0)
+    runner.execute(Batch((Chunk(0, 0, first, False), Chunk(1, 0, second, False)), tuple(Open(s, s + 1, params, ()) for s in range(3))))
+    alone = runner.execute(Batch((Chunk(0, 40, [100], True),))).scores[0]
+    other = runner.execute(Batch((Chunk(1, 40, [100], True),), (Park(1, 7, second),))).scores[0]
+    runner.execute(Batch((), (Fork(0, 2, 40), Park(0, 8, first), Restore(7, 0, 40))))
+    output = runner.execute(Batch((Chunk(0, 40, [100], True), Chunk(2, 40, [100], True))))
+    assert output.scores[1][0].logprob == pytest.approx(alone[0].logprob, abs=0.05), "the copy is what the slot held before"
+    assert output.scores[0][0].logprob == pytest.approx(other[0].logprob, abs=0.05), "and the slot is what was restored"
+    runner.close()
+    model.close()

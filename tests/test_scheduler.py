@@ -15,6 +15,7 @@ from llmkit.engine.batch import Fork, Park, Restore
 from llmkit.engine.budget import StepClock
 from llmkit.engine.detokenize import Detokenizer
 from llmkit.engine.draft import PromptLookup
+from llmkit.engine.integrity import check
 from llmkit.engine.request import Request
 from llmkit.engine.scheduler import Scheduler
 from llmkit.engine.slots import PrefixCache
@@ -62,7 +63,7 @@ class Bench:
         for request in news:
             request.publish()
         self.ended += [r for r in news if r.finish_reason is not None]
-        self.scheduler.check()
+        check(self.scheduler)
         for slot in self.cache.slots:
             assert slot.tokens == self.runner.slots[slot.index] or any(getattr(op, "slot", None) == slot.index for op in self.scheduler._pending)
 

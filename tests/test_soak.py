@@ -16,6 +16,7 @@ import pytest
 import tiny_models
 from fakes import wait_for
 
+from llmkit.engine.integrity import check as check_books
 from llmkit.local import LocalEngine
 from llmkit.stream import Stream
 from llmkit.types import Completion, FinishReason, GenerationRequest, SamplingParams
@@ -54,7 +55,7 @@ def test_a_soak_ends_as_it_began(tmp_path: Path, family: str, count: int, kinds:
         check(alone, *entry)
     assert before is not None and psutil.Process().memory_info().rss - before < 40 << 20
     wait_for(lambda: engine.stats().num_running == engine.stats().num_waiting == engine.stats().kv_used_tokens == 0)
-    engine._engine._scheduler.check()
+    check_books(engine._engine._scheduler)
     assert len(engine._runner._samplers) <= engine.stats().num_slots, "samplers end with their requests"
     engine.close()
 

@@ -6,23 +6,27 @@ The mask for the next token is computed on a thread of its own while llama.cpp d
 from __future__ import annotations
 
 import json
+import re
 import threading
+from collections import OrderedDict
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from llmkit.backend.vocab import Vocab
-from llmkit.errors import InvalidRequestError
+from llmkit.backend.vocab import Vocab, on_a_deep_stack
+from llmkit.errors import EngineError, InvalidRequestError
 from llmkit.types import Grammar
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
 __all__ = ["Constraint", "GrammarCompiler"]
 
 MAX_FORCED = 32
+MAX_KNOWN = 64
+META = re.compile(r"[\\.+*?()|\[\]{}^$#&~/-]")
+STACK_BYTES = 512 << 20
 # One way to write JSON: fewer choices are more forced tokens.
 JSON_STYLE: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
@@ -35,25 +39,35 @@ class GrammarCompiler:
         self._lock = threading.Lock()
         self._tokenizer: Any = None
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="llmkit-mask")
-        self._source: Callable[[Grammar], str] = lru_cache(maxsize=128)(_source)
+        self._known: OrderedDict[Grammar, Any] = OrderedDict()  # matchers to copy, and errors
 
     def compile(self, grammar: Grammar) -> Constraint:
         """Raises `InvalidRequestError` that says what is wrong with the grammar."""
+        with self._lock:
+            found = self._known.pop(grammar, None)
+            if found is None:
+                # llguidance recurses along chains of rules; without a deep stack a long one ends the process.
+                found = on_a_deep_stack(STACK_BYTES, lambda: self._compile(grammar))
+            self._known[grammar] = found
+            while len(self._known) > MAX_KNOWN:
+                self._known.popitem(last=False)
+            if isinstance(found, InvalidRequestError):
+                raise found
+            return Constraint(found.deep_copy(), self._vocab, self._pool)
+
+    def _compile(self, grammar: Grammar) -> Any:
         import llguidance
 
-        with self._lock:
+        try:
             if self._tokenizer is None:
                 self._tokenizer = make_tokenizer(self._vocab)
-        try:
-            source = self._source(grammar)
-        except InvalidRequestError:
-            raise
+            matcher = llguidance.LLMatcher(self._tokenizer, _source(grammar), log_level=0)
+            problem = matcher.get_error() if matcher.is_error() else None
+        except InvalidRequestError as error:
+            return error
         except Exception as error:
-            raise InvalidRequestError(f"the grammar ({grammar.kind}) is not valid: {error!s:.500}", "grammar") from None
-        matcher = llguidance.LLMatcher(self._tokenizer, source, log_level=0)
-        if matcher.is_error():
-            raise InvalidRequestError(f"the grammar ({grammar.kind}) is not valid: {matcher.get_error()!s:.500}", "grammar")
-        return Constraint(matcher, self._vocab, self._pool)
+            problem = str(error)
+        return matcher if problem is None else InvalidRequestError(f"the grammar ({grammar.kind}) is not valid: {problem:.500}", "grammar")
 
     def close(self) -> None:
         self._pool.shutdown(wait=True)
@@ -72,7 +86,8 @@ def _source(grammar: Grammar) -> str:
             choices = json.loads(grammar.text)
             if not isinstance(choices, list) or not choices or not all(isinstance(c, str) and c for c in choices):
                 raise InvalidRequestError("choice must be a list of texts, none of them empty.", "grammar")
-            return str(llguidance.LLMatcher.grammar_from_lark("start: " + " | ".join(json.dumps(c) for c in choices)))
+            # One regular expression is one automaton; thousands of rules would be too many for the parser.
+            return str(llguidance.LLMatcher.grammar_from_regex("|".join(re.sub(META, r"\\\g<0>", c) for c in choices)))
         case "gbnf":
             return str(llguidance.LLMatcher.grammar_from_lark(llguidance.gbnf_to_lark.gbnf_to_lark(grammar.text)))
         case _:
@@ -116,41 +131,42 @@ class Constraint:
     def _compute(self) -> None:
         self._matcher.unsafe_compute_mask_ptr(self._mask.ctypes.data, self._mask.nbytes)
 
-    def _wait(self) -> None:
+    def _settle(self) -> None:
+        """Nobody else is at the matcher any more."""
         if self._ready is not None:
-            self._ready.result()
-            self._ready = None
+            ready, self._ready = self._ready, None
+            ready.result()
             self._fresh = True
-        elif not self._fresh:
-            self._compute()
-            self._fresh = True
+        if self._matcher.is_error():
+            raise EngineError(f"the grammar cannot go on: {str(self._matcher.get_error()).splitlines()[0]:.300}")
 
     def allows(self, token: int) -> bool:
-        """Whether the token may come next."""
+        """Whether the token may come next. Raises `EngineError` when the grammar itself failed."""
+        self._settle()
         if self._matcher.is_stopped():
             return self._is_end(token)
         if self._is_end(token):
             return bool(self._matcher.is_accepting())
-        if self._fresh or self._ready is not None:
-            self._wait()
+        if self._fresh:
             return bool(self._mask[token >> 5] >> (token & 31) & 1)
         return bool(self._matcher.validate_tokens([token]) == 1)
 
     def apply(self, logits: np.ndarray) -> None:
-        """Rule out what may not come next: logits of shape (n_vocab,) become minus infinity there."""
+        """Rule out what may not come next: logits of shape (n_vocab,) become minus infinity there. Raises as ``allows``."""
+        self._settle()
         if self._matcher.is_stopped():
             allowed = np.zeros(self._n_vocab, bool)
         else:
-            self._wait()
+            if not self._fresh:
+                self._compute()
+                self._fresh = True
             allowed = np.unpackbits(self._mask.view(np.uint8), count=self._n_vocab, bitorder="little").view(bool)
         allowed[self._end] = self._matcher.is_stopped() or self._matcher.is_accepting()
         logits[~allowed] = -np.inf
 
     def accept(self, token: int) -> None:
         """The token was chosen."""
-        if self._ready is not None:
-            self._ready.result()
-            self._ready = None
+        self._settle()
         self._fresh = False
         if not self._is_end(token) and not self._matcher.is_stopped():
             self._matcher.consume_token(token)

@@ -8,17 +8,18 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from collections.abc import Set as AbstractSet
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import llama_cpp
 import numpy as np
 
 from llmkit.backend import library
 from llmkit.backend.grammar import Constraint
 from llmkit.backend.library import C, short
 from llmkit.backend.model import LlamaModel
+from llmkit.backend.outputs import merged, with_gaps
 from llmkit.backend.sampler import Sampler, score
 from llmkit.backend.state import StateStore, fingerprint
 from llmkit.engine.batch import Batch, Chunk, Close, Drop, Fork, Open, Park, Restore, Score, SlotOp, StepOutput, Truncate
@@ -107,6 +108,7 @@ class LlamaRunner:
         self._serials = [0] * n_slots
         self._faults: dict[int, str] = {}
         self._broken: set[int] = set()
+        self._fork_now = False
         self._make_batch(self.max_batch_tokens)
         self._seq_rm, self._seq_cp = short("llama_memory_seq_rm"), short("llama_memory_seq_cp")
         self._pos_max = short("llama_memory_seq_pos_max")
@@ -114,7 +116,9 @@ class LlamaRunner:
         self._decode = C.llama_decode
         self._synchronize = C.llama_synchronize
         marks = {"n_ctx": self.capacity or n_ctx, "unified": kv_unified, "kv_type": kv_type, "flash": flash_attention, "rope": rope_scaling}
-        self._store = StateStore(self._context, fingerprint(model.path, library=C.__file__, **marks) if prefix_dir else "", prefix_dir, max_disk_bytes)
+        self._store = StateStore(
+            self._context, fingerprint(model.path, library=llama_cpp.__version__, **marks) if prefix_dir else "", prefix_dir, max_disk_bytes
+        )
         self.saves, self.host_tokens = prefix_dir is not None, host_tokens
 
     def _load_adapter(self, path: Path) -> Any:
@@ -147,14 +151,16 @@ class LlamaRunner:
 
     def execute(self, batch: Batch) -> StepOutput:
         self._broken.clear()
+        # llama.cpp copies between streams at the next decode, but reads and writes states at once: beside those, a fork is such a copy too.
+        self._fork_now = any(isinstance(op, Park | Restore) for op in batch.ops)
         for op in batch.ops:
             self._apply(op)
         lost, self._store.lost = tuple(self._store.lost), []
         if not batch.chunks:
-            return StepOutput((), (), lost=lost)
+            return StepOutput((), (), lost=lost, broken=tuple(self._broken))
         if self._broken:
             whole = [c for c in batch.chunks if c.slot not in self._broken]
-            return _with_gaps(batch.chunks, self._step(whole, lost), self._broken)
+            return replace(with_gaps(batch.chunks, self._step(whole, lost), self._broken), broken=tuple(self._broken))
         return self._step(batch.chunks, lost)
 
     def _step(self, chunks: Sequence[Chunk], lost: Sequence[int]) -> StepOutput:
@@ -167,12 +173,15 @@ class LlamaRunner:
         outputs: dict[int, tuple[StepOutput, int]] = {}
         for members in groups.values():
             output = self._decode_together([chunks[i] for i in members], ())
+            if output.no_room and outputs:  # the others go on, these are tried again
+                output = replace(output, no_room=False)
+            elif output.error:
+                self._faults.update((chunks[i].slot, output.error) for i in members)
+                output = replace(output, error=None)
+            elif output.no_room:
+                return replace(output, tokens=[()] * len(chunks), resident=[c.start for c in chunks], lost=lost)
             outputs.update((i, (output, place)) for place, i in enumerate(members))
-            if output.no_room or output.error:  # the step counts as a whole
-                for chunk in chunks:
-                    self._seq_rm(self._memory, chunk.slot, chunk.start or -1, -1)
-                return replace(output, tokens=[()] * len(chunks), resident=[c.start if output.no_room else 0 for c in chunks], lost=lost)
-        return _merged([outputs[i] for i in range(len(chunks))], lost)
+        return merged([outputs[i] for i in range(len(chunks))], lost)
 
     def _decode_together(self, chunks: Sequence[Chunk], lost: Sequence[int]) -> StepOutput:
         if not chunks:
@@ -211,7 +220,11 @@ class LlamaRunner:
             case Fork():
                 # Between split streams only whole copies exist; the rest is cut off afterwards.
                 self._seq_rm(self._memory, op.target, -1, -1)
-                self._seq_cp(self._memory, op.source, op.target, -1, -1)
+                if op.source in self._broken or (self._fork_now and not self._store.copy(op.source, op.target)):
+                    self._broken.add(op.target)
+                    return
+                if not self._fork_now:
+                    self._seq_cp(self._memory, op.source, op.target, -1, -1)
                 self._seq_rm(self._memory, op.target, op.length, -1)
             case Park():
                 self._store.park(op.key, op.slot, op.tokens, op.salt, op.save)
@@ -285,7 +298,11 @@ class LlamaRunner:
                 scores.append(())
                 forced.append(())
                 continue
-            chosen, marks = self._verify(sampler, chunk, row, logits, place)
+            try:
+                chosen, marks = self._verify(sampler, chunk, row, logits, place)
+            except Exception as error:  # a grammar that failed ends its own request only
+                self._faults[chunk.slot] = str(error)
+                chosen, marks = [], []
             seconds += sampler.c_seconds
             sampler.c_seconds = 0.0
             if len(chosen) < 1 + chunk.draft:
@@ -293,7 +310,7 @@ class LlamaRunner:
                 self._seq_rm(self._memory, chunk.slot, resident[i], -1)
             tokens.append(tuple(chosen))
             scores.append(marks)
-            forced.append(sampler.forced)
+            forced.append(() if chunk.slot in self._faults else sampler.forced)
         return StepOutput(
             tokens, resident, faults=tuple(self._faults.items()), lost=lost, scores=scores, prompt_scores=prompt_scores, forced=forced, backend_s=seconds
         )
@@ -315,7 +332,7 @@ class LlamaRunner:
 
     def _resident(self, chunk: Chunk) -> int:
         """After an interrupt: how many tokens of the slot are whole. The last one of a sampling chunk is given up, since its logits are lost."""
-        if self._deterministic:  # chunks begin at fixed places
+        if self._deterministic or chunk.targets:  # chunks begin at fixed places, or their scores are lost
             self._seq_rm(self._memory, chunk.slot, chunk.start or -1, -1)
             return chunk.start
         if not self.can_truncate:  # its state may be half updated, and says nothing of it
@@ -361,41 +378,3 @@ def _strlen() -> Any:
     would need the GIL each time (beside a busy cell that costs a second a token)."""
     libc = ctypes.CDLL(None) if sys.platform != "win32" else ctypes.cdll.msvcrt
     return ctypes.cast(libc.strlen, C.ggml_abort_callback)
-
-
-def _with_gaps(chunks: Sequence[Chunk], output: StepOutput, missing: AbstractSet[int]) -> StepOutput:
-    """The output with places for chunks that were left out: their slots are empty now."""
-    kept = [None if c.slot in missing else c for c in chunks]
-
-    def spread(values: Sequence[Any], gap: Any) -> list[Any]:
-        found = iter(values)
-        return [gap if c is None else next(found) for c in kept] if values else []
-
-    return replace(
-        output,
-        tokens=spread(output.tokens, ()) or [()] * len(kept),
-        resident=spread(output.resident, 0) or [0] * len(kept),
-        scores=spread(output.scores, ()),
-        prompt_scores=spread(output.prompt_scores, ()),
-        forced=spread(output.forced, ()),
-    )
-
-
-def _merged(outputs: Sequence[tuple[StepOutput, int]], lost: Sequence[int]) -> StepOutput:
-    """One output out of several: for each chunk, the output that has it and its place there."""
-
-    def each(name: str, gap: Any) -> list[Any]:
-        return [values[place] if (values := getattr(output, name)) else gap for output, place in outputs]
-
-    whole = list({id(output): output for output, _ in outputs}.values())
-    return StepOutput(
-        each("tokens", ()),
-        each("resident", 0),
-        interrupted=any(o.interrupted for o in whole),
-        faults=whole[-1].faults,
-        lost=lost,
-        scores=each("scores", ()),
-        prompt_scores=each("prompt_scores", ()),
-        forced=each("forced", ()),
-        backend_s=sum(o.backend_s for o in whole),
-    )

@@ -34,7 +34,8 @@ class Sampler:
 
     def choose(self, context: Any, row: int, logits: np.ndarray) -> tuple[int, Score | None]:
         """The next token, and its score where asked. ``logits`` is a view of batch row ``row``, float32 of shape (n_vocab,); it may be changed."""
-        raw = logits.copy() if self.logprobs is not None and self.constraint is not None else logits
+        changes = self.constraint is not None or self._end_tokens is not None
+        raw = logits.copy() if self.logprobs is not None and changes else logits
         if self._chain is None:
             token = self._argmax(logits)
         else:

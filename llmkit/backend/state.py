@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from llmkit.backend.library import C
+from llmkit.errors import InvalidRequestError
 
 __all__ = ["StateStore", "fingerprint"]
 
@@ -51,6 +52,13 @@ class StateStore:
         self.lost: list[int] = []  # since it was last read
         if folder is not None:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            stat = folder.stat()
+            if hasattr(os, "getuid") and (stat.st_uid != os.getuid() or stat.st_mode & 0o022):
+                raise InvalidRequestError(
+                    f"prefix_dir {folder} belongs to another user, or others may write to it: what lies there cannot be trusted.", "prefix_dir"
+                )
+            for file in folder.glob("*.part"):
+                file.unlink(missing_ok=True)
 
     def found(self) -> list[tuple[int, list[int], str]]:
         """The files of this model: key, tokens, salt. Keys count from 1."""
@@ -104,6 +112,11 @@ class StateStore:
         self.lost.append(key)
         return False
 
+    def copy(self, source: int, target: int) -> bool:
+        """Make a sequence the copy of another, at once. False: there is no room, and the target is empty."""
+        state = self._read(source)
+        return state is not None and int(C.llama_state_seq_set_data(self._context, _bytes(state), state.size, target)) == state.size
+
     def drop(self, key: int) -> None:
         """Forget a copy in RAM."""
         self._states.pop(key, None)
@@ -132,7 +145,7 @@ class StateStore:
             return False
         file = self._folder / self._name(tokens, salt)
         try:
-            handle, temporary = tempfile.mkstemp(dir=self._folder)  # mode 0600
+            handle, temporary = tempfile.mkstemp(dir=self._folder, suffix=".part")  # mode 0600
             try:
                 with os.fdopen(handle, "wb") as stream:
                     stream.write(head)

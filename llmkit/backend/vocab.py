@@ -6,7 +6,7 @@ import ctypes
 import re
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -20,6 +20,7 @@ __all__ = ["Vocab"]
 SAFE_RUN, MAX_RUN, STACK_PER_CHARACTER = 4000, 500_000, 2048
 RUN = re.compile(r"[^\W\d_]+|\d+|\s+|[^\w\s]+|_+")
 _stack_lock = threading.Lock()
+T = TypeVar("T")
 
 
 def longest_run(text: str) -> int:
@@ -27,19 +28,19 @@ def longest_run(text: str) -> int:
     return max((m.end() - m.start() for m in RUN.finditer(text)), default=0) if len(text) > SAFE_RUN else 0
 
 
-def on_a_deep_stack(num_bytes: int, work: Callable[[], list[int]]) -> list[int]:
+def on_a_deep_stack(num_bytes: int, work: Callable[[], T]) -> T:
     """Run ``work`` on a thread with that much stack; the pages are taken only as they are used."""
-    result: list[list[int]] = []
+    result: list[T] = []
     with _stack_lock:
         before = threading.stack_size((16 << 20) + -(-num_bytes // 4096) * 4096)
         try:
-            thread = threading.Thread(target=lambda: result.append(work()), name="llmkit-tokenize")
+            thread = threading.Thread(target=lambda: result.append(work()), name="llmkit-deep")
             thread.start()
         finally:
             threading.stack_size(before)
     thread.join()
     if not result:
-        raise InvalidRequestError("the text cannot be tokenized.", "prompt")
+        raise InvalidRequestError("the text cannot be read.", "prompt")
     return result[0]
 
 

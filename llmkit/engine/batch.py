@@ -123,7 +123,8 @@ class StepOutput:
     asked, ``prompt_scores[i]`` to ``chunk.targets``; ``forced[i]`` are the tokens that a grammar leaves no choice but to come next.
 
     ``error`` is set when the decode failed for these chunks; ``faults`` holds (slot, why) of requests that alone went wrong, ``lost`` keys that could not be
-    parked or restored. ``backend_s`` is the time spent inside calls of the C library (decode and sampler chains), seconds.
+    parked or restored, ``broken`` slots that are empty now because of that. ``backend_s`` is the time spent inside calls of the C library (decode and
+    sampler chains), seconds.
     """
 
     tokens: Sequence[Sequence[int]]
@@ -133,6 +134,7 @@ class StepOutput:
     error: str | None = None
     faults: Sequence[tuple[int, str]] = ()
     lost: Sequence[int] = ()
+    broken: Sequence[int] = ()
     scores: Sequence[Sequence[Score]] = ()
     prompt_scores: Sequence[Sequence[Score]] = ()
     forced: Sequence[Sequence[int]] = ()

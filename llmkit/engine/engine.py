@@ -182,7 +182,8 @@ class Engine:
     def _publish(self, requests: list[Request], failure: Exception | None = None) -> None:
         """Hand the news of a step to the readers: all of it is stored before the first one is woken."""
         for request in requests:
-            request.publish(EngineError(f"this request failed in the backend: {request.error}") if request.error else failure)
+            reason = EngineError(f"this request failed in the backend: {request.error}") if request.error else failure
+            request.publish(reason if request.finish_reason in (FinishReason.ERROR, FinishReason.ABORT) else None)
             if request.finish_reason is not None:
                 self._stats.prompt_tokens += request.num_prompt_tokens
                 self._stats.cached_tokens += request.num_cached_tokens

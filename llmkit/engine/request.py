@@ -46,6 +46,7 @@ class Request:
         "num_computed_tokens",
         "num_prompt_tokens",
         "num_unsent_tokens",
+        "parked_key",
         "priority",
         "prompt_logprobs",
         "request_id",
@@ -100,6 +101,7 @@ class Request:
         self.keep_on_disk = keep_on_disk  # its prompt, when it is computed
         self.waits_for: tuple[Request, int] | None = None  # a running request that computes this many tokens of our prompt
         self.lookup = PromptLookup() if sampling.speculate and sampling.prompt_logprobs is None else None
+        self.parked_key: int | None = None  # what was parked for it alone
         self.forced: Sequence[int] = ()  # what a grammar says must come next
         self.prompt_logprobs: list[TokenLogprob] = []
         self.unsent_logprobs: list[TokenLogprob] = []

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterable
 
 from llmkit.engine.backlog import Backlog
-from llmkit.engine.batch import Batch, Chunk, Close, Open, Score, SlotOp, StepOutput, Truncate
+from llmkit.engine.batch import Batch, Chunk, Close, Open, Park, Score, SlotOp, StepOutput, Truncate
 from llmkit.engine.budget import StepClock
 from llmkit.engine.request import Request
 from llmkit.engine.slots import PrefixCache, Slot, common_prefix
@@ -48,7 +48,7 @@ class Scheduler:
         can_draft: bool = True,
         deterministic: bool = False,
     ) -> None:
-        self._cache = cache
+        self.cache = cache
         self._n_ctx = n_ctx
         self._max_batch_tokens = max_batch_tokens
         self._is_end = is_end
@@ -83,7 +83,7 @@ class Scheduler:
         prefilling = [r for r in self.running if r.is_prefill and r not in self._saving]
         room = self._max_batch_tokens - len(decoding)
         if self._capacity is not None:
-            room = min(room, self._capacity - self._cache.num_tokens - len(decoding))
+            room = min(room, self._capacity - self.cache.num_tokens - len(decoding))
         planned = self._share(prefilling, min(room, max(self._clock.prefill_budget(len(decoding)), self._least(prefilling))) if decoding else room)
         room -= sum(count for _, count, _ in planned)
         # Guesses are for steps without prompts: with them the step's time is spent already.
@@ -151,7 +151,7 @@ class Scheduler:
         return request.slot
 
     def _slot(self, request: Request) -> Slot:
-        return self._cache.slots[self._slot_index(request)]
+        return self.cache.slots[self._slot_index(request)]
 
     def _chunk(self, request: Request, count: int, draft: list[int]) -> Chunk:
         start = request.num_computed_tokens
@@ -165,23 +165,25 @@ class Scheduler:
     def _admit(self) -> list[SlotOp]:
         ops: list[SlotOp] = []
         while len(self.waiting):
-            if not self._cache.num_free and not self._may_preempt():
+            if not self.cache.num_free and not self._may_preempt():
                 break
             request = self.waiting.first(self._ready)
             if request is None:
                 break
-            if not self._cache.num_free or not self._has_room(request):
+            if not self.cache.num_free or not self._has_room(request):
                 victim = self._victim(above=request.priority)
                 if victim is None:
                     break
                 ops += self._preempt(victim)
                 continue
             self.waiting.remove(request)
-            slot, cached, slot_ops = self._cache.acquire(request.tokens, request.cache_salt, reuse=not request.scores_prompt)
+            self.cache.unpin(request.parked_key)
+            ops += self._room_for(request)
+            slot, cached, slot_ops = self.cache.acquire(request.tokens, request.cache_salt, reuse=not request.scores_prompt)
             ops += slot_ops
             if self._deterministic:
                 slot.shareable = request.num_prompt_tokens - request.num_prompt_tokens % ALIGNMENT
-                ops += self._cache.cut(slot, min(cached - cached % ALIGNMENT, slot.shareable))
+                ops += self.cache.cut(slot, min(cached - cached % ALIGNMENT, slot.shareable))
                 cached = len(slot.tokens)
             ops.append(Open(slot.index, request.serial, request.sampling, request.tokens, request.constraint, request.adapters))
             self.waiting.charge(request, num_prompt=len(request.tokens) - cached)
@@ -203,7 +205,7 @@ class Scheduler:
             if leader.cache_salt == request.cache_salt and leader.num_uncomputed_tokens >= MIN_COALESCE_TOKENS:
                 shared = common_prefix(leader.tokens, prompt, len(prompt) - 1)
                 gain = shared - leader.num_computed_tokens
-                if gain >= MIN_COALESCE_TOKENS and shared - self._cache.longest(prompt, request.cache_salt) >= MIN_COALESCE_TOKENS:
+                if gain >= MIN_COALESCE_TOKENS and shared - self.cache.longest(prompt, request.cache_salt) >= MIN_COALESCE_TOKENS:
                     request.waits_for = (leader, shared)
                     return False
         return True
@@ -213,6 +215,13 @@ class Scheduler:
         if self._capacity is None or not self.running:
             return True
         return sum(len(r.tokens) for r in self.running) + len(request.tokens) < self._capacity
+
+    def _room_for(self, request: Request) -> list[SlotOp]:
+        """Where all slots share one buffer: idle prefixes give way before a restored one comes in."""
+        ops: list[SlotOp] = []
+        while self._capacity is not None and self._capacity - self.cache.num_tokens < len(request.tokens) and (idle := self.cache.oldest_idle()) is not None:
+            ops += self.cache.evict(idle)
+        return ops
 
     def _may_preempt(self) -> bool:
         return max(r.priority for r in self.running) > self.waiting.most_urgent
@@ -226,9 +235,10 @@ class Scheduler:
         """Back to waiting. What it has computed is parked outside the context if there is room (a copy of 35 MB takes 4 ms, its 1,500 tokens some
         seconds), else it will be computed again."""
         slot = self._slot(request)
-        ops = self._cut_inexact(request, slot) if self._deterministic else self._cache.park(slot, pinned=True)
+        ops = self._cut_inexact(request, slot) if self._deterministic else self.cache.park(slot, pinned=True)
+        request.parked_key = next((op.key for op in ops if isinstance(op, Park)), None)
         self.running.remove(request)
-        self._cache.release(slot)
+        self.cache.release(slot)
         request.preempt()
         self.waiting.put_back(request)
         self.num_preemptions += 1
@@ -242,10 +252,10 @@ class Scheduler:
         while True:
             decoding = sum(not r.is_prefill for r in self.running)
             wanted = min(sum(r.num_uncomputed_tokens for r in self.running), self._max_batch_tokens)
-            room = self._capacity - self._cache.num_tokens
-            idle = self._cache.oldest_idle()
+            room = self._capacity - self.cache.num_tokens
+            idle = self.cache.oldest_idle()
             if room < wanted and idle is not None:
-                ops += self._cache.evict(idle)
+                ops += self.cache.evict(idle)
             elif room < max(decoding, 1) and len(self.running) > 1 and (victim := self._victim()) is not None:
                 ops += self._preempt(victim)
             else:
@@ -257,16 +267,20 @@ class Scheduler:
         """Take in what the step gave. Returns the requests that have news, finished ones included."""
         now = time.perf_counter()
         for key in output.lost:
-            self._cache.parked.pop(key, None)
-        news = list(self._saving)
+            self.cache.parked.pop(key, None)
+        self._empty_broken(output.broken)
+        news, self._saving = list(self._saving), []
         for request in news:
-            self._finish(request, FinishReason.LENGTH)
-        self._saving = []
+            if request.parked_key in output.lost:
+                request.error = "its prefix could not be saved (a warning says why)"
+            self._finish(request, FinishReason.ERROR if request.error else FinishReason.LENGTH)
         if output.no_room or output.error:
             return news + self._fail(output)
         faults = dict(output.faults)
         for i, (request, chunk) in enumerate(zip(self._scheduled, batch.chunks, strict=True)):
             slot, resident, tokens = self._slot(request), output.resident[i], output.tokens[i]
+            if chunk.slot in output.broken:
+                continue
             slot.tokens[chunk.start :] = chunk.tokens
             del slot.tokens[resident:]  # fewer than asked after an interrupt or a rejected draft
             request.num_computed_tokens = resident
@@ -289,6 +303,14 @@ class Scheduler:
                 self._append(request, tokens, output.scores[i] if output.scores else (), now)
         return news
 
+    def _empty_broken(self, broken: Iterable[int]) -> None:
+        """Slots whose restored or copied prefix was lost: their requests begin again."""
+        for index in broken:
+            self.cache.slots[index].tokens.clear()
+            for request in self.running:
+                if request.slot == index:
+                    request.num_computed_tokens = request.num_cached_tokens = 0
+
     def _is_done_without_output(self, request: Request) -> bool:
         return request.max_tokens == 0 and request.num_uncomputed_tokens == 0
 
@@ -308,7 +330,9 @@ class Scheduler:
                 return
         if self._is_done_without_output(request):
             if request.keep_on_disk:
-                self._pending += self._cache.park(self._slot(request), save=True)
+                ops = self.cache.park(self._slot(request), save=True)
+                request.parked_key = next((op.key for op in ops if isinstance(op, Park)), None)
+                self._pending += ops
                 self._saving.append(request)
             else:
                 self._finish(request, FinishReason.LENGTH)
@@ -317,15 +341,15 @@ class Scheduler:
         """A step that the backend refused. Without room, idle prefixes and then the youngest request give way, and the step is tried again. After an error
         its requests end, and their slots are emptied; the others go on."""
         if output.no_room:
-            idle = self._cache.oldest_idle()
+            idle = self.cache.oldest_idle()
             if idle is not None:
-                self._pending += self._cache.evict(idle)
+                self._pending += self.cache.evict(idle)
                 return []
             victim = self._victim() if len(self.running) > 1 else None
             if victim is not None:
                 slot = self._slot(victim)
                 self._pending += self._preempt(victim)
-                self._pending += self._cache.evict(slot)
+                self._pending += self.cache.evict(slot)
                 return []
         failed = [r for r in self._scheduled if r.slot is not None]
         for request in failed:
@@ -347,7 +371,7 @@ class Scheduler:
         request.finish(reason)
         self._pending.append(Close(request.serial))
         if request.slot is None:
-            self._cache.unpin(request.tokens, request.cache_salt)
+            self.cache.unpin(request.parked_key)
             self.waiting.remove(request)
         else:
             slot = self._slot(request)
@@ -356,22 +380,13 @@ class Scheduler:
             self.running.remove(request)
             if request in self._saving:
                 self._saving.remove(request)
-            self._cache.release(slot)
+            self.cache.release(slot)
         self.waiting.leave(request)
 
     def _cut_inexact(self, request: Request, slot: Slot) -> list[SlotOp]:
         """For others only what was computed in whole chunks is exactly what they would compute."""
-        return self._cache.cut(slot, min(len(slot.tokens), request.num_prompt_tokens) // ALIGNMENT * ALIGNMENT)
+        return self.cache.cut(slot, min(len(slot.tokens), request.num_prompt_tokens) // ALIGNMENT * ALIGNMENT)
 
     def farewell(self) -> list[SlotOp]:
         """At the end of the engine: what copies the idle prefixes to disk."""
-        return [op for slot in self._cache.slots if len(slot.tokens) >= MIN_COALESCE_TOKENS * 4 for op in self._cache.park(slot, save=True)]
-
-    def check(self) -> None:
-        """Raises AssertionError where the books do not agree; for tests, between steps."""
-        assert {self._slot_index(r) for r in self.running} == {s.index for s in self._cache.slots if s.busy}
-        assert len({r.slot for r in self.running}) == len(self.running)
-        for request in self.running:
-            tokens = self._slot(request).tokens
-            assert len(tokens) == request.num_computed_tokens <= len(request.tokens) and request.tokens[: len(tokens)] == tokens
-        assert all(r.slot is None and r.finish_reason is None for r in self.waiting) and len(list(self.waiting)) == len(self.waiting)
+        return [op for slot in self.cache.slots if len(slot.tokens) >= MIN_COALESCE_TOKENS * 4 for op in self.cache.park(slot, save=True)]

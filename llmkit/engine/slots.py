@@ -117,7 +117,7 @@ class PrefixCache:
             ops = self.park(target, unless=parked)
             target.tokens = parked.tokens[:outside]
             self._clock += 1
-            parked.last_used, parked.pinned = self._clock, False
+            parked.last_used = self._clock
             return self._take(target, outside, salt, [*ops, Restore(parked.key, target.index, outside)])
         if best is not None and best is not target and shared >= MIN_FORK_TOKENS and self._can_fork and (self._can_truncate or shared == len(best.tokens)):
             ops = self.park(target)
@@ -209,11 +209,11 @@ class PrefixCache:
         del self.parked[entry.key]
         return [Drop(entry.key)]
 
-    def unpin(self, tokens: Sequence[int], salt: str) -> None:
-        """The preempted request is gone: what was parked for it may be dropped."""
-        for entry in self.parked.values():
-            if entry.pinned and entry.salt == salt and entry.tokens == list(tokens[: len(entry.tokens)]):
-                entry.pinned = False
+    def unpin(self, key: int | None) -> None:
+        """The preempted request came back, or is gone: what was parked for it may be dropped."""
+        entry = self.parked.get(key) if key is not None else None
+        if entry is not None:
+            entry.pinned = False
 
     def new_key(self) -> int:
         self._next_key += 1

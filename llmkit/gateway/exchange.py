@@ -33,6 +33,8 @@ class Exchange:
         if not self.request_id.isprintable():
             self.request_id = secrets.token_hex(16)
         self.streaming = False
+        # Among whom the engine shares fairly: what a client says of itself does not count.
+        self.caller = f"http {handler.request.remote_ip}"
         self._stream: iostream.IOStream | None = getattr(handler.request.connection, "stream", None)
         handler.set_header("x-request-id", self.request_id)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from llmkit.client import EngineClient
@@ -46,7 +47,7 @@ class OpenAIRoutes:
         reply_id = schemas.new_id("chatcmpl")
         engine = self._engine(request.model)
         head = self._head(reply_id, "chat.completion.chunk" if request.stream else "chat.completion", engine)
-        streams = submit_all(engine, request.requests(reply_id))
+        streams = submit_all(engine, [replace(r, caller=exchange.caller) for r in request.requests(reply_id)])
         try:
             if not request.stream:
                 done = await gather(streams, lambda: self._on_use(engine))
@@ -68,7 +69,7 @@ class OpenAIRoutes:
         reply_id = schemas.new_id("cmpl")
         engine = self._engine(request.model)
         head = self._head(reply_id, "text_completion", engine)
-        requests = request.requests(reply_id)
+        requests = [replace(r, caller=exchange.caller) for r in request.requests(reply_id)]
         num_prompts = len(request.prompts)
         streams = submit_all(engine, requests)
         try:

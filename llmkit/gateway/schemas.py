@@ -91,7 +91,7 @@ class GenerationFields(BaseModel):
     logit_bias: dict[str, float] | None = None
     ignore_eos: bool | None = None
     speculate: bool | None = None
-    priority: int | None = None
+    priority: Annotated[int, Field(ge=0)] | None = None
     cache_salt: str | None = None
     response_format: ResponseFormat | None = None
     json_schema: dict[str, Any] | None = None
@@ -163,9 +163,7 @@ class GenerationFields(BaseModel):
         }
 
     def _request(self, request_id: str, index: int, max_tokens: int | None, **prompt: Any) -> GenerationRequest:
-        return GenerationRequest(
-            request_id, self.sampling(index, max_tokens), priority=self.priority or 0, caller=self.user or "", cache_salt=self.cache_salt or "", **prompt
-        )
+        return GenerationRequest(request_id, self.sampling(index, max_tokens), priority=self.priority or 0, cache_salt=self.cache_salt or "", **prompt)
 
     def _in_callers_words(self, error: InvalidRequestError) -> InvalidRequestError:
         """The same error, naming the field as the caller spelled it."""

@@ -1,0 +1,157 @@
+"""`load` and `estimate`: a name becomes the handle people hold. One file is one engine in a process."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import threading
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from llmkit.errors import InvalidRequestError
+from llmkit.llm import LLM
+from llmkit.options import EngineOptions
+
+if TYPE_CHECKING:
+    from llmkit.models.memory import MemoryEstimate
+    from llmkit.models.registry import ModelSpec
+
+__all__ = ["estimate", "kernel_id", "load"]
+
+_loaded: dict[Path, LLM] = {}
+_load_lock = threading.RLock()
+
+
+def _forget_the_parents_models() -> None:
+    """In a forked child: its engines have no threads here, and the lock may be held by a thread that is none of ours."""
+    global _load_lock
+    _load_lock = threading.RLock()
+    _loaded.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_the_parents_models)
+
+
+def load(
+    model: str | Path = "smollm2",
+    *,
+    n_ctx: int | None = None,
+    n_slots: int | None = None,
+    n_gpu_layers: int | Literal["auto"] = "auto",
+    threads: int | None = None,
+    name: str | None = None,
+    share: bool = True,
+    force: bool = False,
+    tuned: bool = False,
+    **options: Any,
+) -> LLM:
+    """Load a GGUF model into this process.
+
+    ``model`` is an alias ("smollm2") or a path. ``n_ctx`` is the most tokens one request may have (prompt and answer), ``n_slots`` the number of requests
+    computed at once; None chooses both (4096 at most, 8 at most, by memory). ``n_gpu_layers="auto"`` puts as many layers on the GPU as fit there, -1 all,
+    0 none. ``threads=None`` takes all cores this process may use. ``share`` lets the gateway reach the model from other processes of this user. The same
+    file loads once: a second call gives the same engine. ``tuned=True`` takes what `llmkit.tune` found best here.
+
+    ``options``, seldom needed:
+
+    - ``target_itl_ms=250``: prompts of others stretch the time between two tokens of a stream to no more than this, if the machine can do it at all.
+    - ``kv_unified=True``: one KV buffer for all requests, of ``kv_tokens`` tokens in all (default: n_ctx x n_slots), instead of one each; requests that do
+      not fit any more wait and come back.
+    - ``kv_type="f16"``, "q8_0" or "q4_0"; ``flash_attention=None`` (llama.cpp decides), True or False; ``rope_scaling=2.0`` stretches positions.
+    - ``host_cache_mb=512``: room outside the context for prefixes that lost their slot. ``prefix_dir``: a folder where prefixes outlive the process, at most
+      ``disk_cache_mb=4096`` of them.
+    - ``lora``: the path of an adapter, or a dict of paths and scales; requests choose others with ``lora={"name": scale}``.
+    - ``deterministic=True``: the same request gives the same tokens whatever runs beside it or is cached; slower.
+    - ``max_waiting=1024``: requests that may wait.
+
+    Raises `ModelNotFoundError`, `InvalidModelFileError`, `InsufficientMemoryError` (``force=True`` skips the estimate), `ModelLoadError`, and
+    `InvalidRequestError` for impossible options.
+    """
+    from llmkit.local import open_model
+    from llmkit.models.registry import resolve
+
+    spec = resolve(model)
+    if tuned:
+        model, best = _tuned(spec)
+        options = {**best, **options}
+        threads = threads or options.pop("threads", None)
+        name = name or spec.name
+    settings = _options(n_ctx=n_ctx, n_slots=n_slots, n_gpu_layers=n_gpu_layers, threads=threads, **options)
+    with _load_lock:
+        path = resolve(model).path
+        loaded = _loaded.get(path)
+        if loaded is not None and not loaded.closed:
+            loaded.check_same(settings, name)
+            return loaded
+        engine = open_model(model, settings, name=name, force=force)
+        bridge = None
+        try:
+            if share:
+                from llmkit.bridge.server import BridgeServer
+
+                bridge = BridgeServer(engine, kernel_id())
+        except BaseException:
+            engine.close()
+            raise
+        _register_displays()
+        _loaded[path] = llm = LLM(engine, bridge, settings, _forget)
+        return llm
+
+
+def _forget(llm: LLM) -> None:
+    with _load_lock:
+        for path, loaded in list(_loaded.items()):
+            if loaded is llm:
+                del _loaded[path]
+
+
+def estimate(model: str | Path = "smollm2", **options: Any) -> MemoryEstimate:
+    """What `load` with these options would take, from the file's header alone; loads nothing. Raises what `load` raises for a file that is none and for
+    impossible options."""
+    from llmkit import local
+    from llmkit.models import gguf
+    from llmkit.models.registry import resolve
+
+    return local.estimate(gguf.read_header(resolve(model).path), _options(**options))
+
+
+def _tuned(spec: ModelSpec) -> tuple[Path, dict[str, Any]]:
+    from llmkit.bench import tuner
+
+    found = tuner.tuned(spec)
+    if found is None:
+        raise InvalidRequestError(f"{spec.name!r} was not tuned on this machine yet; run llmkit.tune({spec.name!r}) once.", "tuned")
+    return found
+
+
+def _options(**options: Any) -> EngineOptions:
+    unknown = set(options) - {f.name for f in fields(EngineOptions)}
+    if unknown:
+        near = difflib.get_close_matches(min(unknown), [f.name for f in fields(EngineOptions)], n=1)
+        raise TypeError(f"load() got an unexpected option {min(unknown)!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+    return EngineOptions(**options)
+
+
+def kernel_id() -> str | None:
+    """The id of the Jupyter kernel that this is, None elsewhere. Never imports ipykernel."""
+    import sys
+
+    if "ipykernel.kernelapp" not in sys.modules:
+        return None
+    from ipykernel.kernelapp import IPKernelApp  # type: ignore[import-untyped,unused-ignore]
+
+    if not IPKernelApp.initialized():
+        return None
+    stem = Path(IPKernelApp.instance().connection_file).stem
+    return stem.removeprefix("kernel-") if stem.startswith("kernel-") else None
+
+
+def _register_displays() -> None:
+    import sys
+
+    if "IPython" in sys.modules:
+        from llmkit.notebook import display
+
+        display.register()
