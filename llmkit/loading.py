@@ -56,7 +56,7 @@ def load(
 
     ``options``, seldom needed:
 
-    - ``target_itl_ms=250``: prompts of others stretch the time between two tokens of a stream to no more than this, if the machine can do it at all.
+    - ``target_itl_ms=500``: prompts of others stretch the time between two tokens of a stream to no more than this, if the machine can do it at all.
     - ``kv_unified=True``: one KV buffer for all requests, of ``kv_tokens`` tokens in all (default: n_ctx x n_slots), instead of one each; requests that do
       not fit any more wait and come back.
     - ``kv_type="f16"``, "q8_0" or "q4_0"; ``flash_attention=None`` (llama.cpp decides), True or False; ``rope_scaling=2.0`` stretches positions.

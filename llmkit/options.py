@@ -37,7 +37,7 @@ class EngineOptions:
     flash_attention: bool | None = None
     rope_scaling: float | None = None
     lora: Any = ()  # a path, or {path: scale}; kept as pairs
-    target_itl_ms: float = 250.0
+    target_itl_ms: float = 500.0
     max_waiting: int = 1024
     deterministic: bool = False
     host_cache_mb: float = 512.0

@@ -35,8 +35,9 @@ class ThreadGovernor:
         self.count = most
         self._set_threads = set_threads
         self._clock = clock
-        self._usual: float | None = None  # cost of a step with all threads when the cores are ours
-        self._cost: dict[int, float] = {}  # of each count, under the load of the moment
+        # Cost of a token in a step with all threads when the cores are ours, by the step's size: a large step is cheaper a token than a small one.
+        self._usual: dict[int, float] = {}
+        self._cost: dict[int, float] = {}  # of each count, in units of the usual, under the load of the moment
         self._slow_steps = 0
         self._trials: list[int] = []
         self._trial_steps = 0
@@ -48,20 +49,23 @@ class ThreadGovernor:
         """A step of ``num_tokens`` tokens took so long."""
         if len(self.candidates) == 1 or not num_tokens:
             return
-        cost = seconds / (2 + num_tokens)  # a step costs about two tokens more than its tokens
+        size = num_tokens.bit_length()
+        per_token = seconds / (2 + num_tokens)  # a step costs about two tokens more than its tokens
+        usual = self._usual.setdefault(size, per_token)
+        cost = per_token / usual
         before = self._cost.get(self.count)
         self._cost[self.count] = cost if before is None else before + SMOOTHING * (min(cost, 4 * before) - before)
         if self._trials:
             self._go_on_trying()
         elif self.count == self.candidates[0]:
-            self._watch(cost)
+            self._watch(size, cost)
         elif self._clock() >= self._retry_at:
             self._try([self.candidates[0]])
 
-    def _watch(self, cost: float) -> None:
+    def _watch(self, size: int, cost: float) -> None:
         """All threads compute: is it as quick as usual?"""
-        self._usual = cost if self._usual is None else min(cost, self._usual * FORGET)
-        self._slow_steps = self._slow_steps + 1 if cost > SLOW * self._usual else max(0, self._slow_steps - 2)
+        self._usual[size] *= min(cost, FORGET)
+        self._slow_steps = self._slow_steps + 1 if cost > SLOW else max(0, self._slow_steps - 2)
         if self._slow_steps >= PATIENCE:
             self._slow_steps = 0
             self._try(self.candidates[1:])
@@ -92,8 +96,9 @@ class ThreadGovernor:
         now = self._clock()
         self._retry_s = RETRY_S if found_more else min(2 * self._retry_s, MAX_RETRY_S)
         self._retry_at = now + max(self._retry_s, TRIAL_SHARE * (now - self._trial_began))
-        if found_more and self._usual is not None and self._cost[self._best] > SLOW * self._usual:
-            self._usual = self._cost[self._best]  # no count is better: this is what the machine gives now
+        if found_more and self._cost[self._best] > SLOW:  # no count is better: this is what the machine gives now
+            self._usual = {size: usual * self._cost[self._best] for size, usual in self._usual.items()}
+            self._cost.clear()
         self._switch(self._best)
 
     def _switch(self, count: int) -> None:
