@@ -39,6 +39,7 @@ class Bench:
             is_end=lambda t: t == END,
             clock=self.clock,
             capacity=runner.capacity,
+            tile=runner.tile,
             can_coalesce=runner.can_fork and runner.can_truncate,
             can_draft=runner.can_truncate,
             deterministic=deterministic,
@@ -215,10 +216,30 @@ def test_a_short_prompt_passes_a_long_one_and_the_long_one_keeps_half() -> None:
     long = bench.add(bytes(97 + i % 26 for i in range(1000)), 2)
     bench.step()
     short = bench.add(b"Z" * 40, 2)
+    bench.step()
+    assert short.num_output_tokens == 1, "it goes first"
     before = long.num_computed_tokens
-    while short.num_output_tokens == 0:
+    for i in range(8):  # others keep coming
+        bench.add(bytes([48 + i]) * 60, 1)
         bench.step()
-    assert short.num_output_tokens == 1 and long.num_computed_tokens - before >= 60
+    assert long.num_computed_tokens - before >= 4 * 60
+
+
+def test_prompts_are_computed_in_whole_tiles() -> None:
+    runner = FakeRunner(n_slots=4, n_ctx=2000, max_batch_tokens=512)
+    runner.tile = 64
+    bench = Bench(runner, target_s=0.1)
+    for _ in range(50):
+        bench.clock.observe(num_streams=1, num_decode=1, num_prefill=0, seconds=0.01)
+        bench.clock.observe(num_streams=0, num_decode=0, num_prefill=100, seconds=0.06)
+    bench.add(b"stream", 50)
+    bench.step()
+    first, second = bench.add(bytes(97 + i % 26 for i in range(300)), 2), bench.add(bytes(65 + i % 26 for i in range(290)), 2)
+    sizes = []
+    while not (first.num_output_tokens and second.num_output_tokens):
+        bench.step()
+        sizes.append([len(c.tokens) for c in bench.runner.batches[-1].chunks if not c.sample or len(c.tokens) > 1])
+    assert sizes == [[129], [129], [42, 65], [129], [96]], "what is left of a step is no place for a piece of the next prompt"
 
 
 def test_prompts_leave_running_streams_their_latency() -> None:

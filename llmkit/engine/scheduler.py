@@ -61,6 +61,7 @@ class Scheduler:
         self.waiting = Backlog()
         self.running: list[Request] = []
         self.num_preemptions = self.num_drafted = self.num_accepted = 0
+        self._short_first = False
         self._pending: list[SlotOp] = []
         self._scheduled: list[Request] = []
         self._saving: list[Request] = []
@@ -96,23 +97,22 @@ class Scheduler:
         return Batch(tuple(self._chunk(*p) for p in planned), tuple(ops))
 
     def _share(self, prefilling: list[Request], budget: int) -> list[tuple[Request, int, list[int]]]:
-        """Prompts in order of arrival; but one much shorter than the first need not wait behind it: such ones share half of the budget."""
+        """Prompts in order of arrival; but one much shorter than the first need not wait behind it: every other step is for such ones first."""
         order = sorted(prefilling, key=lambda r: r.priority)
-        if not order or budget <= 0:
+        if not order:
             return []
-        first = order[0]
-        short = sorted((r for r in order[1:] if 2 * r.num_uncomputed_tokens <= first.num_uncomputed_tokens), key=lambda r: r.num_uncomputed_tokens)
-        counts: dict[int, int] = {}
-        left = budget // 2 if short else 0
-        for request in short:
-            counts[request.serial] = self._size(request, left)
-            left -= counts[request.serial]
-        left = budget - sum(counts.values())
+        remaining = order[0].num_uncomputed_tokens
+        short = sorted((r for r in order[1:] if 2 * r.num_uncomputed_tokens <= remaining), key=lambda r: r.num_uncomputed_tokens)
+        self._short_first = bool(short) and not self._short_first
+        if self._short_first:
+            order = short + [r for r in order if r not in short]
+        planned: list[tuple[Request, int, list[int]]] = []
         for request in order:
-            before = counts.get(request.serial, 0)
-            counts[request.serial] = self._size(request, left + before)
-            left -= counts[request.serial] - before
-        return [(r, counts[r.serial], []) for r in order if counts[r.serial] > 0]
+            size = self._size(request, budget, alone=not planned)
+            if size > 0:
+                planned.append((request, size, []))
+                budget -= size
+        return planned
 
     def _least(self, prefilling: list[Request]) -> int:
         """The smallest chunk that is computed well: one tile, or two far into a prompt, where attention is most of the work; and a token that goes with the
@@ -121,11 +121,14 @@ class Scheduler:
             return 0
         return (2 if max(r.num_computed_tokens for r in prefilling) >= FAR_TILES * self._tile else 1) * self._tile + 1
 
-    def _size(self, request: Request, most: int) -> int:
-        """Tokens of a prompt for this step, at most ``most``."""
+    def _size(self, request: Request, most: int, alone: bool) -> int:
+        """Tokens of a prompt for this step, at most ``most``: its rest or whole tiles, less only where it would go ``alone``."""
         size = min(request.num_uncomputed_tokens, most)
-        if self._tile < size < request.num_uncomputed_tokens:
-            size -= (size - 1) % self._tile
+        if size < request.num_uncomputed_tokens:
+            if size > self._tile:
+                size -= (size - 1) % self._tile
+            elif self._tile > 1 and not alone:
+                return 0
         if request.scores_prompt:
             size = min(size, MAX_SCORED_TOKENS)
         if self._deterministic:
