@@ -127,6 +127,8 @@ class Scheduler:
         if size < request.num_uncomputed_tokens:
             if size > self._tile:
                 size -= (size - 1) % self._tile
+                if self._tile > 1 and alone and request.num_computed_tokens == request.num_cached_tokens:  # what is no whole chunk comes first: there attention is shortest
+                    size = request.num_uncomputed_tokens % size or size
             elif self._tile > 1 and not alone:
                 return 0
         if request.scores_prompt:
