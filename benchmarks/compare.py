@@ -1,8 +1,8 @@
 """`make bench`: our engine, our gateway alone and in Jupyter, and llama-server from the same sources, in turns within one run.
 
-All arms have the same model, threads and context per sequence; prompts are unique, so no arm meets a warm cache. The order turns with each repetition.
-The machine's own noise is watched: the CPU share of others before each run is reported, and should be near zero. The figures are medians; ratios are
-to llama-server at the better of its two KV layouts.
+All arms have the same model, threads and context per sequence; prompts are unique, so no arm meets a warm cache but for what a workload itself shares.
+The order turns with each repetition. The machine's own noise is watched: the CPU share of others before each run is reported, and should be near zero. The
+figures are medians; ratios are to llama-server at the better of its two KV layouts.
 """
 
 from __future__ import annotations
@@ -27,7 +27,17 @@ import demo  # noqa: E402
 import peer  # noqa: E402
 
 FIGURES = ("tok_s", "ttft_p50_ms", "ttft_p95_ms", "itl_p50_ms", "itl_p95_ms", "itl_max_ms")
-N_CTX, N_SLOTS = 512, 32
+LONG_FIGURES = ("long_ttft_ms", "stall_ms", "tok_s_during")
+# Tokens of one request and requests at once, for every arm; then the load.
+Job = dict[str, Any]
+WORKLOADS: dict[str, tuple[int, int, Job]] = {
+    "unique": (512, 32, {"prompt_words": 256, "max_tokens": 128}),
+    "shared-prefix": (2048, 16, {"prompt_words": 32, "max_tokens": 32, "requests": 32}),
+    "long": (4096, 5, {"prompt_words": 256, "max_tokens": 256, "requests": 4}),
+    "copy": (1024, 8, {"prompt_words": 220, "max_tokens": 200, "requests": 4}),
+    "json": (1024, 8, {"prompt_words": 256, "max_tokens": 200, "requests": 8}),
+}
+CLIENTS = {"unique": [1, 4, 8, 16, 32], "shared-prefix": [8, 16], "long": [4], "copy": [1], "json": [4]}
 
 
 class Arm:
@@ -36,21 +46,21 @@ class Arm:
     def __init__(self, label: str) -> None:
         self.label = label
 
-    def measure(self, job: dict[str, int]) -> dict[str, Any]:
+    def measure(self, job: Job) -> dict[str, Any]:
         raise AssertionError
 
     def close(self) -> None: ...
 
 
 class EngineArm(Arm):
-    def __init__(self, label: str, model: str, threads: int, **options: Any) -> None:
+    def __init__(self, label: str, model: str, threads: int, n_ctx: int, n_slots: int, **options: Any) -> None:
         super().__init__(label)
-        settings = json.dumps({"model": model, "n_ctx": N_CTX, "n_slots": N_SLOTS, "threads": threads, **options})
+        settings = json.dumps({"model": model, "n_ctx": n_ctx, "n_slots": n_slots, "threads": threads, **options})
         command = [sys.executable, str(ROOT / "benchmarks" / "engine_arm.py"), settings]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         assert self.process.stdout is not None and self.process.stdout.readline() == "ready\n"
 
-    def measure(self, job: dict[str, int]) -> dict[str, Any]:
+    def measure(self, job: Job) -> dict[str, Any]:
         assert self.process.stdin is not None and self.process.stdout is not None
         self.process.stdin.write(json.dumps(job) + "\n")
         self.process.stdin.flush()
@@ -79,7 +89,7 @@ class ServerArm(Arm):
             time.sleep(0.1)
         raise RuntimeError(f"{label} does not answer at {base_url}")
 
-    def measure(self, job: dict[str, int]) -> dict[str, Any]:
+    def measure(self, job: Job) -> dict[str, Any]:
         command = [sys.executable, "-m", "llmkit", "bench", "--json", "--base-url", self.base_url, "--api-key", self.key]
         for name, value in job.items():
             command += [f"--{name.replace('_', '-')}", str(value)]
@@ -97,16 +107,16 @@ def free_port() -> int:
         return int(s.getsockname()[1])
 
 
-def gateway_arm(model: str, threads: int) -> ServerArm:
+def gateway_arm(model: str, threads: int, n_ctx: int, n_slots: int) -> ServerArm:
     port = free_port()
-    command = [sys.executable, "-m", "llmkit", "serve", model, "--port", str(port), "--n-ctx", str(N_CTX), "--n-slots", str(N_SLOTS), "--threads", str(threads)]
+    command = [sys.executable, "-m", "llmkit", "serve", model, "--port", str(port), "--n-ctx", str(n_ctx), "--n-slots", str(n_slots), "--threads", str(threads)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     return ServerArm("llmkit gateway", f"http://127.0.0.1:{port}/v1", "none", process)
 
 
-def llama_arm(model: str, threads: int, layout: str) -> ServerArm:
+def llama_arm(model: str, threads: int, n_ctx: int, n_slots: int, layout: str) -> ServerArm:
     port, binary = free_port(), peer.llama_server()
-    command = [str(binary), "--host", "127.0.0.1", "--port", str(port), "-m", model, "-c", str(N_CTX * N_SLOTS), "-np", str(N_SLOTS), layout]
+    command = [str(binary), "--host", "127.0.0.1", "--port", str(port), "-m", model, "-c", str(n_ctx * n_slots), "-np", str(n_slots), layout]
     command += ["-t", str(threads), "-tb", str(threads), "-fa", "on", "--no-ui"]
     environment = {**os.environ, "LD_LIBRARY_PATH": str(binary.parent)}
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -116,7 +126,7 @@ def llama_arm(model: str, threads: int, layout: str) -> ServerArm:
 class JupyterArm(ServerArm):
     """A kernel in a Jupyter server, through the extension."""
 
-    def __init__(self, model: str, threads: int, folder: Path) -> None:
+    def __init__(self, model: str, threads: int, n_ctx: int, n_slots: int, folder: Path) -> None:
         from jupyter_client.blocking.client import BlockingKernelClient
 
         server, url, token, runtime = demo.start_server(folder)
@@ -125,7 +135,7 @@ class JupyterArm(ServerArm):
         self.kernel.load_connection_file()
         self.kernel.start_channels()
         self.kernel.wait_for_ready(timeout=60)
-        demo.evaluate(self.kernel, f"import llmkit; llm = llmkit.load({model!r}, n_ctx={N_CTX}, n_slots={N_SLOTS}, threads={threads})")
+        demo.evaluate(self.kernel, f"import llmkit; llm = llmkit.load({model!r}, n_ctx={n_ctx}, n_slots={n_slots}, threads={threads})")
         super().__init__("llmkit in Jupyter", f"{url}/llmkit/v1", token, server)
 
     def close(self) -> None:
@@ -152,7 +162,8 @@ def wait_quiet() -> float:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="smollm2")
-    parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 32])
+    parser.add_argument("--workload", choices=[*WORKLOADS, "all"], default="unique")
+    parser.add_argument("--clients", type=int, nargs="+", help="requests at a time (those of the workload)")
     parser.add_argument("--reps", type=int, default=3)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--unified", action="store_true", help="also measure our engine with one unified KV buffer")
@@ -162,48 +173,54 @@ def main() -> int:
     from llmkit.models.registry import resolve
 
     path = str(resolve(args.model).path)
+    names = list(WORKLOADS) if args.workload == "all" else [args.workload]
+    return int(sum(run(name, path, args) for name in names) > 0)
+
+
+def run(workload: str, path: str, args: argparse.Namespace) -> int:
+    """All arms under one workload; how many requests failed."""
+    n_ctx, n_slots, job = WORKLOADS[workload]
+    place = (path, args.threads, n_ctx, n_slots)
     with tempfile.TemporaryDirectory(prefix="llmkit-bench-") as folder:
-        arms: list[Arm] = [] if args.no_peer else [llama_arm(path, args.threads, "-kvu"), llama_arm(path, args.threads, "-no-kvu")]
+        arms: list[Arm] = [] if args.no_peer else [llama_arm(*place, "-kvu"), llama_arm(*place, "-no-kvu")]
         try:
-            arms += [EngineArm("llmkit engine", args.model, args.threads)]
-            if args.unified:
-                arms += [EngineArm("llmkit engine, unified", args.model, args.threads, kv_unified=True)]
-            arms += [gateway_arm(args.model, args.threads), JupyterArm(args.model, args.threads, Path(folder))]
-            errors = sum(compare(arms, clients, args) for clients in args.clients)
+            if workload == "unique":  # the engine alone, and the way through Jupyter, show what the ways out cost
+                arms += [EngineArm("llmkit engine", *place)]
+                if args.unified:
+                    arms += [EngineArm("llmkit engine, unified", *place, kv_unified=True)]
+                arms += [JupyterArm(*place, Path(folder))]
+            arms += [gateway_arm(*place)]
+            return sum(compare(arms, clients, {**job, "workload": workload}, args) for clients in args.clients or CLIENTS[workload])
         finally:
             for arm in arms:
                 arm.close()
-    return int(errors > 0)
 
 
-def compare(arms: list[Arm], clients: int, args: argparse.Namespace) -> int:
+def compare(arms: list[Arm], clients: int, load: Job, args: argparse.Namespace) -> int:
     """Prints a table; returns how many requests failed."""
     runs: dict[str, list[dict[str, Any]]] = {arm.label: [] for arm in arms}
     noise = []
     for rep in range(args.reps):
         for n, arm in enumerate(arms if rep % 2 == 0 else arms[::-1]):
             noise.append(wait_quiet())
-            job = {
-                "concurrency": clients,
-                "requests": max(3, min(2 * clients, 32)),
-                "prompt_words": 256,
-                "max_tokens": 128,
-                "seed": 1000 * clients + 10 * rep + n,
-            }
+            job = {"requests": max(3, 2 * clients), **load, "concurrency": clients, "seed": 1000 * clients + 10 * rep + n}
             result = arm.measure(job)
             runs[arm.label].append(result)
             if args.out:
                 with args.out.open("a") as out:
                     out.write(json.dumps({"arm": arm.label, **job, **result}) + "\n")
-    medians = {label: {f: statistics.median(r[f] for r in results) for f in FIGURES} for label, results in runs.items()}
+    figures = FIGURES + (LONG_FIGURES if load["workload"] == "long" else ())
+    medians = {label: {f: statistics.median(r[f] or 0.0 for r in results) for f in figures} for label, results in runs.items()}
     peers = [m for label, m in medians.items() if label.startswith("llama-server")]
     best = max(peers, key=lambda m: m["tok_s"]) if peers else None
-    print(f"\n{clients} clients, 256-token prompts, 128 out, median of {args.reps} (idle load of others: {max(noise):.0%} at most)")
+    print(f"\n{load['workload']}: {clients} clients, median of {args.reps} (idle load of others: {max(noise):.0%} at most)")
     print("| arm | tok/s | ratio | TTFT p50 / p95 ms | ITL p50 / p95 / max ms |\n|---|---|---|---|---|")
     for label, m in medians.items():
         ratio = f"{m['tok_s'] / best['tok_s']:.2f}" if best else "–"
         itl = f"{m['itl_p50_ms']:.1f} / {m['itl_p95_ms']:.1f} / {m['itl_max_ms']:.0f}"
         print(f"| {label} | {m['tok_s']:.1f} | {ratio} | {m['ttft_p50_ms']:.0f} / {m['ttft_p95_ms']:.0f} | {itl} |", flush=True)
+        if load["workload"] == "long":
+            print(f"  the long prompt's TTFT {m['long_ttft_ms']:.0f} ms; meanwhile stalls of {m['stall_ms']:.0f} ms, {m['tok_s_during']:.1f} tok/s")
     shares = [r["python_share"] for r in runs.get("llmkit engine", [])]
     if shares:
         print(f"Python's share of an engine step: {statistics.median(shares):.2%}")

@@ -9,7 +9,8 @@ import threading
 import time
 from typing import Any
 
-from llmkit.bench.workload import percentile, prompt_text
+from llmkit.bench.prompts import prompt_text
+from llmkit.bench.workload import percentile
 from llmkit.errors import LLMKitError
 from llmkit.local import LocalEngine
 from llmkit.types import GenerationRequest, SamplingParams

@@ -9,7 +9,6 @@ import argparse
 import asyncio
 import json
 import os
-import random
 import ssl
 import sys
 import time
@@ -17,19 +16,12 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
 
+from llmkit.bench.prompts import WORKLOADS, body, prompt_text
 from llmkit.errors import InvalidRequestError
 
-__all__ = ["LoadResult", "Reply", "add_arguments", "main", "prompt_text", "run_load"]
+__all__ = ["LoadResult", "Reply", "add_arguments", "main", "run_load"]
 
-VOCABULARY = """
-able air art bank bird blue boat book bread bridge brother cause chair child circle city clear cloud coast color corner cost country cup
-dance dark deal door dream dry earth east edge energy engine fact fall farm field fire fish floor flower form friend fruit game glass gold
-grass green group hand heart heat hill history home horse hour house idea inch iron island job key king lake land law leaf letter life line
-list machine map mark mile milk mind model moon morning mouth music name night noise north note ocean office oil order paint pair paper part
-path people piece plan plant point power price queen question rain reason rest ring river road rock roof room root rule salt sand school sea
-seat ship side sign sky sleep snow song sound south space stage star state step stone store story street summer sun table task tea test
-thing thought town trade train tree truth valley value village voice wall war watch water wave week west wheel wind window winter wish word
-""".split()  # noqa: SIM905
+LONG_DELAY_S = 2.0
 
 
 @dataclass(slots=True)
@@ -47,7 +39,10 @@ class Reply:
 
 @dataclass(frozen=True, slots=True)
 class LoadResult:
-    """One load run. Rates in tokens a second, times in milliseconds; ``itl`` are gaps between text events of one stream."""
+    """One load run. Rates in tokens a second, times in milliseconds; ``itl`` are gaps between text events of one stream.
+
+    Of the workload "long": the long prompt's time to first token, and the streams' largest gap and events a second until then.
+    """
 
     concurrency: int
     requests: int
@@ -63,18 +58,15 @@ class LoadResult:
     prompt_tokens: int
     cached_tokens: int
     error: str | None = None
+    long_ttft_ms: float | None = None
+    stall_ms: float | None = None
+    tok_s_during: float | None = None
 
     def line(self) -> str:
         return (
             f"{self.concurrency:3d} clients  {self.tok_s:7.1f} tok/s  TTFT p50 {self.ttft_p50_ms:7.0f} p95 {self.ttft_p95_ms:7.0f} ms  "
             f"ITL p50 {self.itl_p50_ms:6.1f} p95 {self.itl_p95_ms:6.1f} max {self.itl_max_ms:7.1f} ms  errors {self.errors}"
-        )
-
-
-def prompt_text(seed: int, index: int, num_words: int) -> str:
-    """A prompt of about one token a word, different for each (seed, index): no prefix cache helps."""
-    rng = random.Random(f"{seed}/{index}")
-    return " " + " ".join(rng.choices(VOCABULARY, k=num_words))
+        ) + (f"  long TTFT {self.long_ttft_ms:.0f} ms, stall {self.stall_ms:.0f} ms" if self.long_ttft_ms is not None else "")
 
 
 def percentile(values: list[float], share: float) -> float:
@@ -99,8 +91,11 @@ async def run_load(
     max_tokens: int = 128,
     seed: int = 0,
     timeout_s: float = 600,
+    workload: str = "unique",
+    prefix_words: int = 1500,
+    long_words: int = 3000,
 ) -> LoadResult:
-    """Send ``requests`` unique prompts, ``concurrency`` at a time, greedy and of equal length (``ignore_eos``), and time their streams."""
+    """Send ``requests`` prompts of a workload, ``concurrency`` at a time, greedy and of equal length (``ignore_eos``), and time their streams."""
     url = urlsplit(base_url)
     if url.scheme not in ("http", "https") or not url.hostname:
         raise InvalidRequestError(f"--base-url must look like http://127.0.0.1:3000/v1, not {base_url!r}.", "base_url")
@@ -108,29 +103,31 @@ async def run_load(
     todo = iter(range(requests))
     begin = time.perf_counter()
 
+    async def ask(what: dict[str, Any], max_tokens: int = max_tokens) -> Reply:
+        reply = Reply(time.perf_counter() - begin)
+        usual = {"model": model, "max_tokens": max_tokens, "temperature": 0, "stream": True, "stream_options": {"include_usage": True}}
+        try:
+            async with asyncio.timeout(timeout_s):
+                await _one(url, api_key, {**usual, **what}, reply, begin)
+        except (OSError, ValueError, asyncio.IncompleteReadError, TimeoutError) as error:
+            reply.error = repr(error)
+        reply.end = time.perf_counter() - begin
+        return reply
+
     async def worker() -> None:
         for index in todo:
-            body = {
-                "model": model,
-                "prompt": prompt_text(seed, index, prompt_words),
-                "max_tokens": max_tokens,
-                "temperature": 0,
-                "seed": index,
-                "stream": True,
-                "stream_options": {"include_usage": True},
-                "ignore_eos": True,
-            }
-            reply = Reply(time.perf_counter() - begin)
-            try:
-                async with asyncio.timeout(timeout_s):
-                    await _one(url, api_key, body, reply, begin)
-            except (OSError, ValueError, asyncio.IncompleteReadError, TimeoutError) as error:
-                reply.error = repr(error)
-            reply.end = time.perf_counter() - begin
-            replies.append(reply)
+            what = body(workload, seed, index, prompt_words=prompt_words, prefix_words=prefix_words)
+            replies.append(await ask({**what, "seed": index}))
 
+    async def late() -> Reply:
+        await asyncio.sleep(LONG_DELAY_S)
+        return await ask({"prompt": prompt_text(seed, "long", long_words), "ignore_eos": True}, 8)
+
+    arriving = asyncio.create_task(late()) if workload == "long" else None
     await asyncio.gather(*(worker() for _ in range(concurrency)))
-    return _summary(replies, concurrency, time.perf_counter() - begin)
+    wall_s = time.perf_counter() - begin
+    long = await arriving if arriving is not None else None
+    return _summary(replies, concurrency, wall_s, long)
 
 
 async def _one(url: Any, api_key: str, body: dict[str, Any], reply: Reply, begin: float) -> None:
@@ -173,7 +170,7 @@ def _read_events(events: list[tuple[float, bytes]], reply: Reply, status: int) -
         reply.error = f"HTTP {status}: no text came"
 
 
-def _summary(replies: list[Reply], concurrency: int, wall_s: float) -> LoadResult:
+def _summary(replies: list[Reply], concurrency: int, wall_s: float, long: Reply | None) -> LoadResult:
     good = [r for r in replies if r.error is None]
     ttft = [1000 * (r.times[0] - r.start) for r in good]
     gaps = [1000 * (b - a) for r in good for a, b in zip(r.times, r.times[1:], strict=False)]
@@ -192,8 +189,20 @@ def _summary(replies: list[Reply], concurrency: int, wall_s: float) -> LoadResul
         completion_tokens=tokens,
         prompt_tokens=sum(r.prompt_tokens for r in good),
         cached_tokens=sum(r.cached_tokens for r in good),
-        error=next((r.error for r in replies if r.error), None),
+        error=next((r.error for r in [*replies, *([long] if long else [])] if r.error), None),
+        **(_beside(good, long) if long is not None and long.times else {}),
     )
+
+
+def _beside(streams: list[Reply], long: Reply) -> dict[str, float]:
+    """What the streams went through while the long prompt was computed."""
+    begin, end = long.start, long.times[0]
+    gaps = [(a, b) for r in streams for a, b in zip(r.times, r.times[1:], strict=False) if b > begin and a < end]
+    return {
+        "long_ttft_ms": 1000 * (end - begin),
+        "stall_ms": 1000 * max((b - a for a, b in gaps), default=0.0),
+        "tok_s_during": len(gaps) / max(end - begin, 1e-9),
+    }
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -204,6 +213,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--requests", type=int, help="requests for each concurrency (default: twice the concurrency, at least 3)")
     parser.add_argument("--prompt-words", type=int, default=256, help="words of each prompt, about one token each")
     parser.add_argument("--max-tokens", type=int, default=128)
+    parser.add_argument("--workload", choices=WORKLOADS, default="unique", help="; ".join(f"{name}: {what}" for name, what in WORKLOADS.items()))
+    parser.add_argument("--prefix-words", type=int, default=1500, help="of the workload shared-prefix")
+    parser.add_argument("--long-words", type=int, default=3000, help="of the workload long")
     parser.add_argument("--seed", type=int, default=0, help="other seeds are other prompts")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
 
@@ -223,6 +235,9 @@ def main(args: argparse.Namespace) -> int:
                 prompt_words=args.prompt_words,
                 max_tokens=args.max_tokens,
                 seed=args.seed + concurrency,
+                workload=args.workload,
+                prefix_words=args.prefix_words,
+                long_words=args.long_words,
             )
         )
         print(json.dumps(asdict(result)) if args.json else result.line(), flush=True)
