@@ -9,7 +9,7 @@ import time
 import zlib
 from concurrent.futures import Future
 
-from llmkit.engine.batch import Batch, Close, Drop, Fork, Open, Park, Restore, SlotOp, StepOutput, Truncate
+from llmkit.engine.batch import Batch, Close, Drop, Fork, Open, Park, Restore, Shift, SlotOp, StepOutput, Truncate
 from llmkit.engine.detokenize import Detokenizer
 from llmkit.engine.engine import Engine
 from llmkit.engine.request import Request
@@ -77,6 +77,9 @@ class FakeRunner:
             case Truncate():
                 assert op.slot in broken or (op.length <= len(self.slots[op.slot]) and (self.can_truncate or op.length == 0))
                 del self.slots[op.slot][op.length :]
+            case Shift():
+                assert op.keep + op.discard < len(self.slots[op.slot])
+                del self.slots[op.slot][op.keep : op.keep + op.discard]
             case Park():
                 assert list(op.tokens) == self.slots[op.slot], "parked is what is resident"
                 self.parked[op.key] = list(op.tokens)

@@ -277,7 +277,7 @@ def test_lookup_guesses_pay_and_stop_when_they_do_not() -> None:
     for _ in range(200):
         guess = lookup.propose(wrong, 8, 0.3)
         tried += len(guess)
-        lookup.learn(len(guess), 0)
+        lookup.payoff.learn(len(guess), 0)
         wrong.append(1 + (wrong[-1] + 2) % 5)
         wrong += [2, 3, 4]
     assert tried < 150, "it notices"

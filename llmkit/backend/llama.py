@@ -22,7 +22,7 @@ from llmkit.backend.model import LlamaModel
 from llmkit.backend.outputs import merged, with_gaps
 from llmkit.backend.sampler import Sampler, score
 from llmkit.backend.state import StateStore, fingerprint
-from llmkit.engine.batch import Batch, Chunk, Close, Drop, Fork, Open, Park, Restore, Score, SlotOp, StepOutput, Truncate
+from llmkit.engine.batch import Batch, Chunk, Close, Drop, Fork, Open, Park, Restore, Score, Shift, SlotOp, StepOutput, Truncate
 from llmkit.errors import ModelLoadError
 
 __all__ = ["LlamaRunner", "num_threads"]
@@ -116,9 +116,13 @@ class LlamaRunner:
         self._decode = C.llama_decode
         self._synchronize = C.llama_synchronize
         marks = {"n_ctx": self.capacity or n_ctx, "unified": kv_unified, "kv_type": kv_type, "flash": flash_attention, "rope": rope_scaling}
-        self._store = StateStore(
-            self._context, fingerprint(model.path, library=llama_cpp.__version__, **marks) if prefix_dir else "", prefix_dir, max_disk_bytes
-        )
+        try:
+            marks["lora"] = [fingerprint(path) for path in lora] if prefix_dir else []
+            mark = fingerprint(model.path, library=llama_cpp.__version__, **marks) if prefix_dir else ""
+            self._store = StateStore(self._context, mark, prefix_dir, max_disk_bytes)
+        except BaseException:
+            C.llama_free(self._context)
+            raise
         self.saves, self.host_tokens = prefix_dir is not None, host_tokens
 
     def _load_adapter(self, path: Path) -> Any:
@@ -129,6 +133,11 @@ class LlamaRunner:
             C.llama_free(self._context)
             raise ModelLoadError(f"llama.cpp could not load the adapter {path}: " + "; ".join(library.log.errors()))
         return handle
+
+    @property
+    def can_shift(self) -> bool:
+        """Whether tokens can move to other positions: not with every kind of position encoding."""
+        return bool(C.llama_memory_can_shift(self._memory)) and self.can_truncate
 
     def set_threads(self, count: int) -> None:
         """Compute with so many threads from the next step on."""
@@ -237,6 +246,9 @@ class LlamaRunner:
                     self._broken.add(op.slot)
             case Drop():
                 self._store.drop(op.key)
+            case Shift():
+                self._seq_rm(self._memory, op.slot, op.keep, op.keep + op.discard)
+                C.llama_memory_seq_add(self._memory, op.slot, op.keep + op.discard, -1, -op.discard)
             case Truncate():
                 if not self._seq_rm(self._memory, op.slot, op.length or -1, -1):
                     raise RuntimeError(f"llama.cpp could not cut sequence {op.slot} back to {op.length} tokens")

@@ -62,6 +62,20 @@ class Vocab:
         self.control_tokens = frozenset(t for t in range(self.n_tokens) if C.llama_vocab_is_control(self._vocab, t)) | self.end_tokens
         self.end_ids = np.array(sorted(self.end_tokens), np.int64)
 
+    def is_same(self, other: Vocab) -> bool:
+        """Whether both give the same ids to the same texts, as far as a sample of some thousand tokens tells."""
+        if self.n_tokens != other.n_tokens or self.end_tokens != other.end_tokens:
+            return False
+        return all(self.token_text(t) == other.token_text(t) for t in range(0, self.n_tokens, max(1, self.n_tokens // 4000)))
+
+    def pair(self, query: str, document: str) -> list[int]:
+        """Both texts in one sequence, as cross-encoders read them."""
+        first, second = self.tokenize(query), self.tokenize(document)
+        separator = int(C.llama_vocab_sep(self._vocab))
+        if C.llama_vocab_get_add_sep(self._vocab) and first[-1:] != [separator]:
+            first.append(separator)
+        return first + (second[1:] if self.adds_bos and second[:1] == [self.bos] else second)
+
     def is_end(self, token: int) -> bool:
         return token in self.end_tokens
 

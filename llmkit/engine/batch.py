@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from llmkit.types import SamplingParams
 
-__all__ = ["Batch", "Chunk", "Close", "Drop", "Fork", "Open", "Park", "Restore", "Score", "SlotOp", "StepOutput", "Truncate"]
+__all__ = ["Batch", "Chunk", "Close", "Drop", "Fork", "Open", "Park", "Restore", "Score", "Shift", "SlotOp", "StepOutput", "Truncate"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,6 +17,15 @@ class Truncate:
 
     slot: int
     length: int
+
+
+@dataclass(frozen=True, slots=True)
+class Shift:
+    """Forget ``discard`` tokens of ``slot`` after its first ``keep``; the later ones move up to their places."""
+
+    slot: int
+    keep: int
+    discard: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +85,7 @@ class Close:
     serial: int
 
 
-SlotOp = Truncate | Fork | Park | Restore | Drop | Open | Close
+SlotOp = Truncate | Shift | Fork | Park | Restore | Drop | Open | Close
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,15 +1,15 @@
 """Guesses of what comes next, for free: the text that followed the last few tokens when they were seen before (prompt lookup). Engine thread only.
 
 A guess is checked in the same decode as the newest token. It pays when enough guesses come true: a step with k guesses costs 1 + r k of a plain one, where
-r is what one more token costs beside what a step costs; it gives 1 + p + p^2 + … + p^k tokens. ``PromptLookup`` keeps p for its request, and stops guessing
-where it does not pay. Idea: A. Saxena, "Prompt Lookup Decoding", 2023.
+r is what one more token costs beside what a step costs; it gives 1 + p + p^2 + … + p^k tokens. A `Payoff` keeps p for a request and a way of guessing, and
+stops it where it does not pay. Idea of the lookup: A. Saxena, "Prompt Lookup Decoding", 2023.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-__all__ = ["PromptLookup"]
+__all__ = ["Payoff", "PromptLookup"]
 
 NGRAM, MIN_NGRAM = 5, 2
 MAX_DRAFT = 24
@@ -17,6 +17,59 @@ FIRST_ACCEPTANCE = 0.85
 SMOOTHING = 0.2
 PROBE_TOKENS = 3
 PAUSE, MAX_PAUSE = 32, 512  # tokens after which a request that stopped guessing tries again
+
+
+class Payoff:
+    """How many tokens to guess for one request: as many as the guesses that came true so far make worth while.
+
+    >>> Payoff().size(at=100, most=3, token_cost=0.1)
+    3
+    >>> Payoff().size(at=100, most=3, token_cost=2.0)
+    0
+    """
+
+    __slots__ = ("_acceptance", "_next_try", "_pause")
+
+    def __init__(self) -> None:
+        self._acceptance = FIRST_ACCEPTANCE
+        self._next_try = 0
+        self._pause = PAUSE
+
+    def may_try(self, at: int) -> bool:
+        """Whether it is time to guess for a request that is ``at`` tokens long."""
+        return at >= self._next_try
+
+    def size(self, at: int, most: int, token_cost: float) -> int:
+        """How many tokens to guess, at most ``most``; ``token_cost`` is r above."""
+        if most <= 0 or at < self._next_try:
+            return 0
+        size = self._best_size(min(most, MAX_DRAFT), token_cost)
+        if size:
+            self._next_try = 0
+            return size
+        if not self._next_try:
+            self._next_try = at + self._pause
+            return 0
+        # Times change: look again now and then, ever more seldom while nothing comes of it.
+        self._pause = min(2 * self._pause, MAX_PAUSE)
+        self._next_try = at + self._pause
+        return min(PROBE_TOKENS, most)
+
+    def _best_size(self, most: int, token_cost: float) -> int:
+        best, best_rate = 0, 1.0
+        expected, power = 1.0, 1.0
+        for size in range(1, most + 1):
+            power *= self._acceptance
+            expected += power
+            rate = expected / (1 + token_cost * size)
+            if rate > best_rate * 1.02:
+                best, best_rate = size, rate
+        return best
+
+    def learn(self, num_drafted: int, num_accepted: int) -> None:
+        """What became of a guess."""
+        for i in range(min(num_accepted + 1, num_drafted)):
+            self._acceptance += SMOOTHING * ((i < num_accepted) - self._acceptance)
 
 
 class PromptLookup:
@@ -27,33 +80,21 @@ class PromptLookup:
     [5, 6, 7]
     """
 
-    __slots__ = ("_acceptance", "_ends", "_indexed", "_next_try", "_pause")
+    __slots__ = ("_ends", "_indexed", "payoff")
 
     def __init__(self) -> None:
         self._ends: dict[tuple[int, ...], int] = {}  # n-gram -> where its newest occurrence ends
         self._indexed = 0
-        self._acceptance = FIRST_ACCEPTANCE
-        self._next_try = 0
-        self._pause = PAUSE
+        self.payoff = Payoff()
 
     def propose(self, tokens: Sequence[int], most: int, token_cost: float) -> list[int]:
         """At most ``most`` tokens that may come after ``tokens``. ``token_cost`` is r above."""
-        if most <= 0 or len(tokens) < self._next_try:
+        if most <= 0 or not self.payoff.may_try(len(tokens)):
             return []
         end = self._find(tokens)
         if end is None:
             return []
-        size = self._best_size(min(most, MAX_DRAFT), token_cost)
-        if not size:
-            if not self._next_try:
-                self._next_try = len(tokens) + self._pause
-                return []
-            # Times change: look again now and then, ever more seldom while nothing comes of it.
-            size = min(PROBE_TOKENS, most)
-            self._pause = min(2 * self._pause, MAX_PAUSE)
-            self._next_try = len(tokens) + self._pause
-        else:
-            self._next_try = 0
+        size = self.payoff.size(len(tokens), most, token_cost)
         guess = list(tokens[end : end + size])
         period = len(tokens) - end
         while len(guess) < size:  # what repeats at the very end goes on repeating
@@ -72,21 +113,3 @@ class PromptLookup:
             if found is not None:
                 return found
         return None
-
-    def _best_size(self, most: int, token_cost: float) -> int:
-        best, best_rate = 0, 1.0
-        expected, power = 1.0, 1.0
-        for size in range(1, most + 1):
-            power *= self._acceptance
-            expected += power
-            rate = expected / (1 + token_cost * size)
-            if rate > best_rate * 1.02:
-                best, best_rate = size, rate
-        return best
-
-    def learn(self, num_drafted: int, num_accepted: int) -> None:
-        """What became of a proposal."""
-        if num_drafted:
-            trials = num_accepted + (num_accepted < num_drafted)
-            for i in range(trials):
-                self._acceptance += SMOOTHING * ((i < num_accepted) - self._acceptance)

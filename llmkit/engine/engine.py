@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager
 
 from llmkit.engine.batch import Batch
 from llmkit.engine.budget import StepClock
+from llmkit.engine.drafter import ModelDrafter
 from llmkit.engine.request import Request
 from llmkit.engine.runner import ModelRunner
 from llmkit.engine.scheduler import Scheduler
@@ -22,6 +23,7 @@ from llmkit.types import EngineStats, FinishReason
 
 __all__ = ["Engine"]
 
+FAREWELL_S = 3.0  # for writing idle prefixes to disk at the end
 INTERRUPT_TOKENS = 16  # a chunk longer than this is worth interrupting
 
 
@@ -43,6 +45,8 @@ class Engine:
         target_itl_s: float | None = None,
         deterministic: bool = False,
         turns: AbstractContextManager[None] | None = None,
+        drafter: ModelDrafter | None = None,
+        context_shift: bool = False,
     ) -> None:
         self._runner = runner
         self._max_waiting = max_waiting
@@ -63,7 +67,11 @@ class Engine:
             can_coalesce=runner.can_fork and runner.can_truncate,
             can_draft=runner.can_truncate,
             deterministic=deterministic,
+            drafter=drafter,
+            context_shift=context_shift,
         )
+        self._drafter = drafter
+        self._drafted_s = 0.0  # that was counted
         self._stats = StatsCounter(cache, self._scheduler, runner.capacity or runner.n_slots * runner.n_ctx)
         self._inbox: queue.SimpleQueue[Request | str | None] = queue.SimpleQueue()
         self._num_submitted = self._num_taken = 0
@@ -158,6 +166,8 @@ class Engine:
         batch = self._scheduler.schedule()
         running = {r.slot: r.request_id for r in self._scheduler.running}
         self._prefilling = frozenset(running[c.slot] for c in batch.chunks if len(c.tokens) > INTERRUPT_TOKENS)
+        drafting = 0.0 if self._drafter is None else self._drafter.seconds - self._drafted_s
+        self._drafted_s += drafting
         with self._turns:
             began = time.perf_counter()
             output = self._runner.execute(batch)
@@ -170,7 +180,7 @@ class Engine:
         stats = self._stats
         stats.generation_tokens += sum(map(len, output.tokens))
         stats.steps += 1
-        stats.backend_s += output.backend_s
+        stats.backend_s += output.backend_s + drafting
         stats.step_s += time.perf_counter() - start
         stats.refresh()
 
@@ -205,8 +215,11 @@ class Engine:
             request.finish(FinishReason.ABORT if isinstance(failure, ModelUnloadedError) else FinishReason.ERROR)
         self._publish(pending, failure)
         if self._runner.saves and isinstance(failure, ModelUnloadedError):
-            with contextlib.suppress(Exception):  # best effort: a full disk must not keep the memory
-                self._runner.execute(Batch((), tuple(self._scheduler.farewell())))
+            end = time.monotonic() + FAREWELL_S
+            with contextlib.suppress(Exception):  # best effort: a full or slow disk must not keep the memory
+                for op in self._scheduler.farewell():
+                    if time.monotonic() < end:
+                        self._runner.execute(Batch((), (op,)))
         self._scheduler.running.clear()
         self._scheduler.waiting.clear()
         self._stats.refresh()

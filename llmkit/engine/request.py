@@ -8,11 +8,11 @@ from collections.abc import Sequence
 
 from llmkit.engine.batch import Score
 from llmkit.engine.detokenize import Detokenizer
-from llmkit.engine.draft import PromptLookup
+from llmkit.engine.draft import Payoff, PromptLookup
 from llmkit.stream import Channel
 from llmkit.types import Completion, Delta, FinishReason, RequestMetrics, SamplingParams, TokenLogprob, Usage
 
-__all__ = ["Request"]
+__all__ = ["Request", "slot_of"]
 
 
 _serials = itertools.count(1)
@@ -21,7 +21,7 @@ _serials = itertools.count(1)
 class Request:
     """A request between submission and completion.
 
-    ``num_computed_tokens`` chases ``len(tokens)`` (prompt + output): the difference is what the next steps must compute, be it a long
+    ``num_computed_tokens`` chases ``len(tokens)`` (prompt + output, less what a context shift discarded): what is missing is for the next steps, be it a long
     prompt, a rest after a prefix hit, or one new token.
     """
 
@@ -33,10 +33,12 @@ class Request:
         "channel",
         "constraint",
         "detokenizer",
+        "draft_payoff",
         "error",
         "finish_reason",
         "first_token_at",
         "forced",
+        "guessed_by",
         "keep_on_disk",
         "last_token_at",
         "lookup",
@@ -46,6 +48,7 @@ class Request:
         "num_computed_tokens",
         "num_prompt_tokens",
         "num_unsent_tokens",
+        "outputs",
         "parked_key",
         "priority",
         "prompt_logprobs",
@@ -82,6 +85,7 @@ class Request:
         self.max_tokens = max_tokens
         self.detokenizer = detokenizer
         self.tokens = list(prompt)
+        self.outputs: list[int] = []
         self.num_prompt_tokens = len(prompt)
         self.num_computed_tokens = 0
         self.num_cached_tokens = 0
@@ -101,6 +105,8 @@ class Request:
         self.keep_on_disk = keep_on_disk  # its prompt, when it is computed
         self.waits_for: tuple[Request, int] | None = None  # a running request that computes this many tokens of our prompt
         self.lookup = PromptLookup() if sampling.speculate and sampling.prompt_logprobs is None else None
+        self.draft_payoff = Payoff()  # of the draft model's guesses
+        self.guessed_by: Payoff | None = None  # who made the guesses of the running step
         self.parked_key: int | None = None  # what was parked for it alone
         self.forced: Sequence[int] = ()  # what a grammar says must come next
         self.prompt_logprobs: list[TokenLogprob] = []
@@ -114,7 +120,7 @@ class Request:
 
     @property
     def num_output_tokens(self) -> int:
-        return len(self.tokens) - self.num_prompt_tokens
+        return len(self.outputs)
 
     @property
     def is_prefill(self) -> bool:
@@ -136,6 +142,15 @@ class Request:
         if self.scores_prompt and not self.prompt_logprobs:
             self.prompt_logprobs.append(TokenLogprob(self.tokens[0], self.detokenizer.piece(self.tokens[0]), None))
 
+    def shift(self, keep: int, discard: int) -> None:
+        """Go on without ``discard`` tokens after the first ``keep``."""
+        del self.tokens[keep : keep + discard]
+        self.num_computed_tokens -= discard
+        # What is computed from here on is not what a prompt of these tokens would give: nobody else may have it.
+        self.cache_salt = f"{self.cache_salt}\0shifted {self.serial}"
+        if self.lookup is not None:
+            self.lookup = PromptLookup()
+
     def preempt(self) -> None:
         """Back to waiting; what it has generated stays."""
         self.slot = None
@@ -155,6 +170,7 @@ class Request:
     def append(self, token: int, now: float, score: Score | None = None) -> None:
         """A sampled token, and its text."""
         self.tokens.append(token)
+        self.outputs.append(token)
         if score is not None:
             self.unsent_logprobs.append(self._logprob(token, score))
         if self.last_token_at is None:
@@ -195,9 +211,15 @@ class Request:
                 decode_s=(self.last_token_at or first) - first,
                 max_itl_s=self.max_itl_s,
             ),
-            tokens=tuple(self.tokens[self.num_prompt_tokens :]),
+            tokens=tuple(self.outputs),
             request_id=self.request_id,
             error=error,
             logprobs=tuple(self.channel.logprobs),
             prompt_logprobs=tuple(self.prompt_logprobs),
         )
+
+
+def slot_of(request: Request) -> int:
+    """The slot of a running request."""
+    assert request.slot is not None
+    return request.slot

@@ -10,21 +10,19 @@ import time
 from collections.abc import Callable, Iterable
 
 from llmkit.engine.backlog import Backlog
-from llmkit.engine.batch import Batch, Chunk, Close, Open, Park, Score, SlotOp, StepOutput, Truncate
+from llmkit.engine.batch import Batch, Chunk, Close, Open, Park, Score, Shift, SlotOp, StepOutput, Truncate
 from llmkit.engine.budget import StepClock
-from llmkit.engine.request import Request
+from llmkit.engine.drafter import ModelDrafter
+from llmkit.engine.prefill import ALIGNMENT, PrefillPlanner
+from llmkit.engine.request import Request, slot_of
 from llmkit.engine.slots import PrefixCache, Slot, common_prefix
+from llmkit.engine.speculation import Speculation
 from llmkit.types import FinishReason
 
 __all__ = ["Scheduler"]
 
 # A request waits for another that computes this many tokens of its prompt, rather than compute them as well.
 MIN_COALESCE_TOKENS = 32
-# Log-probabilities of a prompt need a row of logits for each token: small chunks keep them small.
-MAX_SCORED_TOKENS = 64
-# Chunks of a deterministic engine begin and end at multiples of this.
-ALIGNMENT = 64
-FAR_TILES = 8
 
 
 class Scheduler:
@@ -47,6 +45,8 @@ class Scheduler:
         can_coalesce: bool = True,
         can_draft: bool = True,
         deterministic: bool = False,
+        drafter: ModelDrafter | None = None,
+        context_shift: bool = False,
     ) -> None:
         self.cache = cache
         self._n_ctx = n_ctx
@@ -54,14 +54,15 @@ class Scheduler:
         self._is_end = is_end
         self._clock = clock
         self._capacity = capacity
-        self._tile = tile
+        self._prompts = PrefillPlanner(tile, deterministic)
         self._can_coalesce = can_coalesce
         self._can_draft = can_draft and not deterministic
+        self._speculation = Speculation(clock, n_ctx, drafter)
         self._deterministic = deterministic
+        self._context_shift = context_shift
         self.waiting = Backlog()
         self.running: list[Request] = []
-        self.num_preemptions = self.num_drafted = self.num_accepted = 0
-        self._short_first = False
+        self.num_preemptions = 0
         self._pending: list[SlotOp] = []
         self._scheduled: list[Request] = []
         self._saving: list[Request] = []
@@ -69,6 +70,14 @@ class Scheduler:
     @property
     def has_work(self) -> bool:
         return bool(len(self.waiting) or self.running)
+
+    @property
+    def num_drafted(self) -> int:
+        return self._speculation.num_drafted
+
+    @property
+    def num_accepted(self) -> int:
+        return self._speculation.num_accepted
 
     def add(self, request: Request) -> None:
         self.waiting.add(request)
@@ -85,85 +94,28 @@ class Scheduler:
         room = self._max_batch_tokens - len(decoding)
         if self._capacity is not None:
             room = min(room, self._capacity - self.cache.num_tokens - len(decoding))
-        planned = self._share(prefilling, min(room, max(self._clock.prefill_budget(len(decoding)), self._least(prefilling))) if decoding else room)
+        budget = self._clock.prefill_budget(len(decoding)) if decoding else room
+        planned: list[tuple[Request, int, list[int]]] = [(r, n, []) for r, n in self._prompts.plan(prefilling, room, budget)]
         room -= sum(count for _, count, _ in planned)
         # Guesses are for steps without prompts: with them the step's time is spent already.
         most = 0 if planned or not self._can_draft else room // max(len(decoding), 1)
-        planned += [(r, 1, self._draft(r, most, len(decoding))) for r in decoding]
+        guesses = self._speculation.guess(decoding, most)
+        planned += [(r, 1, guesses.get(slot_of(r), [])) for r in decoding]
         if not planned and self.running and not self._saving:  # no room even for one: the runner is to say so
             planned = [(self.running[0], 1, [])]
-        planned.sort(key=lambda p: self._slot_index(p[0]))  # llama.cpp joins neighbouring streams only in ascending order
+        planned.sort(key=lambda p: slot_of(p[0]))  # llama.cpp joins neighbouring streams only in ascending order
         self._scheduled = [r for r, _, _ in planned]
         return Batch(tuple(self._chunk(*p) for p in planned), tuple(ops))
 
-    def _share(self, prefilling: list[Request], budget: int) -> list[tuple[Request, int, list[int]]]:
-        """Prompts in order of arrival; but one much shorter than the first need not wait behind it: every other step is for such ones first."""
-        order = sorted(prefilling, key=lambda r: r.priority)
-        if not order:
-            return []
-        remaining = order[0].num_uncomputed_tokens
-        short = sorted((r for r in order[1:] if 2 * r.num_uncomputed_tokens <= remaining), key=lambda r: r.num_uncomputed_tokens)
-        self._short_first = bool(short) and not self._short_first
-        if self._short_first:
-            order = short + [r for r in order if r not in short]
-        planned: list[tuple[Request, int, list[int]]] = []
-        for request in order:
-            size = self._size(request, budget, alone=not planned)
-            if size > 0:
-                planned.append((request, size, []))
-                budget -= size
-        return planned
-
-    def _least(self, prefilling: list[Request]) -> int:
-        """The smallest chunk that is computed well: one tile, or two far into a prompt, where attention is most of the work; and a token that goes with the
-        decodes."""
-        if self._tile == 1 or not prefilling:
-            return 0
-        return (2 if max(r.num_computed_tokens for r in prefilling) >= FAR_TILES * self._tile else 1) * self._tile + 1
-
-    def _size(self, request: Request, most: int, alone: bool) -> int:
-        """Tokens of a prompt for this step, at most ``most``: its rest or whole tiles, less only where it would go ``alone``."""
-        size = min(request.num_uncomputed_tokens, most)
-        if size < request.num_uncomputed_tokens:
-            if size > self._tile:
-                size -= (size - 1) % self._tile
-                if self._tile > 1 and alone and request.num_computed_tokens == request.num_cached_tokens:  # what is no whole chunk comes first: there attention is shortest
-                    size = request.num_uncomputed_tokens % size or size
-            elif self._tile > 1 and not alone:
-                return 0
-        if request.scores_prompt:
-            size = min(size, MAX_SCORED_TOKENS)
-        if self._deterministic:
-            # The prompt in chunks at fixed places; what was generated one by one, also after a preemption.
-            at = request.num_computed_tokens
-            whole = min(ALIGNMENT - at % ALIGNMENT, request.num_prompt_tokens - at) if at < request.num_prompt_tokens else 1
-            size = whole if most >= whole else 0
-        return max(size, 0)
-
-    def _draft(self, request: Request, most: int, num_streams: int) -> list[int]:
-        most = min(most, request.max_tokens - request.num_output_tokens - 1, self._n_ctx - len(request.tokens) - 1)
-        if most <= 0:
-            return []
-        if request.forced:
-            return list(request.forced[:most])
-        if request.lookup is None:
-            return []
-        return request.lookup.propose(request.tokens, most, self._clock.draft_cost(num_streams))
-
-    @staticmethod
-    def _slot_index(request: Request) -> int:
-        assert request.slot is not None
-        return request.slot
-
     def _slot(self, request: Request) -> Slot:
-        return self.cache.slots[self._slot_index(request)]
+        return self.cache.slots[slot_of(request)]
 
     def _chunk(self, request: Request, count: int, draft: list[int]) -> Chunk:
         start = request.num_computed_tokens
         end = start + count
         last = end == len(request.tokens)
         targets = request.tokens[start + 1 : min(end, request.num_prompt_tokens - 1) + 1] if request.scores_prompt else ()
-        return Chunk(self._slot_index(request), start, request.tokens[start:end] + draft, last and request.max_tokens > 0, len(draft), targets)
+        return Chunk(slot_of(request), start, request.tokens[start:end] + draft, last and request.max_tokens > 0, len(draft), targets)
 
     # -- who runs
 
@@ -298,10 +250,7 @@ class Scheduler:
             if chunk.targets and output.prompt_scores:
                 request.add_prompt_scores(chunk.start, output.prompt_scores[i])
             if chunk.draft and not output.interrupted:
-                self.num_drafted += chunk.draft
-                self.num_accepted += len(tokens) - 1
-                if request.lookup is not None and not request.forced:
-                    request.lookup.learn(chunk.draft, len(tokens) - 1)
+                self._speculation.learn(request, chunk.draft, len(tokens) - 1)
             request.forced = output.forced[i] if output.forced else ()
             if tokens or self._is_done_without_output(request):
                 news.append(request)
@@ -330,9 +279,12 @@ class Scheduler:
             if request.detokenizer.stopped:
                 self._finish(request, FinishReason.STOP)
                 return
-            if request.num_output_tokens >= request.max_tokens or len(request.tokens) >= self._n_ctx:
+            full = len(request.tokens) >= self._n_ctx
+            if request.num_output_tokens >= request.max_tokens or (full and not self._context_shift):
                 self._finish(request, FinishReason.LENGTH)
                 return
+            if full:
+                self._shift(request)
         if self._is_done_without_output(request):
             if request.keep_on_disk:
                 ops = self.cache.park(self._slot(request), save=True)
@@ -341,6 +293,16 @@ class Scheduler:
                 self._saving.append(request)
             else:
                 self._finish(request, FinishReason.LENGTH)
+
+    def _shift(self, request: Request) -> None:
+        """Make room in a full context: keep the beginning of the prompt, and the newer half of the rest."""
+        keep = min(len(request.tokens) // 2, request.num_prompt_tokens)
+        discard = (len(request.tokens) - keep) // 2
+        slot = self._slot(request)
+        self._pending.append(Shift(slot.index, keep, discard))
+        del slot.tokens[keep : keep + discard]
+        request.shift(keep, discard)
+        slot.salt = request.cache_salt
 
     def _fail(self, output: StepOutput) -> list[Request]:
         """A step that the backend refused. Without room, idle prefixes and then the youngest request give way, and the step is tried again. After an error

@@ -1,0 +1,54 @@
+"""Which tokens are guessed for the running streams. Engine thread only."""
+
+from __future__ import annotations
+
+from llmkit.engine.budget import StepClock
+from llmkit.engine.drafter import ModelDrafter
+from llmkit.engine.request import Request, slot_of
+
+__all__ = ["Speculation"]
+
+
+class Speculation:
+    """Guesses by what a grammar forces, else by lookup, else by a draft model; and what became of them."""
+
+    def __init__(self, clock: StepClock, n_ctx: int, drafter: ModelDrafter | None) -> None:
+        self._clock = clock
+        self._n_ctx = n_ctx
+        self._drafter = drafter
+        self.num_drafted = self.num_accepted = 0
+
+    def guess(self, decoding: list[Request], most: int) -> dict[int, list[int]]:
+        """At most ``most`` tokens that may come next in each stream, by slot."""
+        found: dict[int, list[int]] = {}
+        asking: list[tuple[int, list[int], int]] = []
+        if most <= 0:
+            return found
+        cost = self._clock.draft_cost(len(decoding))
+        for request in decoding:
+            slot = slot_of(request)
+            limit = min(most, request.max_tokens - request.num_output_tokens - 1, self._n_ctx - len(request.tokens) - 1)
+            request.guessed_by = None
+            if limit <= 0:
+                continue
+            if request.forced:
+                found[slot] = list(request.forced[:limit])
+            elif request.lookup is not None:
+                request.guessed_by = request.lookup.payoff
+                found[slot] = request.lookup.propose(request.tokens, limit, cost)
+                if self._drafter is not None and not found[slot]:
+                    request.guessed_by = request.draft_payoff
+                    own_cost = self._drafter.step_s / self._clock.decode_s(len(decoding))
+                    size = request.draft_payoff.size(len(request.tokens), limit, cost + own_cost)
+                    if size:
+                        asking.append((slot, request.tokens, size))
+        if asking and self._drafter is not None:
+            found.update(self._drafter.propose(asking))
+        return found
+
+    def learn(self, request: Request, num_drafted: int, num_accepted: int) -> None:
+        """So many of the guesses for a request came true."""
+        self.num_drafted += num_drafted
+        self.num_accepted += num_accepted
+        if request.guessed_by is not None:
+            request.guessed_by.learn(num_drafted, num_accepted)
