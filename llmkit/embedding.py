@@ -55,6 +55,8 @@ class LocalEmbedder:
         except BaseException:
             self._model.close()
             raise
+        template = info.metadata.get("tokenizer.chat_template.rerank")
+        self._template = template if isinstance(template, str) else None
         self.description = ModelDescription(
             name=name or spec.name,
             path=str(spec.path),
@@ -66,7 +68,8 @@ class LocalEmbedder:
             n_slots=MAX_SEQUENCES,
             n_vocab=self._model.vocab.n_tokens,
             weights_bytes=self._model.size_bytes,
-            embedding_size=self._embedder.size,
+            embedding_size=0 if self._embedder.ranks else self._embedder.size,
+            ranks=self._embedder.ranks,
             created=int(time.time()),
         )
         self._stats = EngineStats(num_slots=MAX_SEQUENCES)
@@ -96,14 +99,23 @@ class LocalEmbedder:
         with self._lock:
             if self._closed or self._pid != os.getpid():
                 raise ModelUnloadedError(f"the model {self.description.name!r} was unloaded; load it again with llmkit.load().")
-            sequences = [self._tokens(text) for text in request.inputs]
-            job = Job(sequences, request.normalize, Future(), np.empty((len(sequences), self._embedder.size), np.float32))
+            if self._embedder.ranks != (request.query is not None):
+                kind, use = ("ranks documents for a query", "llm.rerank") if self._embedder.ranks else ("makes vectors and ranks no pairs", "llm.embed")
+                raise InvalidRequestError(f"{self.description.name!r} {kind}; use {use}().", "model")
+            sequences = [self._tokens(text, request.query) for text in request.inputs]
+            job = Job(sequences, request.normalize and not self._embedder.ranks, Future(), np.empty((len(sequences), self._embedder.size), np.float32))
             self._inbox.put(job)
         return job.future
 
-    def _tokens(self, text: str | tuple[int, ...]) -> list[int]:
-        n_ctx, n_vocab = self.description.n_ctx, self.description.n_vocab
-        tokens = self._model.vocab.tokenize(text) if isinstance(text, str) else list(text)
+    def _tokens(self, text: str | tuple[int, ...], query: str | None) -> list[int]:
+        n_ctx, n_vocab, vocab = self.description.n_ctx, self.description.n_vocab, self._model.vocab
+        if isinstance(text, str) and query is not None:
+            if self._template is not None:
+                tokens = vocab.tokenize(self._template.replace("{query}", query).replace("{document}", text), add_special=False, parse_special=True)
+            else:
+                tokens = vocab.pair(query, text)
+        else:
+            tokens = vocab.tokenize(text) if isinstance(text, str) else list(text)
         if not tokens:
             raise InvalidRequestError("a text to embed is empty.", "input")
         if len(tokens) > n_ctx:

@@ -220,11 +220,12 @@ class GenerationRequest:
 
 @dataclass(frozen=True, slots=True)
 class EmbeddingRequest:
-    """Texts (or their token ids) to turn into vectors, of length 1 unless ``normalize`` is False."""
+    """Texts (or their token ids) to turn into vectors, of length 1 unless ``normalize`` is False; with a ``query``, documents to be scored for it."""
 
     request_id: str
     inputs: tuple[str | tuple[int, ...], ...]
     normalize: bool = True
+    query: str | None = None
 
     def __post_init__(self) -> None:
         _check(0 < len(self.inputs) <= MAX_INPUTS, "input", f"must hold 1 to {MAX_INPUTS} texts.")
@@ -367,5 +368,6 @@ class ModelDescription:
     weights_bytes: int = 0
     kv_bytes: int = 0
     embedding_size: int = 0
+    ranks: bool = False  # it scores pairs of texts
     device: Literal["cpu", "gpu"] = "cpu"
     created: int = 0

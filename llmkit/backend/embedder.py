@@ -14,13 +14,15 @@ from llmkit.backend.llama import num_threads
 from llmkit.backend.model import LlamaModel
 from llmkit.errors import EngineError, ModelLoadError
 
-__all__ = ["Embedder"]
+__all__ = ["POOLINGS", "Embedder"]
 
 MAX_SEQUENCES = 64
+RANK = 4
+POOLINGS = (1, 2, 3, RANK)  # mean, first token, last token, a score
 
 
 class Embedder:
-    """Vectors of token sequences. ``max_tokens`` is the longest sequence, and the size of a batch.
+    """Vectors of token sequences (``ranks``: scores of pairs). ``max_tokens`` is the longest sequence, and the size of a batch.
 
     Raises `ModelLoadError` for a model that does not pool.
     """
@@ -37,8 +39,10 @@ class Embedder:
         self._context: Any = C.llama_init_from_model(model.handle, params)
         if not self._context:
             raise ModelLoadError("llama.cpp could not make a context: " + "; ".join(library.log.errors()))
-        self.size = int(C.llama_model_n_embd(model.handle))
-        if int(C.llama_pooling_type(self._context)) not in (1, 2, 3):
+        pooling = int(C.llama_pooling_type(self._context))
+        self.ranks = pooling == RANK
+        self.size = int(C.llama_model_n_cls_out(model.handle) if self.ranks else C.llama_model_n_embd(model.handle))
+        if pooling not in POOLINGS:
             C.llama_free(self._context)
             raise ModelLoadError("this model does not say how its vectors are pooled into one (mean, first or last token): it is no embedding model.")
         self._batch = C.llama_batch_init(max_tokens, 0, 1)

