@@ -298,3 +298,27 @@ def test_a_killed_owner_is_noticed(private_runtime: Path) -> None:
             list(pieces)
     assert files.find_connections() == [] and not list(private_runtime.glob("llmkit-*"))
     remote.close()
+
+
+def test_over_tcp_it_is_encrypted(slow: FakeClient) -> None:
+    server = BridgeServer(slow, tcp=True)
+    address = server.connection.address
+    assert address.startswith("tcp://127.0.0.1:") and not address.endswith("*") and files.find_connections() == [server.connection]
+    remote = BridgeClient(files.find_connections()[0])
+    assert "".join(remote.submit(ask("hello", max_tokens=30))).encode() == slow.runner.reference(b"hello", 30)
+    remote.close()
+    with zmq.Context() as context:
+        for key in (None, zmq.curve_keypair()[0]):  # somebody who knows the port, and not the file
+            with context.socket(zmq.DEALER) as sock:
+                sock.linger = 0
+                if key is not None:
+                    sock.curve_serverkey, (sock.curve_publickey, sock.curve_secretkey) = key, zmq.curve_keypair()
+                sock.connect(address)
+                sock.send_multipart([m.HELLO, m.pack({"key": server.connection.key})])
+                assert not sock.poll(500)
+    server.close()
+    assert not server.connection.path.exists()
+    for wrong in ({"server_key": ""}, {"address": address.replace("127.0.0.1", "0.0.0.0")}):
+        path = files.write(replace(server.connection, **wrong))
+        assert files.read(path) is None
+        path.unlink()

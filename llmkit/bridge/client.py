@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import queue
 import threading
 import time
@@ -40,6 +41,7 @@ class BridgeClient:
 
     def __init__(self, connection: Connection) -> None:
         self.connection = connection
+        self._pid = os.getpid()
         self._description = connection.model
         self._stats = EngineStats(num_slots=connection.model.n_slots)
         self._channels: dict[str, Channel] = {}
@@ -66,6 +68,7 @@ class BridgeClient:
         channel = Channel(request.request_id, self.abort)
         data = m.request_to(request)
         check_size(request, self._description.n_ctx)
+        self._check_process()
         with self._lock:
             if self._gone is not None:
                 raise EngineGoneError(self._gone)
@@ -75,12 +78,17 @@ class BridgeClient:
 
     def embed(self, request: EmbeddingRequest) -> Future[Embeddings]:
         future: Future[Embeddings] = Future()
+        self._check_process()
         with self._lock:
             if self._gone is not None:
                 raise EngineGoneError(self._gone)
             self._futures[request.request_id] = future
             self._post(m.EMBED, m.embedding_request_to(request))
         return future
+
+    def _check_process(self) -> None:
+        if self._pid != os.getpid():
+            raise EngineGoneError("this connection was made in the parent process before a fork; load or attach the model again here.")
 
     def abort(self, request_id: str) -> None:
         if self._gone is None:
@@ -91,6 +99,8 @@ class BridgeClient:
 
     def close(self) -> None:
         """Disconnect; the model stays loaded where it is."""
+        if self._pid != os.getpid():
+            return
         self._closed = True
         self._waker()
         if threading.current_thread() is not self._thread:
@@ -116,6 +126,11 @@ class BridgeClient:
     def _talk(self, sock: zmq.Socket[bytes]) -> None:
         sock.setsockopt(zmq.LINGER, 100)
         sock.setsockopt(zmq.SNDHWM, 0)  # nothing is dropped while a busy kernel does not read; requests are bounded at the gateway
+        if self.connection.server_key:
+            public, secret = zmq.curve_keypair()
+            sock.setsockopt(zmq.CURVE_SERVERKEY, self.connection.server_key.encode())
+            sock.setsockopt(zmq.CURVE_PUBLICKEY, public)
+            sock.setsockopt(zmq.CURVE_SECRETKEY, secret)
         sock.connect(self.connection.address)
         poller = zmq.Poller()
         poller.register(sock, zmq.POLLIN)

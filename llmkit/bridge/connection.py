@@ -20,7 +20,7 @@ from typing import Any
 
 from llmkit.types import ModelDescription
 
-__all__ = ["Connection", "find_connections", "make_connection", "process_start_time", "remove", "runtime_dir", "write"]
+__all__ = ["Connection", "find_connections", "make_connection", "process_start_time", "read", "remove", "runtime_dir", "write"]
 
 PREFIX, SUFFIX = "llmkit-", ".json"
 VERSION = 1
@@ -41,6 +41,7 @@ class Connection:
     kernel_id: str | None
     created: float
     model: ModelDescription
+    server_key: str = field(default="", repr=False)  # of CURVE, where the address is TCP
     path: Path = field(default=Path(), compare=False)
 
     @property
@@ -90,12 +91,13 @@ def _place() -> tuple[str, str, str]:
     return os.uname().nodename if hasattr(os, "uname") else os.environ.get("COMPUTERNAME", ""), boot, namespace
 
 
-def make_connection(model: ModelDescription, kernel_id: str | None, created: float) -> Connection:
-    """A connection for an engine in this process, with a fresh key and a socket in a private directory on local disk (a socket path has 107 bytes at most)."""
+def make_connection(model: ModelDescription, kernel_id: str | None, created: float, *, tcp: bool = sys.platform == "win32") -> Connection:
+    """A connection for an engine in this process, with a fresh key: a socket in a private directory on local disk (its path may have 107 bytes at most), or a
+    ``tcp`` port of the loopback for whoever binds it to choose, where there are no such sockets."""
     start = process_start_time(os.getpid())
     host, boot, namespace = _place()
-    folder = tempfile.mkdtemp(prefix=PREFIX, dir=_socket_root())
-    return Connection(f"ipc://{folder}/s", secrets.token_hex(32), os.getpid(), start or 0.0, host, boot, namespace, kernel_id, created, model)
+    address = "tcp://127.0.0.1:*" if tcp else f"ipc://{tempfile.mkdtemp(prefix=PREFIX, dir=_socket_root())}/s"
+    return Connection(address, secrets.token_hex(32), os.getpid(), start or 0.0, host, boot, namespace, kernel_id, created, model)
 
 
 def _socket_root() -> str:
@@ -129,6 +131,8 @@ def remove(connection: Connection) -> None:
     """Delete a connection's file and socket directory."""
     if connection.path != Path():
         connection.path.unlink(missing_ok=True)
+    if not connection.address.startswith("ipc://"):
+        return
     folder = Path(connection.address.removeprefix("ipc://")).parent
     with contextlib.suppress(OSError):
         if folder.name.startswith(PREFIX) and _private(folder.lstat(), directory=True):
@@ -137,13 +141,15 @@ def remove(connection: Connection) -> None:
 
 def _private(status: os.stat_result, *, directory: bool) -> bool:
     kind = stat.S_ISDIR(status.st_mode) if directory else stat.S_ISREG(status.st_mode)
+    if not hasattr(os, "getuid"):  # Windows: jupyter_core restricts the file, and the folder lies in the user's profile
+        return kind
     return kind and status.st_uid == os.getuid() and not status.st_mode & 0o077
 
 
-def _read(path: Path) -> Connection | None:
+def read(path: Path) -> Connection | None:
     """A connection that may be trusted, else None."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0))
         with open(descriptor, "rb") as file:
             if not _private(os.fstat(descriptor), directory=False):
                 return None
@@ -152,7 +158,8 @@ def _read(path: Path) -> Connection | None:
             return None
         model = ModelDescription(**data.pop("model"))
         connection = Connection(**data, model=model, path=path)
-        return connection if connection.address.startswith("ipc://") and isinstance(connection.key, str) and len(connection.key) == 64 else None
+        safe = connection.address.startswith("ipc://") or (connection.address.startswith("tcp://127.0.0.1:") and len(connection.server_key) == 40)
+        return connection if safe and isinstance(connection.key, str) and len(connection.key) == 64 else None
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return None
 
@@ -161,7 +168,7 @@ def find_connections(folder: Path | None = None) -> list[Connection]:
     """All live engines of this user on this machine, newest first. Files of dead processes of this machine are removed."""
     found = []
     for path in (folder or runtime_dir()).glob(f"{PREFIX}*{SUFFIX}"):
-        connection = _read(path)
+        connection = read(path)
         if connection is None or not connection.is_here:
             continue
         if connection.is_alive:

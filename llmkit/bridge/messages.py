@@ -84,11 +84,11 @@ def request_from(data: dict[str, Any]) -> GenerationRequest:
 
 
 def embedding_request_to(request: EmbeddingRequest) -> dict[str, Any]:
-    return {"id": request.request_id, "inputs": request.inputs, "normalize": request.normalize}
+    return {"id": request.request_id, "inputs": request.inputs, "normalize": request.normalize, "query": request.query}
 
 
 def embedding_request_from(data: dict[str, Any]) -> EmbeddingRequest:
-    return EmbeddingRequest(data["id"], tuple(i if isinstance(i, str) else tuple(i) for i in data["inputs"]), data["normalize"])
+    return EmbeddingRequest(data["id"], tuple(i if isinstance(i, str) else tuple(i) for i in data["inputs"]), data["normalize"], data["query"])
 
 
 def embeddings_to(found: Embeddings) -> dict[str, Any]:
@@ -161,6 +161,5 @@ def error_from(data: dict[str, Any]) -> Exception:
         return errors.ContextLengthError(data["num_tokens"], data["n_ctx"], data["param"])
     if name == "InvalidRequestError":
         return errors.InvalidRequestError(message, data["param"])
-    if name in ("QueueFullError", "ModelUnloadedError", "EngineGoneError"):
-        return getattr(errors, name)(message)  # type: ignore[no-any-return]
-    return errors.EngineError(message)
+    kind = getattr(errors, name, None)
+    return kind(message) if isinstance(kind, type) and issubclass(kind, errors.LLMKitError) else errors.EngineError(message)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import sys
 import threading
 import time
 from concurrent.futures import Future
@@ -70,23 +71,31 @@ class Waker:
 class BridgeServer:
     """Serves ``client`` under a connection file until ``close``.
 
-    ``kernel_id`` ties it to a Jupyter kernel, None to the process only.
+    ``kernel_id`` ties it to a Jupyter kernel, None to the process only. Over ``tcp`` (the way on Windows) everything is encrypted by CURVE: others may open
+    the port, but the server's public key and ours are only in the file.
     """
 
-    def __init__(self, client: EngineClient, kernel_id: str | None = None) -> None:
+    def __init__(self, client: EngineClient, kernel_id: str | None = None, *, tcp: bool = sys.platform == "win32") -> None:
         self._client = client
         self._pid = os.getpid()
         self._waker = Waker()
         self._closing: str | None = None
         self._peers: dict[bytes, Peer] = {}
         self._embedding: list[tuple[bytes, str, Future[Embeddings]]] = []
-        connection = files.make_connection(client.description, kernel_id, time.time())
+        connection = files.make_connection(client.description, kernel_id, time.time(), tcp=tcp)
         self._zmq = zmq.Context()
         self._socket = self._zmq.socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.LINGER, 200)
         self._socket.setsockopt(zmq.RCVHWM, 0)
         self._socket.setsockopt(zmq.SNDHWM, 10_000)
+        if tcp:
+            public, secret = zmq.curve_keypair()
+            self._socket.setsockopt(zmq.CURVE_SERVER, 1)
+            self._socket.setsockopt(zmq.CURVE_SECRETKEY, secret)
+            connection = replace(connection, server_key=public.decode())
         self._socket.bind(connection.address)
+        if tcp:
+            connection = replace(connection, address=self._socket.getsockopt_string(zmq.LAST_ENDPOINT))
         self.connection = replace(connection, path=files.write(connection))
         self._thread = threading.Thread(target=self._run, name="llmkit-bridge", daemon=True)
         self._thread.start()
