@@ -7,7 +7,7 @@ PYTEST_ARGS ?=
 BENCH_ARGS ?=
 ROOT_FLAG := $(shell [ "$$(id -u)" = 0 ] && echo --allow-root)
 
-.PHONY: setup lab test demo check bench notebooks clean
+.PHONY: setup lab test soak demo check bench notebooks clean
 
 setup:
 	@PYTHON="$(PYTHON)" VENV="$(VENV)" bash .ci/setup
@@ -17,6 +17,9 @@ lab: setup
 
 test: setup
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+soak: setup
+	SOAK=2000 $(BIN)/python -m pytest tests/test_soak.py $(PYTEST_ARGS)
 
 demo: setup
 	$(BIN)/python notebooks/demo.py

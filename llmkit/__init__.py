@@ -32,7 +32,7 @@ from llmkit.version import __version__
 if TYPE_CHECKING:
     from llmkit.bench.tuner import tune
     from llmkit.llm import LLM
-    from llmkit.loading import estimate, load
+    from llmkit.loading import attach, estimate, load
     from llmkit.stream import Stream
 
 __all__ = [
@@ -59,12 +59,20 @@ __all__ = [
     "TokenLogprob",
     "Usage",
     "__version__",
+    "attach",
     "estimate",
     "load",
     "tune",
 ]
 
-_LATE = {"LLM": "llmkit.llm", "load": "llmkit.loading", "estimate": "llmkit.loading", "tune": "llmkit.bench.tuner", "Stream": "llmkit.stream"}
+_LATE = {
+    "LLM": "llmkit.llm",
+    "load": "llmkit.loading",
+    "attach": "llmkit.loading",
+    "estimate": "llmkit.loading",
+    "tune": "llmkit.bench.tuner",
+    "Stream": "llmkit.stream",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""The command ``llmkit``: serve, engine, tune, bench."""
+"""The command ``llmkit``: serve, engine, tune, convert, bench."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 
 from llmkit.config import ENGINE_OPTIONS
 from llmkit.errors import LLMKitError
+from llmkit.models.convert import TYPES
 from llmkit.version import __version__
 
 __all__ = ["main"]
@@ -50,6 +51,11 @@ def _parser() -> argparse.ArgumentParser:
     tune = commands.add_parser("tune", help="measure which settings make a model fastest on this machine, and remember them")
     tune.add_argument("model", nargs="?", default="smollm2")
     tune.set_defaults(run=_tune)
+    convert = commands.add_parser("convert", help="write a model folder of the Hugging Face kind (config.json, safetensors) as a GGUF file")
+    convert.add_argument("folder", type=Path)
+    convert.add_argument("-o", "--output", type=Path, help="the file to write (beside the folder, with its name)")
+    convert.add_argument("--type", default="f16", choices=TYPES, help="type of the weights (f16)")
+    convert.set_defaults(run=_convert)
     bench = commands.add_parser("bench", help="measure any OpenAI-compatible endpoint under load")
     from llmkit.bench import workload
 
@@ -67,6 +73,8 @@ def _engine_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--kv-type", help="type of the KV cache's numbers: f16 (default), q8_0 or q4_0")
     parser.add_argument("--prefix-dir", help="folder where computed prefixes outlive the process")
     parser.add_argument("--target-itl-ms", type=float, help="time between two tokens of a stream that prompts of others must not stretch (500)")
+    parser.add_argument("--draft", help="a smaller model of the same vocabulary that guesses tokens")
+    parser.add_argument("--context-shift", action="store_true", default=None, help="a request that fills its context goes on without the older half of it")
     parser.add_argument("--tuned", action="store_true", default=None, help="use what `llmkit tune` found best on this machine")
 
 
@@ -86,6 +94,13 @@ def _tune(args: argparse.Namespace) -> int:
     from llmkit.bench import tuner
 
     print(tuner.tune(args.model))
+    return 0
+
+
+def _convert(args: argparse.Namespace) -> int:
+    from llmkit.models.convert import convert_folder
+
+    print(convert_folder(args.folder, args.output, args.type))
     return 0
 
 

@@ -16,7 +16,7 @@ from llmkit.errors import InvalidRequestError
 __all__ = ["ENGINE_OPTIONS", "ServeSettings", "read_settings"]
 
 # What `llmkit engine` and `llmkit serve` hand on to `load`.
-ENGINE_OPTIONS = ("name", "n_ctx", "n_slots", "n_gpu_layers", "threads", "kv_type", "prefix_dir", "target_itl_ms", "tuned")
+ENGINE_OPTIONS = ("name", "n_ctx", "n_slots", "n_gpu_layers", "threads", "kv_type", "prefix_dir", "target_itl_ms", "draft", "context_shift", "tuned")
 ENVIRONMENT = "LLMKIT_"
 
 
@@ -37,6 +37,8 @@ class ServeSettings(BaseSettings):
     threads: int | None = Field(None, ge=1, description="compute threads; none means all cores")
     kv_type: Literal["f16", "q8_0", "q4_0"] | None = Field(None, description="type of the KV cache's numbers")
     prefix_dir: str | None = Field(None, description="folder where computed prefixes outlive the process")
+    draft: str | None = Field(None, description="a smaller model of the same vocabulary that guesses tokens")
+    context_shift: bool | None = Field(None, description="whether a request that fills its context goes on without the older half of it")
     target_itl_ms: float | None = Field(None, gt=0, description="time between two tokens of a stream that prompts of others must not stretch")
     tuned: bool | None = Field(None, description="use what llmkit.tune() found best on this machine")
 

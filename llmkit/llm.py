@@ -93,7 +93,7 @@ class LLM:
 
     @property
     def closed(self) -> bool:
-        return self._client is None
+        return self._client is None or getattr(self._client, "gone", None) is not None
 
     @property
     def stats(self) -> EngineStats:
@@ -217,12 +217,24 @@ class LLM:
         return vectors[0] if isinstance(texts, str) else vectors
 
     def rerank(self, query: str, documents: Sequence[str], top: int | None = None) -> list[tuple[int, float]]:
-        """The places of the documents that fit the query best, with their cosine similarity, best first; at most ``top`` of them."""
+        """The places of the documents that fit the query best, with their scores, best first; at most ``top`` of them.
+
+        A cross-encoder (a model that ranks) judges each pair: any number, higher is better. An embedding model gives the cosine similarity.
+        """
+        import numpy as np
+
         documents = list(documents)
+        for i, text in enumerate([query, *documents]):
+            if not isinstance(text, str):
+                raise InvalidRequestError(f"{'the query' if not i else f'document {i - 1}'} is not text but {type(text).__name__}.", "documents")
         if not documents:
             return []
-        vectors = self.embed([query, *documents])
-        scores = vectors[1:] @ vectors[0]
+        if self._description.ranks:
+            found = self._engine.embed(EmbeddingRequest(self._new_id(), tuple(documents), query=query)).result()
+            scores = np.frombuffer(found.data, np.float32).reshape(-1, found.size)[:, 0]
+        else:
+            vectors = self.embed([query, *documents])
+            scores = vectors[1:] @ vectors[0]
         order = sorted(range(len(documents)), key=lambda i: -scores[i])
         return [(i, float(scores[i])) for i in order[:top]]
 
@@ -248,7 +260,8 @@ class LLM:
         from llmkit.local import device_memory
         from llmkit.notebook.monitor import Monitor
 
-        monitor = Monitor(self._engine, interval=interval, device_memory=device_memory)
+        connection = getattr(self._engine, "connection", None)
+        monitor = Monitor(self._engine, interval=interval, device_memory=device_memory, pid=connection.pid if connection is not None else None)
         self._monitors = [m for m in self._monitors if m.running] + [monitor]
         return monitor
 
@@ -259,13 +272,14 @@ class LLM:
         from llmkit.notebook import serving
 
         engine = self._engine
-        if self._bridge is None:
+        connection = self._bridge.connection if self._bridge is not None else getattr(engine, "connection", None)
+        if connection is None:
             raise InvalidRequestError("this model was loaded with share=False; load it with share=True to serve it.", "share")
         if self._endpoint is not None and port not in (0, self._endpoint.port):
             self._endpoint.close()
             self._endpoint = None
         if self._endpoint is None or not self._endpoint.alive:
-            self._endpoint = serving.find_or_start(engine.description, self._bridge.connection.kernel_id, port)
+            self._endpoint = serving.find_or_start(engine.description, connection.kernel_id, port)
         return self._endpoint
 
     def unload(self) -> None:

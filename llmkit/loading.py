@@ -5,11 +5,11 @@ from __future__ import annotations
 import difflib
 import os
 import threading
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from llmkit.errors import InvalidRequestError
+from llmkit.errors import InvalidRequestError, ModelNotFoundError
 from llmkit.llm import LLM
 from llmkit.options import EngineOptions
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from llmkit.models.memory import MemoryEstimate
     from llmkit.models.registry import ModelSpec
 
-__all__ = ["estimate", "kernel_id", "load"]
+__all__ = ["attach", "estimate", "kernel_id", "load"]
 
 _loaded: dict[Path, LLM] = {}
 _load_lock = threading.RLock()
@@ -62,9 +62,12 @@ def load(
     - ``kv_type="f16"``, "q8_0" or "q4_0"; ``flash_attention=None`` (llama.cpp decides), True or False; ``rope_scaling=2.0`` stretches positions.
     - ``host_cache_mb=512``: room outside the context for prefixes that lost their slot. ``prefix_dir``: a folder where prefixes outlive the process, at most
       ``disk_cache_mb=4096`` of them.
-    - ``lora``: the path of an adapter, or a dict of paths and scales; requests choose others with ``lora={"name": scale}``.
+    - ``lora``: the path of an adapter, a list of them, or a dict of paths and scales; requests choose others with ``lora={"name": scale}``.
+    - ``draft``: a smaller model of the same vocabulary (a name as for ``model``) that guesses tokens; the model checks them, so the text stays its own.
+    - ``context_shift=True``: a request that fills its context goes on without the older half of what followed its prompt, up to its ``max_tokens``.
+    - ``isolated=True``: the model lives in a process of its own, ended with this one: a crash of the model is an error here and no dead kernel.
     - ``deterministic=True``: the same request gives the same tokens whatever runs beside it or is cached; slower.
-    - ``max_waiting=1024``: requests that may wait.
+    - ``max_waiting=1024``: requests that may wait. ``batch_tokens=512``: tokens computed in one step.
 
     Raises `ModelNotFoundError`, `InvalidModelFileError`, `InsufficientMemoryError` (``force=True`` skips the estimate), `ModelLoadError`, and
     `InvalidRequestError` for impossible options.
@@ -74,18 +77,25 @@ def load(
 
     spec = resolve(model)
     if tuned:
-        model, best = _tuned(spec)
+        spec, best = _tuned(spec)
         options = {**best, **options}
         threads = threads or options.pop("threads", None)
-        name = name or spec.name
     settings = _options(n_ctx=n_ctx, n_slots=n_slots, n_gpu_layers=n_gpu_layers, threads=threads, **options)
     with _load_lock:
-        path = resolve(model).path
-        loaded = _loaded.get(path)
+        loaded = _loaded.get(spec.path)
         if loaded is not None and not loaded.closed:
             loaded.check_same(settings, name)
             return loaded
-        engine = open_model(model, settings, name=name, force=force)
+        if loaded is not None:
+            loaded.unload()  # its process has died
+        if settings.isolated:
+            from llmkit.isolated import IsolatedEngine
+
+            _register_displays()
+            isolated = IsolatedEngine(spec, _quickly_tuned(spec, settings), name=name, force=force, kernel_id=kernel_id(), share=share)
+            _loaded[spec.path] = llm = LLM(isolated, None, settings, _forget)
+            return llm
+        engine = open_model(spec, _quickly_tuned(spec, settings), name=name, force=force)
         bridge = None
         try:
             if share:
@@ -96,8 +106,26 @@ def load(
             engine.close()
             raise
         _register_displays()
-        _loaded[path] = llm = LLM(engine, bridge, settings, _forget)
+        _loaded[spec.path] = llm = LLM(engine, bridge, settings, _forget)
         return llm
+
+
+def attach(model: str | None = None) -> LLM:
+    """A model that another process of this user has loaded (another notebook, ``llmkit serve``): no memory is taken for it here.
+
+    ``model`` is its name, or ``name@kernel``; None takes the newest. ``unload()`` lets go and leaves the model where it is. Raises `ModelNotFoundError`.
+    """
+    from llmkit.bridge.client import BridgeClient
+    from llmkit.bridge.connection import find_connections
+
+    found = [c for c in find_connections() if c.pid != os.getpid()]
+    for connection in found:
+        if model in (None, connection.model.name, f"{connection.model.name}@{connection.kernel_name}"):
+            _register_displays()
+            return LLM(BridgeClient(connection))
+    names = ", ".join(repr(f"{c.model.name}@{c.kernel_name}") for c in found) or "none at all"
+    what = "no model" if model is None else f"no model {model!r}"
+    raise ModelNotFoundError(f"{what} is loaded in another process of yours on this machine; there: {names}. llmkit.load() loads one here.")
 
 
 def _forget(llm: LLM) -> None:
@@ -117,13 +145,22 @@ def estimate(model: str | Path = "smollm2", **options: Any) -> MemoryEstimate:
     return local.estimate(gguf.read_header(resolve(model).path), _options(**options))
 
 
-def _tuned(spec: ModelSpec) -> tuple[Path, dict[str, Any]]:
+def _tuned(spec: ModelSpec) -> tuple[ModelSpec, dict[str, Any]]:
     from llmkit.bench import tuner
 
     found = tuner.tuned(spec)
     if found is None:
         raise InvalidRequestError(f"{spec.name!r} was not tuned on this machine yet; run llmkit.tune({spec.name!r}) once.", "tuned")
-    return found
+    return replace(spec, path=found[0]), found[1]
+
+
+def _quickly_tuned(spec: ModelSpec, settings: EngineOptions) -> EngineOptions:
+    """With the number of threads that was best here, where none was asked for; it is measured when a model is loaded for the first time."""
+    from llmkit.bench import tuner
+
+    if settings.threads is not None:
+        return settings
+    return replace(settings, threads=tuner.quick_threads(spec))
 
 
 def _options(**options: Any) -> EngineOptions:

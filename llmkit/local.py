@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmkit.chat.template import CHATML, ChatTemplate
 from llmkit.engine.detokenize import Detokenizer
+from llmkit.engine.drafter import ModelDrafter
 from llmkit.engine.engine import Engine
 from llmkit.engine.request import Request
 from llmkit.errors import ContextLengthError, InsufficientMemoryError, InvalidRequestError, ModelLoadError, ModelUnloadedError
@@ -57,14 +58,17 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget_the_parents_engines)
 
 
-def open_model(model: str | Path, options: EngineOptions, *, name: str | None = None, force: bool = False) -> LocalEngine | LocalEmbedder:
+def open_model(model: str | Path | ModelSpec, options: EngineOptions, *, name: str | None = None, force: bool = False) -> LocalEngine | LocalEmbedder:
     """An engine of the kind that the file asks for: one that generates, or one that embeds. Raises what `llmkit.load` documents."""
     spec = resolve(model)
     info = gguf.read_header(spec.path)
-    if info.value("pooling_type") not in (1, 2, 3):
-        return LocalEngine(model, options, name=name, force=force)
+    if info.value("pooling_type") not in (1, 2, 3, 4):
+        return LocalEngine(spec, options, name=name, force=force)
     from llmkit.embedding import LocalEmbedder
 
+    need = memory.estimate(info, n_ctx=options.n_ctx or memory.default_context(info), n_slots=1)
+    if device_memory() is None and not (force or need.fits):
+        raise InsufficientMemoryError(f"{info.path.name}: {need.advice()}")
     embedder = LocalEmbedder(spec, info, options, _turns, name)
     _running.add(embedder)
     return embedder
@@ -76,7 +80,9 @@ class LocalEngine:
     Raises what `llmkit.load` documents. ``close()`` frees the memory and may be called twice; a running request ends with `ModelUnloadedError`.
     """
 
-    def __init__(self, model: str | Path, options: EngineOptions | None = None, *, name: str | None = None, force: bool = False, **changes: Any) -> None:
+    def __init__(
+        self, model: str | Path | ModelSpec, options: EngineOptions | None = None, *, name: str | None = None, force: bool = False, **changes: Any
+    ) -> None:
         self._closed = False
         self._close_lock = threading.Lock()
         self._pid = os.getpid()
@@ -86,9 +92,23 @@ class LocalEngine:
         need = estimate(info, options)
         if not (force or need.fits):
             raise InsufficientMemoryError(f"{info.path.name}: {need.advice()}")
-        n_ctx, n_slots = need.n_ctx, need.n_slots
-        most = min(n_ctx, info.max_positions or n_ctx, need.kv_tokens)
+        most = min(need.n_ctx, info.max_positions or need.n_ctx, need.kv_tokens)
         self._model, self._runner = _load(spec, options, need)
+        self._draft: tuple[LlamaModel, LlamaRunner] | None = None
+        try:
+            self._start(spec, info, options, need, most, name, force)
+        except BaseException:
+            self._free()
+            raise
+
+    def _start(
+        self, spec: ModelSpec, info: gguf.ModelInfo, options: EngineOptions, need: memory.MemoryEstimate, most: int, name: str | None, force: bool
+    ) -> None:
+        if options.context_shift and not self._runner.can_shift:
+            raise InvalidRequestError("this model's positions cannot be moved; load it without context_shift.", "context_shift")
+        self._context_shift = options.context_shift
+        if options.draft is not None:
+            self._draft = _load_draft(self._model, options, need, force)
         from llmkit.backend.grammar import GrammarCompiler
 
         self._grammars = GrammarCompiler(self._model.vocab)
@@ -104,7 +124,7 @@ class LocalEngine:
             n_params=self._model.n_params,
             n_ctx=most,
             n_ctx_train=self._model.n_ctx_train,
-            n_slots=n_slots,
+            n_slots=need.n_slots,
             n_vocab=vocab.n_tokens,
             weights_bytes=self._model.size_bytes,
             kv_bytes=need.kv_bytes,
@@ -119,6 +139,8 @@ class LocalEngine:
             target_itl_s=None if options.deterministic else options.target_itl_ms / 1000,
             deterministic=options.deterministic,
             turns=_turns if need.n_gpu_layers == 0 else None,
+            drafter=ModelDrafter(self._draft[1]) if self._draft else None,
+            context_shift=options.context_shift,
         )
         _running.add(self)
         sys.setswitchinterval(min(sys.getswitchinterval(), SWITCH_INTERVAL_S))
@@ -181,7 +203,8 @@ class LocalEngine:
         self._check_open()
         tokens = self.render(request)
         room = self._description.n_ctx - len(tokens)
-        max_tokens = room if request.sampling.max_tokens is None else min(request.sampling.max_tokens, room)
+        wanted = request.sampling.max_tokens
+        max_tokens = room if wanted is None else wanted if self._context_shift else min(wanted, room)
         with self._close_lock:
             self._check_open()
             constraint = None if request.sampling.grammar is None else self._grammars.compile(request.sampling.grammar)
@@ -222,6 +245,11 @@ class LocalEngine:
     def stats(self) -> EngineStats:
         return self._engine.stats
 
+    def _free(self) -> None:
+        for model, runner in [(self._model, self._runner), *([self._draft] if self._draft else [])]:
+            runner.close()
+            model.close()
+
     def _check_open(self) -> None:
         if self._pid != os.getpid():
             raise ModelUnloadedError("this model was loaded in the parent process before a fork; load it again here, or reach it through its gateway.")
@@ -238,8 +266,7 @@ class LocalEngine:
             _running.discard(self)
             if self._engine.close():
                 self._grammars.close()
-                self._runner.close()
-                self._model.close()
+                self._free()
             else:
                 warnings.warn("the engine did not stop in time, so its memory was not freed", ResourceWarning, stacklevel=2)
 
@@ -283,6 +310,7 @@ def _load(spec: ModelSpec, options: EngineOptions, need: memory.MemoryEstimate) 
             model,
             n_ctx=need.n_ctx,
             n_slots=need.n_slots,
+            max_batch_tokens=options.batch_tokens or 512,
             threads=options.threads,
             kv_unified=options.kv_unified,
             kv_tokens=options.kv_tokens,
@@ -296,6 +324,27 @@ def _load(spec: ModelSpec, options: EngineOptions, need: memory.MemoryEstimate) 
             lora=[Path(path) for path, _ in options.lora],
         )
         return model, runner
+    except BaseException:
+        model.close()
+        raise
+
+
+def _load_draft(target: LlamaModel, options: EngineOptions, need: memory.MemoryEstimate, force: bool) -> tuple[LlamaModel, LlamaRunner]:
+    """The model that guesses, with the same slots. Raises `InvalidRequestError` for one that cannot guess for ``target``, else as `load` does."""
+    from llmkit.backend.llama import LlamaRunner
+    from llmkit.backend.model import LlamaModel
+
+    spec = resolve(str(options.draft))
+    its_need = estimate(gguf.read_header(spec.path), EngineOptions(n_ctx=need.n_ctx, n_slots=need.n_slots, n_gpu_layers=options.n_gpu_layers))
+    if not (force or its_need.fits):
+        raise InsufficientMemoryError(f"the draft model {spec.path.name}: {its_need.advice()}")
+    model = LlamaModel(spec.path, n_gpu_layers=its_need.n_gpu_layers)
+    try:
+        if not model.can_generate or not model.vocab.is_same(target.vocab):
+            raise InvalidRequestError(f"the draft model {spec.name!r} has another vocabulary than the model, so it cannot guess for it.", "draft")
+        if model.is_recurrent:
+            raise InvalidRequestError(f"the draft model {spec.name!r} is recurrent: what it guessed wrongly cannot be taken back.", "draft")
+        return model, LlamaRunner(model, n_ctx=its_need.n_ctx, n_slots=its_need.n_slots, threads=options.threads)
     except BaseException:
         model.close()
         raise

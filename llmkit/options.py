@@ -12,9 +12,16 @@ from llmkit.errors import InvalidRequestError
 __all__ = ["KV_TYPES", "EngineOptions"]
 
 KV_TYPES = ("f16", "q8_0", "q4_0")
-INTEGERS = {"n_ctx": (1, 1 << 24), "n_slots": (1, 256), "threads": (1, 1024), "kv_tokens": (256, 1 << 28), "max_waiting": (1, 1_000_000)}
+INTEGERS = {
+    "batch_tokens": (1, 65_536),
+    "n_ctx": (1, 1 << 24),
+    "n_slots": (1, 256),
+    "threads": (1, 1024),
+    "kv_tokens": (256, 1 << 28),
+    "max_waiting": (1, 1_000_000),
+}
 NUMBERS = {"target_itl_ms": (1.0, 1e6), "rope_scaling": (0.01, 1000.0), "host_cache_mb": (0.0, 1e9), "disk_cache_mb": (1.0, 1e9)}
-FLAGS = ("kv_unified", "deterministic")
+FLAGS = ("kv_unified", "deterministic", "context_shift", "isolated")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,8 +47,12 @@ class EngineOptions:
     target_itl_ms: float = 500.0
     max_waiting: int = 1024
     deterministic: bool = False
+    batch_tokens: int | None = None
     host_cache_mb: float = 512.0
     prefix_dir: str | None = None
+    draft: str | None = None
+    context_shift: bool = False
+    isolated: bool = False
     disk_cache_mb: float = 4096.0
 
     def __post_init__(self) -> None:
@@ -65,12 +76,40 @@ class EngineOptions:
             raise InvalidRequestError("a quantized KV cache (kv_type) needs flash attention; leave flash_attention out.", "flash_attention")
         if self.kv_tokens is not None and not self.kv_unified:
             raise InvalidRequestError("kv_tokens is the size of one shared KV buffer; it needs kv_unified=True.", "kv_tokens")
-        if isinstance(self.lora, str | Path):
-            object.__setattr__(self, "lora", ((str(self.lora), 1.0),))
-        elif isinstance(self.lora, dict):
-            object.__setattr__(self, "lora", tuple((str(p), float(s)) for p, s in self.lora.items()))
+        object.__setattr__(self, "lora", _adapters(self.lora))
+        if self.draft is not None:
+            if self.deterministic:
+                raise InvalidRequestError("a deterministic engine does not guess, so it has no use for a draft model; leave draft out.", "draft")
+            object.__setattr__(self, "draft", str(self.draft))
+        if self.deterministic and self.kv_unified:
+            raise InvalidRequestError("a deterministic engine needs a KV buffer for each request; leave kv_unified out.", "kv_unified")
+        if self.context_shift and (self.deterministic or self.kv_unified):
+            raise InvalidRequestError("context_shift goes neither with deterministic=True nor with kv_unified=True.", "context_shift")
         if self.prefix_dir is not None:
             object.__setattr__(self, "prefix_dir", str(Path(self.prefix_dir).expanduser()))
 
     def as_dict(self) -> dict[str, Any]:
         return {f.name: getattr(self, f.name) for f in fields(self)}
+
+
+def _adapters(given: Any) -> tuple[tuple[str, float], ...]:
+    """A path, a list of paths, or a dict of paths and scales, as pairs."""
+    if isinstance(given, str | Path):
+        given = {given: 1.0}
+    elif not isinstance(given, dict):
+        try:
+            given = dict(p if isinstance(p, tuple) else (p, 1.0) for p in given)
+        except (TypeError, ValueError):
+            raise InvalidRequestError(
+                f"lora must be the path of an adapter, a list of paths, or a dict of paths and scales, not {given!r:.60}.", "lora"
+            ) from None
+    pairs = []
+    for path, scale in given.items():
+        if not isinstance(path, str | Path) or isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale):
+            raise InvalidRequestError(f"lora must give paths and finite scales, not {path!r:.60}: {scale!r:.20}.", "lora")
+        pairs.append((str(path), float(scale)))
+    names = [Path(path).stem for path, _ in pairs]
+    for name in names:
+        if names.count(name) > 1:
+            raise InvalidRequestError(f"two adapters are named {name!r} (the name is the file's, without .gguf); rename one.", "lora")
+    return tuple(pairs)

@@ -32,7 +32,7 @@ def submit(engine: LocalEngine, job: tuple[str, int, float, int], **request: Any
     return engine.submit(GenerationRequest(f"soak-{next(_ids)}", params, prompt=prompt, **request))
 
 
-@pytest.mark.parametrize(("family", "count", "kinds"), [("tiny", 2000, 40), ("smollm2", 150, 12)])
+@pytest.mark.parametrize(("family", "count", "kinds"), [("tiny", 2000, 40), ("smollm2", int(os.environ.get("SOAK", "150")), 12)])
 def test_a_soak_ends_as_it_began(tmp_path: Path, family: str, count: int, kinds: int) -> None:
     model = tiny_models.write(tmp_path / "tiny.gguf", "llama") if family == "tiny" else "smollm2"
     engine = LocalEngine(model, n_ctx=256, n_slots=4, deterministic=True, host_cache_mb=16)

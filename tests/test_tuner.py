@@ -55,3 +55,20 @@ def test_a_prepared_file(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
         file.unlink()
     with pytest.raises(InvalidRequestError, match="not tuned"):
         llmkit.load("smollm2", tuned=True)
+
+
+def test_threads_are_measured_once_where_there_is_a_choice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+    spec = resolve(tiny_models.write(tmp_path / "tiny.gguf", "llama"))
+    monkeypatch.setattr("llmkit.backend.llama.num_threads", lambda: 2)
+    assert tuner.quick_threads(spec) is None and not cache.exists(), "two cores: nothing to choose"
+    monkeypatch.setattr("llmkit.backend.llama.num_threads", lambda: 4)
+    found = tuner.quick_threads(spec)
+    assert found in (None, 2)
+    (file,) = cache.rglob("*.quick")
+    file.write_text('{"threads": 3}')
+    monkeypatch.setattr(tuner, "_quickest", lambda *_: pytest.fail("measured again"))
+    assert tuner.quick_threads(spec) == 3
+    with llmkit.load(spec.path, share=False, n_ctx=256, n_slots=1) as llm:
+        assert llm._client._runner.num_threads == 3  # type: ignore[union-attr]
+    file.write_text('{"threads": 99}')
+    assert tuner.quick_threads(spec) is None, "from another machine"

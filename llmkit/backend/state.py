@@ -51,8 +51,11 @@ class StateStore:
         self._files: dict[int, Path] = {}
         self.lost: list[int] = []  # since it was last read
         if folder is not None:
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            stat = folder.stat()
+            try:
+                folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+                stat = folder.stat()
+            except OSError as error:
+                raise InvalidRequestError(f"prefix_dir {folder} cannot be used: {error.strerror or error}.", "prefix_dir") from None
             if hasattr(os, "getuid") and (stat.st_uid != os.getuid() or stat.st_mode & 0o022):
                 raise InvalidRequestError(
                     f"prefix_dir {folder} belongs to another user, or others may write to it: what lies there cannot be trusted.", "prefix_dir"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -19,9 +20,11 @@ from llmkit.models.registry import ModelSpec, cache_folder, resolve
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["Tuning", "tune", "tuned"]
+__all__ = ["Tuning", "quick_threads", "tune", "tuned"]
 
 PROMPT_TOKENS, STREAMS, STEPS = 256, 8, 12
+QUICK_ROUNDS, QUICK_STEPS = 2, 5
+QUICK_BYTES = 8 << 30  # a larger model would take too long to measure at its first load
 OUTPUT_TOKENS = 128
 WORTH = 1.1  # a setting must be so much faster to replace a default
 # Types for which llama.cpp's CPU kernels are slow, and the ones to try in their place: Q8_0 keeps what the file knows, Q4_0 is smaller and rougher.
@@ -110,7 +113,8 @@ RATES = ("prefill_tok_s", "decode_tok_s", "decode8_tok_s", "load_tok_s")
 
 
 def tune(model: str | Path = "smollm2", *, prepare: bool = True) -> Tuning:
-    """Measure thread counts, flash attention and (``prepare``) the same model in Q8_0 and Q4_0, where its own type is known to be slow on CPUs.
+    """Measure thread counts, flash attention, the KV cache's type and layout, the size of a step, and (``prepare``) the same model in Q8_0 and Q4_0, where its
+    own type is known to be slow on CPUs.
 
     The result is kept for this machine and model. Raises what `load` raises for a file that is none. ■ stops it; nothing is kept then.
     """
@@ -122,7 +126,9 @@ def tune(model: str | Path = "smollm2", *, prepare: bool = True) -> Tuning:
     candidates: list[tuple[str, dict[str, Any]]] = [("defaults", {})]
     candidates += [(f"threads={n}", {"threads": n}) for n in sorted({max(1, cores - 1), max(1, cores // 2)} - {cores}, reverse=True)]
     candidates += [("flash_attention=True", {"flash_attention": True}), ("flash_attention=False", {"flash_attention": False})]
-    trials = list(_measure(spec.path, candidates))
+    candidates += [("kv_unified=True", {"kv_unified": True}), ("kv_type='q8_0'", {"kv_type": "q8_0"})]
+    candidates += [(f"batch_tokens={n}", {"batch_tokens": n}) for n in (128, 256)]
+    trials = [replace(t, agreement=_agreement(spec.path, spec.path, **t.options)) if "kv_type" in t.options else t for t in _measure(spec.path, candidates)]
     if prepare and info.quantization in SLOW_TYPES:
         best = Tuning(str(model), trials).best
         for kind in FAST_TYPES:
@@ -132,6 +138,65 @@ def tune(model: str | Path = "smollm2", *, prepare: bool = True) -> Tuning:
     found = Tuning(str(model), trials)
     _save(spec, found)
     return found
+
+
+def quick_threads(spec: ModelSpec) -> int | None:
+    """The thread count that decodes best here: measured in a second or two when a model is first loaded on a machine, and kept. None: all, the default.
+
+    Where cores come in pairs (hyper-threading), half of them are often faster; with fewer than four there is nothing to choose. A count other than all must
+    win both of two rounds by a tenth, so that a busy moment is not taken for the machine.
+    """
+    from llmkit.backend.llama import num_threads
+
+    cores = num_threads()
+    if cores < 4:
+        return None
+    file = _result_file(spec).with_suffix(".quick")
+    try:
+        kept = json.loads(file.read_text())["threads"]
+        return kept if kept is None or (isinstance(kept, int) and 1 <= kept <= cores) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    try:
+        best = _quickest(spec.path, [cores, cores // 2])
+    except LLMKitError:
+        return None  # whoever loads it will be told
+    with contextlib.suppress(OSError):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps({"threads": best}))
+    return best
+
+
+def _quickest(path: Path, counts: list[int]) -> int | None:
+    from llmkit.backend.llama import LlamaRunner
+    from llmkit.backend.model import LlamaModel
+    from llmkit.engine.batch import Batch, Chunk, Truncate
+
+    info = gguf.read_header(path)
+    if info.value("pooling_type") in (1, 2, 3, 4) or info.weights_bytes > QUICK_BYTES:
+        return None
+    model = LlamaModel(path, n_gpu_layers=0)
+    try:
+        runner = LlamaRunner(model, n_ctx=256, n_slots=1)
+        wins = dict.fromkeys(counts, 0)
+        step = Batch((Chunk(0, 0, [1], True),), (Truncate(0, 0),))
+        runner.execute(step)
+        for _ in range(QUICK_ROUNDS):
+            seconds = {}
+            for count in counts:
+                runner.set_threads(count)
+                times = []
+                for _ in range(QUICK_STEPS):
+                    start = time.perf_counter()
+                    runner.execute(step)
+                    times.append(time.perf_counter() - start)
+                seconds[count] = min(times)
+            for count in counts[1:]:
+                wins[count] += seconds[count] * WORTH < seconds[counts[0]]
+        runner.close()
+        return next((count for count in counts[1:] if wins[count] == QUICK_ROUNDS), None)
+    finally:
+        model.close()
 
 
 def tuned(spec: ModelSpec) -> tuple[Path, dict[str, Any]] | None:
@@ -183,7 +248,8 @@ def _measure(path: Path, candidates: list[tuple[str, dict[str, Any]]]) -> Iterat
     try:
         for label, options in candidates:
             try:
-                runner = LlamaRunner(model, n_ctx=512, n_slots=STREAMS, **options)
+                settings = {k: v for k, v in options.items() if k != "batch_tokens"}
+                runner = LlamaRunner(model, n_ctx=512, n_slots=STREAMS, max_batch_tokens=options.get("batch_tokens", 512), **settings)
             except LLMKitError:  # this model or device cannot do it
                 continue
             try:
@@ -210,23 +276,25 @@ def _time(runner: Any) -> Trial:
 
     prompt = [1 + i % 200 for i in range(PROMPT_TOKENS)]
     runner.execute(Batch((Chunk(0, 0, prompt[:8], False),)))
-    prefill = seconds(Batch((Chunk(0, 0, prompt, False),), (Truncate(0, 0),)), 3)
-    runner.execute(Batch(tuple(Chunk(s, 0, prompt[:64], False) for s in range(STREAMS)), tuple(Truncate(s, 0) for s in range(STREAMS))))
+    size = min(runner.max_batch_tokens, PROMPT_TOKENS)
+    prefill = sum(seconds(Batch((Chunk(0, at, prompt[at : at + size], False),), (Truncate(0, at),)), 3) for at in range(0, PROMPT_TOKENS, size))
+    for s in range(STREAMS):
+        runner.execute(Batch((Chunk(s, 0, prompt[:64], False),), (Truncate(s, 0),)))
     back = tuple(Truncate(s, 64) for s in range(STREAMS))
     one = seconds(Batch((Chunk(0, 64, [5], True),), back), STEPS)
     many = seconds(Batch(tuple(Chunk(s, 64, [5], True) for s in range(STREAMS)), back), STEPS)
     return Trial("", {}, "", PROMPT_TOKENS / prefill, 1 / one, STREAMS / many)
 
 
-def _agreement(first: Path, second: Path) -> float:
-    """The share of positions of a text at which both models have the same favourite."""
+def _agreement(first: Path, second: Path, **options: Any) -> float:
+    """The share of positions of a text at which both models, the second loaded with ``options``, have the same favourite."""
     from llmkit.backend.llama import LlamaRunner
     from llmkit.backend.model import LlamaModel
 
     favourites = []
-    for path in (first, second):
+    for path, settings in ((first, {}), (second, options)):
         model = LlamaModel(path)
-        runner = LlamaRunner(model, n_ctx=512, n_slots=1)
+        runner = LlamaRunner(model, n_ctx=512, n_slots=1, **settings)
         favourites.append(runner.logits(model.vocab.tokenize(TEXT * 2)[:400]).argmax(axis=1))
         runner.close()
         model.close()

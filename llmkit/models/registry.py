@@ -46,11 +46,13 @@ ALIASES = {
 }
 
 
-def resolve(model: str | Path) -> ModelSpec:
+def resolve(model: str | Path | ModelSpec) -> ModelSpec:
     """An alias (``"smollm2"``), a path to a ``.gguf`` file, a sentence-transformers folder, or ``org/repo:file.gguf`` on the Hugging Face hub.
 
     Raises `ModelNotFoundError`: names what is near, or the command that installs a packaged model.
     """
+    if isinstance(model, ModelSpec):
+        return model
     text = str(model)
     if text in ALIASES:
         return ModelSpec(text, _packaged(text, ALIASES[text]))
@@ -101,10 +103,15 @@ def _joined(alias: str, parts: list[Path]) -> Path:
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=target.parent, suffix=".part", delete=False) as whole:
-            for part in parts:
-                with part.open("rb") as source:
-                    shutil.copyfileobj(source, whole, 1 << 20)
-        os.replace(whole.name, target)
+            try:
+                for part in parts:
+                    with part.open("rb") as source:
+                        shutil.copyfileobj(source, whole, 1 << 20)
+                whole.flush()
+                os.replace(whole.name, target)
+            except BaseException:
+                os.unlink(whole.name)
+                raise
     return target
 
 

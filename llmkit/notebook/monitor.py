@@ -10,6 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import psutil
+
 from llmkit.client import EngineClient
 from llmkit.errors import LLMKitError
 from llmkit.notebook import charts
@@ -37,13 +39,13 @@ class Monitor:
     Displays as a widget, as a picture where there are no widgets, and as text. ``sample()`` gives the numbers.
     """
 
-    def __init__(self, client: EngineClient, *, interval: float = 0.5, device_memory: Callable[[], tuple[int, int] | None] = lambda: None) -> None:
-        import psutil
-
+    def __init__(
+        self, client: EngineClient, *, interval: float = 0.5, device_memory: Callable[[], tuple[int, int] | None] = lambda: None, pid: int | None = None
+    ) -> None:
         self._client = client
         self._interval = min(max(interval, 0.25), 60)
         self._device_memory = device_memory
-        self._process = psutil.Process()
+        self._process = psutil.Process(pid)
         self._total_ram = int(psutil.virtual_memory().total)
         self._rates: deque[float] = deque([0.0], maxlen=HISTORY)
         self._kv: deque[float] = deque([0.0], maxlen=HISTORY)
@@ -68,7 +70,7 @@ class Monitor:
         self._stopped.set()
         if threading.current_thread() is not self._thread:
             self._thread.join(1)
-        with contextlib.suppress(LLMKitError):
+        with contextlib.suppress(LLMKitError, psutil.Error):
             self._last = self._take()
         self._show()
 
@@ -84,7 +86,7 @@ class Monitor:
         while not self._stopped.wait(self._interval):
             try:
                 sample = self._take()
-            except LLMKitError:
+            except (LLMKitError, psutil.Error):
                 break
             self._last = sample
             self._show()
@@ -109,7 +111,7 @@ class Monitor:
                 [(stats.num_running / max(stats.num_slots, 1), charts.GREEN)],
             ),
             charts.bar(
-                "RAM of this process",
+                "RAM of the model's process",
                 f"{charts.size_text(s.rss_bytes)} of {charts.size_text(s.total_ram_bytes)}",
                 [
                     (d.weights_bytes / s.rss_bytes, charts.BLUE),

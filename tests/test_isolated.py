@@ -1,0 +1,130 @@
+"""Models of other processes: ``isolated=True`` (a child of ours) and ``attach`` (somebody else's), with real processes and the real model."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from fakes import wait_for
+
+import llmkit
+from llmkit.bridge.connection import find_connections
+from llmkit.errors import EngineGoneError, InvalidRequestError, ModelNotFoundError, ModelUnloadedError
+
+pytestmark = pytest.mark.model
+
+
+@pytest.fixture(autouse=True)
+def runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("JUPYTER_RUNTIME_DIR", str(tmp_path / "runtime"))
+    return tmp_path / "runtime"
+
+
+def test_a_model_in_a_process_of_its_own() -> None:
+    own = psutil.Process().memory_info().rss
+    llm = llmkit.load("smollm2", n_ctx=512, n_slots=2, isolated=True)
+    (connection,) = find_connections()
+    assert connection.pid != os.getpid() and connection.model.name == llm.name == "smollm2"
+    assert llmkit.load("smollm2", n_ctx=512, n_slots=2, isolated=True) is llm
+    assert "Paris" in llm.generate("The capital of France is", temperature=0, max_tokens=8).text
+    assert "".join(llm.stream("Once", max_tokens=5, ignore_eos=True)) == llm.last.text  # type: ignore[union-attr]
+    assert len(llm.generate(["a", "b", "c"], max_tokens=3)) == 3
+    assert psutil.Process().memory_info().rss - own < 60 << 20, "the weights are not here"
+    monitor = llm.monitor()
+    assert monitor.sample().rss_bytes == pytest.approx(psutil.Process(connection.pid).memory_info().rss, rel=0.2)
+    with pytest.raises(InvalidRequestError, match="other settings"):
+        llmkit.load("smollm2", n_ctx=256, isolated=True)
+    llm.unload()
+    assert not psutil.pid_exists(connection.pid) and find_connections() == []
+    with pytest.raises(ModelUnloadedError):
+        llm.generate("a")
+
+
+def test_its_death_is_an_error_here_and_not_the_end() -> None:
+    llm = llmkit.load("smollm2", n_ctx=512, n_slots=2, isolated=True)
+    (connection,) = find_connections()
+    stream = llm.stream("Once upon a time", max_tokens=450, ignore_eos=True)
+    next(iter(stream))
+    os.kill(connection.pid, signal.SIGKILL)
+    with pytest.raises(EngineGoneError, match="ended"):
+        stream.result(20)
+    wait_for(lambda: llm.closed)
+    again = llmkit.load("smollm2", n_ctx=512, n_slots=2, isolated=True)
+    assert again is not llm and again.generate("a", max_tokens=2, ignore_eos=True).usage.completion_tokens == 2
+    again.unload()
+
+
+def test_loads_that_fail(tmp_path: Path) -> None:
+    bad = tmp_path / "bad.gguf"
+    bad.write_bytes(b"GGUF and nothing else")
+    with pytest.raises(llmkit.InvalidModelFileError):
+        llmkit.load(bad, isolated=True)
+    with pytest.raises(llmkit.InsufficientMemoryError, match="n_ctx"):
+        llmkit.load("smollm2", isolated=True, n_ctx=8192, n_slots=256)
+    wait_for(lambda: not [c for c in psutil.Process().children() if "isolated" in " ".join(c.cmdline())])
+
+
+def test_it_ends_with_its_owner_and_hides_when_asked() -> None:
+    code = """
+import llmkit, sys, time
+llm = llmkit.load("smollm2", n_ctx=256, n_slots=1, isolated=True, share=False)
+print(llm._client.connection.pid, flush=True)
+print(llm.generate("a", max_tokens=1).usage.completion_tokens, flush=True)
+time.sleep(60)
+"""
+    owner = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert owner.stdout is not None
+    child = int(owner.stdout.readline())
+    assert owner.stdout.readline() == "1\n" and find_connections() == []
+    owner.kill()
+    owner.wait()
+    wait_for(lambda: not psutil.pid_exists(child) or psutil.Process(child).status() == psutil.STATUS_ZOMBIE)
+
+
+def test_attach_to_the_model_of_another_process() -> None:
+    with pytest.raises(ModelNotFoundError, match="none at all"):
+        llmkit.attach()
+    code = "import llmkit, sys; llm = llmkit.load('smollm2', n_ctx=512, n_slots=2, name='theirs'); print('ready', flush=True); sys.stdin.read(); llm.unload()"
+    other = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert other.stdout is not None and other.stdin is not None and other.stdout.readline() == "ready\n"
+    with pytest.raises(ModelNotFoundError, match=f"'theirs@{other.pid}'"):
+        llmkit.attach("ours")
+    llm = llmkit.attach("theirs")
+    assert llmkit.attach(f"theirs@{other.pid}").name == "theirs"
+    assert "Paris" in llm.generate("The capital of France is", temperature=0, max_tokens=8).text
+    assert llm.profile(prompt_tokens=[16], batch_sizes=[1], max_tokens=4).df is not None
+    stats = llmkit.attach().stats
+    assert stats.num_slots == 2
+    llm.unload()
+    again = llmkit.attach()
+    assert again.generate("a", max_tokens=1).usage.completion_tokens == 1, "letting go left it loaded"
+    other.stdin.close()
+    other.wait(20)
+    wait_for(lambda: again.closed)
+    with pytest.raises(EngineGoneError):
+        again.generate("a")
+
+
+def test_the_stop_button_spares_the_child() -> None:
+    """Jupyter signals the whole process group of a kernel."""
+    code = """
+import llmkit, time
+llm = llmkit.load("smollm2", n_ctx=512, n_slots=1, isolated=True)
+print("ready", flush=True)
+try: llm.generate("Once", max_tokens=450, ignore_eos=True)
+except KeyboardInterrupt: print("stopped", len(llm.last.text) > 0, flush=True)
+print(llm.generate("a", max_tokens=2, ignore_eos=True).usage.completion_tokens)
+llm.unload()
+"""
+    kernel = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, start_new_session=True)
+    assert kernel.stdout is not None and kernel.stdout.readline() == "ready\n"
+    time.sleep(1)
+    os.killpg(kernel.pid, signal.SIGINT)
+    out, _ = kernel.communicate(timeout=60)
+    assert out == "stopped True\n2\n" and kernel.returncode == 0
