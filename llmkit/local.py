@@ -280,7 +280,13 @@ def estimate(info: gguf.ModelInfo, options: EngineOptions) -> memory.MemoryEstim
     device = device_memory() if options.n_gpu_layers != 0 else None
     free = None if device is None else device[1] - device[0]
     n_slots = options.n_slots or memory.default_slots(info, n_ctx, free)
-    sizes: dict[str, Any] = {"n_ctx": n_ctx, "n_slots": n_slots, "kv_type": options.kv_type, "kv_tokens": options.kv_tokens}
+    sizes: dict[str, Any] = {
+        "n_ctx": n_ctx,
+        "n_slots": n_slots,
+        "kv_type": options.kv_type,
+        "kv_tokens": options.kv_tokens,
+        "batch_tokens": options.batch_tokens or memory.BATCH_TOKENS,
+    }
     layers = options.n_gpu_layers
     if layers == "auto":
         layers = 0 if free is None else memory.layers_that_fit(info, gpu_free_bytes=free, **sizes)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -139,3 +141,22 @@ def test_an_adapter_that_is_none(tmp_path: Path) -> None:
         LocalEngine(base, lora=base)
     with pytest.raises(ModelLoadError, match="adapter"):
         LocalEngine(base, lora=tmp_path / "missing.gguf")
+
+
+@pytest.mark.parametrize(
+    ("model", "options"),
+    [("smollm2", {"n_ctx": 512, "n_slots": 4}), ("smollm2", {"n_ctx": 2048, "n_slots": 8}), ("gemma3-270m", {"n_ctx": 1024, "n_slots": 4})],
+)
+def test_what_is_estimated_is_what_is_taken(model: str, options: dict[str, int]) -> None:
+    """Resident memory after use, in a process of its own; the bound is twice what was measured at most (docs/performance.md)."""
+    code = f"""
+import psutil, llmkit, llmkit.llm, llmkit.local, llmkit.backend.llama, llmkit.backend.grammar
+llmkit.backend.library.start()
+process = psutil.Process()
+need, before = llmkit.estimate({model!r}, **{options}), process.memory_info().rss
+llm = llmkit.load({model!r}, share=False, **{options})
+llm.generate([f"{{i}} " + "the cat sat on a mat and " * 20 for i in range({options["n_slots"]})], max_tokens=2)
+print((process.memory_info().rss - before) / need.total_bytes)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert 0.9 < float(done.stdout) < 1.1, done

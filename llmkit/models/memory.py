@@ -7,13 +7,19 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from llmkit.models.gguf import ModelInfo
 
 __all__ = ["MemoryEstimate", "default_context", "default_slots", "estimate", "free_ram", "layers_that_fit"]
 
 GIB = 1 << 30
-COMPUTE_BASE = 64 << 20
+# Of what llama.cpp and we keep beside weights and KV. In RAM, fitted to resident memory (within a tenth for models of 0.1 to 0.3 G parameters, contexts of 2k
+# to 64k tokens; docs/performance.md): the vocabulary's tables, and the rows of activations that a step touches. On a GPU buffers count whole.
+BASE_BYTES = 4 << 20
+VOCABULARY_BYTES = 290
+GPU_BASE_BYTES = 64 << 20
+BATCH_TOKENS = 512
 DEFAULT_CONTEXT = 4096
 DEFAULT_SLOTS = 8
 KV_SIZE = {"f16": 1.0, "q8_0": 34 / 64, "q4_0": 18 / 64}  # of an f16 element, blocks of 32 with their scales
@@ -90,16 +96,20 @@ def estimate(
     kv_tokens: int | None = None,
     free_bytes: int | None = None,
     gpu_free_bytes: int | None = None,
+    batch_tokens: int = BATCH_TOKENS,
 ) -> MemoryEstimate:
-    """Estimate from a header. KV: see `ModelInfo.kv_bytes_per_token`; compute: a float32 row of logits for each token of a 512-token step, and a base.
+    """Estimate from a header. KV: see `ModelInfo.kv_bytes_per_token`; compute: the vocabulary's tables and the activations of a step of ``batch_tokens``, on a
+    GPU also its float32 logits.
 
     ``n_gpu_layers`` counts as llama.cpp does, from the last layer, the output layer being one more; -1 means all. Without a GPU it counts as 0.
     """
     vocab = next((t.shape[1] for t in info.tensors if t.name == "token_embd.weight" and len(t.shape) == 2), 32_000)
     kv_tokens = kv_tokens or n_ctx * n_slots
     kv = int(info.kv_bytes_per_token * KV_SIZE[kv_type]) * kv_tokens
-    compute = COMPUTE_BASE + 4 * 512 * vocab
+    activations = 4 * batch_tokens * (2 * info.integer("feed_forward_length") + 8 * info.integer("embedding_length"))
     layers = 0 if gpu_free_bytes is None else _num_layers(info) if n_gpu_layers < 0 else min(n_gpu_layers, _num_layers(info))
+    on_gpu = GPU_BASE_BYTES + 4 * batch_tokens * vocab + activations if layers else 0
+    compute = BASE_BYTES + VOCABULARY_BYTES * vocab + (on_gpu or activations)
     return MemoryEstimate(
         weights_bytes=info.weights_bytes,
         kv_bytes=kv,
@@ -109,16 +119,16 @@ def estimate(
         n_slots=n_slots,
         kv_tokens=kv_tokens,
         n_gpu_layers=layers,
-        gpu_bytes=_gpu_bytes(info, kv, compute, layers),
+        gpu_bytes=_gpu_bytes(info, kv, on_gpu, layers),
         gpu_free_bytes=gpu_free_bytes,
     )
 
 
-def layers_that_fit(info: ModelInfo, *, n_ctx: int, n_slots: int, gpu_free_bytes: int, kv_type: str = "f16", kv_tokens: int | None = None) -> int:
+def layers_that_fit(info: ModelInfo, *, n_ctx: int, n_slots: int, gpu_free_bytes: int, **sizes: Any) -> int:
     """The most layers (the output layer is one of them) for which weights, KV cache and compute buffers fit into the free memory of a GPU, a tenth spared."""
     room = int(gpu_free_bytes * 0.9)
     for layers in range(_num_layers(info), 0, -1):
-        need = estimate(info, n_ctx=n_ctx, n_slots=n_slots, n_gpu_layers=layers, gpu_free_bytes=room, kv_type=kv_type, kv_tokens=kv_tokens)
+        need = estimate(info, n_ctx=n_ctx, n_slots=n_slots, n_gpu_layers=layers, gpu_free_bytes=room, **sizes)
         if need.gpu_bytes <= room:
             return layers
     return 0
