@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from concurrent.futures import Future
-from typing import Protocol
+from typing import Any, Protocol
 
 from llmkit.stream import Stream
-from llmkit.types import EmbeddingRequest, Embeddings, EngineStats, GenerationRequest, ModelDescription
+from llmkit.types import EmbeddingRequest, Embeddings, EngineStats, GenerationRequest, Inquiry, ModelDescription
 
 __all__ = ["EngineClient"]
 
@@ -29,6 +29,10 @@ class EngineClient(Protocol):
 
     def embed(self, request: EmbeddingRequest) -> Future[Embeddings]:
         """Vectors of texts. Raises as ``submit`` does, also for a model that generates text."""
+        ...
+
+    def inquire(self, inquiry: Inquiry) -> Future[dict[str, Any]]:
+        """Ask the vocabulary or the chat template. Raises as ``submit`` does; the future may hold an `InvalidRequestError`."""
         ...
 
     def abort(self, request_id: str) -> None:

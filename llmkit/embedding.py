@@ -11,18 +11,20 @@ from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from llmkit.backend.embedder import MAX_SEQUENCES, Embedder
 from llmkit.backend.model import LlamaModel
 from llmkit.errors import ContextLengthError, EngineError, InvalidRequestError, ModelUnloadedError
+from llmkit.inquiries import answer
 from llmkit.models import gguf
 from llmkit.models.registry import ModelSpec
 from llmkit.options import EngineOptions
 from llmkit.stream import Stream
 from llmkit.turns import Turns
-from llmkit.types import EmbeddingRequest, Embeddings, EngineStats, GenerationRequest, ModelDescription
+from llmkit.types import EmbeddingRequest, Embeddings, EngineStats, GenerationRequest, Inquiry, ModelDescription
 
 __all__ = ["LocalEmbedder"]
 
@@ -97,8 +99,7 @@ class LocalEmbedder:
     def embed(self, request: EmbeddingRequest) -> Future[Embeddings]:
         """Queue texts. Raises `InvalidRequestError`, `ContextLengthError` and `ModelUnloadedError`; the future may hold an `EngineError`."""
         with self._lock:
-            if self._closed or self._pid != os.getpid():
-                raise ModelUnloadedError(f"the model {self.description.name!r} was unloaded; load it again with llmkit.load().")
+            self._check_open()
             if self._embedder.ranks != (request.query is not None):
                 kind, use = ("ranks documents for a query", "llm.rerank") if self._embedder.ranks else ("makes vectors and ranks no pairs", "llm.embed")
                 raise InvalidRequestError(f"{self.description.name!r} {kind}; use {use}().", "model")
@@ -106,6 +107,17 @@ class LocalEmbedder:
             job = Job(sequences, request.normalize and not self._embedder.ranks, Future(), np.empty((len(sequences), self._embedder.size), np.float32))
             self._inbox.put(job)
         return job.future
+
+    def inquire(self, inquiry: Inquiry) -> Future[dict[str, Any]]:
+        future: Future[dict[str, Any]] = Future()
+        with self._lock:
+            self._check_open()
+            future.set_result(answer(inquiry, self._model.vocab, None, self.description))
+        return future
+
+    def _check_open(self) -> None:
+        if self._closed or self._pid != os.getpid():
+            raise ModelUnloadedError(f"the model {self.description.name!r} was unloaded; load it again with llmkit.load().")
 
     def _tokens(self, text: str | tuple[int, ...], query: str | None) -> list[int]:
         n_ctx, n_vocab, vocab = self.description.n_ctx, self.description.n_vocab, self._model.vocab

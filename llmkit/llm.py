@@ -14,7 +14,18 @@ from llmkit.client import EngineClient
 from llmkit.errors import InvalidRequestError, ModelUnloadedError
 from llmkit.options import EngineOptions
 from llmkit.stream import Channel, Stream
-from llmkit.types import Completion, EmbeddingRequest, EngineStats, FinishReason, GenerationRequest, Message, ModelDescription, SamplingParams
+from llmkit.types import (
+    Completion,
+    EmbeddingRequest,
+    EngineStats,
+    FinishReason,
+    GenerationRequest,
+    Inquiry,
+    InquiryKind,
+    Message,
+    ModelDescription,
+    SamplingParams,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -196,6 +207,19 @@ class LLM:
         finally:
             if len(streams) > 1:
                 self._batch = [s.channel for s in streams]
+
+    # -- tokens
+
+    def tokenize(self, text: str) -> list[int]:
+        """Token ids of a text, with what the model wants at its beginning."""
+        return list(self._inquire("tokenize", text=text, parse_special=False)["tokens"])
+
+    def detokenize(self, tokens: Sequence[int]) -> str:
+        """The text of token ids, control tokens spelled out."""
+        return str(self._inquire("detokenize", tokens=[int(t) for t in tokens])["text"])
+
+    def _inquire(self, kind: InquiryKind, **data: Any) -> dict[str, Any]:
+        return self._engine.inquire(Inquiry(self._new_id(), kind, data)).result()
 
     # -- embed
 

@@ -20,12 +20,13 @@ from llmkit.engine.drafter import ModelDrafter
 from llmkit.engine.engine import Engine
 from llmkit.engine.request import Request
 from llmkit.errors import ContextLengthError, InsufficientMemoryError, InvalidRequestError, ModelLoadError, ModelUnloadedError
+from llmkit.inquiries import answer
 from llmkit.models import gguf, memory
 from llmkit.models.registry import ModelSpec, resolve
 from llmkit.options import EngineOptions
 from llmkit.stream import Channel, Stream
 from llmkit.turns import Turns
-from llmkit.types import MAX_CHARS_PER_TOKEN, EmbeddingRequest, Embeddings, EngineStats, GenerationRequest, ModelDescription
+from llmkit.types import MAX_CHARS_PER_TOKEN, EmbeddingRequest, Embeddings, EngineStats, GenerationRequest, Inquiry, ModelDescription
 
 if TYPE_CHECKING:
     from llmkit.backend.llama import LlamaRunner
@@ -130,6 +131,8 @@ class LocalEngine:
             kv_bytes=need.kv_bytes,
             device="gpu" if need.n_gpu_layers else "cpu",
             created=int(time.time()),
+            tool_form=self._template.tool_form,
+            reasoning=self._template.reasoning,
         )
         self._engine = Engine(
             self._runner,
@@ -167,7 +170,7 @@ class LocalEngine:
         if isinstance(request.prompt, tuple):
             return self._check_tokens(list(request.prompt))
         if request.messages is not None:
-            text, param, special = self._template.render(request.messages), "messages", True
+            text, param, special = self._template.render(request.messages, tools=request.tools, options=request.template_options), "messages", True
             if self._bos and self._vocab.adds_bos:
                 text = text.removeprefix(self._bos)  # tokenize adds it
         else:
@@ -237,6 +240,13 @@ class LocalEngine:
 
     def embed(self, request: EmbeddingRequest) -> Future[Embeddings]:
         raise InvalidRequestError(f'{self._description.name!r} generates text; load an embedding model (such as "minilm") for vectors.', "model")
+
+    def inquire(self, inquiry: Inquiry) -> Future[dict[str, Any]]:
+        future: Future[dict[str, Any]] = Future()
+        with self._close_lock:  # the vocabulary must not be freed under us
+            self._check_open()
+            future.set_result(answer(inquiry, self._vocab, self._template, self._description))
+        return future
 
     def abort(self, request_id: str) -> None:
         if not self._closed:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import re
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from typing import Any, Literal
@@ -18,11 +20,15 @@ __all__ = [
     "FinishReason",
     "GenerationRequest",
     "Grammar",
+    "Inquiry",
+    "InquiryKind",
     "Message",
     "ModelDescription",
     "RequestMetrics",
     "SamplingParams",
     "TokenLogprob",
+    "Tool",
+    "ToolCall",
     "Usage",
 ]
 
@@ -173,17 +179,81 @@ class SamplingParams:
 
 
 @dataclass(frozen=True, slots=True)
+class Tool:
+    """A function that a model may call: ``parameters`` is the JSON schema of its arguments."""
+
+    name: str
+    description: str = ""
+    parameters: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _check(
+            isinstance(self.name, str) and re.fullmatch(r"[A-Za-z0-9_.-]{1,64}", self.name) is not None,
+            "tools",
+            f"names are 1 to 64 of a-z, A-Z, 0-9, _, . and -, not {self.name!r:.80}.",
+        )
+        _check(isinstance(self.parameters, dict), "tools", "must give parameters as a JSON schema.")
+
+    def function(self) -> dict[str, Any]:
+        """What a chat template sees, and OpenAI's clients send."""
+        described = {"description": self.description} if self.description else {}
+        return {"type": "function", "function": {"name": self.name, **described, "parameters": self.parameters}}
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCall:
+    """A call that a model made; ``arguments`` is a JSON object as text."""
+
+    call_id: str
+    name: str
+    arguments: str
+
+
+@dataclass(frozen=True, slots=True)
 class Message:
-    """One chat message. ``role`` is system, developer, user, assistant or tool."""
+    """One chat message. ``role`` is system, developer, user, assistant or tool. An assistant's may hold ``tool_calls`` (also given as OpenAI's dicts), a tool's
+    says by ``tool_call_id`` which of them it answers."""
 
     role: str
-    content: str
+    content: str = ""
     name: str | None = None
+    tool_calls: tuple[ToolCall, ...] = ()
+    tool_call_id: str | None = None
+    reasoning_content: str | None = None
 
-    def as_dict(self) -> dict[str, str]:
+    def __post_init__(self) -> None:
+        if self.content is None:
+            object.__setattr__(self, "content", "")
+        _check(isinstance(self.content, str), "messages", "must have text as content.")
+        object.__setattr__(self, "tool_calls", tuple(_tool_call(c) for c in self.tool_calls or ()))
+
+    def as_dict(self) -> dict[str, Any]:
         """What a chat template sees."""
-        named = {"name": self.name} if self.name else {}
-        return {"role": self.role, "content": self.content, **named}
+        found: dict[str, Any] = {"role": self.role, "content": self.content}
+        found.update((key, value) for key in ("name", "tool_call_id", "reasoning_content") if (value := getattr(self, key)))
+        if self.tool_calls:
+            found["tool_calls"] = [
+                {"id": c.call_id, "type": "function", "function": {"name": c.name, "arguments": json.loads(c.arguments)}} for c in self.tool_calls
+            ]
+        return found
+
+
+def _tool_call(given: Any) -> ToolCall:
+    """A call in our form or in OpenAI's, its arguments checked. Raises `InvalidRequestError`."""
+    if isinstance(given, dict):
+        function = given.get("function")
+        if not isinstance(function, dict):
+            raise InvalidRequestError("messages: tool_calls must hold an id and a function with name and arguments.", "messages")
+        arguments = function.get("arguments") or "{}"
+        given = ToolCall(str(given.get("id") or ""), str(function.get("name") or ""), arguments if isinstance(arguments, str) else json.dumps(arguments))
+    if not isinstance(given, ToolCall):
+        raise InvalidRequestError("messages: tool_calls must hold calls.", "messages")
+    try:
+        whole = isinstance(json.loads(given.arguments), dict)
+    except (ValueError, RecursionError):
+        whole = False
+    _check(whole, "messages", f"the arguments of the tool call {given.name!r:.80} are no JSON object.")
+    return given
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,7 +263,7 @@ class GenerationRequest:
     A lower ``priority`` goes first (0 is usual). ``caller`` names who asks: callers share the engine fairly, whatever the number of their requests.
     Prefixes are shared only among requests of the same ``cache_salt``: tenants that must not learn of each other by timing get one each.
     ``lora`` names adapters that were loaded with the model, and their scales (None: as loaded, (): none).
-    ``keep_on_disk`` (with ``max_tokens=0``) saves the computed prompt for later processes.
+    ``keep_on_disk`` (with ``max_tokens=0``) saves the computed prompt for later processes. ``tools`` and ``template_options`` go to the chat template.
     """
 
     request_id: str
@@ -205,6 +275,8 @@ class GenerationRequest:
     cache_salt: str = ""
     keep_on_disk: bool = False
     lora: tuple[tuple[str, float], ...] | None = None
+    tools: tuple[Tool, ...] = ()
+    template_options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _integer(self.priority, "priority", -(2**31), 2**31)
@@ -239,6 +311,18 @@ class Embeddings:
     data: bytes
     size: int
     num_tokens: tuple[int, ...]
+
+
+InquiryKind = Literal["tokenize", "detokenize", "render", "tokenize_chat", "info"]
+
+
+@dataclass(frozen=True, slots=True)
+class Inquiry:
+    """A question about a model's vocabulary or chat template. ``data`` is JSON-ready: ``text``, ``tokens`` or ``messages``, and options."""
+
+    request_id: str
+    kind: InquiryKind
+    data: dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -369,5 +453,7 @@ class ModelDescription:
     kv_bytes: int = 0
     embedding_size: int = 0
     ranks: bool = False  # it scores pairs of texts
+    tool_form: str = "general"  # how it writes calls of tools, see llmkit.chat.tools
+    reasoning: str = ""  # "think" or "think_begun" (the prompt opens the tag) where it reasons before it answers
     device: Literal["cpu", "gpu"] = "cpu"
     created: int = 0

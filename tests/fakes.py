@@ -8,6 +8,7 @@ import threading
 import time
 import zlib
 from concurrent.futures import Future
+from typing import Any
 
 from llmkit.engine.batch import Batch, Close, Drop, Fork, Open, Park, Restore, Shift, SlotOp, StepOutput, Truncate
 from llmkit.engine.detokenize import Detokenizer
@@ -15,7 +16,7 @@ from llmkit.engine.engine import Engine
 from llmkit.engine.request import Request
 from llmkit.errors import ContextLengthError, InvalidRequestError
 from llmkit.stream import Channel, Stream
-from llmkit.types import EmbeddingRequest, Embeddings, EngineStats, GenerationRequest, ModelDescription, SamplingParams
+from llmkit.types import EmbeddingRequest, Embeddings, EngineStats, GenerationRequest, Inquiry, ModelDescription, SamplingParams
 
 END = 0
 BAD_SEED = 666  # a request whose sampler cannot be made
@@ -207,6 +208,23 @@ class FakeClient:
             raise InvalidRequestError("a text to embed is empty.", "input")
         sizes = tuple(len(text) for text in request.inputs)
         future.set_result(Embeddings(b"".join(struct.pack("<ff", n, 1) for n in sizes), 2, sizes))
+        return future
+
+    def inquire(self, inquiry: Inquiry) -> Future[dict[str, Any]]:
+        """Bytes are tokens."""
+        future: Future[dict[str, Any]] = Future()
+        data = inquiry.data
+        text = data.get("text") or "".join(f"[{m['role']}]{m['content']}" for m in data.get("messages", ()))
+        if "tokens" in data:
+            if any(not 0 <= t < 256 for t in data["tokens"]):
+                raise InvalidRequestError("tokens: token ids go from 0 to 255.", "tokens")
+            future.set_result({"text": bytes(data["tokens"]).decode()})
+        elif inquiry.kind == "render":
+            future.set_result({"text": text})
+        elif inquiry.kind == "info":
+            future.set_result({"bos_token": "", "eos_token": "\0", "chat_template": "", "adds_bos": False})
+        else:
+            future.set_result({"tokens": list(text.encode()), "pieces": list(text.encode().decode("latin-1")) if data.get("with_pieces") else None})
         return future
 
     def abort(self, request_id: str) -> None:

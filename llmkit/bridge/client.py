@@ -17,7 +17,7 @@ from llmkit.bridge.connection import Connection
 from llmkit.bridge.server import Waker
 from llmkit.errors import ContextLengthError, EngineGoneError
 from llmkit.stream import Channel, Stream
-from llmkit.types import MAX_CHARS_PER_TOKEN, Delta, EmbeddingRequest, Embeddings, EngineStats, GenerationRequest, ModelDescription
+from llmkit.types import MAX_CHARS_PER_TOKEN, Delta, EmbeddingRequest, Embeddings, EngineStats, GenerationRequest, Inquiry, ModelDescription
 
 __all__ = ["BridgeClient"]
 
@@ -45,7 +45,7 @@ class BridgeClient:
         self._description = connection.model
         self._stats = EngineStats(num_slots=connection.model.n_slots)
         self._channels: dict[str, Channel] = {}
-        self._futures: dict[str, Future[Embeddings]] = {}
+        self._futures: dict[str, Future[Any]] = {}
         self._lock = threading.Lock()
         self._gone: str | None = None
         self._closed = False
@@ -77,13 +77,20 @@ class BridgeClient:
         return Stream(channel)
 
     def embed(self, request: EmbeddingRequest) -> Future[Embeddings]:
-        future: Future[Embeddings] = Future()
+        return self._expect(request.request_id, m.EMBED, m.embedding_request_to(request))
+
+    def inquire(self, inquiry: Inquiry) -> Future[dict[str, Any]]:
+        return self._expect(inquiry.request_id, m.INQUIRE, {"id": inquiry.request_id, "kind": inquiry.kind, "data": inquiry.data})
+
+    def _expect(self, request_id: str, kind: bytes, data: Any) -> Future[Any]:
+        """Send what has one answer."""
+        future: Future[Any] = Future()
         self._check_process()
         with self._lock:
             if self._gone is not None:
                 raise EngineGoneError(self._gone)
-            self._futures[request.request_id] = future
-            self._post(m.EMBED, m.embedding_request_to(request))
+            self._futures[request_id] = future
+            self._post(kind, data)
         return future
 
     def _check_process(self) -> None:
@@ -181,7 +188,10 @@ class BridgeClient:
         if kind == m.EVENTS:
             self._deliver(*data)
         elif kind == m.EMBEDDED:
-            self._deliver_vectors(*data)
+            request_id, vectors, failure = data
+            self._deliver_answer(request_id, None if vectors is None else m.embeddings_from(vectors), failure)
+        elif kind == m.ANSWER:
+            self._deliver_answer(*data)
         elif kind == m.PONG:
             self._stats = m.stats_from(data)
         elif kind == m.WELCOME:
@@ -196,12 +206,12 @@ class BridgeClient:
             self._fail_all(EngineGoneError("the connection to the engine was lost for a while and this request was aborted; send it again"))
             self._greet(sock)
 
-    def _deliver_vectors(self, request_id: str, found: dict[str, Any] | None, failure: dict[str, Any] | None) -> None:
+    def _deliver_answer(self, request_id: str, found: Any, failure: dict[str, Any] | None) -> None:
         future = self._futures.pop(request_id, None)
         if future is None or not future.set_running_or_notify_cancel():
             return
         if found is not None:
-            future.set_result(m.embeddings_from(found))
+            future.set_result(found)
         else:
             future.set_exception(m.error_from(failure) if failure else EngineGoneError("the engine ended this request without a result"))
 

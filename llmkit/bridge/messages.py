@@ -1,8 +1,8 @@
 """What crosses the bridge: two-frame ZMQ messages (kind, JSON), and the translation of llmkit's types and errors. Pure.
 
-client → server   HELLO key · SUBMIT request · EMBED request · ABORT id · PING
+client → server   HELLO key · SUBMIT request · EMBED request · INQUIRE question · ABORT id · PING
 server → client   WELCOME description · DENIED · EVENTS [[id, text, tokens, logprobs], …] [[id, completion, failure], …] · EMBEDDED id, vectors, failure ·
-                  PONG stats · GOODBYE reason
+                  ANSWER id, answer, failure ·                   PONG stats · GOODBYE reason
 """
 
 from __future__ import annotations
@@ -26,11 +26,12 @@ from llmkit.types import (
     RequestMetrics,
     SamplingParams,
     TokenLogprob,
+    Tool,
     Usage,
 )
 
 __all__ = [
-    "ABORT", "DENIED", "EMBED", "EMBEDDED", "EVENTS", "GOODBYE", "HELLO", "PING", "PONG", "SUBMIT", "WELCOME",
+    "ABORT", "ANSWER", "DENIED", "EMBED", "EMBEDDED", "EVENTS", "GOODBYE", "HELLO", "INQUIRE", "PING", "PONG", "SUBMIT", "WELCOME",
     "completion_from", "completion_to", "description_from", "description_to",
     "embedding_request_from", "embedding_request_to", "embeddings_from", "embeddings_to",
     "error_from", "error_to",
@@ -38,8 +39,8 @@ __all__ = [
     "pack", "request_from", "request_to", "stats_from", "stats_to", "unpack",
 ]  # fmt: skip
 
-HELLO, SUBMIT, EMBED, ABORT, PING = b"HELLO", b"SUBMIT", b"EMBED", b"ABORT", b"PING"
-WELCOME, DENIED, EVENTS, EMBEDDED, PONG, GOODBYE = b"WELCOME", b"DENIED", b"EVENTS", b"EMBEDDED", b"PONG", b"GOODBYE"
+HELLO, SUBMIT, EMBED, INQUIRE, ABORT, PING = b"HELLO", b"SUBMIT", b"EMBED", b"INQUIRE", b"ABORT", b"PING"
+WELCOME, DENIED, EVENTS, EMBEDDED, ANSWER, PONG, GOODBYE = b"WELCOME", b"DENIED", b"EVENTS", b"EMBEDDED", b"ANSWER", b"PONG", b"GOODBYE"
 
 
 def pack(value: Any) -> bytes:
@@ -61,6 +62,8 @@ def request_to(request: GenerationRequest) -> dict[str, Any]:
         "cache_salt": request.cache_salt,
         "keep_on_disk": request.keep_on_disk,
         "lora": request.lora,
+        "tools": [asdict(tool) for tool in request.tools],
+        "template_options": request.template_options,
     }
 
 
@@ -80,6 +83,8 @@ def request_from(data: dict[str, Any]) -> GenerationRequest:
         cache_salt=data["cache_salt"],
         keep_on_disk=data["keep_on_disk"],
         lora=None if data["lora"] is None else tuple((name, scale) for name, scale in data["lora"]),
+        tools=tuple(Tool(**tool) for tool in data["tools"]),
+        template_options=data["template_options"],
     )
 
 

@@ -23,7 +23,7 @@ from llmkit.bridge import messages as m
 from llmkit.client import EngineClient
 from llmkit.errors import EngineError, LLMKitError
 from llmkit.stream import Stream
-from llmkit.types import Embeddings
+from llmkit.types import Embeddings, Inquiry
 
 __all__ = ["BridgeServer"]
 
@@ -172,6 +172,8 @@ class BridgeServer:
             self._submit(identity, peer, data)
         elif kind == m.EMBED:
             self._embed(identity, data)
+        elif kind == m.INQUIRE:
+            self._answer(identity, data)
 
     def _submit(self, identity: bytes, peer: Peer, data: dict[str, Any]) -> None:
         try:
@@ -192,6 +194,16 @@ class BridgeServer:
             return
         self._embedding.append((identity, data["id"], future))
         future.add_done_callback(lambda _: self._waker())
+
+    def _answer(self, identity: bytes, data: dict[str, Any]) -> None:
+        """Nothing is computed for an inquiry: it is answered at once."""
+        try:
+            found = self._client.inquire(Inquiry(data["id"], data["kind"], data["data"])).result(1)
+        except Exception as error:
+            failure = error if isinstance(error, LLMKitError) else EngineError(f"the question could not be answered: {error!r}")
+            self._send(identity, m.ANSWER, [data["id"], None, m.error_to(failure)])
+            return
+        self._send(identity, m.ANSWER, [data["id"], found, None])
 
     def _send_vectors(self) -> None:
         for entry in [e for e in self._embedding if e[2].done()]:

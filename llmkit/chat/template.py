@@ -10,14 +10,16 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from llmkit.chat.sandbox import BUDGET, MAX_OUTPUT, Budget, make_environment
+from llmkit.chat.tools import describe_tools, reasoning_form, tool_form
 from llmkit.errors import InvalidRequestError
-from llmkit.types import Message
+from llmkit.types import Message, Tool
 
 if TYPE_CHECKING:
     import jinja2
 
 __all__ = ["CHATML", "ChatTemplate"]
 
+RESERVED = ("messages", "tools", "add_generation_prompt", "bos_token", "eos_token", BUDGET)
 ROLES = ("system", "developer", "user", "assistant", "tool")
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
@@ -48,8 +50,27 @@ class ChatTemplate:
         except jinja2.TemplateError as error:
             raise InvalidRequestError(f"the model's chat template cannot be read ({error}); use a text prompt instead.", "messages") from error
 
-    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> str:
-        """The prompt text for these messages, ready for the assistant's turn."""
+    @cached_property
+    def tool_form(self) -> str:
+        """How the model writes calls of tools."""
+        return tool_form(self.source)
+
+    @cached_property
+    def reasoning(self) -> str:
+        """Whether the model reasons before it answers: "think", "think_begun" where the prompt opens the tag, or nothing."""
+        form = reasoning_form(self.source)
+        if not form:
+            return ""
+        try:
+            begun = self.render([Message("user", "?")]).rstrip().endswith("<think>")
+        except InvalidRequestError:
+            begun = False
+        return f"{form}_begun" if begun else form
+
+    def render(
+        self, messages: Sequence[Message], *, add_generation_prompt: bool = True, tools: Sequence[Tool] = (), options: dict[str, Any] | None = None
+    ) -> str:
+        """The prompt text for these messages, ready for the assistant's turn. ``options`` are the template's own variables (``enable_thinking``, say)."""
         import jinja2
 
         if not messages:
@@ -57,7 +78,11 @@ class ChatTemplate:
         for message in messages:
             if message.role not in ROLES:
                 raise InvalidRequestError(f"messages: the role must be one of {', '.join(ROLES)}, not {message.role!r:.40}.", "messages")
+        if self.tool_form == "general":
+            messages, tools = describe_tools(messages, tools), ()
         values: dict[str, Any] = {
+            **{k: v for k, v in (options or {}).items() if k not in RESERVED},
+            **({"tools": [tool.function() for tool in tools]} if tools else {}),
             "messages": [m.as_dict() for m in messages],
             "add_generation_prompt": add_generation_prompt,
             "bos_token": self._bos,

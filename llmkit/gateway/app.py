@@ -17,6 +17,8 @@ from llmkit.gateway.engines import EngineDirectory
 from llmkit.gateway.exchange import MAX_BODY_BYTES, ClientGoneError, Exchange
 from llmkit.gateway.failures import ApiError, api_error
 from llmkit.gateway.openai import OpenAIRoutes
+from llmkit.gateway.tokenizing import TokenizerRoutes
+from llmkit.gateway.vectors import VectorRoutes
 from llmkit.version import __version__
 
 __all__ = ["Gateway", "make_app", "make_server"]
@@ -32,12 +34,19 @@ class Gateway:
     def __init__(self, directory: EngineDirectory, on_use: Callable[[EngineClient], None] = lambda _: None) -> None:
         self._directory = directory
         openai = OpenAIRoutes(directory, f"llmkit-{__version__}", on_use)
+        vectors, tokenizer = VectorRoutes(directory, on_use), TokenizerRoutes(directory)
         self.routes: list[tuple[str, re.Pattern[str], Route]] = [
             ("GET", re.compile(r"/health"), self._health),
             ("GET", re.compile(r"/v1/models"), openai.list_models),
             ("GET", re.compile(r"/v1/models/(.+)"), openai.get_model),
             ("POST", re.compile(r"/v1/chat/completions"), openai.chat_completions),
             ("POST", re.compile(r"/v1/completions"), openai.completions),
+            ("POST", re.compile(r"/v1/embeddings"), vectors.embeddings),
+            ("POST", re.compile(r"(?:/v1)?/rerank"), vectors.rerank),
+            ("POST", re.compile(r"(?:/v1)?/tokenize"), tokenizer.tokenize),
+            ("POST", re.compile(r"(?:/v1)?/detokenize"), tokenizer.detokenize),
+            ("POST", re.compile(r"(?:/v1)?/apply-template"), tokenizer.apply_template),
+            ("GET", re.compile(r"(?:/v1)?/tokenizer_info"), tokenizer.tokenizer_info),
         ]
 
     async def dispatch(self, exchange: Exchange) -> None:

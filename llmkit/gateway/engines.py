@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 from llmkit.bridge.client import BridgeClient
 from llmkit.bridge.connection import Connection, find_connections
@@ -14,6 +15,7 @@ from llmkit.errors import EngineGoneError, ModelNotFoundError
 __all__ = ["DEFAULT", "EngineDirectory", "Entry"]
 
 DEFAULT = "default"
+Use = Literal["generate", "embed"]
 REFRESH_S = 0.25
 MAX_GONE = 1000
 
@@ -56,15 +58,15 @@ class EngineDirectory:
             seen.add(name)
         return found
 
-    def lookup(self, model: str) -> EngineClient:
-        """The engine for a model name: plain (the newest wins), ``name@kernel`` (exact), or "default".
+    def lookup(self, model: str, use: Use | None = None) -> EngineClient:
+        """The engine for a model name: plain (the newest wins), ``name@kernel`` (exact), or "default": the newest that can do what it is for.
 
         Raises `ModelNotFoundError` for a name never seen, `EngineGoneError` when nothing is loaded, or the engine was there and is gone.
         """
-        found = self._find(model)
+        found = self._find(model, use)
         if found is None:
             self._refreshed = 0.0  # a model loaded a moment ago must be found
-            found = self._find(model)
+            found = self._find(model, use)
         if found is not None:
             return found
         loading = self._loading()
@@ -75,16 +77,23 @@ class EngineDirectory:
         if model == DEFAULT or not self._clients:
             if model != DEFAULT and self._gone:
                 raise ModelNotFoundError(f"There is no model {model!r} here.")
+            if use is not None and self._clients:
+                raise ModelNotFoundError(
+                    f"No loaded model can {use}. " + ('Load one: llmkit.load("minilm").' if use == "embed" else "Load one: llmkit.load(...).")
+                )
             reason = next(reversed(self._gone.values()), None) if model == DEFAULT else None
             raise EngineGoneError(reason or "No model is loaded. Load one in a notebook: llm = llmkit.load(...)")
         names = ", ".join(repr(e.model_id) for e in self.entries()[:20])
         raise ModelNotFoundError(f"There is no model {model!r} here. Loaded: {names}.")
 
-    def _find(self, model: str) -> BridgeClient | None:
+    def _find(self, model: str, use: Use | None) -> BridgeClient | None:
         self._refresh()
         wanted = self._default or DEFAULT if model == DEFAULT else model
         for client in self._clients.values():
             name = client.description.name
+            embeds = bool(client.description.embedding_size or client.description.ranks)
+            if wanted == DEFAULT and use is not None and embeds != (use == "embed"):
+                continue
             if wanted in (DEFAULT, name, f"{name}@{client.connection.kernel_name}"):
                 return client
         return None

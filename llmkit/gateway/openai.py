@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import time
+import weakref
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 from llmkit.client import EngineClient
 from llmkit.errors import EngineGoneError, ModelNotFoundError
 from llmkit.gateway import schemas
+from llmkit.gateway.chat import ChatChunks, ChatRequest, chat_object
 from llmkit.gateway.engines import EngineDirectory
 from llmkit.gateway.exchange import Exchange
 from llmkit.stream import Stream
@@ -19,7 +22,7 @@ from llmkit.types import Completion, Delta, FinishReason, GenerationRequest, Tok
 __all__ = ["OpenAIRoutes"]
 
 PING_S = 15.0
-Chunk = Callable[[dict[str, Any], int, Any, FinishReason | None, Sequence[TokenLogprob]], dict[str, Any]]
+Chunks = Callable[[dict[str, Any], int, str, Sequence[TokenLogprob], Completion | None], list[dict[str, Any]]]
 
 
 class OpenAIRoutes:
@@ -43,24 +46,24 @@ class OpenAIRoutes:
         exchange.send_json(schemas.model_object(model, description))
 
     async def chat_completions(self, exchange: Exchange) -> None:
-        request = schemas.parse(schemas.ChatRequest, exchange.body)
+        request = schemas.parse(ChatRequest, exchange.body)
         reply_id = schemas.new_id("chatcmpl")
         engine = self._engine(request.model)
         head = self._head(reply_id, "chat.completion.chunk" if request.stream else "chat.completion", engine)
-        streams = submit_all(engine, [replace(r, caller=exchange.caller) for r in request.requests(reply_id)])
+        streams = submit_all(engine, [replace(r, caller=exchange.caller) for r in request.requests(reply_id, engine.description)])
         try:
+            parsers = [request.parser(engine.description) for _ in streams]
             if not request.stream:
                 done = await gather(streams, lambda: self._on_use(engine))
-                exchange.send_json(schemas.chat_object(head, done, bool(request.logprobs)))
+                exchange.send_json(chat_object(head, done, parsers, bool(request.logprobs)))
                 return
             events = merge(streams)
             news = await anext(events)  # an error before the first byte still has its real status
             await self._start(exchange, head, request.include_usage)
+            chunks = ChatChunks(parsers)
             for i in range(len(streams)):
-                await exchange.send_event(schemas.chat_chunk(head, i, {"role": "assistant", "content": ""}))
-            await self._relay(
-                exchange, engine, head, news, events, request.include_usage, 1, lambda i, text: {"content": text} if text else {}, schemas.chat_chunk
-            )
+                await exchange.send_event(chunks.first(head, i))
+            await self._relay(exchange, engine, head, news, events, request.include_usage, 1, chunks)
         finally:
             close_all(streams)
 
@@ -83,12 +86,12 @@ class OpenAIRoutes:
             if request.echo:
                 for i in range(len(streams)):
                     await exchange.send_event(schemas.text_chunk(head, i, request.echo_text(i)))
-            await self._relay(exchange, engine, head, news, events, request.include_usage, num_prompts, lambda i, text: text, TextChunks())
+            await self._relay(exchange, engine, head, news, events, request.include_usage, num_prompts, TextChunks())
         finally:
             close_all(streams)
 
     def _engine(self, model: str) -> EngineClient:
-        engine = self._directory.lookup(model)
+        engine = self._directory.lookup(model, "generate")
         self._on_use(engine)
         return engine
 
@@ -116,8 +119,7 @@ class OpenAIRoutes:
         events: AsyncIterator[Event | None],
         include_usage: bool,
         num_prompts: int,
-        payload: Callable[[int, str], Any],
-        chunk: Chunk,
+        chunks: Chunks,
     ) -> None:
         """Pass events on until all streams have ended."""
         usages = {}
@@ -129,11 +131,10 @@ class OpenAIRoutes:
                 index, deltas, completion = news
                 text = "".join(d.text for d in deltas)
                 entries = [e for d in deltas for e in d.logprobs]
-                if text or entries:
-                    await exchange.send_event(chunk(head, index, payload(index, text), None, entries))
                 if completion is not None:
                     usages[index] = completion.usage
-                    await exchange.send_event(chunk(head, index, payload(index, ""), completion.finish_reason, ()))
+                for chunk in chunks(head, index, text, entries, completion):
+                    await exchange.send_event(chunk)
             try:
                 news = await anext(events)
             except StopAsyncIteration:
@@ -145,16 +146,49 @@ class OpenAIRoutes:
         exchange.end_events()
 
 
+class Bell:
+    """Wakes a loop from other threads: a step of the engine has news of many streams, and waking the loop costs a system call."""
+
+    _bells: ClassVar[weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Bell]] = weakref.WeakKeyDictionary()
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = weakref.ref(loop)
+        self._events: deque[asyncio.Event] = deque()
+        self._rung = False
+
+    @classmethod
+    def of(cls, loop: asyncio.AbstractEventLoop) -> Bell:
+        return cls._bells.setdefault(loop, cls(loop))
+
+    def ring(self, event: asyncio.Event) -> None:
+        """Set ``event`` on the loop's thread, soon."""
+        self._events.append(event)
+        loop = self._loop()
+        if not self._rung and loop is not None and not loop.is_closed():
+            self._rung = True  # before the call: what is appended from now on is found by it, or rings anew
+            loop.call_soon_threadsafe(self._set_all)
+
+    def _set_all(self) -> None:
+        self._rung = False
+        while self._events:
+            self._events.popleft().set()
+
+
 class TextChunks:
     """Chunks of text completions; keeps where in its text each choice is."""
 
     def __init__(self) -> None:
         self._offsets: dict[int, int] = {}
 
-    def __call__(self, head: dict[str, Any], index: int, text: str, finish: FinishReason | None, entries: Sequence[TokenLogprob]) -> dict[str, Any]:
-        offset = self._offsets.get(index, 0)
-        self._offsets[index] = offset + len(text)
-        return schemas.text_chunk(head, index, text, finish, entries, offset)
+    def __call__(self, head: dict[str, Any], index: int, text: str, entries: Sequence[TokenLogprob], completion: Completion | None) -> list[dict[str, Any]]:
+        chunks = []
+        if text or entries:
+            offset = self._offsets.get(index, 0)
+            self._offsets[index] = offset + len(text)
+            chunks.append(schemas.text_chunk(head, index, text, None, entries, offset))
+        if completion is not None:
+            chunks.append(schemas.text_chunk(head, index, "", completion.finish_reason))
+        return chunks
 
 
 Event = tuple[int, list[Delta], Completion | None]
@@ -191,12 +225,9 @@ async def gather(streams: list[Stream], on_wait: Callable[[], None]) -> list[Com
 async def merge(streams: list[Stream]) -> AsyncIterator[Event | None]:
     """News of any stream as it comes; None after 15 s of silence. A failed stream's error is raised."""
     loop, arrived = asyncio.get_running_loop(), asyncio.Event()
+    bell = Bell.of(loop)
     last_news = loop.time()
     timer: asyncio.TimerHandle | None = None
-
-    def wake() -> None:
-        if not loop.is_closed():
-            loop.call_soon_threadsafe(arrived.set)
 
     def watch_silence() -> None:
         """One timer for the whole stream; a timeout around every wait would cost more than the wait."""
@@ -206,7 +237,7 @@ async def merge(streams: list[Stream]) -> AsyncIterator[Event | None]:
 
     timer = loop.call_later(PING_S, watch_silence)
     for stream in streams:
-        stream.listen(wake)
+        stream.listen(lambda: bell.ring(arrived))
     waiting = dict(enumerate(streams))
     try:
         while waiting:

@@ -13,15 +13,14 @@ from typing import Annotated, Any, Literal, NoReturn, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from llmkit.errors import InvalidRequestError
-from llmkit.gateway.logprobs import chat_logprobs, text_logprobs
-from llmkit.types import Completion, FinishReason, GenerationRequest, Grammar, Message, ModelDescription, SamplingParams, TokenLogprob, Usage
+from llmkit.gateway.logprobs import text_logprobs
+from llmkit.types import Completion, FinishReason, GenerationRequest, Grammar, ModelDescription, SamplingParams, TokenLogprob, Usage
 
 __all__ = [
-    "ChatRequest",
     "CompletionRequest",
-    "chat_chunk",
-    "chat_object",
+    "Ignored",
     "completion_object",
+    "ending",
     "model_object",
     "new_id",
     "parse",
@@ -66,10 +65,21 @@ class ResponseFormat(BaseModel):
     json_schema: JsonSchema | None = None
 
 
-class GenerationFields(BaseModel):
-    """What both endpoints take."""
+class Ignored(BaseModel):
+    """What asks nothing of a server, and may come with every request."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
+
+    user: str | None = None
+    metadata: dict[str, str] | None = None
+    store: Literal[False] | None = None
+    service_tier: Literal["auto", "default"] | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+
+
+class GenerationFields(Ignored):
+    """What both endpoints take."""
 
     model: str = "default"
     stream: bool | None = None
@@ -98,12 +108,6 @@ class GenerationFields(BaseModel):
     regex: str | None = None
     choice: list[str] | None = None
     grammar: str | None = None
-    user: str | None = None
-    metadata: dict[str, str] | None = None
-    store: Literal[False] | None = None
-    service_tier: Literal["auto", "default"] | None = None
-    safety_identifier: str | None = None
-    prompt_cache_key: str | None = None
 
     @property
     def include_usage(self) -> bool:
@@ -182,48 +186,6 @@ def _logit_bias(bias: dict[str, float] | None) -> tuple[tuple[int, float], ...] 
         return tuple((int(token), float(value)) for token, value in bias.items())
     except ValueError:
         raise InvalidRequestError("logit_bias: the keys must be token ids.", "logit_bias") from None
-
-
-class TextPart(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-    type: Literal["text"]
-    text: str
-
-
-class ChatMessage(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart] | None = None
-    name: str | None = None
-    refusal: str | None = None
-
-    def message(self) -> Message:
-        content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content or [])
-        return Message(self.role, content, self.name)
-
-
-class ChatRequest(GenerationFields):
-    """POST /v1/chat/completions"""
-
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
-    max_completion_tokens: int | None = None
-    logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
-    modalities: list[Literal["text"]] | None = None
-
-    def requests(self, reply_id: str) -> list[GenerationRequest]:
-        """One engine request for each choice."""
-        limit = self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
-        if limit == 0:
-            name = "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
-            raise InvalidRequestError(f"{name} must be at least 1.", name)
-        messages = tuple(m.message() for m in self.messages)
-        return [self._request(f"{reply_id}-{i}", i, limit, messages=messages) for i in range(self.n or 1)]
-
-    def wanted_logprobs(self) -> dict[str, int | None]:
-        if self.top_logprobs is not None and not self.logprobs:
-            raise InvalidRequestError("top_logprobs is only allowed when logprobs is true.", "top_logprobs")
-        return {"logprobs": (self.top_logprobs or 0) if self.logprobs else None}
 
 
 class CompletionRequest(GenerationFields):
@@ -325,29 +287,13 @@ def usage_object(usages: list[Usage], num_prompts: int = 1) -> dict[str, Any]:
     }
 
 
-def chat_chunk(head: Head, index: int, delta: dict[str, Any], finish: FinishReason | None = None, entries: Sequence[TokenLogprob] = ()) -> Head:
-    return {**head, "choices": [{"index": index, "delta": delta, **_ending(chat_logprobs(entries) if entries else None, finish)}]}
-
-
 def text_chunk(head: Head, index: int, text: str, finish: FinishReason | None = None, entries: Sequence[TokenLogprob] = (), offset: int = 0) -> Head:
-    return {**head, "choices": [{"text": text, "index": index, **_ending(text_logprobs(entries, offset) if entries else None, finish)}]}
+    return {**head, "choices": [{"text": text, "index": index, **ending(text_logprobs(entries, offset) if entries else None, finish)}]}
 
 
-def _ending(logprobs: Any, finish: FinishReason | None) -> dict[str, Any]:
+def ending(logprobs: Any, finish: FinishReason | None) -> dict[str, Any]:
+    """The end of a choice."""
     return {"logprobs": logprobs, "finish_reason": None if finish is None else FINISH_REASONS[finish]}
-
-
-def chat_object(head: Head, completions: list[Completion], logprobs: bool = False) -> Head:
-    choices = [
-        {
-            "index": i,
-            "message": {"role": "assistant", "content": c.text, "refusal": None},
-            "logprobs": chat_logprobs(c.logprobs) if logprobs else None,
-            "finish_reason": FINISH_REASONS[c.finish_reason],
-        }
-        for i, c in enumerate(completions)
-    ]
-    return {**head, "choices": choices, "usage": usage_object([c.usage for c in completions])}
 
 
 def completion_object(head: Head, request: CompletionRequest, completions: list[Completion]) -> Head:

@@ -1,0 +1,81 @@
+"""What a model's text turns out to be: content, reasoning, calls of tools. Pure."""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+__all__ = ["Call", "Content", "Event", "Parser", "Plain", "Reasoning", "as_call", "held"]
+
+
+@dataclass(frozen=True, slots=True)
+class Content:
+    """Text for the reader."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Reasoning:
+    """Text that the model writes for itself."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A call of a tool; ``arguments`` is a JSON object as text."""
+
+    name: str
+    arguments: str
+    call_id: str = field(default_factory=lambda: f"call_{secrets.token_hex(12)}")
+
+
+Event = Content | Reasoning | Call
+
+
+class Parser(Protocol):
+    """Reads text as it comes; what it cannot read is content, never an error."""
+
+    def push(self, text: str) -> list[Event]:
+        """What the text so far is for sure."""
+        ...
+
+    def finish(self) -> list[Event]:
+        """The rest, when no more text comes."""
+        ...
+
+
+class Plain:
+    """All text is content."""
+
+    def push(self, text: str) -> list[Event]:
+        return [Content(text)] if text else []
+
+    def finish(self) -> list[Event]:
+        return []
+
+
+def held(text: str, tag: str) -> int:
+    """How many characters at the end of ``text`` may be the beginning of ``tag``.
+
+    >>> held("a <tool", "<tool_call>")
+    5
+    """
+    return next((n for n in range(min(len(text), len(tag) - 1), 0, -1) if tag.startswith(text[-n:])), 0)
+
+
+def as_call(value: Any, names: Sequence[str]) -> Call | None:
+    """A parsed JSON value as a call of one of the tools, if it is one."""
+    if not isinstance(value, dict) or value.get("name") not in names:
+        return None
+    arguments = value.get("arguments", value.get("parameters", {}))
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments)
+        except ValueError:
+            return None
+    return Call(value["name"], json.dumps(arguments, ensure_ascii=False)) if isinstance(arguments, dict) else None

@@ -1,0 +1,108 @@
+"""Calls between ``<tool_call>`` and ``</tool_call>``: JSON (Hermes, Qwen, and our own general form) or XML (Qwen3-Coder). Pure."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from llmkit.chat.parsers.events import Call, Content, Event, as_call, held
+
+__all__ = ["TaggedParser"]
+
+OPEN, CLOSE = "<tool_call>", "</tool_call>"
+FUNCTION = re.compile(r"\s*<function=([^>\n]{1,200})>(.*?)(?:</function>)?\s*", re.DOTALL)
+PARAMETER = re.compile(r"<parameter=([^>\n]{1,200})>\n?(.*?)\n?</parameter>", re.DOTALL)
+
+
+class TaggedParser:
+    """Content outside the tags streams; white space beside a call does not count.
+
+    >>> parser = TaggedParser({"add": {}})
+    >>> [type(e).__name__ for e in parser.push('Sure.\\n<tool_call>{"name": "add", "arguments": {"a": 1}}</tool_call>')]
+    ['Content', 'Call']
+
+    ``tools`` maps names to the JSON schemas of their arguments.
+    """
+
+    def __init__(self, tools: dict[str, Any]) -> None:
+        self._tools = tools
+        self._buffer = ""
+        self._space = ""
+        self._inside = False
+        self._after_call = False
+
+    def push(self, text: str) -> list[Event]:
+        self._buffer += text
+        found: list[Event] = []
+        while True:
+            tag = CLOSE if self._inside else OPEN
+            at = self._buffer.find(tag)
+            if at < 0:
+                break
+            before, self._buffer = self._buffer[:at], self._buffer[at + len(tag) :]
+            if self._inside:
+                call = self._call(before)
+                found += [call] if call is not None else self._content(OPEN + before + CLOSE)
+            else:
+                found += self._content(before)
+            self._inside = not self._inside
+        if not self._inside:
+            keep = held(self._buffer, OPEN)
+            ready, self._buffer = self._buffer[: len(self._buffer) - keep], self._buffer[len(self._buffer) - keep :]
+            found += self._content(ready)
+        return found
+
+    def finish(self) -> list[Event]:
+        rest, self._buffer = self._buffer, ""
+        if self._inside:
+            self._inside = False
+            call = self._call(rest)  # the end may be all that is missing
+            if call is not None:
+                return [call]
+            rest = OPEN + rest
+        found = self._content(rest)
+        return [*found, Content(self._space)] if self._space and not self._after_call else found
+
+    def _content(self, text: str) -> list[Event]:
+        """White space waits for what comes after it: beside a call it is dropped."""
+        text = self._space + text
+        solid = text.rstrip()
+        self._space = text[len(solid) :]
+        if self._after_call and solid:
+            solid, self._after_call = solid.lstrip(), False
+        return [Content(solid)] if solid else []
+
+    def _call(self, body: str) -> Call | None:
+        match = FUNCTION.fullmatch(body)
+        try:
+            call = as_call(json.loads(body), list(self._tools)) if match is None else self._xml_call(match[1].strip(), match[2])
+        except (ValueError, RecursionError):
+            call = None
+        if call is not None:
+            self._space, self._after_call = "", True
+        return call
+
+    def _xml_call(self, name: str, body: str) -> Call | None:
+        if name not in self._tools:
+            return None
+        properties = _properties(self._tools[name])
+        arguments = {key.strip(): _value(text, properties.get(key.strip())) for key, text in PARAMETER.findall(body)}
+        return Call(name, json.dumps(arguments, ensure_ascii=False))
+
+
+def _properties(schema: Any) -> dict[str, Any]:
+    found = schema.get("properties") if isinstance(schema, dict) else None
+    return found if isinstance(found, dict) else {}
+
+
+def _value(text: str, schema: Any) -> Any:
+    """XML carries no types: what the schema does not call a string is read as JSON."""
+    kinds: Sequence[Any] = schema.get("type", ()) if isinstance(schema, dict) else ()
+    if kinds == "string" or (isinstance(kinds, list) and "string" in kinds):
+        return text
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return text

@@ -1,0 +1,139 @@
+"""Tools of a chat: which form a model writes its calls in, how it is told of them where its template does not, and the grammar that holds it to them. Pure."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+from llmkit.chat.parsers.bare_json import BareJsonParser
+from llmkit.chat.parsers.events import Parser, Plain
+from llmkit.chat.parsers.reasoning import ReasoningParser
+from llmkit.chat.parsers.tagged import TaggedParser
+from llmkit.errors import InvalidRequestError
+from llmkit.types import Grammar, Message, Tool
+
+__all__ = ["FORMATS", "call_grammar", "describe_tools", "make_parser", "reasoning_form", "tool_form"]
+
+# Llama 3 writes bare JSON with "parameters"; the XML of Qwen3-Coder stands in the tags of Hermes; "general" is ours, for templates that know no tools.
+FORMATS = ("hermes", "qwen3_coder", "llama3", "mistral", "general")
+ToolChoice = Literal["auto", "required"] | str
+JSON_STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+TOOLS_PROMPT = """You can call functions. These are there, each with the JSON schema of its arguments:
+<tools>
+{tools}
+</tools>
+To call one, write a JSON object with its name and arguments between tags, and nothing else:
+<tool_call>
+{{"name": "the function's name", "arguments": {{}}}}
+</tool_call>"""
+
+
+def tool_form(template: str) -> str:
+    """The form of calls that a template speaks of."""
+    if "tools" not in template:
+        return "general"
+    if "[TOOL_CALLS]" in template:
+        return "mistral"
+    if "<function=" in template:
+        return "qwen3_coder"
+    if "<tool_call>" in template:
+        return "hermes"
+    if "<|python_tag|>" in template or '"parameters"' in template:
+        return "llama3"
+    return "general"
+
+
+def reasoning_form(template: str) -> str:
+    """ "think" where the model reasons between ``<think>`` tags, else nothing."""
+    return "think" if "<think>" in template or "</think>" in template else ""
+
+
+def make_parser(form: str, reasoning: str, tools: Sequence[Tool], *, reasoning_begun: bool = False) -> Parser:
+    """A parser for one answer. ``reasoning_begun``: the prompt ended with the opening tag."""
+    schemas = {tool.name: tool.parameters for tool in tools}
+    parser: Parser = Plain() if not tools else BareJsonParser(schemas) if form in ("llama3", "mistral") else TaggedParser(schemas)
+    return ReasoningParser(parser, begun=reasoning_begun) if reasoning == "think" else parser
+
+
+def describe_tools(messages: Sequence[Message], tools: Sequence[Tool]) -> list[Message]:
+    """The same conversation for a template that knows no tools: they stand in the system message, calls and results in plain messages."""
+    text = TOOLS_PROMPT.format(tools="\n".join(json.dumps(tool.function()) for tool in tools)) if tools else ""
+    plain = [_plain(m) for m in messages]
+    if not text:
+        return plain
+    if plain and plain[0].role in ("system", "developer"):
+        return [replace(plain[0], content=f"{plain[0].content}\n\n{text}" if plain[0].content else text), *plain[1:]]
+    return [Message("system", text), *plain]
+
+
+def _plain(message: Message) -> Message:
+    if message.role == "tool":
+        return Message("user", f"<tool_response>\n{message.content}\n</tool_response>")
+    if message.tool_calls:
+        calls = [f'<tool_call>\n{{"name": {json.dumps(c.name)}, "arguments": {c.arguments}}}\n</tool_call>' for c in message.tool_calls]
+        return Message(message.role, "\n".join([*([message.content] if message.content else []), *calls]))
+    return message
+
+
+def call_grammar(form: str, tools: Sequence[Tool], choice: ToolChoice, *, parallel: bool) -> Grammar | None:
+    """Holds the answer to the tools: with "auto" it is free until a call begins, with "required" (or a name) it is calls and nothing else.
+
+    Raises `InvalidRequestError` for a name that is no tool.
+    """
+    if choice not in ("auto", "required"):
+        tools = [tool for tool in tools if tool.name == choice]
+        if not tools:
+            raise InvalidRequestError(f"tool_choice: there is no tool {choice!r:.100}.", "tool_choice")
+    free = choice == "auto"
+    if form == "qwen3_coder" and free:
+        return None  # its XML carries no JSON that a schema could hold; the parser takes what comes
+    if form == "mistral":
+        item = json.loads(_schema(tools, "arguments"))
+        shared = {key: item.pop(key) for key in ("$defs", "x-guidance") if key in item}
+        calls = json.dumps({"type": "array", "minItems": 1, **({} if parallel else {"maxItems": 1}), "items": item, **shared})
+        return Grammar(
+            "lark", "\n".join(["start: TEXT | calls" if free else "start: calls", f"calls: %json {calls}", *([r"TEXT: /[^\[](.|\n)*/"] if free else [])])
+        )
+    if form == "llama3":
+        body = _schema(tools, "parameters")
+        more = '(";" body)*' if parallel else ""
+        rules = ["start: TEXT | calls" if free else "start: calls", f"calls: body {more}", f"body: %json {body}", r"TEXT: /[^{](.|\n)*/"]
+        return Grammar("lark", "\n".join(rules if free else rules[:-1]))
+    body = _schema(tools, "arguments")
+    if free:
+        times = "*" if parallel else "?"
+        rules = [f"start: call{times} rest", "rest: TEXT", r"TEXT: /(.|\n)*/", 'head[lazy]: TEXT "<tool_call>"', r'call: head "\n" body "\n</tool_call>"']
+    else:
+        rules = ["start: call" + (r' ("\n" call)*' if parallel else ""), r'call: "<tool_call>\n" body "\n</tool_call>"']
+    return Grammar("lark", "\n".join([*rules, f"body: %json {body}"]))
+
+
+def _schema(tools: Sequence[Tool], arguments: str) -> str:
+    """One JSON schema for a call of any of the tools; their own definitions move to its root."""
+    definitions: dict[str, Any] = {}
+    calls = []
+    for i, tool in enumerate(tools):
+        schema = dict(tool.parameters) or {"type": "object"}
+        for place in ("$defs", "definitions"):
+            for name, definition in dict(schema.pop(place, None) or {}).items():
+                definitions[f"{i}.{name}"] = _moved(definition, i)
+        properties = {"name": {"const": tool.name}, arguments: _moved(schema, i)}
+        calls.append({"type": "object", "properties": properties, "required": ["name", arguments], "additionalProperties": False})
+    whole: dict[str, Any] = calls[0] if len(calls) == 1 else {"anyOf": calls}
+    return json.dumps({**whole, **({"$defs": definitions} if definitions else {}), "x-guidance": JSON_STYLE})
+
+
+def _moved(schema: Any, i: int) -> Any:
+    if isinstance(schema, list):
+        return [_moved(s, i) for s in schema]
+    if not isinstance(schema, dict):
+        return schema
+    moved = {k: _moved(v, i) for k, v in schema.items()}
+    target = moved.get("$ref")
+    if isinstance(target, str):
+        for place in ("#/$defs/", "#/definitions/"):
+            if target.startswith(place):
+                moved["$ref"] = f"#/$defs/{i}.{target[len(place) :]}"
+    return moved

@@ -1,0 +1,223 @@
+"""OpenAI's chat: messages, tools and reasoning, what is asked and what is answered."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from llmkit.chat.parsers.events import Call, Content, Event, Parser, Reasoning
+from llmkit.chat.tools import call_grammar, make_parser
+from llmkit.errors import InvalidRequestError
+from llmkit.gateway.logprobs import chat_logprobs
+from llmkit.gateway.schemas import MAX_TOP_LOGPROBS, GenerationFields, Head, ending, usage_object
+from llmkit.types import Completion, FinishReason, GenerationRequest, Message, ModelDescription, TokenLogprob, Tool
+
+__all__ = ["ChatChunks", "ChatMessage", "ChatRequest", "ToolBody", "chat_object"]
+
+MAX_TOOLS = 128
+Delta = dict[str, Any]
+
+
+class TextPart(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+    type: Literal["text"]
+    text: str
+
+
+class CalledFunction(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+    name: str
+    arguments: str = "{}"
+
+
+class CalledTool(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+    id: str
+    type: Literal["function"] = "function"
+    function: CalledFunction
+    index: int | None = None
+
+
+class ChatMessage(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[TextPart] | None = None
+    name: str | None = None
+    refusal: str | None = None
+    tool_calls: list[CalledTool] | None = None
+    tool_call_id: str | None = None
+    reasoning_content: str | None = None
+    annotations: list[Any] | None = None  # what an answer carried may come back
+    audio: None = None
+    function_call: None = None
+
+    def message(self) -> Message:
+        content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content or [])
+        calls: Any = tuple(call.model_dump() for call in self.tool_calls or ())
+        return Message(self.role, content, self.name, calls, self.tool_call_id, self.reasoning_content)
+
+
+class FunctionBody(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+    name: str
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class ToolBody(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+    type: Literal["function"]
+    function: FunctionBody
+
+    def tool(self) -> Tool:
+        return Tool(self.function.name, self.function.description or "", self.function.parameters or {})
+
+
+class NamedFunction(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+    name: str
+
+
+class NamedChoice(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+    type: Literal["function"]
+    function: NamedFunction
+
+
+class ChatRequest(GenerationFields):
+    """POST /v1/chat/completions"""
+
+    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+    modalities: list[Literal["text"]] | None = None
+    tools: Annotated[list[ToolBody], Field(min_length=1, max_length=MAX_TOOLS)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedChoice | None = None
+    parallel_tool_calls: bool | None = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+    def requests(self, reply_id: str, model: ModelDescription) -> list[GenerationRequest]:
+        """One engine request for each choice."""
+        limit = self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
+        if limit == 0:
+            name = "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
+            raise InvalidRequestError(f"{name} must be at least 1.", name)
+        messages = tuple(m.message() for m in self.messages)
+        asked = {"messages": messages, "tools": self.wanted_tools, "template_options": self._template_options(model)}
+        requests = [self._request(f"{reply_id}-{i}", i, limit, **asked) for i in range(self.n or 1)]
+        grammar = self._call_grammar(model)
+        if grammar is None:
+            return requests
+        if requests[0].sampling.grammar is not None:
+            raise InvalidRequestError("a response_format or grammar cannot be combined with tools; set tool_choice to none, or leave it out.", "tools")
+        return [replace(r, sampling=replace(r.sampling, grammar=grammar)) for r in requests]
+
+    @property
+    def wanted_tools(self) -> tuple[Tool, ...]:
+        """The tools that may be called. Raises `InvalidRequestError` for two of one name, and for a choice without tools."""
+        tools = tuple(tool.tool() for tool in self.tools or ())
+        names = [tool.name for tool in tools]
+        for name in names:
+            if names.count(name) > 1:
+                raise InvalidRequestError(f"tools: two of them are named {name!r}.", "tools")
+        if not tools and self.tool_choice not in (None, "none", "auto"):
+            raise InvalidRequestError("tool_choice: there are no tools to choose from.", "tool_choice")
+        return () if self.tool_choice == "none" else tools
+
+    def _call_grammar(self, model: ModelDescription) -> Any:
+        tools = self.wanted_tools
+        if not tools or self.ignore_eos:
+            return None
+        choice = self.tool_choice.function.name if isinstance(self.tool_choice, NamedChoice) else self.tool_choice or "auto"
+        if choice == "auto" and model.reasoning:
+            return None  # a call that is only thought of is none
+        return call_grammar(model.tool_form, tools, choice, parallel=self.parallel_tool_calls is not False and not isinstance(self.tool_choice, NamedChoice))
+
+    def _template_options(self, model: ModelDescription) -> dict[str, Any]:
+        options = dict(self.chat_template_kwargs or {})
+        if self.reasoning_effort is not None:
+            if not model.reasoning and self.reasoning_effort != "none":
+                raise InvalidRequestError(f"reasoning_effort: {model.name!r} does not reason.", "reasoning_effort")
+            options.setdefault("reasoning_effort", self.reasoning_effort)
+            options.setdefault("enable_thinking", self.reasoning_effort != "none")
+        return options
+
+    def parser(self, model: ModelDescription) -> Parser:
+        """What reads an answer."""
+        thinks = self._template_options(model).get("enable_thinking") is not False
+        forced = self.tool_choice == "required" or isinstance(self.tool_choice, NamedChoice)  # a grammar leaves no room for reasoning
+        begun = model.reasoning == "think_begun" and thinks and not forced
+        return make_parser(model.tool_form, "think" if model.reasoning and not forced else "", self.wanted_tools, reasoning_begun=begun)
+
+    def wanted_logprobs(self) -> dict[str, int | None]:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise InvalidRequestError("top_logprobs is only allowed when logprobs is true.", "top_logprobs")
+        return {"logprobs": (self.top_logprobs or 0) if self.logprobs else None}
+
+
+class ChatChunks:
+    """The chunks of a streamed chat, one parser for each choice."""
+
+    def __init__(self, parsers: Sequence[Parser]) -> None:
+        self._parsers = parsers
+        self._num_calls = [0] * len(parsers)
+
+    def __call__(self, head: Head, index: int, text: str, entries: Sequence[TokenLogprob], completion: Completion | None) -> list[Head]:
+        parser = self._parsers[index]
+        events = parser.push(text) if text else []
+        if completion is not None:
+            events += parser.finish()
+        deltas = [delta for event in events for delta in self._deltas(index, event)]
+        if entries and not deltas:
+            deltas = [{}]  # log-probabilities of what the parser still holds back
+        chunks = [self._chunk(head, index, delta, entries=entries if i == 0 else ()) for i, delta in enumerate(deltas)]
+        if completion is not None:
+            chunks.append(self._chunk(head, index, {}, finish_reason(completion, self._num_calls[index])))
+        return chunks
+
+    def first(self, head: Head, index: int) -> Head:
+        """What a choice begins with."""
+        return self._chunk(head, index, {"role": "assistant", "content": ""})
+
+    def _deltas(self, index: int, event: Event) -> list[Delta]:
+        match event:
+            case Content():
+                return [{"content": event.text}]
+            case Reasoning():
+                return [{"reasoning_content": event.text}]
+            case Call():
+                place = self._num_calls[index]
+                self._num_calls[index] += 1
+                begin = {"index": place, "id": event.call_id, "type": "function", "function": {"name": event.name, "arguments": ""}}
+                return [{"tool_calls": [begin]}, {"tool_calls": [{"index": place, "function": {"arguments": event.arguments}}]}]
+
+    @staticmethod
+    def _chunk(head: Head, index: int, delta: Delta, finish: FinishReason | None = None, entries: Sequence[TokenLogprob] = ()) -> Head:
+        return {**head, "choices": [{"index": index, "delta": delta, **ending(chat_logprobs(entries) if entries else None, finish)}]}
+
+
+def finish_reason(completion: Completion, num_calls: int) -> FinishReason:
+    return FinishReason.TOOL_CALLS if num_calls and completion.finish_reason is FinishReason.STOP else completion.finish_reason
+
+
+def chat_object(head: Head, completions: list[Completion], parsers: Sequence[Parser], logprobs: bool = False) -> Head:
+    choices = []
+    for i, (completion, parser) in enumerate(zip(completions, parsers, strict=True)):
+        events = [*parser.push(completion.text), *parser.finish()]
+        calls = [e for e in events if isinstance(e, Call)]
+        content = "".join(e.text for e in events if isinstance(e, Content))
+        reasoning = "".join(e.text for e in events if isinstance(e, Reasoning))
+        message: dict[str, Any] = {"role": "assistant", "content": content if content or not calls else None, "refusal": None}
+        if reasoning:
+            message["reasoning_content"] = reasoning
+        if calls:
+            message["tool_calls"] = [{"id": c.call_id, "type": "function", "function": {"name": c.name, "arguments": c.arguments}} for c in calls]
+        end = ending(chat_logprobs(completion.logprobs) if logprobs else None, finish_reason(completion, len(calls)))
+        choices.append({"index": i, "message": message, **end})
+    return {**head, "choices": choices, "usage": usage_object([c.usage for c in completions])}
