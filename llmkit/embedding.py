@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import queue
+import re
 import threading
 import time
 from collections import deque
@@ -29,6 +30,7 @@ from llmkit.types import EmbeddingRequest, Embeddings, EngineStats, GenerationRe
 __all__ = ["LocalEmbedder"]
 
 MAX_BATCH_TOKENS = 2048
+PLACES = re.compile(r"(\{query\}|\{document\})")
 
 
 @dataclass(slots=True)
@@ -123,7 +125,11 @@ class LocalEmbedder:
         n_ctx, n_vocab, vocab = self.description.n_ctx, self.description.n_vocab, self._model.vocab
         if isinstance(text, str) and query is not None:
             if self._template is not None:
-                tokens = vocab.tokenize(self._template.replace("{query}", query).replace("{document}", text), add_special=False, parse_special=True)
+                # What the template says may hold control tokens; what users say may not.
+                given = {"{query}": query, "{document}": text}
+                tokens = []
+                for part in PLACES.split(self._template):
+                    tokens += vocab.tokenize(given.get(part, part), add_special=False, parse_special=part not in given) if part else []
             else:
                 tokens = vocab.pair(query, text)
         else:

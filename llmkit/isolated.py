@@ -11,19 +11,36 @@ import json
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
 from llmkit.bridge import connection as files
 from llmkit.bridge import messages
 from llmkit.bridge.client import BridgeClient
-from llmkit.errors import ModelLoadError
+from llmkit.errors import LLMKitError, ModelLoadError
+from llmkit.machine import python_path
 from llmkit.models.registry import ModelSpec
 from llmkit.options import EngineOptions
 
 __all__ = ["IsolatedEngine", "child"]
 
-END_S = 5.0
+END_S = 15.0  # requests end, idle prefixes go to disk
+# Answers have a descriptor of their own: whatever prints to standard output, Python or C, now or at start-up, is no answer and blocks nobody.
+CHILD = "import os; answers = os.dup(1); os.dup2(2, 1); from llmkit.isolated import child; child(answers)"
+END = "end\n"
+
+_owners: weakref.WeakSet[IsolatedEngine] = weakref.WeakSet()
+
+
+def _let_go() -> None:
+    """In a forked child: the model must not live as long as we do."""
+    for engine in list(_owners):
+        engine.close_pipes()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_let_go)
 
 
 class IsolatedEngine(BridgeClient):
@@ -37,8 +54,10 @@ class IsolatedEngine(BridgeClient):
     ) -> None:
         self._owner = os.getpid()
         # A session of its own: the stop button signals the kernel's whole process group.
-        command = [sys.executable, "-c", "from llmkit.isolated import child; child()"]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True)
+        command = [sys.executable, "-P", "-c", CHILD]
+        environment = {**os.environ, "PYTHONPATH": python_path()}
+        self._process = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True)
+        _owners.add(self)
         wanted = {"name_of_file": spec.name, "path": str(spec.path), "options": options.as_dict(), "name": name, "force": force, "kernel_id": kernel_id}
         try:
             answer = self._ask(wanted)
@@ -50,7 +69,7 @@ class IsolatedEngine(BridgeClient):
         except BaseException:
             self._end(0)
             raise
-        super().__init__(found)
+        super().__init__(found, patient=True)
 
     def _ask(self, wanted: dict[str, Any]) -> dict[str, Any]:
         assert self._process.stdin is not None and self._process.stdout is not None
@@ -63,6 +82,7 @@ class IsolatedEngine(BridgeClient):
             raise ModelLoadError(f"the process that was to hold the model ended with status {self._process.wait()}")
         answer: dict[str, Any] = json.loads(line)
         if "error" in answer:
+            self._process.wait(END_S)
             raise messages.error_from(answer["error"])
         return answer
 
@@ -71,11 +91,18 @@ class IsolatedEngine(BridgeClient):
         if self._owner == os.getpid():  # a forked child only lets go
             self._end(END_S)
 
-    def _end(self, patience_s: float) -> None:
+    def close_pipes(self) -> None:
         for pipe in (self._process.stdin, self._process.stdout):
             if pipe is not None:
                 with contextlib.suppress(OSError):
                     pipe.close()
+
+    def _end(self, patience_s: float) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            assert self._process.stdin is not None
+            self._process.stdin.write(END)
+            self._process.stdin.flush()
+        self.close_pipes()
         try:
             self._process.wait(patience_s)
         except subprocess.TimeoutExpired:
@@ -83,23 +110,24 @@ class IsolatedEngine(BridgeClient):
             self._process.wait()
 
 
-def child() -> None:
+def child(answers_fd: int) -> None:
     """What the child process runs."""
     from llmkit.bridge.server import BridgeServer
     from llmkit.local import open_model
 
     wanted = json.loads(sys.stdin.readline())
-    answers, sys.stdout = sys.stdout, sys.stderr  # whatever else prints is no answer
+    answers = os.fdopen(answers_fd, "w")
     try:
         engine = open_model(
             ModelSpec(wanted["name_of_file"], Path(wanted["path"])), EngineOptions(**wanted["options"]), name=wanted["name"], force=wanted["force"]
         )
         server = BridgeServer(engine, wanted["kernel_id"])
     except Exception as error:
-        print(json.dumps({"error": messages.error_to(error)}), file=answers, flush=True)
+        told = error if isinstance(error, LLMKitError) else ModelLoadError(f"the model could not be loaded: {error!r}")
+        print(json.dumps({"error": messages.error_to(told)}), file=answers, flush=True)
         return
     sys.setswitchinterval(0.005)  # no cell is busy here: Python's own interval lets the engine finish its step undisturbed
     print(json.dumps({"path": str(server.connection.path)}), file=answers, flush=True)
-    sys.stdin.read()
+    sys.stdin.readline()  # the word to end, or the end of who could say it
     server.close()
     engine.close()

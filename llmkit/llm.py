@@ -297,13 +297,13 @@ class LLM:
 
         engine = self._engine
         connection = self._bridge.connection if self._bridge is not None else getattr(engine, "connection", None)
-        if connection is None:
+        if connection is None or not connection.path.exists():
             raise InvalidRequestError("this model was loaded with share=False; load it with share=True to serve it.", "share")
         if self._endpoint is not None and port not in (0, self._endpoint.port):
             self._endpoint.close()
             self._endpoint = None
         if self._endpoint is None or not self._endpoint.alive:
-            self._endpoint = serving.find_or_start(engine.description, connection.kernel_id, port)
+            self._endpoint = serving.find_or_start(engine.description, connection.kernel_id, port, connection.pid)
         return self._endpoint
 
     def unload(self) -> None:

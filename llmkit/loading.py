@@ -78,8 +78,11 @@ def load(
     spec = resolve(model)
     if tuned:
         spec, best = _tuned(spec)
+        measured = best.pop("threads", None)
+        threads = threads or measured
+        if options.get("context_shift") or options.get("deterministic"):
+            best.pop("kv_unified", None)  # what was asked goes before what is fast
         options = {**best, **options}
-        threads = threads or options.pop("threads", None)
     settings = _options(n_ctx=n_ctx, n_slots=n_slots, n_gpu_layers=n_gpu_layers, threads=threads, **options)
     with _load_lock:
         loaded = _loaded.get(spec.path)
@@ -92,10 +95,10 @@ def load(
             from llmkit.isolated import IsolatedEngine
 
             _register_displays()
-            isolated = IsolatedEngine(spec, _quickly_tuned(spec, settings), name=name, force=force, kernel_id=kernel_id(), share=share)
+            isolated = IsolatedEngine(spec, settings, name=name, force=force, kernel_id=kernel_id(), share=share)
             _loaded[spec.path] = llm = LLM(isolated, None, settings, _forget)
             return llm
-        engine = open_model(spec, _quickly_tuned(spec, settings), name=name, force=force)
+        engine = open_model(spec, settings, name=name, force=force)
         bridge = None
         try:
             if share:
@@ -122,7 +125,7 @@ def attach(model: str | None = None) -> LLM:
     for connection in found:
         if model in (None, connection.model.name, f"{connection.model.name}@{connection.kernel_name}"):
             _register_displays()
-            return LLM(BridgeClient(connection))
+            return LLM(BridgeClient(connection, patient=True))
     names = ", ".join(repr(f"{c.model.name}@{c.kernel_name}") for c in found) or "none at all"
     what = "no model" if model is None else f"no model {model!r}"
     raise ModelNotFoundError(f"{what} is loaded in another process of yours on this machine; there: {names}. llmkit.load() loads one here.")
@@ -137,7 +140,7 @@ def _forget(llm: LLM) -> None:
 
 def estimate(model: str | Path = "smollm2", **options: Any) -> MemoryEstimate:
     """What `load` with these options would take, from the file's header alone; loads nothing. Raises what `load` raises for a file that is none and for
-    impossible options."""
+    impossible options. A draft model is not in it."""
     from llmkit import local
     from llmkit.models import gguf
     from llmkit.models.registry import resolve
@@ -151,16 +154,7 @@ def _tuned(spec: ModelSpec) -> tuple[ModelSpec, dict[str, Any]]:
     found = tuner.tuned(spec)
     if found is None:
         raise InvalidRequestError(f"{spec.name!r} was not tuned on this machine yet; run llmkit.tune({spec.name!r}) once.", "tuned")
-    return replace(spec, path=found[0]), found[1]
-
-
-def _quickly_tuned(spec: ModelSpec, settings: EngineOptions) -> EngineOptions:
-    """With the number of threads that was best here, where none was asked for; it is measured when a model is loaded for the first time."""
-    from llmkit.bench import tuner
-
-    if settings.threads is not None:
-        return settings
-    return replace(settings, threads=tuner.quick_threads(spec))
+    return replace(spec, path=found[0]), dict(found[1])
 
 
 def _options(**options: Any) -> EngineOptions:

@@ -18,9 +18,11 @@ from llmkit.chat.template import CHATML, ChatTemplate
 from llmkit.engine.detokenize import Detokenizer
 from llmkit.engine.drafter import ModelDrafter
 from llmkit.engine.engine import Engine
+from llmkit.engine.prefill import ALIGNMENT
 from llmkit.engine.request import Request
 from llmkit.errors import ContextLengthError, InsufficientMemoryError, InvalidRequestError, ModelLoadError, ModelUnloadedError
 from llmkit.inquiries import answer
+from llmkit.machine import best_threads
 from llmkit.models import gguf, memory
 from llmkit.models.registry import ModelSpec, resolve
 from llmkit.options import EngineOptions
@@ -94,6 +96,8 @@ class LocalEngine:
         if not (force or need.fits):
             raise InsufficientMemoryError(f"{info.path.name}: {need.advice()}")
         most = min(need.n_ctx, info.max_positions or need.n_ctx, need.kv_tokens)
+        if options.draft is not None:
+            resolve(options.draft)  # a name that is wrong is told before anything is loaded
         self._model, self._runner = _load(spec, options, need)
         self._draft: tuple[LlamaModel, LlamaRunner] | None = None
         try:
@@ -110,6 +114,9 @@ class LocalEngine:
         self._context_shift = options.context_shift
         if options.draft is not None:
             self._draft = _load_draft(self._model, options, need, force)
+        if options.threads is None and need.n_gpu_layers == 0:
+            with _turns:
+                self._runner.num_threads = best_threads(self._runner, spec)
         from llmkit.backend.grammar import GrammarCompiler
 
         self._grammars = GrammarCompiler(self._model.vocab)
@@ -142,7 +149,7 @@ class LocalEngine:
             target_itl_s=None if options.deterministic else options.target_itl_ms / 1000,
             deterministic=options.deterministic,
             turns=_turns if need.n_gpu_layers == 0 else None,
-            drafter=ModelDrafter(self._draft[1]) if self._draft else None,
+            drafter=ModelDrafter(self._draft[1], _turns if need.n_gpu_layers == 0 else None) if self._draft else None,
             context_shift=options.context_shift,
         )
         _running.add(self)
@@ -326,7 +333,7 @@ def _load(spec: ModelSpec, options: EngineOptions, need: memory.MemoryEstimate) 
             model,
             n_ctx=need.n_ctx,
             n_slots=need.n_slots,
-            max_batch_tokens=options.batch_tokens or 512,
+            max_batch_tokens=max(options.batch_tokens or 512, ALIGNMENT + need.n_slots if options.deterministic else 0),
             threads=options.threads,
             kv_unified=options.kv_unified,
             kv_tokens=options.kv_tokens,
@@ -351,7 +358,11 @@ def _load_draft(target: LlamaModel, options: EngineOptions, need: memory.MemoryE
     from llmkit.backend.model import LlamaModel
 
     spec = resolve(str(options.draft))
-    its_need = estimate(gguf.read_header(spec.path), EngineOptions(n_ctx=need.n_ctx, n_slots=need.n_slots, n_gpu_layers=options.n_gpu_layers))
+    if target.is_recurrent:
+        raise InvalidRequestError("this model is recurrent: what was guessed wrongly cannot be taken back; leave draft out.", "draft")
+    layout: dict[str, Any] = {"kv_unified": True, "kv_tokens": need.kv_tokens} if options.kv_unified else {}
+    its_options = EngineOptions(n_ctx=need.n_ctx, n_slots=need.n_slots, n_gpu_layers=options.n_gpu_layers, **layout)
+    its_need = estimate(gguf.read_header(spec.path), its_options)
     if not (force or its_need.fits):
         raise InsufficientMemoryError(f"the draft model {spec.path.name}: {its_need.advice()}")
     model = LlamaModel(spec.path, n_gpu_layers=its_need.n_gpu_layers)
@@ -360,7 +371,7 @@ def _load_draft(target: LlamaModel, options: EngineOptions, need: memory.MemoryE
             raise InvalidRequestError(f"the draft model {spec.name!r} has another vocabulary than the model, so it cannot guess for it.", "draft")
         if model.is_recurrent:
             raise InvalidRequestError(f"the draft model {spec.name!r} is recurrent: what it guessed wrongly cannot be taken back.", "draft")
-        return model, LlamaRunner(model, n_ctx=its_need.n_ctx, n_slots=its_need.n_slots, threads=options.threads)
+        return model, LlamaRunner(model, n_ctx=its_need.n_ctx, n_slots=its_need.n_slots, threads=options.threads, **layout)
     except BaseException:
         model.close()
         raise

@@ -98,7 +98,7 @@ def _adapters(given: Any) -> tuple[tuple[str, float], ...]:
         given = {given: 1.0}
     elif not isinstance(given, dict):
         try:
-            given = dict(p if isinstance(p, tuple) else (p, 1.0) for p in given)
+            given = dict(tuple(p) if isinstance(p, tuple | list) else (p, 1.0) for p in given)
         except (TypeError, ValueError):
             raise InvalidRequestError(
                 f"lora must be the path of an adapter, a list of paths, or a dict of paths and scales, not {given!r:.60}.", "lora"

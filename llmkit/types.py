@@ -391,6 +391,7 @@ class Completion:
     error: str | None = None
     logprobs: tuple[TokenLogprob, ...] = ()
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
+    stop: str | None = None  # the stop string that was met
 
     @property
     def decode_tok_s(self) -> float:

@@ -105,6 +105,21 @@ def test_a_full_context_moves_on() -> None:
     assert alone.num_output_tokens == 0
 
 
+def test_a_shifted_request_that_is_preempted_is_computed_again() -> None:
+    """Its keys move at the next decode only: a copy from before would be wrong."""
+    runner = FakeRunner(n_slots=1, n_ctx=64, max_batch_tokens=64, host_tokens=1000)
+    bench = Pair(runner, context_shift=True)
+    long = bench.add(b"a prompt to keep: ", 300)
+    long.max_tokens = 300
+    while not long.is_shifted:
+        bench.step()
+    urgent = bench.add(b"quick", 3, priority=-1)
+    bench.step()
+    assert urgent.slot is not None and long.slot is None and not runner.parked
+    bench.drain()
+    assert long.num_output_tokens == 300 and bench.text(urgent) == runner.reference(b"quick", 3)
+
+
 # -- the real model
 
 

@@ -172,6 +172,17 @@ def test_a_cross_encoder_ranks_pairs(ranker_folder: Path, monkeypatch: pytest.Mo
             llm.rerank("q", ["a", 5])  # type: ignore[list-item]
 
 
+def test_what_users_say_in_a_rank_template_is_text(llm: llmkit.LLM) -> None:
+    embedder = llm._client
+    embedder._template = "[CLS]{query}[SEP]{document}[SEP]"  # type: ignore[union-attr]
+    try:
+        tokens = embedder._tokens("a {query} [SEP] b", "q {document}")  # type: ignore[union-attr]
+    finally:
+        embedder._template = None  # type: ignore[union-attr]
+    text = llm.detokenize(tokens)
+    assert text.count("[SEP]") == 2 and text.count("[CLS]") == 1 and "{ query }" in text.replace("{query}", "{ query }")
+
+
 def test_a_classifier_of_many_labels_is_no_ranker(ranker_folder: Path) -> None:
     config = json.loads((ranker_folder / "config.json").read_text())
     (ranker_folder / "config.json").write_text(json.dumps({**config, "id2label": {"0": "a", "1": "b"}}))

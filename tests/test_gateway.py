@@ -299,7 +299,7 @@ async def test_a_disconnect_frees_the_slot(api: Api, model: FakeClient, stream: 
 
 
 async def test_a_long_silence_is_bridged_by_pings(api: Api, model: FakeClient, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llmkit.gateway.openai.PING_S", 0.05)
+    monkeypatch.setattr("llmkit.gateway.streams.PING_S", 0.05)
     model.runner.step_s = 0.2
     reply = await api.fetch("POST", "/v1/completions", {"prompt": "a", "max_tokens": 3, "stream": True})
     assert b": ping\n\n" in reply.body and reply.body.endswith(b"data: [DONE]\n\n")

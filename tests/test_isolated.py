@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
+import urllib.request
 from pathlib import Path
 
 import psutil
 import pytest
+import tiny_models
 from fakes import wait_for
 
 import llmkit
@@ -68,6 +71,41 @@ def test_loads_that_fail(tmp_path: Path) -> None:
     with pytest.raises(llmkit.InsufficientMemoryError, match="n_ctx"):
         llmkit.load("smollm2", isolated=True, n_ctx=8192, n_slots=256)
     wait_for(lambda: not [c for c in psutil.Process().children() if "isolated" in " ".join(c.cmdline())])
+
+
+def test_every_option_reaches_the_child(tmp_path: Path) -> None:
+    tiny, lora = tiny_models.write(tmp_path / "tiny.gguf", "llama"), tiny_models.write_lora(tmp_path / "change.gguf")
+    with llmkit.load(tiny, isolated=True, n_ctx=256, n_slots=2, lora={lora: 0.5}, prefix_dir=tmp_path / "kv", context_shift=True) as llm:
+        changed = llm.generate("abc", max_tokens=8, temperature=0, ignore_eos=True)
+        assert llm.generate("abc", max_tokens=8, temperature=0, ignore_eos=True, lora={}).tokens != changed.tokens
+        assert llm.generate("abc", max_tokens=300, ignore_eos=True).usage.completion_tokens == 300
+        llm.generate("some words " * 10, max_tokens=2, ignore_eos=True)
+    assert list((tmp_path / "kv").glob("*.kv")), "it had the time to say farewell"
+
+
+def test_a_busy_owner_is_not_taken_for_gone() -> None:
+    """A cell that holds the interpreter for longer than a gateway may be silent."""
+    code = """
+import ctypes, llmkit
+llm = llmkit.load("smollm2", n_ctx=512, n_slots=1, isolated=True)
+stream = llm.stream("Once upon a time", max_tokens=60, ignore_eos=True)
+ctypes.PyDLL(None).usleep(900_000)
+for _ in range(3): ctypes.PyDLL(None).usleep(990_000)
+print(stream.result(60).usage.completion_tokens)
+llm.unload()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stdout == "60\n", done
+
+
+def test_serving_an_isolated_model_outside_jupyter() -> None:
+    with llmkit.load("smollm2", n_ctx=256, n_slots=1, isolated=True) as llm:
+        endpoint = llm.serve()
+        request = urllib.request.Request(f"{endpoint.url}/models", headers={"Authorization": f"Bearer {endpoint.api_key}"})
+        with urllib.request.urlopen(request, timeout=20) as reply:
+            assert [m["id"] for m in json.load(reply)["data"]] == ["smollm2"]
+    with llmkit.load("smollm2", n_ctx=256, n_slots=1, isolated=True, share=False) as llm, pytest.raises(InvalidRequestError, match="share"):
+        llm.serve()
 
 
 def test_it_ends_with_its_owner_and_hides_when_asked() -> None:

@@ -8,6 +8,7 @@ import pytest
 import tiny_models
 
 import llmkit
+from llmkit.backend.llama import num_threads
 from llmkit.bench import tuner
 from llmkit.cli import main
 from llmkit.errors import InvalidRequestError
@@ -59,16 +60,20 @@ def test_a_prepared_file(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
 
 def test_threads_are_measured_once_where_there_is_a_choice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
     spec = resolve(tiny_models.write(tmp_path / "tiny.gguf", "llama"))
-    monkeypatch.setattr("llmkit.backend.llama.num_threads", lambda: 2)
-    assert tuner.quick_threads(spec) is None and not cache.exists(), "two cores: nothing to choose"
+    monkeypatch.setattr("os.getloadavg", lambda: (0.0, 0.0, 0.0))
+    with llmkit.load(spec.path, share=False, n_ctx=256, n_slots=1) as llm:
+        assert llm._client._runner.num_threads == num_threads() and (num_threads() >= 4 or not list(cache.rglob("*.threads")))  # type: ignore[union-attr]
     monkeypatch.setattr("llmkit.backend.llama.num_threads", lambda: 4)
-    found = tuner.quick_threads(spec)
-    assert found in (None, 2)
-    (file,) = cache.rglob("*.quick")
+    with llmkit.load(spec.path, share=False, n_ctx=256, n_slots=1) as llm:
+        assert llm._client._runner.num_threads in (2, 4)  # type: ignore[union-attr]
+        text = llm.generate("abc", max_tokens=5, temperature=0, ignore_eos=True).text
+    (file,) = cache.rglob("*.threads")
     file.write_text('{"threads": 3}')
-    monkeypatch.setattr(tuner, "_quickest", lambda *_: pytest.fail("measured again"))
-    assert tuner.quick_threads(spec) == 3
+    monkeypatch.setattr("llmkit.machine._measure", lambda *_: pytest.fail("measured again"))
     with llmkit.load(spec.path, share=False, n_ctx=256, n_slots=1) as llm:
         assert llm._client._runner.num_threads == 3  # type: ignore[union-attr]
+        assert llm.generate("abc", max_tokens=5, temperature=0, ignore_eos=True).text == text
     file.write_text('{"threads": 99}')
-    assert tuner.quick_threads(spec) is None, "from another machine"
+    monkeypatch.setattr("llmkit.machine._measure", lambda *_: None)
+    with llmkit.load(spec.path, share=False, n_ctx=256, n_slots=1) as llm:
+        assert llm._client._runner.num_threads == 4, "from another machine"  # type: ignore[union-attr]

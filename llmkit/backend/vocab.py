@@ -17,6 +17,7 @@ __all__ = ["Vocab"]
 
 # Some pre-tokenizers of llama.cpp match with std::regex, which recurses for every character of a match: 30,000 letters in a row overflow a thread's 8 MiB stack
 # (deepseek-llm; about 400 bytes a character) and end the process.
+WORD_PIECE = 3
 SAFE_RUN, MAX_RUN, STACK_PER_CHARACTER = 4000, 500_000, 2048
 RUN = re.compile(r"[^\W\d_]+|\d+|\s+|[^\w\s]+|_+")
 _stack_lock = threading.Lock()
@@ -71,9 +72,8 @@ class Vocab:
     def pair(self, query: str, document: str) -> list[int]:
         """Both texts in one sequence, as cross-encoders read them."""
         first, second = self.tokenize(query), self.tokenize(document)
-        separator = int(C.llama_vocab_sep(self._vocab))
-        if C.llama_vocab_get_add_sep(self._vocab) and first[-1:] != [separator]:
-            first.append(separator)
+        if C.llama_vocab_get_add_sep(self._vocab) and int(C.llama_vocab_type(self._vocab)) != WORD_PIECE:  # a word piece tokenizer has added it
+            first.append(int(C.llama_vocab_sep(self._vocab)))
         return first + (second[1:] if self.adds_bos and second[:1] == [self.bos] else second)
 
     def is_end(self, token: int) -> bool:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import json
 import os
-import platform
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -14,17 +11,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmkit.errors import LLMKitError
+from llmkit.machine import file_mark, result_file
 from llmkit.models import gguf
 from llmkit.models.registry import ModelSpec, cache_folder, resolve
 
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["Tuning", "quick_threads", "tune", "tuned"]
+__all__ = ["Tuning", "tune", "tuned"]
 
 PROMPT_TOKENS, STREAMS, STEPS = 256, 8, 12
-QUICK_ROUNDS, QUICK_STEPS = 2, 5
-QUICK_BYTES = 8 << 30  # a larger model would take too long to measure at its first load
 OUTPUT_TOKENS = 128
 WORTH = 1.1  # a setting must be so much faster to replace a default
 # Types for which llama.cpp's CPU kernels are slow, and the ones to try in their place: Q8_0 keeps what the file knows, Q4_0 is smaller and rougher.
@@ -140,65 +136,6 @@ def tune(model: str | Path = "smollm2", *, prepare: bool = True) -> Tuning:
     return found
 
 
-def quick_threads(spec: ModelSpec) -> int | None:
-    """The thread count that decodes best here: measured in a second or two when a model is first loaded on a machine, and kept. None: all, the default.
-
-    Where cores come in pairs (hyper-threading), half of them are often faster; with fewer than four there is nothing to choose. A count other than all must
-    win both of two rounds by a tenth, so that a busy moment is not taken for the machine.
-    """
-    from llmkit.backend.llama import num_threads
-
-    cores = num_threads()
-    if cores < 4:
-        return None
-    file = _result_file(spec).with_suffix(".quick")
-    try:
-        kept = json.loads(file.read_text())["threads"]
-        return kept if kept is None or (isinstance(kept, int) and 1 <= kept <= cores) else None
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
-    try:
-        best = _quickest(spec.path, [cores, cores // 2])
-    except LLMKitError:
-        return None  # whoever loads it will be told
-    with contextlib.suppress(OSError):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps({"threads": best}))
-    return best
-
-
-def _quickest(path: Path, counts: list[int]) -> int | None:
-    from llmkit.backend.llama import LlamaRunner
-    from llmkit.backend.model import LlamaModel
-    from llmkit.engine.batch import Batch, Chunk, Truncate
-
-    info = gguf.read_header(path)
-    if info.value("pooling_type") in (1, 2, 3, 4) or info.weights_bytes > QUICK_BYTES:
-        return None
-    model = LlamaModel(path, n_gpu_layers=0)
-    try:
-        runner = LlamaRunner(model, n_ctx=256, n_slots=1)
-        wins = dict.fromkeys(counts, 0)
-        step = Batch((Chunk(0, 0, [1], True),), (Truncate(0, 0),))
-        runner.execute(step)
-        for _ in range(QUICK_ROUNDS):
-            seconds = {}
-            for count in counts:
-                runner.set_threads(count)
-                times = []
-                for _ in range(QUICK_STEPS):
-                    start = time.perf_counter()
-                    runner.execute(step)
-                    times.append(time.perf_counter() - start)
-                seconds[count] = min(times)
-            for count in counts[1:]:
-                wins[count] += seconds[count] * WORTH < seconds[counts[0]]
-        runner.close()
-        return next((count for count in counts[1:] if wins[count] == QUICK_ROUNDS), None)
-    finally:
-        model.close()
-
-
 def tuned(spec: ModelSpec) -> tuple[Path, dict[str, Any]] | None:
     """File and options that `tune` found best for this machine and model; None when it was not run, or the file is gone."""
     try:
@@ -209,16 +146,10 @@ def tuned(spec: ModelSpec) -> tuple[Path, dict[str, Any]] | None:
         return None
 
 
-def _mark(path: Path) -> str:
-    stat = path.stat()
-    return hashlib.sha256(f"{path} {stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()[:12]
-
-
 def _result_file(spec: ModelSpec) -> Path:
     from llmkit.backend.llama import num_threads
 
-    machine = hashlib.sha256(f"{platform.node()} {platform.machine()} {platform.processor()} {num_threads()}".encode()).hexdigest()[:8]
-    return cache_folder().parent / "tune" / f"{spec.name}-{_mark(spec.path)}-{machine}.json"
+    return result_file(spec, num_threads())
 
 
 def _save(spec: ModelSpec, found: Tuning) -> None:
@@ -231,7 +162,7 @@ def _prepared(spec: ModelSpec, kind: str) -> Path:
     """The same model in another type, made once."""
     from llmkit.backend.model import requantize
 
-    target = cache_folder() / f"{spec.name}-{_mark(spec.path)}-{kind}.gguf"
+    target = cache_folder() / f"{spec.name}-{file_mark(spec.path)}-{kind}.gguf"
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
         part = target.with_suffix(".part")

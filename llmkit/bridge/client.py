@@ -13,7 +13,7 @@ from typing import Any
 import zmq
 
 from llmkit.bridge import messages as m
-from llmkit.bridge.connection import Connection
+from llmkit.bridge.connection import Connection, process_start_time
 from llmkit.bridge.server import Waker
 from llmkit.errors import ContextLengthError, EngineGoneError
 from llmkit.stream import Channel, Stream
@@ -36,11 +36,13 @@ class BridgeClient:
     """Reaches the engine of a `Connection`.
 
     An engine that holds the interpreter (a cell in C that keeps the GIL) only delays the answer: it counts as gone when its process is gone or said
-    goodbye, and then every request ends with `EngineGoneError`.
+    goodbye, and then every request ends with `EngineGoneError`. ``patient`` asks the same of the other end: this process runs cells, which may hold it up, and
+    its silence is no sign that it is gone.
     """
 
-    def __init__(self, connection: Connection) -> None:
+    def __init__(self, connection: Connection, *, patient: bool = False) -> None:
         self.connection = connection
+        self._patient = patient
         self._pid = os.getpid()
         self._description = connection.model
         self._stats = EngineStats(num_slots=connection.model.n_slots)
@@ -171,7 +173,8 @@ class BridgeClient:
 
     def _greet(self, sock: zmq.Socket[bytes]) -> None:
         self._greeting = True
-        self._send(sock, m.HELLO, {"key": self.connection.key})
+        owner = [os.getpid(), process_start_time(os.getpid())] if self._patient else None
+        self._send(sock, m.HELLO, {"key": self.connection.key, "owner": owner})
 
     @staticmethod
     def _send(sock: zmq.Socket[bytes], kind: bytes, data: Any) -> None:

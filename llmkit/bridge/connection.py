@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import secrets
 import shutil
 import stat
@@ -23,7 +24,8 @@ from llmkit.types import ModelDescription
 __all__ = ["Connection", "find_connections", "make_connection", "process_start_time", "read", "remove", "runtime_dir", "write"]
 
 PREFIX, SUFFIX = "llmkit-", ".json"
-VERSION = 1
+VERSION = 2
+LOOPBACK = re.compile(r"tcp://127\.0\.0\.1:[0-9]{1,5}")
 MAX_FILE_BYTES = 1 << 20
 
 
@@ -158,8 +160,10 @@ def read(path: Path) -> Connection | None:
             return None
         model = ModelDescription(**data.pop("model"))
         connection = Connection(**data, model=model, path=path)
-        safe = connection.address.startswith("ipc://") or (connection.address.startswith("tcp://127.0.0.1:") and len(connection.server_key) == 40)
-        return connection if safe and isinstance(connection.key, str) and len(connection.key) == 64 else None
+        if not all(isinstance(text, str) for text in (connection.address, connection.key, connection.server_key)):
+            return None
+        safe = connection.address.startswith("ipc://") or (LOOPBACK.fullmatch(connection.address) is not None and len(connection.server_key) == 40)
+        return connection if safe and len(connection.key) == 64 else None
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return None
 

@@ -131,6 +131,7 @@ def completion_from(data: dict[str, Any], request_id: str, text: str, logprobs: 
         error=data["error"],
         logprobs=logprobs,
         prompt_logprobs=logprobs_from(data["prompt_logprobs"]),
+        stop=data["stop"],
     )
 
 

@@ -36,6 +36,7 @@ class Peer:
     """One connected client and its running requests."""
 
     last_seen: float
+    owner: tuple[int, float] | None = None  # a process (pid, start time) that may be silent as long as it lives
     streams: dict[str, Stream] = field(default_factory=dict)
 
 
@@ -153,7 +154,8 @@ class BridgeServer:
     def _handle(self, identity: bytes, kind: bytes, data: Any) -> None:
         if kind == m.HELLO:
             if compare_digest(str(data["key"]).encode(), self.connection.key.encode()):
-                self._peers[identity] = Peer(time.monotonic())
+                owner = data.get("owner")
+                self._peers[identity] = Peer(time.monotonic(), (int(owner[0]), float(owner[1])) if owner else None)
                 self._send(identity, m.WELCOME, {"description": m.description_to(self._client.description)})
             else:
                 self._send(identity, m.DENIED, {"key": True})
@@ -243,7 +245,8 @@ class BridgeServer:
     def _drop_silent(self) -> None:
         now = time.monotonic()
         for identity, peer in list(self._peers.items()):
-            if now - peer.last_seen > PEER_TIMEOUT_S:
+            alive = peer.owner is not None and files.process_start_time(peer.owner[0]) == peer.owner[1]
+            if now - peer.last_seen > PEER_TIMEOUT_S and not alive:
                 del self._peers[identity]
                 for request_id in peer.streams:
                     self._client.abort(request_id)

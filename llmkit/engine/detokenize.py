@@ -21,7 +21,7 @@ class Detokenizer:
     ``flush`` gives them out at the end.
     """
 
-    __slots__ = ("_decoder", "_held", "_stop", "piece", "stopped")
+    __slots__ = ("_decoder", "_held", "_stop", "matched", "piece", "stopped")
 
     def __init__(self, piece: Callable[[int], bytes], stop: tuple[str, ...] = ()) -> None:
         self.piece = piece
@@ -29,6 +29,7 @@ class Detokenizer:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._held = ""
         self.stopped = False
+        self.matched: str | None = None  # the stop string that was met
 
     def push(self, token: int) -> str:
         """The text that this token completes. After a stop string was met, ``stopped`` is set and nothing more comes."""
@@ -48,10 +49,11 @@ class Detokenizer:
         if not self._stop:
             return new
         text = self._held + new
-        found = [i for i in (text.find(s) for s in self._stop) if i >= 0]
+        found = [(i, s) for i, s in ((text.find(s), s) for s in self._stop) if i >= 0]
         if found:
+            at, self.matched = min(found)
             self.stopped, self._held = True, ""
-            return text[: min(found)]
+            return text[:at]
         keep = max((_overlap(text, s) for s in self._stop), default=0)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]

@@ -6,8 +6,11 @@ is cut off. All streams that ask in a step are guessed for together. It guesses 
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
+import warnings
+from contextlib import AbstractContextManager
 
 from llmkit.engine.batch import Batch, Chunk, Open, SlotOp, StepOutput, Truncate
 from llmkit.engine.runner import ModelRunner
@@ -18,14 +21,16 @@ __all__ = ["ModelDrafter"]
 
 MIN_LOGPROB = math.log(0.4)  # of a guess
 SMOOTHING = 0.2
+CATCH_UP_TOKENS = 64  # of prompts, in one step
 FIRST_STEP_S = 0.005  # until it is measured
 
 
 class ModelDrafter:
     """Proposes through ``runner``, whose model must be able to cut its sequences back."""
 
-    def __init__(self, runner: ModelRunner) -> None:
+    def __init__(self, runner: ModelRunner, turns: AbstractContextManager[None] | None = None) -> None:
         self._runner = runner
+        self._turns = turns or contextlib.nullcontext()
         self._held: list[list[int]] = [[] for _ in range(runner.n_slots)]
         self._broken = False
         self.step_s = FIRST_STEP_S  # what one more guess costs, for all streams that ask
@@ -37,7 +42,20 @@ class ModelDrafter:
         """``wanted`` has slots, the tokens there and how many may be guessed. Returns guesses by slot; none for one that it has yet to catch up with."""
         if self._broken:
             return {}
+        with self._turns:
+            return self._propose(wanted)
+
+    def missing(self, slot: int, tokens: list[int]) -> int:
+        """How many tokens it would have to compute before it can guess."""
+        return len(tokens) - common_prefix(self._held[slot], tokens, len(tokens))
+
+    def interrupt(self) -> None:
+        """From any thread: end what it computes."""
+        self._runner.interrupt()
+
+    def _propose(self, wanted: list[tuple[int, list[int], int]]) -> dict[int, list[int]]:
         began = time.perf_counter()
+        self._runner.clear_interrupt()
         most = {slot: limit for slot, _, limit in wanted}
         guesses = self._sure(self._catch_up(wanted))
         found = {slot: [token] for slot, token in guesses.items()}
@@ -52,17 +70,17 @@ class ModelDrafter:
         return found
 
     def _catch_up(self, wanted: list[tuple[int, list[int], int]]) -> dict[int, tuple[int, float]]:
-        """Compute what the streams have that this model has not seen, as much as goes into one step."""
+        """Compute what the streams have that this model has not seen: little at a time, since the streams wait for it."""
         chunks: list[Chunk] = []
         ops: list[SlotOp] = []
-        room = self._runner.max_batch_tokens
+        room = max(CATCH_UP_TOKENS, len(wanted))
         for slot, tokens, _ in sorted(wanted):
             held = self._held[slot]
             shared = common_prefix(held, tokens, len(tokens) - 1)
             if shared < len(held):
                 ops.append(Truncate(slot, shared))
                 del held[shared:]
-            part = tokens[shared : shared + room]
+            part = tokens[shared : shared + max(room, 0)]
             if part:
                 room -= len(part)
                 chunks.append(Chunk(slot, shared, part, shared + len(part) == len(tokens)))
@@ -73,10 +91,13 @@ class ModelDrafter:
         output: StepOutput = self._runner.execute(Batch(tuple(chunks), tuple(ops)))
         if output.error or output.no_room or output.faults:
             self._broken = True  # the streams do without
+            warnings.warn(f"the draft model failed and is not asked any more: {output.error or output.faults or 'no room'}", RuntimeWarning, stacklevel=2)
             return {}
         found = {}
         for i, chunk in enumerate(chunks):
-            self._held[chunk.slot].extend(chunk.tokens)
+            held = self._held[chunk.slot]
+            held.extend(chunk.tokens)
+            del held[output.resident[i] :]  # fewer after an interrupt
             if output.tokens[i]:
                 found[chunk.slot] = (output.tokens[i][0], output.scores[i][0].logprob if output.scores else 0.0)
         return found

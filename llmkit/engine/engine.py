@@ -121,6 +121,8 @@ class Engine:
         end = time.monotonic() + timeout
         while self._thread.is_alive() and time.monotonic() < end:
             self._runner.interrupt()
+            if self._drafter is not None:
+                self._drafter.interrupt()
             self._thread.join(0.05)
         return not self._thread.is_alive()
 

@@ -39,6 +39,7 @@ class Request:
         "first_token_at",
         "forced",
         "guessed_by",
+        "is_shifted",
         "keep_on_disk",
         "last_token_at",
         "lookup",
@@ -86,6 +87,7 @@ class Request:
         self.detokenizer = detokenizer
         self.tokens = list(prompt)
         self.outputs: list[int] = []
+        self.is_shifted = False
         self.num_prompt_tokens = len(prompt)
         self.num_computed_tokens = 0
         self.num_cached_tokens = 0
@@ -148,6 +150,8 @@ class Request:
         self.num_computed_tokens -= discard
         # What is computed from here on is not what a prompt of these tokens would give: nobody else may have it.
         self.cache_salt = f"{self.cache_salt}\0shifted {self.serial}"
+        self.is_shifted = True
+        self.draft_payoff = Payoff()  # they count by lengths, which are others now
         if self.lookup is not None:
             self.lookup = PromptLookup()
 
@@ -216,6 +220,7 @@ class Request:
             error=error,
             logprobs=tuple(self.channel.logprobs),
             prompt_logprobs=tuple(self.prompt_logprobs),
+            stop=self.detokenizer.matched,
         )
 
 

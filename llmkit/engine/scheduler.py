@@ -152,7 +152,7 @@ class Scheduler:
         """False while a running request computes a good part of this one's prompt: once that is done, it can be copied."""
         if request.waits_for is not None:
             leader, length = request.waits_for
-            if leader.slot is not None and leader.finish_reason is None and leader.num_computed_tokens < length:
+            if leader.slot is not None and leader.finish_reason is None and not leader.is_shifted and leader.num_computed_tokens < length:
                 return False
             request.waits_for = None
         if not self._can_coalesce or request.scores_prompt:
@@ -192,7 +192,12 @@ class Scheduler:
         """Back to waiting. What it has computed is parked outside the context if there is room (a copy of 35 MB takes 4 ms, its 1,500 tokens some
         seconds), else it will be computed again."""
         slot = self._slot(request)
-        ops = self._cut_inexact(request, slot) if self._deterministic else self.cache.park(slot, pinned=True)
+        if self._deterministic:
+            ops = self._cut_inexact(request, slot)
+        elif request.is_shifted:  # llama.cpp moves the positions at once and the keys at the next decode: a copy from in between would be wrong
+            ops = self.cache.cut(slot, 0)
+        else:
+            ops = self.cache.park(slot, pinned=True)
         request.parked_key = next((op.key for op in ops if isinstance(op, Park)), None)
         self.running.remove(request)
         self.cache.release(slot)
@@ -241,7 +246,8 @@ class Scheduler:
             slot.tokens[chunk.start :] = chunk.tokens
             del slot.tokens[resident:]  # fewer than asked after an interrupt or a rejected draft
             request.num_computed_tokens = resident
-            request.num_cached_tokens = min(request.num_cached_tokens, resident)  # less where a parked prefix was lost
+            if not request.is_shifted:
+                request.num_cached_tokens = min(request.num_cached_tokens, resident)  # less where a parked prefix was lost
             if chunk.slot in faults:
                 request.error = faults[chunk.slot]
                 self._finish(request, FinishReason.ERROR)
@@ -344,6 +350,8 @@ class Scheduler:
             slot = self._slot(request)
             if self._deterministic:
                 self._pending += self._cut_inexact(request, slot)
+            if request.is_shifted:
+                self._pending += self.cache.cut(slot, 0)  # of no use to anybody
             self.running.remove(request)
             if request in self._saving:
                 self._saving.remove(request)

@@ -8,6 +8,8 @@ from llmkit.engine.request import Request, slot_of
 
 __all__ = ["Speculation"]
 
+MAX_CATCH_UP = 4  # tokens that a draft model computes to get to a stream, for each token that may still come
+
 
 class Speculation:
     """Guesses by what a grammar forces, else by lookup, else by a draft model; and what became of them."""
@@ -36,7 +38,8 @@ class Speculation:
             elif request.lookup is not None:
                 request.guessed_by = request.lookup.payoff
                 found[slot] = request.lookup.propose(request.tokens, limit, cost)
-                if self._drafter is not None and not found[slot]:
+                left = request.max_tokens - request.num_output_tokens
+                if self._drafter is not None and not found[slot] and self._drafter.missing(slot, request.tokens) <= MAX_CATCH_UP * left:
                     request.guessed_by = request.draft_payoff
                     own_cost = self._drafter.step_s / self._clock.decode_s(len(decoding))
                     size = request.draft_payoff.size(len(request.tokens), limit, cost + own_cost)

@@ -12,10 +12,12 @@ from urllib.parse import unquote
 from tornado import httpserver, web
 
 from llmkit.client import EngineClient
+from llmkit.gateway.anthropic import AnthropicRoutes
 from llmkit.gateway.auth import Keys
 from llmkit.gateway.engines import EngineDirectory
 from llmkit.gateway.exchange import MAX_BODY_BYTES, ClientGoneError, Exchange
 from llmkit.gateway.failures import ApiError, api_error
+from llmkit.gateway.ollama import OllamaRoutes
 from llmkit.gateway.openai import OpenAIRoutes
 from llmkit.gateway.tokenizing import TokenizerRoutes
 from llmkit.gateway.vectors import VectorRoutes
@@ -34,6 +36,7 @@ class Gateway:
     def __init__(self, directory: EngineDirectory, on_use: Callable[[EngineClient], None] = lambda _: None) -> None:
         self._directory = directory
         openai = OpenAIRoutes(directory, f"llmkit-{__version__}", on_use)
+        anthropic, ollama = AnthropicRoutes(directory, on_use), OllamaRoutes(directory, on_use)
         vectors, tokenizer = VectorRoutes(directory, on_use), TokenizerRoutes(directory)
         self.routes: list[tuple[str, re.Pattern[str], Route]] = [
             ("GET", re.compile(r"/health"), self._health),
@@ -41,6 +44,15 @@ class Gateway:
             ("GET", re.compile(r"/v1/models/(.+)"), openai.get_model),
             ("POST", re.compile(r"/v1/chat/completions"), openai.chat_completions),
             ("POST", re.compile(r"/v1/completions"), openai.completions),
+            ("POST", re.compile(r"/v1/messages"), anthropic.messages),
+            ("POST", re.compile(r"/v1/messages/count_tokens"), anthropic.count_tokens),
+            ("POST", re.compile(r"/api/chat"), ollama.chat),
+            ("POST", re.compile(r"/api/generate"), ollama.generate),
+            ("POST", re.compile(r"/api/embed"), ollama.embed),
+            ("POST", re.compile(r"/api/show"), ollama.show),
+            ("GET", re.compile(r"/api/tags"), ollama.tags),
+            ("GET", re.compile(r"/api/ps"), ollama.ps),
+            ("GET", re.compile(r"/api/version"), ollama.version),
             ("POST", re.compile(r"/v1/embeddings"), vectors.embeddings),
             ("POST", re.compile(r"(?:/v1)?/rerank"), vectors.rerank),
             ("POST", re.compile(r"(?:/v1)?/tokenize"), tokenizer.tokenize),

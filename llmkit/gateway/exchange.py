@@ -9,7 +9,7 @@ from typing import Any
 
 from tornado import gen, iostream, web
 
-from llmkit.gateway.failures import ApiError
+from llmkit.gateway.failures import ApiError, dialect_of
 
 __all__ = ["ClientGoneError", "Exchange"]
 
@@ -54,18 +54,21 @@ class Exchange:
 
     def send_error(self, error: ApiError) -> None:
         """The error object; within a stream as its last event, which then ends without ``[DONE]``."""
+        dialect = dialect_of(self.path)
+        body = error.body(dialect, self.request_id)
         if not self.streaming:
-            self.send_json(error.body, error.status, error.headers)
+            self.send_json(body, error.status, error.headers)
             return
+        before = {"openai": "data: ", "anthropic": "event: error\ndata: ", "ollama": ""}[dialect]
         try:
-            self._handler.write(f"data: {json.dumps(error.body)}\n\n")
+            self._handler.write(f"{before}{json.dumps(body)}" + ("\n" if dialect == "ollama" else "\n\n"))
             self._handler.finish()
         except (iostream.StreamClosedError, RuntimeError):
             return
 
-    async def start_events(self) -> None:
+    async def start_events(self, content_type: str = "text/event-stream") -> None:
         self.streaming = True
-        self._handler.set_header("Content-Type", "text/event-stream")
+        self._handler.set_header("Content-Type", content_type)
         self._handler.set_header("Cache-Control", "no-cache")
         self._handler.set_header("X-Accel-Buffering", "no")  # JupyterHub's and other proxies must not collect
 
@@ -83,11 +86,20 @@ class Exchange:
     async def send_event(self, value: Any) -> None:
         await self.send_text(f"data: {json.dumps(value)}\n\n")
 
+    async def send_named_event(self, value: dict[str, Any]) -> None:
+        """An event that also says its type."""
+        await self.send_text(f"event: {value['type']}\ndata: {json.dumps(value)}\n\n")
+
+    async def send_line(self, value: Any) -> None:
+        """A line of NDJSON."""
+        await self.send_text(json.dumps(value) + "\n")
+
     def drop(self) -> None:
         """Close the connection of a client that reads nothing."""
         if self._stream is not None:
             self._stream.close()
 
-    def end_events(self) -> None:
-        self._handler.write("data: [DONE]\n\n")
+    def end_events(self, mark: str = "data: [DONE]\n\n") -> None:
+        if mark:
+            self._handler.write(mark)
         self._handler.finish()

@@ -3,11 +3,29 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from llmkit import errors
 
-__all__ = ["ApiError", "api_error"]
+__all__ = ["ApiError", "Dialect", "api_error", "dialect_of"]
+
+
+Dialect = Literal["openai", "anthropic", "ollama"]
+ANTHROPIC_TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    405: "invalid_request_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+}
+
+
+def dialect_of(path: str) -> Dialect:
+    """Whose words a route speaks."""
+    return "ollama" if path.startswith("/api/") else "anthropic" if path.startswith("/v1/messages") else "openai"
 
 
 @dataclass(eq=False)
@@ -21,8 +39,12 @@ class ApiError(Exception):
     code: str | None = None
     headers: dict[str, str] = field(default_factory=dict)
 
-    @property
-    def body(self) -> dict[str, Any]:
+    def body(self, dialect: Dialect, request_id: str) -> dict[str, Any]:
+        """The error object as a dialect's clients expect it."""
+        if dialect == "ollama":
+            return {"error": self.message}
+        if dialect == "anthropic":
+            return {"type": "error", "error": {"type": ANTHROPIC_TYPES.get(self.status, "api_error"), "message": self.message}, "request_id": request_id}
         return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
 
 

@@ -26,6 +26,7 @@ __all__ = [
     "parse",
     "text_chunk",
     "usage_object",
+    "validated",
 ]
 
 LEGACY_MAX_TOKENS = 16
@@ -251,7 +252,11 @@ def parse(schema: type[Schema], body: bytes) -> Schema:
         raise InvalidRequestError(f"The body is not valid JSON: {error}") from None
     if not isinstance(data, dict):
         raise InvalidRequestError("The body must be a JSON object.")
-    data = {k: v for k, v in data.items() if v is not None}  # a field that is null is a field not given, known to us or not
+    return validated(schema, {k: v for k, v in data.items() if v is not None})  # a field that is null is a field not given, known to us or not
+
+
+def validated(schema: type[Schema], data: dict[str, Any]) -> Schema:
+    """Fields as a schema. Raises as `parse` does."""
     try:
         return schema.model_validate(data)
     except RecursionError:

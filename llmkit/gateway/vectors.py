@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 from collections.abc import Callable
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -16,7 +16,10 @@ from llmkit.gateway.exchange import Exchange
 from llmkit.gateway.schemas import Ignored, new_id, parse
 from llmkit.types import EmbeddingRequest, Embeddings
 
-__all__ = ["EmbeddingsBody", "RerankBody", "VectorRoutes"]
+if TYPE_CHECKING:
+    import numpy as np
+
+__all__ = ["EmbeddingsBody", "RerankBody", "VectorRoutes", "vectors_of"]
 
 MAX_INPUTS = 2048
 
@@ -105,13 +108,19 @@ class VectorRoutes:
         exchange.send_json({"id": new_id("rerank"), "object": "list", "model": engine.description.name, "results": results, "usage": usage})
 
 
-def _encode(found: Embeddings, dimensions: int | None, form: str) -> list[Any]:
+def vectors_of(found: Embeddings, dimensions: int | None) -> np.ndarray:
+    """The vectors, float32 of shape (n, size); fewer ``dimensions`` are cut and normalised."""
     import numpy as np
 
     vectors = np.frombuffer(found.data, "<f4").reshape(-1, found.size)
     if dimensions is not None and dimensions < found.size:
         vectors = vectors[:, :dimensions]
         vectors = (vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)).astype("<f4")
+    return vectors
+
+
+def _encode(found: Embeddings, dimensions: int | None, form: str) -> list[Any]:
+    vectors = vectors_of(found, dimensions)
     return [base64.b64encode(v.tobytes()).decode() for v in vectors] if form == "base64" else vectors.tolist()
 
 

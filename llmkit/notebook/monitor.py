@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 
 from llmkit.client import EngineClient
-from llmkit.errors import LLMKitError
+from llmkit.errors import EngineGoneError, LLMKitError
 from llmkit.notebook import charts
 from llmkit.types import EngineStats
 
@@ -45,7 +45,10 @@ class Monitor:
         self._client = client
         self._interval = min(max(interval, 0.25), 60)
         self._device_memory = device_memory
-        self._process = psutil.Process(pid)
+        try:
+            self._process = psutil.Process(pid)
+        except psutil.Error:
+            raise EngineGoneError(f"the process of the model {client.description.name!r} has ended; load it again.") from None
         self._total_ram = int(psutil.virtual_memory().total)
         self._rates: deque[float] = deque([0.0], maxlen=HISTORY)
         self._kv: deque[float] = deque([0.0], maxlen=HISTORY)
@@ -80,7 +83,9 @@ class Monitor:
         self._before, self._before_at = stats, now
         self._rates.append(rate)
         self._kv.append(stats.kv_usage)
-        return Sample(stats, rate, int(self._process.memory_info().rss), self._total_ram, self._device_memory())
+        if getattr(self._client, "gone", None):
+            raise EngineGoneError(str(self._client.gone))  # type: ignore[attr-defined]
+        return Sample(stats, rate, max(1, int(self._process.memory_info().rss)), self._total_ram, self._device_memory())
 
     def _run(self) -> None:
         while not self._stopped.wait(self._interval):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import os
@@ -15,10 +14,10 @@ import urllib.error
 import urllib.request
 from dataclasses import dataclass, field
 from html import escape
-from pathlib import Path
 from urllib.parse import urlsplit
 
 from llmkit.errors import EngineError
+from llmkit.machine import python_path
 from llmkit.types import ModelDescription
 
 __all__ = ["Endpoint", "find_or_start"]
@@ -91,7 +90,7 @@ class Endpoint:
         )
 
 
-def find_or_start(model: ModelDescription, kernel_id: str | None, port: int = 0) -> Endpoint:
+def find_or_start(model: ModelDescription, kernel_id: str | None, port: int, pid: int) -> Endpoint:
     """The Jupyter server's gateway where one owns this kernel and has the extension, else a new one on loopback.
 
     Raises `EngineError` when that one cannot be started.
@@ -100,7 +99,7 @@ def find_or_start(model: ModelDescription, kernel_id: str | None, port: int = 0)
         endpoint = _in_jupyter(model)
         if endpoint is not None:
             return endpoint
-    return _start(model, port)
+    return _start(model, port, pid)
 
 
 def _in_jupyter(model: ModelDescription) -> Endpoint | None:
@@ -134,12 +133,12 @@ def _public_url(url: str) -> str:
     return f"{public.rstrip('/')}/llmkit" if public and "JUPYTERHUB_SERVICE_PREFIX" in os.environ else url
 
 
-def _start(model: ModelDescription, port: int) -> Endpoint:
+def _start(model: ModelDescription, port: int, pid: int) -> Endpoint:
     """A gateway in a process of its own (HTTP in the kernel would fight the engine for the GIL); it ends with this one."""
     key = secrets.token_urlsafe(24)
-    command = [sys.executable, "-m", "llmkit", "serve", "--attach", str(os.getpid()), "--port", str(port), "--log-level", "error"]
+    command = [sys.executable, "-m", "llmkit", "serve", "--attach", str(pid), "--port", str(port), "--log-level", "error"]
     inherited = {k: v for k, v in os.environ.items() if not k.startswith("LLMKIT_")}
-    environment = {**inherited, "LLMKIT_API_KEY": key, "LLMKIT_HOST": "127.0.0.1", "PYTHONPATH": _python_path()}
+    environment = {**inherited, "LLMKIT_API_KEY": key, "LLMKIT_HOST": "127.0.0.1", "PYTHONPATH": python_path()}
     with tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors, text=True, start_new_session=True)
         assert process.stdout is not None
@@ -156,13 +155,3 @@ def _start(model: ModelDescription, port: int) -> Endpoint:
     url = line.rsplit(" at ", 1)[1].strip()
     how = "a fresh one, in .api_key of this object; .environment has what a child process needs"
     return Endpoint(url, model.name, key, how, in_jupyter=False, _process=process)
-
-
-def _python_path() -> str:
-    """Where this very llmkit lies, also when it is not installed."""
-    here = str(Path(__file__).resolve().parents[2])
-    known = os.environ.get("PYTHONPATH", "")
-    with contextlib.suppress(ValueError):
-        known.split(os.pathsep).index(here)
-        return known
-    return f"{known}{os.pathsep}{here}" if known else here

@@ -1,0 +1,70 @@
+"""One chat answer for the dialects that have no choices: Anthropic's and Ollama's. They write a `ChatRequest` and read events. Tornado loop only."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from dataclasses import asdict, replace
+
+from llmkit.chat.parsers.events import Event, Plain
+from llmkit.client import EngineClient
+from llmkit.gateway.chat import ChatRequest
+from llmkit.gateway.streams import close_all, merge, submit_all
+from llmkit.types import Completion, Inquiry
+
+__all__ = ["Answer", "count_tokens"]
+
+News = list[Event] | Completion | None
+
+
+class Answer:
+    """The answer to ``request``, as it comes. ``close()`` ends it early. With a ``prompt`` that text is continued, and no template is applied."""
+
+    def __init__(
+        self, engine: EngineClient, request: ChatRequest, reply_id: str, caller: str, on_use: Callable[[EngineClient], None], *, prompt: str | None = None
+    ) -> None:
+        self._engine, self._on_use = engine, on_use
+        self._parser = request.parser(engine.description) if prompt is None else Plain()
+        on_use(engine)
+        requests = [replace(r, caller=caller) for r in request.requests(reply_id, engine.description)]
+        self._streams = submit_all(engine, requests if prompt is None else [replace(r, prompt=prompt, messages=None) for r in requests])
+
+    async def news(self) -> AsyncIterator[News]:
+        """Events as they are sure, None after silence, and at last the completion. Raises what the engine raises."""
+        async for news in merge(self._streams):
+            self._on_use(self._engine)
+            if news is None:
+                yield None
+                continue
+            _, deltas, completion = news
+            events = [e for d in deltas if d.text for e in self._parser.push(d.text)]
+            if completion is not None:
+                events += self._parser.finish()
+            if events:
+                yield events
+            if completion is not None:
+                yield completion
+
+    async def whole(self) -> tuple[list[Event], Completion]:
+        """All events, and the completion."""
+        events: list[Event] = []
+        async for news in self.news():
+            if isinstance(news, Completion):
+                return events, news
+            events += news or []
+        raise AssertionError("an answer ends with its completion")
+
+    def close(self) -> None:
+        close_all(self._streams)
+
+
+async def count_tokens(engine: EngineClient, request: ChatRequest, request_id: str) -> int:
+    """Tokens of the prompt that a request makes."""
+    (asked,) = request.requests(request_id, engine.description)
+    data = {
+        "messages": [m.as_dict() for m in asked.messages or ()],
+        "tools": [asdict(tool) for tool in asked.tools],
+        "template_options": asked.template_options,
+    }
+    found = await asyncio.wrap_future(engine.inquire(Inquiry(request_id, "tokenize_chat", data)))
+    return len(found["tokens"])

@@ -1,0 +1,314 @@
+"""Ollama's routes: its words to a `ChatRequest` (or plain completion), and lines of JSON back. Tornado loop only."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator, Callable
+from datetime import UTC, datetime
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from llmkit.chat.parsers.events import Call, Content, Event, Reasoning
+from llmkit.client import EngineClient
+from llmkit.errors import InvalidRequestError
+from llmkit.gateway.answers import Answer
+from llmkit.gateway.chat import ChatRequest, ToolBody
+from llmkit.gateway.engines import EngineDirectory
+from llmkit.gateway.exchange import Exchange
+from llmkit.gateway.schemas import new_id, parse, validated
+from llmkit.gateway.vectors import vectors_of
+from llmkit.types import Completion, EmbeddingRequest, FinishReason, Inquiry, ModelDescription
+from llmkit.version import __version__
+
+__all__ = ["ChatBody", "GenerateBody", "OllamaRoutes"]
+
+SAME = (
+    "temperature", "top_k", "top_p", "min_p", "typical_p", "seed", "stop", "repeat_penalty", "repeat_last_n", "presence_penalty", "frequency_penalty",
+)  # fmt: skip
+NDJSON = "application/x-ndjson"
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class CalledFunction(Strict):
+    name: str
+    arguments: dict[str, Any] = {}
+    index: int | None = None
+
+
+class CalledTool(Strict):
+    function: CalledFunction
+    id: str | None = None
+    type: str | None = None
+
+
+class OllamaMessage(Strict):
+    role: Literal["system", "user", "assistant", "tool"]
+    content: str | None = None
+    thinking: str | None = None
+    tool_calls: list[CalledTool] | None = None
+    tool_name: str | None = None
+    tool_call_id: str | None = None
+
+    def message(self) -> dict[str, Any]:
+        found: dict[str, Any] = {"role": self.role, "content": self.content or ""}
+        if self.tool_calls:
+            found["tool_calls"] = [
+                {"id": c.id or f"call_{i}", "type": "function", "function": {"name": c.function.name, "arguments": json.dumps(c.function.arguments)}}
+                for i, c in enumerate(self.tool_calls)
+            ]
+        given = {"reasoning_content": self.thinking, "name": self.tool_name, "tool_call_id": self.tool_call_id}
+        return {**found, **{k: v for k, v in given.items() if v is not None}}
+
+
+class Body(Strict):
+    """What chat and generate take."""
+
+    model: str
+    stream: bool = True
+    format: Literal["", "json"] | dict[str, Any] | None = None
+    options: dict[str, Any] = {}
+    keep_alive: str | int | float | None = None  # models stay until they are unloaded where they were loaded
+    think: bool | Literal["low", "medium", "high"] | None = None
+
+    def asked(self, model: ModelDescription) -> dict[str, Any]:
+        """Options in OpenAI's words. Raises `InvalidRequestError` for one that cannot be honoured."""
+        found: dict[str, Any] = {"model": self.model}
+        for name, value in self.options.items():
+            if name == "num_ctx":
+                if not isinstance(value, int) or value > model.n_ctx:
+                    raise InvalidRequestError(
+                        f"options.num_ctx: {self.model!r} was loaded with a context of {model.n_ctx} tokens; load it with more.", "options"
+                    )
+            elif name == "num_predict":
+                found["max_tokens"] = None if value in (-1, -2) else value
+            elif name in SAME:
+                found[name] = value
+            else:
+                raise InvalidRequestError(f"options.{name:.60}: not an option that a running model can honour.", "options")
+        if self.format == "json":
+            found["response_format"] = {"type": "json_object"}
+        elif isinstance(self.format, dict):
+            found["json_schema"] = self.format
+        if self.think is not None and (model.reasoning or self.think):
+            found["reasoning_effort"] = "none" if self.think is False else self.think if isinstance(self.think, str) else "medium"
+        return {k: v for k, v in found.items() if v is not None}
+
+
+class ChatBody(Body):
+    """POST /api/chat"""
+
+    messages: list[OllamaMessage] = []
+    tools: list[ToolBody] | None = None
+
+    def request(self, model: ModelDescription) -> ChatRequest:
+        tools = {"tools": [t.model_dump() for t in self.tools]} if self.tools else {}
+        return validated(ChatRequest, {**self.asked(model), "messages": [m.message() for m in self.messages], **tools})
+
+
+class GenerateBody(Body):
+    """POST /api/generate"""
+
+    prompt: str = ""
+    system: str | None = None
+    raw: bool = False
+
+    def request(self, model: ModelDescription) -> ChatRequest:
+        system = [{"role": "system", "content": self.system}] if self.system else []
+        return validated(ChatRequest, {**self.asked(model), "messages": [*system, {"role": "user", "content": self.prompt}]})
+
+
+class EmbedBody(Strict):
+    """POST /api/embed"""
+
+    model: str
+    input: str | list[str]
+    truncate: bool = True
+    dimensions: Annotated[int, Field(ge=1)] | None = None
+    keep_alive: str | int | float | None = None
+    options: dict[str, Any] = {}
+
+
+class ShowBody(Strict):
+    """POST /api/show"""
+
+    model: str | None = None
+    name: str | None = None
+    verbose: bool = False
+
+
+class OllamaRoutes:
+    """`/api/…` over the engines of a directory."""
+
+    def __init__(self, directory: EngineDirectory, on_use: Callable[[EngineClient], None]) -> None:
+        self._directory = directory
+        self._on_use = on_use
+
+    def _engine(self, model: str, use: Literal["generate", "embed"] | None = "generate") -> EngineClient:
+        return self._directory.lookup(model.removesuffix(":latest"), use)
+
+    async def chat(self, exchange: Exchange) -> None:
+        body = parse(ChatBody, exchange.body)
+        engine = self._engine(body.model)
+        if not body.messages:  # how Ollama's clients load a model
+            exchange.send_json(
+                {"model": body.model, "created_at": _now(), "message": {"role": "assistant", "content": ""}, "done": True, "done_reason": "load"}
+            )
+            return
+        await self._answer(exchange, body, engine, body.request(engine.description), lambda m: {"message": {"role": "assistant", "content": "", **m}})
+
+    async def generate(self, exchange: Exchange) -> None:
+        body = parse(GenerateBody, exchange.body)
+        engine = self._engine(body.model)
+        if not body.prompt:
+            exchange.send_json({"model": body.model, "created_at": _now(), "response": "", "done": True, "done_reason": "load"})
+            return
+
+        def named(message: dict[str, Any]) -> dict[str, Any]:
+            thinking = {"thinking": message["thinking"]} if "thinking" in message else {}
+            return {"response": message.get("content", ""), **thinking}
+
+        await self._answer(exchange, body, engine, body.request(engine.description), named, prompt=body.prompt if body.raw else None)
+
+    async def _answer(
+        self, exchange: Exchange, body: Body, engine: EngineClient, request: ChatRequest, named: Callable[[dict[str, Any]], Any], prompt: str | None = None
+    ) -> None:
+        began = time.perf_counter()
+        answer = Answer(engine, request, new_id("ollama"), exchange.caller, self._on_use, prompt=prompt)
+        try:
+            if body.stream:
+                await self._stream(exchange, answer.news(), body.model, named, began)
+                return
+            events, completion = await answer.whole()
+            exchange.send_json({**_line(body.model, named(_message(events))), **_ending(completion, events, began)})
+        finally:
+            answer.close()
+
+    @staticmethod
+    async def _stream(exchange: Exchange, news: AsyncIterator[Any], model: str, named: Callable[[dict[str, Any]], Any], began: float) -> None:
+        entry = await anext(news)  # an error before the first byte still has its real status
+        await exchange.start_events(NDJSON)
+        seen: list[Event] = []
+        while not isinstance(entry, Completion):
+            for event in entry or ():
+                seen.append(event)
+                await exchange.send_line({**_line(model, named(_message([event]))), "done": False})
+            entry = await anext(news)
+        await exchange.send_line({**_line(model, named({})), **_ending(entry, seen, began)})
+        exchange.end_events("")
+
+    async def embed(self, exchange: Exchange) -> None:
+        body = parse(EmbedBody, exchange.body)
+        began = time.perf_counter()
+        engine = self._engine(body.model, "embed")
+        self._on_use(engine)
+        inputs = (body.input,) if isinstance(body.input, str) else tuple(body.input)
+        found = await asyncio.wrap_future(engine.embed(EmbeddingRequest(new_id("embd"), inputs)))
+        vectors = await asyncio.to_thread(vectors_of, found, body.dimensions)
+        times = {"total_duration": _ns(time.perf_counter() - began), "load_duration": 0, "prompt_eval_count": sum(found.num_tokens)}
+        exchange.send_json({"model": body.model, "embeddings": vectors.tolist(), **times})
+
+    async def tags(self, exchange: Exchange) -> None:
+        exchange.send_json({"models": [_tag(e.model_id, e.client.description) for e in self._directory.entries()]})
+
+    async def ps(self, exchange: Exchange) -> None:
+        entries = self._directory.entries()
+        far = datetime(9999, 1, 1, tzinfo=UTC).isoformat()  # until somebody unloads them
+        exchange.send_json({"models": [{**_tag(e.model_id, e.client.description), "expires_at": far, **_sizes(e.client.description)} for e in entries]})
+
+    async def show(self, exchange: Exchange) -> None:
+        body = parse(ShowBody, exchange.body)
+        name = body.model or body.name
+        if not name:
+            raise InvalidRequestError("model is missing.", "model")
+        engine = self._engine(name, None)
+        info = await asyncio.wrap_future(engine.inquire(Inquiry(new_id("show"), "info", {})))
+        model = engine.description
+        embeds = bool(model.embedding_size)
+        able = ["embedding"] if embeds else ["completion", "tools", *(["thinking"] if model.reasoning else [])]
+        facts = {
+            "general.architecture": model.architecture,
+            "general.parameter_count": model.n_params,
+            f"{model.architecture}.context_length": model.n_ctx_train,
+            **({f"{model.architecture}.embedding_length": model.embedding_size} if embeds else {}),
+        }
+        exchange.send_json(
+            {
+                "modelfile": f"FROM {name}",
+                "parameters": f"num_ctx {model.n_ctx}",
+                "template": info["chat_template"] or "",
+                "details": _details(model),
+                "model_info": facts,
+                "capabilities": able,
+            }
+        )
+
+    async def version(self, exchange: Exchange) -> None:
+        exchange.send_json({"version": __version__})
+
+
+def _message(events: list[Event]) -> dict[str, Any]:
+    """Events as the fields of a message; none where there is nothing."""
+    found: dict[str, Any] = {}
+    for event in events:
+        match event:
+            case Content():
+                found["content"] = found.get("content", "") + event.text
+            case Reasoning():
+                found["thinking"] = found.get("thinking", "") + event.text
+            case Call():
+                calls = found.setdefault("tool_calls", [])
+                calls.append({"id": event.call_id, "function": {"index": len(calls), "name": event.name, "arguments": json.loads(event.arguments)}})
+    return found
+
+
+def _line(model: str, named: dict[str, Any]) -> dict[str, Any]:
+    return {"model": model, "created_at": _now(), **named}
+
+
+def _ending(completion: Completion, events: list[Event], began: float) -> dict[str, Any]:
+    metrics, usage = completion.metrics, completion.usage
+    return {
+        "done": True,
+        "done_reason": "length" if completion.finish_reason is FinishReason.LENGTH else "stop",
+        "total_duration": _ns(time.perf_counter() - began),
+        "load_duration": 0,
+        "prompt_eval_count": usage.prompt_tokens,
+        "prompt_eval_duration": _ns(max(metrics.ttft_s - metrics.queue_s, 0.0)),
+        "eval_count": usage.completion_tokens,
+        "eval_duration": _ns(metrics.decode_s),
+    }
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat().replace("+00:00", "Z")
+
+
+def _ns(seconds: float) -> int:
+    return int(seconds * 1e9)
+
+
+def _tag(model_id: str, model: ModelDescription) -> dict[str, Any]:
+    at = datetime.fromtimestamp(model.created, UTC).isoformat()
+    return {"name": model_id, "model": model_id, "modified_at": at, "size": model.weights_bytes, "digest": "", "details": _details(model)}
+
+
+def _sizes(model: ModelDescription) -> dict[str, int]:
+    whole = model.weights_bytes + model.kv_bytes
+    return {"size": whole, "size_vram": whole if model.device == "gpu" else 0, "context_length": model.n_ctx}
+
+
+def _details(model: ModelDescription) -> dict[str, Any]:
+    return {
+        "parent_model": "",
+        "format": "gguf",
+        "family": model.architecture,
+        "families": [model.architecture],
+        "parameter_size": f"{model.n_params / 1e6:.0f}M" if model.n_params < 1e9 else f"{model.n_params / 1e9:.1f}B",
+        "quantization_level": model.quantization,
+    }
