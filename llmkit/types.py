@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import math
 import re
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Literal
 
 from llmkit.errors import InvalidRequestError
+from llmkit.sampling import Grammar, SamplingParams, check, check_integer, check_number
 
 __all__ = [
     "Completion",
@@ -32,12 +33,7 @@ __all__ = [
     "Usage",
 ]
 
-MAX_STOP_STRINGS = 16
-MAX_LOGIT_BIAS = 1024
-MAX_LOGPROBS = 50
 MAX_INPUTS = 100_000
-MAX_GRAMMAR_CHARS = 1 << 17
-MAX_SEED = 2**32 - 1
 # Characters a token can stand for at most, on average: a longer text cannot fit, and is refused before it is tokenized.
 MAX_CHARS_PER_TOKEN = 64
 
@@ -52,132 +48,6 @@ class FinishReason(StrEnum):
     ERROR = "error"
 
 
-def _check(ok: bool, param: str, message: str) -> None:
-    if not ok:
-        raise InvalidRequestError(f"{param} {message}", param)
-
-
-def _number(value: object, param: str, low: float, high: float) -> None:
-    ok = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and low <= value <= high
-    _check(ok, param, f"must be a number from {low:g} to {high:g}, not {value!r:.50}.")
-
-
-def _integer(value: object, param: str, low: int, high: int) -> None:
-    ok = isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
-    _check(ok, param, f"must be an integer from {low} to {high}, not {value!r:.50}.")
-
-
-GRAMMAR_KINDS = ("json_schema", "regex", "lark", "gbnf", "choice")
-
-
-@dataclass(frozen=True, slots=True)
-class Grammar:
-    """What a text must look like. ``kind`` is json_schema, regex, lark, gbnf (their source in ``text``) or choice (a JSON list of texts).
-
-    >>> Grammar("regex", "[0-9]{4}").kind
-    'regex'
-    """
-
-    kind: str
-    text: str
-
-    def __post_init__(self) -> None:
-        _check(self.kind in GRAMMAR_KINDS, "grammar", f"kinds are {', '.join(GRAMMAR_KINDS)}, not {self.kind!r:.30}.")
-        _check(isinstance(self.text, str) and 0 < len(self.text) <= MAX_GRAMMAR_CHARS, "grammar", f"must be a text of 1 to {MAX_GRAMMAR_CHARS} characters.")
-
-
-@dataclass(frozen=True, slots=True)
-class SamplingParams:
-    """How the next token is chosen. Defaults are llama.cpp's.
-
-    >>> SamplingParams(temperature=0).greedy
-    True
-
-    ``max_tokens=None`` goes on to the end of the context. ``seed=None`` draws a fresh one. ``top_k=0`` and the values 1.0
-    (top_p, typical_p, repetition_penalty) and 0.0 (min_p, presence/frequency_penalty) switch a step off.
-    ``logit_bias`` holds (token id, bias) pairs. ``stop`` strings may span tokens and are never part of the text. ``logprobs=k`` records the log-probability of
-    each generated token and of the k likeliest ones, ``prompt_logprobs`` the same for the prompt (which is then computed whole). ``grammar`` constrains the
-    text. ``speculate`` lets the engine guess ahead where that pays; what comes out is the same.
-    """
-
-    max_tokens: int | None = 256
-    temperature: float = 0.8
-    top_k: int = 40
-    top_p: float = 0.95
-    min_p: float = 0.05
-    typical_p: float = 1.0
-    repetition_penalty: float = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    penalty_last_n: int = 64
-    seed: int | None = None
-    stop: tuple[str, ...] = ()
-    logit_bias: tuple[tuple[int, float], ...] = ()
-    ignore_eos: bool = False
-    logprobs: int | None = None
-    prompt_logprobs: int | None = None
-    grammar: Grammar | None = None
-    speculate: bool = True
-
-    def __post_init__(self) -> None:
-        if isinstance(self.stop, str):
-            object.__setattr__(self, "stop", (self.stop,))
-        if self.stop is None:
-            object.__setattr__(self, "stop", ())
-        if isinstance(self.stop, list):
-            object.__setattr__(self, "stop", tuple(self.stop))
-        if isinstance(self.logit_bias, dict):
-            object.__setattr__(self, "logit_bias", tuple(self.logit_bias.items()))
-        if self.max_tokens is not None:
-            _integer(self.max_tokens, "max_tokens", 0, 2**31 - 1)
-        _number(self.temperature, "temperature", 0, 100)
-        _integer(self.top_k, "top_k", 0, 2**31 - 1)
-        _number(self.top_p, "top_p", 0, 1)
-        _number(self.min_p, "min_p", 0, 1)
-        _number(self.typical_p, "typical_p", 0, 1)
-        _number(self.repetition_penalty, "repetition_penalty", 0.01, 100)
-        _number(self.presence_penalty, "presence_penalty", -100, 100)
-        _number(self.frequency_penalty, "frequency_penalty", -100, 100)
-        _integer(self.penalty_last_n, "penalty_last_n", 0, 2**20)
-        if self.seed is not None:
-            _integer(self.seed, "seed", -(2**63), 2**64)
-            object.__setattr__(self, "seed", self.seed % MAX_SEED)  # llama.cpp keeps 2**32-1 for "random"
-        _check(isinstance(self.stop, tuple), "stop", "must be a string or a list of strings.")
-        _check(len(self.stop) <= MAX_STOP_STRINGS, "stop", f"may hold at most {MAX_STOP_STRINGS} strings.")
-        _check(all(isinstance(s, str) and 0 < len(s) <= 1000 for s in self.stop), "stop", "must hold strings of 1 to 1000 characters.")
-        _check(len(self.logit_bias) <= MAX_LOGIT_BIAS, "logit_bias", f"may hold at most {MAX_LOGIT_BIAS} tokens.")
-        for token, bias in self.logit_bias:
-            _integer(token, "logit_bias", 0, 2**31 - 1)
-            _number(bias, "logit_bias", -1e6, 1e6)
-        _check(isinstance(self.ignore_eos, bool), "ignore_eos", "must be true or false.")
-        _check(isinstance(self.speculate, bool), "speculate", "must be true or false.")
-        for param in ("logprobs", "prompt_logprobs"):
-            if getattr(self, param) is not None:
-                _integer(getattr(self, param), param, 0, MAX_LOGPROBS)
-        if isinstance(self.grammar, dict):
-            object.__setattr__(self, "grammar", Grammar(**self.grammar))
-        _check(self.grammar is None or isinstance(self.grammar, Grammar), "grammar", "must be a Grammar.")
-        _check(not (self.grammar is not None and self.ignore_eos), "ignore_eos", "cannot be combined with a grammar, which says where the text ends.")
-
-    @property
-    def greedy(self) -> bool:
-        """Whether the most probable token is taken each time."""
-        return self.temperature == 0 or self.top_k == 1
-
-    @property
-    def plain_greedy(self) -> bool:
-        """Greedy, and nothing changes the logits before (``ignore_eos`` aside): an argmax is enough."""
-        penalties = self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
-        return self.greedy and not (penalties or self.logit_bias)
-
-    def as_dict(self) -> dict[str, Any]:
-        """Only what differs from the defaults, JSON-ready."""
-        found = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
-        if self.grammar is not None:
-            found["grammar"] = {"kind": self.grammar.kind, "text": self.grammar.text}
-        return found
-
-
 @dataclass(frozen=True, slots=True)
 class Tool:
     """A function that a model may call: ``parameters`` is the JSON schema of its arguments."""
@@ -187,12 +57,12 @@ class Tool:
     parameters: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        _check(
+        check(
             isinstance(self.name, str) and re.fullmatch(r"[A-Za-z0-9_.-]{1,64}", self.name) is not None,
             "tools",
             f"names are 1 to 64 of a-z, A-Z, 0-9, _, . and -, not {self.name!r:.80}.",
         )
-        _check(isinstance(self.parameters, dict), "tools", "must give parameters as a JSON schema.")
+        check(isinstance(self.parameters, dict), "tools", "must give parameters as a JSON schema.")
 
     def function(self) -> dict[str, Any]:
         """What a chat template sees, and OpenAI's clients send."""
@@ -224,7 +94,7 @@ class Message:
     def __post_init__(self) -> None:
         if self.content is None:
             object.__setattr__(self, "content", "")
-        _check(isinstance(self.content, str), "messages", "must have text as content.")
+        check(isinstance(self.content, str), "messages", "must have text as content.")
         object.__setattr__(self, "tool_calls", tuple(_tool_call(c) for c in self.tool_calls or ()))
 
     def as_dict(self) -> dict[str, Any]:
@@ -252,7 +122,7 @@ def _tool_call(given: Any) -> ToolCall:
         whole = isinstance(json.loads(given.arguments), dict)
     except (ValueError, RecursionError):
         whole = False
-    _check(whole, "messages", f"the arguments of the tool call {given.name!r:.80} are no JSON object.")
+    check(whole, "messages", f"the arguments of the tool call {given.name!r:.80} are no JSON object.")
     return given
 
 
@@ -279,15 +149,15 @@ class GenerationRequest:
     template_options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        _integer(self.priority, "priority", -(2**31), 2**31)
+        check_integer(self.priority, "priority", -(2**31), 2**31)
         for param in ("caller", "cache_salt"):
-            _check(isinstance(getattr(self, param), str) and len(getattr(self, param)) <= 1000, param, "must be a text of at most 1000 characters.")
+            check(isinstance(getattr(self, param), str) and len(getattr(self, param)) <= 1000, param, "must be a text of at most 1000 characters.")
         if isinstance(self.lora, dict):
             object.__setattr__(self, "lora", tuple(self.lora.items()))
         for name, scale in self.lora or ():
-            _check(isinstance(name, str), "lora", "must name adapters.")
-            _number(scale, "lora", -100, 100)
-        _check((self.prompt is None) != (self.messages is None), "prompt", "or messages must be given, and only one of them.")
+            check(isinstance(name, str), "lora", "must name adapters.")
+            check_number(scale, "lora", -100, 100)
+        check((self.prompt is None) != (self.messages is None), "prompt", "or messages must be given, and only one of them.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -300,8 +170,8 @@ class EmbeddingRequest:
     query: str | None = None
 
     def __post_init__(self) -> None:
-        _check(0 < len(self.inputs) <= MAX_INPUTS, "input", f"must hold 1 to {MAX_INPUTS} texts.")
-        _check(all(isinstance(i, str | tuple) for i in self.inputs), "input", "must hold texts or lists of token ids.")
+        check(0 < len(self.inputs) <= MAX_INPUTS, "input", f"must hold 1 to {MAX_INPUTS} texts.")
+        check(all(isinstance(i, str | tuple) for i in self.inputs), "input", "must hold texts or lists of token ids.")
 
 
 @dataclass(frozen=True, slots=True)

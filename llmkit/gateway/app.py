@@ -19,6 +19,7 @@ from llmkit.gateway.exchange import MAX_BODY_BYTES, ClientGoneError, Exchange
 from llmkit.gateway.failures import ApiError, api_error
 from llmkit.gateway.ollama import OllamaRoutes
 from llmkit.gateway.openai import OpenAIRoutes
+from llmkit.gateway.responses_routes import ResponsesRoutes
 from llmkit.gateway.tokenizing import TokenizerRoutes
 from llmkit.gateway.vectors import VectorRoutes
 from llmkit.version import __version__
@@ -37,6 +38,7 @@ class Gateway:
         self._directory = directory
         openai = OpenAIRoutes(directory, f"llmkit-{__version__}", on_use)
         anthropic, ollama = AnthropicRoutes(directory, on_use), OllamaRoutes(directory, on_use)
+        responses = ResponsesRoutes(directory, on_use)
         vectors, tokenizer = VectorRoutes(directory, on_use), TokenizerRoutes(directory)
         self.routes: list[tuple[str, re.Pattern[str], Route]] = [
             ("GET", re.compile(r"/health"), self._health),
@@ -44,6 +46,11 @@ class Gateway:
             ("GET", re.compile(r"/v1/models/(.+)"), openai.get_model),
             ("POST", re.compile(r"/v1/chat/completions"), openai.chat_completions),
             ("POST", re.compile(r"/v1/completions"), openai.completions),
+            ("POST", re.compile(r"/v1/responses"), responses.create),
+            ("GET", re.compile(r"/v1/responses/([^/]+)"), responses.get),
+            ("DELETE", re.compile(r"/v1/responses/([^/]+)"), responses.delete),
+            ("POST", re.compile(r"/v1/responses/([^/]+)/cancel"), responses.cancel),
+            ("GET", re.compile(r"/v1/responses/([^/]+)/input_items"), responses.input_items),
             ("POST", re.compile(r"/v1/messages"), anthropic.messages),
             ("POST", re.compile(r"/v1/messages/count_tokens"), anthropic.count_tokens),
             ("POST", re.compile(r"/api/chat"), ollama.chat),

@@ -1,0 +1,144 @@
+"""How the next token is chosen: parameters and grammars, checked. Standard library only."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from typing import Any
+
+from llmkit.errors import InvalidRequestError
+
+__all__ = ["Grammar", "SamplingParams", "check", "check_integer", "check_number"]
+
+MAX_STOP_STRINGS = 16
+MAX_LOGIT_BIAS = 1024
+MAX_LOGPROBS = 50
+MAX_GRAMMAR_CHARS = 1 << 17
+MAX_SEED = 2**32 - 1
+
+
+def check(ok: bool, param: str, message: str) -> None:
+    """Raises `InvalidRequestError` that names the parameter."""
+    if not ok:
+        raise InvalidRequestError(f"{param} {message}", param)
+
+
+def check_number(value: object, param: str, low: float, high: float) -> None:
+    ok = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and low <= value <= high
+    check(ok, param, f"must be a number from {low:g} to {high:g}, not {value!r:.50}.")
+
+
+def check_integer(value: object, param: str, low: int, high: int) -> None:
+    ok = isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+    check(ok, param, f"must be an integer from {low} to {high}, not {value!r:.50}.")
+
+
+GRAMMAR_KINDS = ("json_schema", "regex", "lark", "gbnf", "choice")
+
+
+@dataclass(frozen=True, slots=True)
+class Grammar:
+    """What a text must look like. ``kind`` is json_schema, regex, lark, gbnf (their source in ``text``) or choice (a JSON list of texts).
+
+    >>> Grammar("regex", "[0-9]{4}").kind
+    'regex'
+    """
+
+    kind: str
+    text: str
+
+    def __post_init__(self) -> None:
+        check(self.kind in GRAMMAR_KINDS, "grammar", f"kinds are {', '.join(GRAMMAR_KINDS)}, not {self.kind!r:.30}.")
+        check(isinstance(self.text, str) and 0 < len(self.text) <= MAX_GRAMMAR_CHARS, "grammar", f"must be a text of 1 to {MAX_GRAMMAR_CHARS} characters.")
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How the next token is chosen. Defaults are llama.cpp's.
+
+    >>> SamplingParams(temperature=0).greedy
+    True
+
+    ``max_tokens=None`` goes on to the end of the context. ``seed=None`` draws a fresh one. ``top_k=0`` and the values 1.0
+    (top_p, typical_p, repetition_penalty) and 0.0 (min_p, presence/frequency_penalty) switch a step off.
+    ``logit_bias`` holds (token id, bias) pairs. ``stop`` strings may span tokens and are never part of the text. ``logprobs=k`` records the log-probability of
+    each generated token and of the k likeliest ones, ``prompt_logprobs`` the same for the prompt (which is then computed whole). ``grammar`` constrains the
+    text. ``speculate`` lets the engine guess ahead where that pays; what comes out is the same.
+    """
+
+    max_tokens: int | None = 256
+    temperature: float = 0.8
+    top_k: int = 40
+    top_p: float = 0.95
+    min_p: float = 0.05
+    typical_p: float = 1.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    penalty_last_n: int = 64
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    grammar: Grammar | None = None
+    speculate: bool = True
+
+    def __post_init__(self) -> None:
+        if isinstance(self.stop, str):
+            object.__setattr__(self, "stop", (self.stop,))
+        if self.stop is None:
+            object.__setattr__(self, "stop", ())
+        if isinstance(self.stop, list):
+            object.__setattr__(self, "stop", tuple(self.stop))
+        if isinstance(self.logit_bias, dict):
+            object.__setattr__(self, "logit_bias", tuple(self.logit_bias.items()))
+        if self.max_tokens is not None:
+            check_integer(self.max_tokens, "max_tokens", 0, 2**31 - 1)
+        check_number(self.temperature, "temperature", 0, 100)
+        check_integer(self.top_k, "top_k", 0, 2**31 - 1)
+        check_number(self.top_p, "top_p", 0, 1)
+        check_number(self.min_p, "min_p", 0, 1)
+        check_number(self.typical_p, "typical_p", 0, 1)
+        check_number(self.repetition_penalty, "repetition_penalty", 0.01, 100)
+        check_number(self.presence_penalty, "presence_penalty", -100, 100)
+        check_number(self.frequency_penalty, "frequency_penalty", -100, 100)
+        check_integer(self.penalty_last_n, "penalty_last_n", 0, 2**20)
+        if self.seed is not None:
+            check_integer(self.seed, "seed", -(2**63), 2**64)
+            object.__setattr__(self, "seed", self.seed % MAX_SEED)  # llama.cpp keeps 2**32-1 for "random"
+        check(isinstance(self.stop, tuple), "stop", "must be a string or a list of strings.")
+        check(len(self.stop) <= MAX_STOP_STRINGS, "stop", f"may hold at most {MAX_STOP_STRINGS} strings.")
+        check(all(isinstance(s, str) and 0 < len(s) <= 1000 for s in self.stop), "stop", "must hold strings of 1 to 1000 characters.")
+        check(len(self.logit_bias) <= MAX_LOGIT_BIAS, "logit_bias", f"may hold at most {MAX_LOGIT_BIAS} tokens.")
+        for token, bias in self.logit_bias:
+            check_integer(token, "logit_bias", 0, 2**31 - 1)
+            check_number(bias, "logit_bias", -1e6, 1e6)
+        check(isinstance(self.ignore_eos, bool), "ignore_eos", "must be true or false.")
+        check(isinstance(self.speculate, bool), "speculate", "must be true or false.")
+        for param in ("logprobs", "prompt_logprobs"):
+            if getattr(self, param) is not None:
+                check_integer(getattr(self, param), param, 0, MAX_LOGPROBS)
+        if isinstance(self.grammar, dict):
+            object.__setattr__(self, "grammar", Grammar(**self.grammar))
+        check(self.grammar is None or isinstance(self.grammar, Grammar), "grammar", "must be a Grammar.")
+        check(not (self.grammar is not None and self.ignore_eos), "ignore_eos", "cannot be combined with a grammar, which says where the text ends.")
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the most probable token is taken each time."""
+        return self.temperature == 0 or self.top_k == 1
+
+    @property
+    def plain_greedy(self) -> bool:
+        """Greedy, and nothing changes the logits before (``ignore_eos`` aside): an argmax is enough."""
+        penalties = self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
+        return self.greedy and not (penalties or self.logit_bias)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Only what differs from the defaults, JSON-ready."""
+        found = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
+        if self.grammar is not None:
+            found["grammar"] = {"kind": self.grammar.kind, "text": self.grammar.text}
+        return found
