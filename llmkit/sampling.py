@@ -52,6 +52,12 @@ class Grammar:
         check(isinstance(self.text, str) and 0 < len(self.text) <= MAX_GRAMMAR_CHARS, "grammar", f"must be a text of 1 to {MAX_GRAMMAR_CHARS} characters.")
 
 
+RANGES: dict[str, tuple[float, float]] = {
+    "dry_multiplier": (0, 100.0), "dry_base": (1.0, 100.0), "dry_allowed_length": (1, 2**20), "dry_penalty_last_n": (0, 2**20), "xtc_probability": (0, 1.0),
+    "xtc_threshold": (0, 1.0), "mirostat": (0, 2), "mirostat_tau": (0, 100.0), "mirostat_eta": (0, 1.0),
+}  # fmt: skip
+
+
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How the next token is chosen. Defaults are llama.cpp's.
@@ -63,7 +69,8 @@ class SamplingParams:
     (top_p, typical_p, repetition_penalty) and 0.0 (min_p, presence/frequency_penalty) switch a step off.
     ``logit_bias`` holds (token id, bias) pairs. ``stop`` strings may span tokens and are never part of the text. ``logprobs=k`` records the log-probability of
     each generated token and of the k likeliest ones, ``prompt_logprobs`` the same for the prompt (which is then computed whole). ``grammar`` constrains the
-    text. ``speculate`` lets the engine guess ahead where that pays; what comes out is the same.
+    text. ``speculate`` lets the engine guess ahead where that pays; what comes out is the same. ``dry_*`` punish the continuation of repeated sequences,
+    ``xtc_*`` leave out the likeliest tokens now and then, ``mirostat`` 1 or 2 holds the surprise at ``mirostat_tau`` in place of top-k, top-p and the like.
     """
 
     max_tokens: int | None = 256
@@ -84,6 +91,16 @@ class SamplingParams:
     prompt_logprobs: int | None = None
     grammar: Grammar | None = None
     speculate: bool = True
+    dry_multiplier: float = 0.0
+    dry_base: float = 1.75
+    dry_allowed_length: int = 2
+    dry_penalty_last_n: int = 1024
+    dry_sequence_breakers: tuple[str, ...] = ("\n", ":", '"', "*")
+    xtc_probability: float = 0.0
+    xtc_threshold: float = 0.1
+    mirostat: int = 0
+    mirostat_tau: float = 5.0
+    mirostat_eta: float = 0.1
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
@@ -120,6 +137,20 @@ class SamplingParams:
         for param in ("logprobs", "prompt_logprobs"):
             if getattr(self, param) is not None:
                 check_integer(getattr(self, param), param, 0, MAX_LOGPROBS)
+        for name, (low, high) in RANGES.items():
+            if isinstance(high, int):
+                check_integer(getattr(self, name), name, int(low), high)
+            else:
+                check_number(getattr(self, name), name, low, high)
+        if isinstance(self.dry_sequence_breakers, list):
+            object.__setattr__(self, "dry_sequence_breakers", tuple(self.dry_sequence_breakers))
+        breakers = self.dry_sequence_breakers
+        fine = (
+            isinstance(breakers, tuple)
+            and len(breakers) <= MAX_STOP_STRINGS
+            and all(isinstance(b, str) and 0 < len(b) <= 100 and "\0" not in b for b in breakers)
+        )
+        check(fine, "dry_sequence_breakers", f"must hold at most {MAX_STOP_STRINGS} texts of 1 to 100 characters.")
         if isinstance(self.grammar, dict):
             object.__setattr__(self, "grammar", Grammar(**self.grammar))
         check(self.grammar is None or isinstance(self.grammar, Grammar), "grammar", "must be a Grammar.")
@@ -133,7 +164,7 @@ class SamplingParams:
     @property
     def plain_greedy(self) -> bool:
         """Greedy, and nothing changes the logits before (``ignore_eos`` aside): an argmax is enough."""
-        penalties = self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
+        penalties = self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0 or self.dry_multiplier != 0
         return self.greedy and not (penalties or self.logit_bias)
 
     def as_dict(self) -> dict[str, Any]:

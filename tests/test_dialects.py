@@ -10,7 +10,7 @@ import anthropic
 import ollama
 import pytest
 from fakes import FakeClient
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 from test_gateway import Api, serve
 from test_tools import ADD, WEATHER
 
@@ -144,7 +144,7 @@ async def test_ollama_chat_in_lines_and_whole(api: Api, fake: FakeClient) -> Non
     assert load["done_reason"] == "load"
 
 
-@pytest.mark.parametrize("options", [{"num_ctx": 10**6}, {"mirostat": 2}, {"temperature": "hot"}])
+@pytest.mark.parametrize("options", [{"num_ctx": 10**6}, {"num_gpu": 2}, {"temperature": "hot"}])
 async def test_ollama_options_are_honoured_or_refused(api: Api, options: dict[str, Any]) -> None:
     reply = await api.fetch("POST", "/api/chat", {"model": "fake", "messages": [{"role": "user", "content": "x"}], "options": options})
     assert reply.code == 400 and next(iter(options)) in json.loads(reply.body)["error"]
@@ -179,6 +179,7 @@ async def test_what_ollama_lists(api: Api) -> None:
 
 
 class Person(BaseModel):
+    model_config = ConfigDict(extra="forbid")
     name: Annotated[str, Field(min_length=1, max_length=12)]
     age: Annotated[int, Field(ge=0, le=120)]
 

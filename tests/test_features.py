@@ -346,3 +346,37 @@ def test_a_copy_beside_a_restored_prefix_is_the_right_one() -> None:
     assert output.scores[0][0].logprob == pytest.approx(other[0].logprob, abs=0.05), "and the slot is what was restored"
     runner.close()
     model.close()
+
+
+# -- rarer samplers
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"dry_multiplier": 5.0, "temperature": 0},
+        {"dry_multiplier": 2.0, "dry_sequence_breakers": ["x"], "dry_allowed_length": 1},
+        {"xtc_probability": 1.0, "xtc_threshold": 0.01},
+        {"mirostat": 1, "mirostat_tau": 3.0},
+        {"mirostat": 2, "mirostat_eta": 0.2},
+    ],
+)
+def test_rarer_samplers_do_something_and_repeat(llm: llmkit.LLM, options: dict[str, Any]) -> None:
+    usual = {"max_tokens": 40, "seed": 5, "ignore_eos": True, "temperature": options.get("temperature", 0.8)}
+    plain = llm.generate("one two three one two three one two", **usual)
+    found = llm.generate("one two three one two three one two", **{**usual, **options})
+    assert found.tokens != plain.tokens and found.usage.completion_tokens == 40
+    assert llm.generate("one two three one two three one two", **{**usual, **options}).tokens == found.tokens
+
+
+def test_dry_ends_a_loop(llm: llmkit.LLM) -> None:
+    loop = "the cat sat on the mat. " * 12
+    plain = llm.generate(loop, max_tokens=24, temperature=0)
+    broken = llm.generate(loop, max_tokens=24, temperature=0, dry_multiplier=20.0, dry_sequence_breakers=[])
+    assert plain.text.lower().count("cat sat on the mat") >= 2 > broken.text.lower().count("cat sat on the mat")
+
+
+@pytest.mark.parametrize("options", [{"mirostat": 3}, {"mirostat": 1.0}, {"xtc_probability": 2}, {"dry_base": 0.5}, {"dry_sequence_breakers": [""]}])
+def test_rarer_samplers_are_checked(options: dict[str, Any]) -> None:
+    with pytest.raises(InvalidRequestError, match=next(iter(options))):
+        SamplingParams(**options)

@@ -149,6 +149,12 @@ async def test_completions_default_length_and_echo(api: Api, model: FakeClient) 
     assert all(e["object"] == "text_completion" for e in events[:-1])
 
 
+async def test_the_best_of_several(api: Api) -> None:
+    status, body = await api.post("/v1/completions", {"prompt": ["a", "b"], "best_of": 3, "n": 2, "max_tokens": 4})
+    assert status == 200 and [c["index"] for c in body["choices"]] == [0, 1, 2, 3] and body["usage"]["completion_tokens"] == 2 * 3 * 4
+    assert body["usage"]["prompt_tokens"] == 2 and all(c["logprobs"] is None for c in body["choices"])
+
+
 async def test_models(api: Api) -> None:
     reply = json.loads((await api.fetch("GET", "/v1/models")).body)
     assert reply["object"] == "list" and [d["id"] for d in reply["data"]] == ["fake"]
@@ -208,7 +214,10 @@ def is_error(reply: HTTPResponse, status: int) -> dict[str, Any]:
         ("/v1/completions", {"prompt": ["a"] * 3000}, "prompt"),
         ("/v1/completions", {"prompt": "a", "suffix": "b"}, "suffix"),
         ("/v1/completions", {"prompt": [97], "echo": True, "stream": True}, "echo"),
-        ("/v1/completions", {"prompt": "a", "best_of": 4}, "best_of"),
+        ("/v1/completions", {"prompt": "a", "best_of": 40}, "best_of"),
+        ("/v1/completions", {"prompt": "a", "best_of": 2, "n": 3}, "best_of"),
+        ("/v1/completions", {"prompt": "a", "best_of": 2, "stream": True}, "best_of"),
+        ("/v1/completions", {"prompt": "a", "mirostat": 7}, "mirostat"),
     ],
 )
 async def test_bad_input_is_a_400_that_names_it(api: Api, model: FakeClient, path: str, body: Any, param: str | None) -> None:

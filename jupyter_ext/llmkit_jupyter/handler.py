@@ -90,7 +90,7 @@ class JupyterGatewayHandler(APIHandler):
 
     def write_error(self, status_code: int, **kwargs: Any) -> None:
         """Errors from before the route, in the same shape."""
-        exchange = Exchange(self, self.request.path)
+        exchange = Exchange(self, (self.path_args or [""])[0] or "")
         if status_code == 401:
             message = "No valid token: send the Jupyter token as `Authorization: Bearer TOKEN`, or log in."
             exchange.send_error(ApiError(401, message, "authentication_error", code="invalid_api_key"))

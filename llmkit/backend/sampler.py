@@ -3,6 +3,7 @@ validated before they come here."""
 
 from __future__ import annotations
 
+import ctypes
 import random
 import time
 from collections.abc import Sequence
@@ -87,7 +88,7 @@ def score(logits: np.ndarray, token: int, num_top: int) -> Score:
 
 
 class Chain:
-    """llama.cpp's samplers in llama.cpp's order: bias, penalties, top-k, typical, top-p, min-p, temperature, draw."""
+    """llama.cpp's samplers in llama.cpp's order: bias, penalties, DRY, top-k, typical, top-p, min-p, temperature, draw."""
 
     __slots__ = ("_free", "_sample", "chain")
 
@@ -97,9 +98,10 @@ class Chain:
         self.chain: Any = C.llama_sampler_chain_init(C.llama_sampler_chain_default_params())
         for sampler in _samplers(params, vocab):
             C.llama_sampler_chain_add(self.chain, sampler)
-        if params.penalty_last_n:
+        last_n = max(params.penalty_last_n, params.dry_penalty_last_n if params.dry_multiplier else 0)
+        if last_n:
             accept = short("llama_sampler_accept")
-            for token in history[-params.penalty_last_n :]:
+            for token in history[-last_n:]:
                 accept(self.chain, token)
 
     def sample(self, context: Any, row: int) -> int:
@@ -123,8 +125,19 @@ def _samplers(params: SamplingParams, vocab: Vocab) -> list[Any]:
     if params.repetition_penalty != 1 or params.presence_penalty != 0 or params.frequency_penalty != 0:
         penalties = (params.penalty_last_n, params.repetition_penalty, params.frequency_penalty, params.presence_penalty)
         steps.append(C.llama_sampler_init_penalties(vocab.n_tokens, *penalties))
+    if params.dry_multiplier:
+        breakers = [b.encode() for b in params.dry_sequence_breakers]
+        texts = (ctypes.c_char_p * len(breakers))(*breakers)
+        settings = (params.dry_multiplier, params.dry_base, params.dry_allowed_length, params.dry_penalty_last_n)
+        steps.append(C.llama_sampler_init_dry(vocab.handle, *settings, texts, len(breakers)))
     if params.greedy:
         return [*steps, C.llama_sampler_init_greedy()]
+    seed = random.getrandbits(32) if params.seed is None else params.seed
+    if params.mirostat:
+        steps.append(C.llama_sampler_init_temp(params.temperature))
+        if params.mirostat == 1:
+            return [*steps, C.llama_sampler_init_mirostat(vocab.n_tokens, seed, params.mirostat_tau, params.mirostat_eta, 100)]
+        return [*steps, C.llama_sampler_init_mirostat_v2(seed, params.mirostat_tau, params.mirostat_eta)]
     if params.top_k:
         steps.append(C.llama_sampler_init_top_k(min(params.top_k, vocab.n_tokens)))
     if params.typical_p < 1:
@@ -133,6 +146,7 @@ def _samplers(params: SamplingParams, vocab: Vocab) -> list[Any]:
         steps.append(C.llama_sampler_init_top_p(params.top_p, 1))
     if params.min_p > 0:
         steps.append(C.llama_sampler_init_min_p(params.min_p, 1))
+    if params.xtc_probability > 0:
+        steps.append(C.llama_sampler_init_xtc(params.xtc_probability, params.xtc_threshold, 1, seed))
     steps.append(C.llama_sampler_init_temp(params.temperature))
-    seed = random.getrandbits(32) if params.seed is None else params.seed
     return [*steps, C.llama_sampler_init_dist(seed)]

@@ -63,6 +63,11 @@ class Vocab:
         self.control_tokens = frozenset(t for t in range(self.n_tokens) if C.llama_vocab_is_control(self._vocab, t)) | self.end_tokens
         self.end_ids = np.array(sorted(self.end_tokens), np.int64)
 
+    @property
+    def handle(self) -> Any:
+        """llama.cpp's own."""
+        return self._vocab
+
     def is_same(self, other: Vocab) -> bool:
         """Whether both give the same ids to the same texts, as far as a sample of some thousand tokens tells."""
         if self.n_tokens != other.n_tokens or self.end_tokens != other.end_tokens:

@@ -70,6 +70,8 @@ def request_to(request: GenerationRequest) -> dict[str, Any]:
 def request_from(data: dict[str, Any]) -> GenerationRequest:
     """Raises `InvalidRequestError` for values out of range."""
     sampling = dict(data["sampling"])
+    if "dry_sequence_breakers" in sampling:
+        sampling["dry_sequence_breakers"] = tuple(sampling["dry_sequence_breakers"])
     if "logit_bias" in sampling:
         sampling["logit_bias"] = tuple((t, b) for t, b in sampling["logit_bias"])
     prompt = data["prompt"]

@@ -18,7 +18,7 @@ from llmkit.gateway.exchange import Exchange
 from llmkit.gateway.schemas import new_id, parse, validated
 from llmkit.types import Completion, FinishReason
 
-__all__ = ["AnthropicRoutes", "MessagesBody"]
+__all__ = ["AnthropicRoutes", "CountBody", "MessagesBody"]
 
 Block = dict[str, Any]
 

@@ -5,30 +5,31 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import re
 from collections.abc import Awaitable, Callable
 from urllib.parse import unquote
 
 from tornado import httpserver, web
 
 from llmkit.client import EngineClient
-from llmkit.gateway.anthropic import AnthropicRoutes
+from llmkit.gateway.anthropic import AnthropicRoutes, CountBody, MessagesBody
 from llmkit.gateway.auth import Keys
+from llmkit.gateway.chat import ChatRequest
 from llmkit.gateway.engines import EngineDirectory
 from llmkit.gateway.exchange import MAX_BODY_BYTES, ClientGoneError, Exchange
 from llmkit.gateway.failures import ApiError, api_error
-from llmkit.gateway.ollama import OllamaRoutes
+from llmkit.gateway.ollama import ChatBody, EmbedBody, GenerateBody, OllamaRoutes, ShowBody
 from llmkit.gateway.openai import OpenAIRoutes
+from llmkit.gateway.openapi import Route, describe, page
+from llmkit.gateway.responses import ResponsesBody
 from llmkit.gateway.responses_routes import ResponsesRoutes
-from llmkit.gateway.tokenizing import TokenizerRoutes
-from llmkit.gateway.vectors import VectorRoutes
+from llmkit.gateway.schemas import CompletionRequest
+from llmkit.gateway.tokenizing import DetokenizeBody, TemplateBody, TokenizeBody, TokenizerRoutes
+from llmkit.gateway.vectors import EmbeddingsBody, RerankBody, VectorRoutes
 from llmkit.version import __version__
 
 __all__ = ["Gateway", "make_app", "make_server"]
 
 logger = logging.getLogger("llmkit.gateway")
-
-Route = Callable[[Exchange], Awaitable[None]]
 
 
 class Gateway:
@@ -37,35 +38,36 @@ class Gateway:
     def __init__(self, directory: EngineDirectory, on_use: Callable[[EngineClient], None] = lambda _: None) -> None:
         self._directory = directory
         openai = OpenAIRoutes(directory, f"llmkit-{__version__}", on_use)
-        anthropic, ollama = AnthropicRoutes(directory, on_use), OllamaRoutes(directory, on_use)
-        responses = ResponsesRoutes(directory, on_use)
-        vectors, tokenizer = VectorRoutes(directory, on_use), TokenizerRoutes(directory)
-        self.routes: list[tuple[str, re.Pattern[str], Route]] = [
-            ("GET", re.compile(r"/health"), self._health),
-            ("GET", re.compile(r"/v1/models"), openai.list_models),
-            ("GET", re.compile(r"/v1/models/(.+)"), openai.get_model),
-            ("POST", re.compile(r"/v1/chat/completions"), openai.chat_completions),
-            ("POST", re.compile(r"/v1/completions"), openai.completions),
-            ("POST", re.compile(r"/v1/responses"), responses.create),
-            ("GET", re.compile(r"/v1/responses/([^/]+)"), responses.get),
-            ("DELETE", re.compile(r"/v1/responses/([^/]+)"), responses.delete),
-            ("POST", re.compile(r"/v1/responses/([^/]+)/cancel"), responses.cancel),
-            ("GET", re.compile(r"/v1/responses/([^/]+)/input_items"), responses.input_items),
-            ("POST", re.compile(r"/v1/messages"), anthropic.messages),
-            ("POST", re.compile(r"/v1/messages/count_tokens"), anthropic.count_tokens),
-            ("POST", re.compile(r"/api/chat"), ollama.chat),
-            ("POST", re.compile(r"/api/generate"), ollama.generate),
-            ("POST", re.compile(r"/api/embed"), ollama.embed),
-            ("POST", re.compile(r"/api/show"), ollama.show),
-            ("GET", re.compile(r"/api/tags"), ollama.tags),
-            ("GET", re.compile(r"/api/ps"), ollama.ps),
-            ("GET", re.compile(r"/api/version"), ollama.version),
-            ("POST", re.compile(r"/v1/embeddings"), vectors.embeddings),
-            ("POST", re.compile(r"(?:/v1)?/rerank"), vectors.rerank),
-            ("POST", re.compile(r"(?:/v1)?/tokenize"), tokenizer.tokenize),
-            ("POST", re.compile(r"(?:/v1)?/detokenize"), tokenizer.detokenize),
-            ("POST", re.compile(r"(?:/v1)?/apply-template"), tokenizer.apply_template),
-            ("GET", re.compile(r"(?:/v1)?/tokenizer_info"), tokenizer.tokenizer_info),
+        anthropic, ollama, responses = AnthropicRoutes(directory, on_use), OllamaRoutes(directory, on_use), ResponsesRoutes(directory, on_use)
+        vectors, tokens = VectorRoutes(directory, on_use), TokenizerRoutes(directory)
+        self.routes = [
+            Route("GET", "/v1/models", openai.list_models, "The loaded models, newest first", "OpenAI"),
+            Route("GET", "/v1/models/{id+}", openai.get_model, "One of them", "OpenAI"),
+            Route("POST", "/v1/chat/completions", openai.chat_completions, "Chat", "OpenAI", ChatRequest),
+            Route("POST", "/v1/completions", openai.completions, "Continue a text", "OpenAI", CompletionRequest),
+            Route("POST", "/v1/responses", responses.create, "A response", "OpenAI", ResponsesBody),
+            Route("GET", "/v1/responses/{response_id}", responses.get, "A stored response", "OpenAI"),
+            Route("DELETE", "/v1/responses/{response_id}", responses.delete, "Forget a response", "OpenAI"),
+            Route("POST", "/v1/responses/{response_id}/cancel", responses.cancel, "End a running response", "OpenAI"),
+            Route("GET", "/v1/responses/{response_id}/input_items", responses.input_items, "What a response was asked", "OpenAI"),
+            Route("POST", "/v1/embeddings", vectors.embeddings, "Vectors of texts", "OpenAI", EmbeddingsBody),
+            Route("POST", "/v1/messages", anthropic.messages, "A message", "Anthropic", MessagesBody),
+            Route("POST", "/v1/messages/count_tokens", anthropic.count_tokens, "Tokens of a prompt", "Anthropic", CountBody),
+            Route("POST", "/api/chat", ollama.chat, "Chat", "Ollama", ChatBody),
+            Route("POST", "/api/generate", ollama.generate, "Answer a prompt", "Ollama", GenerateBody),
+            Route("POST", "/api/embed", ollama.embed, "Vectors of texts", "Ollama", EmbedBody),
+            Route("POST", "/api/show", ollama.show, "What a model is", "Ollama", ShowBody),
+            Route("GET", "/api/tags", ollama.tags, "The loaded models", "Ollama"),
+            Route("GET", "/api/ps", ollama.ps, "The loaded models, with their sizes", "Ollama"),
+            Route("GET", "/api/version", ollama.version, "The version", "Ollama"),
+            Route("POST", "/v1/rerank", vectors.rerank, "Documents in the order in which they fit a query", body=RerankBody, also=("/rerank",)),
+            Route("POST", "/tokenize", tokens.tokenize, "Tokens of a text or chat", body=TokenizeBody, also=("/v1/tokenize",)),
+            Route("POST", "/detokenize", tokens.detokenize, "The text of tokens", body=DetokenizeBody, also=("/v1/detokenize",)),
+            Route("POST", "/apply-template", tokens.apply_template, "The prompt of a chat", body=TemplateBody, also=("/v1/apply-template",)),
+            Route("GET", "/tokenizer_info", tokens.tokenizer_info, "Special tokens and the chat template", also=("/v1/tokenizer_info",)),
+            Route("GET", "/health", self._health, "Whether a model is there"),
+            Route("GET", "/openapi.json", self._openapi, "This description"),
+            Route("GET", "/docs", self._docs, "This description as a page", also=("/swagger-ui",)),
         ]
 
     async def dispatch(self, exchange: Exchange) -> None:
@@ -81,16 +83,16 @@ class Gateway:
                 logger.exception("%s %s failed", exchange.method, exchange.path)
             exchange.send_error(answer)
 
-    def _route(self, exchange: Exchange) -> Route:
+    def _route(self, exchange: Exchange) -> Callable[[Exchange], Awaitable[None]]:
         allowed = []
-        for method, pattern, route in self.routes:
-            match = pattern.fullmatch(exchange.path)
+        for route in self.routes:
+            match = route.pattern.fullmatch(exchange.path)
             if match is None:
                 continue
-            if exchange.method == method or (exchange.method == "HEAD" and method == "GET"):
-                exchange.args = tuple(unquote(a) for a in match.groups())
-                return route
-            allowed.append(method)
+            if exchange.method == route.method or (exchange.method == "HEAD" and route.method == "GET"):
+                exchange.args = tuple(unquote(a) for a in match.groups() if a is not None)
+                return route.run
+            allowed.append(route.method)
         if allowed:
             message = f"{exchange.method} is not allowed for {exchange.path:.200}; use {' or '.join(allowed)}."
             raise ApiError(405, message, code="method_not_allowed", headers={"Allow": ", ".join(allowed)})
@@ -100,6 +102,12 @@ class Gateway:
         """200 when a model is there, else 503 with the reason."""
         self._directory.lookup("default")
         exchange.send_json({"status": "ok"})
+
+    async def _openapi(self, exchange: Exchange) -> None:
+        exchange.send_json(describe(self.routes))
+
+    async def _docs(self, exchange: Exchange) -> None:
+        exchange.send_page(page(self.routes))
 
 
 @web.stream_request_body

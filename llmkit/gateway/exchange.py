@@ -52,6 +52,12 @@ class Exchange:
         self._handler.set_header("Content-Type", "application/json")
         self._handler.finish(json.dumps(value))
 
+    def send_page(self, text: str) -> None:
+        """HTML that runs no script and fetches nothing."""
+        self._handler.set_header("Content-Type", "text/html; charset=utf-8")
+        self._handler.set_header("Content-Security-Policy", "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'self'")
+        self._handler.finish(text)
+
     def send_error(self, error: ApiError) -> None:
         """The error object; within a stream as its last event, which then ends without ``[DONE]``."""
         dialect = dialect_of(self.path)

@@ -23,10 +23,11 @@ from llmkit.gateway.vectors import vectors_of
 from llmkit.types import Completion, EmbeddingRequest, FinishReason, Inquiry, ModelDescription
 from llmkit.version import __version__
 
-__all__ = ["ChatBody", "GenerateBody", "OllamaRoutes"]
+__all__ = ["ChatBody", "EmbedBody", "GenerateBody", "OllamaRoutes", "ShowBody"]
 
 SAME = (
     "temperature", "top_k", "top_p", "min_p", "typical_p", "seed", "stop", "repeat_penalty", "repeat_last_n", "presence_penalty", "frequency_penalty",
+    "mirostat", "mirostat_tau", "mirostat_eta",
 )  # fmt: skip
 NDJSON = "application/x-ndjson"
 

@@ -39,6 +39,10 @@ ALIASES = {
     "repetition_penalty": ("repetition_penalty", "repeat_penalty"),
     "penalty_last_n": ("repeat_last_n",),
 }
+RARE = (
+    "dry_multiplier", "dry_base", "dry_allowed_length", "dry_penalty_last_n", "dry_sequence_breakers", "xtc_probability", "xtc_threshold",
+    "mirostat", "mirostat_tau", "mirostat_eta",
+)  # fmt: skip
 TokenIds = list[int]
 Head = dict[str, Any]
 ANY_OBJECT = {"type": "object"}
@@ -102,6 +106,16 @@ class GenerationFields(Ignored):
     logit_bias: dict[str, float] | None = None
     ignore_eos: bool | None = None
     speculate: bool | None = None
+    dry_multiplier: float | None = None
+    dry_base: float | None = None
+    dry_allowed_length: int | None = None
+    dry_penalty_last_n: int | None = None
+    dry_sequence_breakers: list[str] | None = None
+    xtc_probability: float | None = None
+    xtc_threshold: float | None = None
+    mirostat: int | None = None
+    mirostat_tau: float | None = None
+    mirostat_eta: float | None = None
     priority: Annotated[int, Field(ge=0)] | None = None
     cache_salt: str | None = None
     response_format: ResponseFormat | None = None
@@ -135,6 +149,7 @@ class GenerationFields(Ignored):
             "ignore_eos": self.ignore_eos,
             "speculate": self.speculate,
             "grammar": self._grammar(),
+            **{name: getattr(self, name) for name in RARE},
             **self.wanted_logprobs(),
         }
         given = {k: v for k, v in values.items() if v is not None}
@@ -194,7 +209,7 @@ class CompletionRequest(GenerationFields):
 
     prompt: str | list[str] | TokenIds | list[TokenIds]
     echo: bool | None = None
-    best_of: Literal[1] | None = None
+    best_of: Annotated[int, Field(ge=1, le=20)] | None = None
     logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
 
     @property
@@ -206,13 +221,15 @@ class CompletionRequest(GenerationFields):
             raise InvalidRequestError("prompt must not be empty.", "prompt")
         if isinstance(self.prompt[0], int):
             return [tuple(self.prompt)]
-        if len(self.prompt) * (self.n or 1) > MAX_PROMPTS:
+        if len(self.prompt) * self.per_prompt > MAX_PROMPTS:
             raise InvalidRequestError(f"prompt: at most {MAX_PROMPTS} prompts times n in one request.", "prompt")
         return [p if isinstance(p, str) else tuple(p) for p in self.prompt]
 
     def requests(self, reply_id: str) -> list[GenerationRequest]:
         """One engine request for each choice; choice index = prompt index x n + j."""
-        n, prompts = self.n or 1, self.prompts
+        n, prompts = self.per_prompt, self.prompts
+        if self.best_of is not None and (self.stream or self.best_of < (self.n or 1)):
+            raise InvalidRequestError("best_of must be n or more, and cannot be streamed.", "best_of")
         if self.echo and self.stream and (self.logprobs is not None or not all(isinstance(p, str) for p in prompts)):
             raise InvalidRequestError("echo cannot be streamed with logprobs or token prompts; leave stream out.", "echo")
         limit = LEGACY_MAX_TOKENS if self.max_tokens is None else self.max_tokens
@@ -221,7 +238,24 @@ class CompletionRequest(GenerationFields):
     def wanted_logprobs(self) -> dict[str, int | None]:
         # The text of a token prompt is known from its scores.
         scored = self.echo and (self.logprobs is not None or not isinstance(self.prompts[0], str))
-        return {"logprobs": self.logprobs, "prompt_logprobs": (self.logprobs or 0) if scored else None}
+        own = 0 if self.logprobs is None and self.per_prompt > (self.n or 1) else self.logprobs  # the best is chosen by them
+        return {"logprobs": own, "prompt_logprobs": (self.logprobs or 0) if scored else None}
+
+    @property
+    def per_prompt(self) -> int:
+        """Completions that are made of each prompt; ``n`` of them are returned."""
+        return self.best_of or self.n or 1
+
+    def best(self, completions: list[Completion]) -> list[Completion]:
+        """The ``n`` of each prompt whose tokens are likeliest on average."""
+        n, made = self.n or 1, self.per_prompt
+        if made == n:
+            return completions
+
+        def score(c: Completion) -> float:
+            return sum(p.logprob or 0.0 for p in c.logprobs) / max(len(c.logprobs), 1)
+
+        return [c for at in range(0, len(completions), made) for c in sorted(completions[at : at + made], key=score, reverse=True)[:n]]
 
     def echo_text(self, index: int, completion: Completion | None = None) -> str:
         """What choice ``index`` begins with."""
@@ -309,7 +343,7 @@ def completion_object(head: Head, request: CompletionRequest, completions: list[
             "logprobs": request.choice_logprobs(c),
             "finish_reason": FINISH_REASONS[c.finish_reason],
         }
-        for i, c in enumerate(completions)
+        for i, c in enumerate(request.best(completions))
     ]
     return {**head, "choices": choices, "usage": usage_object([c.usage for c in completions], len(request.prompts))}
 

@@ -1,0 +1,63 @@
+"""The routes' own description: valid, complete, and the same as what is written in docs/api.md; the page needs no network."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import jsonschema
+import pytest
+from fakes import FakeClient
+from test_gateway import Api, serve
+
+from llmkit.bridge.server import BridgeServer
+from llmkit.gateway.app import Gateway
+from llmkit.gateway.chat import ChatRequest
+from llmkit.gateway.engines import EngineDirectory
+from llmkit.gateway.openapi import describe
+from llmkit.gateway.schemas import CompletionRequest
+
+ROUTES = Gateway(EngineDirectory()).routes
+
+
+@pytest.fixture
+async def api(fake: FakeClient) -> AsyncIterator[Api]:
+    bridge = BridgeServer(fake)
+    async for api in serve(None):
+        yield api
+    bridge.close()
+
+
+async def test_the_document(api: Api) -> None:
+    document = json.loads((await api.fetch("GET", "/openapi.json")).body)
+    assert document == json.loads(json.dumps(describe(ROUTES))) and document["openapi"] == "3.1.0"
+    operations = [(path, method, operation) for path, methods in document["paths"].items() for method, operation in methods.items()]
+    assert len(operations) == len(ROUTES) and len({o["operationId"] for _, _, o in operations}) == len(ROUTES)
+    for schema in document["components"]["schemas"].values():
+        jsonschema.Draft202012Validator.check_schema(schema)
+    text = json.dumps(document)
+    for name in re.findall(r'"#/components/schemas/([^"]+)"', text):
+        assert name in document["components"]["schemas"]
+    for path, _, operation in operations:
+        assert re.findall(r"\{(\w+)\}", path) == [p["name"] for p in operation.get("parameters", [])] and "default" in operation["responses"]
+    chat = document["components"]["schemas"]["ChatRequest"]["properties"]
+    assert {"messages", "tools", "response_format", "logprobs", "dry_multiplier"} <= chat.keys()
+
+
+async def test_the_page_runs_nothing_and_fetches_nothing(api: Api) -> None:
+    for path in ("/docs", "/swagger-ui"):
+        reply = await api.fetch("GET", path)
+        page = reply.body.decode()
+        assert reply.code == 200 and "default-src 'none'" in reply.headers["Content-Security-Policy"]
+        assert "<script" not in page and "http:" not in page and "https:" not in page and all(f"<code>{r.template}</code>" in page for r in ROUTES)
+
+
+def test_the_written_docs_know_every_route_and_parameter() -> None:
+    text = (Path(__file__).parents[1] / "docs" / "api.md").read_text()
+    for route in ROUTES:
+        assert re.sub(r"\{\w+\+?\}", "{id}", route.path) in text or f"/{route.path.rpartition('/')[2]}`" in text, route.path
+    for schema in (ChatRequest, CompletionRequest):
+        for name in schema.model_fields:
+            assert re.search(rf"\b{name}\b", text), name
