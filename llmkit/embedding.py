@@ -114,7 +114,7 @@ class LocalEmbedder:
         future: Future[dict[str, Any]] = Future()
         with self._lock:
             self._check_open()
-            future.set_result(answer(inquiry, self._model.vocab, None, self.description))
+            future.set_result(answer(inquiry, self._model.vocab, None))
         return future
 
     def _check_open(self) -> None:

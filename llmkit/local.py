@@ -21,7 +21,7 @@ from llmkit.engine.engine import Engine
 from llmkit.engine.prefill import ALIGNMENT
 from llmkit.engine.request import Request
 from llmkit.errors import ContextLengthError, InsufficientMemoryError, InvalidRequestError, ModelLoadError, ModelUnloadedError
-from llmkit.inquiries import answer
+from llmkit.inquiries import answer, prompt_text
 from llmkit.machine import best_threads
 from llmkit.models import gguf, memory
 from llmkit.models.registry import ModelSpec, resolve
@@ -44,6 +44,7 @@ GPU_HINT = (
 
 # A busy cell gives the interpreter up only when another thread has asked for it so long: with Python's 5 ms the engine waits longer than it computes.
 SWITCH_INTERVAL_S = 0.0002
+READERS_S = 10.0  # an inquiry that runs while the model is unloaded has this long
 
 _running: weakref.WeakSet[LocalEngine | LocalEmbedder] = weakref.WeakSet()
 # Models that compute on the CPU take turns: together they would be slower than one after the other.
@@ -87,6 +88,7 @@ class LocalEngine:
         self, model: str | Path | ModelSpec, options: EngineOptions | None = None, *, name: str | None = None, force: bool = False, **changes: Any
     ) -> None:
         self._closed = False
+        self._num_readers = 0
         self._close_lock = threading.Lock()
         self._pid = os.getpid()
         options = EngineOptions(**changes) if options is None else replace(options, **changes)
@@ -122,8 +124,9 @@ class LocalEngine:
         self._grammars = GrammarCompiler(self._model.vocab)
         self._lora = tuple(sorted((Path(path).stem, scale) for path, scale in options.lora))
         vocab = self._vocab = self._model.vocab
-        self._bos = vocab.token_text(vocab.bos)
-        self._template = ChatTemplate(str(info.metadata.get("tokenizer.chat_template") or CHATML), bos=self._bos, eos=vocab.token_text(vocab.eos))
+        self._template = ChatTemplate(
+            str(info.metadata.get("tokenizer.chat_template") or CHATML), bos=vocab.token_text(vocab.bos), eos=vocab.token_text(vocab.eos)
+        )
         self._description = ModelDescription(
             name=name or spec.name,
             path=str(spec.path),
@@ -177,11 +180,9 @@ class LocalEngine:
         if isinstance(request.prompt, tuple):
             return self._check_tokens(list(request.prompt))
         if request.messages is not None:
-            text, param, special = self._template.render(request.messages, tools=request.tools, options=request.template_options), "messages", True
-            if self._bos and self._vocab.adds_bos:
-                text = text.removeprefix(self._bos)  # tokenize adds it
+            text, param, special = prompt_text(self._vocab, self._template, request.messages, request.tools, request.template_options), "messages", True
         else:
-            text, param, special = request.prompt or "", "prompt", False
+            text, param, special = request.prompt or "", "prompt", request.parse_special
         n_ctx = self._description.n_ctx
         if len(text) > n_ctx * MAX_CHARS_PER_TOKEN:
             raise ContextLengthError(len(text) // MAX_CHARS_PER_TOKEN, n_ctx, param)
@@ -250,9 +251,14 @@ class LocalEngine:
 
     def inquire(self, inquiry: Inquiry) -> Future[dict[str, Any]]:
         future: Future[dict[str, Any]] = Future()
-        with self._close_lock:  # the vocabulary must not be freed under us
+        with self._close_lock:
             self._check_open()
-            future.set_result(answer(inquiry, self._vocab, self._template, self._description))
+            self._num_readers += 1  # the vocabulary must not be freed under us; but nobody else has to wait
+        try:
+            future.set_result(answer(inquiry, self._vocab, self._template))
+        finally:
+            with self._close_lock:
+                self._num_readers -= 1
         return future
 
     def abort(self, request_id: str) -> None:
@@ -281,7 +287,11 @@ class LocalEngine:
                 return
             self._closed = True
             _running.discard(self)
-            if self._engine.close():
+        end = time.monotonic() + READERS_S
+        while self._num_readers and time.monotonic() < end:
+            time.sleep(0.005)
+        with self._close_lock:
+            if self._engine.close() and not self._num_readers:
                 self._grammars.close()
                 self._free()
             else:

@@ -40,12 +40,16 @@ GRAMMAR_KINDS = ("json_schema", "regex", "lark", "gbnf", "choice")
 class Grammar:
     """What a text must look like. ``kind`` is json_schema, regex, lark, gbnf (their source in ``text``) or choice (a JSON list of texts).
 
+    ``optional``: one that cannot be compiled is done without. ``origin`` is the parameter that an error names.
+
     >>> Grammar("regex", "[0-9]{4}").kind
     'regex'
     """
 
     kind: str
     text: str
+    optional: bool = False
+    origin: str = "grammar"
 
     def __post_init__(self) -> None:
         check(self.kind in GRAMMAR_KINDS, "grammar", f"kinds are {', '.join(GRAMMAR_KINDS)}, not {self.kind!r:.30}.")
@@ -171,5 +175,5 @@ class SamplingParams:
         """Only what differs from the defaults, JSON-ready."""
         found = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
         if self.grammar is not None:
-            found["grammar"] = {"kind": self.grammar.kind, "text": self.grammar.text}
+            found["grammar"] = {f.name: getattr(self.grammar, f.name) for f in fields(self.grammar) if getattr(self.grammar, f.name) != f.default}
         return found

@@ -58,11 +58,13 @@ class Tool:
 
     def __post_init__(self) -> None:
         check(
-            isinstance(self.name, str) and re.fullmatch(r"[A-Za-z0-9_.-]{1,64}", self.name) is not None,
+            isinstance(self.name, str) and re.fullmatch(r"[A-Za-z0-9_.-]{1,128}", self.name) is not None,
             "tools",
-            f"names are 1 to 64 of a-z, A-Z, 0-9, _, . and -, not {self.name!r:.80}.",
+            f"names are 1 to 128 of a-z, A-Z, 0-9, _, . and -, not {self.name!r:.80}.",
         )
         check(isinstance(self.parameters, dict), "tools", "must give parameters as a JSON schema.")
+        for place in ("$defs", "definitions"):
+            check(isinstance(self.parameters.get(place, {}), dict), "tools", f"{self.name}: {place} must be an object.")
 
     def function(self) -> dict[str, Any]:
         """What a chat template sees, and OpenAI's clients send."""
@@ -145,6 +147,7 @@ class GenerationRequest:
     cache_salt: str = ""
     keep_on_disk: bool = False
     lora: tuple[tuple[str, float], ...] | None = None
+    parse_special: bool = False  # ``prompt`` spells control tokens
     tools: tuple[Tool, ...] = ()
     template_options: dict[str, Any] = field(default_factory=dict)
 

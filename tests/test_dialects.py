@@ -144,7 +144,15 @@ async def test_ollama_chat_in_lines_and_whole(api: Api, fake: FakeClient) -> Non
     assert load["done_reason"] == "load"
 
 
-@pytest.mark.parametrize("options", [{"num_ctx": 10**6}, {"num_gpu": 2}, {"temperature": "hot"}])
+async def test_ollama_negatives_and_nulls_are_defaults(api: Api) -> None:
+    options = {"seed": -1, "num_predict": 3, "repeat_last_n": -1, "temperature": None}
+    ask = {"model": "fake", "messages": [{"role": "user", "content": "x", "images": []}], "options": options, "stream": False}
+    assert (await api.post("/api/chat", ask))[0] == 200
+    refused = await api.fetch("POST", "/api/generate", {"model": "fake", "prompt": "x", "raw": True, "system": "y"})
+    assert refused.code == 400 and "raw" in json.loads(refused.body)["error"]
+
+
+@pytest.mark.parametrize("options", [{"num_ctx": 10**6}, {"num_ctx": True}, {"num_predict": 0}, {"num_gpu": 2}, {"temperature": "hot"}])
 async def test_ollama_options_are_honoured_or_refused(api: Api, options: dict[str, Any]) -> None:
     reply = await api.fetch("POST", "/api/chat", {"model": "fake", "messages": [{"role": "user", "content": "x"}], "options": options})
     assert reply.code == 400 and next(iter(options)) in json.loads(reply.body)["error"]
@@ -223,6 +231,11 @@ async def test_the_stock_clients(engine: LocalEngine) -> None:
             assert told.response and told.eval_count == 5
             found = await local.embed("minilm", input=["a", "b"])
             assert len(found.embeddings) == 2 and list(found.embeddings[0]) == pytest.approx(minilm.embed("a").tolist(), abs=1e-6)
+            long = await local.embed("minilm", input="word " * 2000)
+            assert len(long.embeddings[0]) == 384 and len((await local.embeddings("minilm", prompt="a")).embedding) == 384
+            raw = "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n"
+            templated = await local.generate("smollm2", prompt=raw, raw=True, options={"num_predict": 5, "temperature": 0.0})
+            assert templated.prompt_eval_count and templated.prompt_eval_count < 20, "control tokens, not their letters"
             assert {m.model for m in (await local.list()).models} == {"smollm2", "minilm"}
             assert (await local.show("smollm2")).modelinfo and (await local.ps()).models
             with pytest.raises(ollama.ResponseError, match="nobody"):

@@ -149,6 +149,11 @@ async def test_completions_default_length_and_echo(api: Api, model: FakeClient) 
     assert all(e["object"] == "text_completion" for e in events[:-1])
 
 
+@pytest.mark.parametrize("body", [b'{"prompt": "a", "temperature": 1e999}', b'{"prompt": "a", "json_schema": ' + b'{"a":' * 200 + b"1" + b"}" * 201])
+async def test_numbers_and_depths_without_end(api: Api, body: bytes) -> None:
+    is_error(await api.fetch("POST", "/v1/completions", body), 400)
+
+
 async def test_the_best_of_several(api: Api) -> None:
     status, body = await api.post("/v1/completions", {"prompt": ["a", "b"], "best_of": 3, "n": 2, "max_tokens": 4})
     assert status == 200 and [c["index"] for c in body["choices"]] == [0, 1, 2, 3] and body["usage"]["completion_tokens"] == 2 * 3 * 4

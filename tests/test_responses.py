@@ -77,6 +77,7 @@ async def test_kept_continued_and_deleted(api: Api, fake: FakeClient) -> None:
     assert kept == first
     items = json.loads((await api.fetch("GET", f"/v1/responses/{first['id']}/input_items")).body)
     assert items["data"][0]["content"] == [{"type": "input_text", "text": "hi"}] and items["has_more"] is False
+    is_error(await api.fetch("GET", f"/v1/responses/{first['id']}?stream=true"), 400)
     gone = json.loads((await api.fetch("DELETE", f"/v1/responses/{first['id']}")).body)
     assert gone == {"id": first["id"], "object": "response", "deleted": True}
     assert is_error(await api.fetch("GET", f"/v1/responses/{first['id']}"), 404)["code"] == "not_found"
@@ -85,6 +86,29 @@ async def test_kept_continued_and_deleted(api: Api, fake: FakeClient) -> None:
     _, secret = await api.post("/v1/responses", {**ASK, "store": False})
     is_error(await api.fetch("GET", f"/v1/responses/{secret['id']}"), 404)
     is_error(await api.fetch("POST", f"/v1/responses/{second['id']}/cancel", {}), 400)
+
+
+async def test_pages_of_items(api: Api) -> None:
+    given = [{"role": "user", "content": str(i)} for i in range(5)]
+    _, body = await api.post("/v1/responses", {**ASK, "input": given})
+
+    async def texts(query: str) -> tuple[list[str], dict[str, Any]]:
+        found = json.loads((await api.fetch("GET", f"/v1/responses/{body['id']}/input_items?{query}")).body)
+        return [i["content"][0]["text"] for i in found["data"]], found
+
+    first, found = await texts("order=asc&limit=2")
+    assert first == ["0", "1"] and found["has_more"] and found["first_id"] == found["data"][0]["id"]
+    assert (await texts(f"order=asc&limit=2&after={found['last_id']}"))[0] == ["2", "3"] and (await texts(""))[0] == ["4", "3", "2", "1", "0"]
+    is_error(await api.fetch("GET", f"/v1/responses/{body['id']}/input_items?limit=0"), 400)
+
+
+async def test_what_is_kept_is_bounded(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llmkit.gateway.responses_routes.MAX_KEPT_BYTES", 20_000)
+    for i in range(30):
+        await api.post("/v1/responses", {**ASK, "input": f"{i} " + "x" * 100, "instructions": "y" * 100, "user": "z" * 1000})
+    assert 1 < len(SERVED[-1]) < 30
+    await api.post("/v1/responses", {**ASK, "input": "x" * 10_000})
+    assert all(k.response["status"] != "failed" for k in SERVED[-1].values()), "what was refused is not kept"
 
 
 async def test_a_running_response_can_be_cancelled() -> None:
@@ -134,6 +158,8 @@ def kept_responses(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"text": {"format": {"type": "xml"}}}, "text"),
         ({"surprise": 1}, "surprise"),
         ({"truncation": "auto"}, "truncation"),
+        ({"metadata": {"a": "x" * 600}}, "metadata"),
+        ({"input": [{"role": "user", "content": "x", "surprise": 1}]}, "input"),
     ],
 )
 async def test_bad_input_is_a_400(api: Api, change: dict[str, Any], param: str) -> None:
@@ -164,7 +190,9 @@ async def test_the_stock_client(engine: LocalEngine) -> None:
             assert more.usage and more.usage.input_tokens > first.usage.input_tokens
             assert (await client.responses.retrieve(first.id)).output_text == first.output_text
             assert len((await client.responses.input_items.list(first.id)).data) == 1
-            tool: Any = {"type": "function", "name": "add", "parameters": ADD.parameters, "strict": True}
+            small = {"type": "integer", "minimum": 0, "maximum": 99}
+            parameters = {**ADD.parameters, "properties": {"a": small, "b": small}}
+            tool: Any = {"type": "function", "name": "add", "parameters": parameters, "strict": True}
             async with client.responses.stream(model="smollm2", input="1+2?", tools=[tool], tool_choice="required", max_output_tokens=80) as events:
                 called = await events.get_final_response()
             assert called.output[0].type == "function_call" and json.loads(called.output[0].arguments).keys() == {"a", "b"}

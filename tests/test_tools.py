@@ -123,6 +123,24 @@ def test_a_template_without_tools_is_told_of_them() -> None:
     )
 
 
+@pytest.mark.parametrize("text", ["<tool_call>" + "[" * 5000, '<tool_call>{"name": "add", "arguments": "' + "[" * 3000 + '"}</tool_call>'])
+@pytest.mark.parametrize("form", ["hermes", "llama3"])
+def test_nothing_a_model_writes_is_an_error(form: str, text: str) -> None:
+    for shown in (text, text.replace("<tool_call>", ""), '<tool_call>{"name": "add", "arguments": {"a": NaN}}</tool_call>'):
+        assert "".join(e.text for e in read(make_parser(form, "", [ADD]), shown, 100_000) if isinstance(e, Content))
+    spaces = "<tool_call><function=add>" + " " * 200_000 + "x" + "<parameter=a>" * 20_000
+    assert plain(read(make_parser("qwen3_coder", "", [ADD]), spaces, 10**6)) == [("add", {})], "and it takes no minutes"
+
+
+def test_roles_alternate_where_a_template_knows_no_tools() -> None:
+    calls = Message("assistant", tool_calls=(ToolCall("1", "add", "{}"), ToolCall("2", "add", "{}")))
+    talk = [Message("user", "x"), calls, Message("tool", "3"), Message("tool", "4"), Message("user", "So?")]
+    refuse = "{% if m.role == 'system' or (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('no') }}{% endif %}"
+    strict = "{% for m in messages %}" + refuse + "{{ m.content }}|{% endfor %}"
+    text = ChatTemplate(strict).render(talk, tools=[ADD])
+    assert text.count("|") == 3 and '"name": "add"' in text.split("|")[0] and "3\n</tool_response>\n\n<tool_response>\n4" in text and "So?" in text
+
+
 @pytest.mark.parametrize("arguments", ["[1]", "{", "nope", 5])
 def test_calls_that_come_back_are_checked(arguments: Any) -> None:
     with pytest.raises(InvalidRequestError, match="no JSON object"):
@@ -155,6 +173,8 @@ async def api(fake: FakeClient) -> AsyncIterator[Api]:
         ({"tools": None, "tool_choice": "required"}, "tool_choice"),
         ({"response_format": {"type": "json_object"}}, "tools"),
         ({"reasoning_effort": "high"}, "reasoning_effort"),
+        ({"tools": [{"type": "function", "function": {"name": "f", "parameters": {"$defs": 5}}}]}, "tools"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}, "messages"),
         ({"messages": [{"role": "assistant", "tool_calls": [{"id": "c", "function": {"name": "add", "arguments": "["}}]}]}, "messages"),
     ],
 )
@@ -219,6 +239,16 @@ async def test_a_forced_call_always_validates(client: openai.AsyncOpenAI, choice
 
 
 @pytest.mark.model
+async def test_schemas_beyond_the_grammar_are_left_to_the_parser(client: openai.AsyncOpenAI) -> None:
+    odd: Any = [Tool("odd", "", {"type": "object", "properties": {"a": {"type": "array", "uniqueItems": True, "items": {"not": {"type": "null"}}}}}).function()]
+    free = await client.chat.completions.create(model="smollm2", messages=QUESTION, tools=odd, max_tokens=5, temperature=0)
+    assert free.choices[0].finish_reason
+    with pytest.raises(openai.BadRequestError, match="grammar") as caught:
+        await client.chat.completions.create(model="smollm2", messages=QUESTION, tools=odd, max_tokens=5, tool_choice="required")
+    assert caught.value.param == "tools"
+
+
+@pytest.mark.model
 async def test_streamed_calls_are_what_the_accumulator_expects(client: openai.AsyncOpenAI) -> None:
     tools: Any = [openai.pydantic_function_tool(Weather)]
     async with client.chat.completions.stream(model="smollm2", messages=QUESTION, tools=tools, tool_choice="required", temperature=0, max_tokens=100) as stream:
@@ -252,6 +282,7 @@ def test_the_grammars_hold_what_they_should(engine: LocalEngine, form: str, para
         grammar = call_grammar(form, [WEATHER, ADD], choice, parallel=parallel)
         assert grammar is not None
         constraint = engine._grammars.compile(grammar)
+        assert constraint is not None
         for token in engine._vocab.tokenize(text, add_special=False):
             if not constraint.allows(token):
                 return False

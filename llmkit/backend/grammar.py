@@ -41,8 +41,8 @@ class GrammarCompiler:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="llmkit-mask")
         self._known: OrderedDict[Grammar, Any] = OrderedDict()  # matchers to copy, and errors
 
-    def compile(self, grammar: Grammar) -> Constraint:
-        """Raises `InvalidRequestError` that says what is wrong with the grammar."""
+    def compile(self, grammar: Grammar) -> Constraint | None:
+        """None for an optional grammar that is not valid. Raises `InvalidRequestError` that says what is wrong with any other."""
         with self._lock:
             found = self._known.pop(grammar, None)
             if found is None:
@@ -52,6 +52,8 @@ class GrammarCompiler:
             while len(self._known) > MAX_KNOWN:
                 self._known.popitem(last=False)
             if isinstance(found, InvalidRequestError):
+                if grammar.optional:
+                    return None
                 raise found
             return Constraint(found.deep_copy(), self._vocab, self._pool)
 
@@ -67,7 +69,7 @@ class GrammarCompiler:
             return error
         except Exception as error:
             problem = str(error)
-        return matcher if problem is None else InvalidRequestError(f"the grammar ({grammar.kind}) is not valid: {problem:.500}", "grammar")
+        return matcher if problem is None else InvalidRequestError(f"the grammar ({grammar.kind}) is not valid: {problem:.500}", grammar.origin)
 
     def close(self) -> None:
         self._pool.shutdown(wait=True)

@@ -62,6 +62,7 @@ def request_to(request: GenerationRequest) -> dict[str, Any]:
         "cache_salt": request.cache_salt,
         "keep_on_disk": request.keep_on_disk,
         "lora": request.lora,
+        "parse_special": request.parse_special,
         "tools": [asdict(tool) for tool in request.tools],
         "template_options": request.template_options,
     }
@@ -85,6 +86,7 @@ def request_from(data: dict[str, Any]) -> GenerationRequest:
         cache_salt=data["cache_salt"],
         keep_on_disk=data["keep_on_disk"],
         lora=None if data["lora"] is None else tuple((name, scale) for name, scale in data["lora"]),
+        parse_special=data["parse_special"],
         tools=tuple(Tool(**tool) for tool in data["tools"]),
         template_options=data["template_options"],
     )

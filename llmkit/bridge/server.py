@@ -11,7 +11,7 @@ import socket
 import sys
 import threading
 import time
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from hmac import compare_digest
 from typing import Any
@@ -21,7 +21,7 @@ import zmq
 from llmkit.bridge import connection as files
 from llmkit.bridge import messages as m
 from llmkit.client import EngineClient
-from llmkit.errors import EngineError, LLMKitError
+from llmkit.errors import EngineError, LLMKitError, QueueFullError
 from llmkit.stream import Stream
 from llmkit.types import Embeddings, Inquiry
 
@@ -29,6 +29,7 @@ __all__ = ["BridgeServer"]
 
 PEER_TIMEOUT_S = 1.75
 TICK_MS = 250
+MAX_ASKED = 64
 
 
 @dataclass(slots=True)
@@ -82,6 +83,8 @@ class BridgeServer:
         self._waker = Waker()
         self._closing: str | None = None
         self._peers: dict[bytes, Peer] = {}
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="llmkit-inquiry")
+        self._asked: list[tuple[bytes, str, Future[dict[str, Any]]]] = []
         self._embedding: list[tuple[bytes, str, Future[Embeddings]]] = []
         connection = files.make_connection(client.description, kernel_id, time.time(), tcp=tcp)
         self._zmq = zmq.Context()
@@ -133,10 +136,12 @@ class BridgeServer:
                 pass
             self._send_news()
             self._send_vectors()
+            self._send_answers()
             self._drop_silent()
         for identity in self._peers:
             self._send(identity, m.GOODBYE, {"reason": self._closing})
         self._abort_all()
+        self._worker.shutdown(wait=False, cancel_futures=True)
         self._socket.close()
         self._zmq.term()
         self._waker.close()
@@ -198,14 +203,24 @@ class BridgeServer:
         future.add_done_callback(lambda _: self._waker())
 
     def _answer(self, identity: bytes, data: dict[str, Any]) -> None:
-        """Nothing is computed for an inquiry: it is answered at once."""
-        try:
-            found = self._client.inquire(Inquiry(data["id"], data["kind"], data["data"])).result(1)
-        except Exception as error:
-            failure = error if isinstance(error, LLMKitError) else EngineError(f"the question could not be answered: {error!r}")
-            self._send(identity, m.ANSWER, [data["id"], None, m.error_to(failure)])
+        """On a thread of its own: a long text takes a while, and the streams must not wait."""
+        if len(self._asked) >= MAX_ASKED:
+            self._send(identity, m.ANSWER, [data["id"], None, m.error_to(QueueFullError("too many questions wait already; try again later"))])
             return
-        self._send(identity, m.ANSWER, [data["id"], found, None])
+        future = self._worker.submit(self._inquire, Inquiry(data["id"], data["kind"], data["data"]))
+        self._asked.append((identity, data["id"], future))
+        future.add_done_callback(lambda _: self._waker())
+
+    def _inquire(self, inquiry: Inquiry) -> dict[str, Any]:
+        return self._client.inquire(inquiry).result()
+
+    def _send_answers(self) -> None:
+        for entry in [e for e in self._asked if e[2].done()]:
+            self._asked.remove(entry)
+            identity, request_id, future = entry
+            error = future.exception()
+            failure = error if error is None or isinstance(error, LLMKitError) else EngineError(f"the question could not be answered: {error!r}")
+            self._send(identity, m.ANSWER, [request_id, future.result(), None] if failure is None else [request_id, None, m.error_to(failure)])
 
     def _send_vectors(self) -> None:
         for entry in [e for e in self._embedding if e[2].done()]:

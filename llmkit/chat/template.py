@@ -6,6 +6,7 @@ A template comes from a file that anybody may have made: the sandbox keeps it fr
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -71,15 +72,28 @@ class ChatTemplate:
         self, messages: Sequence[Message], *, add_generation_prompt: bool = True, tools: Sequence[Tool] = (), options: dict[str, Any] | None = None
     ) -> str:
         """The prompt text for these messages, ready for the assistant's turn. ``options`` are the template's own variables (``enable_thinking``, say)."""
-        import jinja2
-
         if not messages:
             raise InvalidRequestError("messages must hold at least one message.", "messages")
         for message in messages:
             if message.role not in ROLES:
                 raise InvalidRequestError(f"messages: the role must be one of {', '.join(ROLES)}, not {message.role!r:.40}.", "messages")
         if self.tool_form == "general":
-            messages, tools = describe_tools(messages, tools), ()
+            plain = describe_tools(messages, tools)
+            if tools and plain[0].role == "system" and messages[0].role not in ("system", "developer"):
+                try:
+                    return self._render(plain, add_generation_prompt, (), options)
+                except InvalidRequestError:  # some templates refuse a system message: then the first of the user's says it
+                    place = next((i for i, m in enumerate(plain) if m.role == "user"), None)
+                    if place is None:
+                        raise
+                    plain[place] = replace(plain[place], content=f"{plain[0].content}\n\n{plain[place].content}")
+                    del plain[0]
+            messages, tools = plain, ()
+        return self._render(messages, add_generation_prompt, tools, options)
+
+    def _render(self, messages: Sequence[Message], add_generation_prompt: bool, tools: Sequence[Tool], options: dict[str, Any] | None) -> str:
+        import jinja2
+
         values: dict[str, Any] = {
             **{k: v for k, v in (options or {}).items() if k not in RESERVED},
             **({"tools": [tool.function() for tool in tools]} if tools else {}),

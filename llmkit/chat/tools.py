@@ -19,7 +19,8 @@ __all__ = ["FORMATS", "call_grammar", "describe_tools", "make_parser", "reasonin
 # Llama 3 writes bare JSON with "parameters"; the XML of Qwen3-Coder stands in the tags of Hermes; "general" is ours, for templates that know no tools.
 FORMATS = ("hermes", "qwen3_coder", "llama3", "mistral", "general")
 ToolChoice = Literal["auto", "required"] | str
-JSON_STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+JSON_STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": ", "coerce_one_of": True}
+RESULT = "<tool_response>"
 TOOLS_PROMPT = """You can call functions. These are there, each with the JSON schema of its arguments:
 <tools>
 {tools}
@@ -60,7 +61,12 @@ def make_parser(form: str, reasoning: str, tools: Sequence[Tool], *, reasoning_b
 def describe_tools(messages: Sequence[Message], tools: Sequence[Tool]) -> list[Message]:
     """The same conversation for a template that knows no tools: they stand in the system message, calls and results in plain messages."""
     text = TOOLS_PROMPT.format(tools="\n".join(json.dumps(tool.function()) for tool in tools)) if tools else ""
-    plain = [_plain(m) for m in messages]
+    plain: list[Message] = []
+    for message in messages:
+        now = _plain(message)
+        if plain and now.role == plain[-1].role == "user" and RESULT in plain[-1].content + now.content:
+            now = Message("user", f"{plain.pop().content}\n\n{now.content}")  # many templates want the roles to alternate
+        plain.append(now)
     if not text:
         return plain
     if plain and plain[0].role in ("system", "developer"):
@@ -70,7 +76,7 @@ def describe_tools(messages: Sequence[Message], tools: Sequence[Tool]) -> list[M
 
 def _plain(message: Message) -> Message:
     if message.role == "tool":
-        return Message("user", f"<tool_response>\n{message.content}\n</tool_response>")
+        return Message("user", f"{RESULT}\n{message.content}\n</tool_response>")
     if message.tool_calls:
         calls = [f'<tool_call>\n{{"name": {json.dumps(c.name)}, "arguments": {c.arguments}}}\n</tool_call>' for c in message.tool_calls]
         return Message(message.role, "\n".join([*([message.content] if message.content else []), *calls]))
@@ -78,10 +84,22 @@ def _plain(message: Message) -> Message:
 
 
 def call_grammar(form: str, tools: Sequence[Tool], choice: ToolChoice, *, parallel: bool) -> Grammar | None:
-    """Holds the answer to the tools: with "auto" it is free until a call begins, with "required" (or a name) it is calls and nothing else.
+    """Holds the answer to the tools: with "auto" it is free until a call begins, with "required" (or a name) it is calls and nothing else. What "auto" cannot
+    hold (a schema beyond llguidance) is left to the parser.
 
     Raises `InvalidRequestError` for a name that is no tool.
     """
+    free = choice == "auto"
+    try:
+        source = _call_source(form, tools, choice, parallel=parallel)
+        return None if source is None else Grammar("lark", source, optional=free, origin="tools")
+    except InvalidRequestError as error:
+        if free:
+            return None
+        raise error if error.param == "tool_choice" else InvalidRequestError(f"tools: {error}", "tools") from None
+
+
+def _call_source(form: str, tools: Sequence[Tool], choice: ToolChoice, *, parallel: bool) -> str | None:
     if choice not in ("auto", "required"):
         tools = [tool for tool in tools if tool.name == choice]
         if not tools:
@@ -93,21 +111,19 @@ def call_grammar(form: str, tools: Sequence[Tool], choice: ToolChoice, *, parall
         item = json.loads(_schema(tools, "arguments"))
         shared = {key: item.pop(key) for key in ("$defs", "x-guidance") if key in item}
         calls = json.dumps({"type": "array", "minItems": 1, **({} if parallel else {"maxItems": 1}), "items": item, **shared})
-        return Grammar(
-            "lark", "\n".join(["start: TEXT | calls" if free else "start: calls", f"calls: %json {calls}", *([r"TEXT: /[^\[](.|\n)*/"] if free else [])])
-        )
+        return "\n".join(["start: TEXT | calls" if free else "start: calls", f"calls: %json {calls}", *([r"TEXT: /[^\[](.|\n)*/"] if free else [])])
     if form == "llama3":
         body = _schema(tools, "parameters")
         more = '(";" body)*' if parallel else ""
         rules = ["start: TEXT | calls" if free else "start: calls", f"calls: body {more}", f"body: %json {body}", r"TEXT: /[^{](.|\n)*/"]
-        return Grammar("lark", "\n".join(rules if free else rules[:-1]))
+        return "\n".join(rules if free else rules[:-1])
     body = _schema(tools, "arguments")
     if free:
         times = "*" if parallel else "?"
         rules = [f"start: call{times} rest", "rest: TEXT", r"TEXT: /(.|\n)*/", 'head[lazy]: TEXT "<tool_call>"', r'call: head "\n" body "\n</tool_call>"']
     else:
         rules = ["start: call" + (r' ("\n" call)*' if parallel else ""), r'call: "<tool_call>\n" body "\n</tool_call>"']
-    return Grammar("lark", "\n".join([*rules, f"body: %json {body}"]))
+    return "\n".join([*rules, f"body: %json {body}"])
 
 
 def _schema(tools: Sequence[Tool], arguments: str) -> str:

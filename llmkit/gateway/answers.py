@@ -18,7 +18,8 @@ News = list[Event] | Completion | None
 
 
 class Answer:
-    """The answer to ``request``, as it comes. ``close()`` ends it early. With a ``prompt`` that text is continued, and no template is applied."""
+    """The answer to ``request``, as it comes. ``close()`` ends it early. With a ``prompt`` that text is continued, control tokens and all, and no template is
+    applied."""
 
     def __init__(
         self, engine: EngineClient, request: ChatRequest, reply_id: str, caller: str, on_use: Callable[[EngineClient], None], *, prompt: str | None = None
@@ -27,7 +28,7 @@ class Answer:
         self._parser = request.parser(engine.description) if prompt is None else Plain()
         on_use(engine)
         requests = [replace(r, caller=caller) for r in request.requests(reply_id, engine.description)]
-        self._streams = submit_all(engine, requests if prompt is None else [replace(r, prompt=prompt, messages=None) for r in requests])
+        self._streams = submit_all(engine, requests if prompt is None else [replace(r, prompt=prompt, messages=None, parse_special=True) for r in requests])
 
     async def news(self) -> AsyncIterator[News]:
         """Events as they are sure, None after silence, and at last the completion. Raises what the engine raises."""

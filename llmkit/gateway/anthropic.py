@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from llmkit.chat.parsers.events import Call, Content, Event, Reasoning
 from llmkit.client import EngineClient
@@ -15,7 +15,7 @@ from llmkit.gateway.answers import Answer, count_tokens
 from llmkit.gateway.chat import ChatRequest
 from llmkit.gateway.engines import EngineDirectory
 from llmkit.gateway.exchange import Exchange
-from llmkit.gateway.schemas import new_id, parse, validated
+from llmkit.gateway.schemas import Strict, new_id, parse, validated
 from llmkit.types import Completion, FinishReason
 
 __all__ = ["AnthropicRoutes", "CountBody", "MessagesBody"]
@@ -23,15 +23,11 @@ __all__ = ["AnthropicRoutes", "CountBody", "MessagesBody"]
 Block = dict[str, Any]
 
 
-class Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-
 class Text(Strict):
     type: Literal["text"]
     text: str
     cache_control: Any = None  # prefixes are cached without being asked
-    citations: None = None
+    citations: list[Any] | None = None
 
 
 class ToolUse(Strict):
@@ -90,6 +86,7 @@ class ToolBody(Strict):
     type: Literal["custom"] | None = None
     cache_control: Any = None
     strict: bool | None = None
+    eager_input_streaming: bool | None = None
 
 
 class Choice(Strict):
@@ -101,6 +98,7 @@ class Choice(Strict):
 class ThinkingMode(Strict):
     type: Literal["enabled", "disabled", "adaptive"]
     budget_tokens: int | None = None
+    display: str | None = None
 
 
 class CountBody(Strict):
@@ -112,6 +110,7 @@ class CountBody(Strict):
     tools: list[ToolBody] | None = None
     tool_choice: Choice | None = None
     thinking: ThinkingMode | None = None
+    cache_control: Any = None
 
     def chat(self, **more: Any) -> ChatRequest:
         """The same as OpenAI's request."""
@@ -131,8 +130,11 @@ class CountBody(Strict):
                 asked["parallel_tool_calls"] = False
         if self.thinking is not None:
             if self.thinking.budget_tokens is not None:
-                raise InvalidRequestError("thinking: a budget_tokens cannot be held; leave it out.", "thinking")
-            asked["chat_template_kwargs"] = {"enable_thinking": self.thinking.type != "disabled"}
+                raise InvalidRequestError("thinking: a budget of tokens cannot be held here; use the type adaptive.", "thinking")
+            if self.thinking.type == "adaptive":
+                asked["chat_template_kwargs"] = {"enable_thinking": True}  # whether to reason is the model's own choice
+            else:
+                asked["reasoning_effort"] = "none" if self.thinking.type == "disabled" else "medium"
         return validated(ChatRequest, asked)
 
 
@@ -174,10 +176,11 @@ class AnthropicRoutes:
         engine = self._directory.lookup(body.model, "generate")
         request, reply_id = body.request(), new_id("msg").replace("-", "_")
         head = {"id": reply_id, "type": "message", "role": "assistant", "model": engine.description.name}
+        num_prompt = await count_tokens(engine, request, f"{reply_id}-count") if body.stream else 0
         answer = Answer(engine, request, reply_id, exchange.caller, self._on_use)
         try:
             if body.stream:
-                await self._stream(exchange, answer, head, await count_tokens(engine, request, f"{reply_id}-count"))
+                await self._stream(exchange, answer, head, num_prompt)
                 return
             events, completion = await answer.whole()
             content = [block for block in _blocks(events)]

@@ -17,7 +17,7 @@ from llmkit.gateway.chat import ChatRequest
 from llmkit.gateway.engines import EngineDirectory
 from llmkit.gateway.exchange import MAX_BODY_BYTES, ClientGoneError, Exchange
 from llmkit.gateway.failures import ApiError, api_error
-from llmkit.gateway.ollama import ChatBody, EmbedBody, GenerateBody, OllamaRoutes, ShowBody
+from llmkit.gateway.ollama import ChatBody, EmbedBody, GenerateBody, OldEmbedBody, OllamaRoutes, ShowBody
 from llmkit.gateway.openai import OpenAIRoutes
 from llmkit.gateway.openapi import Route, describe, page
 from llmkit.gateway.responses import ResponsesBody
@@ -56,6 +56,7 @@ class Gateway:
             Route("POST", "/api/chat", ollama.chat, "Chat", "Ollama", ChatBody),
             Route("POST", "/api/generate", ollama.generate, "Answer a prompt", "Ollama", GenerateBody),
             Route("POST", "/api/embed", ollama.embed, "Vectors of texts", "Ollama", EmbedBody),
+            Route("POST", "/api/embeddings", ollama.embeddings, "The vector of a text, in the older form", "Ollama", OldEmbedBody),
             Route("POST", "/api/show", ollama.show, "What a model is", "Ollama", ShowBody),
             Route("GET", "/api/tags", ollama.tags, "The loaded models", "Ollama"),
             Route("GET", "/api/ps", ollama.ps, "The loaded models, with their sizes", "Ollama"),

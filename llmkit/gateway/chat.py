@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from llmkit.chat.parsers.events import Call, Content, Event, Parser, Reasoning
 from llmkit.chat.tools import call_grammar, make_parser
 from llmkit.errors import InvalidRequestError
 from llmkit.gateway.logprobs import chat_logprobs
-from llmkit.gateway.schemas import MAX_TOP_LOGPROBS, GenerationFields, Head, ending, usage_object
+from llmkit.gateway.schemas import MAX_TOP_LOGPROBS, GenerationFields, Head, Strict, ending, usage_object
 from llmkit.types import Completion, FinishReason, GenerationRequest, Message, ModelDescription, TokenLogprob, Tool
 
 __all__ = ["ChatChunks", "ChatMessage", "ChatRequest", "ToolBody", "chat_object"]
@@ -21,28 +21,24 @@ MAX_TOOLS = 128
 Delta = dict[str, Any]
 
 
-class TextPart(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
+class TextPart(Strict):
     type: Literal["text"]
     text: str
 
 
-class CalledFunction(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
+class CalledFunction(Strict):
     name: str
     arguments: str = "{}"
 
 
-class CalledTool(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
+class CalledTool(Strict):
     id: str
     type: Literal["function"] = "function"
     function: CalledFunction
     index: int | None = None
 
 
-class ChatMessage(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
+class ChatMessage(Strict):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[TextPart] | None = None
     name: str | None = None
@@ -60,30 +56,26 @@ class ChatMessage(BaseModel):
         return Message(self.role, content, self.name, calls, self.tool_call_id, self.reasoning_content)
 
 
-class FunctionBody(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
+class FunctionBody(Strict):
     name: str
     description: str | None = None
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
 
 
-class ToolBody(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-    type: Literal["function"]
+class ToolBody(Strict):
+    type: Literal["function"] = "function"
     function: FunctionBody
 
     def tool(self) -> Tool:
         return Tool(self.function.name, self.function.description or "", self.function.parameters or {})
 
 
-class NamedFunction(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
+class NamedFunction(Strict):
     name: str
 
 
-class NamedChoice(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
+class NamedChoice(Strict):
     type: Literal["function"]
     function: NamedFunction
 

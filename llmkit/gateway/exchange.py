@@ -45,6 +45,10 @@ class Exchange:
             raise ApiError(413, f"The body has {len(body)} bytes; at most {MAX_BODY_BYTES} are accepted.", code="request_too_large")
         return body
 
+    def query(self, name: str) -> str | None:
+        """A parameter of the address."""
+        return self._handler.get_query_argument(name, None)
+
     def send_json(self, value: Any, status: int = 200, headers: dict[str, str] | None = None) -> None:
         self._handler.set_status(status)
         for name, text in (headers or {}).items():

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Callable
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from llmkit.chat.parsers.events import Call, Content, Event, Reasoning
 from llmkit.client import EngineClient
@@ -18,12 +18,12 @@ from llmkit.gateway.answers import Answer
 from llmkit.gateway.chat import ChatRequest, ToolBody
 from llmkit.gateway.engines import EngineDirectory
 from llmkit.gateway.exchange import Exchange
-from llmkit.gateway.schemas import new_id, parse, validated
+from llmkit.gateway.schemas import Strict, new_id, parse, validated
 from llmkit.gateway.vectors import vectors_of
 from llmkit.types import Completion, EmbeddingRequest, FinishReason, Inquiry, ModelDescription
 from llmkit.version import __version__
 
-__all__ = ["ChatBody", "EmbedBody", "GenerateBody", "OllamaRoutes", "ShowBody"]
+__all__ = ["ChatBody", "EmbedBody", "GenerateBody", "OldEmbedBody", "OllamaRoutes", "ShowBody"]
 
 SAME = (
     "temperature", "top_k", "top_p", "min_p", "typical_p", "seed", "stop", "repeat_penalty", "repeat_last_n", "presence_penalty", "frequency_penalty",
@@ -32,13 +32,9 @@ SAME = (
 NDJSON = "application/x-ndjson"
 
 
-class Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-
 class CalledFunction(Strict):
     name: str
-    arguments: dict[str, Any] = {}
+    arguments: dict[str, Any] = Field(default_factory=dict)
     index: int | None = None
 
 
@@ -55,12 +51,13 @@ class OllamaMessage(Strict):
     tool_calls: list[CalledTool] | None = None
     tool_name: str | None = None
     tool_call_id: str | None = None
+    images: Annotated[list[str], Field(max_length=0)] | None = None
 
-    def message(self) -> dict[str, Any]:
+    def message(self, place: int) -> dict[str, Any]:
         found: dict[str, Any] = {"role": self.role, "content": self.content or ""}
         if self.tool_calls:
             found["tool_calls"] = [
-                {"id": c.id or f"call_{i}", "type": "function", "function": {"name": c.function.name, "arguments": json.dumps(c.function.arguments)}}
+                {"id": c.id or f"call_{place}_{i}", "type": "function", "function": {"name": c.function.name, "arguments": json.dumps(c.function.arguments)}}
                 for i, c in enumerate(self.tool_calls)
             ]
         given = {"reasoning_content": self.thinking, "name": self.tool_name, "tool_call_id": self.tool_call_id}
@@ -73,7 +70,7 @@ class Body(Strict):
     model: str
     stream: bool = True
     format: Literal["", "json"] | dict[str, Any] | None = None
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = Field(default_factory=dict)
     keep_alive: str | int | float | None = None  # models stay until they are unloaded where they were loaded
     think: bool | Literal["low", "medium", "high"] | None = None
 
@@ -81,13 +78,20 @@ class Body(Strict):
         """Options in OpenAI's words. Raises `InvalidRequestError` for one that cannot be honoured."""
         found: dict[str, Any] = {"model": self.model}
         for name, value in self.options.items():
+            whole = isinstance(value, int) and not isinstance(value, bool)
+            if value is None or (name in ("seed", "num_predict") and whole and value < 0):
+                continue  # not given; a fresh seed; no limit
             if name == "num_ctx":
-                if not isinstance(value, int) or value > model.n_ctx:
+                if not whole or not 0 < value <= model.n_ctx:
                     raise InvalidRequestError(
                         f"options.num_ctx: {self.model!r} was loaded with a context of {model.n_ctx} tokens; load it with more.", "options"
                     )
             elif name == "num_predict":
-                found["max_tokens"] = None if value in (-1, -2) else value
+                if not whole or value == 0:
+                    raise InvalidRequestError("options.num_predict must be a number of tokens, or negative for no limit.", "options")
+                found["max_tokens"] = value
+            elif name == "repeat_last_n" and whole and value < 0:
+                found[name] = model.n_ctx
             elif name in SAME:
                 found[name] = value
             else:
@@ -104,12 +108,12 @@ class Body(Strict):
 class ChatBody(Body):
     """POST /api/chat"""
 
-    messages: list[OllamaMessage] = []
+    messages: list[OllamaMessage] = Field(default_factory=list)
     tools: list[ToolBody] | None = None
 
     def request(self, model: ModelDescription) -> ChatRequest:
         tools = {"tools": [t.model_dump() for t in self.tools]} if self.tools else {}
-        return validated(ChatRequest, {**self.asked(model), "messages": [m.message() for m in self.messages], **tools})
+        return validated(ChatRequest, {**self.asked(model), "messages": [m.message(i) for i, m in enumerate(self.messages)], **tools})
 
 
 class GenerateBody(Body):
@@ -132,7 +136,15 @@ class EmbedBody(Strict):
     truncate: bool = True
     dimensions: Annotated[int, Field(ge=1)] | None = None
     keep_alive: str | int | float | None = None
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = Field(default_factory=dict)
+
+
+class OldEmbedBody(Strict):
+    """POST /api/embeddings"""
+
+    model: str
+    prompt: str
+    keep_alive: str | int | float | None = None
 
 
 class ShowBody(Strict):
@@ -166,6 +178,8 @@ class OllamaRoutes:
     async def generate(self, exchange: Exchange) -> None:
         body = parse(GenerateBody, exchange.body)
         engine = self._engine(body.model)
+        if body.raw and (body.system is not None or body.think is not None):
+            raise InvalidRequestError("raw leaves the template out, so there is no place for system or think.", "raw")
         if not body.prompt:
             exchange.send_json({"model": body.model, "created_at": _now(), "response": "", "done": True, "done_reason": "load"})
             return
@@ -197,8 +211,9 @@ class OllamaRoutes:
         seen: list[Event] = []
         while not isinstance(entry, Completion):
             for event in entry or ():
+                num_calls = sum(isinstance(e, Call) for e in seen)
                 seen.append(event)
-                await exchange.send_line({**_line(model, named(_message([event]))), "done": False})
+                await exchange.send_line({**_line(model, named(_message([event], num_calls))), "done": False})
             entry = await anext(news)
         await exchange.send_line({**_line(model, named({})), **_ending(entry, seen, began)})
         exchange.end_events("")
@@ -208,11 +223,33 @@ class OllamaRoutes:
         began = time.perf_counter()
         engine = self._engine(body.model, "embed")
         self._on_use(engine)
-        inputs = (body.input,) if isinstance(body.input, str) else tuple(body.input)
+        if body.options:
+            raise InvalidRequestError(f"options.{next(iter(body.options)):.60}: not an option that a running model can honour.", "options")
+        if body.dimensions is not None and body.dimensions > engine.description.embedding_size > 0:
+            raise InvalidRequestError(f"dimensions: the vectors have {engine.description.embedding_size}; {body.dimensions} is more.", "dimensions")
+        texts = [body.input] if isinstance(body.input, str) else body.input
+        inputs = tuple([await self._cut(engine, text) if body.truncate else text for text in texts])
         found = await asyncio.wrap_future(engine.embed(EmbeddingRequest(new_id("embd"), inputs)))
         vectors = await asyncio.to_thread(vectors_of, found, body.dimensions)
         times = {"total_duration": _ns(time.perf_counter() - began), "load_duration": 0, "prompt_eval_count": sum(found.num_tokens)}
         exchange.send_json({"model": body.model, "embeddings": vectors.tolist(), **times})
+
+    @staticmethod
+    async def _cut(engine: EngineClient, text: str) -> str | tuple[int, ...]:
+        """As much of a text as the model reads."""
+        n_ctx = engine.description.n_ctx
+        if len(text) <= n_ctx:  # a token has a character at least, but for the two around a text
+            return text
+        tokens = (await asyncio.wrap_future(engine.inquire(Inquiry(new_id("cut"), "tokenize", {"text": text, "parse_special": False}))))["tokens"]
+        return text if len(tokens) <= n_ctx else (*tokens[: n_ctx - 1], tokens[-1])
+
+    async def embeddings(self, exchange: Exchange) -> None:
+        """The older form: one text, one vector."""
+        body = parse(OldEmbedBody, exchange.body)
+        engine = self._engine(body.model, "embed")
+        self._on_use(engine)
+        found = await asyncio.wrap_future(engine.embed(EmbeddingRequest(new_id("embd"), (await self._cut(engine, body.prompt),))))
+        exchange.send_json({"embedding": vectors_of(found, None)[0].tolist()})
 
     async def tags(self, exchange: Exchange) -> None:
         exchange.send_json({"models": [_tag(e.model_id, e.client.description) for e in self._directory.entries()]})
@@ -253,8 +290,8 @@ class OllamaRoutes:
         exchange.send_json({"version": __version__})
 
 
-def _message(events: list[Event]) -> dict[str, Any]:
-    """Events as the fields of a message; none where there is nothing."""
+def _message(events: list[Event], num_calls: int = 0) -> dict[str, Any]:
+    """Events as the fields of a message, after so many calls; none where there is nothing."""
     found: dict[str, Any] = {}
     for event in events:
         match event:
@@ -264,7 +301,7 @@ def _message(events: list[Event]) -> dict[str, Any]:
                 found["thinking"] = found.get("thinking", "") + event.text
             case Call():
                 calls = found.setdefault("tool_calls", [])
-                calls.append({"id": event.call_id, "function": {"index": len(calls), "name": event.name, "arguments": json.loads(event.arguments)}})
+                calls.append({"id": event.call_id, "function": {"index": num_calls + len(calls), "name": event.name, "arguments": json.loads(event.arguments)}})
     return found
 
 

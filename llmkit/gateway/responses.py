@@ -6,22 +6,18 @@ import json
 import time
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from llmkit.chat.parsers.events import Call, Content, Event, Reasoning
 from llmkit.errors import InvalidRequestError
 from llmkit.gateway.chat import ChatRequest
-from llmkit.gateway.schemas import new_id, validated
+from llmkit.gateway.schemas import Metadata, Strict, new_id, validated
 from llmkit.types import Completion, FinishReason
 
 __all__ = ["EventStream", "ResponsesBody", "finished", "input_items", "opened", "output_items"]
 
 Item = dict[str, Any]
 Event_ = dict[str, Any]
-
-
-class Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
 
 
 class TextPart(Strict):
@@ -66,7 +62,7 @@ class OutputItem(Strict):
 class ReasoningItem(Strict):
     type: Literal["reasoning"]
     id: str | None = None
-    summary: list[Any] = []
+    summary: list[Any] = Field(default_factory=list)
     content: list[ReasoningPart] | None = None
     encrypted_content: None = None
     status: str | None = None
@@ -100,7 +96,6 @@ class TextOptions(Strict):
 
 class ReasoningOptions(Strict):
     effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
-    summary: Literal["auto"] | None = None
 
 
 class StreamOptions(Strict):
@@ -125,7 +120,7 @@ class ResponsesBody(Strict):
     parallel_tool_calls: bool | None = None
     text: TextOptions | None = None
     reasoning: ReasoningOptions | None = None
-    metadata: dict[str, str] | None = None
+    metadata: Metadata | None = None
     user: str | None = None
     truncation: Literal["disabled"] | None = None
     background: Literal[False] | None = None
@@ -133,6 +128,7 @@ class ResponsesBody(Strict):
     service_tier: Literal["auto", "default"] | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None
 
     def request(self, before: list[Item]) -> ChatRequest:
         """The same as a chat; ``before`` are the items of the responses that this one continues."""
@@ -320,7 +316,7 @@ class EventStream:
         assert self._open is not None
         return {"type": kind, "item_id": self._open["id"], "output_index": len(self.items), **more}
 
-    def close(self) -> list[Event_]:
+    def close(self, status: str = "completed") -> list[Event_]:
         """Finish the item that is open."""
         item = self._open
         if item is None:
@@ -334,7 +330,7 @@ class EventStream:
             found.append(self._about(done, content_index=0, text=self._text, **({"logprobs": []} if item["type"] == "message" else {})))
             found.append(self._about("response.content_part.done", content_index=0, part=part))
             item["content"] = [part]
-        item["status"] = "completed"
+        item["status"] = status
         found.append({"type": "response.output_item.done", "output_index": len(self.items), "item": item})
         self.items.append(item)
         self._open = None

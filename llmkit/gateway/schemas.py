@@ -6,11 +6,12 @@ A parameter is honoured or refused with a 400 that names it; none is ignored but
 from __future__ import annotations
 
 import json
+import re
 import secrets
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, NoReturn, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from llmkit.errors import InvalidRequestError
 from llmkit.gateway.logprobs import text_logprobs
@@ -19,6 +20,8 @@ from llmkit.types import Completion, FinishReason, GenerationRequest, Grammar, M
 __all__ = [
     "CompletionRequest",
     "Ignored",
+    "Metadata",
+    "Strict",
     "completion_object",
     "ending",
     "model_object",
@@ -31,6 +34,7 @@ __all__ = [
 
 LEGACY_MAX_TOKENS = 16
 MAX_CHOICES = 128
+MAX_DEPTH = 100
 MAX_PROMPTS = 512
 FINISH_REASONS = {FinishReason.STOP: "stop", FinishReason.LENGTH: "length", FinishReason.TOOL_CALLS: "tool_calls", FinishReason.ABORT: "stop"}
 # Where a field has several spellings: ours, and what callers may have written.
@@ -44,43 +48,52 @@ RARE = (
     "mirostat", "mirostat_tau", "mirostat_eta",
 )  # fmt: skip
 TokenIds = list[int]
+Metadata = Annotated[dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]], Field(max_length=16)]
 Head = dict[str, Any]
 ANY_OBJECT = {"type": "object"}
 MAX_TOP_LOGPROBS = 20
 Schema = TypeVar("Schema", bound=BaseModel)
 
 
-class StreamOptions(BaseModel):
+class Strict(BaseModel):
+    """Fields as they are declared, no others; one that is null is one that is not given, known to us or not."""
+
     model_config = ConfigDict(extra="forbid", strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, data: Any) -> Any:
+        return {k: v for k, v in data.items() if v is not None} if isinstance(data, dict) else data
+
+
+class StreamOptions(Strict):
     include_usage: bool | None = None
     include_obfuscation: bool | None = None
 
 
-class JsonSchema(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
+class JsonSchema(Strict):
     name: str
     description: str | None = None
     schema_: dict[str, Any] | None = Field(None, alias="schema")
     strict: bool | None = None
 
 
-class ResponseFormat(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
+class ResponseFormat(Strict):
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
 
 
-class Ignored(BaseModel):
+class Ignored(Strict):
     """What asks nothing of a server, and may come with every request."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
-
     user: str | None = None
-    metadata: dict[str, str] | None = None
+    metadata: Metadata | None = None
     store: Literal[False] | None = None
     service_tier: Literal["auto", "default"] | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None
+    verbosity: Literal["medium"] | None = None
 
 
 class GenerationFields(Ignored):
@@ -277,7 +290,7 @@ def parse(schema: type[Schema], body: bytes) -> Schema:
     Raises `InvalidRequestError` that names the first field that is wrong.
     """
     try:
-        data = json.loads(body.decode("utf-8"), parse_constant=_no_constant)
+        data = json.loads(body.decode("utf-8"), parse_constant=_no_constant, parse_float=_finite)
     except UnicodeDecodeError as error:
         raise InvalidRequestError(f"The body is not valid UTF-8 (byte {error.start}).") from None
     except RecursionError:
@@ -286,7 +299,9 @@ def parse(schema: type[Schema], body: bytes) -> Schema:
         raise InvalidRequestError(f"The body is not valid JSON: {error}") from None
     if not isinstance(data, dict):
         raise InvalidRequestError("The body must be a JSON object.")
-    return validated(schema, {k: v for k, v in data.items() if v is not None})  # a field that is null is a field not given, known to us or not
+    if body.count(b"[") + body.count(b"{") > MAX_DEPTH and _depth(data) > MAX_DEPTH:
+        raise InvalidRequestError(f"The body is nested too deeply; at most {MAX_DEPTH} levels are read.")
+    return validated(schema, data)
 
 
 def validated(schema: type[Schema], data: dict[str, Any]) -> Schema:
@@ -296,12 +311,30 @@ def validated(schema: type[Schema], data: dict[str, Any]) -> Schema:
     except RecursionError:
         raise InvalidRequestError("The body is nested too deeply.") from None
     except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-        param = next((str(part) for part in first["loc"] if isinstance(part, str)), None)
-        place = ".".join(str(part) for part in first["loc"])
+        # Of a field that may be one of several things, the one that fits best got furthest.
+        first = max(error.errors(include_url=False, include_context=False, include_input=False), key=lambda e: len(e["loc"]))
+        loc = [part for part in first["loc"] if isinstance(part, int) or not re.fullmatch(r"str|int|[A-Z]\w*|.*\[.*", part)]
+        param = next((str(part) for part in loc if isinstance(part, str)), None)
+        place = ".".join(map(str, loc))
         if first["type"] == "extra_forbidden":
             raise InvalidRequestError(f"Unrecognized or unsupported parameter: {place:.200}", param) from None
         raise InvalidRequestError(f"{place:.200}: {first['msg']}", param) from None
+
+
+def _depth(value: Any) -> int:
+    """How deeply lists and objects are nested; without recursion."""
+    deepest, level = 0, [value]
+    while level:
+        deepest += 1
+        level = [v for x in level if isinstance(x, list | dict) for v in (x.values() if isinstance(x, dict) else x) if isinstance(v, list | dict)]
+    return deepest
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if value in (float("inf"), float("-inf")):
+        raise ValueError(f"{text:.30} is too large a number")
+    return value
 
 
 def _no_constant(name: str) -> NoReturn:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-__all__ = ["Call", "Content", "Event", "Parser", "Plain", "Reasoning", "as_call", "held"]
+__all__ = ["Call", "Content", "Event", "Parser", "Plain", "Reasoning", "as_call", "held", "loads"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,14 +68,26 @@ def held(text: str, tag: str) -> int:
     return next((n for n in range(min(len(text), len(tag) - 1), 0, -1) if tag.startswith(text[-n:])), 0)
 
 
+def loads(text: str) -> Any:
+    """JSON as a model wrote it; None for what is none, for numbers that JSON does not have, and for what is nested without end."""
+    try:
+        return json.loads(text, parse_constant=_refuse)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _refuse(name: str) -> Any:
+    raise ValueError(f"{name} is no JSON number")
+
+
 def as_call(value: Any, names: Sequence[str]) -> Call | None:
-    """A parsed JSON value as a call of one of the tools, if it is one."""
+    """A call of one of the tools, if it is one: JSON as text, or parsed."""
+    value = loads(value) if isinstance(value, str) else value
     if not isinstance(value, dict) or value.get("name") not in names:
         return None
     arguments = value.get("arguments", value.get("parameters", {}))
-    if isinstance(arguments, str):
-        try:
-            arguments = json.loads(arguments)
-        except ValueError:
-            return None
-    return Call(value["name"], json.dumps(arguments, ensure_ascii=False)) if isinstance(arguments, dict) else None
+    arguments = loads(arguments) if isinstance(arguments, str) else arguments
+    try:
+        return Call(value["name"], json.dumps(arguments, ensure_ascii=False, allow_nan=False)) if isinstance(arguments, dict) else None
+    except (ValueError, RecursionError):
+        return None

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
 from typing import Any
 
-from llmkit.chat.parsers.events import Call, Content, Event, as_call, held
+from llmkit.chat.parsers.events import Call, Content, Event, as_call, held, loads
 
 __all__ = ["TaggedParser"]
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
-FUNCTION = re.compile(r"\s*<function=([^>\n]{1,200})>(.*?)(?:</function>)?\s*", re.DOTALL)
-PARAMETER = re.compile(r"<parameter=([^>\n]{1,200})>\n?(.*?)\n?</parameter>", re.DOTALL)
+FUNCTION, PARAMETER = "<function=", "<parameter="
 
 
 class TaggedParser:
@@ -75,21 +73,28 @@ class TaggedParser:
         return [Content(solid)] if solid else []
 
     def _call(self, body: str) -> Call | None:
-        match = FUNCTION.fullmatch(body)
-        try:
-            call = as_call(json.loads(body), list(self._tools)) if match is None else self._xml_call(match[1].strip(), match[2])
-        except (ValueError, RecursionError):
-            call = None
+        text = body.strip()
+        call = self._xml_call(text.removeprefix(FUNCTION).removesuffix("</function>")) if text.startswith(FUNCTION) else as_call(text, list(self._tools))
         if call is not None:
             self._space, self._after_call = "", True
         return call
 
-    def _xml_call(self, name: str, body: str) -> Call | None:
+    def _xml_call(self, text: str) -> Call | None:
+        """``name>`` and then its parameters; what is not closed is left out."""
+        name, _, rest = text.partition(">")
+        name = name.strip()
         if name not in self._tools:
             return None
         properties = _properties(self._tools[name])
-        arguments = {key.strip(): _value(text, properties.get(key.strip())) for key, text in PARAMETER.findall(body)}
-        return Call(name, json.dumps(arguments, ensure_ascii=False))
+        arguments: dict[str, Any] = {}
+        while True:
+            _, found, rest = rest.partition(PARAMETER)
+            key, opened, rest = rest.partition(">")
+            value, closed, rest = rest.partition("</parameter>")
+            if not (found and opened and closed):
+                return Call(name, json.dumps(arguments, ensure_ascii=False))
+            key = key.strip()
+            arguments[key] = _value(value.removeprefix("\n").removesuffix("\n"), properties.get(key))
 
 
 def _properties(schema: Any) -> dict[str, Any]:
@@ -102,7 +107,5 @@ def _value(text: str, schema: Any) -> Any:
     kinds: Sequence[Any] = schema.get("type", ()) if isinstance(schema, dict) else ()
     if kinds == "string" or (isinstance(kinds, list) and "string" in kinds):
         return text
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        return text
+    found = loads(text)
+    return text if found is None and text.strip() != "null" else found
