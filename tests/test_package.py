@@ -34,7 +34,7 @@ def test_errors_are_one_tree() -> None:
         assert issubclass(getattr(errors, name), errors.LLMKitError)
 
 
-@pytest.mark.parametrize("name", ["llmkit.engine.detokenize", "llmkit.engine.slots", "llmkit.chat.template", "llmkit.types"])
+@pytest.mark.parametrize("name", ["llmkit.engine.detokenize", "llmkit.engine.slots", "llmkit.chat.template", "llmkit.sampling", "llmkit.toolbox"])
 def test_doctests(name: str) -> None:
     module = importlib.import_module(name)
     result = doctest.testmod(module, extraglobs={"Message": llmkit.Message})

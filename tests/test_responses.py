@@ -193,7 +193,8 @@ async def test_the_stock_client(engine: LocalEngine) -> None:
             small = {"type": "integer", "minimum": 0, "maximum": 99}
             parameters = {**ADD.parameters, "properties": {"a": small, "b": small}}
             tool: Any = {"type": "function", "name": "add", "parameters": parameters, "strict": True}
-            async with client.responses.stream(model="smollm2", input="1+2?", tools=[tool], tool_choice="required", max_output_tokens=80) as events:
+            alone: Any = {"parallel_tool_calls": False, "temperature": 0, "max_output_tokens": 80}
+            async with client.responses.stream(model="smollm2", input="1+2?", tools=[tool], tool_choice="required", **alone) as events:
                 called = await events.get_final_response()
             assert called.output[0].type == "function_call" and json.loads(called.output[0].arguments).keys() == {"a", "b"}
             schema = {
