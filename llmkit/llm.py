@@ -25,6 +25,7 @@ from llmkit.types import (
     Message,
     ModelDescription,
     SamplingParams,
+    ToolCall,
 )
 
 if TYPE_CHECKING:
@@ -146,13 +147,51 @@ class LLM:
             raise InvalidRequestError(f"prompt must be a text, not {type(prompt).__name__}; generate() takes a list.", "prompt")
         return self._submit(self._request(sampling, prompt=prompt))
 
-    def chat(self, messages: Messages, *, stream: bool = False, **sampling: Any) -> Any:
+    def chat(
+        self,
+        messages: Messages,
+        *,
+        stream: bool = False,
+        tools: Sequence[Callable[..., Any]] = (),
+        tool_choice: str = "auto",
+        max_rounds: int = 8,
+        **sampling: Any,
+    ) -> Any:
         """Answer a message, or a conversation as a list of messages (dicts with ``role`` and ``content``, or `Message`).
 
-        A `Completion`, or with ``stream=True`` a `Stream`.
+        A `Completion`, or with ``stream=True`` a `Stream`. ``tools`` are Python functions that the model may call: they are described by their type hints and
+        docstrings, called with checked arguments, and what they return is told to the model, until it answers or ``max_rounds`` are over.
+        ``tool_choice="required"`` (or a function's name) makes the first answer a call.
         """
+        if tools:
+            if stream:
+                raise InvalidRequestError("a chat with tools cannot be streamed here; leave stream out, or use an endpoint of llm.serve().", "stream")
+            return self._chat_with(list(tools), list(_messages(messages)), tool_choice, max_rounds, sampling)
         request = self._request(sampling, messages=_messages(messages))
         return self._submit(request) if stream else self._complete([request])[0]
+
+    def _chat_with(self, functions: list[Callable[..., Any]], messages: list[Message], choice: str, max_rounds: int, sampling: dict[str, Any]) -> Completion:
+        from llmkit.chat.parsers.events import Call, Content
+        from llmkit.chat.tools import call_grammar, make_parser
+        from llmkit.toolbox import Toolbox
+
+        box, model = Toolbox(functions), self._description
+        if sampling.get("grammar") is not None:
+            raise InvalidRequestError("a grammar cannot be combined with tools.", "grammar")
+        for number in range(max_rounds + 1):
+            tools = tuple(box.tools) if number < max_rounds else ()  # at the end there is nothing left but to answer
+            grammar = call_grammar(model.tool_form, tools, choice, parallel=True) if tools and not (model.reasoning and choice == "auto") else None
+            request = self._request({**sampling, "grammar": grammar}, messages=tuple(messages))
+            completion = self._complete([replace(request, tools=tools)])[0]
+            forced, choice = choice != "auto", "auto"
+            parser = make_parser(model.tool_form, "think" if model.reasoning and not forced else "", tools, reasoning_begun=model.reasoning == "think_begun")
+            events = [*parser.push(completion.text), *parser.finish()]
+            calls = [ToolCall(e.call_id, e.name, e.arguments) for e in events if isinstance(e, Call)]
+            if not calls:
+                break
+            messages.append(Message("assistant", "".join(e.text for e in events if isinstance(e, Content)), tool_calls=tuple(calls)))
+            messages += [Message("tool", box.run(c.name, c.arguments), name=c.name, tool_call_id=c.call_id) for c in calls]
+        return completion
 
     @property
     def last(self) -> Completion | None:
@@ -341,6 +380,8 @@ def _messages(messages: Messages) -> tuple[Message, ...]:
     for message in messages:
         if isinstance(message, dict):
             try:
+                if message.get("content") is None and message.get("role") != "assistant":
+                    raise TypeError
                 message = Message(**message)
             except TypeError:
                 raise InvalidRequestError("a message needs the keys role and content (and may have name).", "messages") from None

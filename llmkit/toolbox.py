@@ -1,0 +1,95 @@
+"""Python functions as tools of a chat: their schema from type hints and docstring, and calls of them with checked arguments."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+import typing
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from llmkit.errors import InvalidRequestError
+from llmkit.types import Tool
+
+__all__ = ["Toolbox"]
+
+ARGUMENT = re.compile(r"^\s*(?:\*\s+)?(?:``)?(\w+)(?:``)?(?:\s*\([^)]*\))?\s*:\s*(\S.*)$")
+
+
+class Toolbox:
+    """Functions by name.
+
+    >>> def add(a: int, b: int = 1) -> int:
+    ...     '''Add two numbers.
+    ...
+    ...     a: the first
+    ...     '''
+    ...     return a + b
+    >>> box = Toolbox([add])
+    >>> box.tools[0].description, box.tools[0].parameters["properties"]["a"]
+    ('Add two numbers.', {'description': 'the first', 'title': 'A', 'type': 'integer'})
+    >>> box.run("add", '{"a": 2}')
+    '3'
+
+    Raises `InvalidRequestError` for what is no function, or has parameters without a type that JSON knows.
+    """
+
+    def __init__(self, functions: Sequence[Callable[..., Any]]) -> None:
+        self._functions: dict[str, Callable[..., Any]] = {}
+        self._models: dict[str, Any] = {}
+        self.tools: list[Tool] = []
+        for function in functions:
+            self._add(function)
+
+    def _add(self, function: Callable[..., Any]) -> None:
+        name = getattr(function, "__name__", "")
+        if not callable(function) or not name.isidentifier():
+            raise InvalidRequestError(f"tools must be functions with a name, not {function!r:.80}.", "tools")
+        if name in self._functions:
+            raise InvalidRequestError(f"tools: two functions are named {name!r}.", "tools")
+        summary, told = _documented(inspect.getdoc(function) or "")
+        model = _arguments(function, name, told)
+        self._functions[name], self._models[name] = function, model
+        self.tools.append(Tool(name, summary, {k: v for k, v in model.model_json_schema().items() if k != "title"}))
+
+    def run(self, name: str, arguments: str) -> str:
+        """Call a function with arguments as JSON; what it returns, as text. An error of the call is the text: the model may try again."""
+        from pydantic import ValidationError
+
+        try:
+            given = self._models[name].model_validate_json(arguments)
+            result = self._functions[name](**{field: getattr(given, field) for field in type(given).model_fields})
+        except ValidationError as error:
+            return f"Error: {error.errors(include_url=False)[0]['msg']}"
+        except Exception as error:
+            return f"Error: {type(error).__name__}: {error}"
+        return result if isinstance(result, str) else json.dumps(result, default=str, ensure_ascii=False)
+
+
+def _arguments(function: Callable[..., Any], name: str, told: dict[str, str]) -> Any:
+    """A pydantic model of a function's parameters."""
+    import pydantic
+
+    fields: dict[str, Any] = {}
+    try:
+        hints = typing.get_type_hints(function, include_extras=True)
+        for parameter in inspect.signature(function).parameters.values():
+            if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD, parameter.POSITIONAL_ONLY):
+                raise InvalidRequestError(f"tools: {name}() has the parameter {parameter}, which a model cannot name.", "tools")
+            default = ... if parameter.default is parameter.empty else parameter.default
+            fields[parameter.name] = (hints.get(parameter.name, str), pydantic.Field(default, description=told.get(parameter.name)))
+        model = pydantic.create_model(name, __config__=pydantic.ConfigDict(extra="forbid"), **fields)
+        model.model_json_schema()
+        return model
+    except InvalidRequestError:
+        raise
+    except Exception as error:
+        raise InvalidRequestError(f"tools: the parameters of {name}() cannot be described to a model: {error}", "tools") from None
+
+
+def _documented(text: str) -> tuple[str, dict[str, str]]:
+    """A docstring's first paragraph, and what it says of parameters in lines like ``name: words``."""
+    summary = " ".join(text.split("\n\n", 1)[0].split())
+    found = (ARGUMENT.match(line) for line in text.splitlines())
+    return summary, {match[1]: match[2].strip() for match in found if match}
