@@ -1,22 +1,24 @@
-"""Answers about a model's vocabulary and chat template: tokens of a text, text of tokens, the prompt of messages. Any thread; nothing is computed."""
+"""What a model's vocabulary and chat template say: the prompt of a request, tokens of a text, text of tokens. Any thread; nothing is computed."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from llmkit.errors import InvalidRequestError
-from llmkit.types import Inquiry, Message, Tool
+from llmkit.errors import ContextLengthError, InvalidRequestError
+from llmkit.types import MAX_CHARS_PER_TOKEN, GenerationRequest, Inquiry, Message, Tool
 
 if TYPE_CHECKING:
     from llmkit.backend.vocab import Vocab
     from llmkit.chat.template import ChatTemplate
 
-__all__ = ["answer", "prompt_text"]
+__all__ = ["answer", "request_tokens"]
 
 # A text may be counted though it is longer than the context; but not without end.
 MAX_CHARS = 1 << 20
 MAX_TOKENS = 1 << 18
+FENCE = "\uf8ff\ue0ff\uf8ff"  # private characters, which no text has in this order
 
 
 def answer(inquiry: Inquiry, vocab: Vocab, template: ChatTemplate | None) -> dict[str, Any]:
@@ -32,23 +34,74 @@ def answer(inquiry: Inquiry, vocab: Vocab, template: ChatTemplate | None) -> dic
         case "render":
             return {"text": _render(data, template)}
         case "tokenize_chat":
-            return _tokenize(prompt_text(vocab, _known(template), *_conversation(data)), {**data, "parse_special": True, "add_special": True}, vocab)
+            return _described(prompt_tokens(vocab, _known(template), *_conversation(data), _check_length), data, vocab)
         case "info":
             spelled = {"bos_token": vocab.token_text(vocab.bos), "eos_token": vocab.token_text(vocab.eos)}
             return {**spelled, "chat_template": template.source if template is not None else None, "adds_bos": vocab.adds_bos}
 
 
-def prompt_text(vocab: Vocab, template: ChatTemplate, messages: Sequence[Message], tools: Sequence[Tool], options: dict[str, Any], **more: Any) -> str:
-    """What is tokenized for a chat: the template's text, without the beginning that the tokenizer adds."""
-    text = template.render(messages, tools=tools, options=options, **more)
+def request_tokens(request: GenerationRequest, vocab: Vocab, template: ChatTemplate, n_ctx: int) -> list[int]:
+    """The prompt of a request, which leaves room for at least one token. Raises `InvalidRequestError` and `ContextLengthError`."""
+    param = "prompt" if request.messages is None else "messages"
+
+    def check(text: str) -> None:
+        if len(text) > n_ctx * MAX_CHARS_PER_TOKEN:
+            raise ContextLengthError(len(text) // MAX_CHARS_PER_TOKEN, n_ctx, param)
+
+    if request.messages is not None:
+        tokens = prompt_tokens(vocab, template, request.messages, request.tools, request.template_options, check)
+    elif isinstance(request.prompt, tuple):
+        tokens = list(request.prompt)
+        for token in tokens:
+            if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < vocab.n_tokens:
+                raise InvalidRequestError(f"prompt: token ids go from 0 to {vocab.n_tokens - 1}; {token!r:.30} is none.", "prompt")
+    else:
+        text = request.prompt or ""
+        check(text + (request.suffix or ""))
+        tokens = vocab.tokenize(text, parse_special=request.parse_special) if request.suffix is None else vocab.fill_in(text, request.suffix)
+    if not tokens:
+        raise InvalidRequestError("the prompt is empty; give at least one token.", param)
+    if len(tokens) >= n_ctx:
+        raise ContextLengthError(len(tokens), n_ctx, param)
+    return tokens
+
+
+def prompt_tokens(
+    vocab: Vocab, template: ChatTemplate, messages: Sequence[Message], tools: Sequence[Tool], options: dict[str, Any], check: Callable[[str], None]
+) -> list[int]:
+    """The tokens of a conversation: the template's text, in which the spelling of a control token within a message is text and no control token. ``check`` sees
+    the text before it is tokenized."""
+    text = template.render([_fenced(message, vocab) for message in messages], tools=tools, options=options)
     bos = vocab.token_text(vocab.bos)
-    return text.removeprefix(bos) if bos and vocab.adds_bos else text
+    text = text.removeprefix(bos) if bos and vocab.adds_bos else text
+    check(text)
+    first, *rest = text.split(FENCE)
+    tokens = vocab.tokenize(first, parse_special=True)
+    for i, part in enumerate(rest):
+        tokens += vocab.tokenize(part, add_special=False, parse_special=i % 2 == 1) if part else []
+    return tokens
+
+
+def _fenced(message: Message, vocab: Vocab) -> Message:
+    """The message with fences around what is spelled like a control token. An assistant's may hold what a model wrote."""
+    if message.role == "assistant" or not message.content:
+        return message
+    content = message.content.replace(FENCE, "")
+    fenced = vocab.control_pattern.sub(lambda found: f"{FENCE}{found[0]}{FENCE}", content)
+    return message if fenced == message.content else replace(message, content=fenced)
 
 
 def _tokenize(text: str, data: dict[str, Any], vocab: Vocab) -> dict[str, Any]:
+    _check_length(text)
+    return _described(vocab.tokenize(text, add_special=data.get("add_special", True), parse_special=data.get("parse_special", True)), data, vocab)
+
+
+def _check_length(text: str) -> None:
     if len(text) > MAX_CHARS:
         raise InvalidRequestError(f"the text has {len(text)} characters; at most {MAX_CHARS} are tokenized at a time.", "prompt")
-    tokens = vocab.tokenize(text, add_special=data.get("add_special", True), parse_special=data.get("parse_special", True))
+
+
+def _described(tokens: list[int], data: dict[str, Any], vocab: Vocab) -> dict[str, Any]:
     return {"tokens": tokens, "pieces": [_piece(vocab, t).decode("latin-1") for t in tokens] if data.get("with_pieces") else None}
 
 

@@ -25,7 +25,6 @@ from llmkit.types import (
     Message,
     ModelDescription,
     SamplingParams,
-    ToolCall,
 )
 
 if TYPE_CHECKING:
@@ -42,7 +41,7 @@ Messages = str | Message | dict[str, Any] | Sequence[Message | dict[str, Any]]
 
 # Prompts of one batch call that are in the engine at a time: more than any number of slots, less than the queue's bound.
 BATCH_WINDOW = 256
-REQUEST_OPTIONS = ("priority", "caller", "cache_salt", "lora")
+REQUEST_OPTIONS = ("priority", "caller", "cache_salt", "lora", "suffix")
 ABORT_S = 0.3  # an abort takes a step to arrive
 _ids = itertools.count(1)
 
@@ -161,37 +160,29 @@ class LLM:
 
         A `Completion`, or with ``stream=True`` a `Stream`. ``tools`` are Python functions that the model may call: they are described by their type hints and
         docstrings, called with checked arguments, and what they return is told to the model, until it answers or ``max_rounds`` are over.
-        ``tool_choice="required"`` (or a function's name) makes the first answer a call.
+        ``tool_choice="required"`` (or a function's name) makes the first answer a call. What a model that reasons wrote for itself is in the completion's
+        ``reasoning``; a stream has it in its text.
         """
         if tools:
+            if sampling.get("grammar") is not None:
+                raise InvalidRequestError("a grammar cannot be combined with tools.", "grammar")
             if stream:
                 raise InvalidRequestError("a chat with tools cannot be streamed here; leave stream out, or use an endpoint of llm.serve().", "stream")
-            return self._chat_with(list(tools), list(_messages(messages)), tool_choice, max_rounds, sampling)
+            from llmkit.toolbox import converse
+
+            def ask(messages: list[Message], **asked: Any) -> Completion:
+                more = {name: asked.pop(name) for name in ("tools", "show_marks")}
+                return self._complete([replace(self._request({**sampling, **asked}, messages=tuple(messages)), **more)])[0]
+
+            return converse(ask, self._description, tools, list(_messages(messages)), tool_choice, max_rounds)
         request = self._request(sampling, messages=_messages(messages))
-        return self._submit(request) if stream else self._complete([request])[0]
+        if stream:
+            return self._submit(request)
+        if not self._description.reasoning:
+            return self._complete([request])[0]
+        from llmkit.chat.reading import AnswerReader
 
-    def _chat_with(self, functions: list[Callable[..., Any]], messages: list[Message], choice: str, max_rounds: int, sampling: dict[str, Any]) -> Completion:
-        from llmkit.chat.parsers.events import Call, Content
-        from llmkit.chat.tools import call_grammar, make_parser
-        from llmkit.toolbox import Toolbox
-
-        box, model = Toolbox(functions), self._description
-        if sampling.get("grammar") is not None:
-            raise InvalidRequestError("a grammar cannot be combined with tools.", "grammar")
-        for number in range(max_rounds + 1):
-            tools = tuple(box.tools) if number < max_rounds else ()  # at the end there is nothing left but to answer
-            grammar = call_grammar(model.tool_form, tools, choice, parallel=True) if tools and not (model.reasoning and choice == "auto") else None
-            request = self._request({**sampling, "grammar": grammar}, messages=tuple(messages))
-            completion = self._complete([replace(request, tools=tools)])[0]
-            forced, choice = choice != "auto", "auto"
-            parser = make_parser(model.tool_form, "think" if model.reasoning and not forced else "", tools, reasoning_begun=model.reasoning == "think_begun")
-            events = [*parser.push(completion.text), *parser.finish()]
-            calls = [ToolCall(e.call_id, e.name, e.arguments) for e in events if isinstance(e, Call)]
-            if not calls:
-                break
-            messages.append(Message("assistant", "".join(e.text for e in events if isinstance(e, Content)), tool_calls=tuple(calls)))
-            messages += [Message("tool", box.run(c.name, c.arguments), name=c.name, tool_call_id=c.call_id) for c in calls]
-        return completion
+        return AnswerReader(self._description).apart(self._complete([replace(request, show_marks=True)])[0])
 
     @property
     def last(self) -> Completion | None:

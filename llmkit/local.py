@@ -3,32 +3,35 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import os
 import sys
 import threading
 import time
 import warnings
 import weakref
+from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmkit.chat.template import CHATML, ChatTemplate
+from llmkit.chat.tools import marks
 from llmkit.engine.detokenize import Detokenizer
 from llmkit.engine.drafter import ModelDrafter
 from llmkit.engine.engine import Engine
 from llmkit.engine.prefill import ALIGNMENT
 from llmkit.engine.request import Request
-from llmkit.errors import ContextLengthError, InsufficientMemoryError, InvalidRequestError, ModelLoadError, ModelUnloadedError
-from llmkit.inquiries import answer, prompt_text
+from llmkit.errors import InsufficientMemoryError, InvalidRequestError, ModelLoadError, ModelUnloadedError
+from llmkit.inquiries import answer, request_tokens
 from llmkit.machine import best_threads
 from llmkit.models import gguf, memory
 from llmkit.models.registry import ModelSpec, resolve
 from llmkit.options import EngineOptions
 from llmkit.stream import Channel, Stream
 from llmkit.turns import Turns
-from llmkit.types import MAX_CHARS_PER_TOKEN, EmbeddingRequest, Embeddings, EngineStats, GenerationRequest, Inquiry, ModelDescription
+from llmkit.types import EmbeddingRequest, Embeddings, EngineStats, GenerationRequest, Inquiry, ModelDescription
 
 if TYPE_CHECKING:
     from llmkit.backend.llama import LlamaRunner
@@ -127,6 +130,8 @@ class LocalEngine:
         self._template = ChatTemplate(
             str(info.metadata.get("tokenizer.chat_template") or CHATML), bos=vocab.token_text(vocab.bos), eos=vocab.token_text(vocab.eos)
         )
+        shown = marks(self._template.tool_form)
+        self._marks = {t: text.encode() for t in vocab.control_tokens if (text := vocab.token_text(t)) in shown}
         self._description = ModelDescription(
             name=name or spec.name,
             path=str(spec.path),
@@ -177,34 +182,8 @@ class LocalEngine:
 
         Raises `InvalidRequestError`, `ContextLengthError` and `ModelUnloadedError`.
         """
-        if isinstance(request.prompt, tuple):
-            return self._check_tokens(list(request.prompt))
-        if request.messages is not None:
-            text, param, special = prompt_text(self._vocab, self._template, request.messages, request.tools, request.template_options), "messages", True
-        else:
-            text, param, special = request.prompt or "", "prompt", request.parse_special
-        n_ctx = self._description.n_ctx
-        if len(text) > n_ctx * MAX_CHARS_PER_TOKEN:
-            raise ContextLengthError(len(text) // MAX_CHARS_PER_TOKEN, n_ctx, param)
-        with self._close_lock:  # the vocabulary must not be freed under us
-            self._check_open()
-            tokens = self._vocab.tokenize(text, parse_special=special)
-        if not tokens:
-            raise InvalidRequestError("the prompt is empty; give at least one token.", param)
-        if len(tokens) >= n_ctx:
-            raise ContextLengthError(len(tokens), n_ctx, param)
-        return tokens
-
-    def _check_tokens(self, tokens: list[int]) -> list[int]:
-        n_vocab, n_ctx = self._vocab.n_tokens, self._description.n_ctx
-        if not tokens:
-            raise InvalidRequestError("the prompt is empty; give at least one token.", "prompt")
-        for token in tokens:
-            if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < n_vocab:
-                raise InvalidRequestError(f"prompt: token ids go from 0 to {n_vocab - 1}; {token!r:.30} is none.", "prompt")
-        if len(tokens) >= n_ctx:
-            raise ContextLengthError(len(tokens), n_ctx)
-        return tokens
+        with self._reading():
+            return request_tokens(request, self._vocab, self._template, self._description.n_ctx)
 
     def submit(self, request: GenerationRequest) -> Stream:
         n_vocab = self._description.n_vocab
@@ -225,7 +204,7 @@ class LocalEngine:
                 tokens,
                 request.sampling,
                 max_tokens,
-                Detokenizer(self._vocab.piece, request.sampling.stop),
+                Detokenizer(self._piece_with_marks if request.show_marks else self._vocab.piece, request.sampling.stop),
                 channel,
                 priority=request.priority,
                 caller=request.caller,
@@ -236,6 +215,9 @@ class LocalEngine:
             )
         )
         return Stream(channel)
+
+    def _piece_with_marks(self, token: int) -> bytes:
+        return self._marks.get(token) or self._vocab.piece(token)
 
     def _adapters(self, wanted: tuple[tuple[str, float], ...] | None) -> tuple[tuple[str, float], ...]:
         if wanted is None:
@@ -251,15 +233,21 @@ class LocalEngine:
 
     def inquire(self, inquiry: Inquiry) -> Future[dict[str, Any]]:
         future: Future[dict[str, Any]] = Future()
+        with self._reading():
+            future.set_result(answer(inquiry, self._vocab, self._template))
+        return future
+
+    @contextlib.contextmanager
+    def _reading(self) -> Iterator[None]:
+        """While the vocabulary is read it must not be freed; but nobody else has to wait."""
         with self._close_lock:
             self._check_open()
-            self._num_readers += 1  # the vocabulary must not be freed under us; but nobody else has to wait
+            self._num_readers += 1
         try:
-            future.set_result(answer(inquiry, self._vocab, self._template))
+            yield
         finally:
             with self._close_lock:
                 self._num_readers -= 1
-        return future
 
     def abort(self, request_id: str) -> None:
         if not self._closed:

@@ -75,6 +75,7 @@ class SamplingParams:
     each generated token and of the k likeliest ones, ``prompt_logprobs`` the same for the prompt (which is then computed whole). ``grammar`` constrains the
     text. ``speculate`` lets the engine guess ahead where that pays; what comes out is the same. ``dry_*`` punish the continuation of repeated sequences,
     ``xtc_*`` leave out the likeliest tokens now and then, ``mirostat`` 1 or 2 holds the surprise at ``mirostat_tau`` in place of top-k, top-p and the like.
+    ``max_repetitions`` ends a text that has gone round in a circle of up to 64 tokens so many times (``finish_reason`` "repetition").
     """
 
     max_tokens: int | None = 256
@@ -105,6 +106,7 @@ class SamplingParams:
     mirostat: int = 0
     mirostat_tau: float = 5.0
     mirostat_eta: float = 0.1
+    max_repetitions: int | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
@@ -141,6 +143,8 @@ class SamplingParams:
         for param in ("logprobs", "prompt_logprobs"):
             if getattr(self, param) is not None:
                 check_integer(getattr(self, param), param, 0, MAX_LOGPROBS)
+        if self.max_repetitions is not None:
+            check_integer(self.max_repetitions, "max_repetitions", 2, 1000)
         for name, (low, high) in RANGES.items():
             if isinstance(high, int):
                 check_integer(getattr(self, name), name, int(low), high)

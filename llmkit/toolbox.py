@@ -7,12 +7,16 @@ import json
 import re
 import typing
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
+from llmkit.chat.parsers.events import Call, Content, Reasoning
+from llmkit.chat.reading import AnswerReader
+from llmkit.chat.tools import call_grammar
 from llmkit.errors import InvalidRequestError
-from llmkit.types import Tool
+from llmkit.types import Completion, Message, ModelDescription, Tool, ToolCall
 
-__all__ = ["Toolbox"]
+__all__ = ["Toolbox", "converse"]
 
 ARGUMENT = re.compile(r"^\s*(?:\*\s+)?(?:``)?(\w+)(?:``)?(?:\s*\([^)]*\))?\s*:\s*(\S.*)$")
 
@@ -93,3 +97,25 @@ def _documented(text: str) -> tuple[str, dict[str, str]]:
     summary = " ".join(text.split("\n\n", 1)[0].split())
     found = (ARGUMENT.match(line) for line in text.splitlines())
     return summary, {match[1]: match[2].strip() for match in found if match}
+
+
+def converse(
+    ask: Callable[..., Completion], model: ModelDescription, functions: Sequence[Callable[..., Any]], messages: list[Message], choice: str, max_rounds: int
+) -> Completion:
+    """Ask, call what the answer calls, tell the results and ask again, until there is an answer; ``ask`` takes messages, tools and a grammar."""
+    box = Toolbox(functions)
+    for number in range(max_rounds + 1):
+        tools = tuple(box.tools) if number < max_rounds else ()  # at the end there is nothing left but to answer
+        forced = bool(tools) and choice != "auto"
+        grammar = call_grammar(model.tool_form, tools, choice, parallel=True) if tools and (forced or not model.reasoning) else None
+        more = {} if grammar is None else {"grammar": grammar}
+        completion = ask(messages, tools=tools, show_marks=True, **more)
+        events = AnswerReader(model, tools, forced=forced).whole(completion)
+        calls = [ToolCall(e.call_id, e.name, e.arguments) for e in events if isinstance(e, Call)]
+        if not calls:
+            break
+        choice = "auto"
+        messages.append(Message("assistant", "".join(e.text for e in events if isinstance(e, Content)), tool_calls=tuple(calls)))
+        messages += [Message("tool", box.run(c.name, c.arguments), name=c.name, tool_call_id=c.call_id) for c in calls]
+    text, thoughts = ("".join(e.text for e in events if isinstance(e, kind)) for kind in (Content, Reasoning))
+    return replace(completion, text=text, reasoning=thoughts)

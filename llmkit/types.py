@@ -46,6 +46,7 @@ class FinishReason(StrEnum):
     TOOL_CALLS = "tool_calls"
     ABORT = "abort"
     ERROR = "error"
+    REPETITION = "repetition"
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +137,8 @@ class GenerationRequest:
     Prefixes are shared only among requests of the same ``cache_salt``: tenants that must not learn of each other by timing get one each.
     ``lora`` names adapters that were loaded with the model, and their scales (None: as loaded, (): none).
     ``keep_on_disk`` (with ``max_tokens=0``) saves the computed prompt for later processes. ``tools`` and ``template_options`` go to the chat template.
+    With a ``suffix`` the text between ``prompt`` and it is written, by models that have learned to. ``show_marks`` keeps in the text what the model writes to
+    mark calls of tools and reasoning, for `llmkit.chat.reading`.
     """
 
     request_id: str
@@ -150,6 +153,8 @@ class GenerationRequest:
     parse_special: bool = False  # ``prompt`` spells control tokens
     tools: tuple[Tool, ...] = ()
     template_options: dict[str, Any] = field(default_factory=dict)
+    suffix: str | None = None
+    show_marks: bool = False
 
     def __post_init__(self) -> None:
         check_integer(self.priority, "priority", -(2**31), 2**31)
@@ -160,6 +165,8 @@ class GenerationRequest:
         for name, scale in self.lora or ():
             check(isinstance(name, str), "lora", "must name adapters.")
             check_number(scale, "lora", -100, 100)
+        fills = self.suffix is None or (isinstance(self.suffix, str) and isinstance(self.prompt, str))
+        check(fills, "suffix", "must be a text, and so must the prompt.")
         check((self.prompt is None) != (self.messages is None), "prompt", "or messages must be given, and only one of them.")
 
 
@@ -200,11 +207,13 @@ class Inquiry:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Token counts of one request; ``cached_tokens`` of the prompt came from a cached prefix."""
+    """Token counts of one request; ``cached_tokens`` of the prompt came from a cached prefix, ``reasoning_tokens`` of the completion were reasoning (counted
+    where an answer is read as a chat's)."""
 
     prompt_tokens: int = 0
     completion_tokens: int = 0
     cached_tokens: int = 0
+    reasoning_tokens: int = 0
 
     @property
     def total_tokens(self) -> int:
@@ -265,6 +274,7 @@ class Completion:
     logprobs: tuple[TokenLogprob, ...] = ()
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
     stop: str | None = None  # the stop string that was met
+    reasoning: str = ""  # of a chat: what the model wrote for itself
 
     @property
     def decode_tok_s(self) -> float:

@@ -96,6 +96,12 @@ async def test_chat_whole(api: Api, model: FakeClient) -> None:
     assert reply["system_fingerprint"].startswith("llmkit-")
 
 
+async def test_too_much_to_be_scored(api: Api) -> None:
+    for prompts, fine in ((["a" * 4000] * 100, True), (["a" * 4000] * 500, False)):
+        code, reply = await api.post("/v1/completions", {"prompt": prompts, "echo": True, "logprobs": 5, "max_tokens": 0})
+        assert (code == 200) is fine and (fine or reply["error"]["param"] == "echo")
+
+
 async def test_null_is_not_given(api: Api) -> None:
     """Clients send null for what they do not use, also for what we do not know."""
     code, _ = await api.post("/v1/chat/completions", {**CHAT, "tools": None, "temperature": None, "response_format": None, "stream": None})
@@ -217,7 +223,7 @@ def is_error(reply: HTTPResponse, status: int) -> dict[str, Any]:
         ("/v1/completions", {"prompt": ""}, "prompt"),
         ("/v1/completions", {"prompt": []}, "prompt"),
         ("/v1/completions", {"prompt": ["a"] * 3000}, "prompt"),
-        ("/v1/completions", {"prompt": "a", "suffix": "b"}, "suffix"),
+        ("/v1/completions", {"prompt": [97], "suffix": "b"}, "suffix"),
         ("/v1/completions", {"prompt": [97], "echo": True, "stream": True}, "echo"),
         ("/v1/completions", {"prompt": "a", "best_of": 40}, "best_of"),
         ("/v1/completions", {"prompt": "a", "best_of": 2, "n": 3}, "best_of"),

@@ -14,13 +14,14 @@ from pydantic import BaseModel
 from test_gateway import Api, is_error, serve
 
 from llmkit.bridge.server import BridgeServer
-from llmkit.chat.parsers.events import Call, Content, Event, Parser, Reasoning
+from llmkit.chat.parsers.events import Call, Content, Event, Parser, Reasoning, as_call
+from llmkit.chat.reading import AnswerReader
 from llmkit.chat.template import CHATML, ChatTemplate
-from llmkit.chat.tools import call_grammar, make_parser, tool_form
+from llmkit.chat.tools import call_grammar, make_parser, marks, reasoning_form, tool_form
 from llmkit.errors import InvalidRequestError
 from llmkit.gateway.chat import ChatRequest
 from llmkit.local import LocalEngine
-from llmkit.types import Message, ModelDescription, Tool, ToolCall
+from llmkit.types import Completion, Delta, FinishReason, Message, ModelDescription, Tool, ToolCall, Usage
 
 WEATHER = Tool(
     "get_weather", "The weather of a city", {"type": "object", "properties": {"city": {"type": "string"}, "days": {"type": "integer"}}, "required": ["city"]}
@@ -50,6 +51,7 @@ def plain(events: list[Event]) -> list[Any]:
     return [(e.name, json.loads(e.arguments)) if isinstance(e, Call) else (type(e).__name__, e.text) for e in events]
 
 
+SUM = ("add", {"a": 1, "b": 2})
 PARIS = ("get_weather", {"city": "Paris"})
 
 
@@ -70,13 +72,60 @@ PARIS = ("get_weather", {"city": "Paris"})
             "<tool_call>\n<function=get_weather>\n<parameter=city>\nParis\n</parameter>\n<parameter=days>\n3\n</parameter>\n</function>\n</tool_call>",
             [("get_weather", {"city": "Paris", "days": 3})],
         ),
-        ("qwen3_coder", "<tool_call>\n<function=add>\n<parameter=a>\n1\n</parameter>\n</function>\n</tool_call>", [("add", {"a": 1})]),
+        ("qwen3_coder", "<tool_call>\n<function=add>\n<parameter=a>\n1\n</parameter>\n<parameter=b>\n2\n</parameter>\n</function>\n</tool_call>", [SUM]),
         ("llama3", '{"name": "get_weather", "parameters": {"city": "Paris"}}', [PARIS]),
-        ("llama3", '<|python_tag|>{"name": "get_weather", "parameters": {"city": "Paris"}}; {"name": "add", "parameters": {}}', [PARIS, ("add", {})]),
+        ("llama3", '<|python_tag|>{"name": "get_weather", "parameters": {"city": "Paris"}}; {"name": "add", "parameters": {"a": 1, "b": 2}}', [PARIS, SUM]),
+        ("llama3", '{"name": "add", "parameters": {"a": 1}}', [("Content", '{"name": "add", "parameters": {"a": 1}}')]),
         ("llama3", 'The answer is {"name": 1}', [("Content", 'The answer is {"name": 1}')]),
         ("llama3", '{"temperature": 3}', [("Content", '{"temperature": 3}')]),
         ("mistral", '[TOOL_CALLS][{"name": "get_weather", "arguments": {"city": "Paris"}}]', [PARIS]),
         ("mistral", "[1, 2] is a list", [("Content", "[1, 2] is a list")]),
+        ("mistral", '[TOOL_CALLS]get_weather[ARGS]{"city": "Paris"}[TOOL_CALLS]add[CALL_ID]abcdefghi[ARGS]{"a": 1, "b": 2}', [PARIS, SUM]),
+        ("list", f"<|tool_call|>[{CALL}]<|/tool_call|>", [PARIS]),
+        ("list", f"functools[{CALL}]", [PARIS]),
+        ("list", "functional", [("Content", "functional")]),
+        (
+            "harmony",
+            "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant<|channel|>final<|message|>A < b.<|return|>",
+            [("Reasoning", "Hm."), ("Content", "A < b.")],
+        ),
+        (
+            "harmony",
+            "<|channel|>analysis<|message|>Hm<|end|><|start|>assistant<|channel|>commentary to=functions.get_weather "
+            '<|constrain|>json<|message|>{"city": "Paris"}<|call|>',
+            [("Reasoning", "Hm"), PARIS],
+        ),
+        ("harmony", ' to=functions.get_weather<|channel|>commentary json<|message|>{"city": "Paris"}', [PARIS]),
+        ("harmony", "<|channel|>commentary<|message|>I look.<|channel|>commentary to=functions.unknown<|message|>{}<|call|>", [("Content", "I look.{}")]),
+        ("harmony", "Just text", [("Content", "Just text")]),
+        ("harmony", "to=", [("Content", "to=")]),
+        ("harmony", "<|channel|>final", []),
+        (
+            "deepseek",
+            "Let me see.\n\n<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>get_weather\n"
+            '```json\n{"city": "Paris"}\n```<｜tool▁call▁end｜><｜tool▁calls▁end｜>',
+            [("Content", "Let me see."), PARIS],
+        ),
+        (
+            "deepseek",
+            '<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>get_weather<｜tool▁sep｜>{"city": "Paris"}<｜tool▁call▁end｜>'
+            '<｜tool▁call▁begin｜>add<｜tool▁sep｜>{"a": 1, "b": 2}',
+            [PARIS, SUM],
+        ),
+        ("deepseek", "a <｜tool▁calls", [("Content", "a <｜tool▁calls")]),
+        ("deepseek", "<｜tool▁call▁begin｜>what", [("Content", "<｜tool▁call▁begin｜>what")]),
+        (
+            "function_gemma",
+            "Sure. <start_function_call>call:get_weather{city:<escape>Paris<escape>}<end_function_call>"
+            "<start_function_call>call:add{a:1,b:2}<end_function_call>",
+            [("Content", "Sure. "), PARIS, SUM],
+        ),
+        (
+            "function_gemma",
+            "<start_function_call>call:get_weather{city:<escape>{a}<escape>,days:3",
+            [("Content", "<start_function_call>call:get_weather{city:<escape>{a}<escape>,days:3")],
+        ),
+        ("function_gemma", "<start_function_call>call:get_weather{city:<escape>{, }<escape>,days:3}", [("get_weather", {"city": "{, }", "days": 3})]),
         ("general", f"<tool_call>\n{CALL}\n</tool_call>", [PARIS]),
     ],
 )
@@ -103,9 +152,36 @@ def test_reasoning(begun: bool, text: str, expected: list[Any], size: int) -> No
 def test_forms_are_known_by_their_templates() -> None:
     assert tool_form(CHATML) == "general" and tool_form("{% if tools %}<tool_call>{% endif %}") == "hermes"
     assert tool_form("{% if tools %}<tool_call><function=x>{% endif %}") == "qwen3_coder" and tool_form("{{ tools }}<|python_tag|>") == "llama3"
-    assert tool_form("{{ tools }}[TOOL_CALLS]") == "mistral"
+    assert tool_form("{{ tools }}[TOOL_CALLS]") == "mistral" and tool_form("{{ tools }}<|tool_call|>") == "list"
+    assert tool_form("<|channel|><|message|>") == "harmony" and reasoning_form("<|channel|><|message|>") == "harmony"
+    assert tool_form("{{ m.tool_calls }}<｜tool▁call▁begin｜>") == "deepseek" and tool_form("{{ tools }}<start_function_call>") == "function_gemma"
     thinking = ChatTemplate(CHATML.replace("assistant\n", "assistant\n<think>\n"))
     assert thinking.reasoning == "think_begun" and ChatTemplate(CHATML).reasoning == "" and ChatTemplate(CHATML + "{# <think> #}").reasoning == "think"
+
+
+def test_a_call_must_fit_its_schema_and_no_schema_is_dangerous() -> None:
+    slow = {"type": "object", "properties": {"x": {"type": "string", "pattern": "^(a+)+$"}}}
+    far = {"type": "object", "properties": {"x": {"$ref": "http://127.0.0.1:9/schema"}}}
+    broken = {"type": "object", "properties": {"x": {"type": "nonsense"}}}
+    for schema in (slow, far, broken):
+        assert as_call({"name": "f", "arguments": {"x": "a" * 60 + "!"}}, {"f": schema}) is not None
+    assert as_call({"name": "f", "arguments": {"x": 1}}, {"f": slow}) is None and as_call({"name": ["f"]}, {"f": slow}) is None
+
+
+def test_reasoning_is_counted() -> None:
+    model = ModelDescription("m", "m.gguf", reasoning="think_begun", tool_form="hermes")
+    reader = AnswerReader(model, [WEATHER])
+    pieces = ["I", " think", ".", "</", "think>", "\n\n", "Yes", "."]
+    events = [e for p in pieces for e in reader.read([Delta(p, 1)])]
+    rest, completion = reader.end(Completion("".join(pieces), FinishReason.STOP, Usage(3, len(pieces))))
+    assert plain(events + rest) == [("Reasoning", "I"), ("Reasoning", " think"), ("Reasoning", "."), ("Content", "Yes"), ("Content", ".")]
+    assert completion.usage == Usage(3, 8, 0, 4), "the closing tag's first half counts"
+    apart = AnswerReader(model).apart(Completion("Hm.</think>Yes.", FinishReason.STOP))
+    assert (apart.reasoning, apart.text) == ("Hm.", "Yes.")
+
+
+def test_marks_are_shown_to_the_parser_alone() -> None:
+    assert "<|channel|>" in marks("harmony") and "<|tool_call|>" in marks("list") and "<tool_call>" in marks("hermes")
 
 
 def test_a_template_without_tools_is_told_of_them() -> None:
@@ -123,13 +199,22 @@ def test_a_template_without_tools_is_told_of_them() -> None:
     )
 
 
-@pytest.mark.parametrize("text", ["<tool_call>" + "[" * 5000, '<tool_call>{"name": "add", "arguments": "' + "[" * 3000 + '"}</tool_call>'])
-@pytest.mark.parametrize("form", ["hermes", "llama3"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<tool_call>" + "[" * 5000,
+        "<start_function_call>call:add" + "{a:" * 5000,
+        "<|channel|>x to=functions.add<|message|>" + "[" * 5000,
+        '<tool_call>{"name": "add", "arguments": "' + "[" * 3000 + '"}</tool_call>',
+    ],
+)
+@pytest.mark.parametrize("form", ["hermes", "llama3", "harmony", "deepseek", "function_gemma", "list"])
 def test_nothing_a_model_writes_is_an_error(form: str, text: str) -> None:
     for shown in (text, text.replace("<tool_call>", ""), '<tool_call>{"name": "add", "arguments": {"a": NaN}}</tool_call>'):
         assert "".join(e.text for e in read(make_parser(form, "", [ADD]), shown, 100_000) if isinstance(e, Content))
     spaces = "<tool_call><function=add>" + " " * 200_000 + "x" + "<parameter=a>" * 20_000
-    assert plain(read(make_parser("qwen3_coder", "", [ADD]), spaces, 10**6)) == [("add", {})], "and it takes no minutes"
+    free = Tool("add", "", {})
+    assert plain(read(make_parser("qwen3_coder", "", [free]), spaces, 10**6)) == [("add", {})], "and it takes no minutes"
 
 
 def test_roles_alternate_where_a_template_knows_no_tools() -> None:

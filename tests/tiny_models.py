@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ INNER = 2 * N_EMBD
 N_VOCAB = 3 + 256
 
 
-def write(path: Path, architecture: str, seed: int = 0) -> Path:
-    """A model that answers at random, but always the same. ``architecture``: llama, mamba or jamba."""
+def write(path: Path, architecture: str, seed: int = 0, *, template: str = "", control: Sequence[str] = ()) -> Path:
+    """A model that answers at random, but always the same. ``architecture``: llama, mamba or jamba. ``control`` tokens take the places of the last bytes, which
+    are in no text."""
     rng = np.random.default_rng(seed)
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_context_length(512)
@@ -31,7 +33,9 @@ def write(path: Path, architecture: str, seed: int = 0) -> Path:
         writer.add_ssm_inner_size(INNER)
         writer.add_ssm_state_size(STATE)
         writer.add_ssm_time_step_rank(RANK)
-    _add_vocabulary(writer)
+    _add_vocabulary(writer, control)
+    if template:
+        writer.add_chat_template(template)
 
     def add(name: str, *shape: int, scale: float = 0.15, base: float = 0.0) -> None:
         writer.add_tensor(name, (base + scale * rng.standard_normal(shape)).astype(np.float32))
@@ -86,12 +90,13 @@ def _add_mamba(add: object, block: str, *, norms: bool) -> None:
             a(f"{block}ssm_{name}_norm.weight", size, scale=0.0, base=1.0)
 
 
-def _add_vocabulary(writer: gguf.GGUFWriter) -> None:
-    """Bytes only."""
+def _add_vocabulary(writer: gguf.GGUFWriter, control: Sequence[str]) -> None:
+    """Bytes, and control tokens."""
+    kept = 256 - len(control)
     writer.add_tokenizer_model("llama")
-    writer.add_token_list(["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256))])
+    writer.add_token_list(["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(kept)), *control])
     writer.add_token_scores([0.0] * N_VOCAB)
-    writer.add_token_types([2, 3, 3, *([6] * 256)])
+    writer.add_token_types([2, 3, 3, *([6] * kept), *([3] * len(control))])
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     writer.add_add_bos_token(True)

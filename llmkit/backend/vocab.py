@@ -6,6 +6,7 @@ import ctypes
 import re
 import threading
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any, TypeVar
 
 import numpy as np
@@ -63,6 +64,12 @@ class Vocab:
         self.control_tokens = frozenset(t for t in range(self.n_tokens) if C.llama_vocab_is_control(self._vocab, t)) | self.end_tokens
         self.end_ids = np.array(sorted(self.end_tokens), np.int64)
 
+    @cached_property
+    def control_pattern(self) -> re.Pattern[str]:
+        """Finds the spelling of any control token."""
+        spelled = sorted((re.escape(text) for t in self.control_tokens if (text := self.token_text(t))), key=len, reverse=True)
+        return re.compile("|".join(spelled) or r"(?!)")
+
     @property
     def handle(self) -> Any:
         """llama.cpp's own."""
@@ -80,6 +87,14 @@ class Vocab:
         if C.llama_vocab_get_add_sep(self._vocab) and int(C.llama_vocab_type(self._vocab)) != WORD_PIECE:  # a word piece tokenizer has added it
             first.append(int(C.llama_vocab_sep(self._vocab)))
         return first + (second[1:] if self.adds_bos and second[:1] == [self.bos] else second)
+
+    def fill_in(self, prefix: str, suffix: str) -> list[int]:
+        """What asks for the text between ``prefix`` and ``suffix``. Raises `InvalidRequestError` where the vocabulary has no tokens for that."""
+        before, between, after = (int(f(self._vocab)) for f in (C.llama_vocab_fim_pre, C.llama_vocab_fim_suf, C.llama_vocab_fim_mid))
+        if min(before, between, after) < 0:
+            raise InvalidRequestError("suffix: this model has not learned to fill in the middle of a text (its vocabulary has no tokens for it).", "suffix")
+        first, second = (self.tokenize(text, add_special=False) for text in (prefix, suffix))
+        return [*([self.bos] if self.adds_bos else []), before, *first, between, *second, after]
 
     def is_end(self, token: int) -> bool:
         return token in self.end_tokens

@@ -65,6 +65,8 @@ def request_to(request: GenerationRequest) -> dict[str, Any]:
         "parse_special": request.parse_special,
         "tools": [asdict(tool) for tool in request.tools],
         "template_options": request.template_options,
+        "suffix": request.suffix,
+        "show_marks": request.show_marks,
     }
 
 
@@ -89,6 +91,8 @@ def request_from(data: dict[str, Any]) -> GenerationRequest:
         parse_special=data["parse_special"],
         tools=tuple(Tool(**tool) for tool in data["tools"]),
         template_options=data["template_options"],
+        suffix=data["suffix"],
+        show_marks=data["show_marks"],
     )
 
 

@@ -58,10 +58,10 @@ class ChatTemplate:
 
     @cached_property
     def reasoning(self) -> str:
-        """Whether the model reasons before it answers: "think", "think_begun" where the prompt opens the tag, or nothing."""
+        """Whether the model reasons before it answers: "think", "think_begun" where the prompt opens the tag, "harmony", or nothing."""
         form = reasoning_form(self.source)
-        if not form:
-            return ""
+        if form != "think":
+            return form
         try:
             begun = self.render([Message("user", "?")]).rstrip().endswith("<think>")
         except InvalidRequestError:

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
+from llmkit.chat.parsers import bare_json, deepseek, function_gemma, harmony, tagged, thinking
 from llmkit.chat.parsers.bare_json import BareJsonParser
+from llmkit.chat.parsers.deepseek import DeepSeekParser
 from llmkit.chat.parsers.events import Parser, Plain
-from llmkit.chat.parsers.reasoning import ReasoningParser
+from llmkit.chat.parsers.function_gemma import FunctionGemmaParser
+from llmkit.chat.parsers.harmony import HarmonyParser
 from llmkit.chat.parsers.tagged import TaggedParser
+from llmkit.chat.parsers.thinking import ReasoningParser
 from llmkit.errors import InvalidRequestError
 from llmkit.types import Grammar, Message, Tool
 
-__all__ = ["FORMATS", "call_grammar", "describe_tools", "make_parser", "reasoning_form", "tool_form"]
+__all__ = ["FORMATS", "call_grammar", "describe_tools", "make_parser", "marks", "reasoning_form", "tool_form"]
 
-# Llama 3 writes bare JSON with "parameters"; the XML of Qwen3-Coder stands in the tags of Hermes; "general" is ours, for templates that know no tools.
-FORMATS = ("hermes", "qwen3_coder", "llama3", "mistral", "general")
+# Llama 3 writes bare JSON with "parameters", Granite and Phi ("list") a list of calls; the XML of Qwen3-Coder stands in the tags of Hermes; "general" is ours,
+# for templates that know no tools. Of "harmony", "deepseek" and "function_gemma" no grammar holds the calls: forced ones are written in the general form.
+FORMATS = ("hermes", "qwen3_coder", "llama3", "mistral", "list", "harmony", "deepseek", "function_gemma", "general")
+OTHERS: dict[str, Callable[[dict[str, Any]], Parser]] = {"harmony": HarmonyParser, "deepseek": DeepSeekParser, "function_gemma": FunctionGemmaParser}
 ToolChoice = Literal["auto", "required"] | str
 JSON_STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": ", "coerce_one_of": True}
 RESULT = "<tool_response>"
@@ -33,6 +39,16 @@ To call one, write a JSON object with its name and arguments between tags, and n
 
 def tool_form(template: str) -> str:
     """The form of calls that a template speaks of."""
+    if "<|channel|>" in template and "<|message|>" in template:
+        return "harmony"  # with or without tools
+    if "tools" not in template and "tool_calls" not in template:
+        return "general"
+    if "tool▁call▁begin" in template:
+        return "deepseek"
+    if "<start_function_call>" in template:
+        return "function_gemma"
+    if "<|tool_call|>" in template or "functools" in template:
+        return "list"
     if "tools" not in template:
         return "general"
     if "[TOOL_CALLS]" in template:
@@ -47,14 +63,30 @@ def tool_form(template: str) -> str:
 
 
 def reasoning_form(template: str) -> str:
-    """ "think" where the model reasons between ``<think>`` tags, else nothing."""
+    """ "think" where the model reasons between ``<think>`` tags, "harmony" where it does in a channel, else nothing."""
+    if tool_form(template) == "harmony":
+        return "harmony"
     return "think" if "<think>" in template or "</think>" in template else ""
 
 
-def make_parser(form: str, reasoning: str, tools: Sequence[Tool], *, reasoning_begun: bool = False) -> Parser:
-    """A parser for one answer. ``reasoning_begun``: the prompt ended with the opening tag."""
+def marks(form: str) -> tuple[str, ...]:
+    """Control tokens that the parser of a form must see as text."""
+    calls = {"harmony": harmony.MARKS, "deepseek": deepseek.MARKS, "function_gemma": function_gemma.MARKS}
+    return (*calls.get(form, (*bare_json.MARKS, *tagged.MARKS)), *thinking.MARKS)
+
+
+def make_parser(form: str, reasoning: str, tools: Sequence[Tool], *, reasoning_begun: bool = False, forced: bool = False) -> Parser:
+    """A parser for one answer. ``reasoning_begun``: the prompt ended with the opening tag. ``forced``: a grammar held the answer to calls."""
     schemas = {tool.name: tool.parameters for tool in tools}
-    parser: Parser = Plain() if not tools else BareJsonParser(schemas) if form in ("llama3", "mistral") else TaggedParser(schemas)
+    parser: Parser
+    if form == "harmony" and not forced:
+        return HarmonyParser(schemas)
+    if not tools:
+        parser = Plain()
+    elif form in ("llama3", "mistral", "list"):
+        parser = BareJsonParser(schemas)
+    else:
+        parser = TaggedParser(schemas) if forced or form not in OTHERS else OTHERS[form](schemas)
     return ReasoningParser(parser, begun=reasoning_begun) if reasoning == "think" else parser
 
 
@@ -105,9 +137,9 @@ def _call_source(form: str, tools: Sequence[Tool], choice: ToolChoice, *, parall
         if not tools:
             raise InvalidRequestError(f"tool_choice: there is no tool {choice!r:.100}.", "tool_choice")
     free = choice == "auto"
-    if form == "qwen3_coder" and free:
-        return None  # its XML carries no JSON that a schema could hold; the parser takes what comes
-    if form == "mistral":
+    if free and (form == "qwen3_coder" or form in OTHERS):
+        return None  # it carries no JSON that a schema could hold; the parser takes what comes
+    if form in ("mistral", "list"):
         item = json.loads(_schema(tools, "arguments"))
         shared = {key: item.pop(key) for key in ("$defs", "x-guidance") if key in item}
         calls = json.dumps({"type": "array", "minItems": 1, **({} if parallel else {"maxItems": 1}), "items": item, **shared})

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from llmkit.engine.batch import Score
 from llmkit.engine.detokenize import Detokenizer
 from llmkit.engine.draft import Payoff, PromptLookup
+from llmkit.engine.repetition import Repetitions
 from llmkit.stream import Channel
 from llmkit.types import Completion, Delta, FinishReason, RequestMetrics, SamplingParams, TokenLogprob, Usage
 
@@ -39,6 +40,7 @@ class Request:
         "first_token_at",
         "forced",
         "guessed_by",
+        "is_repeating",
         "is_shifted",
         "keep_on_disk",
         "last_token_at",
@@ -53,6 +55,7 @@ class Request:
         "parked_key",
         "priority",
         "prompt_logprobs",
+        "repetitions",
         "request_id",
         "sampling",
         "serial",
@@ -111,6 +114,8 @@ class Request:
         self.guessed_by: Payoff | None = None  # who made the guesses of the running step
         self.parked_key: int | None = None  # what was parked for it alone
         self.forced: Sequence[int] = ()  # what a grammar says must come next
+        self.repetitions = Repetitions(sampling.max_repetitions) if sampling.max_repetitions is not None else None
+        self.is_repeating = False
         self.prompt_logprobs: list[TokenLogprob] = []
         self.unsent_logprobs: list[TokenLogprob] = []
         self.unsent: list[str] = []
@@ -183,6 +188,8 @@ class Request:
             self.max_itl_s = max(self.max_itl_s, now - self.last_token_at)
         self.last_token_at = now
         self.num_unsent_tokens += 1
+        if self.repetitions is not None:
+            self.is_repeating = self.repetitions.push(token)
         text = self.detokenizer.push(token)
         if text:
             self.unsent.append(text)

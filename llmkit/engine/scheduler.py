@@ -285,6 +285,9 @@ class Scheduler:
             if request.detokenizer.stopped:
                 self._finish(request, FinishReason.STOP)
                 return
+            if request.is_repeating:
+                self._finish(request, FinishReason.REPETITION)
+                return
             full = len(request.tokens) >= self._n_ctx
             if request.num_output_tokens >= request.max_tokens or (full and not self._context_shift):
                 self._finish(request, FinishReason.LENGTH)

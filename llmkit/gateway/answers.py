@@ -3,32 +3,44 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import asdict, replace
 
-from llmkit.chat.parsers.events import Event, Plain
+from llmkit.chat.parsers.events import Event
+from llmkit.chat.reading import AnswerReader
 from llmkit.client import EngineClient
 from llmkit.gateway.chat import ChatRequest
 from llmkit.gateway.streams import close_all, merge, submit_all
+from llmkit.stream import Stream
 from llmkit.types import Completion, Inquiry
 
-__all__ = ["Answer", "count_tokens"]
+__all__ = ["Answer", "count_tokens", "read_all"]
 
 News = list[Event] | Completion | None
 
 
 class Answer:
-    """The answer to ``request``, as it comes. ``close()`` ends it early. With a ``prompt`` that text is continued, control tokens and all, and no template is
-    applied."""
+    """The answer to ``request``, as it comes. ``close()`` ends it early. With a ``prompt`` that text is continued (up to a ``suffix``), control tokens and all,
+    and no template is applied."""
 
     def __init__(
-        self, engine: EngineClient, request: ChatRequest, reply_id: str, caller: str, on_use: Callable[[EngineClient], None], *, prompt: str | None = None
+        self,
+        engine: EngineClient,
+        request: ChatRequest,
+        reply_id: str,
+        caller: str,
+        on_use: Callable[[EngineClient], None],
+        *,
+        prompt: str | None = None,
+        suffix: str | None = None,
     ) -> None:
         self._engine, self._on_use = engine, on_use
-        self._parser = request.parser(engine.description) if prompt is None else Plain()
+        self._reader = request.reader(engine.description) if prompt is None else AnswerReader.plain()
         on_use(engine)
         requests = [replace(r, caller=caller) for r in request.requests(reply_id, engine.description)]
-        self._streams = submit_all(engine, requests if prompt is None else [replace(r, prompt=prompt, messages=None, parse_special=True) for r in requests])
+        self._streams = submit_all(
+            engine, requests if prompt is None else [replace(r, prompt=prompt, messages=None, parse_special=True, suffix=suffix) for r in requests]
+        )
 
     async def news(self) -> AsyncIterator[News]:
         """Events as they are sure, None after silence, and at last the completion. Raises what the engine raises."""
@@ -38,9 +50,10 @@ class Answer:
                 yield None
                 continue
             _, deltas, completion = news
-            events = [e for d in deltas if d.text for e in self._parser.push(d.text)]
+            events = self._reader.read(deltas)
             if completion is not None:
-                events += self._parser.finish()
+                rest, completion = self._reader.end(completion)
+                events += rest
             if events:
                 yield events
             if completion is not None:
@@ -57,6 +70,22 @@ class Answer:
 
     def close(self) -> None:
         close_all(self._streams)
+
+
+async def read_all(streams: list[Stream], readers: Sequence[AnswerReader], on_wait: Callable[[], None]) -> list[tuple[list[Event], Completion]]:
+    """The answers of all streams, in order. The first failure is raised at once."""
+    events: list[list[Event]] = [[] for _ in streams]
+    done: dict[int, Completion] = {}
+    async for news in merge(streams):
+        if news is None:
+            on_wait()
+            continue
+        index, deltas, completion = news
+        events[index] += readers[index].read(deltas)
+        if completion is not None:
+            rest, done[index] = readers[index].end(completion)
+            events[index] += rest
+    return [(events[i], done[i]) for i in range(len(streams))]
 
 
 async def count_tokens(engine: EngineClient, request: ChatRequest, request_id: str) -> int:

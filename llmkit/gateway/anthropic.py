@@ -15,7 +15,8 @@ from llmkit.gateway.answers import Answer, count_tokens
 from llmkit.gateway.chat import ChatRequest
 from llmkit.gateway.engines import EngineDirectory
 from llmkit.gateway.exchange import Exchange
-from llmkit.gateway.schemas import Strict, new_id, parse, validated
+from llmkit.gateway.objects import new_id
+from llmkit.gateway.schemas import Strict, parse, validated
 from llmkit.types import Completion, FinishReason
 
 __all__ = ["AnthropicRoutes", "CountBody", "MessagesBody"]

@@ -8,17 +8,18 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from llmkit.chat.parsers.events import Call, Content, Event, Parser, Reasoning
-from llmkit.chat.tools import call_grammar, make_parser
+from llmkit.chat.parsers.events import Call, Content, Event, Reasoning
+from llmkit.chat.reading import AnswerReader
+from llmkit.chat.tools import call_grammar
 from llmkit.errors import InvalidRequestError
 from llmkit.gateway.logprobs import chat_logprobs
-from llmkit.gateway.schemas import MAX_TOP_LOGPROBS, GenerationFields, Head, Strict, ending, usage_object
-from llmkit.types import Completion, FinishReason, GenerationRequest, Message, ModelDescription, TokenLogprob, Tool
+from llmkit.gateway.objects import Head, ending, usage_object
+from llmkit.gateway.schemas import MAX_TOP_LOGPROBS, GenerationFields, Strict
+from llmkit.types import Completion, Delta, FinishReason, GenerationRequest, Message, ModelDescription, TokenLogprob, Tool, Usage
 
 __all__ = ["ChatChunks", "ChatMessage", "ChatRequest", "ToolBody", "chat_object"]
 
 MAX_TOOLS = 128
-Delta = dict[str, Any]
 
 
 class TextPart(Strict):
@@ -101,7 +102,7 @@ class ChatRequest(GenerationFields):
             name = "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
             raise InvalidRequestError(f"{name} must be at least 1.", name)
         messages = tuple(m.message() for m in self.messages)
-        asked = {"messages": messages, "tools": self.wanted_tools, "template_options": self._template_options(model)}
+        asked = {"messages": messages, "tools": self.wanted_tools, "template_options": self._template_options(model), "show_marks": True}
         requests = [self._request(f"{reply_id}-{i}", i, limit, **asked) for i in range(self.n or 1)]
         grammar = self._call_grammar(model)
         if grammar is None:
@@ -140,12 +141,11 @@ class ChatRequest(GenerationFields):
             options.setdefault("enable_thinking", self.reasoning_effort != "none")
         return options
 
-    def parser(self, model: ModelDescription) -> Parser:
+    def reader(self, model: ModelDescription) -> AnswerReader:
         """What reads an answer."""
         thinks = self._template_options(model).get("enable_thinking") is not False
         forced = self.tool_choice == "required" or isinstance(self.tool_choice, NamedChoice)  # a grammar leaves no room for reasoning
-        begun = model.reasoning == "think_begun" and thinks and not forced
-        return make_parser(model.tool_form, "think" if model.reasoning and not forced else "", self.wanted_tools, reasoning_begun=begun)
+        return AnswerReader(model, self.wanted_tools, thinks=thinks, forced=forced)
 
     def wanted_logprobs(self) -> dict[str, int | None]:
         if self.top_logprobs is not None and not self.logprobs:
@@ -154,21 +154,25 @@ class ChatRequest(GenerationFields):
 
 
 class ChatChunks:
-    """The chunks of a streamed chat, one parser for each choice."""
+    """The chunks of a streamed chat, one reader for each choice."""
 
-    def __init__(self, parsers: Sequence[Parser]) -> None:
-        self._parsers = parsers
-        self._num_calls = [0] * len(parsers)
+    def __init__(self, readers: Sequence[AnswerReader]) -> None:
+        self._readers = readers
+        self._num_calls = [0] * len(readers)
+        self.usages: dict[int, Usage] = {}
 
-    def __call__(self, head: Head, index: int, text: str, entries: Sequence[TokenLogprob], completion: Completion | None) -> list[Head]:
-        parser = self._parsers[index]
-        events = parser.push(text) if text else []
+    def __call__(self, head: Head, index: int, deltas: Sequence[Delta], completion: Completion | None) -> list[Head]:
+        reader = self._readers[index]
+        events = reader.read(deltas)
+        entries = [e for d in deltas for e in d.logprobs]
         if completion is not None:
-            events += parser.finish()
-        deltas = [delta for event in events for delta in self._deltas(index, event)]
-        if entries and not deltas:
-            deltas = [{}]  # log-probabilities of what the parser still holds back
-        chunks = [self._chunk(head, index, delta, entries=entries if i == 0 else ()) for i, delta in enumerate(deltas)]
+            rest, completion = reader.end(completion)
+            events += rest
+            self.usages[index] = completion.usage
+        parts = [part for event in events for part in self._parts(index, event)]
+        if entries and not parts:
+            parts = [{}]  # log-probabilities of what the parser still holds back
+        chunks = [self._chunk(head, index, part, entries=entries if i == 0 else ()) for i, part in enumerate(parts)]
         if completion is not None:
             chunks.append(self._chunk(head, index, {}, finish_reason(completion, self._num_calls[index])))
         return chunks
@@ -177,7 +181,7 @@ class ChatChunks:
         """What a choice begins with."""
         return self._chunk(head, index, {"role": "assistant", "content": ""})
 
-    def _deltas(self, index: int, event: Event) -> list[Delta]:
+    def _parts(self, index: int, event: Event) -> list[dict[str, Any]]:
         match event:
             case Content():
                 return [{"content": event.text}]
@@ -190,7 +194,7 @@ class ChatChunks:
                 return [{"tool_calls": [begin]}, {"tool_calls": [{"index": place, "function": {"arguments": event.arguments}}]}]
 
     @staticmethod
-    def _chunk(head: Head, index: int, delta: Delta, finish: FinishReason | None = None, entries: Sequence[TokenLogprob] = ()) -> Head:
+    def _chunk(head: Head, index: int, delta: dict[str, Any], finish: FinishReason | None = None, entries: Sequence[TokenLogprob] = ()) -> Head:
         return {**head, "choices": [{"index": index, "delta": delta, **ending(chat_logprobs(entries) if entries else None, finish)}]}
 
 
@@ -198,10 +202,9 @@ def finish_reason(completion: Completion, num_calls: int) -> FinishReason:
     return FinishReason.TOOL_CALLS if num_calls and completion.finish_reason is FinishReason.STOP else completion.finish_reason
 
 
-def chat_object(head: Head, completions: list[Completion], parsers: Sequence[Parser], logprobs: bool = False) -> Head:
+def chat_object(head: Head, answers: Sequence[tuple[list[Event], Completion]], logprobs: bool = False) -> Head:
     choices = []
-    for i, (completion, parser) in enumerate(zip(completions, parsers, strict=True)):
-        events = [*parser.push(completion.text), *parser.finish()]
+    for i, (events, completion) in enumerate(answers):
         calls = [e for e in events if isinstance(e, Call)]
         content = "".join(e.text for e in events if isinstance(e, Content))
         reasoning = "".join(e.text for e in events if isinstance(e, Reasoning))
@@ -212,4 +215,4 @@ def chat_object(head: Head, completions: list[Completion], parsers: Sequence[Par
             message["tool_calls"] = [{"id": c.call_id, "type": "function", "function": {"name": c.name, "arguments": c.arguments}} for c in calls]
         end = ending(chat_logprobs(completion.logprobs) if logprobs else None, finish_reason(completion, len(calls)))
         choices.append({"index": i, "message": message, **end})
-    return {**head, "choices": choices, "usage": usage_object([c.usage for c in completions])}
+    return {**head, "choices": choices, "usage": usage_object([c.usage for _, c in answers])}

@@ -18,7 +18,8 @@ from llmkit.gateway.answers import Answer
 from llmkit.gateway.chat import ChatRequest, ToolBody
 from llmkit.gateway.engines import EngineDirectory
 from llmkit.gateway.exchange import Exchange
-from llmkit.gateway.schemas import Strict, new_id, parse, validated
+from llmkit.gateway.objects import new_id
+from llmkit.gateway.schemas import Strict, parse, validated
 from llmkit.gateway.vectors import vectors_of
 from llmkit.types import Completion, EmbeddingRequest, FinishReason, Inquiry, ModelDescription
 from llmkit.version import __version__
@@ -120,6 +121,7 @@ class GenerateBody(Body):
     """POST /api/generate"""
 
     prompt: str = ""
+    suffix: str | None = None
     system: str | None = None
     raw: bool = False
 
@@ -180,7 +182,9 @@ class OllamaRoutes:
         engine = self._engine(body.model)
         if body.raw and (body.system is not None or body.think is not None):
             raise InvalidRequestError("raw leaves the template out, so there is no place for system or think.", "raw")
-        if not body.prompt:
+        if body.suffix is not None and (body.system is not None or body.think is not None):
+            raise InvalidRequestError("suffix asks for the middle of a text; there is no place for system or think.", "suffix")
+        if not body.prompt and body.suffix is None:
             exchange.send_json({"model": body.model, "created_at": _now(), "response": "", "done": True, "done_reason": "load"})
             return
 
@@ -188,13 +192,28 @@ class OllamaRoutes:
             thinking = {"thinking": message["thinking"]} if "thinking" in message else {}
             return {"response": message.get("content", ""), **thinking}
 
-        await self._answer(exchange, body, engine, body.request(engine.description), named, prompt=body.prompt if body.raw else None)
+        await self._answer(
+            exchange,
+            body,
+            engine,
+            body.request(engine.description),
+            named,
+            prompt=body.prompt if body.raw or body.suffix is not None else None,
+            suffix=body.suffix,
+        )
 
     async def _answer(
-        self, exchange: Exchange, body: Body, engine: EngineClient, request: ChatRequest, named: Callable[[dict[str, Any]], Any], prompt: str | None = None
+        self,
+        exchange: Exchange,
+        body: Body,
+        engine: EngineClient,
+        request: ChatRequest,
+        named: Callable[[dict[str, Any]], Any],
+        prompt: str | None = None,
+        suffix: str | None = None,
     ) -> None:
         began = time.perf_counter()
-        answer = Answer(engine, request, new_id("ollama"), exchange.caller, self._on_use, prompt=prompt)
+        answer = Answer(engine, request, new_id("ollama"), exchange.caller, self._on_use, prompt=prompt, suffix=suffix)
         try:
             if body.stream:
                 await self._stream(exchange, answer.news(), body.model, named, began)

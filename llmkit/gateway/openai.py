@@ -9,16 +9,15 @@ from typing import Any
 
 from llmkit.client import EngineClient
 from llmkit.errors import EngineGoneError, ModelNotFoundError
-from llmkit.gateway import schemas
+from llmkit.gateway import objects, schemas
+from llmkit.gateway.answers import read_all
 from llmkit.gateway.chat import ChatChunks, ChatRequest, chat_object
 from llmkit.gateway.engines import EngineDirectory
 from llmkit.gateway.exchange import Exchange
 from llmkit.gateway.streams import News, close_all, gather, merge, submit_all
-from llmkit.types import Completion, TokenLogprob
+from llmkit.types import Completion, Delta, Usage
 
 __all__ = ["OpenAIRoutes"]
-
-Chunks = Callable[[dict[str, Any], int, str, Sequence[TokenLogprob], Completion | None], list[dict[str, Any]]]
 
 
 class OpenAIRoutes:
@@ -30,7 +29,7 @@ class OpenAIRoutes:
         self._on_use = on_use
 
     async def list_models(self, exchange: Exchange) -> None:
-        data = [schemas.model_object(e.model_id, e.client.description) for e in self._directory.entries()]
+        data = [objects.model_object(e.model_id, e.client.description) for e in self._directory.entries()]
         exchange.send_json({"object": "list", "data": data})
 
     async def get_model(self, exchange: Exchange) -> None:
@@ -39,24 +38,24 @@ class OpenAIRoutes:
             description = self._directory.lookup(model).description
         except EngineGoneError as error:  # here a model that is not there is not found, whatever it was
             raise ModelNotFoundError(str(error)) from error
-        exchange.send_json(schemas.model_object(model, description))
+        exchange.send_json(objects.model_object(model, description))
 
     async def chat_completions(self, exchange: Exchange) -> None:
         request = schemas.parse(ChatRequest, exchange.body)
-        reply_id = schemas.new_id("chatcmpl")
+        reply_id = objects.new_id("chatcmpl")
         engine = self._engine(request.model)
         head = self._head(reply_id, "chat.completion.chunk" if request.stream else "chat.completion", engine)
         streams = submit_all(engine, [replace(r, caller=exchange.caller) for r in request.requests(reply_id, engine.description)])
         try:
-            parsers = [request.parser(engine.description) for _ in streams]
+            readers = [request.reader(engine.description) for _ in streams]
             if not request.stream:
-                done = await gather(streams, lambda: self._on_use(engine))
-                exchange.send_json(chat_object(head, done, parsers, bool(request.logprobs)))
+                answers = await read_all(streams, readers, lambda: self._on_use(engine))
+                exchange.send_json(chat_object(head, answers, bool(request.logprobs)))
                 return
             events = merge(streams)
             news = await anext(events)  # an error before the first byte still has its real status
             await self._start(exchange, head, request.include_usage)
-            chunks = ChatChunks(parsers)
+            chunks = ChatChunks(readers)
             for i in range(len(streams)):
                 await exchange.send_event(chunks.first(head, i))
             await self._relay(exchange, engine, head, news, events, request.include_usage, 1, chunks)
@@ -65,7 +64,7 @@ class OpenAIRoutes:
 
     async def completions(self, exchange: Exchange) -> None:
         request = schemas.parse(schemas.CompletionRequest, exchange.body)
-        reply_id = schemas.new_id("cmpl")
+        reply_id = objects.new_id("cmpl")
         engine = self._engine(request.model)
         head = self._head(reply_id, "text_completion", engine)
         requests = [replace(r, caller=exchange.caller) for r in request.requests(reply_id)]
@@ -74,14 +73,14 @@ class OpenAIRoutes:
         try:
             if not request.stream:
                 done = await gather(streams, lambda: self._on_use(engine))
-                exchange.send_json(schemas.completion_object(head, request, done))
+                exchange.send_json(objects.completion_object(head, request, done))
                 return
             events = merge(streams)
             news = await anext(events)
             await self._start(exchange, head, request.include_usage)
             if request.echo:
                 for i in range(len(streams)):
-                    await exchange.send_event(schemas.text_chunk(head, i, request.echo_text(i)))
+                    await exchange.send_event(objects.text_chunk(head, i, request.echo_text(i)))
             await self._relay(exchange, engine, head, news, events, request.include_usage, num_prompts, TextChunks())
         finally:
             close_all(streams)
@@ -115,28 +114,23 @@ class OpenAIRoutes:
         events: AsyncIterator[News | None],
         include_usage: bool,
         num_prompts: int,
-        chunks: Chunks,
+        chunks: ChatChunks | TextChunks,
     ) -> None:
         """Pass events on until all streams have ended."""
-        usages = {}
         while True:
             if news is None:
                 self._on_use(engine)  # still at work, though silent
                 await exchange.send_text(": ping\n\n")
             else:
                 index, deltas, completion = news
-                text = "".join(d.text for d in deltas)
-                entries = [e for d in deltas for e in d.logprobs]
-                if completion is not None:
-                    usages[index] = completion.usage
-                for chunk in chunks(head, index, text, entries, completion):
+                for chunk in chunks(head, index, deltas, completion):
                     await exchange.send_event(chunk)
             try:
                 news = await anext(events)
             except StopAsyncIteration:
                 break
         if include_usage:
-            usage = schemas.usage_object([usages[i] for i in sorted(usages)], num_prompts)
+            usage = objects.usage_object([usage for _, usage in sorted(chunks.usages.items())], num_prompts)
             await exchange.send_event({**head, "choices": [], "usage": usage})
         self._on_use(engine)
         exchange.end_events()
@@ -147,13 +141,17 @@ class TextChunks:
 
     def __init__(self) -> None:
         self._offsets: dict[int, int] = {}
+        self.usages: dict[int, Usage] = {}
 
-    def __call__(self, head: dict[str, Any], index: int, text: str, entries: Sequence[TokenLogprob], completion: Completion | None) -> list[dict[str, Any]]:
+    def __call__(self, head: dict[str, Any], index: int, deltas: Sequence[Delta], completion: Completion | None) -> list[dict[str, Any]]:
+        text = "".join(d.text for d in deltas)
+        entries = [e for d in deltas for e in d.logprobs]
         chunks = []
         if text or entries:
             offset = self._offsets.get(index, 0)
             self._offsets[index] = offset + len(text)
-            chunks.append(schemas.text_chunk(head, index, text, None, entries, offset))
+            chunks.append(objects.text_chunk(head, index, text, None, entries, offset))
         if completion is not None:
-            chunks.append(schemas.text_chunk(head, index, "", completion.finish_reason))
+            chunks.append(objects.text_chunk(head, index, "", completion.finish_reason))
+            self.usages[index] = completion.usage
         return chunks

@@ -11,7 +11,8 @@ from pydantic import Field
 from llmkit.chat.parsers.events import Call, Content, Event, Reasoning
 from llmkit.errors import InvalidRequestError
 from llmkit.gateway.chat import ChatRequest
-from llmkit.gateway.schemas import Metadata, Strict, new_id, validated
+from llmkit.gateway.objects import new_id
+from llmkit.gateway.schemas import Metadata, Strict, validated
 from llmkit.types import Completion, FinishReason
 
 __all__ = ["EventStream", "ResponsesBody", "finished", "input_items", "opened", "output_items"]
@@ -246,7 +247,7 @@ def finished(response: dict[str, Any], output: list[Item], completion: Completio
             "input_tokens": usage.prompt_tokens,
             "input_tokens_details": {"cached_tokens": usage.cached_tokens},
             "output_tokens": usage.completion_tokens,
-            "output_tokens_details": {"reasoning_tokens": 0},
+            "output_tokens_details": {"reasoning_tokens": usage.reasoning_tokens},
             "total_tokens": usage.prompt_tokens + usage.completion_tokens,
         },
     }

@@ -14,8 +14,9 @@ from llmkit.gateway.answers import Answer
 from llmkit.gateway.engines import EngineDirectory
 from llmkit.gateway.exchange import Exchange
 from llmkit.gateway.failures import ApiError
+from llmkit.gateway.objects import new_id
 from llmkit.gateway.responses import EventStream, Item, ResponsesBody, finished, input_items, opened, output_items
-from llmkit.gateway.schemas import new_id, parse
+from llmkit.gateway.schemas import parse
 from llmkit.types import Completion
 
 __all__ = ["ResponsesRoutes"]

@@ -7,28 +7,20 @@ from __future__ import annotations
 
 import json
 import re
-import secrets
-from collections.abc import Sequence
 from typing import Annotated, Any, Literal, NoReturn, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from llmkit.errors import InvalidRequestError
 from llmkit.gateway.logprobs import text_logprobs
-from llmkit.types import Completion, FinishReason, GenerationRequest, Grammar, ModelDescription, SamplingParams, TokenLogprob, Usage
+from llmkit.types import Completion, GenerationRequest, Grammar, SamplingParams
 
 __all__ = [
     "CompletionRequest",
     "Ignored",
     "Metadata",
     "Strict",
-    "completion_object",
-    "ending",
-    "model_object",
-    "new_id",
     "parse",
-    "text_chunk",
-    "usage_object",
     "validated",
 ]
 
@@ -36,7 +28,7 @@ LEGACY_MAX_TOKENS = 16
 MAX_CHOICES = 128
 MAX_DEPTH = 100
 MAX_PROMPTS = 512
-FINISH_REASONS = {FinishReason.STOP: "stop", FinishReason.LENGTH: "length", FinishReason.TOOL_CALLS: "tool_calls", FinishReason.ABORT: "stop"}
+MAX_SCORED = 4_000_000
 # Where a field has several spellings: ours, and what callers may have written.
 ALIASES = {
     "max_tokens": ("max_completion_tokens",),
@@ -45,11 +37,10 @@ ALIASES = {
 }
 RARE = (
     "dry_multiplier", "dry_base", "dry_allowed_length", "dry_penalty_last_n", "dry_sequence_breakers", "xtc_probability", "xtc_threshold",
-    "mirostat", "mirostat_tau", "mirostat_eta",
+    "mirostat", "mirostat_tau", "mirostat_eta", "max_repetitions",
 )  # fmt: skip
 TokenIds = list[int]
 Metadata = Annotated[dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]], Field(max_length=16)]
-Head = dict[str, Any]
 ANY_OBJECT = {"type": "object"}
 MAX_TOP_LOGPROBS = 20
 Schema = TypeVar("Schema", bound=BaseModel)
@@ -129,6 +120,7 @@ class GenerationFields(Ignored):
     mirostat: int | None = None
     mirostat_tau: float | None = None
     mirostat_eta: float | None = None
+    max_repetitions: int | None = None
     priority: Annotated[int, Field(ge=0)] | None = None
     cache_salt: str | None = None
     response_format: ResponseFormat | None = None
@@ -221,6 +213,7 @@ class CompletionRequest(GenerationFields):
     """POST /v1/completions"""
 
     prompt: str | list[str] | TokenIds | list[TokenIds]
+    suffix: str | None = None
     echo: bool | None = None
     best_of: Annotated[int, Field(ge=1, le=20)] | None = None
     logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
@@ -245,8 +238,12 @@ class CompletionRequest(GenerationFields):
             raise InvalidRequestError("best_of must be n or more, and cannot be streamed.", "best_of")
         if self.echo and self.stream and (self.logprobs is not None or not all(isinstance(p, str) for p in prompts)):
             raise InvalidRequestError("echo cannot be streamed with logprobs or token prompts; leave stream out.", "echo")
+        if self.suffix is not None and (self.echo or not all(isinstance(p, str) for p in prompts)):
+            raise InvalidRequestError("suffix goes with prompts that are texts, and without echo.", "suffix")
+        if self.echo and sum(map(len, prompts)) * n * ((self.logprobs or 0) + 1) > MAX_SCORED:
+            raise InvalidRequestError("echo: these are too many prompts to be scored in one request; send fewer, or ask for fewer logprobs.", "echo")
         limit = LEGACY_MAX_TOKENS if self.max_tokens is None else self.max_tokens
-        return [self._request(f"{reply_id}-{i * n + j}", j, limit, prompt=prompt) for i, prompt in enumerate(prompts) for j in range(n)]
+        return [self._request(f"{reply_id}-{i * n + j}", j, limit, prompt=prompt, suffix=self.suffix) for i, prompt in enumerate(prompts) for j in range(n)]
 
     def wanted_logprobs(self) -> dict[str, int | None]:
         # The text of a token prompt is known from its scores.
@@ -339,54 +336,3 @@ def _finite(text: str) -> float:
 
 def _no_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not a JSON number")
-
-
-def new_id(prefix: str) -> str:
-    return f"{prefix}-{secrets.token_hex(12)}"
-
-
-def usage_object(usages: list[Usage], num_prompts: int = 1) -> dict[str, Any]:
-    """Tokens of a reply: each prompt counts once, the output of all choices is summed."""
-    step = max(1, len(usages) // num_prompts)
-    prompts = usages[::step]
-    prompt, completion = sum(u.prompt_tokens for u in prompts), sum(u.completion_tokens for u in usages)
-    return {
-        "prompt_tokens": prompt,
-        "completion_tokens": completion,
-        "total_tokens": prompt + completion,
-        "prompt_tokens_details": {"cached_tokens": sum(u.cached_tokens for u in prompts)},
-        "completion_tokens_details": {"reasoning_tokens": 0},
-    }
-
-
-def text_chunk(head: Head, index: int, text: str, finish: FinishReason | None = None, entries: Sequence[TokenLogprob] = (), offset: int = 0) -> Head:
-    return {**head, "choices": [{"text": text, "index": index, **ending(text_logprobs(entries, offset) if entries else None, finish)}]}
-
-
-def ending(logprobs: Any, finish: FinishReason | None) -> dict[str, Any]:
-    """The end of a choice."""
-    return {"logprobs": logprobs, "finish_reason": None if finish is None else FINISH_REASONS[finish]}
-
-
-def completion_object(head: Head, request: CompletionRequest, completions: list[Completion]) -> Head:
-    choices = [
-        {
-            "text": request.echo_text(i, c) + c.text,
-            "index": i,
-            "logprobs": request.choice_logprobs(c),
-            "finish_reason": FINISH_REASONS[c.finish_reason],
-        }
-        for i, c in enumerate(request.best(completions))
-    ]
-    return {**head, "choices": choices, "usage": usage_object([c.usage for c in completions], len(request.prompts))}
-
-
-def model_object(model_id: str, description: ModelDescription) -> dict[str, Any]:
-    meta = {
-        "n_ctx": description.n_ctx,
-        "n_ctx_train": description.n_ctx_train,
-        "n_params": description.n_params,
-        "n_vocab": description.n_vocab,
-        "quantization": description.quantization,
-    }
-    return {"id": model_id, "object": "model", "created": description.created, "owned_by": "llmkit", "meta": meta}

@@ -10,7 +10,8 @@ from llmkit.errors import InvalidRequestError
 from llmkit.gateway.chat import ChatMessage, ToolBody
 from llmkit.gateway.engines import EngineDirectory
 from llmkit.gateway.exchange import Exchange
-from llmkit.gateway.schemas import Ignored, new_id, parse
+from llmkit.gateway.objects import new_id
+from llmkit.gateway.schemas import Ignored, parse
 from llmkit.types import Inquiry
 
 __all__ = ["DetokenizeBody", "TemplateBody", "TokenizeBody", "TokenizerRoutes"]

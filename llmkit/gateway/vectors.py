@@ -13,7 +13,8 @@ from llmkit.client import EngineClient
 from llmkit.errors import InvalidRequestError
 from llmkit.gateway.engines import EngineDirectory
 from llmkit.gateway.exchange import Exchange
-from llmkit.gateway.schemas import Ignored, new_id, parse
+from llmkit.gateway.objects import new_id
+from llmkit.gateway.schemas import Ignored, parse
 from llmkit.types import EmbeddingRequest, Embeddings
 
 if TYPE_CHECKING:

@@ -1,23 +1,29 @@
-"""Calls that are the whole answer: ``{"name": ..., "parameters": {...}}`` (Llama 3), also after ``<|python_tag|>``, or a list after ``[TOOL_CALLS]`` (Mistral);
-several with ``;`` between them. Pure."""
+"""Calls that are the whole answer: ``{"name": ..., "parameters": {...}}`` (Llama 3), also after ``<|python_tag|>``, or a list after ``[TOOL_CALLS]`` (Mistral),
+``<|tool_call|>`` or ``functools`` (Granite, Phi); several with ``;`` between them. Newer models of Mistral write ``[TOOL_CALLS]name[ARGS]{...}``. Pure."""
 
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 from llmkit.chat.parsers.events import Content, Event, as_call
 
-__all__ = ["BareJsonParser"]
+__all__ = ["MARKS", "BareJsonParser"]
 
-MARKS = ("<|python_tag|>", "[TOOL_CALLS]")
+OPEN = ("<|python_tag|>", "[TOOL_CALLS]", "<|tool_call|>", "functools")
+CLOSE = "<|/tool_call|>"
+MARKS = (*OPEN, CLOSE, "[ARGS]", "[CALL_ID]")
+NAMED = re.compile(r"(?:\[TOOL_CALLS\])?\s*([\w.-]+)(?:\[CALL_ID\][^\[]*)?(?:\[ARGS\])?\s*(?=\{)")
 
 
 class BareJsonParser:
     """An answer that begins like a call waits until it is whole; any other streams."""
 
+    thinking = False
+
     def __init__(self, tools: dict[str, Any]) -> None:
-        self._names = list(tools)
+        self._tools = tools
         self._buffer = ""
         self._is_call: bool | None = None  # None: cannot tell yet
 
@@ -26,9 +32,9 @@ class BareJsonParser:
             return [Content(text)] if text else []
         self._buffer += text
         start = self._buffer.lstrip()
-        if not start or any(mark.startswith(start) for mark in MARKS):
+        if not start or any(mark.startswith(start) for mark in OPEN):
             return []
-        self._is_call = start.startswith(("{", "[{", *MARKS))
+        self._is_call = start.startswith(("{", "[{", *OPEN))
         return [] if self._is_call else self._flush()
 
     def finish(self) -> list[Event]:
@@ -40,18 +46,21 @@ class BareJsonParser:
 
     def _calls(self) -> list[Event]:
         """All calls of the answer; none if any part of it is something else."""
-        rest = self._buffer.strip()
-        for mark in MARKS:
-            rest = rest.removeprefix(mark).lstrip()
+        rest = self._buffer.strip().removesuffix(CLOSE)
+        for mark in OPEN:
+            if mark != "[TOOL_CALLS]" or not NAMED.match(rest):
+                rest = rest.removeprefix(mark).lstrip()
         found: list[Event] = []
         decoder = json.JSONDecoder()
         while rest:
+            named = NAMED.match(rest)
+            rest = rest[named.end() :] if named else rest
             try:
                 value, end = decoder.raw_decode(rest)
             except (ValueError, RecursionError):
                 return []
             for one in value if isinstance(value, list) else [value]:
-                call = as_call(one, self._names)
+                call = as_call({"name": named[1], "arguments": one} if named else one, self._tools)
                 if call is None:
                     return []
                 found.append(call)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-__all__ = ["Call", "Content", "Event", "Parser", "Plain", "Reasoning", "as_call", "held", "loads"]
+__all__ = ["Call", "Content", "Event", "Parser", "Plain", "Reasoning", "as_call", "fits", "held", "loads"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +40,11 @@ Event = Content | Reasoning | Call
 class Parser(Protocol):
     """Reads text as it comes; what it cannot read is content, never an error."""
 
+    @property
+    def thinking(self) -> bool:
+        """Whether the text is within reasoning."""
+        ...
+
     def push(self, text: str) -> list[Event]:
         """What the text so far is for sure."""
         ...
@@ -51,6 +56,8 @@ class Parser(Protocol):
 
 class Plain:
     """All text is content."""
+
+    thinking = False
 
     def push(self, text: str) -> list[Event]:
         return [Content(text)] if text else []
@@ -80,14 +87,36 @@ def _refuse(name: str) -> Any:
     raise ValueError(f"{name} is no JSON number")
 
 
-def as_call(value: Any, names: Sequence[str]) -> Call | None:
-    """A call of one of the tools, if it is one: JSON as text, or parsed."""
+def as_call(value: Any, tools: dict[str, Any]) -> Call | None:
+    """A call of one of the tools (by name, with the JSON schemas of their arguments), if it is one and fits: JSON as text, or parsed."""
     value = loads(value) if isinstance(value, str) else value
-    if not isinstance(value, dict) or value.get("name") not in names:
+    name = value.get("name") if isinstance(value, dict) else None
+    if not isinstance(name, str) or name not in tools:
         return None
     arguments = value.get("arguments", value.get("parameters", {}))
     arguments = loads(arguments) if isinstance(arguments, str) else arguments
     try:
-        return Call(value["name"], json.dumps(arguments, ensure_ascii=False, allow_nan=False)) if isinstance(arguments, dict) else None
+        fine = isinstance(arguments, dict) and fits(arguments, tools[name])
+        return Call(name, json.dumps(arguments, ensure_ascii=False, allow_nan=False)) if fine else None
     except (ValueError, RecursionError):
         return None
+
+
+def fits(arguments: dict[str, Any], schema: Any) -> bool:
+    """Whether arguments are valid under a schema; True where that cannot be told. Patterns are left to the grammar: Python's would take for ever on some."""
+    if not isinstance(schema, dict) or not schema:
+        return True
+    import jsonschema  # type: ignore[import-untyped]
+    import referencing
+
+    try:
+        if "patternProperties" in json.dumps(schema):
+            return True
+        kind = jsonschema.validators.extend(jsonschema.Draft202012Validator, {"pattern": _anything})
+        return bool(kind(schema, registry=referencing.Registry()).is_valid(arguments))
+    except Exception:  # a schema that is none, or refers to what is elsewhere
+        return True
+
+
+def _anything(*_: Any) -> Iterator[Any]:
+    return iter(())

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from typing import Any
 
 from llmkit.chat.parsers.events import Call, Content, Event, as_call, held, loads
 
-__all__ = ["TaggedParser"]
+__all__ = ["MARKS", "TaggedParser"]
 
-OPEN, CLOSE = "<tool_call>", "</tool_call>"
+OPEN, CLOSE = MARKS = "<tool_call>", "</tool_call>"
 FUNCTION, PARAMETER = "<function=", "<parameter="
 
 
@@ -23,6 +22,8 @@ class TaggedParser:
 
     ``tools`` maps names to the JSON schemas of their arguments.
     """
+
+    thinking = False
 
     def __init__(self, tools: dict[str, Any]) -> None:
         self._tools = tools
@@ -74,7 +75,7 @@ class TaggedParser:
 
     def _call(self, body: str) -> Call | None:
         text = body.strip()
-        call = self._xml_call(text.removeprefix(FUNCTION).removesuffix("</function>")) if text.startswith(FUNCTION) else as_call(text, list(self._tools))
+        call = self._xml_call(text.removeprefix(FUNCTION).removesuffix("</function>")) if text.startswith(FUNCTION) else as_call(text, self._tools)
         if call is not None:
             self._space, self._after_call = "", True
         return call
@@ -92,7 +93,7 @@ class TaggedParser:
             key, opened, rest = rest.partition(">")
             value, closed, rest = rest.partition("</parameter>")
             if not (found and opened and closed):
-                return Call(name, json.dumps(arguments, ensure_ascii=False))
+                return as_call({"name": name, "arguments": arguments}, self._tools)
             key = key.strip()
             arguments[key] = _value(value.removeprefix("\n").removesuffix("\n"), properties.get(key))
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from llmkit.chat.parsers.events import Event, Parser, Reasoning, held
 
-__all__ = ["ReasoningParser"]
+__all__ = ["MARKS", "ReasoningParser"]
 
-OPEN, CLOSE = "<think>", "</think>"
+OPEN, CLOSE = MARKS = "<think>", "</think>"
 
 
 class ReasoningParser:
@@ -20,6 +20,10 @@ class ReasoningParser:
         self._state = "inside" if begun else "before"
         self._buffer = ""
         self._started = False
+
+    @property
+    def thinking(self) -> bool:
+        return self._state == "inside"
 
     def push(self, text: str) -> list[Event]:
         if self._state == "after":

@@ -1,0 +1,103 @@
+"""Calls of FunctionGemma: ``<start_function_call>call:name{city:<escape>Paris<escape>,days:3}<end_function_call>``. Pure."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from llmkit.chat.parsers.events import Call, Content, Event, as_call, held
+
+__all__ = ["MARKS", "FunctionGemmaParser"]
+
+OPEN, CLOSE, ESCAPE = "<start_function_call>", "<end_function_call>", "<escape>"
+MARKS = (OPEN, CLOSE, ESCAPE)
+HEAD = re.compile(r"\s*call:([^\s{]+)\s*(?=\{)")
+WORD = re.compile(r"[^,:{}\[\]<]+")
+MAX_DEPTH = 50
+
+
+class FunctionGemmaParser:
+    """Content outside of calls streams. ``tools`` maps names to the JSON schemas of their arguments."""
+
+    thinking = False
+
+    def __init__(self, tools: dict[str, Any]) -> None:
+        self._tools = tools
+        self._buffer = ""
+        self._inside = False
+
+    def push(self, text: str) -> list[Event]:
+        self._buffer += text
+        found: list[Event] = []
+        while (at := self._buffer.find(CLOSE if self._inside else OPEN)) >= 0:
+            before, self._buffer = self._buffer[:at], self._buffer[at + len(CLOSE if self._inside else OPEN) :]
+            found += self._called(before, CLOSE) if self._inside else self._content(before)
+            self._inside = not self._inside
+        if not self._inside:
+            keep = held(self._buffer, OPEN)
+            ready, self._buffer = self._buffer[: len(self._buffer) - keep], self._buffer[len(self._buffer) - keep :]
+            found += self._content(ready)
+        return found
+
+    def finish(self) -> list[Event]:
+        rest, self._buffer = self._buffer, ""
+        return self._called(rest, "") if self._inside else self._content(rest)
+
+    @staticmethod
+    def _content(text: str) -> list[Event]:
+        return [Content(text)] if text else []
+
+    def _called(self, body: str, end: str) -> list[Event]:
+        call = self._call(body)
+        return [call] if call is not None else [Content(OPEN + body + end)]
+
+    def _call(self, body: str) -> Call | None:
+        head = HEAD.match(body)
+        if head is None:
+            return None
+        try:
+            arguments, end = _value(body, head.end(), 0)
+        except (ValueError, IndexError):
+            return None
+        return None if body[end:].strip() else as_call({"name": head[1], "arguments": arguments}, self._tools)
+
+
+def _value(text: str, at: int, depth: int) -> tuple[Any, int]:
+    """The value that begins at ``at``, and where it ends. Raises `ValueError` or `IndexError` for what is none."""
+    if depth > MAX_DEPTH:
+        raise ValueError("nested too deeply")
+    if text.startswith(ESCAPE, at):
+        end = text.index(ESCAPE, at + len(ESCAPE))
+        return text[at + len(ESCAPE) : end], end + len(ESCAPE)
+    if text[at] not in "{[":
+        word = WORD.match(text, at)
+        if word is None:
+            raise ValueError("no value")
+        return _word(word[0].strip()), word.end()
+    is_object, close = text[at] == "{", "}" if text[at] == "{" else "]"
+    members: dict[str, Any] = {}
+    items: list[Any] = []
+    at += 1
+    while text[at] != close:
+        if is_object:
+            key, at = _value(text, at, depth + 1)
+            if text[at] != ":":
+                raise ValueError("a name without a value")
+            members[str(key)], at = _value(text, at + 1, depth + 1)
+        else:
+            item, at = _value(text, at, depth + 1)
+            items.append(item)
+        if text[at] == ",":
+            at += 1
+        elif text[at] != close:
+            raise ValueError("values without a comma between them")
+    return (members if is_object else items), at + 1
+
+
+def _word(text: str) -> Any:
+    if text in ("true", "false", "null"):
+        return {"true": True, "false": False}.get(text)
+    try:
+        return int(text) if re.fullmatch(r"-?\d+", text) else float(text)
+    except ValueError:
+        return text

@@ -1,0 +1,99 @@
+"""Channels of gpt-oss: ``<|channel|>analysis<|message|>…<|end|><|start|>assistant<|channel|>final<|message|>…``; a call is a message to ``functions.name``.
+Pure."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from llmkit.chat.parsers.events import Content, Event, Reasoning, as_call, held
+
+__all__ = ["MARKS", "HarmonyParser"]
+
+CHANNEL, MESSAGE, START = "<|channel|>", "<|message|>", "<|start|>"
+ENDS = ("<|end|>", "<|call|>", "<|return|>", START, CHANNEL)
+MARKS = (CHANNEL, MESSAGE, START, "<|end|>", "<|call|>", "<|return|>", "<|constrain|>")
+BEGINNINGS = (*MARKS, "to=functions.")
+RECIPIENT = re.compile(r"to=functions\.([^\s<]+)")
+
+
+class HarmonyParser:
+    """Streams what stands in the channels; a call waits until it is whole. A text without channels is content.
+
+    ``tools`` maps names to the JSON schemas of their arguments.
+    """
+
+    def __init__(self, tools: dict[str, Any]) -> None:
+        self._tools = tools
+        self._buffer = ""
+        self._header: str | None = ""  # None: within a message
+        self._kind: type[Content] | type[Reasoning] = Content
+        self._name = ""  # whom the message calls
+        self._plain: bool | None = None  # None: cannot tell yet
+
+    @property
+    def thinking(self) -> bool:
+        return self._kind is Reasoning
+
+    def push(self, text: str) -> list[Event]:
+        if self._plain:
+            return [Content(text)] if text else []
+        self._buffer += text
+        if self._plain is None:
+            start = self._buffer.lstrip()
+            if any(begin.startswith(start) for begin in BEGINNINGS):
+                return []
+            self._plain = not start.startswith(BEGINNINGS)
+            if self._plain:
+                return self._rest()
+        found: list[Event] = []
+        while self._step(found):
+            pass
+        return found
+
+    def _step(self, found: list[Event]) -> bool:
+        """Read to the next mark. False: more text is needed."""
+        if self._header is not None:
+            header, mark, rest = self._buffer.partition(MESSAGE)
+            if not mark:
+                return False
+            self._begin(header)
+            self._buffer = rest
+            return True
+        at, end = min(((i, e) for e in ENDS if (i := self._buffer.find(e)) >= 0), default=(-1, ""))
+        if at < 0:
+            if not self._name:
+                keep = max(held(self._buffer, e) for e in ENDS)
+                found += self._text(self._buffer[: len(self._buffer) - keep])
+                self._buffer = self._buffer[len(self._buffer) - keep :]
+            return False
+        found += self._message(self._buffer[:at])
+        self._buffer, self._header = self._buffer[at + len(end) :], ""
+        if end == CHANNEL:
+            self._buffer = CHANNEL + self._buffer
+        return True
+
+    def _begin(self, header: str) -> None:
+        called = RECIPIENT.search(header)
+        channel = header.partition(CHANNEL)[2].split(" ")[0].split("<")[0].strip()
+        self._header, self._name = None, called[1] if called else ""
+        self._kind = Reasoning if channel == "analysis" else Content
+
+    def _text(self, text: str) -> list[Event]:
+        return [self._kind(text)] if text else []
+
+    def _message(self, text: str) -> list[Event]:
+        if not self._name:
+            return self._text(text)
+        call = as_call({"name": self._name, "arguments": text.strip() or "{}"}, self._tools)
+        return [call] if call is not None else [Content(text)]
+
+    def _rest(self) -> list[Event]:
+        text, self._buffer = self._buffer, ""
+        return [Content(text)] if text else []
+
+    def finish(self) -> list[Event]:
+        if self._plain is None:
+            return self._rest()
+        text, self._buffer = self._buffer, ""
+        return self._message(text) if self._header is None and text else []  # half a header is nothing

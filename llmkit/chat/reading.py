@@ -1,0 +1,62 @@
+"""One answer of a model, read as it comes: text, reasoning and calls, and how many tokens it spent on reasoning. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from llmkit.chat.parsers.events import Content, Event, Parser, Plain, Reasoning
+from llmkit.chat.tools import make_parser
+from llmkit.types import Completion, Delta, ModelDescription, Tool
+
+__all__ = ["AnswerReader"]
+
+
+class AnswerReader:
+    """Turns the deltas of one answer into events.
+
+    ``tools`` are those that may be called, ``forced`` says that a grammar holds the answer to calls, ``thinks`` that the prompt left the reasoning on.
+    """
+
+    def __init__(self, model: ModelDescription, tools: Sequence[Tool] = (), *, thinks: bool = True, forced: bool = False) -> None:
+        begun = model.reasoning == "think_begun" and thinks and not forced
+        form = "think" if model.reasoning and not forced else ""
+        self._parser: Parser = make_parser(model.tool_form, form, tools, reasoning_begun=begun, forced=forced)
+        self._reasoning_tokens = 0
+
+    @classmethod
+    def plain(cls) -> AnswerReader:
+        """One that takes all text as content."""
+        reader = cls.__new__(cls)
+        reader._parser, reader._reasoning_tokens = Plain(), 0
+        return reader
+
+    def read(self, deltas: Sequence[Delta]) -> list[Event]:
+        """What the text so far is for sure."""
+        found: list[Event] = []
+        for delta in deltas:
+            events = self._parser.push(delta.text) if delta.text else []
+            if any(isinstance(e, Reasoning) for e in events) or (not events and self._parser.thinking):
+                self._reasoning_tokens += delta.num_tokens
+            for event in events:
+                last = found[-1] if found else None
+                if last is not None and not hasattr(event, "name") and type(event) is type(last):
+                    found[-1] = type(event)(last.text + event.text)
+                else:
+                    found.append(event)
+        return found
+
+    def end(self, completion: Completion) -> tuple[list[Event], Completion]:
+        """The rest, and the completion with its reasoning counted."""
+        events = self._parser.finish()
+        return events, replace(completion, usage=replace(completion.usage, reasoning_tokens=self._reasoning_tokens))
+
+    def apart(self, completion: Completion) -> Completion:
+        """A whole answer with its reasoning apart from its text."""
+        events = self.whole(completion)
+        text, thoughts = ("".join(e.text for e in events if isinstance(e, kind)) for kind in (Content, Reasoning))
+        return replace(completion, text=text, reasoning=thoughts)
+
+    def whole(self, completion: Completion) -> list[Event]:
+        """All of an answer that did not come in pieces."""
+        return [*self._parser.push(completion.text), *self._parser.finish()]
