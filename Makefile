@@ -16,6 +16,7 @@ lab: setup
 	$(BIN)/jupyter lab $(ROOT_FLAG) notebooks/01_quickstart.ipynb $(LAB_ARGS)
 
 test: setup
+	@VENV="$(VENV)" bash .ci/clients
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 soak: setup
