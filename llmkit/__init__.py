@@ -81,5 +81,13 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module 'llmkit' has no attribute {name!r}")
 
 
+def load_ipython_extension(shell: Any) -> None:
+    """``%load_ext llmkit``: the magics %llm and %%llm."""
+    from llmkit import magics
+
+    shell.register_magics(magics.LLMMagics)
+    shell.set_hook("complete_command", magics.complete, str_key="%llm")
+
+
 def __dir__() -> list[str]:
     return __all__

@@ -13,13 +13,16 @@ from typing import TYPE_CHECKING, Any, overload
 from llmkit.client import EngineClient
 from llmkit.errors import InvalidRequestError, ModelUnloadedError
 from llmkit.options import EngineOptions
+from llmkit.session import Interrupted, Messages, as_messages
 from llmkit.stream import Channel, Stream
 from llmkit.types import (
     Completion,
     EmbeddingRequest,
+    Embeddings,
     EngineStats,
     FinishReason,
     GenerationRequest,
+    Grammar,
     Inquiry,
     InquiryKind,
     Message,
@@ -28,30 +31,25 @@ from llmkit.types import (
 )
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import numpy as np
+    import pandas as pd
 
     from llmkit.bench.profiler import Profile
     from llmkit.bridge.server import BridgeServer
     from llmkit.notebook.monitor import Monitor
     from llmkit.notebook.serving import Endpoint
+    from llmkit.session import Session
 
 __all__ = ["LLM", "Interrupted"]
-
-Messages = str | Message | dict[str, Any] | Sequence[Message | dict[str, Any]]
 
 # Prompts of one batch call that are in the engine at a time: more than any number of slots, less than the queue's bound.
 BATCH_WINDOW = 256
 REQUEST_OPTIONS = ("priority", "caller", "cache_salt", "lora", "suffix")
+SHAPES = ("json_schema", "regex", "choice")
 ABORT_S = 0.3  # an abort takes a step to arrive
 _ids = itertools.count(1)
-
-
-class Interrupted(KeyboardInterrupt):
-    """The stop button ended a generation. The text so far is in ``llm.last``, that of a batch in ``llm.last_batch``; the next call works."""
-
-    def _render_traceback_(self) -> list[str]:
-        """What IPython shows: one line instead of the frames in which we waited."""
-        return [f"Interrupted: {self}"]
 
 
 class LLM:
@@ -130,7 +128,11 @@ class LLM:
     @overload
     def generate(self, prompt: Sequence[str], **sampling: Any) -> list[Completion]: ...
     def generate(self, prompt: str | Sequence[str], **sampling: Any) -> Completion | list[Completion]:
-        """Continue a text; with a list of texts, all of them at once in one batch. Blocks; ■ stops it."""
+        """Continue a text; with a list of texts, all of them at once in one batch. Blocks; ■ stops it.
+
+        ``sampling`` are the fields of `SamplingParams`; also ``json_schema`` (a dict, or a pydantic model), ``regex`` or ``choice`` (a list of texts), which
+        the text will match, and ``priority``, ``cache_salt``, ``lora``, ``suffix`` of the request.
+        """
         if isinstance(prompt, str):
             return self._complete([self._request(sampling, prompt=prompt)])[0]
         prompts = list(prompt)
@@ -164,8 +166,8 @@ class LLM:
         ``reasoning``; a stream has it in its text.
         """
         if tools:
-            if sampling.get("grammar") is not None:
-                raise InvalidRequestError("a grammar cannot be combined with tools.", "grammar")
+            if any(sampling.get(name) is not None for name in ("grammar", *SHAPES)):
+                raise InvalidRequestError("tools cannot be combined with a grammar, json_schema, regex or choice.", "tools")
             if stream:
                 raise InvalidRequestError("a chat with tools cannot be streamed here; leave stream out, or use an endpoint of llm.serve().", "stream")
             from llmkit.toolbox import converse
@@ -174,8 +176,8 @@ class LLM:
                 more = {name: asked.pop(name) for name in ("tools", "show_marks")}
                 return self._complete([replace(self._request({**sampling, **asked}, messages=tuple(messages)), **more)])[0]
 
-            return converse(ask, self._description, tools, list(_messages(messages)), tool_choice, max_rounds)
-        request = self._request(sampling, messages=_messages(messages))
+            return converse(ask, self._description, tools, list(as_messages(messages)), tool_choice, max_rounds)
+        request = self._request(sampling, messages=as_messages(messages))
         if stream:
             return self._submit(request)
         if not self._description.reasoning:
@@ -203,8 +205,13 @@ class LLM:
     def _request(self, options: dict[str, Any], **prompt: Any) -> GenerationRequest:
         """Keywords of the methods above as a request: what is not about sampling is about the request."""
         about = {k: v for k, v in options.items() if k in REQUEST_OPTIONS}
-        sampling = SamplingParams(**{k: v for k, v in options.items() if k not in REQUEST_OPTIONS})
-        return GenerationRequest(self._new_id(), sampling, **about, **prompt)
+        shape = Grammar.of(**{k: v for k, v in options.items() if k in SHAPES})
+        sampling = {k: v for k, v in options.items() if k not in (*REQUEST_OPTIONS, *SHAPES)}
+        if shape is not None:
+            if sampling.get("grammar") is not None:
+                raise InvalidRequestError("json_schema, regex, choice and grammar cannot be combined; give one of them.", "grammar")
+            sampling["grammar"] = shape
+        return GenerationRequest(self._new_id(), SamplingParams(**sampling), **about, **prompt)
 
     @staticmethod
     def _new_id() -> str:
@@ -238,6 +245,42 @@ class LLM:
             if len(streams) > 1:
                 self._batch = [s.channel for s in streams]
 
+    # -- conversations and tables
+
+    def session(self, system: str | None = None, *, path: str | Path | None = None, **sampling: Any) -> Session:
+        """A conversation that goes on: ``say``, ``stream``, ``fork``, ``undo``, ``trim``, ``save``. ``system`` are instructions, ``path`` a saved session, and
+        ``sampling`` is for all its answers."""
+        from llmkit.session import Session
+
+        return Session.open(self._say, self._count, self._description.n_ctx, system, path, sampling)
+
+    def _say(self, messages: Sequence[Message], options: dict[str, Any]) -> Stream:
+        return self._submit(self._request(options, messages=tuple(messages)))
+
+    def _count(self, messages: Sequence[Message]) -> int:
+        return len(self._inquire("tokenize_chat", messages=[m.as_dict() for m in messages])["tokens"])
+
+    def map(self, frame: Any, template: str | Callable[[Any], Any], *, into: str = "answer", chat: bool = True, **sampling: Any) -> pd.DataFrame:
+        """One prompt for each row of a table, computed in batches: ``llm.map(df, "Translate into French: {text}")``.
+
+        ``template`` names columns in braces, or is a function from a row to a prompt (or messages). Returns a copy with the answers in the column ``into`` and
+        what went wrong in ``into + "_error"``: one bad row stops nothing. ``chat=False`` continues the text instead of answering it. ■ stops it; what was
+        made so far is in ``llm.last_batch``.
+        """
+        from llmkit.notebook.frames import map_rows
+
+        def submit(prompt: Any) -> Stream:
+            about: dict[str, Any] = {"messages": as_messages(prompt)} if chat or not isinstance(prompt, str) else {"prompt": prompt}
+            return self._submit(self._request(sampling, **about))
+
+        streams: list[Stream] = []
+        try:
+            return map_rows(frame, template, submit, into, BATCH_WINDOW, streams)
+        except KeyboardInterrupt:
+            raise Interrupted("stopped; what was made so far is in llm.last_batch") from None
+        finally:
+            self._batch = [s.channel for s in streams]
+
     # -- tokens
 
     def tokenize(self, text: str) -> list[int]:
@@ -258,46 +301,30 @@ class LLM:
 
         ``normalize`` makes their length 1, so that ``a @ b`` is the cosine similarity. Blocks; texts of one call and of other callers are computed together.
         """
-        import numpy as np
+        from llmkit import vectors
 
-        inputs = (texts,) if isinstance(texts, str) else tuple(texts)
-        for i, text in enumerate(inputs):
-            if not isinstance(text, str):
-                raise InvalidRequestError(f"text {i} is not text but {type(text).__name__}.", "texts")
-        if not inputs:
-            return np.empty((0, self._description.embedding_size), np.float32)
-        found = self._engine.embed(EmbeddingRequest(self._new_id(), inputs, normalize)).result()
-        vectors = np.frombuffer(found.data, np.float32).reshape(-1, found.size)
-        return vectors[0] if isinstance(texts, str) else vectors
+        single = isinstance(texts, str)
+        found = vectors.embed(self._ask_vectors, self._new_id, [texts] if isinstance(texts, str) else texts, self._description.embedding_size, normalize)
+        return found[0] if single else found
 
     def rerank(self, query: str, documents: Sequence[str], top: int | None = None) -> list[tuple[int, float]]:
         """The places of the documents that fit the query best, with their scores, best first; at most ``top`` of them.
 
         A cross-encoder (a model that ranks) judges each pair: any number, higher is better. An embedding model gives the cosine similarity.
         """
-        import numpy as np
+        from llmkit import vectors
 
-        documents = list(documents)
-        for i, text in enumerate([query, *documents]):
-            if not isinstance(text, str):
-                raise InvalidRequestError(f"{'the query' if not i else f'document {i - 1}'} is not text but {type(text).__name__}.", "documents")
-        if not documents:
-            return []
-        if self._description.ranks:
-            found = self._engine.embed(EmbeddingRequest(self._new_id(), tuple(documents), query=query)).result()
-            scores = np.frombuffer(found.data, np.float32).reshape(-1, found.size)[:, 0]
-        else:
-            vectors = self.embed([query, *documents])
-            scores = vectors[1:] @ vectors[0]
-        order = sorted(range(len(documents)), key=lambda i: -scores[i])
-        return [(i, float(scores[i])) for i in order[:top]]
+        return vectors.rank(self._ask_vectors, self._new_id, query, documents, top, ranks=self._description.ranks)
+
+    def _ask_vectors(self, request: EmbeddingRequest) -> Embeddings:
+        return self._engine.embed(request).result()
 
     def save_prefix(self, prompt: str | Messages) -> int:
         """Compute a text, or the beginning of a conversation, and keep it in the folder ``prefix_dir``: requests that begin with it find it computed, also in
         later processes. Returns its length in tokens."""
         if self._options.prefix_dir is None:
             raise InvalidRequestError("this model was loaded without a place for prefixes; load it with prefix_dir=... to keep them.", "prefix_dir")
-        request: dict[str, Any] = {"prompt": prompt} if isinstance(prompt, str) else {"messages": _messages(prompt)}
+        request: dict[str, Any] = {"prompt": prompt} if isinstance(prompt, str) else {"messages": as_messages(prompt)}
         sampling = SamplingParams(max_tokens=0)
         return self._complete([GenerationRequest(self._new_id(), sampling, keep_on_disk=True, **request)])[0].usage.prompt_tokens
 
@@ -360,23 +387,3 @@ class LLM:
 
 def _partial(channel: Channel) -> Completion:
     return Completion("".join(channel.text_parts), FinishReason.ABORT, request_id=channel.request_id)
-
-
-def _messages(messages: Messages) -> tuple[Message, ...]:
-    if isinstance(messages, str):
-        return (Message("user", messages),)
-    if isinstance(messages, Message | dict):
-        messages = [messages]
-    found = []
-    for message in messages:
-        if isinstance(message, dict):
-            try:
-                if message.get("content") is None and message.get("role") != "assistant":
-                    raise TypeError
-                message = Message(**message)
-            except TypeError:
-                raise InvalidRequestError("a message needs the keys role and content (and may have name).", "messages") from None
-        if not isinstance(message, Message) or not isinstance(message.content, str) or not isinstance(message.role, str):
-            raise InvalidRequestError("messages must be texts with a role: {'role': 'user', 'content': '…'}.", "messages")
-        found.append(message)
-    return tuple(found)

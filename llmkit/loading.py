@@ -9,6 +9,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from llmkit import models
 from llmkit.errors import InvalidRequestError, ModelNotFoundError
 from llmkit.llm import LLM
 from llmkit.options import EngineOptions
@@ -28,6 +29,7 @@ def _forget_the_parents_models() -> None:
     global _load_lock
     _load_lock = threading.RLock()
     _loaded.clear()
+    models.handles.clear()
 
 
 if hasattr(os, "register_at_fork"):
@@ -96,8 +98,7 @@ def load(
 
             _register_displays()
             isolated = IsolatedEngine(spec, settings, name=name, force=force, kernel_id=kernel_id(), share=share)
-            _loaded[spec.path] = llm = LLM(isolated, None, settings, _forget)
-            return llm
+            return _remember(spec.path, LLM(isolated, None, settings, _forget))
         engine = open_model(spec, settings, name=name, force=force)
         bridge = None
         try:
@@ -109,8 +110,14 @@ def load(
             engine.close()
             raise
         _register_displays()
-        _loaded[spec.path] = llm = LLM(engine, bridge, settings, _forget)
-        return llm
+        return _remember(spec.path, LLM(engine, bridge, settings, _forget))
+
+
+def _remember(path: Path, llm: LLM) -> LLM:
+    _loaded[path] = llm
+    models.handles.pop(llm.name, None)
+    models.handles[llm.name] = llm
+    return llm
 
 
 def attach(model: str | None = None) -> LLM:
@@ -136,6 +143,8 @@ def _forget(llm: LLM) -> None:
         for path, loaded in list(_loaded.items()):
             if loaded is llm:
                 del _loaded[path]
+        if models.handles.get(llm.name) is llm:
+            del models.handles[llm.name]
 
 
 def estimate(model: str | Path = "smollm2", **options: Any) -> MemoryEstimate:

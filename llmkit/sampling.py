@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -51,9 +53,45 @@ class Grammar:
     optional: bool = False
     origin: str = "grammar"
 
+    @classmethod
+    def of(cls, *, json_schema: Any = None, regex: str | None = None, choice: Sequence[str] | None = None) -> Grammar | None:
+        """The one of them that is given: a JSON schema (a dict, or a pydantic model), a regular expression, or a list of texts.
+
+        >>> Grammar.of(choice=["yes", "no"])
+        Grammar(kind='choice', text='["yes", "no"]', optional=False, origin='grammar')
+        """
+        given = {"json_schema": json_schema, "regex": regex, "choice": choice}
+        given = {kind: value for kind, value in given.items() if value is not None}
+        check(len(given) < 2, " and ".join(given), "cannot be combined; give one of them.")
+        for kind, value in given.items():
+            if kind == "json_schema":
+                value = _closed(value.model_json_schema()) if hasattr(value, "model_json_schema") else value
+                check(isinstance(value, dict | bool), kind, f"must be a dict or a pydantic model, not {value!r:.50}.")
+            elif kind == "choice":
+                fine = not isinstance(value, str) and all(isinstance(text, str) and text for text in value) and len(value) > 0
+                check(fine, kind, "must be a list of texts.")
+                value = list(value)
+            try:
+                return cls(kind, value if kind == "regex" else json.dumps(value))
+            except TypeError as error:
+                raise InvalidRequestError(f"{kind}: {error}", kind) from None
+        return None
+
     def __post_init__(self) -> None:
         check(self.kind in GRAMMAR_KINDS, "grammar", f"kinds are {', '.join(GRAMMAR_KINDS)}, not {self.kind!r:.30}.")
         check(isinstance(self.text, str) and 0 < len(self.text) <= MAX_GRAMMAR_CHARS, "grammar", f"must be a text of 1 to {MAX_GRAMMAR_CHARS} characters.")
+
+
+def _closed(schema: Any) -> Any:
+    """A model's schema without room for fields that it does not have."""
+    if isinstance(schema, list):
+        return [_closed(s) for s in schema]
+    if not isinstance(schema, dict):
+        return schema
+    found = {key: _closed(value) for key, value in schema.items()}
+    if "properties" in found and found.get("type") == "object":
+        found.setdefault("additionalProperties", False)
+    return found
 
 
 RANGES: dict[str, tuple[float, float]] = {

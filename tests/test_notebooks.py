@@ -16,7 +16,7 @@ pytestmark = pytest.mark.model
 
 
 def test_there_are_notebooks() -> None:
-    assert [n.name for n in NOTEBOOKS] == ["01_quickstart.ipynb"]
+    assert [n.name[:2] for n in NOTEBOOKS] == [f"{i:02}" for i in range(1, len(NOTEBOOKS) + 1)] and len(NOTEBOOKS) >= 3
 
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda n: n.stem)
@@ -51,7 +51,8 @@ def test_nbconvert_and_fallbacks(notebook: Path, tmp_path: Path) -> None:
     bundles = [o.data for o in outputs if o.output_type in ("display_data", "execute_result")]
     assert all("text/plain" in b for b in bundles)
     widgets = [b for b in bundles if "application/vnd.jupyter.widget-view+json" in b]
-    assert widgets and all("<svg" in b["text/html"] for b in widgets)
+    assert all("<svg" in b["text/html"] or "role=" in b["text/html"] for b in widgets)
+    assert widgets or not notebook.name.startswith("01")
     assert any("image/png" in b for b in bundles)
 
 

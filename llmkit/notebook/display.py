@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from html import escape
 from typing import Any
 
 from llmkit.notebook import charts
-from llmkit.types import Completion
+from llmkit.types import Completion, Message
 
-__all__ = ["completion_html", "register"]
+__all__ = ["completion_html", "conversation_html", "register", "tokens_html"]
 
 
 def register() -> None:
@@ -28,3 +29,33 @@ def completion_html(c: Completion) -> str:
     note = f"{c.usage.prompt_tokens} prompt tokens{cached} → {c.usage.completion_tokens} tokens{rate}; ended by {c.finish_reason.value}"
     text = f'<div style="white-space:pre-wrap;margin-bottom:6px">{escape(c.text)}</div>'
     return f'{text}<div style="color:{charts.MUTED};font-size:90%">{escape(note)}</div>'
+
+
+def conversation_html(messages: Sequence[Message]) -> str:
+    """Chat bubbles: what was said on the right, answers on the left."""
+    return f'<div role="log" aria-label="conversation" style="max-width:760px">{"".join(map(_bubble, messages)) or "nothing said yet"}</div>'
+
+
+def _bubble(message: Message) -> str:
+    mine = message.role == "user"
+    side = "margin-left:15%" if mine else "margin-right:15%"
+    back = "var(--jp-layout-color2, rgba(127,127,127,0.15))" if mine else "var(--jp-layout-color1, transparent)"
+    calls = "".join(f"\n{c.name}({c.arguments})" for c in message.tool_calls)
+    return (
+        f'<div style="{side};margin-top:6px;padding:6px 10px;border:1px solid {charts.LINE};border-radius:8px;background:{back};white-space:pre-wrap">'
+        f'<div style="color:{charts.MUTED};font-size:85%">{escape(message.role)}</div>{escape(message.content + calls)}</div>'
+    )
+
+
+def tokens_html(completion: Completion) -> str:
+    """A completion's tokens on a ground that is the darker the less probable they were; each says its probability and what else was likely."""
+    parts = []
+    for entry in completion.logprobs:
+        probability = math.exp(entry.logprob if entry.logprob is not None else 0.0)
+        others = ", ".join(f"{piece.decode('utf-8', 'replace')!r} {math.exp(p):.0%}" for _, piece, p in entry.top)
+        note = f"{probability:.1%}" + (f"; {others}" if others else "")
+        ground = f"rgba(201,114,10,{(1 - probability) * 0.75:.2f})"
+        text = escape(entry.piece.decode("utf-8", "replace"))
+        parts.append(f'<span title="{escape(note)}" style="background:{ground}">{text}</span>')
+    legend = f'<div style="color:{charts.MUTED};font-size:90%">the darker the ground, the less probable the token</div>'
+    return f'<div style="white-space:pre-wrap;line-height:1.6;max-width:760px">{"".join(parts)}</div>{legend}'

@@ -1,0 +1,63 @@
+"""A bar that fills: in a notebook as HTML that stays when it is done, in a terminal as a line, elsewhere nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from html import escape
+from typing import Any
+
+from llmkit.notebook import charts
+
+__all__ = ["Progress"]
+
+INTERVAL_S = 0.1
+PATIENCE_S = 0.5  # what is done sooner needs no bar
+
+
+class Progress:
+    """``update(done, note)`` as often as wanted; it is shown ten times a second at most. ``close()`` takes a bar away that is in the way."""
+
+    def __init__(self, title: str, total: float, *, keep: bool = True) -> None:
+        self._title, self._total, self._keep = title, max(total, 1e-9), keep
+        self._began = self._shown = time.monotonic()
+        self._handle: Any = None
+        self._line = False
+
+    def update(self, done: float, note: str = "") -> None:
+        now = time.monotonic()
+        if now - self._began >= PATIENCE_S and (now - self._shown >= INTERVAL_S or (done >= self._total and self._handle is not None)):
+            self._shown = now
+            with contextlib.suppress(Exception):  # a closed front end must not stop the work
+                self._show(min(done / self._total, 1.0), note)
+
+    def _show(self, share: float, note: str) -> None:
+        if "IPython" in sys.modules:
+            from IPython.core.getipython import get_ipython
+
+            if getattr(get_ipython(), "kernel", None) is not None:
+                self._display(share, note)
+                return
+        if sys.stderr.isatty():
+            self._line = True
+            print(f"\r\x1b[K{self._title}: {share:4.0%} {note}", end="", file=sys.stderr, flush=True)
+
+    def _display(self, share: float, note: str) -> None:
+        from IPython.display import display
+
+        text = f"{self._title}: {share:.0%} {note}".rstrip()
+        bar = charts.bar(self._title, f"{share:.0%} {note}".rstrip(), [(share, charts.BLUE)], width=320)
+        bundle = {"text/plain": text, "text/html": f'<div role="status" aria-label="{escape(text)}" style="max-width:360px">{bar}</div>'}
+        if self._handle is None:
+            self._handle = display(bundle, raw=True, display_id=True)  # type: ignore[no-untyped-call]
+        else:
+            self._handle.update(bundle, raw=True)
+
+    def close(self) -> None:
+        """The end."""
+        with contextlib.suppress(Exception):
+            if self._handle is not None and not self._keep:
+                self._handle.update({"text/plain": "", "text/html": ""}, raw=True)
+            if self._line:
+                print("\r\x1b[K", end="", file=sys.stderr, flush=True)

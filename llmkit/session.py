@@ -1,0 +1,248 @@
+"""Conversations with a memory: `llm.session()`. The engine keeps their prefixes computed; here are only the messages."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from llmkit.errors import ContextLengthError, InvalidRequestError
+from llmkit.stream import Stream
+from llmkit.types import Completion, FinishReason, Message
+
+__all__ = ["Interrupted", "Messages", "Session", "as_messages"]
+
+Messages = str | Message | dict[str, Any] | Sequence[Message | dict[str, Any]]
+
+FORMAT = "llmkit-session"
+KEPT = ("role", "content", "name", "tool_call_id", "reasoning_content")
+
+
+class Interrupted(KeyboardInterrupt):
+    """The stop button ended a generation. The text so far is in ``llm.last``, that of a batch in ``llm.last_batch``; the next call works."""
+
+    def _render_traceback_(self) -> list[str]:
+        """What IPython shows: one line instead of the frames in which we waited."""
+        return [f"Interrupted: {self}"]
+
+
+class Session:
+    """A conversation that goes on.
+
+    ``say(text)`` adds a message and its answer; ``stream(text)`` gives the answer piece by piece. ``messages`` is all that was said. ``fork()`` goes on in
+    two ways, ``undo()`` takes the last turn back, ``trim()`` forgets the oldest turns, ``save(path)`` and ``llm.session(path=...)`` keep it.
+
+    An interrupted answer stays, as far as it came; when a request fails, the conversation is as it was before.
+    """
+
+    def __init__(
+        self,
+        submit: Callable[[Sequence[Message], dict[str, Any]], Stream],
+        count: Callable[[Sequence[Message]], int],
+        n_ctx: int,
+        messages: Sequence[Message] = (),
+        **sampling: Any,
+    ) -> None:
+        self._submit, self._count, self._n_ctx = submit, count, n_ctx
+        self.sampling = sampling
+        self.messages: list[Message] = list(messages)
+
+    @classmethod
+    def open(
+        cls,
+        submit: Callable[[Sequence[Message], dict[str, Any]], Stream],
+        count: Callable[[Sequence[Message]], int],
+        n_ctx: int,
+        system: str | None,
+        path: str | Path | None,
+        sampling: dict[str, Any],
+    ) -> Session:
+        """A new conversation, or a saved one."""
+        messages, kept = cls.read(path) if path is not None else ([], {})
+        if system is not None:
+            messages = [Message("system", system), *(m for m in messages if m.role != "system")]
+        return cls(submit, count, n_ctx, messages, **{**kept, **sampling})
+
+    def say(self, text: str, **sampling: Any) -> Completion:
+        """Say something and wait for the answer. ■ stops it; what came so far stays in the conversation."""
+        stream = self.stream(text, **sampling)
+        try:
+            for _ in stream:
+                pass
+        except KeyboardInterrupt:
+            raise Interrupted("stopped; the answer so far is in the session") from None
+        return stream.completion
+
+    def stream(self, text: str, **sampling: Any) -> Turn:
+        """Say something; the answer piece by piece. Leaving the loop ends the answer there."""
+        if not isinstance(text, str) or not text.strip():
+            raise InvalidRequestError("say something: a text that is not empty.", "text")
+        return self._turn([Message("user", text)], sampling)
+
+    def regenerate(self, **sampling: Any) -> Completion:
+        """Another answer to what was said last."""
+        asked, question = self.messages[:], next((m for m in reversed(self.messages) if m.role == "user"), None)
+        if question is None:
+            raise InvalidRequestError("nothing was said yet.", "messages")
+        self.undo()
+        try:
+            return self.say(question.content, **sampling)
+        except BaseException:
+            if not self.messages or self.messages[-1].role != "assistant":
+                self.messages = asked
+            raise
+
+    def _turn(self, new: list[Message], sampling: dict[str, Any]) -> Turn:
+        stream = self._submit([*self.messages, *new], {**self.sampling, **sampling})
+        return Turn(stream, lambda text: self.messages.extend([*new, Message("assistant", text)]))
+
+    # -- the past
+
+    @property
+    def num_turns(self) -> int:
+        return sum(m.role == "user" for m in self.messages)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the conversation so far."""
+        return self._count(self.messages) if self.messages else 0
+
+    def fork(self) -> Session:
+        """The same conversation, to go on in another way; what both share is computed once."""
+        return Session(self._submit, self._count, self._n_ctx, self.messages, **self.sampling)
+
+    def undo(self) -> None:
+        """Take the last turn back: what was said, and its answer."""
+        place = next((i for i in range(len(self.messages) - 1, -1, -1) if self.messages[i].role == "user"), None)
+        if place is not None:
+            del self.messages[place:]
+
+    def trim(self, max_tokens: int | None = None) -> int:
+        """Forget the oldest turns until at most ``max_tokens`` remain (default: half of the context); instructions stay, and the newest turn. Returns how many
+        turns were forgotten."""
+        most = self._n_ctx // 2 if max_tokens is None else max_tokens
+        forgotten = 0
+        while self.num_turns > 1 and self._too_long(most):
+            first = next(i for i, m in enumerate(self.messages) if m.role == "user")
+            end = next(i for i, m in enumerate(self.messages) if i > first and m.role == "user")
+            del self.messages[first:end]
+            forgotten += 1
+        return forgotten
+
+    def _too_long(self, most: int) -> bool:
+        try:
+            return self._count(self.messages) > most
+        except ContextLengthError:
+            return True
+
+    # -- files
+
+    def save(self, path: str | Path) -> Path:
+        """Write the conversation as JSON; a file that is there is replaced at once or not at all."""
+        path = Path(path)
+        data = {"format": FORMAT, "version": 1, "sampling": self.sampling, "messages": [_as_json(m) for m in self.messages]}
+        try:
+            text = json.dumps(data, indent=1, ensure_ascii=False)
+        except TypeError as error:
+            raise InvalidRequestError(f"the session's options cannot be saved: {error}", "sampling") from None
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with open(handle, "w", encoding="utf-8") as file:
+                file.write(text)
+            os.replace(temporary, path)
+        except BaseException:
+            os.unlink(temporary)
+            raise
+        return path
+
+    @staticmethod
+    def read(path: str | Path) -> tuple[list[Message], dict[str, Any]]:
+        """Messages and options of a saved conversation. Raises `InvalidRequestError` for a file that is none."""
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+            if data["format"] != FORMAT or data["version"] != 1:
+                raise ValueError("another format or version")
+            return [Message(**m) for m in data["messages"]], dict(data["sampling"])
+        except FileNotFoundError:
+            raise
+        except (ValueError, KeyError, TypeError, RecursionError, InvalidRequestError) as error:
+            raise InvalidRequestError(f"{Path(path).name} is no saved session: {error}", "path") from None
+
+    # -- how it looks
+
+    def __len__(self) -> int:
+        return len(self.messages)
+
+    def __repr__(self) -> str:
+        return "\n".join(f"{m.role}: {m.content}" for m in self.messages) or "Session(nothing said yet)"
+
+    def _repr_html_(self) -> str:
+        from llmkit.notebook.display import conversation_html
+
+        return conversation_html(self.messages)
+
+
+class Turn:
+    """The answer of a turn as it comes: an iterable of text. At its end, or when it is left, the conversation has it."""
+
+    def __init__(self, stream: Stream, keep: Callable[[str], None]) -> None:
+        self._stream, self._keep = stream, keep
+        self._kept = False
+
+    def __iter__(self) -> Iterator[str]:
+        failed = False
+        try:
+            yield from self._stream
+        except Exception:
+            failed = True
+            raise
+        finally:
+            self._stream.close()
+            if not failed:
+                self._finish()
+
+    def close(self) -> None:
+        """End the answer here."""
+        self._stream.close()
+        self._finish()
+
+    def _finish(self) -> None:
+        if not self._kept:
+            self._kept = True
+            self._keep(self._stream.text)
+
+    @property
+    def completion(self) -> Completion:
+        """The completion so far."""
+        result = self._stream.channel.result
+        return result or Completion(self._stream.text, FinishReason.ABORT, request_id=self._stream.request_id)
+
+
+def _as_json(message: Message) -> dict[str, Any]:
+    found: dict[str, Any] = {k: v for k in KEPT if (v := getattr(message, k)) is not None}
+    if message.tool_calls:
+        found["tool_calls"] = message.as_dict()["tool_calls"]
+    return found
+
+
+def as_messages(messages: Messages) -> tuple[Message, ...]:
+    if isinstance(messages, str):
+        return (Message("user", messages),)
+    if isinstance(messages, Message | dict):
+        messages = [messages]
+    found = []
+    for message in messages:
+        if isinstance(message, dict):
+            try:
+                if message.get("content") is None and message.get("role") != "assistant":
+                    raise TypeError
+                message = Message(**message)
+            except TypeError:
+                raise InvalidRequestError("a message needs the keys role and content (and may have name).", "messages") from None
+        if not isinstance(message, Message) or not isinstance(message.content, str) or not isinstance(message.role, str):
+            raise InvalidRequestError("messages must be texts with a role: {'role': 'user', 'content': '…'}.", "messages")
+        found.append(message)
+    return tuple(found)
