@@ -31,6 +31,7 @@ from llmkit.version import __version__
 
 if TYPE_CHECKING:
     from llmkit.bench.tuner import tune
+    from llmkit.comparing import compare
     from llmkit.llm import LLM
     from llmkit.loading import attach, estimate, load
     from llmkit.stream import Stream
@@ -60,6 +61,7 @@ __all__ = [
     "Usage",
     "__version__",
     "attach",
+    "compare",
     "estimate",
     "load",
     "tune",
@@ -70,6 +72,7 @@ _LATE = {
     "load": "llmkit.loading",
     "attach": "llmkit.loading",
     "estimate": "llmkit.loading",
+    "compare": "llmkit.comparing",
     "tune": "llmkit.bench.tuner",
     "Stream": "llmkit.stream",
 }

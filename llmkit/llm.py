@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-import itertools
-import os
 import threading
-import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, overload
 
 from llmkit.client import EngineClient
 from llmkit.errors import InvalidRequestError, ModelUnloadedError
 from llmkit.options import EngineOptions
-from llmkit.session import Interrupted, Messages, as_messages
-from llmkit.stream import Channel, Stream
+from llmkit.running import BATCH_WINDOW, SHAPES, Interrupted, Runs, make_request, new_id
+from llmkit.session import Messages, as_messages
+from llmkit.stream import Stream
 from llmkit.types import (
     Completion,
     EmbeddingRequest,
     Embeddings,
     EngineStats,
-    FinishReason,
     GenerationRequest,
-    Grammar,
     Inquiry,
     InquiryKind,
     Message,
@@ -38,18 +34,14 @@ if TYPE_CHECKING:
 
     from llmkit.bench.profiler import Profile
     from llmkit.bridge.server import BridgeServer
+    from llmkit.notebook.display import Tokens
     from llmkit.notebook.monitor import Monitor
+    from llmkit.notebook.panel import ChatPanel
     from llmkit.notebook.serving import Endpoint
+    from llmkit.notebook.timeline import KVMap, Timeline
     from llmkit.session import Session
 
 __all__ = ["LLM", "Interrupted"]
-
-# Prompts of one batch call that are in the engine at a time: more than any number of slots, less than the queue's bound.
-BATCH_WINDOW = 256
-REQUEST_OPTIONS = ("priority", "caller", "cache_salt", "lora", "suffix")
-SHAPES = ("json_schema", "regex", "choice")
-ABORT_S = 0.3  # an abort takes a step to arrive
-_ids = itertools.count(1)
 
 
 class LLM:
@@ -73,8 +65,7 @@ class LLM:
         self._description = client.description
         self._bridge = bridge
         self._options = options or EngineOptions()
-        self._last: Channel | None = None
-        self._batch: list[Channel] = []
+        self._runs = Runs(lambda: self.engine)
         self._endpoint: Endpoint | None = None
         self._monitors: list[Monitor] = []
 
@@ -107,10 +98,11 @@ class LLM:
     @property
     def stats(self) -> EngineStats:
         """The engine's newest counters."""
-        return self._engine.stats()
+        return self.engine.stats()
 
     @property
-    def _engine(self) -> EngineClient:
+    def engine(self) -> EngineClient:
+        """What computes, here or in another process."""
         if self._client is None:
             raise ModelUnloadedError(f"the model {self.name!r} was unloaded; load it again with llmkit.load().")
         return self._client
@@ -134,19 +126,19 @@ class LLM:
         the text will match, and ``priority``, ``cache_salt``, ``lora``, ``suffix`` of the request.
         """
         if isinstance(prompt, str):
-            return self._complete([self._request(sampling, prompt=prompt)])[0]
+            return self._runs.complete([make_request(sampling, prompt=prompt)])[0]
         prompts = list(prompt)
         for i, text in enumerate(prompts):
             if not isinstance(text, str):
                 raise InvalidRequestError(f"prompt {i} is not text but {type(text).__name__}.", "prompt")
-        first = self._request(sampling, prompt="")
-        return self._complete(replace(first, request_id=self._new_id(), prompt=text) for text in prompts)
+        first = make_request(sampling, prompt="")
+        return self._runs.complete(replace(first, request_id=new_id(), prompt=text) for text in prompts)
 
     def stream(self, prompt: str, **sampling: Any) -> Stream:
         """Continue a text piece by piece: ``for piece in …``, ``async for piece in …`` or ``await …`` for the completion."""
         if not isinstance(prompt, str):
             raise InvalidRequestError(f"prompt must be a text, not {type(prompt).__name__}; generate() takes a list.", "prompt")
-        return self._submit(self._request(sampling, prompt=prompt))
+        return self._runs.submit(make_request(sampling, prompt=prompt))
 
     def chat(
         self,
@@ -174,76 +166,27 @@ class LLM:
 
             def ask(messages: list[Message], **asked: Any) -> Completion:
                 more = {name: asked.pop(name) for name in ("tools", "show_marks")}
-                return self._complete([replace(self._request({**sampling, **asked}, messages=tuple(messages)), **more)])[0]
+                return self._runs.complete([replace(make_request({**sampling, **asked}, messages=tuple(messages)), **more)])[0]
 
             return converse(ask, self._description, tools, list(as_messages(messages)), tool_choice, max_rounds)
-        request = self._request(sampling, messages=as_messages(messages))
+        request = make_request(sampling, messages=as_messages(messages))
         if stream:
-            return self._submit(request)
+            return self._runs.submit(request)
         if not self._description.reasoning:
-            return self._complete([request])[0]
+            return self._runs.complete([request])[0]
         from llmkit.chat.reading import AnswerReader
 
-        return AnswerReader(self._description).apart(self._complete([replace(request, show_marks=True)])[0])
+        return AnswerReader(self._description).apart(self._runs.complete([replace(request, show_marks=True)])[0])
 
     @property
     def last(self) -> Completion | None:
         """The newest completion, also a partial one after an interrupt (``finish_reason`` "abort")."""
-        channel = self._last
-        if channel is None:
-            return None
-        end = time.monotonic() + ABORT_S
-        while not channel.finished and time.monotonic() < end:
-            time.sleep(0.005)
-        return channel.result or _partial(channel)
+        return self._runs.last
 
     @property
     def last_batch(self) -> list[Completion]:
         """The completions of the newest call with a list of prompts, in their order; after an interrupt also the partial ones, as far as it came."""
-        return [c.result or _partial(c) for c in self._batch]
-
-    def _request(self, options: dict[str, Any], **prompt: Any) -> GenerationRequest:
-        """Keywords of the methods above as a request: what is not about sampling is about the request."""
-        about = {k: v for k, v in options.items() if k in REQUEST_OPTIONS}
-        shape = Grammar.of(**{k: v for k, v in options.items() if k in SHAPES})
-        sampling = {k: v for k, v in options.items() if k not in (*REQUEST_OPTIONS, *SHAPES)}
-        if shape is not None:
-            if sampling.get("grammar") is not None:
-                raise InvalidRequestError("json_schema, regex, choice and grammar cannot be combined; give one of them.", "grammar")
-            sampling["grammar"] = shape
-        return GenerationRequest(self._new_id(), SamplingParams(**sampling), **about, **prompt)
-
-    @staticmethod
-    def _new_id() -> str:
-        return f"local-{os.getpid()}-{next(_ids)}"
-
-    def _submit(self, request: GenerationRequest) -> Stream:
-        stream = self._engine.submit(request)
-        self._last = stream.channel
-        return stream
-
-    def _complete(self, requests: Iterable[GenerationRequest]) -> list[Completion]:
-        """All completions, in order. An interrupt or a failed request ends the others."""
-        streams: list[Stream] = []
-        try:
-            for i, request in enumerate(requests):
-                if i >= BATCH_WINDOW:
-                    streams[i - BATCH_WINDOW].result()
-                streams.append(self._submit(request))
-            return [s.result() for s in streams]
-        except BaseException as error:
-            for stream in streams:
-                stream.close()
-            end = time.monotonic() + ABORT_S
-            for stream in streams:
-                stream.wait(max(0.0, end - time.monotonic()))
-            self._last = next((s.channel for s in reversed(streams) if s.text), self._last)
-            if isinstance(error, KeyboardInterrupt):
-                raise Interrupted("generation stopped; the text so far is in llm.last" + ("_batch" if len(streams) > 1 else "")) from None
-            raise
-        finally:
-            if len(streams) > 1:
-                self._batch = [s.channel for s in streams]
+        return self._runs.last_batch
 
     # -- conversations and tables
 
@@ -255,10 +198,16 @@ class LLM:
         return Session.open(self._say, self._count, self._description.n_ctx, system, path, sampling)
 
     def _say(self, messages: Sequence[Message], options: dict[str, Any]) -> Stream:
-        return self._submit(self._request(options, messages=tuple(messages)))
+        return self._runs.submit(make_request(options, messages=tuple(messages)))
 
     def _count(self, messages: Sequence[Message]) -> int:
         return len(self._inquire("tokenize_chat", messages=[m.as_dict() for m in messages])["tokens"])
+
+    def chat_panel(self, system: str | None = None, *, session: Session | None = None, **sampling: Any) -> ChatPanel:
+        """A chat in widgets that does not block the notebook: streaming, with stop, and edit and resend. ``session`` goes on with a conversation."""
+        from llmkit.notebook.panel import ChatPanel
+
+        return ChatPanel(session or self.session(system, **sampling), self.name)
 
     def map(self, frame: Any, template: str | Callable[[Any], Any], *, into: str = "answer", chat: bool = True, **sampling: Any) -> pd.DataFrame:
         """One prompt for each row of a table, computed in batches: ``llm.map(df, "Translate into French: {text}")``.
@@ -271,7 +220,7 @@ class LLM:
 
         def submit(prompt: Any) -> Stream:
             about: dict[str, Any] = {"messages": as_messages(prompt)} if chat or not isinstance(prompt, str) else {"prompt": prompt}
-            return self._submit(self._request(sampling, **about))
+            return self._runs.submit(make_request(sampling, **about))
 
         streams: list[Stream] = []
         try:
@@ -279,7 +228,7 @@ class LLM:
         except KeyboardInterrupt:
             raise Interrupted("stopped; what was made so far is in llm.last_batch") from None
         finally:
-            self._batch = [s.channel for s in streams]
+            self._runs.keep(streams)
 
     # -- tokens
 
@@ -292,7 +241,7 @@ class LLM:
         return str(self._inquire("detokenize", tokens=[int(t) for t in tokens])["text"])
 
     def _inquire(self, kind: InquiryKind, **data: Any) -> dict[str, Any]:
-        return self._engine.inquire(Inquiry(self._new_id(), kind, data)).result()
+        return self.engine.inquire(Inquiry(new_id(), kind, data)).result()
 
     # -- embed
 
@@ -304,7 +253,7 @@ class LLM:
         from llmkit import vectors
 
         single = isinstance(texts, str)
-        found = vectors.embed(self._ask_vectors, self._new_id, [texts] if isinstance(texts, str) else texts, self._description.embedding_size, normalize)
+        found = vectors.embed(self._ask_vectors, new_id, [texts] if isinstance(texts, str) else texts, self._description.embedding_size, normalize)
         return found[0] if single else found
 
     def rerank(self, query: str, documents: Sequence[str], top: int | None = None) -> list[tuple[int, float]]:
@@ -314,10 +263,10 @@ class LLM:
         """
         from llmkit import vectors
 
-        return vectors.rank(self._ask_vectors, self._new_id, query, documents, top, ranks=self._description.ranks)
+        return vectors.rank(self._ask_vectors, new_id, query, documents, top, ranks=self._description.ranks)
 
     def _ask_vectors(self, request: EmbeddingRequest) -> Embeddings:
-        return self._engine.embed(request).result()
+        return self.engine.embed(request).result()
 
     def save_prefix(self, prompt: str | Messages) -> int:
         """Compute a text, or the beginning of a conversation, and keep it in the folder ``prefix_dir``: requests that begin with it find it computed, also in
@@ -326,7 +275,7 @@ class LLM:
             raise InvalidRequestError("this model was loaded without a place for prefixes; load it with prefix_dir=... to keep them.", "prefix_dir")
         request: dict[str, Any] = {"prompt": prompt} if isinstance(prompt, str) else {"messages": as_messages(prompt)}
         sampling = SamplingParams(max_tokens=0)
-        return self._complete([GenerationRequest(self._new_id(), sampling, keep_on_disk=True, **request)])[0].usage.prompt_tokens
+        return self._runs.complete([GenerationRequest(new_id(), sampling, keep_on_disk=True, **request)])[0].usage.prompt_tokens
 
     # -- measure, watch, share
 
@@ -334,17 +283,43 @@ class LLM:
         """Measure prefill and decode speed by prompt length and batch size. ``.df`` is a table, ``.plot()`` a picture; options: `llmkit.bench.profiler.run`."""
         from llmkit.bench import profiler
 
-        return profiler.run(self._engine, **options)
+        return profiler.run(self.engine, **options)
 
     def monitor(self, interval: float = 0.5) -> Monitor:
         """A live panel of memory, throughput, queue and KV use, moving also while cells are busy. Ends with ``unload()``."""
         from llmkit.local import device_memory
         from llmkit.notebook.monitor import Monitor
 
-        connection = getattr(self._engine, "connection", None)
-        monitor = Monitor(self._engine, interval=interval, device_memory=device_memory, pid=connection.pid if connection is not None else None)
+        connection = getattr(self.engine, "connection", None)
+        monitor = Monitor(self.engine, interval=interval, device_memory=device_memory, pid=connection.pid if connection is not None else None)
         self._monitors = [m for m in self._monitors if m.running] + [monitor]
         return monitor
+
+    def timeline(self, seconds: float | None = None) -> Timeline:
+        """The last steps of the engine (at most 2,000, or those of the last ``seconds``), as a picture and a table: what was decoded and which prompts were
+        computed, slot by slot."""
+        from llmkit.notebook.timeline import Timeline
+
+        return Timeline(self.name, self._inquire("steps")["steps"], seconds)
+
+    def kv_map(self) -> KVMap:
+        """What the engine's slots hold now, and what they have in common."""
+        from llmkit.notebook.timeline import KVMap
+
+        return KVMap(self.name, self._inquire("slots")["slots"], self._description.n_ctx)
+
+    def show_tokens(self, completion: Completion) -> Tokens:
+        """A completion that was made with ``logprobs=k``, its tokens coloured by their probability."""
+        from llmkit.notebook.display import Tokens
+
+        return Tokens(completion)
+
+    def perplexity(self, text: str, *, n_ctx: int | None = None) -> float:
+        """How surprised the model is by a text: e to the mean negative log-probability of its tokens, lower is better. The text is read in windows of ``n_ctx``
+        tokens (at most the context), each token with at least half a window before it."""
+        from llmkit.bench import quality
+
+        return quality.perplexity(self.engine, self.tokenize(text), n_ctx)
 
     def serve(self, port: int = 0) -> Endpoint:
         """Where other programs reach this model: the Jupyter server's gateway, or a loopback gateway of its own (on ``port``; 0 takes a free one) where no
@@ -352,7 +327,7 @@ class LLM:
         """
         from llmkit.notebook import serving
 
-        engine = self._engine
+        engine = self.engine
         connection = self._bridge.connection if self._bridge is not None else getattr(engine, "connection", None)
         if connection is None or not connection.path.exists():
             raise InvalidRequestError("this model was loaded with share=False; load it with share=True to serve it.", "share")
@@ -383,7 +358,3 @@ class LLM:
 
     def __exit__(self, *_: object) -> None:
         self.unload()
-
-
-def _partial(channel: Channel) -> Completion:
-    return Completion("".join(channel.text_parts), FinishReason.ABORT, request_id=channel.request_id)

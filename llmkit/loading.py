@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from llmkit import models
 from llmkit.errors import InvalidRequestError, ModelNotFoundError
 from llmkit.llm import LLM
+from llmkit.notebook.progress import Progress
 from llmkit.options import EngineOptions
 
 if TYPE_CHECKING:
@@ -99,7 +100,11 @@ def load(
             _register_displays()
             isolated = IsolatedEngine(spec, settings, name=name, force=force, kernel_id=kernel_id(), share=share)
             return _remember(spec.path, LLM(isolated, None, settings, _forget))
-        engine = open_model(spec, settings, name=name, force=force)
+        progress = Progress(f"loading {spec.name}", 1.0, keep=False)
+        try:
+            engine = open_model(spec, settings, name=name, force=force, on_progress=progress.update)
+        finally:
+            progress.close()
         bridge = None
         try:
             if share:

@@ -10,7 +10,7 @@ import threading
 import time
 import warnings
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
@@ -65,12 +65,19 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget_the_parents_engines)
 
 
-def open_model(model: str | Path | ModelSpec, options: EngineOptions, *, name: str | None = None, force: bool = False) -> LocalEngine | LocalEmbedder:
+def open_model(
+    model: str | Path | ModelSpec,
+    options: EngineOptions,
+    *,
+    name: str | None = None,
+    force: bool = False,
+    on_progress: Callable[[float], None] = lambda _: None,
+) -> LocalEngine | LocalEmbedder:
     """An engine of the kind that the file asks for: one that generates, or one that embeds. Raises what `llmkit.load` documents."""
     spec = resolve(model)
     info = gguf.read_header(spec.path)
     if info.value("pooling_type") not in (1, 2, 3, 4):
-        return LocalEngine(spec, options, name=name, force=force)
+        return LocalEngine(spec, options, name=name, force=force, on_progress=on_progress)
     from llmkit.embedding import LocalEmbedder
 
     need = memory.estimate(info, n_ctx=options.n_ctx or memory.default_context(info), n_slots=1)
@@ -88,7 +95,14 @@ class LocalEngine:
     """
 
     def __init__(
-        self, model: str | Path | ModelSpec, options: EngineOptions | None = None, *, name: str | None = None, force: bool = False, **changes: Any
+        self,
+        model: str | Path | ModelSpec,
+        options: EngineOptions | None = None,
+        *,
+        name: str | None = None,
+        force: bool = False,
+        on_progress: Callable[[float], None] = lambda _: None,
+        **changes: Any,
     ) -> None:
         self._closed = False
         self._num_readers = 0
@@ -103,7 +117,7 @@ class LocalEngine:
         most = min(need.n_ctx, info.max_positions or need.n_ctx, need.kv_tokens)
         if options.draft is not None:
             resolve(options.draft)  # a name that is wrong is told before anything is loaded
-        self._model, self._runner = _load(spec, options, need)
+        self._model, self._runner = _load(spec, options, need, on_progress)
         self._draft: tuple[LlamaModel, LlamaRunner] | None = None
         try:
             self._start(spec, info, options, need, most, name, force)
@@ -233,6 +247,10 @@ class LocalEngine:
 
     def inquire(self, inquiry: Inquiry) -> Future[dict[str, Any]]:
         future: Future[dict[str, Any]] = Future()
+        if inquiry.kind in ("steps", "slots"):
+            self._check_open()
+            future.set_result(self._engine.look(inquiry.kind))
+            return future
         with self._reading():
             future.set_result(answer(inquiry, self._vocab, self._template))
         return future
@@ -316,14 +334,14 @@ def device_memory() -> tuple[int, int] | None:
     return (sum(d.total_bytes - d.free_bytes for d in gpus), sum(d.total_bytes for d in gpus)) if gpus else None
 
 
-def _load(spec: ModelSpec, options: EngineOptions, need: memory.MemoryEstimate) -> tuple[LlamaModel, LlamaRunner]:
+def _load(spec: ModelSpec, options: EngineOptions, need: memory.MemoryEstimate, on_progress: Callable[[float], None]) -> tuple[LlamaModel, LlamaRunner]:
     from llmkit.backend import library
     from llmkit.backend.llama import LlamaRunner
     from llmkit.backend.model import LlamaModel
 
     if not library.gpu_backend() and Path("/proc/driver/nvidia/version").exists():
         warnings.warn(GPU_HINT, RuntimeWarning, stacklevel=4)
-    model = LlamaModel(spec.path, n_gpu_layers=need.n_gpu_layers)
+    model = LlamaModel(spec.path, n_gpu_layers=need.n_gpu_layers, on_progress=on_progress)
     try:
         if not model.can_generate:
             raise ModelLoadError(f"{spec.path.name} is not a text generation model: it has no plain decoder, or no vocabulary.")

@@ -10,23 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from llmkit.errors import ContextLengthError, InvalidRequestError
+from llmkit.running import Interrupted
 from llmkit.stream import Stream
 from llmkit.types import Completion, FinishReason, Message
 
-__all__ = ["Interrupted", "Messages", "Session", "as_messages"]
+__all__ = ["Messages", "Session", "as_messages"]
 
 Messages = str | Message | dict[str, Any] | Sequence[Message | dict[str, Any]]
 
 FORMAT = "llmkit-session"
 KEPT = ("role", "content", "name", "tool_call_id", "reasoning_content")
-
-
-class Interrupted(KeyboardInterrupt):
-    """The stop button ended a generation. The text so far is in ``llm.last``, that of a batch in ``llm.last_batch``; the next call works."""
-
-    def _render_traceback_(self) -> list[str]:
-        """What IPython shows: one line instead of the frames in which we waited."""
-        return [f"Interrupted: {self}"]
 
 
 class Session:
@@ -179,11 +172,6 @@ class Session:
     def __repr__(self) -> str:
         return "\n".join(f"{m.role}: {m.content}" for m in self.messages) or "Session(nothing said yet)"
 
-    def _repr_html_(self) -> str:
-        from llmkit.notebook.display import conversation_html
-
-        return conversation_html(self.messages)
-
 
 class Turn:
     """The answer of a turn as it comes: an iterable of text. At its end, or when it is left, the conversation has it."""
@@ -203,6 +191,15 @@ class Turn:
             self._stream.close()
             if not failed:
                 self._finish()
+
+    @property
+    def text(self) -> str:
+        """What has come so far."""
+        return self._stream.text
+
+    def stop(self) -> None:
+        """End the answer; whoever reads it comes to its end. Any thread."""
+        self._stream.close()
 
     def close(self) -> None:
         """End the answer here."""

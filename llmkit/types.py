@@ -193,12 +193,13 @@ class Embeddings:
     num_tokens: tuple[int, ...]
 
 
-InquiryKind = Literal["tokenize", "detokenize", "render", "tokenize_chat", "info"]
+InquiryKind = Literal["tokenize", "detokenize", "render", "tokenize_chat", "info", "steps", "slots"]
 
 
 @dataclass(frozen=True, slots=True)
 class Inquiry:
-    """A question about a model's vocabulary or chat template. ``data`` is JSON-ready: ``text``, ``tokens`` or ``messages``, and options."""
+    """A question about a model's vocabulary or chat template, or about the engine's last ``steps`` and its ``slots``. ``data`` is JSON-ready: ``text``,
+    ``tokens`` or ``messages``, and options."""
 
     request_id: str
     kind: InquiryKind

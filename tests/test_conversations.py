@@ -19,6 +19,7 @@ from pydantic import BaseModel
 import llmkit
 from llmkit.errors import ContextLengthError, InvalidRequestError, ModelNotFoundError
 from llmkit.magics import COMMANDS, complete
+from llmkit.notebook.display import conversation_html
 from llmkit.session import Interrupted, Session
 
 pytestmark = pytest.mark.model
@@ -98,7 +99,7 @@ def test_a_failed_turn_leaves_no_trace_and_a_left_one_stays(session: Session) ->
         session.say("Another long one.", max_tokens=400, ignore_eos=True)
     assert session.num_turns == 2 and len(session.messages[-1].content) > 5
     session.messages[-1] = llmkit.Message("assistant", "<b>&")
-    assert "&lt;b&gt;&amp;" in session._repr_html_() and "assistant: <b>&" in repr(session)
+    assert "&lt;b&gt;&amp;" in conversation_html(session.messages) and "assistant: <b>&" in repr(session)
 
 
 def test_a_table_is_answered_row_by_row(llm: llmkit.LLM) -> None:

@@ -7,6 +7,7 @@ import ctypes
 import os
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,21 +25,23 @@ FTYPES = {"Q4_0": 2, "Q8_0": 7}
 class LlamaModel:
     """The weights of one file, read-only once loaded; contexts share them.
 
-    Raises `ModelLoadError` with llama.cpp's last error lines. A KeyboardInterrupt ends the load.
+    ``on_progress`` hears ten times a second what share is loaded (0 to 1), on the caller's thread. Raises `ModelLoadError` with llama.cpp's last error lines.
+    A KeyboardInterrupt ends the load.
     """
 
-    def __init__(self, path: Path, *, n_gpu_layers: int = -1) -> None:
+    def __init__(self, path: Path, *, n_gpu_layers: int = -1, on_progress: Callable[[float], None] = lambda _: None) -> None:
         library.start()
         library.log.clear()
-        cancelled = threading.Event()
+        cancelled, loaded = threading.Event(), [0.0]
 
         @C.llama_progress_callback  # type: ignore[untyped-decorator]
-        def on_progress(share: float, _: Any) -> bool:
+        def progress(share: float, _: Any) -> bool:
+            loaded[0] = share
             return not cancelled.is_set()
 
         params = C.llama_model_default_params()
         params.n_gpu_layers = n_gpu_layers
-        params.progress_callback = on_progress
+        params.progress_callback = progress
         self.handle: Any = None
         self.on_gpu = n_gpu_layers != 0 and library.gpu_backend()
         self.path = path
@@ -53,6 +56,7 @@ class LlamaModel:
         try:
             while worker.is_alive():
                 worker.join(0.1)
+                on_progress(loaded[0])
         except KeyboardInterrupt:
             cancelled.set()
             worker.join()

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
 
-__all__ = ["profile"]
+__all__ = ["comparison", "profile"]
 
 
 def profile(summary: pd.DataFrame, name: str) -> Axes:
@@ -32,3 +33,22 @@ def profile(summary: pd.DataFrame, name: str) -> Axes:
         axes.grid(axis="y", alpha=0.3)
     figure.suptitle(f"{name}: speed on this machine")
     return right
+
+
+def comparison(table: pd.DataFrame) -> Axes:
+    """Models beside each other: speed, memory, perplexity."""
+    import matplotlib.pyplot as plt
+
+    panels = {"decode_tok_s": "decode (tokens / s)", "prefill_tok_s": "prefill (tokens / s)", "weights_mb": "weights (MB)", "perplexity": "perplexity"}
+    names = [Path(str(name)).name for name in table.index]
+    _, axes = plt.subplots(1, len(panels), figsize=(2.6 * len(panels), 1.2 + 0.35 * len(names)), layout="constrained", sharey=True)
+    for panel, (column, title) in zip(axes, panels.items(), strict=True):
+        bars = panel.barh(names, table[column], color="#3b7dd8")
+        panel.bar_label(bars, fmt="%.3g", padding=2)
+        panel.set_title(title, fontsize=10)
+        panel.margins(x=0.2)
+        panel.set_xticks([])
+        panel.spines[["top", "right", "bottom"]].set_visible(False)
+    axes[0].invert_yaxis()
+    last: Axes = axes[-1]
+    return last

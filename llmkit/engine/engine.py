@@ -8,10 +8,12 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from typing import Any
 
 from llmkit.engine.batch import Batch
 from llmkit.engine.budget import StepClock
 from llmkit.engine.drafter import ModelDrafter
+from llmkit.engine.journal import Journal, slots_of
 from llmkit.engine.request import Request
 from llmkit.engine.runner import ModelRunner
 from llmkit.engine.scheduler import Scheduler
@@ -70,6 +72,7 @@ class Engine:
             drafter=drafter,
             context_shift=context_shift,
         )
+        self._cache, self._journal = cache, Journal()
         self._drafter = drafter
         self._drafted_s = 0.0  # that was counted
         self._stats = StatsCounter(cache, self._scheduler, runner.capacity or runner.n_slots * runner.n_ctx)
@@ -103,6 +106,10 @@ class Engine:
                 raise QueueFullError(f"{waiting} requests wait already; try again later")
             self._num_submitted += 1
             self._inbox.put(request)
+
+    def look(self, kind: str) -> dict[str, Any]:
+        """The last ``steps``, or what the ``slots`` hold; JSON-ready."""
+        return {kind: self._journal.as_list() if kind == "steps" else slots_of(self._cache, self._scheduler.running)}
 
     def abort(self, request_id: str) -> None:
         """End a request early; a long prompt chunk of it that is being computed is interrupted."""
@@ -179,6 +186,7 @@ class Engine:
             self._governor.observe(batch.num_tokens, seconds)
         error = output.error or ("the context has no room left" if output.no_room else None)
         self._publish(self._scheduler.update(batch, output), EngineError(f"this request failed in the backend: {error}") if error else None)
+        self._journal.add(start, batch, running)
         stats = self._stats
         stats.generation_tokens += sum(map(len, output.tokens))
         stats.steps += 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 
-__all__ = ["BLUE", "GREEN", "ORANGE", "PURPLE", "bar", "card", "size_text", "sparkline"]
+__all__ = ["BLUE", "GREEN", "ORANGE", "PURPLE", "bar", "card", "marks", "size_text", "sparkline"]
 
 # Readable on white and on Jupyter's dark grey alike (contrast of at least 3:1 for graphics); text takes the theme's colour.
 BLUE, ORANGE, GREEN, PURPLE = "#3b7dd8", "#c9720a", "#2e8b57", "#9063cd"
@@ -49,11 +49,11 @@ def bar(title: str, value: str, parts: Sequence[tuple[float, str]], *, legend: S
         f'<div style="min-width:{width}px">{_label(title, value)}'
         f'<svg role="img" viewBox="0 0 {width} 12" width="{width}" height="12" aria-label="{escape(title)}: {escape(value)}">'
         f"<title>{escape(title)}: {escape(value)}</title>"
-        f'<rect x="0" y="0" width="{width}" height="12" fill="{LINE}" opacity="0.5"/>{rects}</svg>{_legend(legend)}</div>'
+        f'<rect x="0" y="0" width="{width}" height="12" fill="{LINE}" opacity="0.5"/>{rects}</svg>{marks(legend)}</div>'
     )
 
 
-def _legend(entries: Sequence[tuple[str, str]]) -> str:
+def marks(entries: Sequence[tuple[str, str]]) -> str:
     marks = (f'<span style="white-space:nowrap"><span aria-hidden="true" style="color:{color}">■</span> {escape(text)}</span>' for text, color in entries)
     return f'<div style="color:{MUTED};font-size:90%;display:flex;gap:0.8em">{"".join(marks)}</div>' if entries else ""
 

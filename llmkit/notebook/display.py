@@ -7,10 +7,12 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any
 
+from llmkit.errors import InvalidRequestError
 from llmkit.notebook import charts
+from llmkit.session import Session
 from llmkit.types import Completion, Message
 
-__all__ = ["completion_html", "conversation_html", "register", "tokens_html"]
+__all__ = ["Tokens", "completion_html", "conversation_html", "register", "tokens_html"]
 
 
 def register() -> None:
@@ -19,7 +21,9 @@ def register() -> None:
 
     shell: Any = get_ipython()
     if shell is not None:
-        shell.display_formatter.formatters["text/html"].for_type(Completion, completion_html)
+        html = shell.display_formatter.formatters["text/html"]
+        html.for_type(Completion, completion_html)
+        html.for_type(Session, lambda session: conversation_html(session.messages))
 
 
 def completion_html(c: Completion) -> str:
@@ -45,6 +49,21 @@ def _bubble(message: Message) -> str:
         f'<div style="{side};margin-top:6px;padding:6px 10px;border:1px solid {charts.LINE};border-radius:8px;background:{back};white-space:pre-wrap">'
         f'<div style="color:{charts.MUTED};font-size:85%">{escape(message.role)}</div>{escape(message.content + calls)}</div>'
     )
+
+
+class Tokens:
+    """A completion's tokens with their probabilities, as colours and as text."""
+
+    def __init__(self, completion: Completion) -> None:
+        if not completion.logprobs:
+            raise InvalidRequestError("there are no probabilities; generate with logprobs=3, say.", "logprobs")
+        self.completion = completion
+
+    def __repr__(self) -> str:
+        return " ".join(f"{e.piece.decode('utf-8', 'replace')!r} {math.exp(e.logprob or 0.0):.0%}" for e in self.completion.logprobs)
+
+    def _repr_html_(self) -> str:
+        return tokens_html(self.completion)
 
 
 def tokens_html(completion: Completion) -> str:

@@ -1,0 +1,95 @@
+"""`llmkit.compare`: models beside each other, one loaded after the other: speed, memory, and how well they know a text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmkit import models
+from llmkit.bench import plots, quality
+from llmkit.errors import InvalidRequestError
+from llmkit.loading import load
+from llmkit.types import TokenLogprob
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.axes import Axes
+
+    from llmkit.llm import LLM
+
+__all__ = ["Comparison", "compare"]
+
+
+def compare(
+    names: Sequence[str | Path], *, text: str | None = None, batch_size: int = 4, prompt_tokens: int = 256, n_ctx: int = 1024, **options: Any
+) -> Comparison:
+    """Load models one after the other (those that are loaded here stay) and measure each: prefill and decode speed, alone and ``batch_size`` at a time, memory,
+    perplexity on a ``text``, and at how many places of it the likeliest token is that of the first model, where both have the same vocabulary.
+
+    ``options`` are those of `load`. Raises what `load` raises.
+    """
+    if isinstance(names, str | Path) or not names:
+        raise InvalidRequestError("compare takes a list of models.", "names")
+    rows: list[dict[str, Any]] = []
+    reference: list[TokenLogprob] | None = None
+    for name in names:
+        before = set(models.handles)
+        llm = load(name, **{"n_ctx": n_ctx, "n_slots": max(batch_size, 1), "share": False, **options})
+        try:
+            found = quality.scores(llm.engine, llm.tokenize(text or quality.SAMPLE_TEXT), top=1)
+            reference = reference or found
+            rows.append({"model": str(name), **_measure(llm, batch_size, prompt_tokens), **_judge(found, reference)})
+        finally:
+            if llm.name not in before:
+                llm.unload()
+    return Comparison(rows)
+
+
+def _measure(llm: LLM, batch_size: int, prompt_tokens: int) -> dict[str, Any]:
+    d = llm.model
+    summary = llm.profile(prompt_tokens=(min(prompt_tokens, d.n_ctx - 40),), batch_sizes=(1, batch_size), max_tokens=32).summary().set_index("batch_size")
+    alone, together = summary.iloc[0], summary.iloc[-1]
+    return {
+        "quantization": d.quantization,
+        "weights_mb": d.weights_bytes / 1e6,
+        "kv_mb": d.kv_bytes / 1e6,
+        "ttft_s": alone["ttft_p50_s"],
+        "prefill_tok_s": alone["prefill_tok_s"],
+        "decode_tok_s": alone["decode_tok_s"],
+        "batch_tok_s": together["decode_tok_s"],
+    }
+
+
+def _judge(found: Sequence[TokenLogprob], reference: Sequence[TokenLogprob]) -> dict[str, Any]:
+    import math
+
+    known = {"perplexity": math.exp(-sum(e.logprob or 0.0 for e in found) / len(found))}
+    if [e.token for e in found] != [e.token for e in reference]:
+        return {**known, "agreement": math.nan}  # another vocabulary
+    same = sum(a.top[0][0] == b.top[0][0] for a, b in zip(found, reference, strict=True))
+    return {**known, "agreement": same / len(found)}
+
+
+class Comparison:
+    """Models beside each other. ``df``: one row each; sizes in MB, rates in tokens a second, ``agreement`` with the first model from 0 to 1. ``plot()``: a
+    picture of speed and quality."""
+
+    def __init__(self, rows: list[dict[str, Any]]) -> None:
+        self._rows = rows
+
+    @property
+    def df(self) -> pd.DataFrame:
+        import pandas as pd
+
+        return pd.DataFrame(self._rows).set_index("model")
+
+    def plot(self) -> Axes:
+        """Decode speed, memory and perplexity, one bar a model. Returns the last panel's Axes."""
+        return plots.comparison(self.df)
+
+    def __repr__(self) -> str:
+        return self.df.round(3).to_string()
+
+    def _repr_html_(self) -> str:
+        return str(self.df.round(3).to_html())

@@ -1,0 +1,123 @@
+"""Pictures of how the engine works: `llm.timeline()`, its last steps, and `llm.kv_map()`, what its slots hold."""
+
+from __future__ import annotations
+
+import io
+from typing import TYPE_CHECKING, Any
+
+from llmkit.notebook import charts
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = ["KVMap", "Timeline"]
+
+
+class Timeline:
+    """The last steps of an engine: which slots they decoded and which prompts they computed.
+
+    ``df`` has a row for each slot in each step; ``plot()`` is a Gantt chart: one line a slot, a bar for each step, prompts in orange, decodes in blue. Wide
+    orange bars are chunks of long prompts; blue ones above each other are streams that advance together.
+    """
+
+    def __init__(self, name: str, steps: list[dict[str, Any]], seconds: float | None = None) -> None:
+        if seconds is not None and steps:
+            end = steps[-1]["at"] + steps[-1]["seconds"]
+            steps = [s for s in steps if s["at"] >= end - seconds]
+        self.name, self._steps = name, steps
+
+    @property
+    def df(self) -> pd.DataFrame:
+        """One row for each slot in each step; times in seconds."""
+        import pandas as pd
+
+        columns = ["step", "at_s", "seconds", "slot", "request", "tokens", "draft", "is_prompt"]
+        zero = self._steps[0]["at"] if self._steps else 0.0
+        rows = [
+            (i, s["at"] - zero, s["seconds"], c["slot"], c["request"], c["tokens"], c["draft"], c["is_prompt"])
+            for i, s in enumerate(self._steps)
+            for c in s["chunks"]
+        ]
+        return pd.DataFrame(rows, columns=columns)
+
+    def plot(self, axes: Axes | None = None) -> Axes:
+        """The Gantt chart. Returns its Axes."""
+        import matplotlib.pyplot as plt
+
+        if axes is None:
+            _, axes = plt.subplots(figsize=(9, 0.8 + 0.3 * max(self._num_slots, 2)), layout="constrained")
+        self._draw(axes)
+        return axes
+
+    @property
+    def _num_slots(self) -> int:
+        return 1 + max((c["slot"] for s in self._steps for c in s["chunks"]), default=0)
+
+    def _draw(self, axes: Axes) -> None:
+        zero = self._steps[0]["at"] if self._steps else 0.0
+        for is_prompt, color, label in ((True, charts.ORANGE, "prompt"), (False, charts.BLUE, "decode")):
+            bars: dict[int, list[tuple[float, float]]] = {}
+            for step in self._steps:
+                for chunk in step["chunks"]:
+                    if chunk["is_prompt"] is is_prompt:
+                        bars.setdefault(chunk["slot"], []).append((step["at"] - zero, step["seconds"]))
+            for i, (slot, spans) in enumerate(sorted(bars.items())):
+                axes.broken_barh(spans, (slot - 0.4, 0.8), facecolors=color, edgecolor="white", linewidth=0.3, label=None if i else label)
+        axes.set(title=f"{self.name}: the last {len(self._steps)} steps", xlabel="seconds", ylabel="slot", ylim=(self._num_slots - 0.5, -0.5))
+        axes.set_yticks(range(self._num_slots))
+        axes.spines[["top", "right"]].set_visible(False)
+        if self._steps:
+            axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+
+    def __repr__(self) -> str:
+        frame = self.df
+        if frame.empty:
+            return f"Timeline({self.name!r}: nothing was computed yet)"
+        prompts = int(frame.tokens[frame.is_prompt].sum())
+        most = int(frame.groupby("step").size().max())
+        seconds = self._steps[-1]["at"] + self._steps[-1]["seconds"] - self._steps[0]["at"]
+        return f"Timeline({self.name!r}: {len(self._steps)} steps in {seconds:.2f} s, {prompts} tokens of prompts, {most} slots in a step at most)"
+
+    def _repr_png_(self) -> bytes:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+
+        figure: Figure = Figure(figsize=(9, 0.8 + 0.3 * max(self._num_slots, 2)), layout="constrained")
+        self._draw(figure.add_subplot())
+        buffer = io.BytesIO()
+        FigureCanvasAgg(figure).print_png(buffer)  # type: ignore[no-untyped-call]
+        return buffer.getvalue()
+
+
+class KVMap:
+    """What the slots of an engine hold: tokens of running requests, idle prefixes that later requests may use, and what slots have in common."""
+
+    def __init__(self, name: str, slots: list[dict[str, Any]], n_ctx: int) -> None:
+        self.name, self.slots, self._n_ctx = name, slots, n_ctx
+
+    @property
+    def df(self) -> pd.DataFrame:
+        """One row a slot: ``tokens`` it holds, ``shared`` first ones that a slot before it holds as well, and the ``request`` that uses it."""
+        import pandas as pd
+
+        return pd.DataFrame(self.slots, columns=["slot", "request", "tokens", "shared"])
+
+    def _state(self, slot: dict[str, Any]) -> str:
+        return "running" if slot["request"] else "cached" if slot["tokens"] else "empty"
+
+    def __repr__(self) -> str:
+        lines = [f"KV of {self.name!r}, {self._n_ctx} tokens a slot"]
+        for s in self.slots:
+            lines.append(f"  slot {s['slot']}: {self._state(s):7} {s['tokens']:6} tokens, {s['shared']} shared")
+        return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        rows = []
+        for s in self.slots:
+            color = charts.BLUE if s["request"] else charts.GREEN
+            shared, own = s["shared"] / self._n_ctx, (s["tokens"] - s["shared"]) / self._n_ctx
+            rows.append(charts.bar(f"slot {s['slot']}: {self._state(s)}", f"{s['tokens']} tokens", [(shared, charts.PURPLE), (own, color)]))
+        legend = charts.marks([("running", charts.BLUE), ("cached for later", charts.GREEN), ("also in a slot before it", charts.PURPLE)])
+        return charts.card(f"KV cache · {self.name}", f"{self._n_ctx} tokens a slot", [*rows, legend])
