@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 from collections.abc import AsyncIterator
@@ -18,6 +19,7 @@ from llmkit.gateway.chat import ChatRequest
 from llmkit.gateway.engines import EngineDirectory
 from llmkit.gateway.openapi import describe
 from llmkit.gateway.schemas import CompletionRequest
+from llmkit.gateway.status import fragment
 
 ROUTES = Gateway(EngineDirectory()).routes
 
@@ -61,3 +63,32 @@ def test_the_written_docs_know_every_route_and_parameter() -> None:
     for schema in (ChatRequest, CompletionRequest):
         for name in schema.model_fields:
             assert re.search(rf"^\|.*`{name}`.*\|", text, re.MULTILINE), name
+
+
+async def test_the_status_page_shows_models_and_requests(api: Api, fake: FakeClient) -> None:
+    await api.post("/v1/completions", {"prompt": "hi", "max_tokens": 2})
+    while True:  # the engine tells its counters twice a second
+        state = json.loads((await api.fetch("GET", "/status")).body)
+        (found,) = state["models"]
+        if found["requests_total"]:
+            break
+        await asyncio.sleep(0.05)
+    assert found["id"] == "fake" and found["requests_total"] == 1 and found["generation_tokens_total"] == 2 and found["rss_bytes"] > 1e6
+    assert state["callers"] == [{"caller": "http 127.0.0.1", "requests": 1}] and state["requests"] == []
+    reply = await api.fetch("GET", "/")
+    page = reply.body.decode()
+    (nonce,) = re.findall(r'<script nonce="([^"]+)">', page)
+    policy = reply.headers["Content-Security-Policy"]
+    assert f"script-src 'nonce-{nonce}'" in policy and "default-src 'none'" in policy and "<code>fake</code>" in page
+    part = (await api.fetch("GET", "/status?part=1")).body.decode()
+    assert part.startswith("<h2>Models</h2>") and "<script" not in part and "http 127.0.0.1" in part
+
+
+async def test_what_runs_is_seen_and_escaped(api: Api, fake: FakeClient) -> None:
+    fake.runner.step_s = 0.02
+    running = asyncio.create_task(api.post("/v1/completions", {"prompt": "hi", "max_tokens": 100}))
+    while not (requests := json.loads((await api.fetch("GET", "/status")).body)["requests"]):
+        await asyncio.sleep(0.02)
+    assert requests[0]["route"] == "POST /v1/completions"
+    await running
+    assert fragment({"models": [], "requests": [{"caller": "<b>", "route": "<i>", "seconds": 1}], "callers": [], "version": "1", "up_s": 1}).count("&lt;") == 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from jupyter_core.utils import ensure_async
 from jupyter_server._tz import utcnow
 from jupyter_server.extension.application import ExtensionApp
 from jupyter_server.serverapp import ServerApp
@@ -30,7 +31,7 @@ class LLMKitExtension(ExtensionApp):
 
     def initialize_handlers(self) -> None:
         self._directory = EngineDirectory(self._is_ours, default=self.default_model)
-        gateway = Gateway(self._directory, self._note_use)
+        gateway = Gateway(self._directory, self._note_use, self._places)
         self.handlers.append((r"/llmkit(?:/(.*))?", JupyterGatewayHandler, {"gateway": gateway}))
 
     @property
@@ -40,6 +41,11 @@ class LLMKitExtension(ExtensionApp):
 
     def _is_ours(self, connection: Connection) -> bool:
         return connection.kernel_id is not None and connection.kernel_id in self._server.kernel_manager
+
+    async def _places(self) -> dict[str, str]:
+        """The notebook of each kernel, by kernel id."""
+        sessions: Any = await ensure_async(self._server.session_manager.list_sessions())
+        return {s["kernel"]["id"]: str(s.get("path") or s.get("name") or "") for s in sessions if s.get("kernel")}
 
     def _note_use(self, engine: EngineClient) -> None:
         """A kernel whose model is used is not idle, neither for Jupyter's culling nor for JupyterHub's; one that is only loaded is."""

@@ -23,6 +23,7 @@ from llmkit.gateway.openapi import Route, describe, page
 from llmkit.gateway.responses import ResponsesBody
 from llmkit.gateway.responses_routes import ResponsesRoutes
 from llmkit.gateway.schemas import CompletionRequest
+from llmkit.gateway.status import StatusRoutes
 from llmkit.gateway.tokenizing import DetokenizeBody, TemplateBody, TokenizeBody, TokenizerRoutes
 from llmkit.gateway.vectors import EmbeddingsBody, RerankBody, VectorRoutes
 from llmkit.version import __version__
@@ -33,10 +34,16 @@ logger = logging.getLogger("llmkit.gateway")
 
 
 class Gateway:
-    """Answers an `Exchange` by the route table; every error becomes an error object."""
+    """Answers an `Exchange` by the route table; every error becomes an error object. ``places`` gives notebooks by kernel id, for the page."""
 
-    def __init__(self, directory: EngineDirectory, on_use: Callable[[EngineClient], None] = lambda _: None) -> None:
+    def __init__(
+        self,
+        directory: EngineDirectory,
+        on_use: Callable[[EngineClient], None] = lambda _: None,
+        places: Callable[[], Awaitable[dict[str, str]]] | None = None,
+    ) -> None:
         self._directory = directory
+        self._status = status = StatusRoutes(directory, places)
         openai = OpenAIRoutes(directory, f"llmkit-{__version__}", on_use)
         anthropic, ollama, responses = AnthropicRoutes(directory, on_use), OllamaRoutes(directory, on_use), ResponsesRoutes(directory, on_use)
         vectors, tokens = VectorRoutes(directory, on_use), TokenizerRoutes(directory)
@@ -66,6 +73,8 @@ class Gateway:
             Route("POST", "/detokenize", tokens.detokenize, "The text of tokens", body=DetokenizeBody, also=("/v1/detokenize",)),
             Route("POST", "/apply-template", tokens.apply_template, "The prompt of a chat", body=TemplateBody, also=("/v1/apply-template",)),
             Route("GET", "/tokenizer_info", tokens.tokenizer_info, "Special tokens and the chat template", also=("/v1/tokenizer_info",)),
+            Route("GET", "/", status.page, "Models and requests, as a page"),
+            Route("GET", "/status", status.status, "Models and requests"),
             Route("GET", "/health", self._health, "Whether a model is there"),
             Route("GET", "/openapi.json", self._openapi, "This description"),
             Route("GET", "/docs", self._docs, "This description as a page", also=("/swagger-ui",)),
@@ -74,7 +83,9 @@ class Gateway:
     async def dispatch(self, exchange: Exchange) -> None:
         """Run the route for this request and answer it, whatever happens."""
         try:
-            await self._route(exchange)(exchange)
+            route = self._route(exchange)
+            with self._status.watching(exchange):
+                await route(exchange)
         except ClientGoneError:
             logger.info("the client of %s went away", exchange.path)
             exchange.drop()

@@ -28,6 +28,7 @@ class Exchange:
         self._handler = handler
         self.method = str(handler.request.method)
         self.path = "/" + path.strip("/")
+        self.path_ends_with_slash = handler.request.path.endswith("/")
         self.args: tuple[str, ...] = ()
         self.request_id = handler.request.headers.get("x-request-id", "")[:100] or secrets.token_hex(16)
         if not self.request_id.isprintable():
@@ -56,10 +57,11 @@ class Exchange:
         self._handler.set_header("Content-Type", "application/json")
         self._handler.finish(json.dumps(value))
 
-    def send_page(self, text: str) -> None:
-        """HTML that runs no script and fetches nothing."""
+    def send_page(self, text: str, nonce: str = "") -> None:
+        """HTML that runs no script and fetches nothing; with a ``nonce``, the script that has it, which may fetch from here."""
+        script = f"; script-src 'nonce-{nonce}'; connect-src 'self'" if nonce else ""
         self._handler.set_header("Content-Type", "text/html; charset=utf-8")
-        self._handler.set_header("Content-Security-Policy", "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'self'")
+        self._handler.set_header("Content-Security-Policy", f"default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'self'{script}")
         self._handler.finish(text)
 
     def send_error(self, error: ApiError) -> None:
