@@ -30,7 +30,7 @@ from llmkit.types import Completion, EngineStats, FinishReason, Grammar, Message
 from llmkit.version import __version__
 
 if TYPE_CHECKING:
-    from llmkit.bench.tuner import tune
+    from llmkit.bench.tuner import quantize, tune
     from llmkit.comparing import compare
     from llmkit.llm import LLM
     from llmkit.loading import attach, estimate, load
@@ -64,6 +64,7 @@ __all__ = [
     "compare",
     "estimate",
     "load",
+    "quantize",
     "tune",
 ]
 
@@ -73,6 +74,7 @@ _LATE = {
     "attach": "llmkit.loading",
     "estimate": "llmkit.loading",
     "compare": "llmkit.comparing",
+    "quantize": "llmkit.bench.tuner",
     "tune": "llmkit.bench.tuner",
     "Stream": "llmkit.stream",
 }

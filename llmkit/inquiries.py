@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,6 @@ __all__ = ["answer", "request_tokens"]
 # A text may be counted though it is longer than the context; but not without end.
 MAX_CHARS = 1 << 20
 MAX_TOKENS = 1 << 18
-FENCE = "\uf8ff\ue0ff\uf8ff"  # private characters, which no text has in this order
 
 
 def answer(inquiry: Inquiry, vocab: Vocab, template: ChatTemplate | None) -> dict[str, Any]:
@@ -34,7 +34,7 @@ def answer(inquiry: Inquiry, vocab: Vocab, template: ChatTemplate | None) -> dic
         case "render":
             return {"text": _render(data, template)}
         case "tokenize_chat":
-            return _described(prompt_tokens(vocab, _known(template), *_conversation(data), _check_length), data, vocab)
+            return _described(prompt_tokens(vocab, _known(template), *_conversation(data), _check_length, **_more(data)), data, vocab)
         case "steps" | "slots":
             raise InvalidRequestError("this model computes texts at once and keeps nothing, so there are no steps and slots to show.", "model")
         case "info":
@@ -69,28 +69,42 @@ def request_tokens(request: GenerationRequest, vocab: Vocab, template: ChatTempl
 
 
 def prompt_tokens(
-    vocab: Vocab, template: ChatTemplate, messages: Sequence[Message], tools: Sequence[Tool], options: dict[str, Any], check: Callable[[str], None]
+    vocab: Vocab, template: ChatTemplate, messages: Sequence[Message], tools: Sequence[Tool], options: dict[str, Any], check: Callable[[str], None], **more: Any
 ) -> list[int]:
     """The tokens of a conversation: the template's text, in which the spelling of a control token within a message is text and no control token. ``check`` sees
     the text before it is tokenized."""
-    text = template.render([_fenced(message, vocab) for message in messages], tools=tools, options=options)
+    fence = f"[{secrets.token_hex(12)}]"
+    fenced = [_fenced_message(message, vocab, fence) for message in messages]
+    text = template.render(fenced, tools=_fenced(list(tools), vocab, fence), options=_fenced(options, vocab, fence), **more)
     bos = vocab.token_text(vocab.bos)
     text = text.removeprefix(bos) if bos and vocab.adds_bos else text
     check(text)
-    first, *rest = text.split(FENCE)
+    first, *rest = text.split(fence)
+    if len(rest) % 2:
+        raise InvalidRequestError("messages: what is spelled like a control token is cut in two by the chat template; leave it out.", "messages")
     tokens = vocab.tokenize(first, parse_special=True)
     for i, part in enumerate(rest):
         tokens += vocab.tokenize(part, add_special=False, parse_special=i % 2 == 1) if part else []
     return tokens
 
 
-def _fenced(message: Message, vocab: Vocab) -> Message:
-    """The message with fences around what is spelled like a control token. An assistant's may hold what a model wrote."""
-    if message.role == "assistant" or not message.content:
-        return message
-    content = message.content.replace(FENCE, "")
-    fenced = vocab.control_pattern.sub(lambda found: f"{FENCE}{found[0]}{FENCE}", content)
-    return message if fenced == message.content else replace(message, content=fenced)
+def _fenced_message(message: Message, vocab: Vocab, fence: str) -> Message:
+    """The message with fences around what is spelled like a control token. An assistant's text may hold what a model wrote."""
+    names = ("name", "tool_call_id") if message.role == "assistant" else ("name", "tool_call_id", "content")
+    return replace(message, **{name: _fenced(getattr(message, name), vocab, fence) for name in names})
+
+
+def _fenced(value: Any, vocab: Vocab, fence: str) -> Any:
+    """The same for every text in a value."""
+    if isinstance(value, str):
+        return vocab.control_pattern.sub(lambda found: f"{fence}{found[0]}{fence}", value)
+    if isinstance(value, Tool):
+        return Tool(value.name, _fenced(value.description, vocab, fence), _fenced(value.parameters, vocab, fence))
+    if isinstance(value, list):
+        return [_fenced(item, vocab, fence) for item in value]
+    if isinstance(value, dict):
+        return {_fenced(key, vocab, fence): _fenced(item, vocab, fence) for key, item in value.items()}
+    return value
 
 
 def _tokenize(text: str, data: dict[str, Any], vocab: Vocab) -> dict[str, Any]:
@@ -116,7 +130,11 @@ def _piece(vocab: Vocab, token: int) -> bytes:
 
 def _render(data: dict[str, Any], template: ChatTemplate | None) -> str:
     messages, tools, options = _conversation(data)
-    return _known(template).render(messages, add_generation_prompt=data.get("add_generation_prompt", True), tools=tools, options=options)
+    return _known(template).render(messages, tools=tools, options=options, **_more(data))
+
+
+def _more(data: dict[str, Any]) -> dict[str, Any]:
+    return {"add_generation_prompt": data.get("add_generation_prompt", True)}
 
 
 def _known(template: ChatTemplate | None) -> ChatTemplate:

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
     from llmkit.bench.profiler import Profile
     from llmkit.bridge.server import BridgeServer
+    from llmkit.chat.reading import AnswerReader
     from llmkit.notebook.display import Tokens
     from llmkit.notebook.monitor import Monitor
     from llmkit.notebook.panel import ChatPanel
@@ -70,6 +71,7 @@ class LLM:
         self._monitors: list[Monitor] = []
 
     def check_same(self, options: EngineOptions, name: str | None) -> None:
+        """Raises `InvalidRequestError` where a second load asks for something else."""
         mine = self._options.as_dict()
         other = {k: v for k, v in options.as_dict().items() if v != mine[k]}
         if name is not None and name != self._description.name:
@@ -79,6 +81,13 @@ class LLM:
             raise InvalidRequestError(
                 f"{self._description.name!r} is loaded in this process with other settings than {asked}; unload() it first to change them."
             )
+
+    def share(self, kernel_id: str | None) -> None:
+        """Let other processes of this user reach a model that was loaded without."""
+        if self._bridge is None and not self._options.isolated:
+            from llmkit.bridge.server import BridgeServer
+
+            self._bridge = BridgeServer(self.engine, kernel_id)
 
     # -- what it is
 
@@ -174,9 +183,8 @@ class LLM:
             return self._runs.submit(request)
         if not self._description.reasoning:
             return self._runs.complete([request])[0]
-        from llmkit.chat.reading import AnswerReader
-
-        return AnswerReader(self._description).apart(self._runs.complete([replace(request, show_marks=True)])[0])
+        done = self._runs.complete([replace(request, show_marks=True)])[0]
+        return self._reader(request.sampling.grammar is not None).apart(done, lambda text: len(self.tokenize(text)))
 
     @property
     def last(self) -> Completion | None:
@@ -195,10 +203,15 @@ class LLM:
         ``sampling`` is for all its answers."""
         from llmkit.session import Session
 
-        return Session.open(self._say, self._count, self._description.n_ctx, system, path, sampling)
+        return Session.open(self._say, self._count, self._reader, self._description.n_ctx, system, path, sampling)
 
     def _say(self, messages: Sequence[Message], options: dict[str, Any]) -> Stream:
-        return self._runs.submit(make_request(options, messages=tuple(messages)))
+        return self._runs.submit(replace(make_request(options, messages=tuple(messages)), show_marks=bool(self._description.reasoning)))
+
+    def _reader(self, held: bool) -> AnswerReader:
+        from llmkit.chat.reading import AnswerReader
+
+        return AnswerReader(self._description, held=held) if self._description.reasoning else AnswerReader.plain()
 
     def _count(self, messages: Sequence[Message]) -> int:
         return len(self._inquire("tokenize_chat", messages=[m.as_dict() for m in messages])["tokens"])
@@ -220,11 +233,14 @@ class LLM:
 
         def submit(prompt: Any) -> Stream:
             about: dict[str, Any] = {"messages": as_messages(prompt)} if chat or not isinstance(prompt, str) else {"prompt": prompt}
-            return self._runs.submit(make_request(sampling, **about))
+            request = make_request(sampling, **about)
+            return self._runs.submit(replace(request, show_marks=request.messages is not None and bool(self._description.reasoning)))
+
+        held = any(sampling.get(name) is not None for name in ("grammar", *SHAPES))
 
         streams: list[Stream] = []
         try:
-            return map_rows(frame, template, submit, into, BATCH_WINDOW, streams)
+            return map_rows(frame, template, submit, lambda c: self._reader(held).apart(c).text if chat else c.text, into, BATCH_WINDOW, streams)
         except KeyboardInterrupt:
             raise Interrupted("stopped; what was made so far is in llm.last_batch") from None
         finally:

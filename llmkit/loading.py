@@ -45,7 +45,7 @@ def load(
     n_gpu_layers: int | Literal["auto"] = "auto",
     threads: int | None = None,
     name: str | None = None,
-    share: bool = True,
+    share: bool | None = None,
     force: bool = False,
     tuned: bool = False,
     **options: Any,
@@ -54,7 +54,8 @@ def load(
 
     ``model`` is an alias ("smollm2") or a path. ``n_ctx`` is the most tokens one request may have (prompt and answer), ``n_slots`` the number of requests
     computed at once; None chooses both (4096 at most, 8 at most, by memory). ``n_gpu_layers="auto"`` puts as many layers on the GPU as fit there, -1 all,
-    0 none. ``threads=None`` takes all cores this process may use. ``share`` lets the gateway reach the model from other processes of this user. The same
+    0 none. ``threads=None`` takes all cores this process may use. ``share=False`` keeps the model from the gateway and from
+    other processes of this user, which else can reach it. The same
     file loads once: a second call gives the same engine. ``tuned=True`` takes what `llmkit.tune` found best here.
 
     ``options``, seldom needed:
@@ -91,6 +92,8 @@ def load(
         loaded = _loaded.get(spec.path)
         if loaded is not None and not loaded.closed:
             loaded.check_same(settings, name)
+            if share:
+                loaded.share(kernel_id())
             return loaded
         if loaded is not None:
             loaded.unload()  # its process has died
@@ -98,7 +101,7 @@ def load(
             from llmkit.isolated import IsolatedEngine
 
             _register_displays()
-            isolated = IsolatedEngine(spec, settings, name=name, force=force, kernel_id=kernel_id(), share=share)
+            isolated = IsolatedEngine(spec, settings, name=name, force=force, kernel_id=kernel_id(), share=share is not False)
             return _remember(spec.path, LLM(isolated, None, settings, _forget))
         progress = Progress(f"loading {spec.name}", 1.0, keep=False)
         try:
@@ -107,7 +110,7 @@ def load(
             progress.close()
         bridge = None
         try:
-            if share:
+            if share is not False:
                 from llmkit.bridge.server import BridgeServer
 
                 bridge = BridgeServer(engine, kernel_id())
@@ -137,7 +140,9 @@ def attach(model: str | None = None) -> LLM:
     for connection in found:
         if model in (None, connection.model.name, f"{connection.model.name}@{connection.kernel_name}"):
             _register_displays()
-            return LLM(BridgeClient(connection, patient=True))
+            attached = LLM(BridgeClient(connection, patient=True), on_unload=_forget)
+            models.handles.setdefault(attached.name, attached)
+            return attached
     names = ", ".join(repr(f"{c.model.name}@{c.kernel_name}") for c in found) or "none at all"
     what = "no model" if model is None else f"no model {model!r}"
     raise ModelNotFoundError(f"{what} is loaded in another process of yours on this machine; there: {names}. llmkit.load() loads one here.")

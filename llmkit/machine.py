@@ -9,7 +9,7 @@ import os
 import platform
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from llmkit.engine.batch import Batch, Chunk, Truncate
 from llmkit.models.registry import ModelSpec, cache_folder
@@ -17,7 +17,7 @@ from llmkit.models.registry import ModelSpec, cache_folder
 if TYPE_CHECKING:
     from llmkit.engine.runner import ModelRunner
 
-__all__ = ["best_threads", "file_mark", "python_path", "result_file"]
+__all__ = ["best_threads", "file_mark", "hardware", "memory_bandwidth", "python_path", "result_file"]
 
 ROUNDS, STEPS = 2, 5
 MAX_SECONDS = 2.0
@@ -103,3 +103,31 @@ def python_path() -> str:
         known.split(os.pathsep).index(here)
         return known
     return f"{known}{os.pathsep}{here}" if known else here
+
+
+def memory_bandwidth() -> float:
+    """What this machine's memory delivers to all cores reading at once, bytes a second: the best of some passes over 256 MB."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    import numpy as np
+    import psutil
+
+    size = 256 << 20
+    if psutil.virtual_memory().available < 4 * size:
+        size = 32 << 20
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    parts = np.array_split(np.ones(size // 8), cores)
+    best = 0.0
+    with ThreadPoolExecutor(cores) as pool:
+        for _ in range(5):
+            began = time.perf_counter()
+            list(pool.map(np.max, parts))  # reads everything, keeps nothing, and releases the interpreter
+            best = max(best, size / (time.perf_counter() - began))
+    return best
+
+
+def hardware() -> dict[str, Any]:
+    """Facts of this machine to put beside a measurement."""
+    import psutil
+
+    return {"machine": platform.machine(), "cores": os.cpu_count(), "ram_gb": round(psutil.virtual_memory().total / 1e9, 1), "system": platform.system()}

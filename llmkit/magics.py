@@ -98,7 +98,7 @@ class LLMMagics(Magics):
     # -- %%llm
 
     def _cell(self, line: str, cell: str) -> None:
-        options = cell_parser().parse_args(_split(self._expand(line)))
+        options = cell_parser().parse_args([self._expand(word) for word in _split(line)])
         llm = self._model(options.model)
         prompt = self._expand(cell).strip()
         if not prompt:
@@ -206,7 +206,7 @@ def _split(line: str) -> list[str]:
 
 
 def _item(value: Any, key: str) -> Any:
-    return value[int(key)] if key.lstrip("-").isdigit() and not (isinstance(value, dict) and key in value) else value[key]
+    return value[int(key)] if key.isdecimal() and not (isinstance(value, dict) and key in value) else value[key]
 
 
 def complete(_: Any, event: Any) -> list[str]:

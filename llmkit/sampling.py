@@ -26,7 +26,7 @@ def check(ok: bool, param: str, message: str) -> None:
 
 
 def check_number(value: object, param: str, low: float, high: float) -> None:
-    ok = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and low <= value <= high
+    ok = isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high and math.isfinite(value)
     check(ok, param, f"must be a number from {low:g} to {high:g}, not {value!r:.50}.")
 
 
@@ -68,7 +68,7 @@ class Grammar:
                 value = _closed(value.model_json_schema()) if hasattr(value, "model_json_schema") else value
                 check(isinstance(value, dict | bool), kind, f"must be a dict or a pydantic model, not {value!r:.50}.")
             elif kind == "choice":
-                fine = not isinstance(value, str) and all(isinstance(text, str) and text for text in value) and len(value) > 0
+                fine = isinstance(value, Sequence) and not isinstance(value, str) and len(value) > 0 and all(isinstance(t, str) and t for t in value)
                 check(fine, kind, "must be a list of texts.")
                 value = list(value)
             try:
@@ -80,6 +80,10 @@ class Grammar:
     def __post_init__(self) -> None:
         check(self.kind in GRAMMAR_KINDS, "grammar", f"kinds are {', '.join(GRAMMAR_KINDS)}, not {self.kind!r:.30}.")
         check(isinstance(self.text, str) and 0 < len(self.text) <= MAX_GRAMMAR_CHARS, "grammar", f"must be a text of 1 to {MAX_GRAMMAR_CHARS} characters.")
+
+
+def _is_unicode(text: str) -> bool:
+    return not any(0xD800 <= ord(c) <= 0xDFFF for c in text)
 
 
 def _closed(schema: Any) -> Any:
@@ -153,6 +157,8 @@ class SamplingParams:
             object.__setattr__(self, "stop", ())
         if isinstance(self.stop, list):
             object.__setattr__(self, "stop", tuple(self.stop))
+        if self.logit_bias is None:
+            object.__setattr__(self, "logit_bias", ())
         if isinstance(self.logit_bias, dict):
             object.__setattr__(self, "logit_bias", tuple(self.logit_bias.items()))
         if self.max_tokens is not None:
@@ -194,7 +200,7 @@ class SamplingParams:
         fine = (
             isinstance(breakers, tuple)
             and len(breakers) <= MAX_STOP_STRINGS
-            and all(isinstance(b, str) and 0 < len(b) <= 100 and "\0" not in b for b in breakers)
+            and all(isinstance(b, str) and 0 < len(b) <= 100 and "\0" not in b and _is_unicode(b) for b in breakers)
         )
         check(fine, "dry_sequence_breakers", f"must hold at most {MAX_STOP_STRINGS} texts of 1 to 100 characters.")
         if isinstance(self.grammar, dict):

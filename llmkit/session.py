@@ -6,13 +6,16 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from llmkit.chat.parsers.events import Content, Event, Reasoning
+from llmkit.chat.reading import AnswerReader
 from llmkit.errors import ContextLengthError, InvalidRequestError
-from llmkit.running import Interrupted
+from llmkit.running import SHAPES, Interrupted
 from llmkit.stream import Stream
-from llmkit.types import Completion, FinishReason, Message
+from llmkit.types import Completion, Delta, FinishReason, Message
 
 __all__ = ["Messages", "Session", "as_messages"]
 
@@ -35,11 +38,12 @@ class Session:
         self,
         submit: Callable[[Sequence[Message], dict[str, Any]], Stream],
         count: Callable[[Sequence[Message]], int],
+        reader: Callable[[bool], AnswerReader],
         n_ctx: int,
         messages: Sequence[Message] = (),
         **sampling: Any,
     ) -> None:
-        self._submit, self._count, self._n_ctx = submit, count, n_ctx
+        self._submit, self._count, self._reader, self._n_ctx = submit, count, reader, n_ctx
         self.sampling = sampling
         self.messages: list[Message] = list(messages)
 
@@ -48,6 +52,7 @@ class Session:
         cls,
         submit: Callable[[Sequence[Message], dict[str, Any]], Stream],
         count: Callable[[Sequence[Message]], int],
+        reader: Callable[[bool], AnswerReader],
         n_ctx: int,
         system: str | None,
         path: str | Path | None,
@@ -57,17 +62,20 @@ class Session:
         messages, kept = cls.read(path) if path is not None else ([], {})
         if system is not None:
             messages = [Message("system", system), *(m for m in messages if m.role != "system")]
-        return cls(submit, count, n_ctx, messages, **{**kept, **sampling})
+        return cls(submit, count, reader, n_ctx, messages, **{**kept, **sampling})
 
     def say(self, text: str, **sampling: Any) -> Completion:
         """Say something and wait for the answer. ■ stops it; what came so far stays in the conversation."""
-        stream = self.stream(text, **sampling)
+        return self._wait(self.stream(text, **sampling))
+
+    @staticmethod
+    def _wait(turn: Turn) -> Completion:
         try:
-            for _ in stream:
+            for _ in turn:
                 pass
         except KeyboardInterrupt:
             raise Interrupted("stopped; the answer so far is in the session") from None
-        return stream.completion
+        return turn.completion
 
     def stream(self, text: str, **sampling: Any) -> Turn:
         """Say something; the answer piece by piece. Leaving the loop ends the answer there."""
@@ -81,16 +89,22 @@ class Session:
         if question is None:
             raise InvalidRequestError("nothing was said yet.", "messages")
         self.undo()
+        before = len(self.messages)
         try:
-            return self.say(question.content, **sampling)
+            return self._wait(self._turn([question], sampling))
         except BaseException:
-            if not self.messages or self.messages[-1].role != "assistant":
+            if len(self.messages) == before or not self.messages[-1].content:
                 self.messages = asked
             raise
 
     def _turn(self, new: list[Message], sampling: dict[str, Any]) -> Turn:
         stream = self._submit([*self.messages, *new], {**self.sampling, **sampling})
-        return Turn(stream, lambda text: self.messages.extend([*new, Message("assistant", text)]))
+
+        def keep(text: str, reasoning: str) -> None:
+            self.messages.extend([*new, Message("assistant", text, reasoning_content=reasoning or None)])
+
+        held = self.sampling.keys() | sampling.keys()
+        return Turn(stream, self._reader(bool(held & {"grammar", *SHAPES})), keep)
 
     # -- the past
 
@@ -105,7 +119,7 @@ class Session:
 
     def fork(self) -> Session:
         """The same conversation, to go on in another way; what both share is computed once."""
-        return Session(self._submit, self._count, self._n_ctx, self.messages, **self.sampling)
+        return Session(self._submit, self._count, self._reader, self._n_ctx, self.messages, **self.sampling)
 
     def undo(self) -> None:
         """Take the last turn back: what was said, and its answer."""
@@ -176,14 +190,18 @@ class Session:
 class Turn:
     """The answer of a turn as it comes: an iterable of text. At its end, or when it is left, the conversation has it."""
 
-    def __init__(self, stream: Stream, keep: Callable[[str], None]) -> None:
-        self._stream, self._keep = stream, keep
+    def __init__(self, stream: Stream, reader: AnswerReader, keep: Callable[[str, str], None]) -> None:
+        self._stream, self._reader, self._keep = stream, reader, keep
         self._kept = False
+        self.text = ""  # what has come so far
+        self.reasoning = ""  # what the model wrote for itself
 
     def __iter__(self) -> Iterator[str]:
         failed = False
         try:
-            yield from self._stream
+            for piece in self._stream:
+                yield from self._take(self._reader.read([Delta(piece, 0)]))
+            yield from self._take(self._reader.end(self.completion)[0])
         except Exception:
             failed = True
             raise
@@ -192,10 +210,13 @@ class Turn:
             if not failed:
                 self._finish()
 
-    @property
-    def text(self) -> str:
-        """What has come so far."""
-        return self._stream.text
+    def _take(self, events: list[Event]) -> Iterator[str]:
+        for event in events:
+            if isinstance(event, Content):
+                self.text += event.text
+                yield event.text
+            elif isinstance(event, Reasoning):
+                self.reasoning += event.text
 
     def stop(self) -> None:
         """End the answer; whoever reads it comes to its end. Any thread."""
@@ -209,13 +230,13 @@ class Turn:
     def _finish(self) -> None:
         if not self._kept:
             self._kept = True
-            self._keep(self._stream.text)
+            self._keep(self.text, self.reasoning)
 
     @property
     def completion(self) -> Completion:
         """The completion so far."""
-        result = self._stream.channel.result
-        return result or Completion(self._stream.text, FinishReason.ABORT, request_id=self._stream.request_id)
+        result = self._stream.channel.result or Completion("", FinishReason.ABORT, request_id=self._stream.request_id)
+        return replace(result, text=self.text, reasoning=self.reasoning)
 
 
 def _as_json(message: Message) -> dict[str, Any]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import json
 import re
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -63,12 +65,15 @@ class Toolbox:
 
         try:
             given = self._models[name].model_validate_json(arguments)
-            result = self._functions[name](**{field: getattr(given, field) for field in type(given).model_fields})
+            result = self._functions[name](**{info.alias: getattr(given, field) for field, info in type(given).model_fields.items()})
+            if inspect.iscoroutine(result):
+                result = _awaited(result)
+            return result if isinstance(result, str) else _as_text(result)
         except ValidationError as error:
-            return f"Error: {error.errors(include_url=False)[0]['msg']}"
+            first = error.errors(include_url=False)[0]
+            return f"Error: {'.'.join(map(str, first['loc']))}: {first['msg']}"
         except Exception as error:
             return f"Error: {type(error).__name__}: {error}"
-        return result if isinstance(result, str) else json.dumps(result, default=str, ensure_ascii=False)
 
 
 def _arguments(function: Callable[..., Any], name: str, told: dict[str, str]) -> Any:
@@ -82,7 +87,9 @@ def _arguments(function: Callable[..., Any], name: str, told: dict[str, str]) ->
             if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD, parameter.POSITIONAL_ONLY):
                 raise InvalidRequestError(f"tools: {name}() has the parameter {parameter}, which a model cannot name.", "tools")
             default = ... if parameter.default is parameter.empty else parameter.default
-            fields[parameter.name] = (hints.get(parameter.name, str), pydantic.Field(default, description=told.get(parameter.name)))
+            # By alias, since a parameter may have the name of something that pydantic's models have.
+            field = pydantic.Field(default, alias=parameter.name, description=told.get(parameter.name))
+            fields[f"argument_{len(fields)}"] = (hints.get(parameter.name, str), field)
         model = pydantic.create_model(name, __config__=pydantic.ConfigDict(extra="forbid"), **fields)
         model.model_json_schema()
         return model
@@ -90,6 +97,19 @@ def _arguments(function: Callable[..., Any], name: str, told: dict[str, str]) ->
         raise
     except Exception as error:
         raise InvalidRequestError(f"tools: the parameters of {name}() cannot be described to a model: {error}", "tools") from None
+
+
+def _awaited(coroutine: Coroutine[Any, Any, Any]) -> Any:
+    """Run to its end in a thread of its own: this one may have a loop that runs."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(asyncio.run, coroutine).result()
+
+
+def _as_text(result: Any) -> str:
+    try:
+        return json.dumps(result, default=str, ensure_ascii=False)
+    except (TypeError, ValueError, RecursionError):  # keys that JSON does not have, or a circle
+        return str(result)
 
 
 def _documented(text: str) -> tuple[str, dict[str, str]]:

@@ -35,6 +35,7 @@ __all__ = [
 
 MAX_INPUTS = 100_000
 # Characters a token can stand for at most, on average: a longer text cannot fit, and is refused before it is tokenized.
+MAX_DEPTH = 100  # of JSON that is taken
 MAX_CHARS_PER_TOKEN = 64
 
 
@@ -122,11 +123,21 @@ def _tool_call(given: Any) -> ToolCall:
     if not isinstance(given, ToolCall):
         raise InvalidRequestError("messages: tool_calls must hold calls.", "messages")
     try:
-        whole = isinstance(json.loads(given.arguments), dict)
+        read = json.loads(given.arguments)
+        whole = isinstance(read, dict) and (given.arguments.count("[") + given.arguments.count("{") <= MAX_DEPTH or depth_of(read) <= MAX_DEPTH)
     except (ValueError, RecursionError):
         whole = False
-    check(whole, "messages", f"the arguments of the tool call {given.name!r:.80} are no JSON object.")
+    check(whole, "messages", f"the arguments of the tool call {given.name!r:.80} are no JSON object of at most {MAX_DEPTH} levels.")
     return given
+
+
+def depth_of(value: Any) -> int:
+    """How deeply lists and objects are nested; without recursion."""
+    deepest, level = 0, [value]
+    while level:
+        deepest += 1
+        level = [v for x in level if isinstance(x, list | dict) for v in (x.values() if isinstance(x, dict) else x) if isinstance(v, list | dict)]
+    return deepest
 
 
 @dataclass(frozen=True, slots=True)
@@ -339,6 +350,6 @@ class ModelDescription:
     embedding_size: int = 0
     ranks: bool = False  # it scores pairs of texts
     tool_form: str = "general"  # how it writes calls of tools, see llmkit.chat.tools
-    reasoning: str = ""  # "think" or "think_begun" (the prompt opens the tag) where it reasons before it answers
+    reasoning: str = ""  # how it reasons before it answers, see `ChatTemplate.reasoning`; nothing where it does not
     device: Literal["cpu", "gpu"] = "cpu"
     created: int = 0

@@ -41,11 +41,13 @@ metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
 @pytest.fixture(scope="module")
 def urls() -> Iterator[tuple[str, str]]:
     servers = [Served(model, "--port", "0", "--n-ctx", "1024", "--n-slots", "4", LLMKIT_API_KEY="k") for model in ("smollm2", "minilm")]
-    for server in servers:
-        wait_for(lambda: server.health() == 200, 60)  # noqa: B023
-    yield servers[0].url, servers[1].url
-    for server in servers:
-        server.stop()
+    try:
+        for server in servers:
+            wait_for(lambda: server.health() == 200, 60)  # noqa: B023
+        yield servers[0].url, servers[1].url
+    finally:
+        for server in servers:
+            server.stop()
 
 
 def run(environment: str, *command: str | Path, cwd: Path, **variables: str) -> str:
@@ -91,10 +93,10 @@ def test_lm_evaluation_harness_gets_the_numbers_of_the_model(urls: tuple[str, st
 
 def test_no_request_that_the_schemas_describe_is_a_server_error(tmp_path: Path) -> None:
     server = Served("smollm2", "--port", "0", "--n-ctx", "256", "--n-slots", "16", "--log-level", "warning", LLMKIT_API_KEY="k")
-    wait_for(lambda: server.health() == 200, 60)
     schema = server.url.removesuffix("/v1") + "/openapi.json"
     options = ["-H", "Authorization: Bearer k", "-c", "not_a_server_error", "--phases", "coverage,fuzzing", "--max-examples", "8", "-w", "8", "--no-color"]
     try:
+        wait_for(lambda: server.health() == 200, 60)
         printed = run("openai3", "st", "run", schema, *options, cwd=tmp_path, SCHEMATHESIS_HOOKS=str(HERE / "schemathesis_hooks.py"))
         assert re.search(r"Selected: (\d+)/\1\b", printed) and "server error" not in printed.lower() and server.health() == 200
     finally:

@@ -57,6 +57,12 @@ def test_a_fork_goes_its_own_way(session: Session) -> None:
     assert len(session) == 3 and len(other) == 5 and other.messages[:3] == session.messages
     other.undo()
     assert other.messages == session.messages
+    session.say("Name a tree.")
+    told = session.messages[:]
+    with pytest.raises(InvalidRequestError):
+        session.regenerate(temperature=-1)
+    assert session.messages == told, "what failed changes nothing"
+    session.undo()
     again = session.regenerate(temperature=1, seed=3)
     assert len(session) == 3 and session.messages[-1].content == again.text
 

@@ -102,6 +102,18 @@ async def test_too_much_to_be_scored(api: Api) -> None:
         assert (code == 200) is fine and (fine or reply["error"]["param"] == "echo")
 
 
+async def test_a_megabyte_of_faults_is_refused_at_once(api: Api) -> None:
+    bodies: list[Any] = [{"messages": [0] * 300_000}, {"messages": [{"role": "user", "content": [0] * 300_000}]}, {**CHAT, **{f"k{i}": 1 for i in range(9000)}}]
+    for body in bodies:
+        is_error(await api.fetch("POST", "/v1/chat/completions", body), 400)
+    long = {**CHAT, "n": 128, "user": "x" * 2_000_000}
+    assert is_error(await api.fetch("POST", "/v1/chat/completions", long), 400)["param"] == "n"
+    deep = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"a":' * 200 + "1" + "}" * 200}}
+    talk = [*CHAT["messages"], {"role": "assistant", "tool_calls": [deep]}]  # type: ignore[misc]
+    assert is_error(await api.fetch("POST", "/v1/chat/completions", {**CHAT, "messages": talk}), 400)["param"] == "messages"
+    assert is_error(await api.fetch("POST", "/v1/chat/completions", {**CHAT, "Temperature": 1}), 400)["param"] == "Temperature"
+
+
 async def test_null_is_not_given(api: Api) -> None:
     """Clients send null for what they do not use, also for what we do not know."""
     code, _ = await api.post("/v1/chat/completions", {**CHAT, "tools": None, "temperature": None, "response_format": None, "stream": None})
@@ -245,7 +257,7 @@ async def test_a_prompt_beyond_the_context(api: Api) -> None:
 
 async def test_unknown_routes_methods_and_models(api: Api) -> None:
     assert is_error(await api.fetch("GET", "/v1/nothing"), 404)["code"] == "not_found"
-    assert is_error(await api.fetch("GET", "/"), 404)
+    assert is_error(await api.fetch("GET", "/nothing"), 404)
     for method in ("DELETE", "PUT", "PATCH", "GET"):
         reply = await api.fetch(method, "/v1/chat/completions")
         assert is_error(reply, 405)["code"] == "method_not_allowed" and reply.headers["Allow"] == "POST"

@@ -41,6 +41,20 @@ def test_calls_are_checked_and_errors_are_told() -> None:
     assert box.run("weather", '{"city": "Rome", "unit": "K"}').startswith("Error: ") and box.run("weather", "{}").startswith("Error: ")
 
 
+def test_tools_of_every_kind() -> None:
+    async def later(schema: str, json: int) -> str:
+        return schema * json
+
+    def odd() -> Any:
+        circle: list[Any] = []
+        circle.append(circle)
+        return {("a", 1): circle}
+
+    box = Toolbox([later, odd])
+    assert box.run("later", '{"schema": "x", "json": 2}') == "xx" and "[...]" in box.run("odd", "{}")
+    assert box.tools[0].parameters["required"] == ["schema", "json"] and box.run("later", '{"schema": "x"}') == "Error: json: Field required"
+
+
 @pytest.mark.parametrize("bad", [[5], [weather, weather], [lambda x: x], [print]])
 def test_what_is_no_tool(bad: Any) -> None:
     with pytest.raises(InvalidRequestError, match="tools"):

@@ -14,14 +14,13 @@ from pydantic import BaseModel
 from test_gateway import Api, is_error, serve
 
 from llmkit.bridge.server import BridgeServer
-from llmkit.chat.parsers.events import Call, Content, Event, Parser, Reasoning, as_call
-from llmkit.chat.reading import AnswerReader
+from llmkit.chat.parsers.events import Call, Content, Event, Parser, Reasoning
 from llmkit.chat.template import CHATML, ChatTemplate
-from llmkit.chat.tools import call_grammar, make_parser, marks, reasoning_form, tool_form
+from llmkit.chat.tools import call_grammar, make_parser, reasoning_form, tool_form
 from llmkit.errors import InvalidRequestError
 from llmkit.gateway.chat import ChatRequest
 from llmkit.local import LocalEngine
-from llmkit.types import Completion, Delta, FinishReason, Message, ModelDescription, Tool, ToolCall, Usage
+from llmkit.types import Message, ModelDescription, Tool, ToolCall
 
 WEATHER = Tool(
     "get_weather", "The weather of a city", {"type": "object", "properties": {"city": {"type": "string"}, "days": {"type": "integer"}}, "required": ["city"]}
@@ -96,7 +95,11 @@ PARIS = ("get_weather", {"city": "Paris"})
             [("Reasoning", "Hm"), PARIS],
         ),
         ("harmony", ' to=functions.get_weather<|channel|>commentary json<|message|>{"city": "Paris"}', [PARIS]),
-        ("harmony", "<|channel|>commentary<|message|>I look.<|channel|>commentary to=functions.unknown<|message|>{}<|call|>", [("Content", "I look.{}")]),
+        (
+            "harmony",
+            "<|channel|>commentary<|message|>I look.<|channel|>commentary to=functions.unknown<|message|>{}<|call|>",
+            [("Content", "I look.functions.unknown {}")],
+        ),
         ("harmony", "Just text", [("Content", "Just text")]),
         ("harmony", "to=", [("Content", "to=")]),
         ("harmony", "<|channel|>final", []),
@@ -125,6 +128,18 @@ PARIS = ("get_weather", {"city": "Paris"})
             "<start_function_call>call:get_weather{city:<escape>{a}<escape>,days:3",
             [("Content", "<start_function_call>call:get_weather{city:<escape>{a}<escape>,days:3")],
         ),
+        (
+            "hermes",
+            '<tool_call>\n{"name": "get_weather", "arguments": {"city": "a </tool_call> b"}}\n</tool_call>',
+            [("get_weather", {"city": "a </tool_call> b"})],
+        ),
+        (
+            "qwen3_coder",
+            "<tool_call><function=get_weather><parameter=city>a </parameter> b</parameter></function></tool_call>",
+            [("get_weather", {"city": "a </parameter> b"})],
+        ),
+        ("mistral", 'I call it.\n[TOOL_CALLS]get_weather[ARGS]{"city": "Paris"}', [("Content", "I call it.\n"), PARIS]),
+        ("harmony", "<|channel|>final<|message|>The mark <|end|> ends it.<|end|>", [("Content", "The mark <|end|> ends it.")]),
         ("function_gemma", "<start_function_call>call:get_weather{city:<escape>{, }<escape>,days:3}", [("get_weather", {"city": "{, }", "days": 3})]),
         ("general", f"<tool_call>\n{CALL}\n</tool_call>", [PARIS]),
     ],
@@ -156,32 +171,7 @@ def test_forms_are_known_by_their_templates() -> None:
     assert tool_form("<|channel|><|message|>") == "harmony" and reasoning_form("<|channel|><|message|>") == "harmony"
     assert tool_form("{{ m.tool_calls }}<｜tool▁call▁begin｜>") == "deepseek" and tool_form("{{ tools }}<start_function_call>") == "function_gemma"
     thinking = ChatTemplate(CHATML.replace("assistant\n", "assistant\n<think>\n"))
-    assert thinking.reasoning == "think_begun" and ChatTemplate(CHATML).reasoning == "" and ChatTemplate(CHATML + "{# <think> #}").reasoning == "think"
-
-
-def test_a_call_must_fit_its_schema_and_no_schema_is_dangerous() -> None:
-    slow = {"type": "object", "properties": {"x": {"type": "string", "pattern": "^(a+)+$"}}}
-    far = {"type": "object", "properties": {"x": {"$ref": "http://127.0.0.1:9/schema"}}}
-    broken = {"type": "object", "properties": {"x": {"type": "nonsense"}}}
-    for schema in (slow, far, broken):
-        assert as_call({"name": "f", "arguments": {"x": "a" * 60 + "!"}}, {"f": schema}) is not None
-    assert as_call({"name": "f", "arguments": {"x": 1}}, {"f": slow}) is None and as_call({"name": ["f"]}, {"f": slow}) is None
-
-
-def test_reasoning_is_counted() -> None:
-    model = ModelDescription("m", "m.gguf", reasoning="think_begun", tool_form="hermes")
-    reader = AnswerReader(model, [WEATHER])
-    pieces = ["I", " think", ".", "</", "think>", "\n\n", "Yes", "."]
-    events = [e for p in pieces for e in reader.read([Delta(p, 1)])]
-    rest, completion = reader.end(Completion("".join(pieces), FinishReason.STOP, Usage(3, len(pieces))))
-    assert plain(events + rest) == [("Reasoning", "I"), ("Reasoning", " think"), ("Reasoning", "."), ("Content", "Yes"), ("Content", ".")]
-    assert completion.usage == Usage(3, 8, 0, 4), "the closing tag's first half counts"
-    apart = AnswerReader(model).apart(Completion("Hm.</think>Yes.", FinishReason.STOP))
-    assert (apart.reasoning, apart.text) == ("Hm.", "Yes.")
-
-
-def test_marks_are_shown_to_the_parser_alone() -> None:
-    assert "<|channel|>" in marks("harmony") and "<|tool_call|>" in marks("list") and "<tool_call>" in marks("hermes")
+    assert thinking.reasoning == "think_always" and ChatTemplate(CHATML).reasoning == "" and ChatTemplate(CHATML + "{# <think> #}").reasoning == "think"
 
 
 def test_a_template_without_tools_is_told_of_them() -> None:
@@ -381,7 +371,7 @@ def test_the_grammars_hold_what_they_should(engine: LocalEngine, form: str, para
     two = {"hermes": f"{wrap % one}\n{wrap % one}", "llama3": f"{one};{one}", "mistral": f"[{one}, {one}]"}[form]
     assert accepts("required", wrap % one) and accepts("add", wrap % one) and not accepts("get_weather", wrap % one)
     assert not accepts("required", wrap % bad) and not accepts("required", "Well, no.")
-    assert accepts("auto", "Well, no.") and accepts("auto", wrap % one) and not accepts("auto", wrap % bad)
     assert accepts("required", two) is parallel
     if form == "hermes":
+        assert accepts("auto", "Well, no.") and accepts("auto", wrap % one) and not accepts("auto", wrap % bad)
         assert accepts("auto", f"Let me see.\n{wrap % one}") and not accepts("auto", f"Let me see.\n{wrap % bad}")

@@ -47,7 +47,7 @@ def test_a_prepared_file(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
 
     monkeypatch.setattr(tuner, "_measure", measure)
     found = llmkit.tune("smollm2")
-    assert found.file == tuner._prepared(spec, "Q8_0") and found.speedup > 2 and "Q8_0" in repr(found)
+    assert found.file == tuner.quantize(spec, "Q8_0") and found.speedup > 2 and "Q8_0" in repr(found)
     rough = found.trials[-1]
     assert rough.label == "Q4_0" and rough.agreement < 0.95 <= found.best.agreement, "a faster file that answers otherwise is not chosen"
     with llmkit.load("smollm2", tuned=True, share=False, n_ctx=512, n_slots=1) as llm:

@@ -7,10 +7,12 @@ import itertools
 import random
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmkit.client import EngineClient
 from llmkit.errors import InvalidRequestError
+from llmkit.machine import hardware, memory_bandwidth
 from llmkit.types import Completion, GenerationRequest, ModelDescription, SamplingParams
 
 if TYPE_CHECKING:
@@ -118,6 +120,30 @@ class Profile:
                 }
             )
         return pd.DataFrame(table)
+
+    def roofline(self) -> pd.DataFrame:
+        """How near decoding comes to what this machine's memory allows: every step reads all weights once, so steps a second cannot be more than bandwidth
+        over their size. One row for each batch size: bandwidth in GB/s, measured and used, and the share. On a GPU the CPU's bandwidth says nothing."""
+        import pandas as pd
+
+        found = memory_bandwidth()
+        best = self.summary().groupby("batch_size")["decode_tok_s"].max()
+        rows = []
+        for batch_size, tok_s in zip(best.index, best, strict=True):
+            used = self.model.weights_bytes * tok_s / float(batch_size)
+            rows.append({"batch_size": batch_size, "decode_tok_s": tok_s, "memory_gb_s": found / 1e9, "used_gb_s": used / 1e9, "share": used / found})
+        return pd.DataFrame(rows).round(2)
+
+    def save(self, path: str | Path) -> Path:
+        """Write the table with facts of the machine beside each row: CSV, or parquet by the file's ending (which needs pyarrow)."""
+        table, path = self.df.assign(model=self.model.name, quantization=self.model.quantization, device=self.model.device, **hardware()), Path(path)
+        if path.suffix == ".parquet":
+            table.to_parquet(path)
+        elif path.suffix == ".csv":
+            table.to_csv(path, index=False)
+        else:
+            raise InvalidRequestError(f"{path.name}: results are saved as .csv or .parquet.", "path")
+        return path
 
     def plot(self) -> Axes:
         """Two panels, prefill and decode throughput by batch size. Returns the second panel's Axes (``.figure`` has both)."""

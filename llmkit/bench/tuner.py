@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmkit.errors import LLMKitError
+from llmkit.errors import InvalidRequestError, LLMKitError
 from llmkit.machine import file_mark, result_file
 from llmkit.models import gguf
 from llmkit.models.registry import ModelSpec, cache_folder, resolve
@@ -18,7 +18,7 @@ from llmkit.models.registry import ModelSpec, cache_folder, resolve
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["Tuning", "tune", "tuned"]
+__all__ = ["Tuning", "quantize", "tune", "tuned"]
 
 PROMPT_TOKENS, STREAMS, STEPS = 256, 8, 12
 OUTPUT_TOKENS = 128
@@ -128,7 +128,7 @@ def tune(model: str | Path = "smollm2", *, prepare: bool = True) -> Tuning:
     if prepare and info.quantization in SLOW_TYPES:
         best = Tuning(str(model), trials).best
         for kind in FAST_TYPES:
-            file = _prepared(spec, kind)
+            file = quantize(spec, kind)
             agreement = _agreement(spec.path, file)
             trials += [replace(t, agreement=agreement) for t in _measure(file, [(f"{best.label}, {kind}" if best.options else kind, best.options)])]
     found = Tuning(str(model), trials)
@@ -158,14 +158,20 @@ def _save(spec: ModelSpec, found: Tuning) -> None:
     target.write_text(json.dumps({"file": found.best.file, "options": found.options, "speedup": found.speedup, "at": int(time.time())}))
 
 
-def _prepared(spec: ModelSpec, kind: str) -> Path:
-    """The same model in another type, made once."""
-    from llmkit.backend.model import requantize
+def quantize(model: str | Path | ModelSpec, kind: str = "Q8_0") -> Path:
+    """The file of a model with its weights in another type ("Q8_0" or "Q4_0"), made once and kept in llmkit's cache. What a smaller type lost stays lost.
 
+    Raises what `load` raises for a model that is none, and `InvalidRequestError` for other types.
+    """
+    from llmkit.backend.model import FTYPES, requantize
+
+    if kind not in FTYPES:
+        raise InvalidRequestError(f"kind must be one of {', '.join(FTYPES)}, not {kind!r:.30}.", "kind")
+    spec = resolve(model)
     target = cache_folder() / f"{spec.name}-{file_mark(spec.path)}-{kind}.gguf"
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
-        part = target.with_suffix(".part")
+        part = target.with_suffix(f".{os.getpid()}.part")
         requantize(spec.path, part, kind)
         os.replace(part, target)
     return target

@@ -15,7 +15,7 @@ import zmq
 from llmkit.bridge import messages as m
 from llmkit.bridge.connection import Connection, process_start_time
 from llmkit.bridge.server import Waker
-from llmkit.errors import ContextLengthError, EngineGoneError
+from llmkit.errors import ContextLengthError, EngineGoneError, InvalidRequestError
 from llmkit.stream import Channel, Stream
 from llmkit.types import MAX_CHARS_PER_TOKEN, Delta, EmbeddingRequest, Embeddings, EngineStats, GenerationRequest, Inquiry, ModelDescription
 
@@ -52,7 +52,7 @@ class BridgeClient:
         self._gone: str | None = None
         self._closed = False
         self._greeting = False
-        self._outbox: queue.SimpleQueue[tuple[bytes, Any]] = queue.SimpleQueue()
+        self._outbox: queue.SimpleQueue[tuple[bytes, bytes, str]] = queue.SimpleQueue()
         self._waker = Waker()
         self._thread = threading.Thread(target=self._run, name="llmkit-bridge-client", daemon=True)
         self._thread.start()
@@ -116,7 +116,10 @@ class BridgeClient:
             self._thread.join(2)
 
     def _post(self, kind: bytes, data: Any) -> None:
-        self._outbox.put((kind, data))
+        try:
+            self._outbox.put((kind, m.pack(data), data.get("id", "")))  # here, so that what cannot be packed fails its caller alone
+        except (RecursionError, ValueError, TypeError) as error:
+            raise InvalidRequestError(f"this request cannot be sent to the engine: {error}") from None
         self._waker()
 
     # -- bridge client thread
@@ -167,9 +170,10 @@ class BridgeClient:
     def _send_outbox(self, sock: zmq.Socket[bytes]) -> None:
         with contextlib.suppress(queue.Empty):
             while True:
-                kind, data = self._outbox.get_nowait()
-                if kind != m.SUBMIT or data["id"] in self._channels:  # not one that failed meanwhile
-                    self._send(sock, kind, data)
+                kind, packed, request_id = self._outbox.get_nowait()
+                if kind != m.SUBMIT or request_id in self._channels:  # not one that failed meanwhile
+                    with contextlib.suppress(zmq.Again):
+                        sock.send_multipart([kind, packed], zmq.NOBLOCK)
 
     def _greet(self, sock: zmq.Socket[bytes]) -> None:
         self._greeting = True

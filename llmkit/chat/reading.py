@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from llmkit.chat.parsers.events import Content, Event, Parser, Plain, Reasoning
@@ -15,11 +15,13 @@ __all__ = ["AnswerReader"]
 class AnswerReader:
     """Turns the deltas of one answer into events.
 
-    ``tools`` are those that may be called, ``forced`` says that a grammar holds the answer to calls, ``thinks`` that the prompt left the reasoning on.
+    ``tools`` are those that may be called, ``forced`` says that a grammar holds the answer to calls, ``held`` that one holds it to something else (both leave
+    no room for reasoning), ``thinks`` whether reasoning was asked for (None: nothing was said).
     """
 
-    def __init__(self, model: ModelDescription, tools: Sequence[Tool] = (), *, thinks: bool = True, forced: bool = False) -> None:
-        begun = model.reasoning == "think_begun" and thinks and not forced
+    def __init__(self, model: ModelDescription, tools: Sequence[Tool] = (), *, thinks: bool | None = None, forced: bool = False, held: bool = False) -> None:
+        opened = {"think_always": True, "think_begun": thinks is not False, "think_asked": thinks is True}
+        begun = opened.get(model.reasoning, False) and not (forced or held)
         form = "think" if model.reasoning and not forced else ""
         self._parser: Parser = make_parser(model.tool_form, form, tools, reasoning_begun=begun, forced=forced)
         self._reasoning_tokens = 0
@@ -51,11 +53,12 @@ class AnswerReader:
         events = self._parser.finish()
         return events, replace(completion, usage=replace(completion.usage, reasoning_tokens=self._reasoning_tokens))
 
-    def apart(self, completion: Completion) -> Completion:
-        """A whole answer with its reasoning apart from its text."""
+    def apart(self, completion: Completion, count: Callable[[str], int] = lambda _: 0) -> Completion:
+        """A whole answer with its reasoning apart from its text; ``count`` tells the tokens of a text."""
         events = self.whole(completion)
         text, thoughts = ("".join(e.text for e in events if isinstance(e, kind)) for kind in (Content, Reasoning))
-        return replace(completion, text=text, reasoning=thoughts)
+        usage = replace(completion.usage, reasoning_tokens=min(count(thoughts), completion.usage.completion_tokens)) if thoughts else completion.usage
+        return replace(completion, text=text, reasoning=thoughts, usage=usage)
 
     def whole(self, completion: Completion) -> list[Event]:
         """All of an answer that did not come in pieces."""

@@ -58,15 +58,21 @@ class ChatTemplate:
 
     @cached_property
     def reasoning(self) -> str:
-        """Whether the model reasons before it answers: "think", "think_begun" where the prompt opens the tag, "harmony", or nothing."""
+        """Whether the model reasons before it answers: "think" in tags that it opens itself, "think_begun" where the prompt
+        opens the tag, "think_always" where it does that whatever is asked, "think_asked" where it does so on request; "harmony", or nothing."""
         form = reasoning_form(self.source)
         if form != "think":
             return form
+        if self._begins_thinking():
+            return "think_always" if self._begins_thinking(enable_thinking=False, thinking=False) else "think_begun"
+        return "think_asked" if self._begins_thinking(enable_thinking=True, thinking=True) else form
+
+    def _begins_thinking(self, **options: Any) -> bool:
+        """Whether the prompt ends with the opening tag."""
         try:
-            begun = self.render([Message("user", "?")]).rstrip().endswith("<think>")
+            return self.render([Message("user", "?")], options=options).rstrip().endswith("<think>")
         except InvalidRequestError:
-            begun = False
-        return f"{form}_begun" if begun else form
+            return False
 
     def render(
         self, messages: Sequence[Message], *, add_generation_prompt: bool = True, tools: Sequence[Tool] = (), options: dict[str, Any] | None = None

@@ -137,18 +137,14 @@ def _call_source(form: str, tools: Sequence[Tool], choice: ToolChoice, *, parall
         if not tools:
             raise InvalidRequestError(f"tool_choice: there is no tool {choice!r:.100}.", "tool_choice")
     free = choice == "auto"
-    if free and (form == "qwen3_coder" or form in OTHERS):
-        return None  # it carries no JSON that a schema could hold; the parser takes what comes
+    if free and (form in ("qwen3_coder", "llama3", "mistral", "list") or form in OTHERS):
+        return None  # XML holds no JSON for a schema, and of the others a mask would take the marks away; the parser takes what comes
     if form in ("mistral", "list"):
         item = json.loads(_schema(tools, "arguments"))
         shared = {key: item.pop(key) for key in ("$defs", "x-guidance") if key in item}
-        calls = json.dumps({"type": "array", "minItems": 1, **({} if parallel else {"maxItems": 1}), "items": item, **shared})
-        return "\n".join(["start: TEXT | calls" if free else "start: calls", f"calls: %json {calls}", *([r"TEXT: /[^\[](.|\n)*/"] if free else [])])
+        return f"start: %json {json.dumps({'type': 'array', 'minItems': 1, **({} if parallel else {'maxItems': 1}), 'items': item, **shared})}"
     if form == "llama3":
-        body = _schema(tools, "parameters")
-        more = '(";" body)*' if parallel else ""
-        rules = ["start: TEXT | calls" if free else "start: calls", f"calls: body {more}", f"body: %json {body}", r"TEXT: /[^{](.|\n)*/"]
-        return "\n".join(rules if free else rules[:-1])
+        return "\n".join(["start: body " + ('(";" body)*' if parallel else ""), f"body: %json {_schema(tools, 'parameters')}"])
     body = _schema(tools, "arguments")
     if free:
         times = "*" if parallel else "?"
@@ -159,29 +155,30 @@ def _call_source(form: str, tools: Sequence[Tool], choice: ToolChoice, *, parall
 
 
 def _schema(tools: Sequence[Tool], arguments: str) -> str:
-    """One JSON schema for a call of any of the tools; their own definitions move to its root."""
-    definitions: dict[str, Any] = {}
+    """One JSON schema for a call of any of the tools. Each tool's own stands whole among the definitions, so that what it refers to is found."""
+    definitions = {str(i): _moved(dict(tool.parameters) or {"type": "object"}, f"#/$defs/{i}") for i, tool in enumerate(tools)}
     calls = []
     for i, tool in enumerate(tools):
-        schema = dict(tool.parameters) or {"type": "object"}
-        for place in ("$defs", "definitions"):
-            for name, definition in dict(schema.pop(place, None) or {}).items():
-                definitions[f"{i}.{name}"] = _moved(definition, i)
-        properties = {"name": {"const": tool.name}, arguments: _moved(schema, i)}
+        own = definitions[str(i)] if not _refers(definitions[str(i)]) else {"$ref": f"#/$defs/{i}"}
+        properties = {"name": {"const": tool.name}, arguments: own}
         calls.append({"type": "object", "properties": properties, "required": ["name", arguments], "additionalProperties": False})
     whole: dict[str, Any] = calls[0] if len(calls) == 1 else {"anyOf": calls}
-    return json.dumps({**whole, **({"$defs": definitions} if definitions else {}), "x-guidance": JSON_STYLE})
+    kept = {i: d for i, d in definitions.items() if _refers(d)}
+    return json.dumps({**whole, **({"$defs": kept} if kept else {}), "x-guidance": JSON_STYLE})
 
 
-def _moved(schema: Any, i: int) -> Any:
+def _refers(schema: Any) -> bool:
+    return '"$ref"' in json.dumps(schema)
+
+
+def _moved(schema: Any, root: str) -> Any:
+    """The same schema for another place: what it refers to from its root it refers to from ``root``."""
     if isinstance(schema, list):
-        return [_moved(s, i) for s in schema]
+        return [_moved(s, root) for s in schema]
     if not isinstance(schema, dict):
         return schema
-    moved = {k: _moved(v, i) for k, v in schema.items()}
+    moved = {k: _moved(v, root) for k, v in schema.items()}
     target = moved.get("$ref")
-    if isinstance(target, str):
-        for place in ("#/$defs/", "#/definitions/"):
-            if target.startswith(place):
-                moved["$ref"] = f"#/$defs/{i}.{target[len(place) :]}"
+    if isinstance(target, str) and (target == "#" or target.startswith("#/")):
+        moved["$ref"] = root + target[1:]
     return moved

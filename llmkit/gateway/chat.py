@@ -107,8 +107,6 @@ class ChatRequest(GenerationFields):
         grammar = self._call_grammar(model)
         if grammar is None:
             return requests
-        if requests[0].sampling.grammar is not None:
-            raise InvalidRequestError("a response_format or grammar cannot be combined with tools; set tool_choice to none, or leave it out.", "tools")
         return [replace(r, sampling=replace(r.sampling, grammar=grammar)) for r in requests]
 
     @property
@@ -125,7 +123,13 @@ class ChatRequest(GenerationFields):
 
     def _call_grammar(self, model: ModelDescription) -> Any:
         tools = self.wanted_tools
-        if not tools or self.ignore_eos:
+        if not tools:
+            return None
+        if self._grammar() is not None:
+            raise InvalidRequestError("a response_format or grammar cannot be combined with tools; set tool_choice to none, or leave it out.", "tools")
+        if self.ignore_eos:
+            if self.tool_choice not in (None, "auto"):
+                raise InvalidRequestError("ignore_eos cannot be combined with a tool_choice that wants a call, which says where the text ends.", "ignore_eos")
             return None
         choice = self.tool_choice.function.name if isinstance(self.tool_choice, NamedChoice) else self.tool_choice or "auto"
         if choice == "auto" and model.reasoning:
@@ -143,9 +147,10 @@ class ChatRequest(GenerationFields):
 
     def reader(self, model: ModelDescription) -> AnswerReader:
         """What reads an answer."""
-        thinks = self._template_options(model).get("enable_thinking") is not False
+        options = self._template_options(model)
+        thinks = options.get("enable_thinking", options.get("thinking"))
         forced = self.tool_choice == "required" or isinstance(self.tool_choice, NamedChoice)  # a grammar leaves no room for reasoning
-        return AnswerReader(model, self.wanted_tools, thinks=thinks, forced=forced)
+        return AnswerReader(model, self.wanted_tools, thinks=None if thinks is None else bool(thinks), forced=forced, held=self._grammar() is not None)
 
     def wanted_logprobs(self) -> dict[str, int | None]:
         if self.top_logprobs is not None and not self.logprobs:

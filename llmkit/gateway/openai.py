@@ -42,6 +42,7 @@ class OpenAIRoutes:
 
     async def chat_completions(self, exchange: Exchange) -> None:
         request = schemas.parse(ChatRequest, exchange.body)
+        request.check_travel(len(exchange.body), request.n or 1)
         reply_id = objects.new_id("chatcmpl")
         engine = self._engine(request.model)
         head = self._head(reply_id, "chat.completion.chunk" if request.stream else "chat.completion", engine)
@@ -64,6 +65,8 @@ class OpenAIRoutes:
 
     async def completions(self, exchange: Exchange) -> None:
         request = schemas.parse(schemas.CompletionRequest, exchange.body)
+        length, count = sum(map(len, request.prompts)), len(request.prompts)
+        request.check_travel(length + max(0, len(exchange.body) - length) * count, request.per_prompt)
         reply_id = objects.new_id("cmpl")
         engine = self._engine(request.model)
         head = self._head(reply_id, "text_completion", engine)

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import json
 import re
+from functools import cached_property
 from typing import Annotated, Any, Literal, NoReturn, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, ValidationError, model_validator
+from pydantic_core import CoreSchema
 
 from llmkit.errors import InvalidRequestError
 from llmkit.gateway.logprobs import text_logprobs
-from llmkit.types import Completion, GenerationRequest, Grammar, SamplingParams
+from llmkit.types import MAX_DEPTH, Completion, GenerationRequest, Grammar, SamplingParams, depth_of
 
 __all__ = [
     "CompletionRequest",
@@ -26,9 +28,10 @@ __all__ = [
 
 LEGACY_MAX_TOKENS = 16
 MAX_CHOICES = 128
-MAX_DEPTH = 100
+MAX_KEYS = 5000
 MAX_PROMPTS = 512
 MAX_SCORED = 4_000_000
+MAX_TRAVEL_BYTES = 128 << 20
 # Where a field has several spellings: ours, and what callers may have written.
 ALIASES = {
     "max_tokens": ("max_completion_tokens",),
@@ -50,6 +53,18 @@ class Strict(BaseModel):
     """Fields as they are declared, no others; one that is null is one that is not given, known to us or not."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        """A list is read up to its first fault: a megabyte of faults would be a gigabyte of errors."""
+        schema = handler(source)
+        places: list[Any] = [schema]
+        while places:
+            place = places.pop()
+            if isinstance(place, dict) and place.get("type") == "list":
+                place["fail_fast"] = True
+            places += place.values() if isinstance(place, dict) else place if isinstance(place, list | tuple) else ()
+        return schema
 
     @model_validator(mode="before")
     @classmethod
@@ -187,6 +202,11 @@ class GenerationFields(Ignored):
             "grammar": None if self.grammar is None else Grammar("gbnf" if "::=" in self.grammar else "lark", self.grammar),
         }
 
+    def check_travel(self, num_bytes: int, num_requests: int) -> None:
+        """Each choice carries the whole request to the engine. Raises `InvalidRequestError` for too much of it."""
+        if num_bytes * num_requests > MAX_TRAVEL_BYTES:
+            raise InvalidRequestError("n: that many answers to a request of this size are too much; ask for fewer, or send less.", "n")
+
     def _request(self, request_id: str, index: int, max_tokens: int | None, **prompt: Any) -> GenerationRequest:
         return GenerationRequest(request_id, self.sampling(index, max_tokens), priority=self.priority or 0, cache_salt=self.cache_salt or "", **prompt)
 
@@ -218,7 +238,7 @@ class CompletionRequest(GenerationFields):
     best_of: Annotated[int, Field(ge=1, le=20)] | None = None
     logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
 
-    @property
+    @cached_property
     def prompts(self) -> list[str | tuple[int, ...]]:
         """The prompts, one by one. Raises `InvalidRequestError` for none, or too many."""
         if isinstance(self.prompt, str):
@@ -296,9 +316,20 @@ def parse(schema: type[Schema], body: bytes) -> Schema:
         raise InvalidRequestError(f"The body is not valid JSON: {error}") from None
     if not isinstance(data, dict):
         raise InvalidRequestError("The body must be a JSON object.")
-    if body.count(b"[") + body.count(b"{") > MAX_DEPTH and _depth(data) > MAX_DEPTH:
+    if body.count(b"[") + body.count(b"{") > MAX_DEPTH and depth_of(data) > MAX_DEPTH:
         raise InvalidRequestError(f"The body is nested too deeply; at most {MAX_DEPTH} levels are read.")
+    if body.count(b":") > MAX_KEYS and _most_keys(data) > MAX_KEYS:
+        raise InvalidRequestError(f"The body holds an object of more than {MAX_KEYS} fields.")
     return validated(schema, data)
+
+
+def _most_keys(value: Any) -> int:
+    """The size of the largest object in a value."""
+    most, level = 0, [value]
+    while level:
+        most = max([most, *(len(x) for x in level if isinstance(x, dict))])
+        level = [v for x in level if isinstance(x, list | dict) for v in (x.values() if isinstance(x, dict) else x) if isinstance(v, list | dict)]
+    return most
 
 
 def validated(schema: type[Schema], data: dict[str, Any]) -> Schema:
@@ -310,21 +341,14 @@ def validated(schema: type[Schema], data: dict[str, Any]) -> Schema:
     except ValidationError as error:
         # Of a field that may be one of several things, the one that fits best got furthest.
         first = max(error.errors(include_url=False, include_context=False, include_input=False), key=lambda e: len(e["loc"]))
-        loc = [part for part in first["loc"] if isinstance(part, int) or not re.fullmatch(r"str|int|[A-Z]\w*|.*\[.*", part)]
+        where, last = first["loc"][:-1], first["loc"][-1:]  # names of types stand in the middle; what was sent may look like one
+        loc = [part for part in where if isinstance(part, int) or not re.fullmatch(r"str|int|[A-Z]\w*|.*\[.*", part)]
+        loc += last if first["type"] == "extra_forbidden" else [p for p in last if isinstance(p, int) or not re.fullmatch(r"str|int|[A-Z]\w*|.*\[.*", p)]
         param = next((str(part) for part in loc if isinstance(part, str)), None)
         place = ".".join(map(str, loc))
         if first["type"] == "extra_forbidden":
             raise InvalidRequestError(f"Unrecognized or unsupported parameter: {place:.200}", param) from None
         raise InvalidRequestError(f"{place:.200}: {first['msg']}", param) from None
-
-
-def _depth(value: Any) -> int:
-    """How deeply lists and objects are nested; without recursion."""
-    deepest, level = 0, [value]
-    while level:
-        deepest += 1
-        level = [v for x in level if isinstance(x, list | dict) for v in (x.values() if isinstance(x, dict) else x) if isinstance(v, list | dict)]
-    return deepest
 
 
 def _finite(text: str) -> float:

@@ -6,7 +6,7 @@ import string
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from llmkit.errors import EngineGoneError, InvalidRequestError, LLMKitError, ModelUnloadedError
+from llmkit.errors import EngineGoneError, InvalidRequestError, LLMKitError, ModelUnloadedError, QueueFullError
 from llmkit.notebook.progress import Progress
 from llmkit.stream import Stream
 from llmkit.types import Completion
@@ -19,12 +19,22 @@ __all__ = ["map_rows"]
 Answer = Completion | LLMKitError
 
 
-def map_rows(frame: Any, template: str | Callable[[Any], Any], submit: Callable[[Any], Stream], into: str, window: int, kept: list[Stream]) -> pd.DataFrame:
+def map_rows(
+    frame: Any,
+    template: str | Callable[[Any], Any],
+    submit: Callable[[Any], Stream],
+    text_of: Callable[[Completion], str],
+    into: str,
+    window: int,
+    kept: list[Stream],
+) -> pd.DataFrame:
     """The table with a column of answers and one of errors. ``submit`` takes a prompt; ``window`` of them are under way at a time; ``kept`` gets their
     streams."""
     import pandas as pd
 
     table = frame.to_frame() if isinstance(frame, pd.Series) else pd.DataFrame(frame)
+    if not table.columns.is_unique:
+        raise InvalidRequestError("two columns of the table have the same name; rename one.", "frame")
     prompts = list(_prompts(table, template))
     answers: list[Answer] = []
     progress = Progress(f"map: {len(prompts)} rows", len(prompts))
@@ -39,7 +49,11 @@ def map_rows(frame: Any, template: str | Callable[[Any], Any], submit: Callable[
     try:
         for prompt in prompts:
             finish(window - 1)
-            waiting.append(_begin(prompt, submit, kept))
+            begun = _begin(prompt, submit, kept)
+            while isinstance(begun, QueueFullError) and waiting:
+                finish(len(waiting) - 1)
+                begun = _begin(prompt, submit, kept)
+            waiting.append(begun)
         finish(0)
     except BaseException:
         for stream in kept:
@@ -48,7 +62,7 @@ def map_rows(frame: Any, template: str | Callable[[Any], Any], submit: Callable[
     finally:
         progress.close()
     found = table.copy()
-    found[into] = [a.text if isinstance(a, Completion) else None for a in answers]
+    found[into] = [text_of(a) if isinstance(a, Completion) else None for a in answers]
     found[f"{into}_error"] = [None if isinstance(a, Completion) else str(a) for a in answers]
     return found
 

@@ -1,4 +1,4 @@
-"""instructor: pydantic models through tools and through a JSON schema, whole, partial and as a list."""
+"""instructor: pydantic models through tools and through a JSON schema, whole and partial."""
 
 import sys
 

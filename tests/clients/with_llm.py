@@ -1,4 +1,4 @@
-"""simonw/llm, as its users configure it: extra-openai-models.yaml, the command line, a schema, a tool, a conversation."""
+"""simonw/llm, as its users configure it: extra-openai-models.yaml, the command line, a schema, a conversation."""
 
 import os
 import subprocess

@@ -7,18 +7,19 @@ import json
 import re
 from typing import Any
 
-from llmkit.chat.parsers.events import Content, Event, as_call
+from llmkit.chat.parsers.events import Content, Event, as_call, held
 
 __all__ = ["MARKS", "BareJsonParser"]
 
 OPEN = ("<|python_tag|>", "[TOOL_CALLS]", "<|tool_call|>", "functools")
 CLOSE = "<|/tool_call|>"
 MARKS = (*OPEN, CLOSE, "[ARGS]", "[CALL_ID]")
-NAMED = re.compile(r"(?:\[TOOL_CALLS\])?\s*([\w.-]+)(?:\[CALL_ID\][^\[]*)?(?:\[ARGS\])?\s*(?=\{)")
+NAMED = re.compile(r"(?:\[TOOL_CALLS\])?\s*([\w.-]+)(?:\[CALL_ID\][^\s\[{]*)?(?:\[ARGS\])?\s*(?=\{)")
+BEGINNING = ("{", "[{", *OPEN[:-1], "functools[")
 
 
 class BareJsonParser:
-    """An answer that begins like a call waits until it is whole; any other streams."""
+    """What looks like a call at the beginning, or follows a mark, waits until it is whole; the rest streams."""
 
     thinking = False
 
@@ -28,17 +29,23 @@ class BareJsonParser:
         self._is_call: bool | None = None  # None: cannot tell yet
 
     def push(self, text: str) -> list[Event]:
-        if self._is_call is False:
-            return [Content(text)] if text else []
         self._buffer += text
-        start = self._buffer.lstrip()
-        if not start or any(mark.startswith(start) for mark in OPEN):
+        if self._is_call is None:
+            start = self._buffer.lstrip()
+            if not start or any(mark.startswith(start) and mark != start for mark in BEGINNING):
+                return []
+            self._is_call = start.startswith(BEGINNING)
+        if self._is_call:
             return []
-        self._is_call = start.startswith(("{", "[{", *OPEN))
-        return [] if self._is_call else self._flush()
+        at = min((i for mark in OPEN[:-1] if (i := self._buffer.find(mark)) >= 0), default=-1)
+        self._is_call = at >= 0
+        if at < 0:
+            at = len(self._buffer) - max(held(self._buffer, mark) for mark in OPEN[:-1])
+        ready, self._buffer = self._buffer[:at], self._buffer[at:]
+        return [Content(ready)] if ready else []
 
     def finish(self) -> list[Event]:
-        return self._calls() or self._flush() if self._is_call is not False else []
+        return (self._calls() if self._is_call is not False else []) or self._flush()
 
     def _flush(self) -> list[Event]:
         text, self._buffer = self._buffer, ""

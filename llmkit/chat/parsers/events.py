@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -34,6 +35,7 @@ class Call:
     call_id: str = field(default_factory=lambda: f"call_{secrets.token_hex(12)}")
 
 
+CHECK_S = 0.1  # for checking one call
 Event = Content | Reasoning | Call
 
 
@@ -102,19 +104,31 @@ def as_call(value: Any, tools: dict[str, Any]) -> Call | None:
         return None
 
 
-def fits(arguments: dict[str, Any], schema: Any) -> bool:
-    """Whether arguments are valid under a schema; True where that cannot be told. Patterns are left to the grammar: Python's would take for ever on some."""
+def fits(arguments: Any, schema: Any) -> bool:
+    """Whether arguments are valid under a schema; True where that cannot be told, or not soon. Patterns are left to the grammar: Python's never end on some."""
     if not isinstance(schema, dict) or not schema:
         return True
     import jsonschema  # type: ignore[import-untyped]
     import referencing
 
+    end = time.monotonic() + CHECK_S
+
+    def counted(check: Callable[..., Any]) -> Callable[..., Iterator[Any]]:
+        def run(*args: Any) -> Iterator[Any]:
+            if time.monotonic() > end:
+                raise TimeoutError("references that multiply, say")
+            yield from check(*args) or ()
+
+        return run
+
     try:
         if "patternProperties" in json.dumps(schema):
             return True
-        kind = jsonschema.validators.extend(jsonschema.Draft202012Validator, {"pattern": _anything})
+        checks = {name: counted(check) for name, check in jsonschema.Draft202012Validator.VALIDATORS.items()}
+        checks |= dict.fromkeys(("pattern", "uniqueItems"), _anything)
+        kind = jsonschema.validators.extend(jsonschema.Draft202012Validator, checks)
         return bool(kind(schema, registry=referencing.Registry()).is_valid(arguments))
-    except Exception:  # a schema that is none, or refers to what is elsewhere
+    except Exception:  # a schema that is none, refers to what is elsewhere, or takes too long
         return True
 
 

@@ -30,6 +30,10 @@ class FunctionGemmaParser:
         self._buffer += text
         found: list[Event] = []
         while (at := self._buffer.find(CLOSE if self._inside else OPEN)) >= 0:
+            while self._inside and at >= 0 and self._buffer.count(ESCAPE, 0, at) % 2:  # within a text
+                at = self._buffer.find(CLOSE, at + 1)
+            if at < 0:
+                break
             before, self._buffer = self._buffer[:at], self._buffer[at + len(CLOSE if self._inside else OPEN) :]
             found += self._called(before, CLOSE) if self._inside else self._content(before)
             self._inside = not self._inside

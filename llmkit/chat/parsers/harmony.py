@@ -12,6 +12,9 @@ __all__ = ["MARKS", "HarmonyParser"]
 
 CHANNEL, MESSAGE, START = "<|channel|>", "<|message|>", "<|start|>"
 ENDS = ("<|end|>", "<|call|>", "<|return|>", START, CHANNEL)
+# "<|end|>" ends a message only where another one begins: else it is text that speaks of it
+ENDING = re.compile(r"<\|end\|>(?=\s*<\|start\|>)|<\|call\|>|<\|return\|>|<\|start\|>|<\|channel\|>")
+MARK_LENGTH = 40
 MARKS = (CHANNEL, MESSAGE, START, "<|end|>", "<|call|>", "<|return|>", "<|constrain|>")
 BEGINNINGS = (*MARKS, "to=functions.")
 RECIPIENT = re.compile(r"to=functions\.([^\s<]+)")
@@ -28,6 +31,7 @@ class HarmonyParser:
         self._buffer = ""
         self._header: str | None = ""  # None: within a message
         self._kind: type[Content] | type[Reasoning] = Content
+        self._seen = 0  # how much of the buffer was searched
         self._name = ""  # whom the message calls
         self._plain: bool | None = None  # None: cannot tell yet
 
@@ -58,17 +62,22 @@ class HarmonyParser:
             if not mark:
                 return False
             self._begin(header)
-            self._buffer = rest
+            self._buffer, self._seen = rest, 0
             return True
-        at, end = min(((i, e) for e in ENDS if (i := self._buffer.find(e)) >= 0), default=(-1, ""))
+        found_at = ENDING.search(self._buffer, max(0, self._seen - MARK_LENGTH))
+        self._seen = len(self._buffer)
+        at, end = (found_at.start(), found_at[0]) if found_at else (-1, "")
         if at < 0:
             if not self._name:
                 keep = max(held(self._buffer, e) for e in ENDS)
+                open_end = self._buffer.rfind("<|end|>")
+                if open_end >= 0 and START.startswith(self._buffer[open_end + len("<|end|>") :].lstrip()):
+                    keep = len(self._buffer) - open_end  # the end of the message, or text that speaks of it
                 found += self._text(self._buffer[: len(self._buffer) - keep])
                 self._buffer = self._buffer[len(self._buffer) - keep :]
             return False
         found += self._message(self._buffer[:at])
-        self._buffer, self._header = self._buffer[at + len(end) :], ""
+        self._buffer, self._header, self._seen = self._buffer[at + len(end) :], "", 0
         if end == CHANNEL:
             self._buffer = CHANNEL + self._buffer
         return True
@@ -86,7 +95,7 @@ class HarmonyParser:
         if not self._name:
             return self._text(text)
         call = as_call({"name": self._name, "arguments": text.strip() or "{}"}, self._tools)
-        return [call] if call is not None else [Content(text)]
+        return [call] if call is not None else [Content(f"functions.{self._name} {text}")]
 
     def _rest(self) -> list[Event]:
         text, self._buffer = self._buffer, ""
@@ -96,4 +105,6 @@ class HarmonyParser:
         if self._plain is None:
             return self._rest()
         text, self._buffer = self._buffer, ""
-        return self._message(text) if self._header is None and text else []  # half a header is nothing
+        if self._header is not None or not text:
+            return []  # half a header is nothing
+        return self._message(text.removesuffix("<|end|>"))

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
 from typing import Any
 
-from llmkit.chat.parsers.events import Call, Content, Event, as_call, held, loads
+from llmkit.chat.parsers.events import Call, Content, Event, as_call, fits, held, loads
 
 __all__ = ["MARKS", "TaggedParser"]
 
 OPEN, CLOSE = MARKS = "<tool_call>", "</tool_call>"
+QUOTE = re.compile(r'(?<!\\)(?:\\\\)*"')
+_PYTHON = {"True": True, "False": False, "None": None}
 FUNCTION, PARAMETER = "<function=", "<parameter="
 
 
@@ -40,6 +42,11 @@ class TaggedParser:
             at = self._buffer.find(tag)
             if at < 0:
                 break
+            if self._inside:
+                while at >= 0 and _within_text(self._buffer[:at]):
+                    at = self._buffer.find(tag, at + 1)
+                if at < 0:
+                    break
             before, self._buffer = self._buffer[:at], self._buffer[at + len(tag) :]
             if self._inside:
                 call = self._call(before)
@@ -91,7 +98,9 @@ class TaggedParser:
         while True:
             _, found, rest = rest.partition(PARAMETER)
             key, opened, rest = rest.partition(">")
-            value, closed, rest = rest.partition("</parameter>")
+            here, next_, later = rest.partition(PARAMETER)
+            value, closed, _ = here.rpartition("</parameter>")
+            rest = next_ + later
             if not (found and opened and closed):
                 return as_call({"name": name, "arguments": arguments}, self._tools)
             key = key.strip()
@@ -105,8 +114,15 @@ def _properties(schema: Any) -> dict[str, Any]:
 
 def _value(text: str, schema: Any) -> Any:
     """XML carries no types: what the schema does not call a string is read as JSON."""
-    kinds: Sequence[Any] = schema.get("type", ()) if isinstance(schema, dict) else ()
-    if kinds == "string" or (isinstance(kinds, list) and "string" in kinds):
-        return text
     found = loads(text)
-    return text if found is None and text.strip() != "null" else found
+    read = text if found is None and text.strip() != "null" else found
+    if not isinstance(schema, dict):
+        return read
+    if schema.get("type") == "string":
+        return text
+    return next((value for value in (read, text, _PYTHON.get(text.strip(), text)) if fits(value, schema)), read)
+
+
+def _within_text(body: str) -> bool:
+    """Whether JSON ends within a string: what looks like a tag there is text."""
+    return body.lstrip().startswith("{") and len(QUOTE.findall(body)) % 2 == 1
