@@ -1,4 +1,5 @@
-"""Notebook 01 in a real JupyterLab, in Debian's chromium: it runs to the end, the monitor moves while a cell is busy, the stop button stops."""
+"""The lessons in a real JupyterLab, in Debian's chromium: they run to the end, the monitor moves while a cell is busy, the stop button stops, the chat panel
+chats, and axe finds no serious fault in what we show."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from axe_playwright_python.sync_playwright import Axe
 from conftest import ROOT
 from jupyter_client_http import JupyterServer
 from playwright.sync_api import Page, sync_playwright
@@ -29,7 +31,8 @@ IDLE = '.jp-NotebookPanel-toolbar [data-status="idle"], .jp-Notebook-ExecutionIn
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[JupyterServer]:
     folder = tmp_path_factory.mktemp("lab")
-    shutil.copy(ROOT / "notebooks" / "01_quickstart.ipynb", folder)
+    for notebook in (ROOT / "notebooks").glob("*.ipynb"):
+        shutil.copy(notebook, folder)
     settings = folder / "settings"
     notifications = settings / "@jupyterlab" / "apputils-extension" / "notification.jupyterlab-settings"
     notifications.parent.mkdir(parents=True)
@@ -55,6 +58,12 @@ def page(lab: JupyterServer, chromium: str) -> Iterator[Page]:
         yield page
         shot(page, "at-the-end")
         browser.close()
+
+
+def faults(page: Page, where: str) -> list[str]:
+    """Serious accessibility faults that axe finds."""
+    found = Axe().run(page, context=where).response["violations"]
+    return [f"{v['id']}: {v['nodes'][0]['html'][:200]}" for v in found if v["impact"] in ("serious", "critical")]
 
 
 def shot(page: Page, name: str) -> None:
@@ -145,3 +154,62 @@ def test_the_stop_button_stops_a_generation(page: Page) -> None:
     wait_done(page, 10_000)
     shot(page, "stopped")
     assert page.locator(".jp-OutputArea-output").filter(has_text="Interrupted").last.inner_text().count("\n") <= 2, "one line, no traceback"
+
+
+def test_the_chat_panel_streams_stops_and_edits(page: Page) -> None:
+    run_code(page, "panel = llm.chat_panel(temperature=0, max_tokens=1500, ignore_eos=True); panel")
+    wait_done(page)
+    output = page.locator(".jp-OutputArea-output").filter(has_text="Chat with smollm2").last
+    output.scroll_into_view_if_needed()
+    output.locator("textarea").fill("Tell a long story about a lighthouse.")
+    output.get_by_role("button", name="Send").click()
+    page.wait_for_function("() => document.body.innerText.includes('\u258d')", timeout=10_000)  # an answer is coming
+    shot(page, "chat-panel")
+    run_code(page, "print('not', 'blocked')")
+    page.wait_for_function("() => document.body.innerText.includes('not blocked')", timeout=10_000)
+    output.get_by_role("button", name="Stop").click()
+    output.get_by_text("answer complete").wait_for(timeout=10_000)
+    assert "lighthouse" in output.inner_text().lower()
+    assert faults(page, ".jp-OutputArea-output .widget-vbox") == []
+    output.get_by_role("button", name="Edit last").click()
+    page.wait_for_timeout(500)
+    assert output.locator("textarea").input_value() == "Tell a long story about a lighthouse."
+    assert not page.errors, page.errors  # type: ignore[attr-defined]
+
+
+def test_the_monitor_is_accessible(page: Page) -> None:
+    assert faults(page, ".jp-OutputArea-output [role=group][aria-label^='llmkit']") == []
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_status_page_in_jupyter(page: Page, lab: JupyterServer, scheme: str) -> None:
+    other = page.context.browser.new_page(viewport={"width": 1280, "height": 700}, color_scheme=scheme)  # type: ignore[union-attr,arg-type]
+    errors: list[str] = []
+    other.on("pageerror", lambda error: errors.append(str(error)))
+    other.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
+    other.goto(f"{lab.url}/llmkit?token={lab.token}")
+    other.get_by_text("01_quickstart.ipynb").wait_for(timeout=5000)
+    other.wait_for_timeout(2500)
+    shot(other, f"status-{scheme}")
+    assert other.locator("main table").count() >= 1 and faults(other, "body") == [] and not errors, errors
+    other.close()
+
+
+@pytest.mark.parametrize("lesson", [n.name for n in sorted((ROOT / "notebooks").glob("*.ipynb"))[1:]])
+def test_the_lessons_run_to_the_end(page: Page, lab: JupyterServer, lesson: str) -> None:
+    other = page.context.browser.new_page(viewport={"width": 1280, "height": 1600})  # type: ignore[union-attr]
+    errors: list[str] = []
+    other.on("pageerror", lambda error: errors.append(str(error)))
+    other.goto(f"{lab.url}/lab/tree/{lesson}?token={lab.token}&reset")
+    other.wait_for_selector(".jp-NotebookPanel .jp-CodeCell", timeout=60_000)
+    other.evaluate("() => window.jupyterapp.shell.currentWidget.sessionContext.ready")
+    other.wait_for_selector(IDLE, timeout=60_000)
+    command(other, "notebook:run-all-cells")
+    other.wait_for_timeout(1500)
+    wait_done(other, 180_000)
+    failed = other.locator(".jp-RenderedText[data-mime-type='application/vnd.jupyter.stderr'], .jp-OutputArea-output pre span.ansi-red-fg")
+    assert failed.count() == 0, failed.all_text_contents()
+    shot(other, lesson.removesuffix(".ipynb"))
+    assert not errors, errors
+    command(other, "notebook:shutdown-kernel")
+    other.close()

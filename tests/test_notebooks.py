@@ -35,7 +35,7 @@ def test_nbval(notebook: Path) -> None:
         str(notebook.parent),
         str(notebook),
     ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=notebook.parent)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400, cwd=notebook.parent)
     assert done.returncode == 0, done.stdout + done.stderr
 
 

@@ -6,9 +6,11 @@ Only `llmkit.backend` imports llama_cpp, and always through this module.
 from __future__ import annotations
 
 import ctypes
+import os
 import threading
 from collections import deque
 from functools import cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import llama_cpp.llama_cpp as C
@@ -57,7 +59,12 @@ def _keep_log(level: int, text: bytes, _: Any) -> None:
 @cache
 def start() -> None:
     """Initialise the backend; later calls do nothing."""
+    from llama_cpp._ggml import libggml as lib
+
     C.llama_log_set(_keep_log, ctypes.c_void_p(0))
+    lib.ggml_backend_dev_count.restype = ctypes.c_size_t
+    if not lib.ggml_backend_dev_count():  # a build with a variant for each kind of CPU: they lie beside the library
+        lib.ggml_backend_load_all_from_path(os.fsencode(Path(str(lib._name)).parent))
     C.llama_backend_init()
 
 
