@@ -10,6 +10,7 @@ from llmkit import models
 from llmkit.bench import plots, quality
 from llmkit.errors import InvalidRequestError
 from llmkit.loading import load
+from llmkit.models.registry import resolve
 from llmkit.types import TokenLogprob
 
 if TYPE_CHECKING:
@@ -31,17 +32,21 @@ def compare(
     """
     if isinstance(names, str | Path) or not names:
         raise InvalidRequestError("compare takes a list of models.", "names")
+    for name in names:
+        resolve(name)  # a wrong one is told before an hour of measuring
     rows: list[dict[str, Any]] = []
     reference: list[TokenLogprob] | None = None
     for name in names:
-        before = set(models.handles)
-        llm = load(name, **{"n_ctx": n_ctx, "n_slots": max(batch_size, 1), "share": False, **options})
+        path = resolve(name).path
+        llm = next((m for m in models.handles.values() if Path(m.model.path) == path), None)
+        stays = llm is not None
+        llm = llm or load(name, **{"n_ctx": n_ctx, "n_slots": max(batch_size, 1), "share": False, **options})
         try:
             found = quality.scores(llm.engine, llm.tokenize(text or quality.SAMPLE_TEXT), top=1)
             reference = reference or found
-            rows.append({"model": str(name), **_measure(llm, batch_size, prompt_tokens), **_judge(found, reference)})
+            rows.append({"model": str(name), **_measure(llm, min(batch_size, llm.model.n_slots), prompt_tokens), **_judge(found, reference)})
         finally:
-            if llm.name not in before:
+            if not stays:
                 llm.unload()
     return Comparison(rows)
 
@@ -66,7 +71,7 @@ def _judge(found: Sequence[TokenLogprob], reference: Sequence[TokenLogprob]) -> 
 
     known = {"perplexity": math.exp(-sum(e.logprob or 0.0 for e in found) / len(found))}
     if [e.token for e in found] != [e.token for e in reference]:
-        return {**known, "agreement": math.nan}  # another vocabulary
+        return {"perplexity": math.nan, **known, "agreement": math.nan}  # another vocabulary: tokens of another size
     same = sum(a.top[0][0] == b.top[0][0] for a, b in zip(found, reference, strict=True))
     return {**known, "agreement": same / len(found)}
 

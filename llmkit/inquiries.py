@@ -35,7 +35,7 @@ def answer(inquiry: Inquiry, vocab: Vocab, template: ChatTemplate | None) -> dic
             return {"text": _render(data, template)}
         case "tokenize_chat":
             return _described(prompt_tokens(vocab, _known(template), *_conversation(data), _check_length, **_more(data)), data, vocab)
-        case "steps" | "slots":
+        case "steps" | "slots" | "requests":
             raise InvalidRequestError("this model computes texts at once and keeps nothing, so there are no steps and slots to show.", "model")
         case "info":
             spelled = {"bos_token": vocab.token_text(vocab.bos), "eos_token": vocab.token_text(vocab.eos)}

@@ -247,7 +247,7 @@ class LocalEngine:
 
     def inquire(self, inquiry: Inquiry) -> Future[dict[str, Any]]:
         future: Future[dict[str, Any]] = Future()
-        if inquiry.kind in ("steps", "slots"):
+        if inquiry.kind in ("steps", "slots", "requests"):
             self._check_open()
             future.set_result(self._engine.look(inquiry.kind))
             return future

@@ -116,7 +116,7 @@ class LLMMagics(Magics):
             print()
         finally:
             if options.output:
-                self._variables[options.output] = llm.last
+                self._variables[options.output] = stream.wait(1.0) or llm.last
 
     def _expand(self, text: str) -> str:
         return PLACE.sub(self._value, text)

@@ -6,22 +6,23 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 from llmkit.chat.parsers.events import Content, Event, Reasoning
 from llmkit.chat.reading import AnswerReader
 from llmkit.errors import ContextLengthError, InvalidRequestError
-from llmkit.running import SHAPES, Interrupted
+from llmkit.running import SHAPES, Interrupted, make_request
 from llmkit.stream import Stream
-from llmkit.types import Completion, Delta, FinishReason, Message
+from llmkit.types import Completion, Delta, FinishReason, Message, SamplingParams
 
 __all__ = ["Messages", "Session", "as_messages"]
 
 Messages = str | Message | dict[str, Any] | Sequence[Message | dict[str, Any]]
 
 FORMAT = "llmkit-session"
+SAVED = {f.name for f in fields(SamplingParams)}  # whose request it is, and with what adapters, is not for a file to say
 KEPT = ("role", "content", "name", "tool_call_id", "reasoning_content")
 
 
@@ -103,8 +104,8 @@ class Session:
         def keep(text: str, reasoning: str) -> None:
             self.messages.extend([*new, Message("assistant", text, reasoning_content=reasoning or None)])
 
-        held = self.sampling.keys() | sampling.keys()
-        return Turn(stream, self._reader(bool(held & {"grammar", *SHAPES})), keep)
+        held = any({**self.sampling, **sampling}.get(name) is not None for name in ("grammar", *SHAPES))
+        return Turn(stream, self._reader(held), keep)
 
     # -- the past
 
@@ -172,7 +173,11 @@ class Session:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
             if data["format"] != FORMAT or data["version"] != 1:
                 raise ValueError("another format or version")
-            return [Message(**m) for m in data["messages"]], dict(data["sampling"])
+            messages, sampling = [Message(**m) for m in data["messages"]], dict(data["sampling"])
+            if not all(isinstance(m.role, str) for m in messages):
+                raise ValueError("a message without a role")
+            make_request({k: v for k, v in sampling.items() if k in SAVED or k in SHAPES}, prompt="")  # options that are none are told now
+            return messages, {k: v for k, v in sampling.items() if k in SAVED or k in SHAPES}
         except FileNotFoundError:
             raise
         except (ValueError, KeyError, TypeError, RecursionError, InvalidRequestError) as error:

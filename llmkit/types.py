@@ -204,13 +204,13 @@ class Embeddings:
     num_tokens: tuple[int, ...]
 
 
-InquiryKind = Literal["tokenize", "detokenize", "render", "tokenize_chat", "info", "steps", "slots"]
+InquiryKind = Literal["tokenize", "detokenize", "render", "tokenize_chat", "info", "steps", "slots", "requests"]
 
 
 @dataclass(frozen=True, slots=True)
 class Inquiry:
-    """A question about a model's vocabulary or chat template, or about the engine's last ``steps`` and its ``slots``. ``data`` is JSON-ready: ``text``,
-    ``tokens`` or ``messages``, and options."""
+    """A question about a model's vocabulary or chat template, or about the engine's last ``steps``, ``slots`` and ``requests``. ``data`` is JSON-ready:
+    ``text``, ``tokens`` or ``messages``, and options."""
 
     request_id: str
     kind: InquiryKind

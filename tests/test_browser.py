@@ -38,10 +38,11 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[JupyterServer]:
     notifications.parent.mkdir(parents=True)
     notifications.write_text('{"fetchNews": "false", "checkForUpdates": false}')
     os.environ["JUPYTERLAB_SETTINGS_DIR"] = str(settings)
+    os.environ["JUPYTERLAB_WORKSPACES_DIR"] = str(folder / "workspaces")  # which tabs are open is nobody else's business
     server = JupyterServer(folder, "--LabApp.expose_app_in_browser=True", "--LabApp.extension_manager=readonly", app="jupyterlab")
     yield server
     server.stop()
-    del os.environ["JUPYTERLAB_SETTINGS_DIR"]
+    del os.environ["JUPYTERLAB_SETTINGS_DIR"], os.environ["JUPYTERLAB_WORKSPACES_DIR"]
 
 
 @pytest.fixture(scope="module")

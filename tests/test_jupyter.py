@@ -85,7 +85,6 @@ def test_errors_have_openais_shape(server: JupyterServer) -> None:
     auth = {"Authorization": f"Bearer {server.token}"}
     for method, path, status, code in [
         ("GET", "/v1/unknown", 404, "not_found"),
-        ("GET", "/", 404, "not_found"),
         ("DELETE", "/v1/models", 405, "method_not_allowed"),
         ("GET", "/v1/chat/completions", 405, "method_not_allowed"),
         ("GET", "/v1/models/x", 404, "model_not_found"),
@@ -99,3 +98,10 @@ def test_errors_have_openais_shape(server: JupyterServer) -> None:
 
 def test_the_extension_is_enabled_by_installing_and_says_where(server: JupyterServer) -> None:
     assert "llmkit gateway at http" in server.output() and "/user/ann/llmkit/v1" in server.output()
+
+
+def test_pages_are_pages(server: JupyterServer) -> None:
+    auth = {"Authorization": f"Bearer {server.token}"}
+    for path, kind in (("/", "text/html"), ("/docs", "text/html"), ("/status?part=1", "text/html"), ("/status", "application/json")):
+        status, _, headers = fetch(server, "GET", path, auth)
+        assert status == 200 and headers["Content-Type"].startswith(kind), path

@@ -117,7 +117,7 @@ def test_a_panel_sends_and_streams_without_blocking(panel: ChatPanel, llm: llmki
 def test_a_panel_stops_edits_and_clears(panel: ChatPanel) -> None:
     panel.session.sampling["max_tokens"] = 600
     panel.send("Tell a very long story.")
-    wait_for(lambda: "▍" in value(panel, "log").value)
+    wait_for(lambda: "▍" in value(panel, "coming").value)
     assert value(panel, "send").disabled
     panel.send("ignored while busy")
     value(panel, "stop").click()
@@ -126,14 +126,16 @@ def test_a_panel_stops_edits_and_clears(panel: ChatPanel) -> None:
     value(panel, "edit").click()
     assert value(panel, "box").value == "Tell a very long story." and panel.session.num_turns == 0
     panel.send("x " * 3000)
-    assert "context" in value(panel, "log").value and not panel.busy
+    assert "context" in value(panel, "coming").value and not panel.busy and value(panel, "box").value, "what was typed is not lost"
+    assert panel.edit().startswith("x x") and "context" not in value(panel, "coming").value
     panel.clear()
     assert [m.role for m in panel.session.messages] == ["system"] and "Say something" in value(panel, "log").value
 
 
 def test_markdown_is_shown_and_html_is_not() -> None:
     shown = as_html("**bold** <script>alert(1)</script> [x](javascript:alert(1))\n\n```python\na < b\n```")
-    assert "<strong>bold</strong>" in shown and "<script" not in shown and "javascript:" not in shown and "a &lt; b" in shown
+    assert "<img" not in as_html("![x](https://evil.example/?q=1)") and "<a" not in as_html("[a](/api/x)") and 'rel="noopener' in as_html("[a](https://b.c)")
+    assert "<strong>bold</strong>" in shown and "<script" not in shown and "href" not in shown and "a &lt; b" in shown
 
 
 def test_progress_is_quiet_at_first(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -155,3 +157,15 @@ def test_a_load_tells_how_far_it_is() -> None:
     heard: list[float] = []
     LlamaModel(resolve("gemma3-270m").path, n_gpu_layers=0, on_progress=heard.append).close()
     assert heard and all(0 <= share <= 1 for share in heard) and heard == sorted(heard)
+
+
+def test_the_monitor_shows_each_request(llm: llmkit.LLM) -> None:
+    monitor = llm.monitor(interval=0.25)
+    stream = llm.stream("Once upon a time", max_tokens=900, ignore_eos=True, caller="<me>")
+    wait_for(lambda: bool(monitor.sample().requests))
+    (request,) = monitor.sample().requests
+    assert request["caller"] == "<me>" and request["prompt_tokens"] == 4 and request["seconds"] > 0
+    assert "&lt;me&gt;" in monitor.html() and "from the cache" in monitor.html()
+    stream.close()
+    wait_for(lambda: not monitor.sample().requests)
+    monitor.stop()

@@ -49,7 +49,7 @@ def test_a_prepared_file(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
     found = llmkit.tune("smollm2")
     assert found.file == tuner.quantize(spec, "Q8_0") and found.speedup > 2 and "Q8_0" in repr(found)
     rough = found.trials[-1]
-    assert rough.label == "Q4_0" and rough.agreement < 0.95 <= found.best.agreement, "a faster file that answers otherwise is not chosen"
+    assert rough.label == "Q4_0" and rough.agreement < 0.9 <= found.best.agreement, "a faster file that answers otherwise is not chosen"
     with llmkit.load("smollm2", tuned=True, share=False, n_ctx=512, n_slots=1) as llm:
         assert llm.model.quantization == "Q8_0" and llm.name == "smollm2" and "Paris" in llm.generate("The capital of France is", temperature=0).text
     for file in cache.rglob("*Q8_0.gguf"):

@@ -42,6 +42,11 @@ class JupyterGatewayHandler(APIHandler):
                 raise web.HTTPError(401) from None
             raise
 
+    def finish(self, *args: Any, **kwargs: Any) -> Any:
+        """What a route says of its content stays; Jupyter's API would call everything JSON."""
+        kwargs.setdefault("set_content_type", self._headers.get("Content-Type", "application/json"))
+        return super().finish(*args, **kwargs)
+
     def get_login_url(self) -> str:
         """An API never redirects to a login page."""
         raise web.HTTPError(401)

@@ -59,13 +59,25 @@ def _keep_log(level: int, text: bytes, _: Any) -> None:
 @cache
 def start() -> None:
     """Initialise the backend; later calls do nothing."""
-    from llama_cpp._ggml import libggml as lib
-
     C.llama_log_set(_keep_log, ctypes.c_void_p(0))
-    lib.ggml_backend_dev_count.restype = ctypes.c_size_t
-    if not lib.ggml_backend_dev_count():  # a build with a variant for each kind of CPU: they lie beside the library
-        lib.ggml_backend_load_all_from_path(os.fsencode(Path(str(lib._name)).parent))
+    if not _ggml("ggml_backend_dev_count", ctypes.c_size_t)():  # a build with a variant for each kind of CPU, which chooses now
+        beside = Path(str(C._lib._name)).parent
+        for folder in (beside, beside.parents[1] / "bin"):  # where the wheel puts them differs
+            if any(folder.glob("*ggml-cpu*")):
+                _ggml("ggml_backend_load_all_from_path", None)(os.fsencode(folder))
+                break
     C.llama_backend_init()
+
+
+def _ggml(name: str, result: Any) -> Any:
+    """A function of the very ggml that llama.cpp uses: a wheel may hold a second copy of it, which knows nothing of this one's devices."""
+    function = getattr(C._lib, name, None)
+    if function is None:  # Windows looks into one library only
+        from llama_cpp._ggml import libggml
+
+        function = getattr(libggml, name, None) or getattr(ctypes.CDLL(str(libggml._name).replace("ggml.", "ggml-base.")), name)
+    function.restype = result
+    return function
 
 
 @cache
@@ -96,23 +108,17 @@ class Device(NamedTuple):
 
 def devices() -> list[Device]:
     """All devices of this build: the CPU, and GPUs (CUDA, Metal, Vulkan, ROCm alike)."""
-    from llama_cpp._ggml import libggml as lib
-
     start()
-    lib.ggml_backend_dev_count.restype = ctypes.c_size_t
-    lib.ggml_backend_dev_get.restype = ctypes.c_void_p
-    lib.ggml_backend_dev_get.argtypes = [ctypes.c_size_t]
-    base = ctypes.CDLL(str(lib._name).replace("libggml.", "libggml-base."))
-    for name, result in (("name", ctypes.c_char_p), ("description", ctypes.c_char_p), ("type", ctypes.c_int), ("memory", None)):
-        getattr(base, f"ggml_backend_dev_{name}").restype = result
+    get = _ggml("ggml_backend_dev_get", ctypes.c_void_p)
+    get.argtypes = [ctypes.c_size_t]
+    name_of, description_of = (_ggml(f"ggml_backend_dev_{what}", ctypes.c_char_p) for what in ("name", "description"))
+    type_of, memory_of = _ggml("ggml_backend_dev_type", ctypes.c_int), _ggml("ggml_backend_dev_memory", None)
     found = []
-    for i in range(lib.ggml_backend_dev_count()):
-        device = ctypes.c_void_p(lib.ggml_backend_dev_get(i))
+    for i in range(_ggml("ggml_backend_dev_count", ctypes.c_size_t)()):
+        device = ctypes.c_void_p(get(i))
         free, total = ctypes.c_size_t(), ctypes.c_size_t()
-        base.ggml_backend_dev_memory(device, ctypes.byref(free), ctypes.byref(total))
-        name = base.ggml_backend_dev_name(device).decode()
-        description = base.ggml_backend_dev_description(device).decode()
-        found.append(Device(name, description, base.ggml_backend_dev_type(device) in (1, 2), free.value, total.value))
+        memory_of(device, ctypes.byref(free), ctypes.byref(total))
+        found.append(Device(name_of(device).decode(), description_of(device).decode(), type_of(device) in (1, 2), free.value, total.value))
     return found
 
 

@@ -43,7 +43,7 @@ def comparison(table: pd.DataFrame) -> Axes:
     names = [Path(str(name)).name for name in table.index]
     _, axes = plt.subplots(1, len(panels), figsize=(2.6 * len(panels), 1.2 + 0.35 * len(names)), layout="constrained", sharey=True)
     for panel, (column, title) in zip(axes, panels.items(), strict=True):
-        bars = panel.barh(names, table[column], color="#3b7dd8")
+        bars = panel.barh(range(len(names)), table[column], color="#3b7dd8", tick_label=names)
         panel.bar_label(bars, fmt="%.3g", padding=2)
         panel.set_title(title, fontsize=10)
         panel.margins(x=0.2)

@@ -123,8 +123,12 @@ class Profile:
 
     def roofline(self) -> pd.DataFrame:
         """How near decoding comes to what this machine's memory allows: every step reads all weights once, so steps a second cannot be more than bandwidth
-        over their size. One row for each batch size: bandwidth in GB/s, measured and used, and the share. On a GPU the CPU's bandwidth says nothing."""
+        over their size. One row for each batch size: bandwidth in GB/s, measured and used, and the share. A rough picture: what the cache takes is not in it,
+        and of a mixture of experts not all weights are read. Raises `InvalidRequestError` for a model on a GPU, whose memory it cannot measure."""
         import pandas as pd
+
+        if self.model.device == "gpu":
+            raise InvalidRequestError("the roofline is drawn from the CPU's memory; this model runs on a GPU.", "device")
 
         found = memory_bandwidth()
         best = self.summary().groupby("batch_size")["decode_tok_s"].max()

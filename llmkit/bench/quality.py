@@ -5,10 +5,12 @@ from __future__ import annotations
 import itertools
 import math
 import time
+from collections import deque
 from collections.abc import Sequence
 
 from llmkit.client import EngineClient
 from llmkit.errors import InvalidRequestError
+from llmkit.stream import Stream
 from llmkit.types import GenerationRequest, SamplingParams, TokenLogprob
 
 __all__ = ["SAMPLE_TEXT", "perplexity", "scores"]
@@ -38,17 +40,18 @@ def scores(client: EngineClient, tokens: Sequence[int], n_ctx: int | None = None
         raise InvalidRequestError("a text of at least two tokens, and windows of at least 16, are needed.", "n_ctx" if size < 16 else "text")
     params = SamplingParams(max_tokens=0, prompt_logprobs=top)
     starts = range(0, max(len(tokens) - size, 0) + size // 2, size // 2) if len(tokens) > size else range(1)
-    streams = []
+    under_way: deque[tuple[int, Stream]] = deque()
     found: list[TokenLogprob] = []
     try:
-        for start in starts:
-            window = tuple(tokens[start : start + size])
-            streams.append(client.submit(GenerationRequest(f"quality-{next(_ids)}-{time.time_ns()}", params, prompt=window)))
-        for start, stream in zip(starts, streams, strict=True):
-            entries = stream.result().prompt_logprobs
-            found += entries[max(1, len(found) + 1 - start) :]
+        for start in [*starts, None]:
+            while under_way and (start is None or len(under_way) >= 2 * client.description.n_slots):
+                begin, stream = under_way.popleft()
+                found += stream.result().prompt_logprobs[max(1, len(found) + 1 - begin) :]
+            if start is not None:
+                window = tuple(tokens[start : start + size])
+                under_way.append((start, client.submit(GenerationRequest(f"quality-{next(_ids)}-{time.time_ns()}", params, prompt=window))))
     finally:
-        for stream in streams:
+        for _, stream in under_way:
             stream.close()
     return found
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llmkit.bench.quality import SAMPLE_TEXT
 from llmkit.errors import InvalidRequestError, LLMKitError
 from llmkit.machine import file_mark, result_file
 from llmkit.models import gguf
@@ -26,12 +27,7 @@ WORTH = 1.1  # a setting must be so much faster to replace a default
 # Types for which llama.cpp's CPU kernels are slow, and the ones to try in their place: Q8_0 keeps what the file knows, Q4_0 is smaller and rougher.
 SLOW_TYPES = ("Q4_1", "Q5_0", "Q5_1")
 FAST_TYPES = ("Q8_0", "Q4_0")
-MIN_AGREEMENT = 0.95  # of favourite tokens, for a prepared file to be chosen
-TEXT = (
-    "The harbour town woke slowly. Fishermen carried their nets down to the boats, the baker opened his shutters, and somewhere behind the church a dog "
-    "barked at the first cart of the day. Two children ran along the quay and counted the gulls: twelve on the roof, five on the mast, one on the head of the "
-    "old bronze sailor who had been looking out to sea for a hundred and nine years. "
-)
+MIN_AGREEMENT = 0.9  # of favourite tokens, for a prepared file to be chosen: near ties fall either way where nothing is lost
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +52,7 @@ class Tuning:
     """What `llmkit.tune()` found; `llmkit.load(model, tuned=True)` uses it.
 
     ``df`` has every trial, ``options`` what to give to `load`, ``file`` the prepared file if another quantization is much faster. ``agreement`` is the share of
-    a text's tokens for which a prepared file has the same favourite as the model; one with less than 95 % is shown, and not chosen.
+    a text's tokens for which a prepared file has the same favourite as the model; one with less than 90 % is shown, and not chosen.
     """
 
     def __init__(self, model: str, trials: list[Trial]) -> None:
@@ -129,7 +125,7 @@ def tune(model: str | Path = "smollm2", *, prepare: bool = True) -> Tuning:
         best = Tuning(str(model), trials).best
         for kind in FAST_TYPES:
             file = quantize(spec, kind)
-            agreement = _agreement(spec.path, file)
+            agreement = _agreement(spec.path, file, **best.options)
             trials += [replace(t, agreement=agreement) for t in _measure(file, [(f"{best.label}, {kind}" if best.options else kind, best.options)])]
     found = Tuning(str(model), trials)
     _save(spec, found)
@@ -231,8 +227,12 @@ def _agreement(first: Path, second: Path, **options: Any) -> float:
     favourites = []
     for path, settings in ((first, {}), (second, options)):
         model = LlamaModel(path)
-        runner = LlamaRunner(model, n_ctx=512, n_slots=1, **settings)
-        favourites.append(runner.logits(model.vocab.tokenize(TEXT * 2)[:400]).argmax(axis=1))
-        runner.close()
-        model.close()
+        try:
+            runner = LlamaRunner(model, n_ctx=512, n_slots=1, **settings)
+            try:
+                favourites.append(runner.logits(model.vocab.tokenize(SAMPLE_TEXT)[:500]).argmax(axis=1))
+            finally:
+                runner.close()
+        finally:
+            model.close()
     return float((favourites[0] == favourites[1]).mean())

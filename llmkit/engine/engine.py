@@ -13,7 +13,7 @@ from typing import Any
 from llmkit.engine.batch import Batch
 from llmkit.engine.budget import StepClock
 from llmkit.engine.drafter import ModelDrafter
-from llmkit.engine.journal import Journal, slots_of
+from llmkit.engine.journal import Journal, requests_of, slots_of
 from llmkit.engine.request import Request
 from llmkit.engine.runner import ModelRunner
 from llmkit.engine.scheduler import Scheduler
@@ -108,8 +108,11 @@ class Engine:
             self._inbox.put(request)
 
     def look(self, kind: str) -> dict[str, Any]:
-        """The last ``steps``, or what the ``slots`` hold; JSON-ready."""
-        return {kind: self._journal.as_list() if kind == "steps" else slots_of(self._cache, self._scheduler.running)}
+        """The last ``steps``, what the ``slots`` hold, or the ``requests`` that run; JSON-ready."""
+        running = self._scheduler.running
+        if kind == "steps":
+            return {kind: self._journal.as_list()}
+        return {kind: slots_of(self._cache, running) if kind == "slots" else requests_of(running)}
 
     def abort(self, request_id: str) -> None:
         """End a request early; a long prompt chunk of it that is being computed is interrupted."""
@@ -186,7 +189,7 @@ class Engine:
             self._governor.observe(batch.num_tokens, seconds)
         error = output.error or ("the context has no room left" if output.no_room else None)
         self._publish(self._scheduler.update(batch, output), EngineError(f"this request failed in the backend: {error}") if error else None)
-        self._journal.add(start, batch, running)
+        self._journal.add(began, seconds, batch, output.resident, running)
         stats = self._stats
         stats.generation_tokens += sum(map(len, output.tokens))
         stats.steps += 1

@@ -11,7 +11,7 @@ from llmkit.engine.batch import Batch
 from llmkit.engine.request import Request
 from llmkit.engine.slots import PrefixCache, common_prefix
 
-__all__ = ["Journal", "slots_of"]
+__all__ = ["Journal", "requests_of", "slots_of"]
 
 MAX_STEPS = 2000
 
@@ -23,16 +23,36 @@ class Journal:
     def __init__(self) -> None:
         self._steps: deque[tuple[float, float, tuple[tuple[int, str, int, int, bool], ...]]] = deque(maxlen=MAX_STEPS)
 
-    def add(self, began: float, batch: Batch, ids: dict[int | None, str]) -> None:
-        chunks = tuple((c.slot, ids.get(c.slot, ""), len(c.tokens), c.draft, len(c.tokens) > 1 + c.draft or not c.sample) for c in batch.chunks)
-        self._steps.append((began, time.perf_counter() - began, chunks))
+    def add(self, began: float, seconds: float, batch: Batch, resident: Sequence[int], ids: dict[int | None, str]) -> None:
+        """A step; ``resident`` is what each slot of it holds now, less than asked after an interrupt."""
+        chunks = tuple(
+            (c.slot, ids.get(c.slot, ""), max(0, min(len(c.tokens), held - c.start)), c.draft, len(c.tokens) > 1 + c.draft or not c.sample)
+            for c, held in zip(batch.chunks, resident, strict=True)
+        )
+        self._steps.append((began, seconds, chunks))
 
     def as_list(self) -> list[dict[str, Any]]:
-        """JSON-ready, oldest first; times since the first of them."""
-        steps = list(self._steps)
-        zero = steps[0][0] if steps else 0.0
+        """JSON-ready, oldest first; times in seconds, 0 is now."""
+        steps, zero = list(self._steps), time.perf_counter()
         names = ("slot", "request", "tokens", "draft", "is_prompt")
         return [{"at": began - zero, "seconds": seconds, "chunks": [dict(zip(names, c, strict=True)) for c in chunks]} for began, seconds, chunks in steps]
+
+
+def requests_of(running: Sequence[Request]) -> list[dict[str, Any]]:
+    """What runs, JSON-ready: tokens of the prompt (and how many of them were cached), tokens made so far, and seconds since it came."""
+    now = time.perf_counter()
+    return [
+        {
+            "request": r.request_id,
+            "caller": r.caller,
+            "slot": r.slot,
+            "prompt_tokens": r.num_prompt_tokens,
+            "cached_tokens": r.num_cached_tokens,
+            "output_tokens": r.num_output_tokens,
+            "seconds": now - r.arrived_at,
+        }
+        for r in list(running)
+    ]
 
 
 def slots_of(cache: PrefixCache, running: Sequence[Request]) -> list[dict[str, Any]]:

@@ -34,14 +34,17 @@ th { font-weight: 600; } code { background: var(--box); padding: .1em .3em; bord
 meter { width: 7em; vertical-align: middle; } label { color: var(--soft); }
 """
 SCRIPT = """
-const box = document.getElementById('live'), main = document.getElementById('state');
-const here = location.pathname.replace(/\\/?$/, '/') + 'status?part=1';
+const box = document.getElementById('live'), main = document.getElementById('state'), note = document.getElementById('note');
+let last = '';
+const here = location.pathname.replace(/\\/?$/, '/') + 'status?part=1&no_track_activity=1';
 setInterval(async () => {
   if (!box.checked || document.hidden) return;
   try {
     const reply = await fetch(here, {credentials: 'same-origin'});
-    if (reply.ok) main.innerHTML = await reply.text();
-  } catch (error) { /* the server is away: the next one may succeed */ }
+    const text = reply.ok ? await reply.text() : '';
+    note.textContent = reply.ok ? '' : 'The server refuses to say more (' + reply.status + '); these numbers are old.';
+    if (text && text !== last && !main.contains(document.activeElement)) { main.innerHTML = text; last = text; }
+  } catch (error) { note.textContent = 'The server does not answer; these numbers are old.'; }
 }, 2000);
 """
 
@@ -132,7 +135,7 @@ class StatusRoutes:
             f"<title>llmkit: models and requests</title><style>{STYLE}</style></head><body><h1>llmkit</h1>"
             "<p>The models of your notebooks, for other programs: the address is this one with <code>v1</code> at the end. "
             f'<a href="{base}docs">Its routes</a></p>'
-            f'<p><label><input type="checkbox" id="live" checked> update every two seconds</label></p>'
+            f'<p><label><input type="checkbox" id="live" checked> update every two seconds</label> <span id="note" role="status"></span></p>'
             f'<main id="state">{fragment(await self._state())}</main><script nonce="{nonce}">{SCRIPT}</script></body></html>'
         )
         exchange.send_page(text, nonce)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 
-__all__ = ["BLUE", "GREEN", "ORANGE", "PURPLE", "bar", "card", "marks", "size_text", "sparkline"]
+__all__ = ["BLUE", "GREEN", "ORANGE", "PURPLE", "bar", "card", "marks", "size_text", "sparkline", "table"]
 
 # Readable on white and on Jupyter's dark grey alike (contrast of at least 3:1 for graphics); text takes the theme's colour.
 BLUE, ORANGE, GREEN, PURPLE = "#3b7dd8", "#c9720a", "#2e8b57", "#9063cd"
@@ -63,6 +63,15 @@ def _label(title: str, value: str) -> str:
         f'<div style="display:flex;justify-content:space-between;gap:1em"><span style="color:{MUTED}">{escape(title)}</span>'
         f'<span style="color:{FOREGROUND};font-variant-numeric:tabular-nums">{escape(value)}</span></div>'
     )
+
+
+def table(title: str, heads: Sequence[str], rows: Sequence[Sequence[object]], empty: str) -> str:
+    """A small table with a caption."""
+    cells = "".join("<tr>" + "".join(f'<td style="text-align:left;padding:0 10px 0 0">{escape(str(c))}</td>' for c in row) + "</tr>" for row in rows)
+    head = "".join(f'<th scope="col" style="text-align:left;padding:0 10px 0 0;font-weight:normal">{escape(h)}</th>' for h in heads)
+    body = f"<thead><tr>{head}</tr></thead><tbody>{cells}</tbody>" if rows else f"<tbody><tr><td>{escape(empty)}</td></tr></tbody>"
+    caption = f'<caption style="text-align:left;color:{MUTED};padding:0;white-space:nowrap">{escape(title)}</caption>'
+    return f'<table style="border-collapse:collapse;font-variant-numeric:tabular-nums;color:{FOREGROUND};margin:0">{caption}{body}</table>'
 
 
 def card(title: str, note: str, parts: Sequence[str]) -> str:

@@ -15,22 +15,25 @@ import psutil
 from llmkit.client import EngineClient
 from llmkit.errors import EngineGoneError, LLMKitError
 from llmkit.notebook import charts
-from llmkit.types import EngineStats
+from llmkit.types import EngineStats, Inquiry
 
 __all__ = ["Monitor", "Sample"]
 
 HISTORY = 120
+MAX_ROWS = 8
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One look at the engine and the process: rates in tokens a second since the last one, memory in bytes (``vram`` used and total; None without a GPU)."""
+    """One look at the engine and the process: rates in tokens a second since the last one, the requests that run, memory in bytes (``vram`` used and total;
+    None without a GPU)."""
 
     stats: EngineStats
     decode_tok_s: float
     rss_bytes: int
     total_ram_bytes: int
     vram: tuple[int, int] | None
+    requests: tuple[dict[str, Any], ...] = ()
 
 
 class Monitor:
@@ -85,7 +88,16 @@ class Monitor:
         self._kv.append(stats.kv_usage)
         if getattr(self._client, "gone", None):
             raise EngineGoneError(str(self._client.gone))  # type: ignore[attr-defined]
-        return Sample(stats, rate, max(1, int(self._process.memory_info().rss)), self._total_ram, self._device_memory())
+        return Sample(stats, rate, max(1, int(self._process.memory_info().rss)), self._total_ram, self._device_memory(), self._requests(stats))
+
+    def _requests(self, stats: EngineStats) -> tuple[dict[str, Any], ...]:
+        """What runs now; asked only when something does."""
+        if not stats.num_running:
+            return ()
+        try:
+            return tuple(self._client.inquire(Inquiry(f"monitor-{id(self)}", "requests", {})).result(0.25)["requests"])
+        except (LLMKitError, TimeoutError):  # a busy cell, or a model that only embeds
+            return ()
 
     def _run(self) -> None:
         while not self._stopped.wait(self._interval):
@@ -130,8 +142,25 @@ class Monitor:
                 ],
             ),
             self._vram_bar(s),
+            charts.bar(
+                "prompt tokens from the cache",
+                f"{stats.cached_tokens_total} of {stats.prompt_tokens_total}",
+                [(stats.cached_tokens_total / max(stats.prompt_tokens_total, 1), charts.GREEN)],
+            ),
+            self._table(s),
         ]
         return charts.card(f"llmkit · {d.name}", "live" if self.running else "stopped", parts)
+
+    @staticmethod
+    def _table(s: Sample) -> str:
+        """One row for each request that runs."""
+        heads = ("slot", "from", "prompt", "cached", "made", "seconds")
+        rows = [
+            (r["slot"], r["caller"] or "this notebook", r["prompt_tokens"], r["cached_tokens"], r["output_tokens"], f"{r['seconds']:.1f}")
+            for r in s.requests[:MAX_ROWS]
+        ]
+        more = f", {len(s.requests) - MAX_ROWS} more" if len(s.requests) > MAX_ROWS else ""
+        return charts.table(f"running requests{more}", heads, rows, "none")
 
     @staticmethod
     def _vram_bar(s: Sample) -> str:

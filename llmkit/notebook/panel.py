@@ -7,7 +7,6 @@ import time
 from html import escape
 from typing import Any
 
-from llmkit.errors import LLMKitError
 from llmkit.notebook import charts
 from llmkit.session import Session, Turn
 
@@ -26,9 +25,9 @@ class ChatPanel:
         self.session, self._name = session, name
         self._turn: Turn | None = None
         self._thread: threading.Thread | None = None
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._widgets: dict[str, Any] | None = None
-        self._pending = ""
+        self._said = ""  # last
         self._error = ""
 
     # -- what the buttons do; any thread
@@ -36,23 +35,22 @@ class ChatPanel:
     @property
     def busy(self) -> bool:
         """An answer is coming."""
-        return self._thread is not None and self._thread.is_alive()
+        return self._turn is not None
 
     def send(self, text: str) -> None:
         """Say something; returns at once."""
         with self._lock:
-            if self.busy or not text.strip():
+            if self._turn is not None or not text.strip():
                 return
-            self._pending, self._error = text, ""
+            self._said, self._error = text, ""
             try:
-                self._turn = self.session.stream(text)
-            except LLMKitError as error:
-                self._error = str(error)
-                self._turn = None
+                self._turn = turn = self.session.stream(text)
+            except Exception as error:
+                self._fail(error)
             else:
-                self._thread = threading.Thread(target=self._read, args=(self._turn,), name="llmkit-chat-panel", daemon=True)
+                self._thread = threading.Thread(target=self._read, args=(turn,), name="llmkit-chat-panel", daemon=True)
                 self._thread.start()
-        self._show()
+            self._show()
 
     def stop(self) -> None:
         """End the answer that is coming; what there is of it stays."""
@@ -62,22 +60,28 @@ class ChatPanel:
 
     def edit(self) -> str:
         """Take the last turn back, and give what was said in it."""
-        if self.busy:
-            return ""
-        said = next((m.content for m in reversed(self.session.messages) if m.role == "user"), "")
-        self.session.undo()
-        self._error = ""
-        self._show()
-        return said
+        with self._lock:
+            if self._turn is not None:
+                return ""
+            if self._error:  # it never became a turn
+                said = self._said
+            else:
+                said = next((m.content for m in reversed(self.session.messages) if m.role == "user"), "")
+                self.session.undo()
+            self._error = ""
+            self._show()
+            return said
 
     def clear(self) -> None:
         """Start over; instructions stay."""
         self.stop()
-        if self._thread is not None:
-            self._thread.join(2)
-        self.session.messages[:] = [m for m in self.session.messages if m.role == "system"]
-        self._error = ""
-        self._show()
+        self.wait(5)
+        with self._lock:
+            if self._turn is not None:
+                return  # it does not end: better a long conversation than half of one
+            self.session.messages[:] = [m for m in self.session.messages if m.role == "system"]
+            self._error = ""
+            self._show()
 
     def wait(self, timeout: float | None = None) -> None:
         """Until the answer is there."""
@@ -86,45 +90,65 @@ class ChatPanel:
 
     def _read(self, turn: Turn) -> None:
         shown = 0.0
+        failure: Exception | None = None
         try:
             for _ in turn:
                 if time.monotonic() - shown >= INTERVAL_S:
                     shown = time.monotonic()
-                    self._show(turn.text)
-        except LLMKitError as error:
-            self._error = str(error)
-        finally:
+                    with self._lock:
+                        self._show(turn.text)
+        except Exception as error:
+            failure = error
+        with self._lock:
             self._turn = None
-            self._show(done=True)
+            if failure is not None:
+                self._fail(failure)
+            self._show()
+
+    def _fail(self, error: Exception) -> None:
+        """Say what is wrong, and give back what was typed."""
+        self._error = str(error) or type(error).__name__
+        if self._widgets is not None and not self._widgets["box"].value:
+            self._widgets["box"].value = self._said
 
     # -- how it looks
 
-    def html(self, coming: str | None = None) -> str:
-        """The conversation, with an answer that is coming."""
+    def html(self) -> str:
+        """The conversation so far."""
         parts = [_said(m.role, m.content) for m in self.session.messages if m.role in ("user", "assistant")]
-        if coming is not None:
-            parts += [_said("user", self._pending), _said("assistant", coming + " ▍")]
+        return "".join(parts) or ("" if self.busy else f'<span style="color:{charts.MUTED}">Say something below.</span>')
+
+    def _coming(self, text: str | None) -> str:
+        """The answer that is coming, and what went wrong."""
+        parts = [_said("user", self._said), _said("assistant", (text or "") + " ▍")] if self._turn is not None else []
         if self._error:
             parts.append(f'<div role="alert" style="color:var(--jp-error-color1, #c62828);margin-top:6px">{escape(self._error)}</div>')
-        empty = f'<span style="color:{charts.MUTED}">Say something below.</span>'
-        return f'<div style="max-height:420px;overflow-y:auto;padding:4px">{"".join(parts) or empty}</div>'
+        return "".join(parts)
 
-    def _show(self, coming: str | None = None, done: bool = False) -> None:
+    def _show(self, text: str | None = None) -> None:
+        """With the lock held."""
         widgets = self._widgets
         if widgets is None:
             return
-        busy = not done and self.busy
-        widgets["log"].value = self.html("" if coming is None and busy else coming if busy else None)
+        busy = self._turn is not None
+        said, coming = self.html(), self._coming(text)
+        if widgets["log"].value != said:
+            widgets["log"].value = said
+        widgets["coming"].value = coming
         widgets["stop"].disabled = not busy
         widgets["send"].disabled = widgets["edit"].disabled = busy
-        state = "answering" if busy else self._error or "answer complete" if self.session.messages else "ready"
-        widgets["state"].value = f'<span role="status" aria-live="polite" style="color:{charts.MUTED}">{escape(state)}</span>'
+        state = "answering" if busy else "not sent" if self._error else "answer complete" if self.session.num_turns else "ready"
+        value = f'<span role="status" aria-live="polite" style="color:{charts.MUTED}">{escape(state)}</span>'
+        if widgets["state"].value != value:
+            widgets["state"].value = value
 
     def _make(self) -> dict[str, Any]:
         import ipywidgets as w
 
-        log = w.HTML(self.html())
-        box = w.Textarea(placeholder="Your message", layout=w.Layout(width="100%", height="64px"), tooltip="Your message")
+        log, coming = w.HTML(self.html()), w.HTML("")
+        # From the bottom up: the newest stays in sight while it grows, and scrolling up is left alone.
+        window = w.Box([coming, log], layout=w.Layout(display="flex", flex_flow="column-reverse", max_height="420px", overflow="auto"))
+        box = w.Textarea(description="Message", layout=w.Layout(width="98%", height="64px"), style={"description_width": "auto"})
         send = w.Button(description="Send", button_style="primary", icon="paper-plane", tooltip="Send the message")
         stop = w.Button(description="Stop", icon="stop", disabled=True, tooltip="End the answer here")
         edit = w.Button(description="Edit last", icon="pencil", tooltip="Take the last message back to change and resend it")
@@ -144,8 +168,8 @@ class ChatPanel:
         clear.on_click(lambda _: self.clear())
         title = w.HTML(f"<strong>Chat with {escape(self._name)}</strong>")
         buttons = w.HBox([send, stop, edit, clear, state])
-        panel = w.VBox([title, log, box, buttons], layout=w.Layout(border=f"1px solid {charts.LINE}", padding="8px", max_width="760px"))
-        return {"panel": panel, "log": log, "box": box, "send": send, "stop": stop, "edit": edit, "clear": clear, "state": state}
+        panel = w.VBox([title, window, box, buttons], layout=w.Layout(border=f"1px solid {charts.LINE}", padding="8px", max_width="760px"))
+        return {"panel": panel, "log": log, "coming": coming, "box": box, "send": send, "stop": stop, "edit": edit, "clear": clear, "state": state}
 
     def __repr__(self) -> str:
         return f"ChatPanel with {self._name}\n{self.session!r}"
@@ -173,9 +197,19 @@ def _said(role: str, text: str) -> str:
 
 
 def as_html(text: str) -> str:
-    """Markdown as HTML; HTML in it is text, and links go nowhere but to http, https and mailto."""
+    """Markdown as HTML. HTML in it is text, pictures are not fetched, and links lead only to the web and to mail."""
     try:
         import mistune
     except ImportError:
         return f'<div style="white-space:pre-wrap">{escape(text)}</div>'
-    return str(mistune.create_markdown(escape=True, plugins=["table", "strikethrough"])(text))
+
+    class Renderer(mistune.HTMLRenderer):
+        def image(self, text: str, url: str, title: str | None = None) -> str:
+            return escape(f"{text} ({url})")
+
+        def link(self, text: str, url: str, title: str | None = None) -> str:
+            if not url.lower().startswith(("http://", "https://", "mailto:")):
+                return f"{text} ({escape(url)})"
+            return f'<a href="{escape(url, quote=True)}" target="_blank" rel="noopener noreferrer">{text}</a>'
+
+    return str(mistune.create_markdown(escape=True, renderer=Renderer(escape=True), plugins=["table", "strikethrough"])(text))

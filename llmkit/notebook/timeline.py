@@ -24,8 +24,7 @@ class Timeline:
 
     def __init__(self, name: str, steps: list[dict[str, Any]], seconds: float | None = None) -> None:
         if seconds is not None and steps:
-            end = steps[-1]["at"] + steps[-1]["seconds"]
-            steps = [s for s in steps if s["at"] >= end - seconds]
+            steps = [s for s in steps if s["at"] >= -seconds]
         self.name, self._steps = name, steps
 
     @property
