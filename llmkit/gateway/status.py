@@ -164,7 +164,7 @@ def fragment(state: dict[str, Any]) -> str:
         _table("Models", heads, models, empty)
         + _table("Requests now", ("from", "route", "since"), requests, "None at the moment.")
         + _table("Who was here", ("from", "requests"), callers, "Nobody yet.")
-        + f"<p>llmkit {escape(state['version'])}, up for {state['up_s'] / 60:.0f} minutes</p>"
+        + f"<p>llmkit {escape(state['version'])}, up for {state['up_s'] / 60:.0f} min</p>"
     )
 
 
