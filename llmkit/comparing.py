@@ -38,7 +38,7 @@ def compare(
     reference: list[TokenLogprob] | None = None
     for name in names:
         path = resolve(name).path
-        llm = next((m for m in models.handles.values() if Path(m.model.path) == path), None)
+        llm = next((m for m in models.living().values() if Path(m.model.path) == path), None)
         stays = llm is not None
         llm = llm or load(name, **{"n_ctx": n_ctx, "n_slots": max(batch_size, 1), "share": False, **options})
         try:

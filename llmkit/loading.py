@@ -141,7 +141,7 @@ def attach(model: str | None = None) -> LLM:
         if model in (None, connection.model.name, f"{connection.model.name}@{connection.kernel_name}"):
             _register_displays()
             attached = LLM(BridgeClient(connection, patient=True), on_unload=_forget)
-            models.handles.setdefault(attached.name, attached)
+            models.living().setdefault(attached.name, attached)
             return attached
     names = ", ".join(repr(f"{c.model.name}@{c.kernel_name}") for c in found) or "none at all"
     what = "no model" if model is None else f"no model {model!r}"

@@ -151,9 +151,9 @@ class LLMMagics(Magics):
     def _list(self, _: argparse.Namespace) -> None:
         from llmkit import models
 
-        if not models.handles:
+        if not models.living():
             print("No model is loaded here; %llm load smollm2 loads one.")
-        for name, llm in models.handles.items():
+        for name, llm in models.living().items():
             print(("* " if name == self._used() else "  ") + repr(llm))
 
     def _use(self, options: argparse.Namespace) -> None:
@@ -183,9 +183,9 @@ class LLMMagics(Magics):
     def _used(self) -> str | None:
         from llmkit import models
 
-        if self.used in models.handles:
+        if self.used in models.living():
             return self.used
-        return next(reversed(models.handles), None)  # the newest
+        return next(reversed(models.living()), None)  # the newest
 
     def _model(self, name: str | None) -> Any:
         from llmkit import models
@@ -193,9 +193,9 @@ class LLMMagics(Magics):
         wanted = name or self._used()
         if wanted is None:
             raise InvalidRequestError("no model is loaded here; %llm load smollm2 loads one.", "model")
-        if wanted not in models.handles:
-            raise InvalidRequestError(f"no model {wanted!r} is loaded here; loaded: {', '.join(models.handles) or 'none'}.", "model")
-        return models.handles[wanted]
+        if wanted not in models.living():
+            raise InvalidRequestError(f"no model {wanted!r} is loaded here; loaded: {', '.join(models.living()) or 'none'}.", "model")
+        return models.living()[wanted]
 
 
 def _split(line: str) -> list[str]:
@@ -218,4 +218,4 @@ def complete(_: Any, event: Any) -> list[str]:
     done = len(words) - (0 if event.line.endswith(" ") else 1)
     if done <= 1:
         return list(COMMANDS)
-    return sorted(ALIASES) if words[1] in ("load", "estimate") else list(models.handles)
+    return sorted(ALIASES) if words[1] in ("load", "estimate") else list(models.living())

@@ -187,13 +187,13 @@ class Engine:
         if not (output.interrupted or output.error or output.no_room):
             self._observe(batch, seconds)
             self._governor.observe(batch.num_tokens, seconds)
-        error = output.error or ("the context has no room left" if output.no_room else None)
-        self._publish(self._scheduler.update(batch, output), EngineError(f"this request failed in the backend: {error}") if error else None)
         self._journal.add(began, seconds, batch, output.resident, running)
         stats = self._stats
         stats.generation_tokens += sum(map(len, output.tokens))
         stats.steps += 1
         stats.backend_s += output.backend_s + drafting
+        error = output.error or ("the context has no room left" if output.no_room else None)
+        self._publish(self._scheduler.update(batch, output), EngineError(f"this request failed in the backend: {error}") if error else None)
         stats.step_s += time.perf_counter() - start
         stats.refresh()
 
@@ -210,6 +210,7 @@ class Engine:
             if request.finish_reason is not None:
                 self._stats.prompt_tokens += request.num_prompt_tokens
                 self._stats.cached_tokens += request.num_cached_tokens
+        self._stats.refresh()  # who is woken finds himself counted
         for request in requests:
             request.channel.wake()
 

@@ -1,0 +1,64 @@
+"""What people do to a kernel that holds a model: %autoreload, %reset, unload while Out[] remembers; and plain IPython."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from jupyter_client_http import JupyterServer, Kernel
+
+pytestmark = pytest.mark.model
+LOAD = "import llmkit\nllm = llmkit.load('smollm2', n_ctx=512, n_slots=2)"
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[JupyterServer]:
+    server = JupyterServer(tmp_path_factory.mktemp("kernels"))
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def kernel(server: JupyterServer) -> Iterator[Kernel]:
+    kernel = server.kernel()
+    yield kernel
+    kernel.close()
+
+
+def test_autoreload_leaves_a_model_alone(kernel: Kernel) -> None:
+    kernel.run("%load_ext autoreload\n%autoreload 2")
+    kernel.run(LOAD)
+    kernel.run("first = llm.generate('Once', max_tokens=5, temperature=0).text")
+    kernel.run("import os, pathlib, llmkit.session as module\nos.utime(module.__file__)")  # as if somebody had saved it
+    assert (
+        kernel.run("print(llm.generate('Once', max_tokens=5, temperature=0).text == first, llm.session().say('Hi', max_tokens=3).text != '')") == "True True\n"
+    )
+
+
+def test_reset_keeps_the_model_loadable(kernel: Kernel) -> None:
+    kernel.run(LOAD)
+    kernel.run("%reset -f")
+    assert kernel.run(f"{LOAD}\nprint(llm.generate('Once', max_tokens=3).usage.completion_tokens, len(llmkit.models))") == "3 1\n"
+
+
+def test_memory_comes_back_twenty_times_while_out_remembers(kernel: Kernel) -> None:
+    kernel.run("import llmkit, psutil\nrss = lambda: psutil.Process().memory_info().rss / 1e6\nkept = []")
+    kernel.run("llm = llmkit.load('smollm2', n_ctx=512, n_slots=2)\nllm.generate('Once', max_tokens=3)")
+    kernel.run("llm.unload()\nbefore = rss()")
+    for _ in range(20):
+        kernel.run("llm = llmkit.load('smollm2', n_ctx=512, n_slots=2)\nkept += [llm, llm.generate('Once', max_tokens=3), llm.stream('x', max_tokens=50)]\nllm")
+        kernel.run("loaded = rss()\nllm.unload()")
+    assert kernel.run("print(rss() - before < 40, loaded - rss() > 60)") == "True True\n", kernel.run("print(before, loaded, rss())")
+
+
+def test_plain_ipython_and_plain_python(tmp_path: Path) -> None:
+    script = f"{LOAD}\nprint(repr(llm.chat('Hi', max_tokens=2))[:10], llm.monitor().sample().rss_bytes > 0)\n"
+    (tmp_path / "s.py").write_text(script)
+    (tmp_path / "s.ipy").write_text(f"{script}%load_ext llmkit\n%llm list\n")
+    for command in ([sys.executable, "s.py"], [sys.executable, "-m", "IPython", "--no-banner", "--colors=NoColor", "s.ipy"]):
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0 and "Completion True" in done.stdout and "Traceback" not in done.stderr, done.stdout + done.stderr
+    assert "* LLM('smollm2'" in done.stdout
