@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 __all__ = ["ThreadGovernor"]
 
+DIRE = 4.0
 SLOW = 1.35  # so much longer than usual is suspicious
 PATIENCE = 6  # slow steps in a row before something is tried
 TRIAL_STEPS = 5
@@ -65,7 +66,8 @@ class ThreadGovernor:
     def _watch(self, size: int, cost: float) -> None:
         """All threads compute: is it as quick as usual?"""
         self._usual[size] *= min(cost, FORGET)
-        self._slow_steps = self._slow_steps + 1 if cost > SLOW else max(0, self._slow_steps - 2)
+        # Threads that wait for one that has no core can make a step forty times as long: then two of them say enough.
+        self._slow_steps = self._slow_steps + (1 if cost < DIRE else PATIENCE // 2) if cost > SLOW else max(0, self._slow_steps - 2)
         if self._slow_steps >= PATIENCE:
             self._slow_steps = 0
             self._try(self.candidates[1:])
