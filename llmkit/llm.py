@@ -303,7 +303,7 @@ class LLM:
 
     def monitor(self, interval: float = 0.5) -> Monitor:
         """A live panel of memory, throughput, queue and KV use, moving also while cells are busy. Ends with ``unload()``."""
-        from llmkit.local import device_memory
+        from llmkit.assembly import device_memory
         from llmkit.notebook.monitor import Monitor
 
         connection = getattr(self.engine, "connection", None)

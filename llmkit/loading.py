@@ -160,11 +160,11 @@ def _forget(llm: LLM) -> None:
 def estimate(model: str | Path = "smollm2", **options: Any) -> MemoryEstimate:
     """What `load` with these options would take, from the file's header alone; loads nothing. Raises what `load` raises for a file that is none and for
     impossible options. A draft model is not in it."""
-    from llmkit import local
+    from llmkit import assembly
     from llmkit.models import gguf
     from llmkit.models.registry import resolve
 
-    return local.estimate(gguf.read_header(resolve(model).path), _options(**options))
+    return assembly.estimate(gguf.read_header(resolve(model).path), _options(**options))
 
 
 def _tuned(spec: ModelSpec) -> tuple[ModelSpec, dict[str, Any]]:

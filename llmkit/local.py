@@ -16,14 +16,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llmkit.assembly import device_memory, estimate, load_draft, load_target
 from llmkit.chat.template import CHATML, ChatTemplate
 from llmkit.chat.tools import marks
 from llmkit.engine.detokenize import Detokenizer
 from llmkit.engine.drafter import ModelDrafter
 from llmkit.engine.engine import Engine
-from llmkit.engine.prefill import ALIGNMENT
 from llmkit.engine.request import Request
-from llmkit.errors import InsufficientMemoryError, InvalidRequestError, ModelLoadError, ModelUnloadedError
+from llmkit.errors import InsufficientMemoryError, InvalidRequestError, ModelUnloadedError
 from llmkit.inquiries import answer, request_tokens
 from llmkit.machine import best_threads
 from llmkit.models import gguf, memory
@@ -38,12 +38,7 @@ if TYPE_CHECKING:
     from llmkit.backend.model import LlamaModel
     from llmkit.embedding import LocalEmbedder
 
-__all__ = ["LocalEngine", "device_memory", "estimate", "open_model"]
-
-GPU_HINT = (
-    'a GPU is here, but this build of llama.cpp is for the CPU only. Install the GPU build with\n    CMAKE_ARGS="-DGGML_CUDA=on" pip install --force-reinstall '
-    "--no-cache-dir --no-deps llama-cpp-python"
-)
+__all__ = ["LocalEngine", "open_model"]
 
 # A busy cell gives the interpreter up only when another thread has asked for it so long: with Python's 5 ms the engine waits longer than it computes.
 SWITCH_INTERVAL_S = 0.0002
@@ -117,7 +112,7 @@ class LocalEngine:
         most = min(need.n_ctx, info.max_positions or need.n_ctx, need.kv_tokens)
         if options.draft is not None:
             resolve(options.draft)  # a name that is wrong is told before anything is loaded
-        self._model, self._runner = _load(spec, options, need, on_progress)
+        self._model, self._runner = load_target(spec, options, need, on_progress)
         self._draft: tuple[LlamaModel, LlamaRunner] | None = None
         try:
             self._start(spec, info, options, need, most, name, force)
@@ -132,7 +127,7 @@ class LocalEngine:
             raise InvalidRequestError("this model's positions cannot be moved; load it without context_shift.", "context_shift")
         self._context_shift = options.context_shift
         if options.draft is not None:
-            self._draft = _load_draft(self._model, options, need, force)
+            self._draft = load_draft(self._model, options, need, force)
         if options.threads is None and need.n_gpu_layers == 0:
             with _turns:
                 self._runner.num_threads = best_threads(self._runner, spec)
@@ -158,6 +153,8 @@ class LocalEngine:
             n_vocab=vocab.n_tokens,
             weights_bytes=self._model.size_bytes,
             kv_bytes=need.kv_bytes,
+            compute_bytes=need.compute_bytes,
+            device_bytes=self._runner.device_bytes,
             device="gpu" if need.n_gpu_layers else "cpu",
             created=int(time.time()),
             tool_form=self._template.tool_form,
@@ -302,95 +299,6 @@ class LocalEngine:
                 self._free()
             else:
                 warnings.warn("the engine did not stop in time, so its memory was not freed", ResourceWarning, stacklevel=2)
-
-
-def estimate(info: gguf.ModelInfo, options: EngineOptions) -> memory.MemoryEstimate:
-    """What a load would take here, defaults filled in from the memory that is free. Raises `InvalidRequestError` for what this model cannot do."""
-    n_ctx = options.n_ctx or memory.default_context(info)
-    if info.max_positions is not None and n_ctx > info.max_positions:
-        raise InvalidRequestError(f"this model knows positions for {info.max_positions} tokens only; n_ctx={n_ctx} is more.", "n_ctx")
-    n_ctx = -(-n_ctx // 256) * 256  # llama.cpp's cells come in blocks of 256
-    device = device_memory() if options.n_gpu_layers != 0 else None
-    free = None if device is None else device[1] - device[0]
-    n_slots = options.n_slots or memory.default_slots(info, n_ctx, free)
-    sizes: dict[str, Any] = {
-        "n_ctx": n_ctx,
-        "n_slots": n_slots,
-        "kv_type": options.kv_type,
-        "kv_tokens": options.kv_tokens,
-        "batch_tokens": options.batch_tokens or memory.BATCH_TOKENS,
-    }
-    layers = options.n_gpu_layers
-    if layers == "auto":
-        layers = 0 if free is None else memory.layers_that_fit(info, gpu_free_bytes=free, **sizes)
-    return memory.estimate(info, n_gpu_layers=layers, gpu_free_bytes=free, **sizes)
-
-
-def device_memory() -> tuple[int, int] | None:
-    """Used and total bytes over all GPUs that llama.cpp can use; None without one."""
-    from llmkit.backend import library
-
-    gpus = [d for d in library.devices() if d.is_gpu]
-    return (sum(d.total_bytes - d.free_bytes for d in gpus), sum(d.total_bytes for d in gpus)) if gpus else None
-
-
-def _load(spec: ModelSpec, options: EngineOptions, need: memory.MemoryEstimate, on_progress: Callable[[float], None]) -> tuple[LlamaModel, LlamaRunner]:
-    from llmkit.backend import library
-    from llmkit.backend.llama import LlamaRunner
-    from llmkit.backend.model import LlamaModel
-
-    if not library.gpu_backend() and Path("/proc/driver/nvidia/version").exists():
-        warnings.warn(GPU_HINT, RuntimeWarning, stacklevel=4)
-    model = LlamaModel(spec.path, n_gpu_layers=need.n_gpu_layers, on_progress=on_progress)
-    try:
-        if not model.can_generate:
-            raise ModelLoadError(f"{spec.path.name} is not a text generation model: it has no plain decoder, or no vocabulary.")
-        runner = LlamaRunner(
-            model,
-            n_ctx=need.n_ctx,
-            n_slots=need.n_slots,
-            max_batch_tokens=max(options.batch_tokens or 512, ALIGNMENT + need.n_slots if options.deterministic else 0),
-            threads=options.threads,
-            kv_unified=options.kv_unified,
-            kv_tokens=options.kv_tokens,
-            kv_type=options.kv_type,
-            flash_attention=options.flash_attention,
-            rope_scaling=options.rope_scaling,
-            host_tokens=int(min(options.host_cache_mb * (1 << 20), memory.free_ram() // 8)) // max(need.kv_bytes_per_token, 1024),
-            prefix_dir=None if options.prefix_dir is None else Path(options.prefix_dir),
-            max_disk_bytes=int(options.disk_cache_mb * (1 << 20)),
-            deterministic=options.deterministic,
-            lora=[Path(path) for path, _ in options.lora],
-        )
-        return model, runner
-    except BaseException:
-        model.close()
-        raise
-
-
-def _load_draft(target: LlamaModel, options: EngineOptions, need: memory.MemoryEstimate, force: bool) -> tuple[LlamaModel, LlamaRunner]:
-    """The model that guesses, with the same slots. Raises `InvalidRequestError` for one that cannot guess for ``target``, else as `load` does."""
-    from llmkit.backend.llama import LlamaRunner
-    from llmkit.backend.model import LlamaModel
-
-    spec = resolve(str(options.draft))
-    if target.is_recurrent:
-        raise InvalidRequestError("this model is recurrent: what was guessed wrongly cannot be taken back; leave draft out.", "draft")
-    layout: dict[str, Any] = {"kv_unified": True, "kv_tokens": need.kv_tokens} if options.kv_unified else {}
-    its_options = EngineOptions(n_ctx=need.n_ctx, n_slots=need.n_slots, n_gpu_layers=options.n_gpu_layers, **layout)
-    its_need = estimate(gguf.read_header(spec.path), its_options)
-    if not (force or its_need.fits):
-        raise InsufficientMemoryError(f"the draft model {spec.path.name}: {its_need.advice()}")
-    model = LlamaModel(spec.path, n_gpu_layers=its_need.n_gpu_layers)
-    try:
-        if not model.can_generate or not model.vocab.is_same(target.vocab):
-            raise InvalidRequestError(f"the draft model {spec.name!r} has another vocabulary than the model, so it cannot guess for it.", "draft")
-        if model.is_recurrent:
-            raise InvalidRequestError(f"the draft model {spec.name!r} is recurrent: what it guessed wrongly cannot be taken back.", "draft")
-        return model, LlamaRunner(model, n_ctx=its_need.n_ctx, n_slots=its_need.n_slots, threads=options.threads, **layout)
-    except BaseException:
-        model.close()
-        raise
 
 
 @atexit.register

@@ -347,6 +347,8 @@ class ModelDescription:
     n_vocab: int = 0
     weights_bytes: int = 0
     kv_bytes: int = 0
+    compute_bytes: int = 0  # about: what the vocabulary's tables and the activations of a step take
+    device_bytes: dict[str, int] = field(default_factory=dict, hash=False)  # of these, on GPUs: "weights", "kv", "compute"; nothing without a GPU
     embedding_size: int = 0
     ranks: bool = False  # it scores pairs of texts
     tool_form: str = "general"  # how it writes calls of tools, see llmkit.chat.tools

@@ -120,14 +120,14 @@ def test_missing_files_and_directories(tmp_path: Path, monkeypatch: pytest.Monke
 def test_too_large_for_the_memory(real: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InsufficientMemoryError, match=r"n_ctx.*n_slots.*quantization.*force=True"):
         llmkit.load("smollm2", n_ctx=8_000_000, n_slots=64)
-    monkeypatch.setattr("llmkit.local.device_memory", lambda: None)
+    monkeypatch.setattr("llmkit.assembly.device_memory", lambda: None)
     monkeypatch.setattr("llmkit.models.memory.free_ram", lambda: 50 << 20)
     with pytest.raises(InsufficientMemoryError, match=r"does not fit: 0\.05 GiB free"):
         llmkit.load("smollm2")
 
 
 def test_too_large_for_the_gpu(real: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llmkit.local.device_memory", lambda: (3 << 30, (3 << 30) + (512 << 20)))
+    monkeypatch.setattr("llmkit.assembly.device_memory", lambda: (3 << 30, (3 << 30) + (512 << 20)))
     with pytest.raises(InsufficientMemoryError, match=r"of 0\.50 GiB free on the GPU.*n_gpu_layers"):
         llmkit.load("smollm2", n_gpu_layers=-1, n_slots=8)
     fitting = llmkit.estimate("smollm2", n_slots=8)

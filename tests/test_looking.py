@@ -6,18 +6,20 @@ import math
 import re
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import matplotlib
 import numpy as np
 import pytest
-from fakes import wait_for
+from fakes import FakeClient, wait_for
 
 import llmkit
 from llmkit.bench.quality import SAMPLE_TEXT
 from llmkit.comparing import Comparison
 from llmkit.errors import InvalidRequestError
 from llmkit.notebook import progress
+from llmkit.notebook.monitor import Monitor
 from llmkit.notebook.panel import ChatPanel, as_html
 
 matplotlib.use("agg")
@@ -169,3 +171,14 @@ def test_the_monitor_shows_each_request(llm: llmkit.LLM) -> None:
     stream.close()
     wait_for(lambda: not monitor.sample().requests)
     monitor.stop()
+
+
+def test_the_monitor_splits_the_memory_of_a_gpu(fake: FakeClient) -> None:
+    mib = 1 << 20
+    sizes = {"weights": 92 * mib, "kv": 90 * mib, "compute": 98 * mib}
+    fake.description = replace(fake.description, weights_bytes=120 * mib, kv_bytes=90 * mib, compute_bytes=100 * mib, device_bytes=sizes)
+    monitor = Monitor(fake, device_memory=lambda: (400 * mib, 1000 * mib))
+    monitor.stop()
+    ram, vram = monitor.html().split("VRAM", 1)
+    assert "weights 28 MiB" in ram and "compute 2.0 MiB" in ram and "KV" not in ram.split("RAM of")[1]
+    assert all(text in vram for text in ("400 MiB of 1000 MiB", "weights 92 MiB", "KV 90 MiB", "compute 98 MiB", "others 120 MiB"))

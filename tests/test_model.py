@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from fakes import wait_for
 
+from llmkit.backend.library import Log
 from llmkit.backend.llama import LlamaRunner
 from llmkit.backend.model import LlamaModel
 from llmkit.backend.vocab import longest_run
@@ -210,3 +211,22 @@ def test_unload_gives_the_memory_back_under_live_references() -> None:
     assert sizes[-1] - sizes[1] < 20 << 20, sizes
     with pytest.raises(ModelUnloadedError):
         generate(kept[0][0], "a")
+
+
+def test_what_llama_cpp_put_on_a_gpu() -> None:
+    """Its own words at a load with CUDA; buffers in main memory are not counted."""
+    log = Log()
+    for line in (
+        "load_tensors:   CPU_Mapped model buffer size =    28.69 MiB\n",
+        "load_tensors:        CUDA0 model buffer size =    92.00 MiB\n",
+        "llama_kv_cache:      CUDA0 KV buffer size =    90.00 MiB\n",
+        "llama_context:  CUDA_Host  output buffer size =     1.50 MiB\n",
+        "sched_reserve:      CUDA0 compute buffer size =    98.25 MiB\n",
+        "sched_reserve:      CUDA1 compute buffer",
+        " size =    10.00 MiB\n",
+        "sched_reserve:  CUDA_Host compute buffer size =     3.01 MiB\n",
+    ):
+        log.add(2, line)
+    assert {kind: size / (1 << 20) for kind, size in log.device_bytes().items()} == {"weights": 92, "kv": 90, "compute": 108.25}
+    log.clear()
+    assert log.device_bytes() == {}

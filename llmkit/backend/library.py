@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import threading
 from collections import deque
 from functools import cache
@@ -18,6 +19,8 @@ import llama_cpp.llama_cpp as C
 __all__ = ["C", "Device", "Log", "devices", "gpu_backend", "log", "short", "start"]
 
 LOG_LEVEL_ERROR = 3
+BUFFER = re.compile(r"\b(\S+) +(model|KV|RS|compute|output) buffer size *= *([\d.]+) MiB")
+BUFFER_KINDS = {"model": "weights", "KV": "kv", "RS": "kv", "compute": "compute", "output": "compute"}
 
 
 class Log:
@@ -27,6 +30,7 @@ class Log:
         self._lines: deque[tuple[int, str]] = deque(maxlen=size)
         self._lock = threading.Lock()
         self._open = False
+        self._device_bytes: dict[str, int] = {}
 
     def add(self, level: int, text: str) -> None:
         with self._lock:
@@ -36,10 +40,20 @@ class Log:
             else:
                 self._lines.append((level, text.rstrip("\n")))
             self._open = not text.endswith("\n")
+            found = None if self._open else BUFFER.search(self._lines[-1][1])
+            if found and not found[1].startswith("CPU") and not found[1].endswith("_Host"):
+                kind = BUFFER_KINDS[found[2]]
+                self._device_bytes[kind] = self._device_bytes.get(kind, 0) + int(float(found[3]) * (1 << 20))
 
     def clear(self) -> None:
         with self._lock:
             self._lines.clear()
+            self._device_bytes.clear()
+
+    def device_bytes(self) -> dict[str, int]:
+        """The buffers on GPUs that llama.cpp has told of since ``clear``: bytes of "weights", "kv" and "compute"."""
+        with self._lock:
+            return dict(self._device_bytes)
 
     def errors(self, count: int = 4) -> list[str]:
         """The newest error lines, oldest first; any lines when there is no error among them."""

@@ -97,6 +97,7 @@ class LlamaRunner:
         self._context: Any = C.llama_init_from_model(model.handle, params)
         if not self._context:
             raise ModelLoadError(f"llama.cpp could not make a context of {n_slots} x {n_ctx} tokens: " + "; ".join(library.log.errors()))
+        self.device_bytes = model.device_bytes | library.log.device_bytes()
         self._memory = C.llama_get_memory(self._context)
         if not self._memory:
             C.llama_free(self._context)

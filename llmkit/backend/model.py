@@ -43,6 +43,7 @@ class LlamaModel:
         params.n_gpu_layers = n_gpu_layers
         params.progress_callback = progress
         self.handle: Any = None
+        self.device_bytes: dict[str, int] = {}
         self.on_gpu = n_gpu_layers != 0 and library.gpu_backend()
         self.path = path
         self.vocab: Vocab
@@ -64,6 +65,7 @@ class LlamaModel:
             raise KeyboardInterrupt("loading was stopped") from None
         if not self.handle:
             raise ModelLoadError(f"llama.cpp could not load {path}: " + "; ".join(library.log.errors()))
+        self.device_bytes = library.log.device_bytes()
         self.vocab = Vocab(self.handle)
 
     @property

@@ -55,7 +55,7 @@ def bar(title: str, value: str, parts: Sequence[tuple[float, str]], *, legend: S
 
 def marks(entries: Sequence[tuple[str, str]]) -> str:
     marks = (f'<span style="white-space:nowrap"><span aria-hidden="true" style="color:{color}">■</span> {escape(text)}</span>' for text, color in entries)
-    return f'<div style="color:{MUTED};font-size:90%;display:flex;gap:0.8em">{"".join(marks)}</div>' if entries else ""
+    return f'<div style="color:{MUTED};font-size:90%;display:flex;flex-wrap:wrap;gap:0 0.8em">{"".join(marks)}</div>' if entries else ""
 
 
 def _label(title: str, value: str) -> str:

@@ -21,6 +21,7 @@ __all__ = ["Monitor", "Sample"]
 
 HISTORY = 120
 MAX_ROWS = 8
+MEMORY_PARTS = (("weights", "weights", charts.BLUE), ("kv", "KV", charts.PURPLE), ("compute", "compute", charts.GREEN))
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,21 +128,8 @@ class Monitor:
                 f"{stats.num_running} of {stats.num_slots} / {stats.num_waiting}",
                 [(stats.num_running / max(stats.num_slots, 1), charts.GREEN)],
             ),
-            charts.bar(
-                "RAM of the model's process",
-                f"{charts.size_text(s.rss_bytes)} of {charts.size_text(s.total_ram_bytes)}",
-                [
-                    (d.weights_bytes / s.rss_bytes, charts.BLUE),
-                    (d.kv_bytes / s.rss_bytes, charts.PURPLE),
-                    (max(0, s.rss_bytes - d.weights_bytes - d.kv_bytes) / s.rss_bytes, charts.ORANGE),
-                ],
-                legend=[
-                    (f"weights {charts.size_text(d.weights_bytes)}", charts.BLUE),
-                    (f"KV {charts.size_text(d.kv_bytes)}", charts.PURPLE),
-                    ("rest", charts.ORANGE),
-                ],
-            ),
-            self._vram_bar(s),
+            self._memory_bar("RAM of the model's process", s.rss_bytes, s.total_ram_bytes, self._in_ram(), "rest"),
+            charts.bar("VRAM", "none: CPU only", []) if s.vram is None else self._memory_bar("VRAM", *s.vram, d.device_bytes, "others"),
             charts.bar(
                 "prompt tokens from the cache",
                 f"{stats.cached_tokens_total} of {stats.prompt_tokens_total}",
@@ -162,12 +150,23 @@ class Monitor:
         more = f", {len(s.requests) - MAX_ROWS} more" if len(s.requests) > MAX_ROWS else ""
         return charts.table(f"running requests{more}", heads, rows, "none")
 
+    def _in_ram(self) -> dict[str, int]:
+        """Bytes of what is not on a GPU."""
+        d = self._client.description
+        whole = {"weights": d.weights_bytes, "kv": d.kv_bytes, "compute": d.compute_bytes}
+        return {kind: max(0, size - d.device_bytes.get(kind, 0)) for kind, size in whole.items()}
+
     @staticmethod
-    def _vram_bar(s: Sample) -> str:
-        if s.vram is None:
-            return charts.bar("VRAM", "none: CPU only", [])
-        used, total = s.vram
-        return charts.bar("VRAM", f"{charts.size_text(used)} of {charts.size_text(total)}", [(used / max(total, 1), charts.GREEN)])
+    def _memory_bar(title: str, used: int, total: int, parts: dict[str, int], rest: str) -> str:
+        """What is used, and for what; the bar's whole length is what is used."""
+        sizes = [(name, parts.get(kind, 0), color) for kind, name, color in MEMORY_PARTS]
+        sizes.append((rest, max(0, used - sum(size for _, size, _ in sizes)), charts.ORANGE))
+        return charts.bar(
+            title,
+            f"{charts.size_text(used)} of {charts.size_text(total)}",
+            [(size / max(used, 1), color) for _, size, color in sizes],
+            legend=[(f"{name} {charts.size_text(size)}", color) for name, size, color in sizes if size],
+        )
 
     def __repr__(self) -> str:
         s = self._last
