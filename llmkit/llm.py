@@ -66,7 +66,7 @@ class LLM:
         self._description = client.description
         self._bridge = bridge
         self._options = options or EngineOptions()
-        self._runs = Runs(lambda: self.engine)
+        self._runs = Runs(lambda: self.engine, lambda done, held: self._reader(held).apart(done))
         self._endpoint: Endpoint | None = None
         self._monitors: list[Monitor] = []
 

@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from llmkit.client import EngineClient
 from llmkit.errors import InvalidRequestError
@@ -48,16 +49,20 @@ def make_request(options: dict[str, Any], **prompt: Any) -> GenerationRequest:
 
 
 class Runs:
-    """Submits requests to the engine that ``engine()`` gives, and remembers the newest."""
+    """Submits requests to the engine that ``engine()`` gives, and remembers the newest. ``read(completion, held)`` is how an answer that came with its marks is
+    read (``held`` to a grammar)."""
 
-    def __init__(self, engine: Callable[[], EngineClient]) -> None:
-        self._engine = engine
+    def __init__(self, engine: Callable[[], EngineClient], read: Callable[[Completion, bool], Completion] = lambda completion, _: completion) -> None:
+        self._engine, self._read = engine, read
+        self._marked: WeakKeyDictionary[Channel, bool] = WeakKeyDictionary()
         self._last: Channel | None = None
         self._batch: list[Channel] = []
 
     def submit(self, request: GenerationRequest) -> Stream:
         stream = self._engine().submit(request)
         self._last = stream.channel
+        if request.show_marks:
+            self._marked[stream.channel] = request.sampling.grammar is not None
         return stream
 
     def complete(self, requests: Iterable[GenerationRequest]) -> list[Completion]:
@@ -100,12 +105,12 @@ class Runs:
         end = time.monotonic() + ABORT_S
         while not channel.finished and time.monotonic() < end:
             time.sleep(0.005)
-        return channel.result or _partial(channel)
+        return self._remembered(channel)
 
     @property
     def last_batch(self) -> list[Completion]:
-        return [c.result or _partial(c) for c in self._batch]
+        return [self._remembered(channel) for channel in self._batch]
 
-
-def _partial(channel: Channel) -> Completion:
-    return Completion("".join(channel.text_parts), FinishReason.ABORT, request_id=channel.request_id)
+    def _remembered(self, channel: Channel) -> Completion:
+        done = channel.result or Completion("".join(channel.text_parts), FinishReason.ABORT, request_id=channel.request_id)
+        return self._read(done, self._marked[channel]) if channel in self._marked else done

@@ -29,7 +29,7 @@ class Channel:
     of many channels finds a whole step at once. None of them blocks.
     """
 
-    __slots__ = ("_deltas", "_failure", "_listener", "_lock", "_result", "_wakers", "abort_request", "logprobs", "request_id", "text_parts")
+    __slots__ = ("__weakref__", "_deltas", "_failure", "_listener", "_lock", "_result", "_wakers", "abort_request", "logprobs", "request_id", "text_parts")
 
     def __init__(self, request_id: str, abort_request: Callable[[str], None]) -> None:
         self.request_id = request_id

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import jsonschema
 import pytest
+from fakes import FakeClient, FakeRunner, ask
 from test_tools import ADD, WEATHER, plain
 
 from llmkit.chat.parsers.events import as_call
 from llmkit.chat.reading import AnswerReader
 from llmkit.chat.tools import call_grammar, marks
+from llmkit.running import Runs, new_id
 from llmkit.types import Completion, Delta, FinishReason, ModelDescription, Tool, Usage
 
 
@@ -68,3 +71,16 @@ def test_reasoning_is_counted() -> None:
 
 def test_marks_are_shown_to_the_parser_alone() -> None:
     assert "<|channel|>" in marks("harmony") and "<|tool_call|>" in marks("list") and "<tool_call>" in marks("hermes")
+
+
+def test_the_newest_answer_is_read_as_chat_reads_it() -> None:
+    """What came with its marks (of reasoning) is told without them, also when it was stopped."""
+    fake = FakeClient(runner=FakeRunner(step_s=0.005))
+    runs = Runs(lambda: fake, lambda done, held: replace(done, text=f"read {held}"))
+    plain, marked = ask("a", max_tokens=3), replace(ask("b", max_tokens=3), show_marks=True)
+    assert runs.complete([plain])[0].text == runs.last.text == fake.runner.reference(b"a", 3).decode()
+    assert runs.complete([marked])[0].text != runs.last.text == "read False"
+    stream = runs.submit(replace(marked, request_id=new_id(), sampling=replace(marked.sampling, max_tokens=200)))
+    runs.stop([stream])
+    assert runs.last.finish_reason == FinishReason.ABORT and runs.last.text == "read False"
+    fake.close()
