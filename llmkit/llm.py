@@ -261,14 +261,21 @@ class LLM:
 
     # -- embed
 
-    def embed(self, texts: str | Sequence[str], *, normalize: bool = True) -> np.ndarray:
-        """Vectors of texts by an embedding model (``llmkit.load("minilm")``): float32 of shape (n, size), or (size,) for a single text.
+    @overload
+    def embed(self, texts: str | Sequence[str], *, normalize: bool = True) -> np.ndarray: ...
+    @overload
+    def embed(self, texts: pd.Series, *, normalize: bool = True) -> pd.DataFrame: ...
+    def embed(self, texts: Any, *, normalize: bool = True) -> np.ndarray | pd.DataFrame:
+        """Vectors of texts by an embedding model (``llmkit.load("minilm")``): float32 of shape (n, size), or (size,) for a single text. For a table's column
+        (a pandas Series), a DataFrame with the column's index.
 
         ``normalize`` makes their length 1, so that ``a @ b`` is the cosine similarity. Blocks; texts of one call and of other callers are computed together.
         """
         from llmkit import vectors
 
         single = isinstance(texts, str)
+        if hasattr(texts, "index") and hasattr(texts, "to_frame"):
+            return vectors.embed_column(self._ask_vectors, new_id, texts, self._description.embedding_size, normalize)
         found = vectors.embed(self._ask_vectors, new_id, [texts] if isinstance(texts, str) else texts, self._description.embedding_size, normalize)
         return found[0] if single else found
 

@@ -14,6 +14,7 @@ from llmkit.errors import InvalidRequestError, ModelNotFoundError
 from llmkit.llm import LLM
 from llmkit.notebook.progress import Progress
 from llmkit.options import EngineOptions
+from llmkit.running import Interrupted
 
 if TYPE_CHECKING:
     from llmkit.models.memory import MemoryEstimate
@@ -76,7 +77,6 @@ def load(
     Raises `ModelNotFoundError`, `InvalidModelFileError`, `InsufficientMemoryError` (``force=True`` skips the estimate), `ModelLoadError`, and
     `InvalidRequestError` for impossible options.
     """
-    from llmkit.local import open_model
     from llmkit.models.registry import resolve
 
     spec = resolve(model)
@@ -88,37 +88,49 @@ def load(
             best.pop("kv_unified", None)  # what was asked goes before what is fast
         options = {**best, **options}
     settings = _options(n_ctx=n_ctx, n_slots=n_slots, n_gpu_layers=n_gpu_layers, threads=threads, **options)
-    with _load_lock:
-        loaded = _loaded.get(spec.path)
-        if loaded is not None and not loaded.closed:
-            loaded.check_same(settings, name)
-            if share:
-                loaded.share(kernel_id())
-            return loaded
-        if loaded is not None:
-            loaded.unload()  # its process has died
-        if settings.isolated:
-            from llmkit.isolated import IsolatedEngine
+    try:
+        with _load_lock:
+            return _open(spec, settings, name, force, share)
+    except KeyboardInterrupt:
+        raise Interrupted("loading was stopped; nothing of it stays in memory") from None
 
-            _register_displays()
-            isolated = IsolatedEngine(spec, settings, name=name, force=force, kernel_id=kernel_id(), share=share is not False)
-            return _remember(spec.path, LLM(isolated, None, settings, _forget))
-        progress = Progress(f"loading {spec.name}", 1.0, keep=False)
-        try:
-            engine = open_model(spec, settings, name=name, force=force, on_progress=progress.update)
-        finally:
-            progress.close()
-        bridge = None
-        try:
-            if share is not False:
-                from llmkit.bridge.server import BridgeServer
 
-                bridge = BridgeServer(engine, kernel_id())
-        except BaseException:
-            engine.close()
-            raise
+def _open(spec: ModelSpec, settings: EngineOptions, name: str | None, force: bool, share: bool | None) -> LLM:
+    """The model of a file, loaded already or now; the lock is held."""
+    from llmkit.local import open_model
+
+    loaded = _loaded.get(spec.path)
+    if loaded is not None and not loaded.closed:
+        loaded.check_same(settings, name)
+        if share:
+            loaded.share(kernel_id())
+        return loaded
+    if loaded is not None:
+        loaded.unload()  # its process has died
+    if settings.isolated:
+        from llmkit.isolated import IsolatedEngine
+
         _register_displays()
-        return _remember(spec.path, LLM(engine, bridge, settings, _forget))
+        isolated = IsolatedEngine(spec, settings, name=name, force=force, kernel_id=kernel_id(), share=share is not False)
+        return _remember(spec.path, LLM(isolated, None, settings, _forget))
+    progress = Progress(f"loading {spec.name}", 1.0, keep=False)
+    try:
+        engine = open_model(spec, settings, name=name, force=force, on_progress=progress.update)
+    except BaseException:
+        progress.close(finished=False)
+        raise
+    progress.close()
+    bridge = None
+    try:
+        if share is not False:
+            from llmkit.bridge.server import BridgeServer
+
+            bridge = BridgeServer(engine, kernel_id())
+    except BaseException:
+        engine.close()
+        raise
+    _register_displays()
+    return _remember(spec.path, LLM(engine, bridge, settings, _forget))
 
 
 def _remember(path: Path, llm: LLM) -> LLM:

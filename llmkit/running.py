@@ -25,7 +25,7 @@ _ids = itertools.count(1)
 
 
 class Interrupted(KeyboardInterrupt):
-    """The stop button ended a generation. The text so far is in ``llm.last``, that of a batch in ``llm.last_batch``; the next call works."""
+    """The stop button ended a load or a generation. The text so far is in ``llm.last``, that of a batch in ``llm.last_batch``; the next call works."""
 
     def _render_traceback_(self) -> list[str]:
         """What IPython shows: one line instead of the frames in which we waited."""

@@ -10,8 +10,16 @@ from llmkit.types import EmbeddingRequest, Embeddings
 
 if TYPE_CHECKING:
     import numpy as np
+    import pandas as pd
 
-__all__ = ["embed", "rank"]
+__all__ = ["embed", "embed_column", "rank"]
+
+
+def embed_column(ask: Callable[[EmbeddingRequest], Embeddings], new_id: Callable[[], str], column: pd.Series, size: int, normalize: bool) -> pd.DataFrame:
+    """Vectors of a table's column: one row for each text, with its index; columns 0, 1, ... of float32."""
+    import pandas as pd
+
+    return pd.DataFrame(embed(ask, new_id, list(column), size, normalize), index=column.index)
 
 
 def embed(ask: Callable[[EmbeddingRequest], Embeddings], new_id: Callable[[], str], texts: Sequence[str], size: int, normalize: bool) -> np.ndarray:

@@ -12,6 +12,7 @@ import time
 import urllib.error
 import urllib.request
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -94,13 +95,19 @@ class Kernel:
         self.ws.send(json.dumps({"header": header, "parent_header": {}, "metadata": {}, "content": content, "channel": "shell", "buffers": []}))
         return message_id
 
+    def messages(self, message_id: str) -> Iterator[dict[str, Any]]:
+        """What a started cell sends, as it comes, until the kernel is idle again."""
+        while True:
+            message = json.loads(self.ws.recv())
+            if message["parent_header"].get("msg_id") == message_id:
+                yield message
+                if message["msg_type"] == "status" and message["content"]["execution_state"] == "idle":
+                    return
+
     def wait(self, message_id: str) -> tuple[str, str | None]:
         """(stdout and results, error) of a started cell."""
         text, error = "", None
-        while True:
-            message = json.loads(self.ws.recv())
-            if message["parent_header"].get("msg_id") != message_id:
-                continue
+        for message in self.messages(message_id):
             kind, content = message["msg_type"], message["content"]
             if kind == "stream":
                 text += content["text"]
@@ -108,8 +115,7 @@ class Kernel:
                 text += content["data"].get("text/plain", "")
             elif kind == "error":
                 error = f"{content['ename']}: {content['evalue']}\n" + "\n".join(content["traceback"])
-            elif kind == "status" and content["execution_state"] == "idle":
-                return text, error
+        return text, error
 
     def run(self, code: str) -> str:
         text, error = self.wait(self.start(code))

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 from fakes import FakeClient
 from safetensors.numpy import load_file, save_file
@@ -120,6 +121,8 @@ def test_one_by_one_or_together_is_the_same(llm: llmkit.LLM) -> None:
     assert np.allclose(np.linalg.norm(together, axis=1), 1, atol=1e-5)
     assert abs(float(np.linalg.norm(llm.embed("A man is eating food.", normalize=False))) - 1) > 0.01
     assert llm.embed([]).shape == (0, 384)
+    frame = llm.embed(pd.Series(TEXTS[:2], index=["a", "b"]))
+    assert frame.shape == (2, 384) and list(frame.index) == ["a", "b"] and np.allclose(frame.to_numpy(), llm.embed(TEXTS[:2]), atol=1e-5)
 
 
 def test_rerank(llm: llmkit.LLM) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from jupyter_client_http import JupyterServer, Kernel
+from tiny_models import write_large
 
 pytestmark = pytest.mark.model
 LOAD = "import llmkit\nllm = llmkit.load('smollm2', n_ctx=512, n_slots=2)"
@@ -52,6 +53,19 @@ def test_memory_comes_back_twenty_times_while_out_remembers(kernel: Kernel) -> N
         kernel.run("llm = llmkit.load('smollm2', n_ctx=512, n_slots=2)\nkept += [llm, llm.generate('Once', max_tokens=3), llm.stream('x', max_tokens=50)]\nllm")
         kernel.run("loaded = rss()\nllm.unload()")
     assert kernel.run("print(rss() - before < 40, loaded - rss() > 60)") == "True True\n", kernel.run("print(before, loaded, rss())")
+
+
+def test_stop_ends_a_load(kernel: Kernel, tmp_path: Path) -> None:
+    """While a gigabyte is loaded: the bar shows it, \u25a0 ends it, its memory is back, and the next load works."""
+    large = write_large(tmp_path / "large.gguf")
+    kernel.run("import llmkit, psutil\nrss = lambda: psutil.Process().memory_info().rss / 1e6\nbefore = rss()")
+    cell = kernel.start(f"llmkit.load({str(large)!r}, n_slots=1, n_ctx=512, threads=2)")
+    bar = next(m["content"]["data"]["text/plain"] for m in kernel.messages(cell) if m["msg_type"] == "display_data")
+    kernel.interrupt()
+    text, error = kernel.wait(cell)
+    assert bar.startswith("loading large: ") and bar.endswith("%") and error is not None and "loading was stopped" in error and text == ""
+    assert error.splitlines()[1:] == ["Interrupted: loading was stopped; nothing of it stays in memory"]
+    assert kernel.run(f"{LOAD}\nprint(rss() - before < 500, len(llmkit.models), llm.generate('Once', max_tokens=3).usage.completion_tokens)") == "True 1 3\n"
 
 
 def test_plain_ipython_and_plain_python(tmp_path: Path) -> None:

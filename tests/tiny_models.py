@@ -60,6 +60,43 @@ def write(path: Path, architecture: str, seed: int = 0, *, template: str = "", c
     return path
 
 
+def write_large(path: Path, n_embd: int = 4096, n_ff: int = 14336, n_layer: int = 8) -> Path:
+    """A gigabyte of zeros in Q4_0 that takes no place on the disk (the file is a hole) but seconds to load."""
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(512)
+    writer.add_embedding_length(n_embd)
+    writer.add_block_count(n_layer)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_feed_forward_length(n_ff)
+    writer.add_head_count(32)
+    _add_vocabulary(writer, ())
+    sizes = []
+
+    def add(name: str, *shape: int) -> None:
+        flat = len(shape) == 1
+        kind = gguf.GGMLQuantizationType.F32 if flat else gguf.GGMLQuantizationType.Q4_0
+        stored = shape if flat else gguf.quant_shape_to_byte_shape(shape, kind)
+        sizes.append(int(np.prod(stored)) * (4 if flat else 1))
+        writer.add_tensor_info(name, stored, np.dtype(np.float32 if flat else np.uint8), sizes[-1], raw_dtype=kind)
+
+    add("token_embd.weight", N_VOCAB, n_embd)
+    add("output_norm.weight", n_embd)
+    for i in range(n_layer):
+        for part in ("q", "k", "v", "output"):
+            add(f"blk.{i}.attn_{part}.weight", n_embd, n_embd)
+        for part in ("attn", "ffn"):
+            add(f"blk.{i}.{part}_norm.weight", n_embd)
+        for part, shape in (("gate", (n_ff, n_embd)), ("up", (n_ff, n_embd)), ("down", (n_embd, n_ff))):
+            add(f"blk.{i}.ffn_{part}.weight", *shape)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    writer.close()
+    with path.open("r+b") as file:
+        file.truncate(sum(-(-n // 32) * 32 for n in (path.stat().st_size, *sizes)))
+    return path
+
+
 def write_lora(path: Path, scale: float = 1.0) -> Path:
     """An adapter for the tiny Llama that changes its queries."""
     rng = np.random.default_rng(7)

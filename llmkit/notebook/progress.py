@@ -1,4 +1,4 @@
-"""A bar that fills: in a notebook as HTML that stays when it is done, in a terminal as a line, elsewhere nothing."""
+"""A bar that fills: in a notebook as HTML, in a terminal as a line, elsewhere nothing. When the work is done, a notebook keeps the bar or a line of text."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PATIENCE_S = 0.5  # what is done sooner needs no bar
 
 
 class Progress:
-    """``update(done, note)`` as often as wanted; it is shown ten times a second at most. ``close()`` takes a bar away that is in the way."""
+    """``update(done, note)`` as often as wanted; it is shown ten times a second at most. ``close()`` puts a line in the place of a bar that is in the way."""
 
     def __init__(self, title: str, total: float, *, keep: bool = True) -> None:
         self._title, self._total, self._keep = title, max(total, 1e-9), keep
@@ -54,10 +54,11 @@ class Progress:
         else:
             self._handle.update(bundle, raw=True)
 
-    def close(self) -> None:
-        """The end."""
+    def close(self, *, finished: bool = True) -> None:
+        """The end, of the work, or of waiting for it."""
         with contextlib.suppress(Exception):
             if self._handle is not None and not self._keep:
-                self._handle.update({"text/plain": "", "text/html": ""}, raw=True)
+                text = f"{self._title} {'took' if finished else 'ended after'} {time.monotonic() - self._began:.1f} s"
+                self._handle.update({"text/plain": text, "text/html": f'<span style="color:{charts.MUTED}">{escape(text)}</span>'}, raw=True)
             if self._line:
                 print("\r\x1b[K", end="", file=sys.stderr, flush=True)
