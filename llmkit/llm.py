@@ -25,6 +25,7 @@ from llmkit.types import (
     ModelDescription,
     SamplingParams,
 )
+from llmkit.waiting import uninterrupted
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -368,6 +369,9 @@ class LLM:
         if client is None:
             return
         self._on_unload(self)
+        uninterrupted(lambda: self._close(client))
+
+    def _close(self, client: EngineClient) -> None:
         for monitor in self._monitors:
             monitor.stop()
         if self._endpoint is not None:

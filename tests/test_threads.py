@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import random
+import signal
 import threading
 import time
 
 import pytest
+from fakes import wait_for
 
 from llmkit.engine.threads import ThreadGovernor
 from llmkit.turns import Turns
+from llmkit.waiting import uninterrupted
 
 
 class Machine:
@@ -77,15 +81,30 @@ def test_turns_are_taken_in_order() -> None:
     turns, order = Turns(), []
 
     def work(name: int) -> None:
-        for _ in range(3):
-            with turns:
-                order.append(name)
-                time.sleep(0.005)
+        with turns:
+            order.append(name)
 
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(3)]
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(9)]
+    with turns:
+        for i, thread in enumerate(threads, 1):
+            thread.start()
+            wait_for(lambda i=i: len(turns._waiting) == i)
     for thread in threads:
-        thread.start()
-        time.sleep(0.001)
-    for thread in threads:
-        thread.join()
-    assert sorted(order) == [0, 0, 0, 1, 1, 1, 2, 2, 2] and order[3:6] == order[6:9] == order[:3]
+        thread.join(10)
+    assert order == list(range(9))
+
+
+def test_the_stop_button_waits_for_what_must_be_finished() -> None:
+    """Half of an unload would be worse than none: the work ends first, and an interrupt comes after it; what fails, fails."""
+    done = []
+
+    def work() -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.2)
+        done.append(threading.current_thread().name)
+
+    with pytest.raises(KeyboardInterrupt):
+        uninterrupted(work)
+    assert done == ["llmkit-finish"]
+    with pytest.raises(ZeroDivisionError):
+        uninterrupted(lambda: 1 / 0)

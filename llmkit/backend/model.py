@@ -15,6 +15,7 @@ from llmkit.backend import library
 from llmkit.backend.library import C
 from llmkit.backend.vocab import Vocab
 from llmkit.errors import ModelLoadError
+from llmkit.waiting import wait_through
 
 __all__ = ["LlamaModel", "requantize"]
 
@@ -32,7 +33,7 @@ class LlamaModel:
     def __init__(self, path: Path, *, n_gpu_layers: int = -1, on_progress: Callable[[float], None] = lambda _: None) -> None:
         library.start()
         library.log.clear()
-        cancelled, loaded = threading.Event(), [0.0]
+        cancelled, ended, loaded = threading.Event(), threading.Event(), [0.0]
 
         @C.llama_progress_callback  # type: ignore[untyped-decorator]
         def progress(share: float, _: Any) -> bool:
@@ -49,18 +50,20 @@ class LlamaModel:
         self.vocab: Vocab
 
         def load() -> None:
-            self.handle = C.llama_model_load_from_file(os.fsencode(path), params)
+            try:
+                self.handle = C.llama_model_load_from_file(os.fsencode(path), params)
+            finally:
+                ended.set()
 
-        # In a thread of its own, so that the stop button reaches the waiting one.
-        worker = threading.Thread(target=load, name="llmkit-load", daemon=True)
-        worker.start()
+        # In a thread of its own, so that the stop button reaches the waiting one. Not joined, see `llmkit.waiting`.
+        threading.Thread(target=load, name="llmkit-load", daemon=True).start()
         try:
-            while worker.is_alive():
-                worker.join(0.1)
+            while not ended.wait(0.1):
                 on_progress(loaded[0])
         except KeyboardInterrupt:
             cancelled.set()
-            worker.join()
+            with contextlib.suppress(KeyboardInterrupt):
+                wait_through(ended)
             self.close()
             raise KeyboardInterrupt("loading was stopped") from None
         if not self.handle:

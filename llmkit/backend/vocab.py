@@ -13,6 +13,7 @@ import numpy as np
 
 from llmkit.backend.library import C, short
 from llmkit.errors import InvalidRequestError
+from llmkit.waiting import wait_through
 
 __all__ = ["Vocab"]
 
@@ -33,14 +34,21 @@ def longest_run(text: str) -> int:
 def on_a_deep_stack(num_bytes: int, work: Callable[[], T]) -> T:
     """Run ``work`` on a thread with that much stack; the pages are taken only as they are used."""
     result: list[T] = []
+    ended = threading.Event()
+
+    def run() -> None:
+        try:
+            result.append(work())
+        finally:
+            ended.set()
+
     with _stack_lock:
         before = threading.stack_size((16 << 20) + -(-num_bytes // 4096) * 4096)
         try:
-            thread = threading.Thread(target=lambda: result.append(work()), name="llmkit-deep")
-            thread.start()
+            threading.Thread(target=run, name="llmkit-deep").start()
         finally:
             threading.stack_size(before)
-    thread.join()
+    wait_through(ended)  # whoever frees the vocabulary must not come before
     if not result:
         raise InvalidRequestError("the text cannot be read.", "prompt")
     return result[0]
