@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 from jupyter_client_http import JupyterServer, Kernel
 from tiny_models import write_large
 
@@ -53,6 +54,38 @@ def test_memory_comes_back_twenty_times_while_out_remembers(kernel: Kernel) -> N
         kernel.run("llm = llmkit.load('smollm2', n_ctx=512, n_slots=2)\nkept += [llm, llm.generate('Once', max_tokens=3), llm.stream('x', max_tokens=50)]\nllm")
         kernel.run("loaded = rss()\nllm.unload()")
     assert kernel.run("print(rss() - before < 40, loaded - rss() > 60)") == "True True\n", kernel.run("print(before, loaded, rss())")
+
+
+@pytest.mark.parametrize("version", ["6.29", "7.3", "newest"])
+def test_versions_of_ipykernel(version: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What depends on the kernel's loops and threads: \u25a0, await, a widget that moves in a busy cell, the gateway in one, and a restart."""
+    folder = ROOT / ".venv" / "clients" / f"ipykernel-{version}"
+    if version != "newest":
+        if not folder.is_dir():
+            pytest.skip("set up by `make test`")
+        monkeypatch.setenv("PYTHONPATH", str(folder))
+    server = JupyterServer(tmp_path)
+    try:
+        kernel = server.kernel()
+        assert version == "newest" or kernel.run("import ipykernel; print(ipykernel.__version__)").startswith(version)
+        kernel.run(f"{LOAD}\nmonitor = llm.monitor(interval=0.25); monitor")
+        kernel.run("done = await llm.stream('Once', max_tokens=3)\npieces = [piece async for piece in llm.stream('Once', max_tokens=3)]")
+        assert kernel.run("print(done.usage.completion_tokens, ''.join(pieces) != '')") == "3 True\n"
+        cell = kernel.start("print('begun', flush=True)\nllm.generate('Once', max_tokens=400, ignore_eos=True)")
+        next(m for m in kernel.messages(cell) if m["msg_type"] == "stream")
+        kernel.interrupt()
+        _, error = kernel.wait(cell)
+        assert error is not None and error.splitlines()[1:] == ["Interrupted: generation stopped; the text so far is in llm.last"]
+        kernel.run("stream, seen = llm.stream('Once', max_tokens=400, ignore_eos=True), set()")
+        cell = kernel.start("while not stream.channel.finished: seen.add(monitor.html())\nprint(len(seen) > 2)")
+        body = {"model": "smollm2", "prompt": "Once", "max_tokens": 3}
+        assert server.request("POST", "/llmkit/v1/completions", body)["usage"]["completion_tokens"] == 3
+        assert kernel.wait(cell) == ("True\n", None)
+        kernel.start("llm.generate('Once', max_tokens=400, ignore_eos=True)")
+        kernel.restart()
+        assert kernel.run(f"{LOAD}\nprint(llm.generate('Once', max_tokens=3).usage.completion_tokens)") == "3\n"
+    finally:
+        server.stop()
 
 
 def test_stop_ends_a_load(kernel: Kernel, tmp_path: Path) -> None:
