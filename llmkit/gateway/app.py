@@ -23,7 +23,7 @@ from llmkit.gateway.openapi import Route, describe, page
 from llmkit.gateway.responses import ResponsesBody
 from llmkit.gateway.responses_routes import ResponsesRoutes
 from llmkit.gateway.schemas import CompletionRequest
-from llmkit.gateway.status import StatusRoutes
+from llmkit.gateway.status import StatusRoutes, send_page
 from llmkit.gateway.tokenizing import DetokenizeBody, TemplateBody, TokenizeBody, TokenizerRoutes
 from llmkit.gateway.vectors import EmbeddingsBody, RerankBody, VectorRoutes
 from llmkit.version import __version__
@@ -134,7 +134,9 @@ class GatewayHandler(web.RequestHandler):
     def prepare(self) -> None:
         exchange = Exchange(self, self.path_args[0])
         refusal = self._keys.refusal(exchange.path, self.request.headers, self.request.host_name)
-        if refusal is not None:
+        if refusal is not None and refusal.status == 401 and exchange.path == "/" and exchange.wants_page:
+            send_page(exchange, None)
+        elif refusal is not None:
             exchange.send_error(refusal)
 
     def data_received(self, chunk: bytes) -> None:

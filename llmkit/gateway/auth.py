@@ -12,7 +12,7 @@ from llmkit.gateway.failures import ApiError
 
 __all__ = ["Keys", "is_loopback"]
 
-OPEN_PATHS = ("/health",)
+OPEN_PATHS = ("/health", "/docs", "/swagger-ui", "/openapi.json")  # they say nothing of models and their users
 
 
 def is_loopback(host: str) -> bool:

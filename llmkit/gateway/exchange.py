@@ -46,6 +46,11 @@ class Exchange:
             raise ApiError(413, f"The body has {len(body)} bytes; at most {MAX_BODY_BYTES} are accepted.", code="request_too_large")
         return body
 
+    @property
+    def wants_page(self) -> bool:
+        """Somebody looks at it in a browser."""
+        return self.method == "GET" and "text/html" in self._handler.request.headers.get("Accept", "")
+
     def query(self, name: str) -> str | None:
         """A parameter of the address."""
         return self._handler.get_query_argument(name, None)
@@ -57,8 +62,9 @@ class Exchange:
         self._handler.set_header("Content-Type", "application/json")
         self._handler.finish(json.dumps(value))
 
-    def send_page(self, text: str, nonce: str = "") -> None:
+    def send_page(self, text: str, nonce: str = "", status: int = 200) -> None:
         """HTML that runs no script and fetches nothing; with a ``nonce``, the script that has it, which may fetch from here."""
+        self._handler.set_status(status)
         script = f"; script-src 'nonce-{nonce}'; connect-src 'self'" if nonce else ""
         self._handler.set_header("Content-Type", "text/html; charset=utf-8")
         self._handler.set_header("Content-Security-Policy", f"default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'self'{script}")

@@ -17,7 +17,7 @@ from llmkit.gateway.engines import EngineDirectory, Entry
 from llmkit.gateway.exchange import Exchange
 from llmkit.version import __version__
 
-__all__ = ["StatusRoutes"]
+__all__ = ["StatusRoutes", "send_page"]
 
 QUIET = ("/", "/status", "/health", "/docs", "/swagger-ui", "/openapi.json")
 MAX_CALLERS = 200
@@ -35,18 +35,29 @@ meter { width: 7em; vertical-align: middle; } label { color: var(--soft); }
 """
 SCRIPT = """
 const box = document.getElementById('live'), main = document.getElementById('state'), note = document.getElementById('note');
-let last = '';
+const lock = document.getElementById('lock'), field = document.getElementById('key');
 const here = location.pathname.replace(/\\/?$/, '/') + 'status?part=1&no_track_activity=1';
-setInterval(async () => {
-  if (!box.checked || document.hidden) return;
+let last = '', key = lock ? sessionStorage.getItem('llmkit-key') : null;
+async function load() {
   try {
-    const reply = await fetch(here, {credentials: 'same-origin'});
+    const reply = await fetch(here, {credentials: 'same-origin', headers: key ? {Authorization: 'Bearer ' + key} : {}});
     const text = reply.ok ? await reply.text() : '';
-    note.textContent = reply.ok ? '' : 'The server refuses to say more (' + reply.status + '); these numbers are old.';
+    note.textContent = reply.ok ? '' : reply.status === 401 && lock ? 'This is not the key.'
+      : 'The server refuses to say more (' + reply.status + '); these numbers are old.';
+    if (lock) {
+      lock.hidden = reply.ok;
+      if (reply.ok) sessionStorage.setItem('llmkit-key', key); else if (reply.status === 401) { key = null; sessionStorage.removeItem('llmkit-key'); }
+    }
     if (text && text !== last && !main.contains(document.activeElement)) { main.innerHTML = text; last = text; }
   } catch (error) { note.textContent = 'The server does not answer; these numbers are old.'; }
-}, 2000);
+}
+if (lock) lock.addEventListener('submit', event => { event.preventDefault(); key = field.value; field.value = ''; load(); });
+if (key) load();
+setInterval(() => { if (box.checked && !document.hidden && (!lock || key)) load(); }, 2000);
 """
+LOCK = """<form id="lock"><p>This gateway has a key, which stays in this tab. <label for="key">Key</label>
+<input id="key" type="password" autocomplete="current-password" required> <button>Show</button></p></form>
+<noscript><p>This needs JavaScript; or ask <code>status</code> with the key in the header <code>Authorization</code>.</p></noscript>"""
 
 
 @dataclass(slots=True)
@@ -128,17 +139,22 @@ class StatusRoutes:
             exchange.send_json(state)
 
     async def page(self, exchange: Exchange) -> None:
-        nonce = secrets.token_urlsafe(16)
-        base = "" if exchange.path_ends_with_slash else "llmkit/"
-        text = (
-            f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
-            f"<title>llmkit: models and requests</title><style>{STYLE}</style></head><body><h1>llmkit</h1>"
-            "<p>The models of your notebooks, for other programs: the address is this one with <code>v1</code> at the end. "
-            f'<a href="{base}docs">Its routes</a></p>'
-            f'<p><label><input type="checkbox" id="live" checked> update every two seconds</label> <span id="note" role="status"></span></p>'
-            f'<main id="state">{fragment(await self._state())}</main><script nonce="{nonce}">{SCRIPT}</script></body></html>'
-        )
-        exchange.send_page(text, nonce)
+        send_page(exchange, fragment(await self._state()))
+
+
+def send_page(exchange: Exchange, state: str | None) -> None:
+    """The page with its changing part; without it, one that asks for the key and fetches it then."""
+    nonce = secrets.token_urlsafe(16)
+    base = "" if exchange.path_ends_with_slash else "llmkit/"
+    text = (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>llmkit: models and requests</title><style>{STYLE}</style></head><body><h1>llmkit</h1>"
+        "<p>The models of your notebooks, for other programs: the address is this one with <code>v1</code> at the end. "
+        f'<a href="{base}docs">Its routes</a></p>{LOCK if state is None else ""}'
+        f'<p><label><input type="checkbox" id="live" checked> update every two seconds</label> <span id="note" role="status"></span></p>'
+        f'<main id="state">{state or ""}</main><script nonce="{nonce}">{SCRIPT}</script></body></html>'
+    )
+    exchange.send_page(text, nonce, 401 if state is None else 200)
 
 
 def fragment(state: dict[str, Any]) -> str:
