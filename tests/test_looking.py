@@ -165,7 +165,7 @@ def test_the_monitor_shows_each_request(llm: llmkit.LLM) -> None:
     wait_for(lambda: bool(monitor.sample().requests))
     (request,) = monitor.sample().requests
     assert request["caller"] == "<me>" and request["prompt_tokens"] == 4 and request["seconds"] > 0
-    assert "&lt;me&gt;" in monitor.html() and "from the cache" in monitor.html()
+    assert "&lt;me&gt;" in monitor.html() and "prompt tokens cached" in monitor.html()
     stream.close()
     wait_for(lambda: not monitor.sample().requests)
     monitor.stop()

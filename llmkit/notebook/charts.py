@@ -29,10 +29,10 @@ def sparkline(title: str, value: str, points: Sequence[float], color: str, *, to
     step = width / max(len(points) - 1, 1)
     path = " ".join(f"{i * step:.1f},{height - 2 - min(p / top, 1) * (height - 6):.1f}" for i, p in enumerate(points))
     area = f'<polygon points="0,{height} {path} {(len(points) - 1) * step:.1f},{height}" fill="{color}" opacity="0.15"/>' if len(points) > 1 else ""
-    line = f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="2"/>' if len(points) > 1 else ""
+    line = f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="2" vector-effect="non-scaling-stroke"/>' if len(points) > 1 else ""
     return (
         f'<div style="min-width:{width}px">{_label(title, value)}'
-        f'<svg role="img" viewBox="0 0 {width} {height}" width="{width}" height="{height}" aria-label="{escape(title)}: {escape(value)}">'
+        f'<svg role="img" viewBox="0 0 {width} {height}" preserveAspectRatio="none" style="width:100%;height:{height}px" aria-label="{escape(title)}: {escape(value)}">'
         f"<title>{escape(title)}: {escape(value)}</title>"
         f'<line x1="0" y1="{height - 1}" x2="{width}" y2="{height - 1}" stroke="{LINE}"/>{area}{line}</svg></div>'
     )
@@ -47,7 +47,7 @@ def bar(title: str, value: str, parts: Sequence[tuple[float, str]], *, legend: S
         at += max(0.0, min(share, 1 - at))
     return (
         f'<div style="min-width:{width}px">{_label(title, value)}'
-        f'<svg role="img" viewBox="0 0 {width} 12" width="{width}" height="12" aria-label="{escape(title)}: {escape(value)}">'
+        f'<svg role="img" viewBox="0 0 {width} 12" preserveAspectRatio="none" style="width:100%;height:12px" aria-label="{escape(title)}: {escape(value)}">'
         f"<title>{escape(title)}: {escape(value)}</title>"
         f'<rect x="0" y="0" width="{width}" height="12" fill="{LINE}" opacity="0.5"/>{rects}</svg>{marks(legend)}</div>'
     )
@@ -61,17 +61,17 @@ def marks(entries: Sequence[tuple[str, str]]) -> str:
 def _label(title: str, value: str) -> str:
     return (
         f'<div style="display:flex;justify-content:space-between;gap:1em"><span style="color:{MUTED}">{escape(title)}</span>'
-        f'<span style="color:{FOREGROUND};font-variant-numeric:tabular-nums">{escape(value)}</span></div>'
+        f'<span style="color:{FOREGROUND};font-variant-numeric:tabular-nums;white-space:nowrap">{escape(value)}</span></div>'
     )
 
 
 def table(title: str, heads: Sequence[str], rows: Sequence[Sequence[object]], empty: str) -> str:
     """A small table with a caption."""
-    cells = "".join("<tr>" + "".join(f'<td style="text-align:left;padding:0 10px 0 0">{escape(str(c))}</td>' for c in row) + "</tr>" for row in rows)
+    cells = "".join("<tr>" + "".join(f'<td style="text-align:left;padding:0 10px 0 0;white-space:nowrap">{escape(str(c))}</td>' for c in row) + "</tr>" for row in rows)
     head = "".join(f'<th scope="col" style="text-align:left;padding:0 10px 0 0;font-weight:normal">{escape(h)}</th>' for h in heads)
     body = f"<thead><tr>{head}</tr></thead><tbody>{cells}</tbody>" if rows else f"<tbody><tr><td>{escape(empty)}</td></tr></tbody>"
     caption = f'<caption style="text-align:left;color:{MUTED};padding:0;white-space:nowrap">{escape(title)}</caption>'
-    return f'<table style="border-collapse:collapse;font-variant-numeric:tabular-nums;color:{FOREGROUND};margin:0">{caption}{body}</table>'
+    return f'<table style="grid-column:1/-1;justify-self:start;font-size:inherit;border-collapse:collapse;font-variant-numeric:tabular-nums;color:{FOREGROUND};margin:0">{caption}{body}</table>'
 
 
 def card(title: str, note: str, parts: Sequence[str]) -> str:
@@ -81,5 +81,5 @@ def card(title: str, note: str, parts: Sequence[str]) -> str:
         f'color:{FOREGROUND};font-family:var(--jp-ui-font-family, system-ui, sans-serif);font-size:var(--jp-ui-font-size1, 13px)">'
         f'<div style="display:flex;justify-content:space-between;gap:1em;margin-bottom:6px"><strong>{escape(title)}</strong>'
         f'<span style="color:{MUTED}">{escape(note)}</span></div>'
-        f'<div style="display:flex;flex-wrap:wrap;gap:10px 24px">{"".join(parts)}</div></div>'
+        f'<div style="display:grid;grid-template-columns:repeat(auto-fill,minmax(220px,1fr));gap:10px 24px">{"".join(parts)}</div></div>'
     )

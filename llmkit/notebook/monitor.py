@@ -122,16 +122,16 @@ class Monitor:
         stats = s.stats
         parts = [
             charts.sparkline("tokens / s", f"{s.decode_tok_s:.0f}", list(self._rates), charts.BLUE),
-            charts.sparkline("KV cache in use", f"{stats.kv_used_tokens} of {stats.kv_capacity_tokens} tokens", list(self._kv), charts.PURPLE, top=1.0),
+            charts.sparkline("KV cache", f"{stats.kv_used_tokens} of {stats.kv_capacity_tokens} tokens", list(self._kv), charts.PURPLE, top=1.0),
             charts.bar(
                 "slots: running / waiting",
                 f"{stats.num_running} of {stats.num_slots} / {stats.num_waiting}",
                 [(stats.num_running / max(stats.num_slots, 1), charts.GREEN)],
             ),
-            self._memory_bar("RAM of the model's process", s.rss_bytes, s.total_ram_bytes, self._in_ram(), "rest"),
+            self._memory_bar("RAM of its process", s.rss_bytes, s.total_ram_bytes, self._in_ram(), "rest"),
             charts.bar("VRAM", "none: CPU only", []) if s.vram is None else self._memory_bar("VRAM", *s.vram, d.device_bytes, "others"),
             charts.bar(
-                "prompt tokens from the cache",
+                "prompt tokens cached",
                 f"{stats.cached_tokens_total} of {stats.prompt_tokens_total}",
                 [(stats.cached_tokens_total / max(stats.prompt_tokens_total, 1), charts.GREEN)],
             ),

@@ -148,7 +148,8 @@ class ChatPanel:
         log, coming = w.HTML(self.html()), w.HTML("")
         # From the bottom up: the newest stays in sight while it grows, and scrolling up is left alone.
         window = w.Box([coming, log], layout=w.Layout(display="flex", flex_flow="column-reverse", max_height="420px", overflow="auto"))
-        box = w.Textarea(description="Message", layout=w.Layout(width="98%", height="64px"), style={"description_width": "auto"})
+        # Its text comes when it is left: letter by letter, the last ones could arrive after the click on Send.
+        box = w.Textarea(description="Message", continuous_update=False, layout=w.Layout(width="98%", height="64px"), style={"description_width": "auto"})
         send = w.Button(description="Send", button_style="primary", icon="paper-plane", tooltip="Send the message")
         stop = w.Button(description="Stop", icon="stop", disabled=True, tooltip="End the answer here")
         edit = w.Button(description="Edit last", icon="pencil", tooltip="Take the last message back to change and resend it")
