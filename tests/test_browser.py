@@ -12,7 +12,7 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 from conftest import ROOT
 from jupyter_client_http import JupyterServer
-from playwright.sync_api import Page, sync_playwright
+from playwright.sync_api import Page, expect, sync_playwright
 from test_cli import Served
 
 pytestmark = [pytest.mark.browser, pytest.mark.model]
@@ -79,7 +79,7 @@ def command(page: Page, name: str) -> None:
     page.evaluate("name => { window.jupyterapp.commands.execute(name); }", name)
 
 
-def wait_done(page: Page, timeout: int = 90_000) -> None:
+def wait_done(page: Page, timeout: int = 240_000) -> None:
     """Every code cell has run."""
     cells = "window.jupyterapp.shell.currentWidget.content.widgets.filter(w => w.model.type === 'code')"
     page.wait_for_function(f"() => {cells}.every(w => w.model.executionCount !== null)", timeout=timeout)
@@ -118,17 +118,29 @@ def run_code(page: Page, code: str) -> None:
     page.keyboard.press("Control+Enter")
 
 
+def begun(page: Page, mark: str) -> None:
+    """Wait for what a cell prints when it begins."""
+    page.locator(".jp-OutputArea-output pre").get_by_text(mark, exact=True).wait_for(timeout=30_000)
+
+
+def pictures(page: Page, mark: str) -> set[str]:
+    """What the monitor has shown while the last cell, which says when it begins, was busy."""
+    begun(page, mark)
+    card = page.locator(".jp-OutputArea-output [role=group][aria-label^='llmkit']").last
+    seen = set()
+    for _ in range(20):
+        seen.add(card.inner_text())
+        page.wait_for_timeout(250)
+    return seen
+
+
 def test_the_monitor_moves_while_a_cell_is_busy(page: Page, lab: JupyterServer) -> None:
     run_code(page, "llm = llmkit.load('smollm2', n_slots=4); monitor = llm.monitor(); monitor")
     page.wait_for_timeout(3000)
     wait_done(page)
-    run_code(page, "s = llm.stream('Once', max_tokens=1500, ignore_eos=True)\nimport time; end = time.time() + 6\nwhile time.time() < end: sum(range(1000))")
-    page.wait_for_timeout(1500)
-    card = page.locator(".jp-OutputArea-output [role=group][aria-label^='llmkit']").last
-    seen = set()
-    for _ in range(6):
-        seen.add(card.inner_text())
-        page.wait_for_timeout(500)
+    busy = "import time; end = time.time() + 8\nwhile time.time() < end: sum(range(1000))"
+    run_code(page, f"s = llm.stream('Once', max_tokens=1500, ignore_eos=True)\nprint('python', 'runs', flush=True)\n{busy}")
+    seen = pictures(page, "python runs")
     shot(page, "monitor-busy")
     assert len(seen) >= 3, seen
     assert any("1 of 4 / 0" in text for text in seen), seen
@@ -137,23 +149,20 @@ def test_the_monitor_moves_while_a_cell_is_busy(page: Page, lab: JupyterServer) 
 
 def test_the_monitor_moves_while_c_code_has_the_cell(page: Page) -> None:
     """One long call that releases the GIL: no bytecode of the cell runs, and no widget message is handled."""
-    run_code(page, "s.close(); s = llm.stream('Once', max_tokens=1500, ignore_eos=True)\nimport ctypes; ctypes.CDLL(None).usleep(6_000_000)")
-    page.wait_for_timeout(1500)
-    card = page.locator(".jp-OutputArea-output [role=group][aria-label^='llmkit']").last
-    seen = set()
-    for _ in range(6):
-        seen.add(card.inner_text())
-        page.wait_for_timeout(500)
+    busy = "import ctypes; ctypes.CDLL(None).usleep(8_000_000)"
+    run_code(page, f"s.close(); s = llm.stream('Once', max_tokens=1500, ignore_eos=True)\nprint('c', 'runs', flush=True)\n{busy}")
+    seen = pictures(page, "c runs")
     assert len(seen) >= 3, seen
     wait_done(page)
 
 
 def test_the_stop_button_stops_a_generation(page: Page) -> None:
-    run_code(page, "s.close(); llm.generate('Once', max_tokens=3000, ignore_eos=True)")
-    page.wait_for_timeout(1500)
+    run_code(page, "s.close(); print('model', 'runs', flush=True); llm.generate('Once', max_tokens=3000, ignore_eos=True)")
+    begun(page, "model runs")
+    page.wait_for_timeout(1000)
     page.locator(".jp-NotebookPanel-toolbar [data-command='notebook:interrupt-kernel'], .jp-NotebookPanel-toolbar [title^='Interrupt']").first.click()
-    page.wait_for_function("() => document.body.innerText.includes('the text so far is in llm.last')", timeout=5000)
-    wait_done(page, 10_000)
+    page.wait_for_function("() => document.body.innerText.includes('the text so far is in llm.last')", timeout=20_000)
+    wait_done(page, 30_000)
     shot(page, "stopped")
     assert page.locator(".jp-OutputArea-output").filter(has_text="Interrupted").last.inner_text().count("\n") <= 2, "one line, no traceback"
 
@@ -174,8 +183,7 @@ def test_the_chat_panel_streams_stops_and_edits(page: Page) -> None:
     assert "lighthouse" in output.inner_text().lower()
     assert faults(page, ".jp-OutputArea-output .widget-vbox") == []
     output.get_by_role("button", name="Edit last").click()
-    page.wait_for_timeout(500)
-    assert output.locator("textarea").input_value() == "Tell a long story about a lighthouse."
+    expect(output.locator("textarea")).to_have_value("Tell a long story about a lighthouse.", timeout=20_000)
     assert not page.errors, page.errors  # type: ignore[attr-defined]
 
 
@@ -196,6 +204,7 @@ def test_the_chat_panel_by_keyboard_alone(page: Page) -> None:
     assert output.locator("button:focus").inner_text().strip() == "Send"
     page.keyboard.press("Enter")
     page.wait_for_function("() => document.body.innerText.includes('\u258d')", timeout=20_000)
+    expect(output.get_by_role("button", name="Stop")).to_be_enabled(timeout=20_000)
     page.keyboard.press("Tab")
     assert output.locator("button:focus").inner_text().strip() == "Stop"
     page.keyboard.press("Space")
@@ -223,7 +232,7 @@ def test_the_status_page_in_jupyter(page: Page, lab: JupyterServer, scheme: str)
     other.on("pageerror", lambda error: errors.append(str(error)))
     other.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
     other.goto(f"{lab.url}/llmkit?token={lab.token}")
-    other.get_by_text("01_quickstart.ipynb").wait_for(timeout=5000)
+    other.get_by_text("01_quickstart.ipynb").wait_for(timeout=30_000)
     other.wait_for_timeout(2500)
     shot(other, f"status-{scheme}")
     assert other.locator("main table").count() >= 1 and faults(other, "body") == [] and not errors, errors

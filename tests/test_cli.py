@@ -18,6 +18,7 @@ import psutil
 import pytest
 from fakes import wait_for
 
+from llmkit.bridge.connection import process_start_time
 from llmkit.cli import main
 from llmkit.config import read_settings
 from llmkit.errors import InvalidRequestError
@@ -86,7 +87,7 @@ def test_a_killed_gateway_takes_its_engine_along() -> None:
     wait_for(lambda: server.health() == 200, 60)
     (engine,) = psutil.Process(server.process.pid).children()
     assert server.stop(signal.SIGKILL)[0] == -signal.SIGKILL
-    wait_for(lambda: not engine.is_running() or engine.status() == psutil.STATUS_ZOMBIE, 15)
+    wait_for(lambda: process_start_time(engine.pid) is None, 15)
 
 
 @pytest.mark.model

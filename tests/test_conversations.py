@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
+from fakes import interrupt_after
 from IPython.core.error import UsageError
 from IPython.core.interactiveshell import InteractiveShell
 from pydantic import BaseModel
@@ -91,7 +89,7 @@ def test_trim_forgets_the_oldest(session: Session) -> None:
     assert session.trim(1) and session.num_turns == 1, "the newest turn stays"
 
 
-def test_a_failed_turn_leaves_no_trace_and_a_left_one_stays(session: Session) -> None:
+def test_a_failed_turn_leaves_no_trace_and_a_left_one_stays(session: Session, llm: llmkit.LLM) -> None:
     with pytest.raises(ContextLengthError):
         session.say("x " * 2000)
     with pytest.raises(InvalidRequestError):
@@ -100,7 +98,7 @@ def test_a_failed_turn_leaves_no_trace_and_a_left_one_stays(session: Session) ->
     for _ in session.stream("Tell me a long story.", max_tokens=300):
         break
     assert roles(session) == ["system", "user", "assistant"] and session.messages[-1].content
-    threading.Timer(0.4, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
+    interrupt_after(llm, 15)
     with pytest.raises(Interrupted, match="in the session"):
         session.say("Another long one.", max_tokens=400, ignore_eos=True)
     assert session.num_turns == 2 and len(session.messages[-1].content) > 5

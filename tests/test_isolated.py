@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 import urllib.request
 from pathlib import Path
 
@@ -17,7 +16,7 @@ import tiny_models
 from fakes import wait_for
 
 import llmkit
-from llmkit.bridge.connection import find_connections
+from llmkit.bridge.connection import find_connections, process_start_time
 from llmkit.errors import EngineGoneError, InvalidRequestError, ModelNotFoundError, ModelUnloadedError
 
 pytestmark = pytest.mark.model
@@ -53,7 +52,8 @@ def test_its_death_is_an_error_here_and_not_the_end() -> None:
     llm = llmkit.load("smollm2", n_ctx=512, n_slots=2, isolated=True)
     (connection,) = find_connections()
     stream = llm.stream("Once upon a time", max_tokens=450, ignore_eos=True)
-    next(iter(stream))
+    pieces = iter(stream)
+    next(pieces)
     os.kill(connection.pid, signal.SIGKILL)
     with pytest.raises(EngineGoneError, match="ended"):
         stream.result(20)
@@ -122,7 +122,7 @@ time.sleep(60)
     assert owner.stdout.readline() == "1\n" and find_connections() == []
     owner.kill()
     owner.wait()
-    wait_for(lambda: not psutil.pid_exists(child) or psutil.Process(child).status() == psutil.STATUS_ZOMBIE)
+    wait_for(lambda: process_start_time(child) is None)
 
 
 def test_attach_to_the_model_of_another_process() -> None:
@@ -152,17 +152,19 @@ def test_attach_to_the_model_of_another_process() -> None:
 def test_the_stop_button_spares_the_child() -> None:
     """Jupyter signals the whole process group of a kernel."""
     code = """
-import llmkit, time
-llm = llmkit.load("smollm2", n_ctx=512, n_slots=1, isolated=True)
-print("ready", flush=True)
-try: llm.generate("Once", max_tokens=450, ignore_eos=True)
+import llmkit, threading, time
+llm = llmkit.load("smollm2", n_ctx=2048, n_slots=1, isolated=True)
+def tell():
+    while llm.stats.generation_tokens_total < 5: time.sleep(0.01)
+    print("ready", flush=True)
+threading.Thread(target=tell).start()
+try: llm.generate("Once", max_tokens=2000, ignore_eos=True)
 except KeyboardInterrupt: print("stopped", len(llm.last.text) > 0, flush=True)
 print(llm.generate("a", max_tokens=2, ignore_eos=True).usage.completion_tokens)
 llm.unload()
 """
     kernel = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, start_new_session=True)
     assert kernel.stdout is not None and kernel.stdout.readline() == "ready\n"
-    time.sleep(1)
     os.killpg(kernel.pid, signal.SIGINT)
     out, _ = kernel.communicate(timeout=60)
     assert out == "stopped True\n2\n" and kernel.returncode == 0

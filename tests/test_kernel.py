@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from fakes import wait_for
 from jupyter_client_http import JupyterServer, Kernel
 from tiny_models import write_large
 
@@ -73,6 +74,7 @@ def test_versions_of_ipykernel(version: str, tmp_path: Path, monkeypatch: pytest
         assert kernel.run("print(done.usage.completion_tokens, ''.join(pieces) != '')") == "3 True\n"
         cell = kernel.start("print('begun', flush=True)\nllm.generate('Once', max_tokens=400, ignore_eos=True)")
         next(m for m in kernel.messages(cell) if m["msg_type"] == "stream")
+        wait_for(lambda: [m["num_running"] for m in server.request("GET", "/llmkit/status")["models"]] == [1])
         kernel.interrupt()
         _, error = kernel.wait(cell)
         assert error is not None and error.splitlines()[1:] == ["Interrupted: generation stopped; the text so far is in llm.last"]

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 
 import pytest
-from fakes import wait_for
+from fakes import interrupt_after, wait_for
 
 import llmkit
 from llmkit.bridge.connection import process_start_time
@@ -67,17 +65,13 @@ def test_friendly_errors(llm: llmkit.LLM) -> None:
         llm.serve()
 
 
-def interrupt_soon(seconds: float) -> None:
-    threading.Timer(seconds, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
-
-
 def test_stop_keeps_the_text_so_far(llm: llmkit.LLM) -> None:
-    interrupt_soon(0.5)
+    interrupt_after(llm, 30)
     with pytest.raises(Interrupted) as stopped:
         llm.generate("Once upon a time", max_tokens=1000, ignore_eos=True)
     assert isinstance(stopped.value, KeyboardInterrupt) and stopped.value._render_traceback_() == [f"Interrupted: {stopped.value}"]
     assert llm.last is not None and llm.last.finish_reason is llmkit.FinishReason.ABORT and len(llm.last.text) > 20
-    interrupt_soon(0.5)
+    interrupt_after(llm, 30)
     with pytest.raises(KeyboardInterrupt):
         llm.generate(["Once upon a time"] * 300, max_tokens=500, ignore_eos=True)
     wait_for(lambda: llm.stats.num_running == llm.stats.num_waiting == 0)
@@ -86,12 +80,9 @@ def test_stop_keeps_the_text_so_far(llm: llmkit.LLM) -> None:
 
 def test_stop_in_a_batch_loses_nothing(llm: llmkit.LLM) -> None:
     prompts = ["Say", *["Once upon a time"] * 7]
-    thread = threading.Thread(target=lambda: (wait_for(lambda: llm.stats.generation_tokens_total > before + 40), os.kill(os.getpid(), signal.SIGINT)))
-    before = llm.stats.generation_tokens_total
-    thread.start()
+    interrupt_after(llm, 40)
     with pytest.raises(Interrupted, match="last_batch"):
         llm.generate(prompts, max_tokens=700, ignore_eos=True)
-    thread.join()
     assert len(llm.last_batch) == 8 and {c.finish_reason.value for c in llm.last_batch} <= {"abort", "length"}
     assert sum(len(c.text) for c in llm.last_batch) > 40 and llm.last is not None and llm.last.text
     done = llm.generate(["One,", "Two,"], max_tokens=3)

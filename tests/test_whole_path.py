@@ -101,12 +101,18 @@ def test_c_code_that_holds_the_gil_delays_a_request_only(server: JupyterServer, 
     assert kernel.wait(cell)[1] is None
 
 
+def num_running(kernel: Kernel) -> int:
+    models = kernel.server.request("GET", "/llmkit/status")["models"]
+    return sum(m["num_running"] for m in models if m["kernel"] == kernel.id)
+
+
 def test_stop_while_a_stream_from_outside_runs(server: JupyterServer, kernel: Kernel) -> None:
     """■ ends the notebook's own generation; the other process's stream goes on."""
     kernel.run(LOAD)
     with ThreadPoolExecutor(1) as pool:
         outside = pool.submit(lambda: chat(server, max_tokens=150, extra_body={"ignore_eos": True}))
         cell = kernel.start("llm.generate('Once', max_tokens=900, ignore_eos=True)")
+        wait_for(lambda: num_running(kernel) == 2)
         time.sleep(1.0)
         start = time.monotonic()
         kernel.interrupt()
@@ -123,11 +129,13 @@ def test_stop_in_prefill_and_in_a_loop(server: JupyterServer, kernel: Kernel) ->
     kernel.run(LOAD)
     for code in ("llm.generate('word and ' * 480, max_tokens=5)", "for piece in llm.stream('a', max_tokens=900, ignore_eos=True): pass"):
         cell = kernel.start(code)
-        time.sleep(0.6)
+        wait_for(lambda: num_running(kernel) == 1)
+        time.sleep(0.1)
         kernel.interrupt()
         _, error = kernel.wait(cell)
         assert error is not None and "Interrupt" in error
-        assert kernel.run("import time; time.sleep(0.1); print(llm.stats.num_running, llm.last.finish_reason.value)").split() == ["0", "abort"]
+        wait_for(lambda: num_running(kernel) == 0)
+        assert kernel.run("print(llm.last.finish_reason.value)") == "abort\n"
 
 
 def test_a_client_that_disconnects_frees_its_slot(server: JupyterServer, kernel: Kernel) -> None:

@@ -203,14 +203,15 @@ class Engine:
         self._clock.observe(num_streams=len(decoding), num_decode=num_decode, num_prefill=batch.num_tokens - num_decode, seconds=seconds)
 
     def _publish(self, requests: list[Request], failure: Exception | None = None) -> None:
-        """Hand the news of a step to the readers: all of it is stored before the first one is woken."""
+        """Hand the news of a step to the readers: it is counted first, and all of it is stored before the first one is woken."""
         for request in requests:
-            reason = EngineError(f"this request failed in the backend: {request.error}") if request.error else failure
-            request.publish(reason if request.finish_reason in (FinishReason.ERROR, FinishReason.ABORT) else None)
             if request.finish_reason is not None:
                 self._stats.prompt_tokens += request.num_prompt_tokens
                 self._stats.cached_tokens += request.num_cached_tokens
-        self._stats.refresh()  # who is woken finds himself counted
+        self._stats.refresh()
+        for request in requests:
+            reason = EngineError(f"this request failed in the backend: {request.error}") if request.error else failure
+            request.publish(reason if request.finish_reason in (FinishReason.ERROR, FinishReason.ABORT) else None)
         for request in requests:
             request.channel.wake()
 

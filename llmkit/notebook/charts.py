@@ -32,7 +32,8 @@ def sparkline(title: str, value: str, points: Sequence[float], color: str, *, to
     line = f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="2" vector-effect="non-scaling-stroke"/>' if len(points) > 1 else ""
     return (
         f'<div style="min-width:{width}px">{_label(title, value)}'
-        f'<svg role="img" viewBox="0 0 {width} {height}" preserveAspectRatio="none" style="width:100%;height:{height}px" aria-label="{escape(title)}: {escape(value)}">'
+        f'<svg role="img" viewBox="0 0 {width} {height}" preserveAspectRatio="none" style="width:100%;height:{height}px" '
+        f'aria-label="{escape(title)}: {escape(value)}">'
         f"<title>{escape(title)}: {escape(value)}</title>"
         f'<line x1="0" y1="{height - 1}" x2="{width}" y2="{height - 1}" stroke="{LINE}"/>{area}{line}</svg></div>'
     )
@@ -67,11 +68,15 @@ def _label(title: str, value: str) -> str:
 
 def table(title: str, heads: Sequence[str], rows: Sequence[Sequence[object]], empty: str) -> str:
     """A small table with a caption."""
-    cells = "".join("<tr>" + "".join(f'<td style="text-align:left;padding:0 10px 0 0;white-space:nowrap">{escape(str(c))}</td>' for c in row) + "</tr>" for row in rows)
+    cells = "".join(
+        "<tr>" + "".join(f'<td style="text-align:left;padding:0 10px 0 0;white-space:nowrap">{escape(str(c))}</td>' for c in row) + "</tr>" for row in rows
+    )
     head = "".join(f'<th scope="col" style="text-align:left;padding:0 10px 0 0;font-weight:normal">{escape(h)}</th>' for h in heads)
     body = f"<thead><tr>{head}</tr></thead><tbody>{cells}</tbody>" if rows else f"<tbody><tr><td>{escape(empty)}</td></tr></tbody>"
     caption = f'<caption style="text-align:left;color:{MUTED};padding:0;white-space:nowrap">{escape(title)}</caption>'
-    return f'<table style="grid-column:1/-1;justify-self:start;font-size:inherit;border-collapse:collapse;font-variant-numeric:tabular-nums;color:{FOREGROUND};margin:0">{caption}{body}</table>'
+    place = "grid-column:1/-1;justify-self:start;margin:0"
+    look = f"font-size:inherit;border-collapse:collapse;font-variant-numeric:tabular-nums;color:{FOREGROUND}"
+    return f'<table style="{place};{look}">{caption}{body}</table>'
 
 
 def card(title: str, note: str, parts: Sequence[str]) -> str:
