@@ -32,6 +32,9 @@ check: setup
 	$(BIN)/lint-imports --config .ci/importlinter.ini
 	$(BIN)/python .ci/layout.py
 
+notebooks: setup
+	$(BIN)/python .ci/notebooks
+
 bench: setup
 	$(BIN)/python benchmarks/compare.py $(BENCH_ARGS)
 

@@ -4,10 +4,10 @@ chats, and axe finds no serious fault in what we show."""
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+import nbformat
 import pytest
 from axe_playwright_python.sync_playwright import Axe
 from conftest import ROOT
@@ -29,11 +29,20 @@ SHOTS = Path(os.environ.get("LLMKIT_SCREENSHOTS", "")) if os.environ.get("LLMKIT
 IDLE = '.jp-NotebookPanel-toolbar [data-status="idle"], .jp-Notebook-ExecutionIndicator[data-status="idle"]'
 
 
+def copy_unrun(notebook: Path, folder: Path) -> None:
+    """A lesson without the outputs that it is kept with."""
+    lesson = nbformat.read(notebook, as_version=4)
+    for cell in lesson.cells:
+        if cell.cell_type == "code":
+            cell.outputs, cell.execution_count = [], None
+    nbformat.write(lesson, folder / notebook.name)
+
+
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[JupyterServer]:
     folder = tmp_path_factory.mktemp("lab")
     for notebook in (ROOT / "notebooks").glob("*.ipynb"):
-        shutil.copy(notebook, folder)
+        copy_unrun(notebook, folder)
     settings = folder / "settings"
     notifications = settings / "@jupyterlab" / "apputils-extension" / "notification.jupyterlab-settings"
     notifications.parent.mkdir(parents=True)
@@ -265,7 +274,7 @@ def test_the_page_of_a_gateway_with_a_key(page: Page) -> None:
 
 
 def test_notebook_7_runs_the_first_lesson(page: Page, tmp_path: Path) -> None:
-    shutil.copy(ROOT / "notebooks" / "01_quickstart.ipynb", tmp_path)
+    copy_unrun(ROOT / "notebooks" / "01_quickstart.ipynb", tmp_path)
     server = JupyterServer(tmp_path, "--JupyterNotebookApp.expose_app_in_browser=True", app="notebook")
     other = page.context.browser.new_page(viewport={"width": 1280, "height": 1600})  # type: ignore[union-attr]
     try:

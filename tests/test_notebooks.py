@@ -28,6 +28,8 @@ def test_nbval(notebook: Path) -> None:
         "-m",
         "pytest",
         "--nbval-lax",
+        "--nbval-sanitize-with",
+        str(ROOT / "tests" / "nbval.cfg"),
         "-q",
         "-p",
         "no:cacheprovider",
@@ -60,9 +62,9 @@ def test_nbconvert_and_fallbacks(notebook: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda n: n.stem)
 def test_notebooks_are_kept_as_they_ran(notebook: Path) -> None:
-    """`make notebooks` writes them: a reader sees the pictures, a diff no counts; what is the same everywhere is marked, and nbval compares it."""
+    """`make notebooks` writes them: a reader sees the pictures; what is the same everywhere is marked, and nbval compares it."""
     cells = [c for c in nbformat.read(notebook, as_version=4).cells if c.cell_type == "code"]
-    assert all(c.execution_count is None for c in cells)
+    assert [c.execution_count for c in cells] == list(range(1, len(cells) + 1)), "run from top to bottom"
     outputs = [o for c in cells for o in c.outputs]
     assert any("image/png" in o.get("data", {}) for o in outputs), "make notebooks"
     assert not any(o.output_type == "error" or o.get("name") == "stderr" or "application/vnd.jupyter.widget-view+json" in o.get("data", {}) for o in outputs)
