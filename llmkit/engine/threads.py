@@ -16,6 +16,7 @@ DIRE = 4.0
 SLOW = 1.35  # so much longer than usual is suspicious
 PATIENCE = 6  # slow steps in a row before something is tried
 TRIAL_STEPS = 5
+LONG_S = 0.2  # a step that long says enough by itself, and is dear
 RETRY_S, MAX_RETRY_S = 0.5, 4.0  # between trials of more threads, while fewer compute
 TRIAL_SHARE = 20  # and so many times as long as the trial took
 SMOOTHING = 0.2
@@ -57,7 +58,7 @@ class ThreadGovernor:
         before = self._cost.get(self.count)
         self._cost[self.count] = cost if before is None else before + SMOOTHING * (min(cost, 4 * before) - before)
         if self._trials:
-            self._go_on_trying()
+            self._go_on_trying(seconds)
         elif self.count == self.candidates[0]:
             self._watch(size, cost)
         elif self._clock() >= self._retry_at:
@@ -83,9 +84,9 @@ class ThreadGovernor:
         self._cost.pop(count, None)
         self._switch(count)
 
-    def _go_on_trying(self) -> None:
+    def _go_on_trying(self, seconds: float) -> None:
         self._trial_steps += 1
-        hopeless = self._trial_steps >= 2 and self._cost[self.count] > 1.25 * self._cost[self._best]
+        hopeless = (self._trial_steps >= 2 or seconds > LONG_S) and self._cost[self.count] > 1.25 * self._cost[self._best]
         if self._trial_steps < TRIAL_STEPS and not hopeless:
             return
         self._trials.pop(0)
