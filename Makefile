@@ -7,7 +7,7 @@ PYTEST_ARGS ?=
 BENCH_ARGS ?=
 ROOT_FLAG := $(shell [ "$$(id -u)" = 0 ] && echo --allow-root)
 
-.PHONY: setup lab test soak demo check bench notebooks clean
+.PHONY: setup lab test soak demo check bench measure notebooks clean
 
 setup:
 	@PYTHON="$(PYTHON)" VENV="$(VENV)" bash .ci/setup
@@ -37,6 +37,9 @@ notebooks: setup
 
 bench: setup
 	$(BIN)/python benchmarks/compare.py $(BENCH_ARGS)
+
+measure: setup
+	$(BIN)/python benchmarks/alone.py $(BENCH_ARGS)
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache

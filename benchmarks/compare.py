@@ -36,8 +36,11 @@ WORKLOADS: dict[str, tuple[int, int, Job]] = {
     "long": (4096, 5, {"prompt_words": 256, "max_tokens": 256, "requests": 4}),
     "copy": (1024, 8, {"prompt_words": 220, "max_tokens": 200, "requests": 4}),
     "json": (1024, 8, {"prompt_words": 256, "max_tokens": 200, "requests": 8}),
+    "large": (8192, 8, {"workload": "unique", "prompt_words": 256, "max_tokens": 64}),
+    "ngram": (1024, 8, {"workload": "copy", "prompt_words": 220, "max_tokens": 200, "requests": 4}),
+    "defaults": (0, 0, {"workload": "unique", "prompt_words": 256, "max_tokens": 128}),
 }
-CLIENTS = {"unique": [1, 4, 8, 16, 32], "shared-prefix": [8, 16], "long": [4], "copy": [1], "json": [4]}
+CLIENTS = {"unique": [1, 4, 8, 16, 32], "shared-prefix": [8, 16], "long": [4], "copy": [1], "json": [4], "large": [8], "ngram": [1], "defaults": [8]}
 
 
 class Arm:
@@ -107,20 +110,19 @@ def free_port() -> int:
         return int(s.getsockname()[1])
 
 
-def gateway_arm(model: str, threads: int, n_ctx: int, n_slots: int) -> ServerArm:
+def gateway_arm(model: str, *options: str) -> ServerArm:
     port = free_port()
-    command = [sys.executable, "-m", "llmkit", "serve", model, "--port", str(port), "--n-ctx", str(n_ctx), "--n-slots", str(n_slots), "--threads", str(threads)]
+    command = [sys.executable, "-m", "llmkit", "serve", model, "--port", str(port), *options]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     return ServerArm("llmkit gateway", f"http://127.0.0.1:{port}/v1", "none", process)
 
 
-def llama_arm(model: str, threads: int, n_ctx: int, n_slots: int, layout: str) -> ServerArm:
+def llama_arm(model: str, label: str, *options: str) -> ServerArm:
     port, binary = free_port(), peer.llama_server()
-    command = [str(binary), "--host", "127.0.0.1", "--port", str(port), "-m", model, "-c", str(n_ctx * n_slots), "-np", str(n_slots), layout]
-    command += ["-t", str(threads), "-tb", str(threads), "-fa", "on", "--no-ui"]
+    command = [str(binary), "--host", "127.0.0.1", "--port", str(port), "-m", model, "--no-ui", *options]
     environment = {**os.environ, "LD_LIBRARY_PATH": str(binary.parent)}
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    return ServerArm(f"llama-server {layout}", f"http://127.0.0.1:{port}/v1", "none", process)
+    return ServerArm(f"llama-server {label}", f"http://127.0.0.1:{port}/v1", "none", process)
 
 
 class JupyterArm(ServerArm):
@@ -181,16 +183,24 @@ def run(workload: str, path: str, args: argparse.Namespace) -> int:
     """All arms under one workload; how many requests failed."""
     n_ctx, n_slots, job = WORKLOADS[workload]
     place = (path, args.threads, n_ctx, n_slots)
+    theirs = ["-c", str(n_ctx * n_slots), "-np", str(n_slots), "-t", str(args.threads), "-tb", str(args.threads), "-fa", "on"]
+    ours = ["--n-ctx", str(n_ctx), "--n-slots", str(n_slots), "--threads", str(args.threads)]
+    layouts = [[layout] for layout in ("-kvu", "-no-kvu")]
+    if workload == "ngram":
+        layouts = [["-no-kvu", "--spec-type", "ngram-simple"]]
+    if workload == "defaults":  # each as its own guide says to start it
+        subprocess.run([sys.executable, "-m", "llmkit", "tune", path], check=True)
+        theirs, ours, layouts = [], ["--tuned"], [[]]
     with tempfile.TemporaryDirectory(prefix="llmkit-bench-") as folder:
-        arms: list[Arm] = [] if args.no_peer else [llama_arm(*place, "-kvu"), llama_arm(*place, "-no-kvu")]
+        arms: list[Arm] = [] if args.no_peer else [llama_arm(path, " ".join(layout) or "defaults", *theirs, *layout) for layout in layouts]
         try:
             if workload == "unique":  # the engine alone, and the way through Jupyter, show what the ways out cost
                 arms += [EngineArm("llmkit engine", *place)]
                 if args.unified:
                     arms += [EngineArm("llmkit engine, unified", *place, kv_unified=True)]
                 arms += [JupyterArm(*place, Path(folder))]
-            arms += [gateway_arm(*place)]
-            return sum(compare(arms, clients, {**job, "workload": workload}, args) for clients in args.clients or CLIENTS[workload])
+            arms += [gateway_arm(path, *ours)]
+            return sum(compare(arms, clients, {"workload": workload, **job}, args) for clients in args.clients or CLIENTS[workload])
         finally:
             for arm in arms:
                 arm.close()
