@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import random
 import signal
+import subprocess
+import sys
 import threading
 import time
 
@@ -108,3 +110,15 @@ def test_the_stop_button_waits_for_what_must_be_finished() -> None:
     assert done == ["llmkit-finish"]
     with pytest.raises(ZeroDivisionError):
         uninterrupted(lambda: 1 / 0)
+
+
+@pytest.mark.model
+@pytest.mark.parametrize("chosen", [{}, {"GOMP_SPINCOUNT": "77"}, {"OMP_WAIT_POLICY": "active"}])
+def test_openmp_spins_shortly_unless_the_user_says_else(chosen: dict[str, str]) -> None:
+    """Told by OpenMP itself, which prints its settings when it is loaded; nothing of it stays in the environment for child processes."""
+    code = "import os; before = dict(os.environ); import llmkit.backend.llama; print(dict(os.environ) == before)"
+    done = subprocess.run([sys.executable, "-c", code], env={**os.environ, **chosen, "OMP_DISPLAY_ENV": "verbose"}, capture_output=True, text=True, timeout=60)
+    assert done.stdout == "True\n"
+    if "GOMP_SPINCOUNT" in done.stderr:  # GNU's OpenMP
+        count = chosen.get("GOMP_SPINCOUNT", "3000" if not chosen else "")
+        assert f"GOMP_SPINCOUNT = '{count}" in done.stderr

@@ -14,10 +14,15 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import llama_cpp.llama_cpp as C
+from llmkit.backend.openmp import short_spins
 
-__all__ = ["C", "Device", "Log", "devices", "gpu_backend", "log", "short", "start"]
+with short_spins():
+    import llama_cpp
+    import llama_cpp.llama_cpp as C
 
+__all__ = ["VERSION", "C", "Device", "Log", "devices", "gpu_backend", "log", "short", "start"]
+
+VERSION = str(llama_cpp.__version__)
 LOG_LEVEL_ERROR = 3
 BUFFER = re.compile(r"\b(\S+) +(model|KV|RS|compute|output) buffer size *= *([\d.]+) MiB")
 BUFFER_KINDS = {"model": "weights", "KV": "kv", "RS": "kv", "compute": "compute", "output": "compute"}

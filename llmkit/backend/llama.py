@@ -12,7 +12,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import llama_cpp
 import numpy as np
 
 from llmkit.backend import library
@@ -119,7 +118,7 @@ class LlamaRunner:
         marks = {"n_ctx": self.capacity or n_ctx, "unified": kv_unified, "kv_type": kv_type, "flash": flash_attention, "rope": rope_scaling}
         try:
             marks["lora"] = [fingerprint(path) for path in lora] if prefix_dir else []
-            mark = fingerprint(model.path, library=llama_cpp.__version__, **marks) if prefix_dir else ""
+            mark = fingerprint(model.path, library=library.VERSION, **marks) if prefix_dir else ""
             self._store = StateStore(self._context, mark, prefix_dir, max_disk_bytes)
         except BaseException:
             C.llama_free(self._context)
