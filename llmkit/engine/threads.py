@@ -13,7 +13,7 @@ from collections.abc import Callable
 __all__ = ["ThreadGovernor"]
 
 DIRE = 4.0
-SLOW = 1.35  # so much longer than usual is suspicious
+SLOW = 1.5  # so much longer than usual is suspicious: beside a busy core it is twice as long, and a context that fills makes steps a fifth longer
 PATIENCE = 6  # slow steps in a row before something is tried
 TRIAL_STEPS = 5
 LONG_S = 0.2  # a step that long says enough by itself, and is dear
