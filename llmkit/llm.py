@@ -67,7 +67,7 @@ class LLM:
         self._description = client.description
         self._bridge = bridge
         self._options = options or EngineOptions()
-        self._runs = Runs(lambda: self.engine, lambda done, held: self._reader(held).apart(done))
+        self._runs = Runs(lambda: self.engine, lambda done, held: self._reader(held).apart(done, self._num_tokens))
         self._endpoint: Endpoint | None = None
         self._monitors: list[Monitor] = []
 
@@ -185,7 +185,7 @@ class LLM:
         if not self._description.reasoning:
             return self._runs.complete([request])[0]
         done = self._runs.complete([replace(request, show_marks=True)])[0]
-        return self._reader(request.sampling.grammar is not None).apart(done, lambda text: len(self.tokenize(text)))
+        return self._reader(request.sampling.grammar is not None).apart(done, self._num_tokens)
 
     @property
     def last(self) -> Completion | None:
@@ -213,6 +213,9 @@ class LLM:
         from llmkit.chat.reading import AnswerReader
 
         return AnswerReader(self._description, held=held) if self._description.reasoning else AnswerReader.plain()
+
+    def _num_tokens(self, text: str) -> int:
+        return 0 if self.closed else len(self.tokenize(text))
 
     def _count(self, messages: Sequence[Message]) -> int:
         return len(self._inquire("tokenize_chat", messages=[m.as_dict() for m in messages])["tokens"])
@@ -368,8 +371,10 @@ class LLM:
             client, self._client = self._client, None
         if client is None:
             return
-        self._on_unload(self)
-        uninterrupted(lambda: self._close(client))
+        try:
+            self._on_unload(self)
+        finally:
+            uninterrupted(lambda: self._close(client))
 
     def _close(self, client: EngineClient) -> None:
         for monitor in self._monitors:

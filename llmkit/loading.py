@@ -99,6 +99,7 @@ def _open(spec: ModelSpec, settings: EngineOptions, name: str | None, force: boo
     """The model of a file, loaded already or now; the lock is held."""
     from llmkit.local import open_model
 
+    _register_displays()
     loaded = _loaded.get(spec.path)
     if loaded is not None and not loaded.closed:
         loaded.check_same(settings, name)
@@ -110,7 +111,6 @@ def _open(spec: ModelSpec, settings: EngineOptions, name: str | None, force: boo
     if settings.isolated:
         from llmkit.isolated import IsolatedEngine
 
-        _register_displays()
         isolated = IsolatedEngine(spec, settings, name=name, force=force, kernel_id=kernel_id(), share=share is not False)
         return _remember(spec.path, LLM(isolated, None, settings, _forget))
     progress = Progress(f"loading {spec.name}", 1.0, keep=False)
@@ -119,18 +119,19 @@ def _open(spec: ModelSpec, settings: EngineOptions, name: str | None, force: boo
     except BaseException:
         progress.close(finished=False)
         raise
-    progress.close()
     bridge = None
     try:
+        progress.close()
         if share is not False:
             from llmkit.bridge.server import BridgeServer
 
             bridge = BridgeServer(engine, kernel_id())
-    except BaseException:
+        return _remember(spec.path, LLM(engine, bridge, settings, _forget))
+    except BaseException:  # the stop button too: an engine that nobody holds could never be unloaded
+        if bridge is not None:
+            bridge.close()
         engine.close()
         raise
-    _register_displays()
-    return _remember(spec.path, LLM(engine, bridge, settings, _forget))
 
 
 def _remember(path: Path, llm: LLM) -> LLM:

@@ -22,13 +22,22 @@ class Turns:
         self._taken = False
 
     def __enter__(self) -> None:
+        event = threading.Event()
         with self._lock:
             if not self._taken:
                 self._taken = True
                 return
-            event = threading.Event()
             self._waiting.append(event)
-        event.wait()
+        try:
+            event.wait()
+        except BaseException:  # the stop button: the turn must not be handed to nobody
+            with self._lock:
+                waits = event in self._waiting
+                if waits:
+                    self._waiting.remove(event)
+            if not waits:
+                self.__exit__(None, None, None)
+            raise
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         with self._lock:

@@ -5,18 +5,37 @@
 
 from __future__ import annotations
 
+import contextlib
+import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
-__all__ = ["uninterrupted", "wait_through"]
+__all__ = ["deferred", "uninterrupted", "wait_through"]
+
+
+@contextlib.contextmanager
+def deferred() -> Iterator[None]:
+    """A KeyboardInterrupt that comes inside is raised at the end: for a C call whose result must not be lost. Only the main thread gets any."""
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+    pressed: list[bool] = []
+    signal.signal(signal.SIGINT, lambda *_: pressed.append(True))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if pressed:
+        raise KeyboardInterrupt
 
 
 def wait_through(event: threading.Event) -> None:
     """Until the event is set; raises a KeyboardInterrupt that came meanwhile."""
     stopped: KeyboardInterrupt | None = None
-    while not event.is_set():
+    while True:
         try:
             event.wait()
+            break
         except KeyboardInterrupt as error:
             stopped = error
     if stopped is not None:
@@ -24,7 +43,7 @@ def wait_through(event: threading.Event) -> None:
 
 
 def uninterrupted(work: Callable[[], object]) -> None:
-    """Run ``work`` to its end on a thread of its own; raises what it raises, and after it a KeyboardInterrupt that came meanwhile."""
+    """Run ``work`` to its end on a thread of its own. Raises what it raises, or a KeyboardInterrupt that came meanwhile, with that as its cause."""
     claimed, ended = threading.Lock(), threading.Event()
     failures: list[BaseException] = []
 
@@ -46,8 +65,11 @@ def uninterrupted(work: Callable[[], object]) -> None:
         run()
     except RuntimeError:  # the interpreter is ending and starts no threads any more
         run()
-    wait_through(ended)
+    try:
+        wait_through(ended)
+    except KeyboardInterrupt as error:
+        stopped = error
+    if stopped is not None:
+        raise stopped from (failures[0] if failures else None)
     if failures:
         raise failures[0]
-    if stopped is not None:
-        raise stopped

@@ -46,7 +46,7 @@ class Log:
                 self._lines.append((level, text.rstrip("\n")))
             self._open = not text.endswith("\n")
             found = None if self._open else BUFFER.search(self._lines[-1][1])
-            if found and not found[1].startswith("CPU") and not found[1].endswith("_Host"):
+            if found and not found[1].startswith(("CPU", "AMX")) and not found[1].endswith("_Host"):
                 kind = BUFFER_KINDS[found[2]]
                 self._device_bytes[kind] = self._device_bytes.get(kind, 0) + int(float(found[3]) * (1 << 20))
 
@@ -79,13 +79,14 @@ def _keep_log(level: int, text: bytes, _: Any) -> None:
 def start() -> None:
     """Initialise the backend; later calls do nothing."""
     C.llama_log_set(_keep_log, ctypes.c_void_p(0))
-    if not _ggml("ggml_backend_dev_count", ctypes.c_size_t)():  # a build with a variant for each kind of CPU, which chooses now
-        beside = Path(str(C._lib._name)).parent
-        for folder in (beside, beside.parents[1] / "bin"):  # where the wheel puts them differs
-            if any(folder.glob("*ggml-cpu*")):
-                _ggml("ggml_backend_load_all_from_path", None)(os.fsencode(folder))
-                break
-    C.llama_backend_init()
+    with short_spins():
+        if not _ggml("ggml_backend_dev_count", ctypes.c_size_t)():  # a build with a variant for each kind of CPU, which chooses now
+            beside = Path(str(C._lib._name)).parent
+            for folder in (beside, beside.parents[1] / "bin"):  # where the wheel puts them differs
+                if any(folder.glob("*ggml-cpu*")):
+                    _ggml("ggml_backend_load_all_from_path", None)(os.fsencode(folder))
+                    break
+        C.llama_backend_init()
 
 
 def _ggml(name: str, result: Any) -> Any:

@@ -23,6 +23,7 @@ from llmkit.backend.sampler import Sampler, score
 from llmkit.backend.state import StateStore, fingerprint
 from llmkit.engine.batch import Batch, Chunk, Close, Drop, Fork, Open, Park, Restore, Score, Shift, SlotOp, StepOutput, Truncate
 from llmkit.errors import ModelLoadError
+from llmkit.waiting import deferred
 
 __all__ = ["LlamaRunner", "num_threads"]
 
@@ -93,7 +94,13 @@ class LlamaRunner:
         params.abort_callback = _strlen()
         params.abort_callback_data = ctypes.addressof(self._interrupt)
         library.log.clear()
-        self._context: Any = C.llama_init_from_model(model.handle, params)
+        self._context: Any = None
+        try:
+            with deferred():  # seconds for a large cache
+                self._context = C.llama_init_from_model(model.handle, params)
+        except KeyboardInterrupt:
+            C.llama_free(self._context)
+            raise
         if not self._context:
             raise ModelLoadError(f"llama.cpp could not make a context of {n_slots} x {n_ctx} tokens: " + "; ".join(library.log.errors()))
         self.device_bytes = model.device_bytes | library.log.device_bytes()

@@ -50,26 +50,34 @@ class LlamaModel:
         self.vocab: Vocab
 
         def load() -> None:
+            if not claimed.acquire(blocking=False):
+                return
             try:
                 self.handle = C.llama_model_load_from_file(os.fsencode(path), params)
             finally:
                 ended.set()
 
         # In a thread of its own, so that the stop button reaches the waiting one. Not joined, see `llmkit.waiting`.
-        threading.Thread(target=load, name="llmkit-load", daemon=True).start()
+        claimed = threading.Lock()
         try:
+            threading.Thread(target=load, name="llmkit-load", daemon=True).start()
             while not ended.wait(0.1):
                 on_progress(loaded[0])
         except KeyboardInterrupt:
             cancelled.set()
-            with contextlib.suppress(KeyboardInterrupt):
-                wait_through(ended)
+            if not claimed.acquire(blocking=False):  # it has begun
+                with contextlib.suppress(KeyboardInterrupt):
+                    wait_through(ended)
             self.close()
             raise KeyboardInterrupt("loading was stopped") from None
         if not self.handle:
             raise ModelLoadError(f"llama.cpp could not load {path}: " + "; ".join(library.log.errors()))
-        self.device_bytes = library.log.device_bytes()
-        self.vocab = Vocab(self.handle)
+        try:
+            self.device_bytes = library.log.device_bytes()
+            self.vocab = Vocab(self.handle)
+        except BaseException:
+            self.close()
+            raise
 
     @property
     def n_ctx_train(self) -> int:

@@ -3,6 +3,7 @@
 GNU's OpenMP spins for milliseconds at a barrier before it sleeps. That is right while every thread has a core. When something else takes one (a busy cell),
 Linux may leave two of our threads on the other: then one spins away its whole time slice at each of hundreds of barriers a step, while the one it waits for
 cannot run, and a step takes forty times as long. A short spin gives the core up instead; where every thread has a core it costs nothing that can be measured.
+Where another library has loaded the same OpenMP before, or llama.cpp is built with another one, this does nothing.
 """
 
 from __future__ import annotations
