@@ -11,6 +11,7 @@ import nbformat
 import pytest
 from axe_playwright_python.sync_playwright import Axe
 from conftest import ROOT
+from fakes import wait_for
 from jupyter_client_http import JupyterServer
 from playwright.sync_api import Page, expect, sync_playwright
 from test_cli import Served
@@ -176,6 +177,16 @@ def test_the_stop_button_stops_a_generation(page: Page) -> None:
     assert page.locator(".jp-OutputArea-output").filter(has_text="Interrupted").last.inner_text().count("\n") <= 2, "one line, no traceback"
 
 
+def test_the_stop_button_stops_a_long_prompt(page: Page) -> None:
+    run_code(page, "print('prompt', 'runs', flush=True); llm.generate('word and ' * 1800, max_tokens=5)")
+    begun(page, "prompt runs")
+    page.wait_for_timeout(500)
+    page.locator(".jp-NotebookPanel-toolbar [data-command='notebook:interrupt-kernel'], .jp-NotebookPanel-toolbar [title^='Interrupt']").first.click()
+    wait_done(page, 60_000)
+    run_code(page, "print('stopped', llm.last.finish_reason.value, repr(llm.last.text), llm.generate('The', max_tokens=2).usage.completion_tokens)")
+    begun(page, "stopped abort '' 2")
+
+
 def test_the_chat_panel_streams_stops_and_edits(page: Page) -> None:
     run_code(page, "panel = llm.chat_panel(temperature=0, max_tokens=1500, ignore_eos=True); panel")
     wait_done(page)
@@ -254,6 +265,7 @@ def test_the_page_of_a_gateway_with_a_key(page: Page) -> None:
     try:
         errors: list[str] = []
         other.on("pageerror", lambda error: errors.append(str(error)))
+        wait_for(lambda: served.health() == 200, 60)
         other.goto(served.url.removesuffix("v1"))
         assert "smollm2" not in other.content() and faults(other, "body") == []
         other.get_by_label("Key").fill("wrong")

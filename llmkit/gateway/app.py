@@ -6,6 +6,8 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Awaitable, Callable
+from functools import cached_property
+from typing import Any
 from urllib.parse import unquote
 
 from tornado import httpserver, web
@@ -116,10 +118,18 @@ class Gateway:
         exchange.send_json({"status": "ok"})
 
     async def _openapi(self, exchange: Exchange) -> None:
-        exchange.send_json(describe(self.routes))
+        exchange.send_json(self._description)
 
     async def _docs(self, exchange: Exchange) -> None:
-        exchange.send_page(page(self.routes))
+        exchange.send_page(self._description_page)
+
+    @cached_property
+    def _description(self) -> dict[str, Any]:
+        return describe(self.routes)
+
+    @cached_property
+    def _description_page(self) -> str:
+        return page(self.routes)
 
 
 @web.stream_request_body

@@ -12,7 +12,7 @@ from llmkit.gateway.failures import ApiError
 
 __all__ = ["Keys", "is_loopback"]
 
-OPEN_PATHS = ("/health", "/docs", "/swagger-ui", "/openapi.json")  # they say nothing of models and their users
+OPEN_PATHS = ("/health", "/docs", "/swagger-ui", "/openapi.json")  # no more than the version and what it can do
 
 
 def is_loopback(host: str) -> bool:

@@ -67,7 +67,9 @@ class Exchange:
         self._handler.set_status(status)
         script = f"; script-src 'nonce-{nonce}'; connect-src 'self'" if nonce else ""
         self._handler.set_header("Content-Type", "text/html; charset=utf-8")
-        self._handler.set_header("Content-Security-Policy", f"default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'self'{script}")
+        self._handler.set_header(
+            "Content-Security-Policy", f"default-src 'none'; style-src 'unsafe-inline'; form-action 'none'; base-uri 'none'; frame-ancestors 'self'{script}"
+        )
         self._handler.finish(text)
 
     def send_error(self, error: ApiError) -> None:

@@ -37,21 +37,36 @@ SCRIPT = """
 const box = document.getElementById('live'), main = document.getElementById('state'), note = document.getElementById('note');
 const lock = document.getElementById('lock'), field = document.getElementById('key');
 const here = location.pathname.replace(/\\/?$/, '/') + 'status?part=1&no_track_activity=1';
-let last = '', key = lock ? sessionStorage.getItem('llmkit-key') : null;
+const kept = value => {  // null forgets it; a browser that keeps nothing for pages asks each time
+  try {
+    if (value === null) sessionStorage.removeItem('llmkit-key');
+    else if (value === undefined) return sessionStorage.getItem('llmkit-key');
+    else sessionStorage.setItem('llmkit-key', value);
+  } catch (error) {}
+  return null;
+};
+let last = '', key = lock ? kept() : null;
 async function load() {
+  const mine = key;
   try {
     const reply = await fetch(here, {credentials: 'same-origin', headers: key ? {Authorization: 'Bearer ' + key} : {}});
     const text = reply.ok ? await reply.text() : '';
+    if (mine !== key) return;
     note.textContent = reply.ok ? '' : reply.status === 401 && lock ? 'This is not the key.'
       : 'The server refuses to say more (' + reply.status + '); these numbers are old.';
     if (lock) {
       lock.hidden = reply.ok;
-      if (reply.ok) sessionStorage.setItem('llmkit-key', key); else if (reply.status === 401) { key = null; sessionStorage.removeItem('llmkit-key'); }
+      if (reply.ok && key) kept(key); else if (reply.status === 401) { key = null; kept(null); }
     }
     if (text && text !== last && !main.contains(document.activeElement)) { main.innerHTML = text; last = text; }
   } catch (error) { note.textContent = 'The server does not answer; these numbers are old.'; }
 }
-if (lock) lock.addEventListener('submit', event => { event.preventDefault(); key = field.value; field.value = ''; load(); });
+if (lock) lock.addEventListener('submit', event => {
+  event.preventDefault();
+  key = /^[\x20-\x7e]+$/.test(field.value) ? field.value : '?';
+  field.value = '';
+  load();
+});
 if (key) load();
 setInterval(() => { if (box.checked && !document.hidden && (!lock || key)) load(); }, 2000);
 """
