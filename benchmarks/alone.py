@@ -28,6 +28,7 @@ def rate(watched):
     before, began = llm.stats.generation_tokens_total, time.perf_counter()
     time.sleep({seconds})
     speed = (llm.stats.generation_tokens_total - before) / (time.perf_counter() - began)
+    assert not any(stream.finished for stream in streams), "this machine is too fast for so few tokens"
     for stream in streams:
         stream.close()
     if watched:
@@ -54,6 +55,7 @@ def rate(busy):
         else:
             time.sleep(0.01)
     speed = (llm.stats.generation_tokens_total - before) / (time.perf_counter() - began)
+    assert not any(stream.finished for stream in streams), "this machine is too fast for so few tokens"
     for stream in streams:
         stream.close()
     return speed

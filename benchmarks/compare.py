@@ -200,13 +200,13 @@ def run(workload: str, path: str, args: argparse.Namespace) -> int:
                     arms += [EngineArm("llmkit engine, unified", *place, kv_unified=True)]
                 arms += [JupyterArm(*place, Path(folder))]
             arms += [gateway_arm(path, *ours)]
-            return sum(compare(arms, clients, {"workload": workload, **job}, args) for clients in args.clients or CLIENTS[workload])
+            return sum(compare(arms, workload, clients, {"workload": workload, **job}, args) for clients in args.clients or CLIENTS[workload])
         finally:
             for arm in arms:
                 arm.close()
 
 
-def compare(arms: list[Arm], clients: int, load: Job, args: argparse.Namespace) -> int:
+def compare(arms: list[Arm], name: str, clients: int, load: Job, args: argparse.Namespace) -> int:
     """Prints a table; returns how many requests failed."""
     runs: dict[str, list[dict[str, Any]]] = {arm.label: [] for arm in arms}
     noise = []
@@ -218,12 +218,12 @@ def compare(arms: list[Arm], clients: int, load: Job, args: argparse.Namespace) 
             runs[arm.label].append(result)
             if args.out:
                 with args.out.open("a") as out:
-                    out.write(json.dumps({"arm": arm.label, **job, **result}) + "\n")
+                    out.write(json.dumps({"arm": arm.label, "case": name, **job, **result}) + "\n")
     figures = FIGURES + (LONG_FIGURES if load["workload"] == "long" else ())
     medians = {label: {f: statistics.median(r[f] or 0.0 for r in results) for f in figures} for label, results in runs.items()}
     peers = [m for label, m in medians.items() if label.startswith("llama-server")]
     best = max(peers, key=lambda m: m["tok_s"]) if peers else None
-    print(f"\n{load['workload']}: {clients} clients, median of {args.reps} (idle load of others: {max(noise):.0%} at most)")
+    print(f"\n{name}: {clients} clients, median of {args.reps} (idle load of others: {max(noise):.0%} at most)")
     print("| arm | tok/s | ratio | TTFT p50 / p95 ms | ITL p50 / p95 / max ms |\n|---|---|---|---|---|")
     for label, m in medians.items():
         ratio = f"{m['tok_s'] / best['tok_s']:.2f}" if best else "–"

@@ -72,6 +72,7 @@ class LocalEmbedder:
             n_slots=MAX_SEQUENCES,
             n_vocab=self._model.vocab.n_tokens,
             weights_bytes=self._model.size_bytes,
+            device_bytes=self._model.device_bytes,
             embedding_size=0 if self._embedder.ranks else self._embedder.size,
             ranks=self._embedder.ranks,
             created=int(time.time()),

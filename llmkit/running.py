@@ -55,6 +55,7 @@ class Runs:
     def __init__(self, engine: Callable[[], EngineClient], read: Callable[[Completion, bool], Completion] = lambda completion, _: completion) -> None:
         self._engine, self._read = engine, read
         self._marked: WeakKeyDictionary[Channel, bool] = WeakKeyDictionary()
+        self._known: WeakKeyDictionary[Channel, Completion] = WeakKeyDictionary()
         self._last: Channel | None = None
         self._batch: list[Channel] = []
 
@@ -113,4 +114,11 @@ class Runs:
 
     def _remembered(self, channel: Channel) -> Completion:
         done = channel.result or Completion("".join(channel.text_parts), FinishReason.ABORT, request_id=channel.request_id)
-        return self._read(done, self._marked[channel]) if channel in self._marked else done
+        if channel not in self._marked:
+            return done
+        known = self._known.get(channel)
+        if known is None:
+            known = self._read(done, self._marked[channel])
+            if channel.finished:
+                self._known[channel] = known
+        return known

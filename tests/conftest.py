@@ -31,6 +31,7 @@ def private_runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator
     folder.mkdir(mode=0o700)
     monkeypatch.setenv("JUPYTER_RUNTIME_DIR", str(folder))
     monkeypatch.delenv("XDG_RUNTIME_DIR", raising=False)
+    monkeypatch.delenv("VIRTUAL_ENV", raising=False)  # another environment than ours may be active, of which IPython would warn
     for name in list(os.environ):
         if name.startswith("LLMKIT_"):
             monkeypatch.delenv(name)

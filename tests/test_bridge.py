@@ -94,7 +94,7 @@ def test_one_message_a_step_for_all_streams(slow: FakeClient, server: BridgeServ
         sock.send_multipart([m.SUBMIT, m.pack(m.request_to(ask("p" * (i + 1), max_tokens=20)))])
     together, ended = [], 0
     while ended < 4:
-        sock.send_multipart([m.PING])
+        sock.send_multipart([m.PING, m.pack({})])
         assert sock.poll(5000)
         kind, payload = sock.recv_multipart()
         if kind == m.EVENTS:

@@ -47,6 +47,8 @@ class ChatPanel:
                 self._turn = turn = self.session.stream(text)
             except Exception as error:
                 self._fail(error)
+                if self._widgets is not None and not self._widgets["box"].value:
+                    self._widgets["box"].value = self._said  # later the next message may be half typed: then "Edit last" gives it back
             else:
                 self._thread = threading.Thread(target=self._read, args=(turn,), name="llmkit-chat-panel", daemon=True)
                 self._thread.start()
@@ -106,10 +108,8 @@ class ChatPanel:
             self._show()
 
     def _fail(self, error: Exception) -> None:
-        """Say what is wrong, and give back what was typed."""
+        """Say what is wrong."""
         self._error = str(error) or type(error).__name__
-        if self._widgets is not None and not self._widgets["box"].value:
-            self._widgets["box"].value = self._said
 
     # -- how it looks
 
