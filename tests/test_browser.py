@@ -63,13 +63,18 @@ def page(lab: JupyterServer, chromium: str) -> Iterator[Page]:
         page = browser.new_page(viewport={"width": 1280, "height": 1600})
         page.errors = []  # type: ignore[attr-defined]
         page.on("pageerror", lambda error: page.errors.append(str(error)))  # type: ignore[attr-defined]
-        page.goto(f"{lab.url}/lab/tree/01_quickstart.ipynb?token={lab.token}")
-        page.wait_for_selector(".jp-NotebookPanel .jp-CodeCell", timeout=60_000)
-        page.evaluate("() => window.jupyterapp.shell.currentWidget.sessionContext.ready")
-        page.wait_for_selector(IDLE, timeout=60_000)
+        open_notebook(page, f"{lab.url}/lab/tree/01_quickstart.ipynb?token={lab.token}")
         yield page
         shot(page, "at-the-end")
         browser.close()
+
+
+def open_notebook(page: Page, url: str) -> None:
+    """Open a notebook and wait until its kernel is there."""
+    page.goto(url, timeout=90_000)
+    page.wait_for_selector(".jp-NotebookPanel .jp-CodeCell", timeout=60_000)
+    page.evaluate("() => window.jupyterapp.shell.currentWidget.sessionContext.ready")
+    page.wait_for_selector(IDLE, timeout=60_000)
 
 
 def faults(page: Page, where: str) -> list[str]:
@@ -185,6 +190,7 @@ def test_the_stop_button_stops_a_long_prompt(page: Page) -> None:
     wait_done(page, 60_000)
     run_code(page, "print('stopped', llm.last.finish_reason.value, repr(llm.last.text), llm.generate('The', max_tokens=2).usage.completion_tokens)")
     begun(page, "stopped abort '' 2")
+    assert not page.errors, page.errors  # type: ignore[attr-defined]
 
 
 def test_the_chat_panel_streams_stops_and_edits(page: Page) -> None:
@@ -292,10 +298,7 @@ def test_notebook_7_runs_the_first_lesson(page: Page, tmp_path: Path) -> None:
     try:
         errors: list[str] = []
         other.on("pageerror", lambda error: errors.append(str(error)))
-        other.goto(f"{server.url}/notebooks/01_quickstart.ipynb?token={server.token}")
-        other.wait_for_selector(".jp-NotebookPanel .jp-CodeCell", timeout=60_000)
-        other.evaluate("() => window.jupyterapp.shell.currentWidget.sessionContext.ready")
-        other.wait_for_selector(IDLE, timeout=60_000)
+        open_notebook(other, f"{server.url}/notebooks/01_quickstart.ipynb?token={server.token}")
         other.wait_for_timeout(3000)
         errors.clear()  # Notebook 7.6 itself stumbles over a setting while it starts
         command(other, "notebook:run-all-cells")
@@ -315,10 +318,7 @@ def test_the_lessons_run_to_the_end(page: Page, lab: JupyterServer, lesson: str)
     other = page.context.browser.new_page(viewport={"width": 1280, "height": 1600})  # type: ignore[union-attr]
     errors: list[str] = []
     other.on("pageerror", lambda error: errors.append(str(error)))
-    other.goto(f"{lab.url}/lab/tree/{lesson}?token={lab.token}&reset")
-    other.wait_for_selector(".jp-NotebookPanel .jp-CodeCell", timeout=60_000)
-    other.evaluate("() => window.jupyterapp.shell.currentWidget.sessionContext.ready")
-    other.wait_for_selector(IDLE, timeout=60_000)
+    open_notebook(other, f"{lab.url}/lab/tree/{lesson}?token={lab.token}&reset")
     command(other, "notebook:run-all-cells")
     other.wait_for_timeout(1500)
     wait_done(other, 180_000)

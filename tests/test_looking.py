@@ -165,7 +165,7 @@ def test_the_monitor_shows_each_request(llm: llmkit.LLM) -> None:
     wait_for(lambda: bool(monitor.sample().requests))
     (request,) = monitor.sample().requests
     assert request["caller"] == "<me>" and request["prompt_tokens"] == 4 and request["seconds"] > 0
-    assert "&lt;me&gt;" in monitor.html() and "prompt tokens cached" in monitor.html()
+    assert "&lt;me&gt;" in monitor.html() and "prompt cache" in monitor.html()
     stream.close()
     wait_for(lambda: not monitor.sample().requests)
     monitor.stop()
@@ -178,5 +178,5 @@ def test_the_monitor_splits_the_memory_of_a_gpu(fake: FakeClient) -> None:
     monitor = Monitor(fake, device_memory=lambda: (400 * mib, 1000 * mib))
     monitor.stop()
     ram, vram = monitor.html().split("VRAM", 1)
-    assert "weights 28 MiB" in ram and "compute 2.0 MiB" in ram and "KV" not in ram.split("RAM of")[1]
+    assert "weights 28 MiB" in ram and "compute 2.0 MiB" in ram and "KV" not in ram.split(">RAM<")[1]
     assert all(text in vram for text in ("400 MiB of 1000 MiB", "weights 92 MiB", "KV 90 MiB", "compute 98 MiB", "others 120 MiB"))

@@ -128,10 +128,10 @@ class Monitor:
                 f"{stats.num_running} of {stats.num_slots} / {stats.num_waiting}",
                 [(stats.num_running / max(stats.num_slots, 1), charts.GREEN)],
             ),
-            self._memory_bar("RAM of its process", s.rss_bytes, s.total_ram_bytes, self._in_ram(), "rest"),
+            self._memory_bar("RAM", s.rss_bytes, s.total_ram_bytes, self._in_ram(), "rest"),
             charts.bar("VRAM", "none: CPU only", []) if s.vram is None else self._memory_bar("VRAM", *s.vram, d.device_bytes, "others"),
             charts.bar(
-                "prompt tokens cached",
+                "prompt cache",
                 f"{stats.cached_tokens_total} of {stats.prompt_tokens_total}",
                 [(stats.cached_tokens_total / max(stats.prompt_tokens_total, 1), charts.GREEN)],
             ),
