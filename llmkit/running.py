@@ -119,6 +119,6 @@ class Runs:
         known = self._known.get(channel)
         if known is None:
             known = self._read(done, self._marked[channel])
-            if channel.finished:
+            if done is channel.result:  # and not what there was of it a moment ago
                 self._known[channel] = known
         return known
