@@ -19,12 +19,21 @@ class EngineClient(Protocol):
         """Name, sizes and limits of the model."""
         ...
 
+    @property
+    def gone(self) -> str | None:
+        """Why it cannot be used any more (its engine or its process has ended); None while it works."""
+        ...
+
     def submit(self, request: GenerationRequest) -> Stream:
-        """Queue a request.
+        """Queue a request for one answer.
 
         Raises `InvalidRequestError` or `ContextLengthError` at once or from the stream, `ModelUnloadedError` or `EngineGoneError` when there is no
         engine any more.
         """
+        ...
+
+    def submit_choices(self, request: GenerationRequest) -> list[Stream]:
+        """Queue all ``n`` choices of a request, or none. Raises as ``submit`` does."""
         ...
 
     def embed(self, request: EmbeddingRequest) -> Future[Embeddings]:

@@ -21,7 +21,7 @@ INTEGERS = {
     "max_waiting": (1, 1_000_000),
 }
 NUMBERS = {"target_itl_ms": (1.0, 1e6), "rope_scaling": (0.01, 1000.0), "host_cache_mb": (0.0, 1e9), "disk_cache_mb": (1.0, 1e9)}
-FLAGS = ("kv_unified", "deterministic", "context_shift", "isolated")
+FLAGS = ("kv_unified", "deterministic", "context_shift", "isolated", "share_prefixes")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,6 +53,7 @@ class EngineOptions:
     draft: str | None = None
     context_shift: bool = False
     isolated: bool = False
+    share_prefixes: bool = False
     disk_cache_mb: float = 4096.0
 
     def __post_init__(self) -> None:

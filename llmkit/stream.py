@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import threading
 import time
 from collections import deque
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 __all__ = ["Channel", "Stream"]
+
+logger = logging.getLogger("llmkit")
 
 
 class Channel:
@@ -70,7 +73,10 @@ class Channel:
             with contextlib.suppress(RuntimeError):  # the reader's event loop is closed
                 wake()
         if listener is not None:
-            listener()
+            try:
+                listener()
+            except Exception:  # a reader that fails must not end the engine's thread
+                logger.exception("a listener of a stream failed")
 
     def listen(self, listener: Callable[[], object]) -> None:
         """Call ``listener`` at every ``wake``, on the producer's thread; once now if something is there. It must be quick and not raise."""
@@ -94,6 +100,11 @@ class Channel:
                 return False
             self._wakers.append(wake)
             return True
+
+    def wait_no_more(self, wake: Callable[[], object]) -> None:
+        """Take back what `wait` asked for."""
+        with self._lock, contextlib.suppress(ValueError):
+            self._wakers.remove(wake)
 
     @property
     def result(self) -> Completion | None:
@@ -178,8 +189,12 @@ class Stream:
 
     def _block(self, timeout: float | None) -> None:
         event = threading.Event()
-        if self._channel.wait(event.set):
-            event.wait(timeout)
+        wake = event.set
+        if self._channel.wait(wake):
+            try:
+                event.wait(timeout)
+            finally:
+                self._channel.wait_no_more(wake)
 
     def _raise_failure(self) -> None:
         if self._channel.failure is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any, Literal
 
@@ -34,8 +34,9 @@ __all__ = [
 ]
 
 MAX_INPUTS = 100_000
+MAX_CHOICES = 1024
+MAX_DEPTH = 100  # deepest JSON nesting we accept
 # Characters a token can stand for at most, on average: a longer text cannot fit, and is refused before it is tokenized.
-MAX_DEPTH = 100  # of JSON that is taken
 MAX_CHARS_PER_TOKEN = 64
 
 
@@ -76,11 +77,24 @@ class Tool:
 
 @dataclass(frozen=True, slots=True)
 class ToolCall:
-    """A call that a model made; ``arguments`` is a JSON object as text."""
+    """A call that a model made; ``arguments`` is a JSON object as text, if the model wrote one."""
 
     call_id: str
     name: str
     arguments: str
+
+    def as_object(self) -> dict[str, Any]:
+        """The arguments as an object; what is none stands in it as text.
+
+        >>> ToolCall("1", "ls", '{"path": "/"}').as_object(), ToolCall("1", "ls", '{"pa').as_object()
+        ({'path': '/'}, {'arguments': '{"pa'})
+        """
+        try:
+            read = json.loads(self.arguments or "{}")
+            shallow = self.arguments.count("[") + self.arguments.count("{") <= MAX_DEPTH or depth_of(read) <= MAX_DEPTH
+        except (ValueError, RecursionError):
+            read, shallow = None, False
+        return read if isinstance(read, dict) and shallow else {"arguments": self.arguments}
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,19 +115,25 @@ class Message:
         check(isinstance(self.content, str), "messages", "must have text as content.")
         object.__setattr__(self, "tool_calls", tuple(_tool_call(c) for c in self.tool_calls or ()))
 
+    def as_json(self) -> dict[str, Any]:
+        """The message for another process or a file: as `as_dict`, with the arguments of calls as they were written."""
+        found = self.as_dict()
+        for call, entry in zip(self.tool_calls, found.get("tool_calls", ()), strict=True):
+            entry["function"]["arguments"] = call.arguments
+        return found
+
     def as_dict(self) -> dict[str, Any]:
         """What a chat template sees."""
         found: dict[str, Any] = {"role": self.role, "content": self.content}
         found.update((key, value) for key in ("name", "tool_call_id", "reasoning_content") if (value := getattr(self, key)))
         if self.tool_calls:
-            found["tool_calls"] = [
-                {"id": c.call_id, "type": "function", "function": {"name": c.name, "arguments": json.loads(c.arguments)}} for c in self.tool_calls
-            ]
+            found["tool_calls"] = [{"id": c.call_id, "type": "function", "function": {"name": c.name, "arguments": c.as_object()}} for c in self.tool_calls]
         return found
 
 
 def _tool_call(given: Any) -> ToolCall:
-    """A call in our form or in OpenAI's, its arguments checked. Raises `InvalidRequestError`."""
+    """A call in our form or in OpenAI's. What a model wrote is not judged: an old call that was cut off must not spoil all that follows. Raises
+    `InvalidRequestError` for what is no call at all."""
     if isinstance(given, dict):
         function = given.get("function")
         if not isinstance(function, dict):
@@ -122,12 +142,6 @@ def _tool_call(given: Any) -> ToolCall:
         given = ToolCall(str(given.get("id") or ""), str(function.get("name") or ""), arguments if isinstance(arguments, str) else json.dumps(arguments))
     if not isinstance(given, ToolCall):
         raise InvalidRequestError("messages: tool_calls must hold calls.", "messages")
-    try:
-        read = json.loads(given.arguments)
-        whole = isinstance(read, dict) and (given.arguments.count("[") + given.arguments.count("{") <= MAX_DEPTH or depth_of(read) <= MAX_DEPTH)
-    except (ValueError, RecursionError):
-        whole = False
-    check(whole, "messages", f"the arguments of the tool call {given.name!r:.80} are no JSON object of at most {MAX_DEPTH} levels.")
     return given
 
 
@@ -145,11 +159,12 @@ class GenerationRequest:
     """What a caller asks: exactly one of ``prompt`` (text or token ids) and ``messages``.
 
     A lower ``priority`` goes first (0 is usual). ``caller`` names who asks: callers share the engine fairly, whatever the number of their requests.
-    Prefixes are shared only among requests of the same ``cache_salt``: tenants that must not learn of each other by timing get one each.
+    Cached prefixes are shared only among requests of one caller and one ``cache_salt``, so that nobody learns of others' prompts by timing or by counts;
+    callers of one ``cache_scope`` share theirs. ``n`` answers are made of a prompt that is rendered and tokenized once.
     ``lora`` names adapters that were loaded with the model, and their scales (None: as loaded, (): none).
     ``keep_on_disk`` (with ``max_tokens=0``) saves the computed prompt for later processes. ``tools`` and ``template_options`` go to the chat template.
     With a ``suffix`` the text between ``prompt`` and it is written, by models that have learned to. ``show_marks`` keeps in the text what the model writes to
-    mark calls of tools and reasoning, for `llmkit.chat.reading`.
+    mark calls of tools and reasoning, for `llmkit.chat.reading`. ``continue_final``: the last message, an assistant's, is the beginning of the answer.
     """
 
     request_id: str
@@ -166,8 +181,27 @@ class GenerationRequest:
     template_options: dict[str, Any] = field(default_factory=dict)
     suffix: str | None = None
     show_marks: bool = False
+    continue_final: bool = False
+    n: int = 1
+    cache_scope: str | None = None
+
+    @property
+    def salt(self) -> str:
+        """Requests of the same salt share cached prefixes: those of one caller (of one ``cache_scope``, where that is given) and one ``cache_salt``."""
+        scope = self.caller if self.cache_scope is None else self.cache_scope
+        return f"{scope}\0{self.cache_salt}" if scope else self.cache_salt
+
+    def choices(self) -> list[GenerationRequest]:
+        """One request for each of the ``n``, with an id and a seed of its own."""
+        if self.n == 1:
+            return [self]
+        seed = self.sampling.seed
+        params = [self.sampling if seed is None else replace(self.sampling, seed=seed + i) for i in range(self.n)]
+        return [replace(self, n=1, request_id=f"{self.request_id}-{i}", sampling=p) for i, p in enumerate(params)]
 
     def __post_init__(self) -> None:
+        check_integer(self.n, "n", 1, MAX_CHOICES)
+        check(self.cache_scope is None or (isinstance(self.cache_scope, str) and len(self.cache_scope) <= 1000), "cache_scope", "must be a short text.")
         check_integer(self.priority, "priority", -(2**31), 2**31)
         for param in ("caller", "cache_salt"):
             check(isinstance(getattr(self, param), str) and len(getattr(self, param)) <= 1000, param, "must be a text of at most 1000 characters.")
@@ -183,12 +217,13 @@ class GenerationRequest:
 
 @dataclass(frozen=True, slots=True)
 class EmbeddingRequest:
-    """Texts (or their token ids) to turn into vectors, of length 1 unless ``normalize`` is False; with a ``query``, documents to be scored for it."""
+    """Texts (or their token ids) to turn into vectors, of length 1 unless ``normalize`` is False; with a ``query``, documents to score. ``caller`` asks."""
 
     request_id: str
     inputs: tuple[str | tuple[int, ...], ...]
     normalize: bool = True
     query: str | None = None
+    caller: str = ""
 
     def __post_init__(self) -> None:
         check(0 < len(self.inputs) <= MAX_INPUTS, "input", f"must hold 1 to {MAX_INPUTS} texts.")
@@ -215,6 +250,7 @@ class Inquiry:
     request_id: str
     kind: InquiryKind
     data: dict[str, Any]
+    caller: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -287,6 +323,11 @@ class Completion:
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
     stop: str | None = None  # the stop string that was met
     reasoning: str = ""  # of a chat: what the model wrote for itself
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether it was cut short: by length, repetition or an abort."""
+        return self.finish_reason in (FinishReason.LENGTH, FinishReason.REPETITION, FinishReason.ABORT)
 
     @property
     def decode_tok_s(self) -> float:

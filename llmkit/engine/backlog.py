@@ -2,11 +2,13 @@
 
 Each caller has a counter of the service it got (prompt tokens computed, generated tokens at twice the price); the one with the least goes first, so a
 caller with a hundred requests gets no more than one with a few. A caller that comes back is lifted to the least of those at work: idling earns no credit.
+What a caller got more than others fades, by half a minute, so that nobody pays for the morning in the afternoon; when nobody is at work, all are level.
 The idea is the virtual token counter of Sheng et al., "Fairness in Serving Large Language Models", 2024.
 """
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 
@@ -16,12 +18,17 @@ __all__ = ["Backlog"]
 
 OUTPUT_PRICE = 2
 MAX_CALLERS = 10_000
+HALF_LIFE_S = 30.0
+FADE_EVERY_S = 1.0
 
 
 class Backlog:
-    """The waiting requests."""
+    """The waiting requests. ``on_leave`` hears of each that waits no longer for the first time; ``clock`` gives seconds."""
 
-    def __init__(self) -> None:
+    def __init__(self, on_leave: Callable[[Request], None] = lambda _: None, clock: Callable[[], float] = time.monotonic) -> None:
+        self._on_leave = on_leave
+        self._clock = clock
+        self._faded_at = clock()
         self._queues: dict[tuple[int, str], deque[Request]] = {}
         self._service: dict[str, float] = {}
         self._active: dict[str, int] = {}  # requests of a caller, waiting or running
@@ -36,6 +43,9 @@ class Backlog:
     def add(self, request: Request) -> None:
         """A new request."""
         caller = request.caller
+        if not self._active:
+            self._service.clear()
+        self._fade()
         if not self._active.get(caller):
             least = min((self._service[c] for c in self._active), default=0.0)
             self._service[caller] = max(self._service.get(caller, 0.0), least)
@@ -50,6 +60,18 @@ class Backlog:
 
     def _queue(self, request: Request) -> deque[Request]:
         return self._queues.setdefault((request.priority, request.caller), deque())
+
+    def _fade(self) -> None:
+        """Move all counters towards the least of those at work."""
+        now = self._clock()
+        if now - self._faded_at < FADE_EVERY_S or not self._active:
+            return
+        share = 0.5 ** ((now - self._faded_at) / HALF_LIFE_S)
+        self._faded_at = now
+        least = min(self._service[c] for c in self._active)
+        faded = {c: least + (s - least) * share for c, s in self._service.items() if s > least}
+        # Who is idle, and level with those at work, need not be remembered.
+        self._service = {c: s for c, s in faded.items() if s - least >= 1 or c in self._active} | {c: least for c in self._active if c not in faded}
 
     def charge(self, request: Request, num_prompt: int = 0, num_output: int = 0) -> None:
         """The caller got this much service."""
@@ -71,13 +93,22 @@ class Backlog:
 
     def first(self, ready: Callable[[Request], bool]) -> Request | None:
         """The next request for which ``ready`` is true; it stays in the backlog."""
+        self._fade()
         for key in sorted(self._queues, key=lambda k: (k[0], self._service.get(k[1], 0.0), self._queues[k][0].arrived_at)):
             for request in self._queues[key]:
                 if ready(request):
                     return request
         return None
 
+    def newest(self, caller: str) -> Request | None:
+        """The request of a caller that would come last, of those that have not run yet."""
+        mine = (r for (_, whose), queued in self._queues.items() if whose == caller for r in queued if r.is_queued)
+        return max(mine, key=lambda r: (r.priority, r.arrived_at), default=None)
+
     def remove(self, request: Request) -> None:
+        if request.is_queued:
+            request.is_queued = False
+            self._on_leave(request)
         key = (request.priority, request.caller)
         self._queues[key].remove(request)
         if not self._queues[key]:

@@ -67,8 +67,8 @@ class Drop:
 @dataclass(frozen=True, slots=True)
 class Open:
     """Request ``serial`` takes ``slot``: bind its sampler, made from ``sampling`` when the request is new. ``history`` are the tokens that penalties look
-    back on; ``constraint`` is the runner's own form of ``sampling.grammar``,
-    ``adapters`` names LoRA adapters and their scales."""
+    back on; ``constraint`` is the runner's own form of ``sampling.grammar``, ``adapters`` names LoRA adapters and their scales, ``sampler`` is the runner's
+    own, if it was made beforehand."""
 
     slot: int
     serial: int
@@ -76,6 +76,7 @@ class Open:
     history: Sequence[int]
     constraint: object | None = None
     adapters: Sequence[tuple[str, float]] = ()
+    sampler: object | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,9 +132,10 @@ class StepOutput:
     slot holds now; it is less than asked after a rejected draft, an interrupt (``interrupted``) or a failure. ``scores[i]`` belong to ``tokens[i]`` where
     asked, ``prompt_scores[i]`` to ``chunk.targets``; ``forced[i]`` are the tokens that a grammar leaves no choice but to come next.
 
-    ``error`` is set when the decode failed for these chunks; ``faults`` holds (slot, why) of requests that alone went wrong, ``lost`` keys that could not be
-    parked or restored, ``broken`` slots that are empty now because of that. ``backend_s`` is the time spent inside calls of the C library (decode and
-    sampler chains), seconds.
+    ``error`` is set when the decode failed for these chunks; ``faults`` holds (slot, why) of requests that alone went wrong, ``refused`` those of their slots
+    whose request asked for what cannot be done, ``emptied`` those that hold nothing any more. ``lost`` are keys that could not be parked or restored,
+    ``broken`` slots that are empty now because of that. ``late`` are slots whose grammar did not say in time what may come next: nothing was chosen, and the
+    last token is to be computed again. ``backend_s`` is the time spent inside calls of the C library (decode and sampler chains), seconds.
     """
 
     tokens: Sequence[Sequence[int]]
@@ -144,6 +146,9 @@ class StepOutput:
     faults: Sequence[tuple[int, str]] = ()
     lost: Sequence[int] = ()
     broken: Sequence[int] = ()
+    emptied: Sequence[int] = ()
+    refused: Sequence[int] = ()
+    late: Sequence[int] = ()
     scores: Sequence[Sequence[Score]] = ()
     prompt_scores: Sequence[Sequence[Score]] = ()
     forced: Sequence[Sequence[int]] = ()

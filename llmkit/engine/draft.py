@@ -12,6 +12,7 @@ from collections.abc import Sequence
 __all__ = ["Payoff", "PromptLookup"]
 
 NGRAM, MIN_NGRAM = 5, 2
+MAX_INDEXED = 2048  # tokens at a time: a millisecond or two
 MAX_DRAFT = 24
 FIRST_ACCEPTANCE = 0.85
 SMOOTHING = 0.2
@@ -101,13 +102,18 @@ class PromptLookup:
             guess.append(guess[len(guess) - period])
         return guess
 
+    def index(self, tokens: Sequence[int], upto: int) -> None:
+        """Take in n-grams of the first ``upto`` tokens, a bounded number at a time: called while a prompt is computed, it is done when the first token is."""
+        upto = min(upto, self._indexed + MAX_INDEXED)
+        for end in range(max(self._indexed, MIN_NGRAM), upto):
+            for size in range(MIN_NGRAM, min(NGRAM, end) + 1):
+                self._ends[tuple(tokens[end - size : end])] = end
+        self._indexed = max(self._indexed, upto)
+
     def _find(self, tokens: Sequence[int]) -> int | None:
         """Where the longest known end of ``tokens`` was seen before. Indexes what is new, but for the n-grams that end at the end."""
         n = len(tokens)
-        for end in range(max(self._indexed, MIN_NGRAM), n):
-            for size in range(MIN_NGRAM, min(NGRAM, end) + 1):
-                self._ends[tuple(tokens[end - size : end])] = end
-        self._indexed = n
+        self.index(tokens, n)
         for size in range(min(NGRAM, n), MIN_NGRAM - 1, -1):
             found = self._ends.get(tuple(tokens[n - size :]))
             if found is not None:

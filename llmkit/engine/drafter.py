@@ -9,12 +9,12 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-import warnings
 from contextlib import AbstractContextManager
 
 from llmkit.engine.batch import Batch, Chunk, Open, SlotOp, StepOutput, Truncate
 from llmkit.engine.runner import ModelRunner
 from llmkit.engine.slots import common_prefix
+from llmkit.reporting import report
 from llmkit.types import SamplingParams
 
 __all__ = ["ModelDrafter"]
@@ -90,8 +90,8 @@ class ModelDrafter:
         """The favourite after each chunk that asks for one, and its log-probability."""
         output: StepOutput = self._runner.execute(Batch(tuple(chunks), tuple(ops)))
         if output.error or output.no_room or output.faults:
-            self._broken = True  # the streams do without
-            warnings.warn(f"the draft model failed and is not asked any more: {output.error or output.faults or 'no room'}", RuntimeWarning, stacklevel=2)
+            self._broken = True  # a failing draft model is disabled; streams continue without drafts
+            report(f"the draft model failed and is not asked any more: {output.error or output.faults or 'no room'}")
             return {}
         found = {}
         for i, chunk in enumerate(chunks):

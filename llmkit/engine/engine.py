@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import queue
 import threading
 import time
@@ -10,6 +11,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
+from llmkit.engine.admission import Admission, MakeWay
 from llmkit.engine.batch import Batch
 from llmkit.engine.budget import StepClock
 from llmkit.engine.drafter import ModelDrafter
@@ -20,19 +22,22 @@ from llmkit.engine.scheduler import Scheduler
 from llmkit.engine.slots import PrefixCache
 from llmkit.engine.stats import StatsCounter
 from llmkit.engine.threads import ThreadGovernor
-from llmkit.errors import EngineError, ModelUnloadedError, QueueFullError
+from llmkit.errors import EngineError, InvalidRequestError, ModelUnloadedError, QueueFullError
 from llmkit.types import EngineStats, FinishReason
 
 __all__ = ["Engine"]
 
+logger = logging.getLogger("llmkit.engine")
+
 FAREWELL_S = 3.0  # for writing idle prefixes to disk at the end
-INTERRUPT_TOKENS = 16  # a chunk longer than this is worth interrupting
+HELD_S = 0.002  # between looks, while every running request waits for its grammar
 
 
 class Engine:
     """Continuous batching over one `ModelRunner`; ``submit`` and ``abort`` are thread-safe and return at once.
 
-    ``is_end`` tells end-of-generation tokens. ``n_ctx`` (at most the runner's) ends a request that grows to it. ``max_waiting`` bounds the queue.
+    ``is_end`` tells end-of-generation tokens. ``n_ctx`` (at most the runner's) ends a request that grows to it. ``max_waiting`` bounds the queue, which
+    callers share, see `Admission`.
     ``target_itl_s`` is the time between two tokens of a stream that prompts of others must not stretch. ``deterministic``: see `Scheduler`. ``turns`` is held
     while a step computes.
     """
@@ -51,7 +56,7 @@ class Engine:
         context_shift: bool = False,
     ) -> None:
         self._runner = runner
-        self._max_waiting = max_waiting
+        self._admission = Admission(max_waiting)
         self._turns = turns or contextlib.nullcontext()
         cache = PrefixCache(runner.n_slots, can_truncate=runner.can_truncate, can_fork=runner.can_fork, host_tokens=runner.host_tokens)
         for entry in runner.saved():
@@ -71,17 +76,20 @@ class Engine:
             deterministic=deterministic,
             drafter=drafter,
             context_shift=context_shift,
+            on_leave=lambda request: self._admission.leave(request.caller),
         )
         self._cache, self._journal = cache, Journal()
         self._drafter = drafter
         self._drafted_s = 0.0  # that was counted
         self._stats = StatsCounter(cache, self._scheduler, runner.capacity or runner.n_slots * runner.n_ctx)
-        self._inbox: queue.SimpleQueue[Request | str | None] = queue.SimpleQueue()
-        self._num_submitted = self._num_taken = 0
+        self._inbox: queue.SimpleQueue[Request | MakeWay | str | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._closed = False
-        # Requests with a long chunk in the running step; None: a step is being put together, so nobody knows.
-        self._prefilling: frozenset[str] | None = frozenset()
+        self._failure: str | None = None
+        # Whose tokens the running step computes, and whose abort has come: it is broken off only when nobody else loses by that.
+        self._step_lock = threading.Lock()
+        self._in_step: frozenset[str] = frozenset()
+        self._aborted: set[str] = set()
         self._thread = threading.Thread(target=self._run, name="llmkit-engine", daemon=True)
         self._thread.start()
 
@@ -93,19 +101,24 @@ class Engine:
     def closed(self) -> bool:
         return self._closed
 
-    def submit(self, request: Request) -> None:
-        """Queue a request.
+    @property
+    def failure(self) -> str | None:
+        """Why the engine ended by itself; None while it works, and after ``close``."""
+        return self._failure
+
+    def submit(self, *requests: Request) -> None:
+        """Queue requests of one caller: all, or none.
 
         Raises `ModelUnloadedError` after ``close`` and `QueueFullError` when ``max_waiting`` requests wait.
         """
         with self._lock:
             if self._closed:
-                raise ModelUnloadedError("the model was unloaded; load it again with llmkit.load()")
-            waiting = self._stats.snapshot.num_waiting + self._num_submitted - self._num_taken
-            if waiting >= self._max_waiting:
-                raise QueueFullError(f"{waiting} requests wait already; try again later")
-            self._num_submitted += 1
-            self._inbox.put(request)
+                raise ModelUnloadedError(self._failure or "the model was unloaded; load it again with llmkit.load()")
+            displaced = self._admission.enter(requests[0].caller, len(requests)) if requests else []
+            for caller in displaced:
+                self._inbox.put(MakeWay(caller))
+            for request in requests:
+                self._inbox.put(request)
 
     def look(self, kind: str) -> dict[str, Any]:
         """The last ``steps``, what the ``slots`` hold, or the ``requests`` that run; JSON-ready."""
@@ -115,11 +128,12 @@ class Engine:
         return {kind: slots_of(self._cache, running) if kind == "slots" else requests_of(running)}
 
     def abort(self, request_id: str) -> None:
-        """End a request early; a long prompt chunk of it that is being computed is interrupted."""
-        self._inbox.put(request_id)
-        prefilling = self._prefilling
-        if prefilling is None or request_id in prefilling:
-            self._runner.interrupt()
+        """End a request early. A step that computes nothing but aborted requests is interrupted; one with tokens of others is not, since they would be lost."""
+        with self._step_lock:
+            self._aborted.add(request_id)
+            self._inbox.put(request_id)  # after that, or the engine would forget it before it is there
+            if self._in_step and self._in_step <= self._aborted:
+                self._runner.interrupt()
 
     def close(self, timeout: float = 5.0) -> bool:
         """Stop the thread; running requests end with an abort. False if it did not end in time: then the runner must not be freed."""
@@ -144,31 +158,40 @@ class Engine:
             while self._take_messages():
                 if self._scheduler.has_work:
                     self._step()
-        except Exception as error:  # a bug or a broken runner: nobody may wait forever
-            failure = EngineError(f"the engine stopped: {error!r}. Load the model again.")
+        except BaseException as error:  # a bug or a broken runner: nobody may wait forever
+            self._failure = f"the engine stopped: {error!r:.500}. Load the model again."
+            failure = EngineError(self._failure)
             failure.__cause__ = error
+            logger.exception("the engine stopped")
         self._shut_down(failure)
 
     def _take_messages(self) -> bool:
         """Empty the inbox, waiting for a message when idle. False: close."""
         # Order matters: an abort puts its message before it interrupts, so an interrupt cleared here has its message in the inbox.
-        self._prefilling = None
-        self._runner.clear_interrupt()
+        with self._step_lock:
+            self._in_step = frozenset()
+            self._runner.clear_interrupt()
         aborted: list[str] = []
+        refused: list[Request] = []
         while True:
             try:
-                message = self._inbox.get(block=not (self._scheduler.has_work or aborted))
+                message = self._inbox.get(block=not (self._scheduler.has_work or aborted or refused))
             except queue.Empty:
                 break
             if message is None:
                 return False
             if isinstance(message, str):
                 aborted.append(message)
+            elif isinstance(message, MakeWay):
+                refused += self._scheduler.displace(message.caller) if self._admission.owes(message.caller) else []
             else:
-                self._num_taken += 1
                 self._stats.requests += 1
                 self._scheduler.add(message)
+        if refused:
+            self._publish(refused, QueueFullError("the queue is full, and this caller has the most requests in it; try again later"))
         if aborted:
+            with self._step_lock:
+                self._aborted.difference_update(aborted)
             self._publish(self._scheduler.abort(aborted))
             self._stats.refresh()
         return True
@@ -177,7 +200,13 @@ class Engine:
         start = time.perf_counter()
         batch = self._scheduler.schedule()
         running = {r.slot: r.request_id for r in self._scheduler.running}
-        self._prefilling = frozenset(running[c.slot] for c in batch.chunks if len(c.tokens) > INTERRUPT_TOKENS)
+        if not batch.chunks and not batch.ops and running:
+            time.sleep(HELD_S)  # all of them wait for their grammars
+            return
+        with self._step_lock:
+            self._in_step = frozenset(running[c.slot] for c in batch.chunks)
+            if self._in_step and self._in_step <= self._aborted:
+                self._runner.interrupt()
         drafting = 0.0 if self._drafter is None else self._drafter.seconds - self._drafted_s
         self._drafted_s += drafting
         with self._turns:
@@ -210,7 +239,9 @@ class Engine:
                 self._stats.cached_tokens += request.num_cached_tokens
         self._stats.refresh()
         for request in requests:
-            reason = EngineError(f"this request failed in the backend: {request.error}") if request.error else failure
+            reason = failure
+            if request.error:
+                reason = InvalidRequestError(request.error) if request.is_refused else EngineError(f"this request failed in the backend: {request.error}")
             request.publish(reason if request.finish_reason in (FinishReason.ERROR, FinishReason.ABORT) else None)
         for request in requests:
             request.channel.wake()

@@ -10,6 +10,7 @@ from llmkit.engine.batch import Score
 from llmkit.engine.detokenize import Detokenizer
 from llmkit.engine.draft import Payoff, PromptLookup
 from llmkit.engine.repetition import Repetitions
+from llmkit.engine.runner import Constraint
 from llmkit.stream import Channel
 from llmkit.types import Completion, Delta, FinishReason, RequestMetrics, SamplingParams, TokenLogprob, Usage
 
@@ -40,6 +41,9 @@ class Request:
         "first_token_at",
         "forced",
         "guessed_by",
+        "is_late",
+        "is_queued",
+        "is_refused",
         "is_repeating",
         "is_shifted",
         "keep_on_disk",
@@ -57,6 +61,7 @@ class Request:
         "prompt_logprobs",
         "repetitions",
         "request_id",
+        "sampler",
         "sampling",
         "serial",
         "slot",
@@ -79,7 +84,8 @@ class Request:
         caller: str = "",
         cache_salt: str = "",
         keep_on_disk: bool = False,
-        constraint: object | None = None,
+        constraint: Constraint | None = None,
+        sampler: object | None = None,
         adapters: tuple[tuple[str, float], ...] = (),
     ) -> None:
         self.serial = next(_serials)
@@ -106,7 +112,11 @@ class Request:
         # What an adapter computed is of no use with another.
         self.cache_salt = f"{cache_salt}\0{adapters}" if adapters else cache_salt
         self.adapters = adapters
-        self.constraint = constraint  # the runner's; opaque here
+        self.constraint = constraint  # the runner's own
+        self.sampler = sampler  # the runner's, if it was made beforehand; opaque here
+        self.is_queued = True  # it counts among those that wait, until it runs for the first time
+        self.is_refused = False  # it failed for what it asked, and not for what we did
+        self.is_late = False  # it sat the last step out: its grammar did not say in time what may come next
         self.keep_on_disk = keep_on_disk  # its prompt, when it is computed
         self.waits_for: tuple[Request, int] | None = None  # a running request that computes this many tokens of our prompt
         self.lookup = PromptLookup() if sampling.speculate and sampling.prompt_logprobs is None else None
@@ -133,6 +143,11 @@ class Request:
     def is_prefill(self) -> bool:
         """More than the newest token is missing."""
         return self.num_uncomputed_tokens > 1 or self.num_output_tokens == 0
+
+    @property
+    def is_held(self) -> bool:
+        """It waits for its grammar, not for the model."""
+        return self.is_late and self.constraint is not None and not self.constraint.ready
 
     @property
     def scores_prompt(self) -> bool:

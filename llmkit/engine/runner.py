@@ -6,7 +6,20 @@ from typing import Protocol
 
 from llmkit.engine.batch import Batch, StepOutput
 
-__all__ = ["ModelRunner"]
+__all__ = ["Constraint", "ModelRunner"]
+
+
+class Constraint(Protocol):
+    """What a request's text must look like, as far as the engine cares."""
+
+    @property
+    def ready(self) -> bool:
+        """Whether it can say at once what may come next."""
+        ...
+
+    def take_seconds(self) -> float:
+        """Seconds of computing since the last call, for the caller's bill."""
+        ...
 
 
 class ModelRunner(Protocol):

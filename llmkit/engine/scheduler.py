@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
 
+from llmkit.engine import victims
 from llmkit.engine.backlog import Backlog
 from llmkit.engine.batch import Batch, Chunk, Close, Open, Park, Score, Shift, SlotOp, StepOutput, Truncate
 from llmkit.engine.budget import StepClock
@@ -21,6 +23,7 @@ from llmkit.types import FinishReason
 
 __all__ = ["Scheduler"]
 
+MIN_FAREWELL_TOKENS = 128  # shorter prefixes are not worth a file at the end
 # A request waits for another that computes this many tokens of its prompt, rather than compute them as well.
 MIN_COALESCE_TOKENS = 32
 
@@ -47,6 +50,7 @@ class Scheduler:
         deterministic: bool = False,
         drafter: ModelDrafter | None = None,
         context_shift: bool = False,
+        on_leave: Callable[[Request], None] = lambda _: None,
     ) -> None:
         self.cache = cache
         self._n_ctx = n_ctx
@@ -60,7 +64,7 @@ class Scheduler:
         self._speculation = Speculation(clock, n_ctx, drafter)
         self._deterministic = deterministic
         self._context_shift = context_shift
-        self.waiting = Backlog()
+        self.waiting = Backlog(on_leave)
         self.running: list[Request] = []
         self.num_preemptions = 0
         self._pending: list[SlotOp] = []
@@ -89,8 +93,12 @@ class Scheduler:
         ops, self._pending = self._pending, []
         ops += self._admit()
         ops += self._make_room()
-        decoding = [r for r in self.running if not r.is_prefill and r not in self._saving]
-        prefilling = [r for r in self.running if r.is_prefill and r not in self._saving]
+        able = [r for r in self.running if r not in self._saving and not r.is_held]
+        decoding = [r for r in able if not r.is_prefill]
+        prefilling = [r for r in able if r.is_prefill]
+        for request in prefilling:
+            if request.lookup is not None:
+                request.lookup.index(request.tokens, request.num_computed_tokens)
         room = self._max_batch_tokens - len(decoding)
         if self._capacity is not None:
             room = min(room, self._capacity - self.cache.num_tokens - len(decoding))
@@ -101,8 +109,8 @@ class Scheduler:
         most = 0 if planned or not self._can_draft else room // max(len(decoding), 1)
         guesses = self._speculation.guess(decoding, most)
         planned += [(r, 1, guesses.get(slot_of(r), [])) for r in decoding]
-        if not planned and self.running and not self._saving:  # no room even for one: the runner is to say so
-            planned = [(self.running[0], 1, [])]
+        if not planned and able and not self._saving:  # no room at all: schedule one token and let the runner report it
+            planned = [(able[0], 1, [])]
         planned.sort(key=lambda p: slot_of(p[0]))  # llama.cpp joins neighbouring streams only in ascending order
         self._scheduled = [r for r, _, _ in planned]
         return Batch(tuple(self._chunk(*p) for p in planned), tuple(ops))
@@ -122,17 +130,19 @@ class Scheduler:
     def _admit(self) -> list[SlotOp]:
         ops: list[SlotOp] = []
         while len(self.waiting):
-            if not self.cache.num_free and not self._may_preempt():
+            if self.cache.num_free or self._may_preempt():
+                request = self.waiting.first(self._ready)
+            elif (shares := victims.shares(self.running)) and max(shares.values()) > 1:
+                request = self.waiting.first(partial(self._ready_without, shares))
+            else:
                 break
-            request = self.waiting.first(self._ready)
             if request is None:
                 break
-            if not self.cache.num_free or not self._has_room(request):
-                victim = self._victim(above=request.priority)
+            while not self.cache.num_free or not self._has_room(request):  # who leaves does so for this request, not for whoever comes first then
+                victim = self._victim(above=request.priority) or victims.of_a_larger_share(self.running, request, self._saving)
                 if victim is None:
-                    break
+                    return ops
                 ops += self._preempt(victim)
-                continue
             self.waiting.remove(request)
             self.cache.unpin(request.parked_key)
             ops += self._room_for(request)
@@ -142,11 +152,14 @@ class Scheduler:
                 slot.shareable = request.num_prompt_tokens - request.num_prompt_tokens % ALIGNMENT
                 ops += self.cache.cut(slot, min(cached - cached % ALIGNMENT, slot.shareable))
                 cached = len(slot.tokens)
-            ops.append(Open(slot.index, request.serial, request.sampling, request.tokens, request.constraint, request.adapters))
+            ops.append(Open(slot.index, request.serial, request.sampling, request.tokens, request.constraint, request.adapters, request.sampler))
             self.waiting.charge(request, num_prompt=len(request.tokens) - cached)
             request.start(slot.index, cached)
             self.running.append(request)
         return ops
+
+    def _ready_without(self, shares: dict[str, int], request: Request) -> bool:
+        return request.caller not in shares and self._ready(request)
 
     def _ready(self, request: Request) -> bool:
         """False while a running request computes a good part of this one's prompt: once that is done, it can be copied."""
@@ -184,9 +197,7 @@ class Scheduler:
         return max(r.priority for r in self.running) > self.waiting.most_urgent
 
     def _victim(self, above: int | None = None) -> Request | None:
-        """The youngest running request of the least priority (a higher number than ``above``)."""
-        found = [r for r in self.running if r not in self._saving and (above is None or r.priority > above)]
-        return max(found, key=lambda r: (r.priority, r.arrived_at), default=None)
+        return victims.youngest([r for r in self.running if r not in self._saving], above)
 
     def _preempt(self, request: Request) -> list[SlotOp]:
         """Back to waiting. What it has computed is parked outside the context if there is room (a copy of 35 MB takes 4 ms, its 1,500 tokens some
@@ -239,29 +250,40 @@ class Scheduler:
         if output.no_room or output.error:
             return news + self._fail(output)
         faults = dict(output.faults)
+        for slot_index in output.emptied:
+            self.cache.slots[slot_index].tokens.clear()
         for i, (request, chunk) in enumerate(zip(self._scheduled, batch.chunks, strict=True)):
             slot, resident, tokens = self._slot(request), output.resident[i], output.tokens[i]
             if chunk.slot in output.broken:
                 continue
-            slot.tokens[chunk.start :] = chunk.tokens
+            if chunk.slot not in output.emptied:
+                slot.tokens[chunk.start :] = chunk.tokens
             del slot.tokens[resident:]  # fewer than asked after an interrupt or a rejected draft
             request.num_computed_tokens = resident
             if not request.is_shifted:
                 request.num_cached_tokens = min(request.num_cached_tokens, resident)  # less where a parked prefix was lost
+            request.is_late = chunk.slot in output.late
+            if request.constraint is not None:
+                self._charge_time(request, request.constraint.take_seconds())
             if chunk.slot in faults:
-                request.error = faults[chunk.slot]
+                request.error, request.is_refused = faults[chunk.slot], chunk.slot in output.refused
                 self._finish(request, FinishReason.ERROR)
                 news.append(request)
                 continue
             if chunk.targets and output.prompt_scores:
                 request.add_prompt_scores(chunk.start, output.prompt_scores[i])
-            if chunk.draft and not output.interrupted:
+            if chunk.draft and not output.interrupted and not request.is_late:
                 self._speculation.learn(request, chunk.draft, len(tokens) - 1)
             request.forced = output.forced[i] if output.forced else ()
             if tokens or self._is_done_without_output(request):
                 news.append(request)
                 self._append(request, tokens, output.scores[i] if output.scores else (), now)
         return news
+
+    def _charge_time(self, request: Request, seconds: float) -> None:
+        """Time that others' steps had to share with this one's grammar, in tokens."""
+        if seconds > 0:
+            self.waiting.charge(request, num_output=round(seconds / self._clock.decode_s(1)))
 
     def _empty_broken(self, broken: Iterable[int]) -> None:
         """Slots whose restored or copied prefix was lost: their requests begin again."""
@@ -335,6 +357,13 @@ class Scheduler:
             self._finish(request, FinishReason.ERROR)
         return failed
 
+    def displace(self, caller: str) -> list[Request]:
+        """Refuse the newest request of a caller that has not run yet. Returns it, if there is one."""
+        request = self.waiting.newest(caller)
+        if request is not None:
+            self._finish(request, FinishReason.ERROR)
+        return [] if request is None else [request]
+
     def abort(self, request_ids: Iterable[str]) -> list[Request]:
         """End requests early; unknown ids are ignored. Returns the ended ones."""
         wanted = set(request_ids)
@@ -367,4 +396,4 @@ class Scheduler:
 
     def farewell(self) -> list[SlotOp]:
         """At the end of the engine: what copies the idle prefixes to disk."""
-        return [op for slot in self.cache.slots if len(slot.tokens) >= MIN_COALESCE_TOKENS * 4 for op in self.cache.park(slot, save=True)]
+        return [op for slot in self.cache.slots if len(slot.tokens) >= MIN_FAREWELL_TOKENS for op in self.cache.park(slot, save=True)]
