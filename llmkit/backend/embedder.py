@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 
 from llmkit.backend import library
-from llmkit.backend.library import C
-from llmkit.backend.llama import num_threads
+from llmkit.backend.library import C, num_threads
 from llmkit.backend.model import LlamaModel
 from llmkit.errors import EngineError, ModelLoadError
 

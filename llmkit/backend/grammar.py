@@ -1,88 +1,176 @@
-"""Grammars as token masks, by llguidance: compiled off the engine thread, asked for a mask on it.
+"""Grammars as token masks, by llguidance: compiled off the engine thread.
 
-The mask for the next token is computed on a thread of its own while llama.cpp decodes (llguidance releases the GIL), so that it is there when the logits are.
+The mask for the next token is computed on another thread while llama.cpp decodes (llguidance releases the GIL), so that it is there when the logits are. When
+it is not, its request sits the step out: the others do not wait for a grammar that is slow.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import re
 import threading
+import time
 from collections import OrderedDict
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from llmkit.backend.gbnf import to_lark
 from llmkit.backend.vocab import Vocab, on_a_deep_stack
-from llmkit.errors import EngineError, InvalidRequestError
+from llmkit.errors import InvalidRequestError
+from llmkit.lanes import Lanes
+from llmkit.schema import normalized
 from llmkit.types import Grammar
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
-__all__ = ["Constraint", "GrammarCompiler"]
+__all__ = ["Constraint", "GrammarCompiler", "Late", "Patience"]
 
 MAX_FORCED = 32
 MAX_KNOWN = 64
+SLOW_S, SMOOTHING = 0.002, 0.3  # a grammar whose calls take longer is asked on another thread
+MAX_QUANTIFIERS, MAX_ALTERNATIVES = 4000, 1900
+QUANTIFIER = re.compile(r"\\.|\[(?:\\.|[^\]\\])*\]|([*+?{])", re.DOTALL)
 META = re.compile(r"[\\.+*?()|\[\]{}^$#&~/-]")
 STACK_BYTES = 512 << 20
 # One way to write JSON: fewer choices are more forced tokens.
 JSON_STYLE: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
+class Late(Exception):
+    """The grammar did not have its mask ready in time."""
+
+
+class Patience:
+    """How long a step waits for grammars, all of its requests together."""
+
+    def __init__(self, seconds: float) -> None:
+        self._left = seconds
+
+    def wait(self, work: Future[None]) -> None:
+        """Raises `Late`, or what the work raised."""
+        if work.done():
+            return work.result()
+        start = time.perf_counter()
+        try:
+            work.result(None if self._left == math.inf else self._left)
+        except TimeoutError:
+            raise Late from None
+        finally:
+            self._left = max(0.0, self._left - (time.perf_counter() - start))
+
+
 class GrammarCompiler:
-    """Makes constraints for one vocabulary. Thread-safe; made when the first grammar comes (about 0.1 s)."""
+    """Makes constraints for one vocabulary. Thread-safe; llguidance's picture of the vocabulary is made when the first grammar comes (about 0.1 s)."""
 
     def __init__(self, vocab: Vocab) -> None:
         self._vocab = vocab
         self._lock = threading.Lock()
         self._tokenizer: Any = None
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="llmkit-mask")
-        self._known: OrderedDict[Grammar, Any] = OrderedDict()  # matchers to copy, and errors
+        self._tokenizer_lock = threading.Lock()
+        self._lanes = Lanes(2, "llmkit-mask")
+        self._known: OrderedDict[Grammar, Future[Any]] = OrderedDict()  # matchers to copy, and errors; or still at work
 
-    def compile(self, grammar: Grammar) -> Constraint | None:
-        """None for an optional grammar that is not valid. Raises `InvalidRequestError` that says what is wrong with any other."""
+    def compile(self, grammar: Grammar, caller: str = "") -> Constraint | None:
+        """None for an optional grammar that is not valid. Raises `InvalidRequestError` that says what is wrong with any other. On the caller's thread."""
         with self._lock:
-            found = self._known.pop(grammar, None)
-            if found is None:
-                # llguidance recurses along chains of rules; without a deep stack a long one ends the process.
-                found = on_a_deep_stack(STACK_BYTES, lambda: self._compile(grammar))
-            self._known[grammar] = found
+            work = self._known.get(grammar)
+            mine = work is None
+            if work is None:
+                work = self._known[grammar] = Future()
+            self._known.move_to_end(grammar)
             while len(self._known) > MAX_KNOWN:
                 self._known.popitem(last=False)
-            if isinstance(found, InvalidRequestError):
-                if grammar.optional:
-                    return None
-                raise found
-            return Constraint(found.deep_copy(), self._vocab, self._pool)
+        if mine:
+            try:
+                # llguidance recurses along chains of rules; without a deep stack a long one ends the process.
+                work.set_result(on_a_deep_stack(STACK_BYTES, lambda: self._compile(grammar)))
+            except BaseException as error:
+                work.set_exception(error)
+                with self._lock:
+                    self._known.pop(grammar, None)
+                raise
+        found = work.result()
+        if isinstance(found, InvalidRequestError):
+            if grammar.optional:
+                return None
+            raise InvalidRequestError(str(found), found.param)
+        with self._tokenizer_lock:  # copies of one matcher are made one after the other
+            copy = found.deep_copy()
+        return Constraint(copy, self._vocab, lambda work: self._lanes.submit(caller, work))
 
     def _compile(self, grammar: Grammar) -> Any:
         import llguidance
 
         try:
-            if self._tokenizer is None:
-                self._tokenizer = make_tokenizer(self._vocab)
-            matcher = llguidance.LLMatcher(self._tokenizer, _source(grammar), log_level=0)
-            problem = matcher.get_error() if matcher.is_error() else None
+            with self._tokenizer_lock:
+                if self._tokenizer is None:
+                    self._tokenizer = make_tokenizer(self._vocab)
+            matcher = llguidance.LLMatcher(self._tokenizer, source(grammar), log_level=0, limits=limits())
+            problem = matcher.get_error() if matcher.is_error() else self._try(matcher.deep_copy())
         except InvalidRequestError as error:
-            return error
-        except Exception as error:
+            return InvalidRequestError(str(error) if grammar.kind in str(error) else f"{grammar.kind}: {error}", grammar.origin)
+        except BaseException as error:  # a panic of the library is no Exception
             problem = str(error)
-        return matcher if problem is None else InvalidRequestError(f"the grammar ({grammar.kind}) is not valid: {problem:.500}", grammar.origin)
+        return matcher if problem is None else InvalidRequestError(_said(grammar, str(problem)), grammar.origin)
+
+    def _try(self, copy: Any) -> str | None:
+        """What is wrong with the first token: none is possible, or its mask costs too much."""
+        mask = np.zeros(-(-self._vocab.n_tokens // 32), np.int32)
+        copy.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
+        if not copy.is_error():
+            copy.compute_ff_tokens()
+        allowed = np.flatnonzero(np.unpackbits(mask.view(np.uint8), count=self._vocab.n_tokens, bitorder="little"))
+        usable = [int(t) for t in allowed[:64] if not self._vocab.is_end(int(t))]
+        if usable and not copy.is_error():
+            copy.consume_token(usable[0])
+        return str(copy.get_error()) if copy.is_error() else None
 
     def close(self) -> None:
-        self._pool.shutdown(wait=True)
+        self._lanes.close()
 
 
-def _source(grammar: Grammar) -> str:
+def _said(grammar: Grammar, problem: str) -> str:
+    """What llguidance says, reworded where its message would mislead."""
+    line = problem.strip().splitlines()[0] if problem.strip() else "it cannot be read"
+    if "NoExtensionBias" in problem:
+        return f"the grammar ({grammar.kind}) has no finite text."
+    if "coerce_one_of" in problem:
+        return f"{grammar.origin}: oneOf has cases that may both fit, which cannot be held; use anyOf."
+    if any(word in problem for word in ("oo many", "too big", "fuel", "panic", "max is")):
+        return f"the grammar ({grammar.kind}) is too large, or keeps too many possibilities open at a time ({line:.200}); make it simpler."
+    return f"the grammar ({grammar.kind}) is not valid: {line:.500}"
+
+
+def limits() -> Any:
+    """What one grammar may cost: far less than the library's own bounds, which are those of a single user."""
+    import llguidance
+
+    return llguidance.LLParserLimits(
+        max_items_in_row=2000,
+        initial_lexer_fuel=300_000,
+        step_lexer_fuel=100_000,
+        step_max_items=20_000,
+        max_lexer_states=50_000,
+        max_grammar_size=60_000,
+        verbose_errors=False,
+    )
+
+
+def source(grammar: Grammar) -> str:
     """A grammar in llguidance's own form."""
     import llguidance
 
     match grammar.kind:
         case "json_schema":
-            return str(llguidance.LLMatcher.grammar_from_json_schema(grammar.text, defaults=JSON_STYLE))
+            schema = normalized(_json(grammar))
+            return str(llguidance.LLMatcher.grammar_from_json_schema(json.dumps(schema), defaults=JSON_STYLE))
         case "regex":
+            if sum(map(bool, QUANTIFIER.findall(grammar.text))) > MAX_QUANTIFIERS:  # what it takes to read them grows with their square
+                raise InvalidRequestError(f"regex: at most {MAX_QUANTIFIERS} repetitions can be read.", grammar.origin)
             return str(llguidance.LLMatcher.grammar_from_regex(grammar.text))
         case "choice":
             choices = json.loads(grammar.text)
@@ -91,9 +179,18 @@ def _source(grammar: Grammar) -> str:
             # One regular expression is one automaton; thousands of rules would be too many for the parser.
             return str(llguidance.LLMatcher.grammar_from_regex("|".join(re.sub(META, r"\\\g<0>", c) for c in choices)))
         case "gbnf":
-            return str(llguidance.LLMatcher.grammar_from_lark(llguidance.gbnf_to_lark.gbnf_to_lark(grammar.text)))
+            return str(llguidance.LLMatcher.grammar_from_lark(to_lark(grammar.text)))
         case _:
+            if max((line.count("|") for line in re.split(r"\n(?![ \t]*\|)", grammar.text)), default=0) > MAX_ALTERNATIVES:
+                raise InvalidRequestError(f"a rule of the grammar has more than {MAX_ALTERNATIVES} cases; they cannot be kept apart.", grammar.origin)
             return str(llguidance.LLMatcher.grammar_from_lark(grammar.text))
+
+
+def _json(grammar: Grammar) -> Any:
+    try:
+        return json.loads(grammar.text)
+    except (ValueError, RecursionError) as error:
+        raise InvalidRequestError(f"{grammar.origin}: the schema is not valid JSON: {error}", grammar.origin) from None
 
 
 def make_tokenizer(vocab: Vocab) -> Any:
@@ -113,69 +210,131 @@ def make_tokenizer(vocab: Vocab) -> Any:
 
 
 class Constraint:
-    """What one request's text must look like from here on."""
+    """What one request's text must look like from here on. Engine thread, but for the work that it gives to ``submit``.
 
-    def __init__(self, matcher: Any, vocab: Vocab, pool: ThreadPoolExecutor) -> None:
+    What a grammar asks for is usually a matter of microseconds and is done at once. One that proves slow works elsewhere, and its request waits for it alone.
+    """
+
+    def __init__(self, matcher: Any, vocab: Vocab, submit: Callable[[Callable[[], None]], Future[None]]) -> None:
         self._matcher = matcher
-        self._pool = pool
+        self._submit = submit
         self._n_vocab = vocab.n_tokens
         self._end = vocab.end_ids
         self._is_end = vocab.is_end
         self._mask: np.ndarray = np.zeros(-(-vocab.n_tokens // 32), np.int32)
-        self._ready: Future[None] | None = None
-        self._fresh = False
+        self._work: Future[None] | None = None
+        self._fresh = False  # the mask is that of the next token
+        self._allowed: tuple[int, bool] | None = None  # the answer to a question that was asked elsewhere
+        self._forced: Sequence[int] = ()
+        self._step_s = 0.0  # what a call takes, smoothed
+        self._seconds = 0.0
+        self._compute()
+        self._fresh = True
+        self._check()
+
+    @property
+    def ready(self) -> bool:
+        return self._work is None or self._work.done()
+
+    def take_seconds(self) -> float:
+        seconds, self._seconds = self._seconds, 0.0
+        return seconds
 
     def prepare(self) -> None:
         """Begin to compute the mask for the next token."""
-        if not self._fresh and self._ready is None:
-            self._ready = self._pool.submit(self._compute)
+        if not self._fresh and self._work is None:
+            self._work = self._submit(self._timed_mask)
 
     def _compute(self) -> None:
-        self._matcher.unsafe_compute_mask_ptr(self._mask.ctypes.data, self._mask.nbytes)
+        if not self._matcher.is_stopped():
+            self._matcher.unsafe_compute_mask_ptr(self._mask.ctypes.data, self._mask.nbytes)
 
-    def _settle(self) -> None:
-        """Nobody else is at the matcher any more."""
-        if self._ready is not None:
-            ready, self._ready = self._ready, None
-            ready.result()
-            self._fresh = True
+    def _timed_mask(self) -> None:
+        start = time.perf_counter()
+        self._compute()
+        self._fresh = True
+        self._seconds += time.perf_counter() - start
+
+    def _do(self, work: Callable[[], None], patience: Patience) -> None:
+        """Now where that is quick, else elsewhere. Raises `Late`."""
+        if self._step_s > SLOW_S:
+            self._work = self._submit(lambda: self._timed(work))
+            self._settle(patience)
+        else:
+            self._timed(work)
+            self._check()
+
+    def _timed(self, work: Callable[[], None]) -> None:
+        start = time.perf_counter()
+        work()
+        seconds = time.perf_counter() - start
+        self._seconds += seconds
+        self._step_s += SMOOTHING * (seconds - self._step_s)
+
+    def _settle(self, patience: Patience) -> None:
+        """Nobody else is at the matcher any more. Raises `Late`, and `InvalidRequestError` when the grammar failed."""
+        if self._work is not None:
+            patience.wait(self._work)
+            self._work = None
+        self._check()
+
+    def _check(self) -> None:
         if self._matcher.is_error():
-            raise EngineError(f"the grammar cannot go on: {str(self._matcher.get_error()).splitlines()[0]:.300}")
+            raise InvalidRequestError(f"the grammar cannot go on: {str(self._matcher.get_error()).splitlines()[0]:.300}", "grammar")
 
-    def allows(self, token: int) -> bool:
-        """Whether the token may come next. Raises `EngineError` when the grammar itself failed."""
-        self._settle()
+    def allows(self, token: int, patience: Patience | None = None) -> bool:
+        """Whether the token may come next. Raises `Late`, and `InvalidRequestError` when the grammar itself failed."""
+        patience = patience or Patience(math.inf)
+        self._settle(patience)
         if self._matcher.is_stopped():
             return self._is_end(token)
         if self._is_end(token):
             return bool(self._matcher.is_accepting())
         if self._fresh:
             return bool(self._mask[token >> 5] >> (token & 31) & 1)
-        return bool(self._matcher.validate_tokens([token]) == 1)
+        if self._allowed is None or self._allowed[0] != token:
+            self._do(lambda: self._ask(token), patience)
+        assert self._allowed is not None
+        return self._allowed[1]
 
-    def apply(self, logits: np.ndarray) -> None:
+    def _ask(self, token: int) -> None:
+        self._allowed = (token, self._matcher.validate_tokens([token]) == 1)
+
+    def apply(self, logits: np.ndarray, patience: Patience) -> None:
         """Rule out what may not come next: logits of shape (n_vocab,) become minus infinity there. Raises as ``allows``."""
-        self._settle()
+        self._settle(patience)
         if self._matcher.is_stopped():
             allowed = np.zeros(self._n_vocab, bool)
         else:
             if not self._fresh:
-                self._compute()
-                self._fresh = True
+                self.prepare()
+                self._settle(patience)
             allowed = np.unpackbits(self._mask.view(np.uint8), count=self._n_vocab, bitorder="little").view(bool)
         allowed[self._end] = self._matcher.is_stopped() or self._matcher.is_accepting()
         logits[~allowed] = -np.inf
 
-    def accept(self, token: int) -> None:
-        """The token was chosen."""
-        self._settle()
-        self._fresh = False
-        if not self._is_end(token) and not self._matcher.is_stopped():
-            self._matcher.consume_token(token)
+    def accept(self, token: int, with_mask: bool = False) -> None:
+        """The token was chosen. ``with_mask``: the mask for the next one will be wanted."""
+        self._fresh, self._allowed, self._forced = False, None, ()
 
+        def work() -> None:
+            if not self._is_end(token) and not self._matcher.is_stopped():
+                self._matcher.consume_token(token)
+            if not self._matcher.is_stopped() and not self._matcher.is_error():
+                self._forced = self._matcher.compute_ff_tokens()[:MAX_FORCED]
+
+        if self._step_s > SLOW_S:
+
+            def all_of_it() -> None:
+                self._timed(work)
+                if with_mask:
+                    self._timed_mask()
+
+            self._work = self._submit(all_of_it)
+        else:
+            self._timed(work)
+
+    @property
     def forced(self) -> Sequence[int]:
-        """The tokens that the grammar leaves no choice but to come next."""
-        if self._matcher.is_stopped():
-            return ()
-        found: list[int] = self._matcher.compute_ff_tokens()
-        return found[:MAX_FORCED]
+        """The tokens that the grammar leaves no choice but to come next, as far as that is known by now."""
+        return self._forced if self.ready else ()

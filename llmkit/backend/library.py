@@ -5,9 +5,11 @@ Only `llmkit.backend` imports llama_cpp, and always through this module.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import re
+import sys
 import threading
 from collections import deque
 from functools import cache
@@ -20,12 +22,22 @@ with short_spins():
     import llama_cpp
     import llama_cpp.llama_cpp as C
 
-__all__ = ["VERSION", "C", "Device", "Log", "devices", "gpu_backend", "log", "short", "start"]
+__all__ = ["VERSION", "C", "Device", "Log", "devices", "gpu_backend", "log", "num_threads", "short", "start", "strlen"]
 
 VERSION = str(llama_cpp.__version__)
 LOG_LEVEL_ERROR = 3
 BUFFER = re.compile(r"\b(\S+) +(model|KV|RS|compute|output) buffer size *= *([\d.]+) MiB")
 BUFFER_KINDS = {"model": "weights", "KV": "kv", "RS": "kv", "compute": "compute", "output": "compute"}
+
+
+def num_threads() -> int:
+    """Cores this process may use: affinity and cgroup quota, at least 1."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with contextlib.suppress(OSError, ValueError):
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        if quota != "max":
+            count = min(count, max(1, int(quota) // int(period)))
+    return count
 
 
 class Log:
@@ -145,3 +157,10 @@ def devices() -> list[Device]:
 def gpu_backend() -> bool:
     """Whether this build of llama.cpp can use a GPU at all."""
     return bool(C.llama_supports_gpu_offload())
+
+
+def strlen() -> Any:
+    """libc's strlen as an abort callback over a two-byte flag: true when the flag is set. ggml asks hundreds of times a decode, where a Python function
+    would need the GIL each time (beside a busy cell that costs a second a token)."""
+    libc = ctypes.CDLL(None) if sys.platform != "win32" else ctypes.cdll.msvcrt
+    return ctypes.cast(libc.strlen, C.ggml_abort_callback)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import os
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -15,30 +13,23 @@ from typing import Any
 import numpy as np
 
 from llmkit.backend import library
-from llmkit.backend.grammar import Constraint
-from llmkit.backend.library import C, short
+from llmkit.backend.grammar import Constraint, Late, Patience
+from llmkit.backend.library import C, num_threads, short, strlen
 from llmkit.backend.model import LlamaModel
 from llmkit.backend.outputs import merged, with_gaps
-from llmkit.backend.sampler import Sampler, score
+from llmkit.backend.rows import Rows
+from llmkit.backend.sampler import ChainCache, Sampler, score
 from llmkit.backend.state import StateStore, fingerprint
 from llmkit.engine.batch import Batch, Chunk, Close, Drop, Fork, Open, Park, Restore, Score, Shift, SlotOp, StepOutput, Truncate
-from llmkit.errors import ModelLoadError
+from llmkit.errors import InvalidRequestError, ModelLoadError
+from llmkit.sampling import SamplingParams
 from llmkit.waiting import deferred
 
-__all__ = ["LlamaRunner", "num_threads"]
+__all__ = ["LlamaRunner"]
 
 Adapters = tuple[tuple[str, float], ...]
+MASK_GRACE_S = 0.02  # a step waits so long for masks, all of its requests together
 KV_TYPES = {"f16": 1, "q8_0": 8, "q4_0": 2}
-
-
-def num_threads() -> int:
-    """Cores this process may use: affinity and cgroup quota, at least 1."""
-    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    with contextlib.suppress(OSError, ValueError):
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        if quota != "max":
-            count = min(count, max(1, int(quota) // int(period)))
-    return count
 
 
 class LlamaRunner:
@@ -64,6 +55,7 @@ class LlamaRunner:
         host_tokens: int = 0,
         prefix_dir: Path | None = None,
         max_disk_bytes: int = 0,
+        locks: Path | None = None,
         deterministic: bool = False,
         lora: Sequence[Path] = (),
     ) -> None:
@@ -91,7 +83,7 @@ class LlamaRunner:
         params.swa_full = model.has_sliding_window
         params.no_perf = True
         self._interrupt = ctypes.create_string_buffer(2)
-        params.abort_callback = _strlen()
+        params.abort_callback = strlen()
         params.abort_callback_data = ctypes.addressof(self._interrupt)
         library.log.clear()
         self._context: Any = None
@@ -110,13 +102,14 @@ class LlamaRunner:
             raise ModelLoadError("this model keeps no context memory: it is no text generation model.")
         self._n_vocab = model.vocab.n_tokens
         self._samplers: dict[int, Sampler] = {}
+        self._chains = ChainCache(model.vocab)
         self._adapters: dict[int, Adapters] = {}
         self._lora = {path.stem: self._load_adapter(path) for path in lora}
         self._serials = [0] * n_slots
         self._faults: dict[int, str] = {}
         self._broken: set[int] = set()
         self._fork_now = False
-        self._make_batch(self.max_batch_tokens)
+        self._rows = Rows(self.max_batch_tokens)
         self._seq_rm, self._seq_cp = short("llama_memory_seq_rm"), short("llama_memory_seq_cp")
         self._pos_max = short("llama_memory_seq_pos_max")
         self._logits = short("llama_get_logits")
@@ -126,7 +119,7 @@ class LlamaRunner:
         try:
             marks["lora"] = [fingerprint(path) for path in lora] if prefix_dir else []
             mark = fingerprint(model.path, library=library.VERSION, **marks) if prefix_dir else ""
-            self._store = StateStore(self._context, mark, prefix_dir, max_disk_bytes)
+            self._store = StateStore(self._context, mark, prefix_dir, max_disk_bytes, locks)
         except BaseException:
             C.llama_free(self._context)
             raise
@@ -153,19 +146,8 @@ class LlamaRunner:
     def saved(self) -> list[tuple[int, list[int], str]]:
         return self._store.found()
 
-    def _make_batch(self, size: int) -> None:
-        """One llama_batch for the life of the context, its arrays owned by numpy."""
-        self._token, self._pos = np.zeros(size, np.int32), np.zeros(size, np.int32)
-        self._seq, self._output = np.zeros(size, np.int32), np.zeros(size, np.int8)
-        self._n_seq = np.ones(size, np.int32)
-        self._seq_pointers = self._seq.ctypes.data + 4 * np.arange(size, dtype=np.uint64)
-        self._batch = C.llama_batch()
-        kinds: dict[str, Any] = {name: kind for name, kind, *_ in C.llama_batch._fields_}
-        arrays: dict[str, np.ndarray] = {"token": self._token, "pos": self._pos, "n_seq_id": self._n_seq, "seq_id": self._seq_pointers, "logits": self._output}
-        for name, array in arrays.items():
-            setattr(self._batch, name, ctypes.cast(array.ctypes.data, kinds[name]))
-
     def execute(self, batch: Batch) -> StepOutput:
+        self._patience = Patience(MASK_GRACE_S)  # of the whole step, however many decodes it takes
         self._broken.clear()
         # llama.cpp copies between streams at the next decode, but reads and writes states at once: beside those, a fork is such a copy too.
         self._fork_now = any(isinstance(op, Park | Restore) for op in batch.ops)
@@ -187,17 +169,21 @@ class LlamaRunner:
         if len(groups) <= 1:
             return self._decode_together(chunks, lost)
         outputs: dict[int, tuple[StepOutput, int]] = {}
+        emptied: list[int] = []
         for members in groups.values():
             output = self._decode_together([chunks[i] for i in members], ())
             if output.no_room and outputs:  # the others go on, these are tried again
                 output = replace(output, no_room=False)
-            elif output.error:
-                self._faults.update((chunks[i].slot, output.error) for i in members)
+            elif output.error:  # theirs alone: what the failed decode left in their slots is of no use
+                for i in members:
+                    self._faults[chunks[i].slot] = output.error
+                    self._seq_rm(self._memory, chunks[i].slot, -1, -1)
+                    emptied.append(chunks[i].slot)
                 output = replace(output, error=None)
             elif output.no_room:
                 return replace(output, tokens=[()] * len(chunks), resident=[c.start for c in chunks], lost=lost)
             outputs.update((i, (output, place)) for place, i in enumerate(members))
-        return merged([outputs[i] for i in range(len(chunks))], lost)
+        return replace(merged([outputs[i] for i in range(len(chunks))], lost, tuple(self._faults.items())), emptied=tuple(emptied))
 
     def _decode_together(self, chunks: Sequence[Chunk], lost: Sequence[int]) -> StepOutput:
         if not chunks:
@@ -205,12 +191,12 @@ class LlamaRunner:
         start = time.perf_counter()
         if self._lora:
             self._use_adapters(self._adapters.get(self._serials[chunks[0].slot], ()))
-        rows = self._fill(chunks)
+        rows = self._rows.fill(chunks)
         for chunk in chunks:
             if chunk.sample and (sampler := self._samplers.get(self._serials[chunk.slot])) is not None:
                 sampler.prepare()
         decode_start = time.perf_counter()
-        code = self._decode(self._context, self._batch)
+        code = self._decode(self._context, self._rows.batch)
         if code == 0:
             self._synchronize(self._context)
             seconds = time.perf_counter() - decode_start
@@ -242,6 +228,8 @@ class LlamaRunner:
                 if not self._fork_now:
                     self._seq_cp(self._memory, op.source, op.target, -1, -1)
                 self._seq_rm(self._memory, op.target, op.length, -1)
+            case Park() if op.slot in self._broken:  # there is nothing to copy
+                self._store.lost.append(op.key)
             case Park():
                 self._store.park(op.key, op.slot, op.tokens, op.salt, op.save)
             case Restore():
@@ -274,30 +262,17 @@ class LlamaRunner:
             if op.adapters:
                 self._adapters[op.serial] = tuple(op.adapters)
             assert op.constraint is None or isinstance(op.constraint, Constraint)
-            self._samplers[op.serial] = Sampler(op.sampling, self._model.vocab, op.history, op.constraint)
+            self._samplers[op.serial] = op.sampler if isinstance(op.sampler, Sampler) else self.sampler(op.sampling, op.history, op.constraint)
         except Exception as error:  # this request's own parameters: the others go on
             self._faults[op.slot] = repr(error)
 
-    def _fill(self, chunks: Sequence[Chunk]) -> list[int]:
-        """Write the chunks into the C batch. Returns the batch row of each chunk's first token."""
-        at, rows = 0, []
-        self._output[:] = 0
-        for chunk in chunks:
-            end = at + len(chunk.tokens)
-            self._token[at:end] = chunk.tokens
-            self._pos[at:end] = np.arange(chunk.start, chunk.start + end - at)
-            self._seq[at:end] = chunk.slot
-            if chunk.sample:
-                self._output[end - 1 - chunk.draft : end] = 1
-            self._output[at : at + len(chunk.targets)] = 1
-            rows.append(at)
-            at = end
-        self._batch.n_tokens = at
-        return rows
+    def sampler(self, sampling: SamplingParams, history: Sequence[int], constraint: Constraint | None) -> Sampler:
+        """What chooses the tokens of one request. Any thread, since it takes up to a tenth of a second. Raises `InvalidRequestError`."""
+        return Sampler(sampling, self._model.vocab, history, constraint, self._chains)
 
     def _choose(self, chunks: Sequence[Chunk], rows: list[int], lost: Sequence[int], seconds: float) -> StepOutput:
         """Sample, check drafts and score, from the logits of a decode that is whole."""
-        output = self._output[: self._batch.n_tokens]
+        output = self._rows.output
         n_outputs = int(output.sum())
         resident = [c.start + len(c.tokens) for c in chunks]
         if not n_outputs:
@@ -308,6 +283,9 @@ class LlamaRunner:
         scores: list[Sequence[Score]] = []
         prompt_scores: list[Sequence[Score]] = []
         forced: list[Sequence[int]] = []
+        late: list[int] = []
+        refused: list[int] = []
+        patience = self._patience
         for i, (chunk, row) in enumerate(zip(chunks, rows, strict=True)):
             sampler = self._samplers.get(self._serials[chunk.slot])
             num_top = sampler.prompt_logprobs if sampler is not None else 0
@@ -318,30 +296,60 @@ class LlamaRunner:
                 forced.append(())
                 continue
             try:
-                chosen, marks = self._verify(sampler, chunk, row, logits, place)
+                chosen, marks = self._verify(sampler, chunk, row, logits, place, patience)
+            except Late:  # nothing is chosen; the token that asks is computed again when its mask is there
+                late.append(chunk.slot)
+                chosen, marks = [], []
             except Exception as error:  # a grammar that failed ends its own request only
                 self._faults[chunk.slot] = str(error)
+                if isinstance(error, InvalidRequestError):
+                    refused.append(chunk.slot)
                 chosen, marks = [], []
             seconds += sampler.c_seconds
             sampler.c_seconds = 0.0
-            if len(chosen) < 1 + chunk.draft:
+            if chunk.slot in late and not chosen:
+                resident[i] = self._take_back(chunk)
+            elif len(chosen) < 1 + chunk.draft:
                 resident[i] = chunk.start + len(chunk.tokens) - (1 + chunk.draft - len(chosen))
                 self._seq_rm(self._memory, chunk.slot, resident[i], -1)
             tokens.append(tuple(chosen))
             scores.append(marks)
             forced.append(() if chunk.slot in self._faults else sampler.forced)
         return StepOutput(
-            tokens, resident, faults=tuple(self._faults.items()), lost=lost, scores=scores, prompt_scores=prompt_scores, forced=forced, backend_s=seconds
+            tokens,
+            resident,
+            faults=tuple(self._faults.items()),
+            lost=lost,
+            late=tuple(late),
+            refused=tuple(refused),
+            scores=scores,
+            prompt_scores=prompt_scores,
+            forced=forced,
+            backend_s=seconds,
         )
 
-    def _verify(self, sampler: Sampler, chunk: Chunk, row: int, logits: np.ndarray, place: np.ndarray) -> tuple[list[int], list[Score]]:
+    def _take_back(self, chunk: Chunk) -> int:
+        """The last token of a chunk, and what was guessed after it, are to be computed again. Returns how many tokens stay."""
+        if not self.can_truncate:  # only all of it can be taken back
+            self._seq_rm(self._memory, chunk.slot, -1, -1)
+            return 0
+        keep = chunk.start + len(chunk.tokens) - chunk.draft - 1
+        self._seq_rm(self._memory, chunk.slot, keep or -1, -1)
+        return keep
+
+    def _verify(self, sampler: Sampler, chunk: Chunk, row: int, logits: np.ndarray, place: np.ndarray, patience: Patience) -> tuple[list[int], list[Score]]:
         """Choose tokens as long as each is the one that was guessed. Each choice is a fresh one from the model's own distribution, so that distribution is what
         comes out, guesses or not."""
         chosen: list[int] = []
         marks: list[Score] = []
         first = row + len(chunk.tokens) - 1 - chunk.draft
         for j in range(1 + chunk.draft):
-            token, mark = sampler.choose(self._context, first + j, logits[place[first + j]])
+            try:
+                token, mark = sampler.choose(self._context, first + j, logits[place[first + j]], patience)
+            except Late:
+                if not chosen:
+                    raise
+                break  # what was chosen so far stands
             chosen.append(token)
             if mark is not None:
                 marks.append(mark)
@@ -369,8 +377,8 @@ class LlamaRunner:
         out = []
         for at in range(0, len(tokens), self.max_batch_tokens):
             part = tokens[at : at + self.max_batch_tokens]
-            self._fill((Chunk(0, at, part, True, draft=len(part) - 1),))
-            if self._decode(self._context, self._batch):
+            self._rows.fill((Chunk(0, at, part, True, draft=len(part) - 1),))
+            if self._decode(self._context, self._rows.batch):
                 raise RuntimeError("llama_decode failed")
             out.append(np.ctypeslib.as_array(self._logits(self._context), (len(part), self._n_vocab)).copy())
         self._seq_rm(self._memory, 0, -1, -1)
@@ -390,10 +398,3 @@ class LlamaRunner:
         if self._context:
             C.llama_free(self._context)
             self._context = None
-
-
-def _strlen() -> Any:
-    """libc's strlen as an abort callback over a two-byte flag: true when the flag is set. ggml asks hundreds of times a decode, where a Python function
-    would need the GIL each time (beside a busy cell that costs a second a token)."""
-    libc = ctypes.CDLL(None) if sys.platform != "win32" else ctypes.cdll.msvcrt
-    return ctypes.cast(libc.strlen, C.ggml_abort_callback)

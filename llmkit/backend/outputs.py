@@ -30,8 +30,8 @@ def with_gaps(chunks: Sequence[Chunk], output: StepOutput, missing: AbstractSet[
     )
 
 
-def merged(outputs: Sequence[tuple[StepOutput, int]], lost: Sequence[int]) -> StepOutput:
-    """One output out of several: for each chunk, the output that has it and its place there."""
+def merged(outputs: Sequence[tuple[StepOutput, int]], lost: Sequence[int], faults: Sequence[tuple[int, str]]) -> StepOutput:
+    """One output out of several: for each chunk, the output that has it and its place there. ``faults`` are those of the whole step."""
 
     def each(name: str, gap: Any) -> list[Any]:
         return [values[place] if (values := getattr(output, name)) else gap for output, place in outputs]
@@ -41,8 +41,10 @@ def merged(outputs: Sequence[tuple[StepOutput, int]], lost: Sequence[int]) -> St
         each("tokens", ()),
         each("resident", 0),
         interrupted=any(o.interrupted for o in whole),
-        faults=whole[-1].faults,
+        faults=faults,
         lost=lost,
+        late=tuple(slot for o in whole for slot in o.late),
+        refused=tuple(slot for o in whole for slot in o.refused),
         scores=each("scores", ()),
         prompt_scores=each("prompt_scores", ()),
         forced=each("forced", ()),

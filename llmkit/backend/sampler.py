@@ -5,70 +5,75 @@ from __future__ import annotations
 
 import ctypes
 import random
+import threading
 import time
+from collections import OrderedDict
 from collections.abc import Sequence
+from concurrent.futures import Future
 from typing import Any
 
 import numpy as np
 
-from llmkit.backend.grammar import Constraint
+from llmkit.backend.grammar import Constraint, Patience
 from llmkit.backend.library import C, short
 from llmkit.backend.vocab import Vocab
 from llmkit.engine.batch import Score
 from llmkit.types import SamplingParams
 
-__all__ = ["Sampler", "score"]
+__all__ = ["ChainCache", "Sampler", "score"]
 
 MINUS_INFINITY = float("-inf")
+MAX_DRY = 16
 
 
 class Sampler:
     """One request's choices. ``c_seconds`` counts the time spent in llama.cpp."""
 
-    def __init__(self, params: SamplingParams, vocab: Vocab, history: Sequence[int], constraint: Constraint | None = None) -> None:
+    def __init__(self, params: SamplingParams, vocab: Vocab, history: Sequence[int], constraint: Constraint | None, chains: ChainCache) -> None:
         self.logprobs = params.logprobs
         self.prompt_logprobs = params.prompt_logprobs or 0
         self.constraint = constraint
         self.c_seconds = 0.0
         self._end_tokens = vocab.end_ids if params.ignore_eos else None
-        self._chain = None if params.plain_greedy else Chain(params, vocab, history)
+        self._chain = None if params.plain_greedy else Chain(params, vocab, history, chains)
 
-    def choose(self, context: Any, row: int, logits: np.ndarray) -> tuple[int, Score | None]:
-        """The next token, and its score where asked. ``logits`` is a view of batch row ``row``, float32 of shape (n_vocab,); it may be changed."""
+    def choose(self, context: Any, row: int, logits: np.ndarray, patience: Patience) -> tuple[int, Score | None]:
+        """The next token, and its score where asked. ``logits`` is a view of batch row ``row``, float32 of shape (n_vocab,); it may be changed. Raises `Late`,
+        and nothing is chosen then."""
         changes = self.constraint is not None or self._end_tokens is not None
         raw = logits.copy() if self.logprobs is not None and changes else logits
         if self._chain is None:
-            token = self._argmax(logits)
+            token = self._argmax(logits, patience)
         else:
             if self.constraint is not None:
-                self.constraint.apply(logits)
+                self.constraint.apply(logits, patience)
             start = time.perf_counter()
             token = self._chain.sample(context, row)
             self.c_seconds += time.perf_counter() - start
         if self.constraint is not None:
-            self.constraint.accept(token)
+            self.constraint.accept(token, with_mask=self._chain is not None)
         return token, None if self.logprobs is None else score(raw, token, self.logprobs)
 
-    def _argmax(self, logits: np.ndarray) -> int:
+    def _argmax(self, logits: np.ndarray, patience: Patience) -> int:
         """numpy over a view of the logits takes 18 us where the C chain takes 120: that one copies the vocabulary first."""
         token = int(logits.argmax())
         if self._end_tokens is not None and token in self._end_tokens:
             logits[self._end_tokens] = -np.inf
             token = int(logits.argmax())
-        if self.constraint is not None and not self.constraint.allows(token):
-            self.constraint.apply(logits)
+        if self.constraint is not None and not self.constraint.allows(token, patience):
+            self.constraint.apply(logits, patience)
             token = int(logits.argmax())
         return token
 
-    def prepare(self) -> None:
-        """The logits are on their way: what can be computed meanwhile. A greedy choice seldom needs the whole mask."""
-        if self.constraint is not None and self._chain is not None:
+    def prepare(self, whole: bool = False) -> None:
+        """The logits are on their way: what can be computed meanwhile. A greedy choice seldom needs the ``whole`` mask."""
+        if self.constraint is not None and (whole or self._chain is not None):
             self.constraint.prepare()
 
     @property
     def forced(self) -> Sequence[int]:
         """The tokens that must come next."""
-        return self.constraint.forced() if self.constraint is not None else ()
+        return self.constraint.forced if self.constraint is not None else ()
 
     def close(self) -> None:
         if self._chain is not None:
@@ -87,16 +92,62 @@ def score(logits: np.ndarray, token: int, num_top: int) -> Score:
     return Score(float(logits[token]) - total, top)
 
 
+class Dry:
+    """A DRY sampler to be copied, freed with the last reference."""
+
+    def __init__(self, handle: Any) -> None:
+        self._handle = handle
+
+    def copy(self) -> Any:
+        return C.llama_sampler_clone(self._handle)
+
+    def __del__(self) -> None:
+        C.llama_sampler_free(self._handle)
+
+
+class ChainCache:
+    """DRY samplers by their settings: to make one, llama.cpp looks for every sequence breaker in every token (a tenth of a second for sixteen of them).
+    Thread-safe."""
+
+    def __init__(self, vocab: Vocab) -> None:
+        self._vocab = vocab
+        self._lock = threading.Lock()
+        self._known: OrderedDict[tuple[object, ...], Future[Dry]] = OrderedDict()
+
+    def dry(self, params: SamplingParams) -> Any:
+        """A fresh sampler, owned by whoever asks."""
+        settings = (params.dry_multiplier, params.dry_base, params.dry_allowed_length, params.dry_penalty_last_n)
+        key = (*settings, params.dry_sequence_breakers)
+        with self._lock:
+            made = self._known.get(key)
+            mine = made is None
+            if made is None:
+                made = self._known[key] = Future()
+            self._known.move_to_end(key)
+            while len(self._known) > MAX_DRY:
+                self._known.popitem(last=False)
+        if mine:
+            try:
+                breakers = [b.encode() for b in params.dry_sequence_breakers]
+                made.set_result(Dry(C.llama_sampler_init_dry(self._vocab.handle, *settings, (ctypes.c_char_p * len(breakers))(*breakers), len(breakers))))
+            except BaseException as error:
+                made.set_exception(error)
+                with self._lock:
+                    self._known.pop(key, None)
+        return made.result().copy()
+
+
 class Chain:
     """llama.cpp's samplers in llama.cpp's order: bias, penalties, DRY, top-k, typical, top-p, min-p, temperature, draw."""
 
     __slots__ = ("_free", "_sample", "chain")
 
-    def __init__(self, params: SamplingParams, vocab: Vocab, history: Sequence[int]) -> None:
+    def __init__(self, params: SamplingParams, vocab: Vocab, history: Sequence[int], chains: ChainCache) -> None:
+        self.chain: Any = None
         self._sample = short("llama_sampler_sample")
         self._free = short("llama_sampler_free")
-        self.chain: Any = C.llama_sampler_chain_init(C.llama_sampler_chain_default_params())
-        for sampler in _samplers(params, vocab):
+        self.chain = C.llama_sampler_chain_init(C.llama_sampler_chain_default_params())
+        for sampler in _samplers(params, vocab, chains):
             C.llama_sampler_chain_add(self.chain, sampler)
         last_n = max(params.penalty_last_n, params.dry_penalty_last_n if params.dry_multiplier else 0)
         if last_n:
@@ -113,8 +164,11 @@ class Chain:
             self._free(self.chain)
             self.chain = None
 
+    def __del__(self) -> None:
+        self.close()  # of a request that never ran
 
-def _samplers(params: SamplingParams, vocab: Vocab) -> list[Any]:
+
+def _samplers(params: SamplingParams, vocab: Vocab, chains: ChainCache) -> list[Any]:
     steps: list[Any] = []
     bias = dict(params.logit_bias)
     if params.ignore_eos:
@@ -126,10 +180,7 @@ def _samplers(params: SamplingParams, vocab: Vocab) -> list[Any]:
         penalties = (params.penalty_last_n, params.repetition_penalty, params.frequency_penalty, params.presence_penalty)
         steps.append(C.llama_sampler_init_penalties(vocab.n_tokens, *penalties))
     if params.dry_multiplier:
-        breakers = [b.encode() for b in params.dry_sequence_breakers]
-        texts = (ctypes.c_char_p * len(breakers))(*breakers)
-        settings = (params.dry_multiplier, params.dry_base, params.dry_allowed_length, params.dry_penalty_last_n)
-        steps.append(C.llama_sampler_init_dry(vocab.handle, *settings, texts, len(breakers)))
+        steps.append(chains.dry(params))
     if params.greedy:
         return [*steps, C.llama_sampler_init_greedy()]
     seed = random.getrandbits(32) if params.seed is None else params.seed

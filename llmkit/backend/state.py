@@ -10,21 +10,30 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import tempfile
-import warnings
+import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import FileLock
 
 from llmkit.backend.library import C
 from llmkit.errors import InvalidRequestError
+from llmkit.files import open_plain, shallow_json
+from llmkit.reporting import report
 
 __all__ = ["StateStore", "fingerprint"]
 
-SUFFIX = ".kv"
+SUFFIX, PART = ".kv", ".part"
+OURS = re.compile(r"[0-9a-f]{16}-[0-9a-f]{24}\.kv")
+OUR_PART = re.compile(r"[0-9a-f]{16}-\w+\.part")
+STALE_S = 3600.0
+LOCK_S = 1.0
+MAX_HEAD_BYTES = 1 << 26
 SAMPLE_BYTES = 1 << 20
 
 
@@ -40,9 +49,10 @@ def fingerprint(model: Path, **settings: object) -> str:
 
 
 class StateStore:
-    """States by key. ``folder=None`` keeps nothing on disk; ``max_disk_bytes`` bounds the folder, the files used least recently go first."""
+    """States by key. ``folder=None`` keeps nothing on disk; ``max_disk_bytes`` bounds the folder, the files used least recently go first. ``locks`` is where
+    processes that share the folder keep its lock."""
 
-    def __init__(self, context: Any, fingerprint: str, folder: Path | None, max_disk_bytes: int) -> None:
+    def __init__(self, context: Any, fingerprint: str, folder: Path | None, max_disk_bytes: int, locks: Path | None = None) -> None:
         self._context = context
         self._fingerprint = fingerprint
         self._folder = folder
@@ -60,21 +70,29 @@ class StateStore:
                 raise InvalidRequestError(
                     f"prefix_dir {folder} belongs to another user, or others may write to it: what lies there cannot be trusted.", "prefix_dir"
                 )
-            for file in folder.glob("*.part"):
-                file.unlink(missing_ok=True)
+            self._lock = None if locks is None else _lock_of(folder, locks)
+            self._remove_stale(folder)
+
+    @staticmethod
+    def _remove_stale(folder: Path) -> None:
+        """What was half written when its process died. Others may be writing now, and other programs have such names too."""
+        for file in folder.glob(f"*{PART}"):
+            with contextlib.suppress(OSError):
+                if OUR_PART.fullmatch(file.name) and time.time() - file.lstat().st_mtime > STALE_S:
+                    file.unlink()
 
     def found(self) -> list[tuple[int, list[int], str]]:
         """The files of this model: key, tokens, salt. Keys count from 1."""
         entries: list[tuple[int, list[int], str]] = []
         for file in sorted(self._folder.glob(f"{self._fingerprint}-*{SUFFIX}")) if self._folder is not None else []:
             try:
-                with file.open("rb") as stream:
-                    head = json.loads(stream.readline(1 << 26))
+                with open_plain(file) as stream:
+                    head = shallow_json(stream.readline(MAX_HEAD_BYTES))
                 tokens, salt = [int(t) for t in head["tokens"]], str(head["salt"])
                 if file.name != self._name(tokens, salt):
                     raise ValueError("its name does not fit its content")
-            except (OSError, ValueError, KeyError, TypeError) as error:
-                warnings.warn(f"passing over the saved prefix {file}: {error}", RuntimeWarning, stacklevel=2)
+            except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
+                report(f"passing over the saved prefix {file}: {error}")
                 continue
             key = len(entries) + 1
             self._files[key] = file
@@ -130,38 +148,52 @@ class StateStore:
         if file is None:
             return None
         try:
-            data = file.read_bytes()
+            with open_plain(file) as stream:
+                data = stream.read()
             os.utime(file)
-            end = data.index(b"\n") + 1
-            if zlib.crc32(memoryview(data)[end:]) != json.loads(data[:end])["crc32"]:
+            end = data.index(b"\n", 0, MAX_HEAD_BYTES) + 1
+            if zlib.crc32(memoryview(data)[end:]) != shallow_json(data[:end])["crc32"]:
                 raise ValueError("its checksum does not fit")
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            warnings.warn(f"passing over the saved prefix {file}: {error}", RuntimeWarning, stacklevel=2)
+        except (OSError, ValueError, KeyError, TypeError, MemoryError) as error:
+            report(f"passing over the saved prefix {file}: {error}")
             return None
         return np.frombuffer(data, np.uint8)[end:]
 
     def _write(self, key: int, state: np.ndarray, tokens: Sequence[int], salt: str) -> bool:
         assert self._folder is not None
         head = json.dumps({"tokens": list(tokens), "salt": salt, "crc32": zlib.crc32(state.data)}).encode() + b"\n"
-        if not self._make_room(len(head) + state.size):
-            warnings.warn(f"a prefix of {state.size >> 20} MiB is larger than the limit of the folder {self._folder}", RuntimeWarning, stacklevel=2)
-            return False
         file = self._folder / self._name(tokens, salt)
         try:
-            handle, temporary = tempfile.mkstemp(dir=self._folder, suffix=".part")  # mode 0600
-            try:
-                with os.fdopen(handle, "wb") as stream:
-                    stream.write(head)
-                    stream.write(state.data)
-                os.replace(temporary, file)
-            except BaseException:
-                os.unlink(temporary)
-                raise
-        except OSError as error:
-            warnings.warn(f"a prefix could not be saved in {self._folder}: {error}", RuntimeWarning, stacklevel=2)
+            with self._locked():
+                if not self._make_room(len(head) + state.size):
+                    report(f"a prefix of {state.size >> 20} MiB is larger than the limit of the folder {self._folder}")
+                    return False
+                handle, temporary = tempfile.mkstemp(dir=self._folder, prefix=f"{self._fingerprint}-", suffix=PART)  # mode 0600
+                try:
+                    with os.fdopen(handle, "wb") as stream:
+                        stream.write(head)
+                        stream.write(state.data)
+                    os.replace(temporary, file)
+                except BaseException:
+                    os.unlink(temporary)
+                    raise
+        except OSError as error:  # a lock that nobody lets go is one, too
+            report(f"a prefix could not be saved in {self._folder}: {error}")
             return False
         self._files[key] = file
         return True
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Other processes may share the folder. Where files cannot be locked (some network file systems) we go without.
+
+        Raises `OSError` for a lock that is held."""
+        held = contextlib.ExitStack()
+        with held:
+            if self._lock is not None:
+                with contextlib.suppress(NotImplementedError):
+                    held.enter_context(self._lock)
+            yield
 
     def _make_room(self, size: int) -> bool:
         assert self._folder is not None
@@ -170,7 +202,9 @@ class StateStore:
         files = []
         for file in self._folder.glob(f"*{SUFFIX}"):
             with contextlib.suppress(OSError):
-                stat = file.stat()
+                if not OURS.fullmatch(file.name):
+                    continue
+                stat = file.lstat()
                 files.append((stat.st_mtime, stat.st_size, file))
         used = sum(size for _, size, _ in files)
         for _, file_size, file in sorted(files):
@@ -186,6 +220,12 @@ class StateStore:
 
     def close(self) -> None:
         self._states.clear()
+
+
+def _lock_of(folder: Path, locks: Path) -> FileLock:
+    """The lock of a folder, kept elsewhere: the folder holds prefixes only."""
+    locks.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return FileLock(locks / f"{hashlib.sha256(bytes(folder.resolve())).hexdigest()[:24]}.lock", timeout=LOCK_S)
 
 
 def _bytes(array: np.ndarray) -> Any:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import re
+import sys
 import threading
+import unicodedata
 from collections.abc import Callable
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any, TypeVar
 
 import numpy as np
@@ -17,18 +19,45 @@ from llmkit.waiting import wait_through
 
 __all__ = ["Vocab"]
 
-# Some pre-tokenizers of llama.cpp match with std::regex, which recurses for every character of a match: 30,000 letters in a row overflow a thread's 8 MiB stack
-# (deepseek-llm; about 400 bytes a character) and end the process.
+# Most pre-tokenizers of llama.cpp match with std::regex, which recurses for every character of a match (about 400 to 700 bytes each): some thousand characters
+# that one of its patterns takes together overflow a thread's stack and end the process. What a pattern takes together only llama.cpp knows, but none goes far
+# beyond the end of a line, but for white space; so the longest line or stretch of white space decides, and such a text is read on a stack that is deep enough.
 WORD_PIECE = 3
-SAFE_RUN, MAX_RUN, STACK_PER_CHARACTER = 4000, 500_000, 2048
-RUN = re.compile(r"[^\W\d_]+|\d+|\s+|[^\w\s]+|_+")
+SAFE_LINE, MAX_LINE, STACK_PER_CHARACTER = 4000, 500_000, 2048
+# Some look ahead over all digits, or all white space, at each of them; so no more of these than this are given to llama.cpp at a time.
+MAX_ALIKE = 999
+BYTE_PAIRS = 2
+LINE_END = re.compile(r"[\r\n]+")
+SPACE = re.compile(r"\s{1000,}")
 _stack_lock = threading.Lock()
 T = TypeVar("T")
 
 
+@cache
+def _alike() -> re.Pattern[str]:
+    """Finds digits of any kind, or white space, of which there are very many."""
+    numbers = [chr(i) for i in range(sys.maxunicode + 1) if unicodedata.category(chr(i))[0] == "N"]
+    return re.compile(f"[{''.join(map(re.escape, numbers))}]{{{MAX_ALIKE + 1},}}|\\s{{{MAX_ALIKE + 1},}}")
+
+
+def in_pieces(text: str) -> list[str]:
+    """The text, cut within very long stretches of digits and of white space."""
+    if len(text) <= MAX_ALIKE:
+        return [text]
+    cuts = [at for run in _alike().finditer(text) for at in range(run.start() + MAX_ALIKE, run.end(), MAX_ALIKE)]
+    return [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
+
+
 def longest_run(text: str) -> int:
-    """The longest stretch of letters, digits, white space or other characters."""
-    return max((m.end() - m.start() for m in RUN.finditer(text)), default=0) if len(text) > SAFE_RUN else 0
+    """The most characters that a pattern may take together: a line with its end, or white space of any kind. Nothing for a short text."""
+    if len(text) <= SAFE_LINE:
+        return 0
+    longest = max((space.end() - space.start() for space in SPACE.finditer(text)), default=0)
+    start = 0
+    for end in LINE_END.finditer(text):
+        longest = max(longest, end.end() - start)
+        start = end.start()  # white space before a word may begin with the ends of lines
+    return max(longest, len(text) - start)
 
 
 def on_a_deep_stack(num_bytes: int, work: Callable[[], T]) -> T:
@@ -66,6 +95,7 @@ class Vocab:
         self.bos = int(C.llama_vocab_bos(self._vocab))
         self.eos = int(C.llama_vocab_eos(self._vocab))
         self.adds_bos = bool(C.llama_vocab_get_add_bos(self._vocab))
+        self._has_byte_pairs = int(C.llama_vocab_type(self._vocab)) == BYTE_PAIRS
         self._to_piece = short("llama_token_to_piece")
         self._pieces: dict[int, bytes] = {}
         self.end_tokens = frozenset(t for t in range(self.n_tokens) if C.llama_vocab_is_eog(self._vocab, t))
@@ -111,16 +141,24 @@ class Vocab:
         """Token ids of a text. ``add_special`` adds what the model wants around a text (such as a beginning token);
         ``parse_special`` reads ``<|…|>`` in the text as control tokens: for templates, not for what users typed.
         """
+        pieces = in_pieces(text) if self._has_byte_pairs else [text]
+        tokens = self._tokenize_piece(pieces[0], add_special, parse_special)
+        if len(pieces) > 1:
+            end = [tokens.pop()] if add_special and C.llama_vocab_get_add_eos(self._vocab) and tokens else []
+            tokens += [t for piece in pieces[1:] for t in self._tokenize_piece(piece, False, parse_special)] + end
+        return tokens
+
+    def _tokenize_piece(self, text: str, add_special: bool, parse_special: bool) -> list[int]:
         try:
             data = text.encode("utf-8")
         except UnicodeEncodeError as error:
             raise InvalidRequestError(f"the text holds a lone surrogate at character {error.start}; it is not valid Unicode.", "prompt") from None
         size = len(data) + 16
-        run = longest_run(text)
-        if run > MAX_RUN:
-            raise InvalidRequestError(f"the text holds {run} characters without a break; at most {MAX_RUN} can be tokenized.", "prompt")
-        if run > SAFE_RUN:
-            return on_a_deep_stack(STACK_PER_CHARACTER * run, lambda: self._tokenize(data, size, add_special, parse_special))
+        line = longest_run(text)
+        if line > MAX_LINE:
+            raise InvalidRequestError(f"the text holds {line} characters without a break; at most {MAX_LINE} can be tokenized.", "prompt")
+        if line > SAFE_LINE:
+            return on_a_deep_stack(STACK_PER_CHARACTER * line, lambda: self._tokenize(data, size, add_special, parse_special))
         return self._tokenize(data, size, add_special, parse_special)
 
     def _tokenize(self, data: bytes, size: int, add_special: bool, parse_special: bool) -> list[int]:
