@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from llmkit.engine.prefill import ALIGNMENT
 from llmkit.errors import InsufficientMemoryError, InvalidRequestError, ModelLoadError
 from llmkit.models import gguf, memory
-from llmkit.models.registry import ModelSpec, resolve
+from llmkit.models.registry import ModelSpec, cache_folder, resolve
 from llmkit.options import EngineOptions
 
 if TYPE_CHECKING:
@@ -81,6 +81,7 @@ def load_target(spec: ModelSpec, options: EngineOptions, need: memory.MemoryEsti
             host_tokens=int(min(options.host_cache_mb * (1 << 20), memory.free_ram() // 8)) // max(need.kv_bytes_per_token, 1024),
             prefix_dir=None if options.prefix_dir is None else Path(options.prefix_dir),
             max_disk_bytes=int(options.disk_cache_mb * (1 << 20)),
+            locks=cache_folder().parent / "locks",
             deterministic=options.deterministic,
             lora=[Path(path) for path, _ in options.lora],
         )

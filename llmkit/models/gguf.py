@@ -8,15 +8,21 @@ from __future__ import annotations
 
 import math
 import struct
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from llmkit.errors import InvalidModelFileError
+from llmkit.files import open_plain
+from llmkit.models.splits import names_of
 
 __all__ = ["ModelInfo", "TensorInfo", "read_header"]
 
-MAX_KEYS, MAX_TENSORS, MAX_STRING, MAX_ARRAY = 100_000, 1_000_000, 64 << 20, 50_000_000
+MAX_KEYS, MAX_TENSORS, MAX_STRING = 100_000, 1_000_000, 64 << 20
+MAX_NUMBERS, MAX_TEXTS, MAX_HEADER = 1 << 24, 1 << 22, 512 << 20  # in one array; bytes of a header
+KEPT = 1024  # values of an array that are read; of a longer one only the length
+WINDOW = 1 << 20
 MAX_DIMS = 4
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY = 8, 9
@@ -63,12 +69,13 @@ class TensorInfo:
 
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
-    """A header read: metadata (long arrays as their length only) and tensors. Sizes in bytes, lengths in tokens."""
+    """A header read: metadata (long arrays as their length only) and tensors, of all ``files`` of a model. Sizes in bytes, lengths in tokens."""
 
     path: Path
     file_bytes: int
     metadata: dict[str, Any] = field(repr=False)
     tensors: tuple[TensorInfo, ...] = field(repr=False)
+    files: tuple[Path, ...] = ()
 
     @property
     def architecture(self) -> str:
@@ -118,15 +125,43 @@ class ModelInfo:
 
 
 def read_header(path: str | Path) -> ModelInfo:
-    """Read and check the header of a GGUF file; the weights stay unread.
+    """Read and check the header of a GGUF file, and of the others where a model lies in several; the weights stay unread. A header that was read is kept as
+    long as its file stays the same.
 
     Raises `InvalidModelFileError` (what the file is instead, or what in it cannot be true) and `FileNotFoundError`.
     """
     path = Path(path)
     if path.is_dir():
         raise InvalidModelFileError(f"{path} is a directory; name the .gguf file in it.{_gguf_names(path)}")
-    size = path.stat().st_size
-    with path.open("rb") as file:
+    files = [path.with_name(name) for name in names_of(path.name)]
+    missing = [f.name for f in files if not f.exists()]
+    if missing and path.exists():
+        raise InvalidModelFileError(f"{path} is one of {len(files)} files of a model; {', '.join(missing[:5])} is missing beside it.")
+    parts = [_read_file(file, *_mark(file)) for file in files]
+    info = parts[0]
+    count = info.metadata.get("split.count", 0)
+    if isinstance(count, int) and count > 1 and count != len(files):
+        raise InvalidModelFileError(
+            f"{path} is one of {count} files of a model: they must lie in one folder and be called NAME-00001-of-{count:05}.gguf and so on."
+        )
+    return replace(info, file_bytes=sum(p.file_bytes for p in parts), tensors=tuple(t for p in parts for t in p.tensors), files=tuple(files))
+
+
+def _mark(path: Path) -> tuple[int, int]:
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns
+
+
+@lru_cache(maxsize=32)
+def _read_file(path: Path, size: int, modified: int) -> ModelInfo:
+    """One file, that long and last written then."""
+    try:
+        opened = open_plain(path)
+    except OSError as error:
+        if isinstance(error, FileNotFoundError | PermissionError):
+            raise
+        raise InvalidModelFileError(f"{path} cannot be read: {error}") from None
+    with opened as file:
         start = file.read(4)
         if start != b"GGUF":
             raise InvalidModelFileError(f"{path} is not a GGUF file: it {_what(start, size)}.")
@@ -141,7 +176,7 @@ def read_header(path: str | Path) -> ModelInfo:
             key = reader.string()
             metadata[key] = reader.value(*reader.unpack("I"))
         tensors = tuple(reader.tensor() for _ in range(n_tensors))
-        info = ModelInfo(path, size, metadata, tensors)
+        info = ModelInfo(path, size, metadata, tensors, (path,))
         _check_tensors(info, file.tell())
     return info
 
@@ -194,7 +229,7 @@ class _Reader:
         return InvalidModelFileError(f"{self._path} is damaged or truncated: {what} at byte {self._file.tell()} of {self._size}. Fetch the file again.")
 
     def read(self, n: int) -> bytes:
-        if n > self._size - self._file.tell():
+        if n > min(self._size, MAX_HEADER) - self._file.tell():
             raise self._damaged(f"{n} bytes are needed")
         return self._file.read(n)
 
@@ -207,21 +242,47 @@ class _Reader:
             raise self._damaged(f"a string claims {n} bytes")
         return self.read(n).decode("utf-8", "replace")
 
-    def value(self, kind: int, depth: int = 0) -> Any:
+    def _skip_strings(self, n: int) -> None:
+        """Pass over strings: of a vocabulary nobody needs them here."""
+        at, window, start = 0, b"", self._file.tell()
+        for _ in range(n):
+            if at + 8 > len(window):
+                start, at = start + at, 0
+                self._file.seek(start)
+                window = self._file.read(WINDOW)
+                if len(window) < 8:
+                    raise self._damaged("an array goes on")
+            length = int.from_bytes(window[at : at + 8], "little")
+            if length > MAX_STRING or start + at + 8 + length > min(self._size, MAX_HEADER):
+                self._file.seek(start + at)
+                raise self._damaged(f"a string claims {length} bytes")
+            at += 8 + length
+        self._file.seek(start + at)
+
+    def value(self, kind: int, in_array: bool = False) -> Any:
         if kind in SCALARS:
             return self.unpack(SCALARS[kind])[0]
         if kind == STRING:
             return self.string()
-        if kind != ARRAY or depth > 2:
+        if kind != ARRAY or in_array:  # llama.cpp reads no arrays of arrays either
             raise self._damaged(f"a value has the unknown type {kind}")
         item, n = self.unpack("IQ")
-        if n > MAX_ARRAY or n > self._size:
+        if n > (MAX_NUMBERS if item in SCALARS else MAX_TEXTS) or n > self._size:
             raise self._damaged(f"an array claims {n} values")
         if item in SCALARS:
-            data = self.read(n * struct.calcsize(SCALARS[item]))
-            return list(struct.unpack(f"<{n}{SCALARS[item]}", data)) if n <= 1024 else n
-        values = [self.value(item, depth + 1) for _ in range(n)]
-        return values if n <= 1024 else n
+            size = n * struct.calcsize(SCALARS[item])
+            if n <= KEPT:
+                return list(struct.unpack(f"<{n}{SCALARS[item]}", self.read(size)))
+            if size > self._size - self._file.tell():
+                raise self._damaged(f"{size} bytes are needed")
+            self._file.seek(size, 1)
+            return n
+        if n <= KEPT:
+            return [self.value(item, in_array=True) for _ in range(n)]
+        if item != STRING:
+            raise self._damaged(f"an array has values of the unknown type {item}")
+        self._skip_strings(n)
+        return n
 
     def tensor(self) -> TensorInfo:
         name = self.string()

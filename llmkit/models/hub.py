@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from llmkit.errors import ModelNotFoundError
+from llmkit.models.splits import names_of
 
 __all__ = ["download", "is_hub_name"]
 
@@ -18,7 +19,7 @@ def is_hub_name(text: str) -> bool:
 
 
 def download(name: str) -> Path:
-    """The file on this machine, fetched if it is not there yet.
+    """The file on this machine, fetched if it is not there yet; of a model in several files all of them, and the first is returned.
 
     Raises `ModelNotFoundError`: no such repository, revision or file, a gated repository without a token, or no way to the hub.
     """
@@ -29,7 +30,9 @@ def download(name: str) -> Path:
     assert match is not None
     repo, revision, file = match["repo"], match["revision"], match["file"]
     try:
-        return Path(hf_hub_download(repo, file, revision=revision))
+        folder, _, last = file.rpartition("/")
+        fetched = [Path(hf_hub_download(repo, f"{folder}/{part}" if folder else part, revision=revision)) for part in names_of(last)]
+        return fetched[0]
     except GatedRepoError:
         raise ModelNotFoundError(f"{repo} asks you to accept its terms on the hub first; then log in with `hf auth login`.") from None
     except RepositoryNotFoundError:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from llmkit.errors import ModelNotFoundError
 from llmkit.models import bert, hub
+from llmkit.models.splits import first_of, names_of, stem_of
 
 __all__ = ["ALIASES", "ModelSpec", "cache_folder", "resolve"]
 
@@ -63,10 +64,16 @@ def resolve(model: str | Path | ModelSpec) -> ModelSpec:
     if path.is_dir() and (path / "config.json").exists() and (path / "model.safetensors").exists():
         return ModelSpec(path.resolve().name, _converted(path.resolve()))
     if path.exists():
-        return ModelSpec(path.stem or text, path.resolve())
+        first = path.with_name(first_of(path.name))
+        # A link is followed, but not away from the others of a model in several files: they are found by their names.
+        return ModelSpec(stem_of(path.name) or text, _absolute(first) if len(names_of(path.name)) > 1 else path.resolve())
     if hub.is_hub_name(text):
-        return ModelSpec(Path(text.partition(":")[2]).stem, hub.download(text))
+        return ModelSpec(stem_of(Path(text.partition(":")[2]).name), hub.download(text))
     raise ModelNotFoundError(_missing(text, path))
+
+
+def _absolute(path: Path) -> Path:
+    return Path(os.path.abspath(path))
 
 
 def cache_folder() -> Path:
