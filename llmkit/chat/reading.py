@@ -16,12 +16,23 @@ class AnswerReader:
     """Turns the deltas of one answer into events.
 
     ``tools`` are those that may be called, ``forced`` says that a grammar holds the answer to calls, ``held`` that one holds it to something else (both leave
-    no room for reasoning), ``thinks`` whether reasoning was asked for (None: nothing was said).
+    no room for reasoning), ``thinks`` whether reasoning was asked for (None: nothing was said). ``continued`` is the text that the answer goes on with.
     """
 
-    def __init__(self, model: ModelDescription, tools: Sequence[Tool] = (), *, thinks: bool | None = None, forced: bool = False, held: bool = False) -> None:
+    def __init__(
+        self,
+        model: ModelDescription,
+        tools: Sequence[Tool] = (),
+        *,
+        thinks: bool | None = None,
+        forced: bool = False,
+        held: bool = False,
+        continued: str | None = None,
+    ) -> None:
         opened = {"think_always": True, "think_begun": thinks is not False, "think_asked": thinks is True}
         begun = opened.get(model.reasoning, False) and not (forced or held)
+        if continued is not None:
+            begun = continued.rfind("<think>") > continued.rfind("</think>")
         form = "think" if model.reasoning and not forced else ""
         self._parser: Parser = make_parser(model.tool_form, form, tools, reasoning_begun=begun, forced=forced)
         self._reasoning_tokens = 0

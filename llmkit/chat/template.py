@@ -1,26 +1,29 @@
-"""Chat messages to a prompt, by the model's own template in jinja2's sandbox. Pure; any thread.
-
-A template comes from a file that anybody may have made: the sandbox keeps it from Python objects, and its output and loops are bounded.
-"""
+"""Chat messages to a prompt, by the model's own template in a sandbox. Pure; any thread."""
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from llmkit.chat.sandbox import BUDGET, MAX_OUTPUT, Budget, make_environment
-from llmkit.chat.tools import describe_tools, reasoning_form, tool_form
+from llmkit.chat.bounds import MAX_OUTPUT, Budget
+from llmkit.chat.manners import Manners, as_dicts, find_manners
+from llmkit.chat.sandbox import make_environment, metered
+from llmkit.chat.telling import fitted
+from llmkit.chat.tools import reasoning_form, tool_form
 from llmkit.errors import InvalidRequestError
 from llmkit.types import Message, Tool
 
 if TYPE_CHECKING:
     import jinja2
 
-__all__ = ["CHATML", "ChatTemplate"]
+__all__ = ["CHATML", "RESERVED", "ChatTemplate"]
 
-RESERVED = ("messages", "tools", "add_generation_prompt", "bos_token", "eos_token", BUDGET)
+RESERVED = frozenset(("messages", "tools", "add_generation_prompt", "continue_final_message", "bos_token", "eos_token"))
+TOLD_FORMS = ("general", "deepseek", "hermes", "qwen3_coder", "glm", "harmony")
+TRIAL_STEPS = 400_000  # for finding out what a template takes, in all
 ROLES = ("system", "developer", "user", "assistant", "tool")
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
@@ -40,21 +43,34 @@ class ChatTemplate:
 
     def __init__(self, source: str, *, bos: str = "", eos: str = "") -> None:
         self.source, self._bos, self._eos = source, bos, eos
+        self._trials = Budget(TRIAL_STEPS)
 
     @cached_property
     def _template(self) -> jinja2.Template:
         import jinja2
 
-        environment = make_environment()
         try:
-            return environment.from_string(self.source)
-        except jinja2.TemplateError as error:
-            raise InvalidRequestError(f"the model's chat template cannot be read ({error}); use a text prompt instead.", "messages") from error
+            return make_environment().from_string(self.source)
+        except (jinja2.TemplateError, SyntaxError, ValueError, MemoryError, RecursionError, OverflowError) as error:
+            raise InvalidRequestError(f"the model's chat template cannot be read ({error!s:.300}); use a text prompt instead.", "messages") from error
 
     @cached_property
     def tool_form(self) -> str:
-        """How the model writes calls of tools."""
-        return tool_form(self.source)
+        """How the model writes calls of tools: in its own form, or in ours where its template does not tell of tools and we have no words for that form."""
+        form = tool_form(self.source)
+        return form if form in TOLD_FORMS or self.manners.tools else "general"
+
+    @cached_property
+    def manners(self) -> Manners:
+        """What the template takes, tried once."""
+
+        def render(messages: list[dict[str, Any]], tools: Sequence[Tool]) -> str | None:
+            try:
+                return self._run(messages, True, tools, {}, self._trials)
+            except InvalidRequestError:
+                return None
+
+        return find_manners(render, self.source)
 
     @cached_property
     def reasoning(self) -> str:
@@ -70,54 +86,87 @@ class ChatTemplate:
     def _begins_thinking(self, **options: Any) -> bool:
         """Whether the prompt ends with the opening tag."""
         try:
-            return self.render([Message("user", "?")], options=options).rstrip().endswith("<think>")
+            return self._run([Message("user", "?").as_dict()], True, (), options, self._trials).rstrip().endswith("<think>")
         except InvalidRequestError:
             return False
 
     def render(
-        self, messages: Sequence[Message], *, add_generation_prompt: bool = True, tools: Sequence[Tool] = (), options: dict[str, Any] | None = None
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool = True,
+        tools: Sequence[Tool] = (),
+        options: dict[str, Any] | None = None,
+        continue_final: bool = False,
     ) -> str:
-        """The prompt text for these messages, ready for the assistant's turn. ``options`` are the template's own variables (``enable_thinking``, say)."""
+        """The prompt text for these messages, ready for the assistant's turn; with ``continue_final`` it ends where the last message does. ``options`` are the
+        template's own variables (``enable_thinking``, say)."""
         if not messages:
             raise InvalidRequestError("messages must hold at least one message.", "messages")
         for message in messages:
             if message.role not in ROLES:
                 raise InvalidRequestError(f"messages: the role must be one of {', '.join(ROLES)}, not {message.role!r:.40}.", "messages")
-        if self.tool_form == "general":
-            plain = describe_tools(messages, tools)
-            if tools and plain[0].role == "system" and messages[0].role not in ("system", "developer"):
-                try:
-                    return self._render(plain, add_generation_prompt, (), options)
-                except InvalidRequestError:  # some templates refuse a system message: then the first of the user's says it
-                    place = next((i for i, m in enumerate(plain) if m.role == "user"), None)
-                    if place is None:
-                        raise
-                    plain[place] = replace(plain[place], content=f"{plain[0].content}\n\n{plain[place].content}")
-                    del plain[0]
-            messages, tools = plain, ()
-        return self._render(messages, add_generation_prompt, tools, options)
+        options = options or {}
+        reserved = sorted(options.keys() & RESERVED)
+        if reserved:
+            raise InvalidRequestError(f"chat_template_kwargs: {reserved[0]} is set by the server and cannot be overridden.", "chat_template_kwargs")
+        general, manners = self.tool_form == "general", self.manners
+        # As the template has it; where it refuses that, with tools described in our words, and last with calls in them too.
+        ways = [(manners, general), (replace(manners, tools=False), general), (replace(manners, repeats=False), True)]
+        refusal: InvalidRequestError | None = None
+        for how, plainly in ways[: 1 if general or not (tools or any(m.tool_calls for m in messages)) else 3]:
+            told, told_by_template = fitted(messages, tools, how, self.tool_form, plainly)
+            try:
+                return self._render(told, how, add_generation_prompt, told_by_template, options, continue_final)
+            except InvalidRequestError as error:
+                refusal = refusal or error
+        assert refusal is not None
+        raise refusal
 
-    def _render(self, messages: Sequence[Message], add_generation_prompt: bool, tools: Sequence[Tool], options: dict[str, Any] | None) -> str:
+    def _render(
+        self, told: list[Message], manners: Manners, add_generation_prompt: bool, tools: Sequence[Tool], options: dict[str, Any], continue_final: bool
+    ) -> str:
+        if not continue_final:
+            return self._run(as_dicts(told, manners), add_generation_prompt, tools, options)
+        if told[-1].role != "assistant" or told[-1].tool_calls:
+            raise InvalidRequestError("messages: only a final assistant message without tool calls can be continued.", "messages")
+        mark = secrets.token_hex(12)
+        told[-1] = replace(told[-1], content=told[-1].content + mark)
+        text, found, _ = self._run(as_dicts(told, manners), False, tools, options).rpartition(mark)
+        if not found:
+            raise InvalidRequestError("messages: the model's chat template does not show the last message, so it cannot be continued.", "messages")
+        return text
+
+    def _run(
+        self,
+        messages: list[dict[str, Any]],
+        add_generation_prompt: bool,
+        tools: Sequence[Tool],
+        options: dict[str, Any],
+        budget: Budget | None = None,
+    ) -> str:
+        """Raises `InvalidRequestError` for whatever the template says, or does."""
         import jinja2
 
         values: dict[str, Any] = {
-            **{k: v for k, v in (options or {}).items() if k not in RESERVED},
+            **options,
             **({"tools": [tool.function() for tool in tools]} if tools else {}),
-            "messages": [m.as_dict() for m in messages],
+            "messages": messages,
             "add_generation_prompt": add_generation_prompt,
             "bos_token": self._bos,
             "eos_token": self._eos,
-            BUDGET: Budget(),
         }
         parts, size = [], 0
+        template = self._template
         try:
-            for part in self._template.generate(values):
-                size += len(part)
-                if size > MAX_OUTPUT:
-                    raise InvalidRequestError("the chat template produced too much text.", "messages")
-                parts.append(part)
+            with metered(budget):
+                for part in template.generate(values):
+                    size += len(part)
+                    if size > MAX_OUTPUT:
+                        raise InvalidRequestError("the chat template produced too much text.", "messages")
+                    parts.append(part)
         except InvalidRequestError:
             raise
-        except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
-            raise InvalidRequestError(f"the model's chat template refuses these messages: {error}", "messages") from error
+        except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError, MemoryError) as error:
+            raise InvalidRequestError(f"the model's chat template refuses these messages: {error!s:.500}", "messages") from error
         return "".join(parts)

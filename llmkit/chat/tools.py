@@ -1,10 +1,10 @@
-"""Tools of a chat: which form a model writes its calls in, how it is told of them where its template does not, and the grammar that holds it to them. Pure."""
+"""Tools of a chat: which form a model writes its calls in, and the grammar that holds it to them. Pure."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from functools import lru_cache
 from typing import Any, Literal
 
 from llmkit.chat.parsers import bare_json, deepseek, function_gemma, harmony, tagged, thinking
@@ -16,25 +16,19 @@ from llmkit.chat.parsers.harmony import HarmonyParser
 from llmkit.chat.parsers.tagged import TaggedParser
 from llmkit.chat.parsers.thinking import ReasoningParser
 from llmkit.errors import InvalidRequestError
-from llmkit.types import Grammar, Message, Tool
+from llmkit.schema import normalized
+from llmkit.types import Grammar, Tool
 
-__all__ = ["FORMATS", "call_grammar", "describe_tools", "make_parser", "marks", "reasoning_form", "tool_form"]
+__all__ = ["FORMATS", "call_grammar", "make_parser", "marks", "reasoning_form", "tool_form"]
 
-# Llama 3 writes bare JSON with "parameters", Granite and Phi ("list") a list of calls; the XML of Qwen3-Coder stands in the tags of Hermes; "general" is ours,
-# for templates that know no tools. Of "harmony", "deepseek" and "function_gemma" no grammar holds the calls: forced ones are written in the general form.
-FORMATS = ("hermes", "qwen3_coder", "llama3", "mistral", "list", "harmony", "deepseek", "function_gemma", "general")
+# Llama 3 writes bare JSON with "parameters", Granite and Phi ("list") a list of calls; the XML of Qwen3-Coder and the keys and values of GLM stand in the tags
+# of Hermes; "general" is ours, for templates that know no tools. Of "harmony", "deepseek" and "function_gemma" no grammar holds the calls: forced ones are
+# written in the general form.
+FORMATS = ("hermes", "qwen3_coder", "glm", "llama3", "mistral", "list", "harmony", "deepseek", "function_gemma", "general")
 OTHERS: dict[str, Callable[[dict[str, Any]], Parser]] = {"harmony": HarmonyParser, "deepseek": DeepSeekParser, "function_gemma": FunctionGemmaParser}
+MAX_SCHEMA_CHARS, MAX_HELD = 128 << 10, 32
 ToolChoice = Literal["auto", "required"] | str
 JSON_STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": ", "coerce_one_of": True}
-RESULT = "<tool_response>"
-TOOLS_PROMPT = """You can call functions. These are there, each with the JSON schema of its arguments:
-<tools>
-{tools}
-</tools>
-To call one, write a JSON object with its name and arguments between tags, and nothing else:
-<tool_call>
-{{"name": "the function's name", "arguments": {{}}}}
-</tool_call>"""
 
 
 def tool_form(template: str) -> str:
@@ -55,6 +49,8 @@ def tool_form(template: str) -> str:
         return "mistral"
     if "<function=" in template:
         return "qwen3_coder"
+    if "<arg_key>" in template:
+        return "glm"
     if "<tool_call>" in template:
         return "hermes"
     if "<|python_tag|>" in template or '"parameters"' in template:
@@ -71,13 +67,14 @@ def reasoning_form(template: str) -> str:
 
 def marks(form: str) -> tuple[str, ...]:
     """Control tokens that the parser of a form must see as text."""
-    calls = {"harmony": harmony.MARKS, "deepseek": deepseek.MARKS, "function_gemma": function_gemma.MARKS}
+    calls = {"harmony": harmony.MARKS, "glm": (*tagged.MARKS, *tagged.GLM_MARKS), "deepseek": deepseek.MARKS, "function_gemma": function_gemma.MARKS}
     return (*calls.get(form, (*bare_json.MARKS, *tagged.MARKS)), *thinking.MARKS)
 
 
 def make_parser(form: str, reasoning: str, tools: Sequence[Tool], *, reasoning_begun: bool = False, forced: bool = False) -> Parser:
     """A parser for one answer. ``reasoning_begun``: the prompt ended with the opening tag. ``forced``: a grammar held the answer to calls."""
-    schemas = {tool.name: tool.parameters for tool in tools}
+    # What a grammar made is not judged again.
+    schemas: dict[str, Any] = {tool.name: {} if forced else _readable(tool) for tool in tools}
     parser: Parser
     if form == "harmony" and not forced:
         return HarmonyParser(schemas)
@@ -90,29 +87,12 @@ def make_parser(form: str, reasoning: str, tools: Sequence[Tool], *, reasoning_b
     return ReasoningParser(parser, begun=reasoning_begun) if reasoning == "think" else parser
 
 
-def describe_tools(messages: Sequence[Message], tools: Sequence[Tool]) -> list[Message]:
-    """The same conversation for a template that knows no tools: they stand in the system message, calls and results in plain messages."""
-    text = TOOLS_PROMPT.format(tools="\n".join(json.dumps(tool.function()) for tool in tools)) if tools else ""
-    plain: list[Message] = []
-    for message in messages:
-        now = _plain(message)
-        if plain and now.role == plain[-1].role == "user" and RESULT in plain[-1].content + now.content:
-            now = Message("user", f"{plain.pop().content}\n\n{now.content}")  # many templates want the roles to alternate
-        plain.append(now)
-    if not text:
-        return plain
-    if plain and plain[0].role in ("system", "developer"):
-        return [replace(plain[0], content=f"{plain[0].content}\n\n{text}" if plain[0].content else text), *plain[1:]]
-    return [Message("system", text), *plain]
-
-
-def _plain(message: Message) -> Message:
-    if message.role == "tool":
-        return Message("user", f"{RESULT}\n{message.content}\n</tool_response>")
-    if message.tool_calls:
-        calls = [f'<tool_call>\n{{"name": {json.dumps(c.name)}, "arguments": {c.arguments}}}\n</tool_call>' for c in message.tool_calls]
-        return Message(message.role, "\n".join([*([message.content] if message.content else []), *calls]))
-    return message
+def _readable(tool: Tool) -> Any:
+    """The schema as the grammar reads it; where it cannot be held, as it was given."""
+    try:
+        return _parameters(tool)
+    except InvalidRequestError:
+        return tool.parameters
 
 
 def call_grammar(form: str, tools: Sequence[Tool], choice: ToolChoice, *, parallel: bool) -> Grammar | None:
@@ -128,7 +108,7 @@ def call_grammar(form: str, tools: Sequence[Tool], choice: ToolChoice, *, parall
     except InvalidRequestError as error:
         if free:
             return None
-        raise error if error.param == "tool_choice" else InvalidRequestError(f"tools: {error}", "tools") from None
+        raise error if error.param == "tool_choice" else InvalidRequestError(str(error), "tools") from None
 
 
 def _call_source(form: str, tools: Sequence[Tool], choice: ToolChoice, *, parallel: bool) -> str | None:
@@ -137,7 +117,7 @@ def _call_source(form: str, tools: Sequence[Tool], choice: ToolChoice, *, parall
         if not tools:
             raise InvalidRequestError(f"tool_choice: there is no tool {choice!r:.100}.", "tool_choice")
     free = choice == "auto"
-    if free and (form in ("qwen3_coder", "llama3", "mistral", "list") or form in OTHERS):
+    if free and (form in ("qwen3_coder", "glm", "llama3", "mistral", "list") or form in OTHERS):
         return None  # XML holds no JSON for a schema, and of the others a mask would take the marks away; the parser takes what comes
     if form in ("mistral", "list"):
         item = json.loads(_schema(tools, "arguments"))
@@ -156,7 +136,7 @@ def _call_source(form: str, tools: Sequence[Tool], choice: ToolChoice, *, parall
 
 def _schema(tools: Sequence[Tool], arguments: str) -> str:
     """One JSON schema for a call of any of the tools. Each tool's own stands whole among the definitions, so that what it refers to is found."""
-    definitions = {str(i): _moved(dict(tool.parameters) or {"type": "object"}, f"#/$defs/{i}") for i, tool in enumerate(tools)}
+    definitions = {str(i): _moved(_parameters(tool), f"#/$defs/{i}") for i, tool in enumerate(tools)}
     calls = []
     for i, tool in enumerate(tools):
         own = definitions[str(i)] if not _refers(definitions[str(i)]) else {"$ref": f"#/$defs/{i}"}
@@ -165,6 +145,27 @@ def _schema(tools: Sequence[Tool], arguments: str) -> str:
     whole: dict[str, Any] = calls[0] if len(calls) == 1 else {"anyOf": calls}
     kept = {i: d for i, d in definitions.items() if _refers(d)}
     return json.dumps({**whole, **({"$defs": kept} if kept else {}), "x-guidance": JSON_STYLE})
+
+
+def _parameters(tool: Tool) -> dict[str, Any]:
+    """The schema of a tool's arguments as it can be held: an object in any case. Raises `InvalidRequestError`."""
+    text = json.dumps(tool.parameters or {"type": "object"})
+    if len(text) > MAX_SCHEMA_CHARS:
+        raise InvalidRequestError(f"tools: {tool.name}: the parameters have {len(text)} characters; at most {MAX_SCHEMA_CHARS} can be held.", "tools")
+    schema = _held(text, tool.name)
+    if isinstance(schema, str):
+        raise InvalidRequestError(schema, "tools")
+    return {"type": "object", **schema}
+
+
+@lru_cache(MAX_HELD)
+def _held(text: str, name: str) -> dict[str, Any] | str:
+    """The schema as it can be held, or why it cannot; read once, though the grammar and every choice's parser ask."""
+    try:
+        schema = normalized(json.loads(text), f"tools: {name}", join_one_of=True)
+    except InvalidRequestError as error:
+        return str(error)
+    return schema if isinstance(schema, dict) else {}
 
 
 def _refers(schema: Any) -> bool:

@@ -1,4 +1,4 @@
-"""Calls between ``<tool_call>`` and ``</tool_call>``: JSON (Hermes, Qwen, and our own general form) or XML (Qwen3-Coder). Pure."""
+"""Calls between ``<tool_call>`` and ``</tool_call>``: JSON (Hermes, Qwen, and our own general form), XML (Qwen3-Coder) or keys and values (GLM). Pure."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ from typing import Any
 
 from llmkit.chat.parsers.events import Call, Content, Event, as_call, fits, held, loads
 
-__all__ = ["MARKS", "TaggedParser"]
+__all__ = ["GLM_MARKS", "MARKS", "TaggedParser"]
 
 OPEN, CLOSE = MARKS = "<tool_call>", "</tool_call>"
+GLM_MARKS = ("<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>")
+GLM_NAME = re.compile(r"\s*([^\s<{]+)\s*")
+GLM_PAIR = re.compile(r"<arg_key>(.*?)</arg_key>\s*<arg_value>(.*?)</arg_value>\s*", re.DOTALL)
 QUOTE = re.compile(r'(?<!\\)(?:\\\\)*"')
 _PYTHON = {"True": True, "False": False, "None": None}
 FUNCTION, PARAMETER = "<function=", "<parameter="
@@ -82,10 +85,26 @@ class TaggedParser:
 
     def _call(self, body: str) -> Call | None:
         text = body.strip()
-        call = self._xml_call(text.removeprefix(FUNCTION).removesuffix("</function>")) if text.startswith(FUNCTION) else as_call(text, self._tools)
+        if text.startswith(FUNCTION):
+            call = self._xml_call(text.removeprefix(FUNCTION).removesuffix("</function>"))
+        else:
+            call = as_call(text, self._tools) if text.startswith("{") else self._glm_call(text)
         if call is not None:
             self._space, self._after_call = "", True
         return call
+
+    def _glm_call(self, text: str) -> Call | None:
+        """A name, then keys and values: texts as they are, anything else as JSON."""
+        named = GLM_NAME.match(text)
+        if named is None or named[1] not in self._tools:
+            return None
+        properties = _properties(self._tools[named[1]])
+        arguments, at = {}, named.end()
+        while (pair := GLM_PAIR.match(text, at)) is not None:
+            key = pair[1].strip()
+            arguments[key] = _value(pair[2], properties.get(key))
+            at = pair.end()
+        return as_call({"name": named[1], "arguments": arguments}, self._tools) if at == len(text) else None
 
     def _xml_call(self, text: str) -> Call | None:
         """``name>`` and then its parameters; what is not closed is left out."""
