@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
 import queue
 import re
 import threading
 import time
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Iterator
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,8 @@ import numpy as np
 
 from llmkit.backend.embedder import MAX_SEQUENCES, Embedder
 from llmkit.backend.model import LlamaModel
-from llmkit.errors import ContextLengthError, EngineError, InvalidRequestError, ModelUnloadedError
+from llmkit.engine.admission import Admission, MakeWay
+from llmkit.errors import ContextLengthError, EngineError, EngineGoneError, InvalidRequestError, ModelUnloadedError, QueueFullError
 from llmkit.inquiries import answer
 from llmkit.models import gguf
 from llmkit.models.registry import ModelSpec
@@ -29,7 +32,10 @@ from llmkit.types import EmbeddingRequest, Embeddings, EngineStats, GenerationRe
 
 __all__ = ["LocalEmbedder"]
 
+logger = logging.getLogger("llmkit.engine")
+
 MAX_BATCH_TOKENS = 2048
+READERS_S = 10.0  # a text that is tokenized while the model is unloaded has this long
 PLACES = re.compile(r"(\{query\}|\{document\})")
 
 
@@ -37,13 +43,67 @@ PLACES = re.compile(r"(\{query\}|\{document\})")
 class Job:
     """One request: its token sequences, and the vectors so far."""
 
-    sequences: list[list[int]]
+    request_id: str
+    caller: str
+    sequences: list[np.ndarray]
     normalize: bool
     future: Future[Embeddings]
     vectors: np.ndarray
     num_done: int = 0
     num_taken: int = 0
-    started: float = field(default_factory=time.perf_counter)
+
+    @property
+    def next_size(self) -> int:
+        """Tokens of the sequence that comes next; 0 when all have been taken."""
+        return len(self.sequences[self.num_taken]) if self.num_taken < len(self.sequences) else 0
+
+
+class Turn:
+    """The jobs of all callers, and whose sequence is next: callers in turn, and of each caller its jobs in turn. Embedder thread only."""
+
+    def __init__(self) -> None:
+        self._callers: OrderedDict[str, deque[Job]] = OrderedDict()
+
+    def __len__(self) -> int:
+        return sum(map(len, self._callers.values()))
+
+    def __iter__(self) -> Iterator[Job]:
+        return (job for jobs in self._callers.values() for job in jobs)
+
+    def add(self, job: Job) -> None:
+        self._callers.setdefault(job.caller, deque()).append(job)
+
+    def remove(self, job: Job) -> None:
+        jobs = self._callers[job.caller]
+        jobs.remove(job)
+        if not jobs:
+            del self._callers[job.caller]
+
+    def take(self, room: int, most: int) -> list[tuple[Job, int]]:
+        """Sequences for one batch of at most ``room`` tokens and ``most`` sequences: jobs, and which of their sequences."""
+        batch: list[tuple[Job, int]] = []
+        able = list(self._callers.values())
+        while able and len(batch) < most:
+            for jobs in list(able):
+                job = self._next(jobs, room)
+                if job is None or len(batch) == most:
+                    able.remove(jobs)
+                    continue
+                batch.append((job, job.num_taken))
+                room -= job.next_size
+                job.num_taken += 1
+        if self._callers:
+            self._callers.move_to_end(next(iter(self._callers)))  # somebody else is first in the next batch
+        return batch
+
+    @staticmethod
+    def _next(jobs: deque[Job], room: int) -> Job | None:
+        for _ in range(len(jobs)):
+            job = jobs[0]
+            jobs.rotate(-1)
+            if 0 < job.next_size <= room:
+                return job
+        return None
 
 
 class LocalEmbedder:
@@ -78,10 +138,13 @@ class LocalEmbedder:
             created=int(time.time()),
         )
         self._stats = EngineStats(num_slots=MAX_SEQUENCES)
-        self._inbox: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
-        self._jobs: deque[Job] = deque()
+        self._inbox: queue.SimpleQueue[Job | MakeWay | str | None] = queue.SimpleQueue()
+        self._turn = Turn()
+        self._admission = Admission(options.max_waiting)
         self._closed = False
+        self._failure: str | None = None
         self._lock = threading.Lock()
+        self._num_readers = 0
         self._requests = self._prompt_tokens = 0
         self._thread = threading.Thread(target=self._run, name="llmkit-embedder", daemon=True)
         self._thread.start()
@@ -90,35 +153,60 @@ class LocalEmbedder:
     def closed(self) -> bool:
         return self._closed
 
+    @property
+    def gone(self) -> str | None:
+        return None if self._closed else self._failure
+
     def submit(self, request: GenerationRequest) -> Stream:
         raise InvalidRequestError(f"{self.description.name!r} makes embeddings and generates no text; use llm.embed().", "model")
 
+    def submit_choices(self, request: GenerationRequest) -> list[Stream]:
+        return [self.submit(request)]
+
     def abort(self, request_id: str) -> None:
-        """Embedding is quick; there is nothing to abort."""
+        """End a request early; what is being computed is finished, the rest is not begun."""
+        self._inbox.put(request_id)
 
     def stats(self) -> EngineStats:
         return self._stats
 
     def embed(self, request: EmbeddingRequest) -> Future[Embeddings]:
-        """Queue texts. Raises `InvalidRequestError`, `ContextLengthError` and `ModelUnloadedError`; the future may hold an `EngineError`."""
-        with self._lock:
-            self._check_open()
+        """Queue texts. Raises `InvalidRequestError`, `ContextLengthError`, `QueueFullError` and `ModelUnloadedError`; the future may hold an `EngineError`."""
+        with self._reading():
             if self._embedder.ranks != (request.query is not None):
                 kind, use = ("ranks documents for a query", "llm.rerank") if self._embedder.ranks else ("makes vectors and ranks no pairs", "llm.embed")
                 raise InvalidRequestError(f"{self.description.name!r} {kind}; use {use}().", "model")
-            sequences = [self._tokens(text, request.query) for text in request.inputs]
-            job = Job(sequences, request.normalize and not self._embedder.ranks, Future(), np.empty((len(sequences), self._embedder.size), np.float32))
+            sequences = [np.array(self._tokens(text, request.query), np.int32) for text in request.inputs]
+            vectors = np.empty((len(sequences), self._embedder.size), np.float32)
+            job = Job(request.request_id, request.caller, sequences, request.normalize and not self._embedder.ranks, Future(), vectors)
+        with self._lock:
+            self._check_open()
+            for caller in self._admission.enter(request.caller):
+                self._inbox.put(MakeWay(caller))
             self._inbox.put(job)
         return job.future
 
     def inquire(self, inquiry: Inquiry) -> Future[dict[str, Any]]:
         future: Future[dict[str, Any]] = Future()
-        with self._lock:
-            self._check_open()
+        with self._reading():
             future.set_result(answer(inquiry, self._model.vocab, None))
         return future
 
+    @contextlib.contextmanager
+    def _reading(self) -> Iterator[None]:
+        """While the vocabulary is read it must not be freed; but nobody else has to wait."""
+        with self._lock:
+            self._check_open()
+            self._num_readers += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._num_readers -= 1
+
     def _check_open(self) -> None:
+        if self._failure is not None:
+            raise EngineGoneError(self._failure)
         if self._closed or self._pid != os.getpid():
             raise ModelUnloadedError(f"the model {self.description.name!r} was unloaded; load it again with llmkit.load().")
 
@@ -140,54 +228,84 @@ class LocalEmbedder:
         if len(tokens) > n_ctx:
             raise ContextLengthError(len(tokens), n_ctx, "input")
         if not all(isinstance(t, int) and 0 <= t < n_vocab for t in tokens):
-            raise InvalidRequestError(f"input: token ids go from 0 to {n_vocab - 1}.", "input")
+            raise InvalidRequestError(f"input: token ids must be in range (0–{n_vocab - 1}).", "input")
         return tokens
 
     # -- embedder thread
 
     def _run(self) -> None:
+        try:
+            while self._take_messages():
+                if len(self._turn):
+                    self._step()
+            failure: Exception = ModelUnloadedError("the model was unloaded while this request ran")
+        except BaseException as error:  # nobody may wait forever
+            logger.exception("the embedder stopped")
+            self._failure = f"the embedder stopped: {error!r:.500}. Load the model again."
+            failure = EngineGoneError(self._failure)
+        self._fail_all(failure)
+
+    def _take_messages(self) -> bool:
+        """Empty the inbox, waiting for a message when idle. False: close."""
         while True:
             try:
-                while True:
-                    job = self._inbox.get(block=not self._jobs)
-                    if job is None:
-                        return self._fail_all()
-                    if job.future.set_running_or_notify_cancel():
-                        self._requests += 1
-                        self._jobs.append(job)
+                message = self._inbox.get(block=not len(self._turn))
             except queue.Empty:
-                pass
-            if self._jobs:
-                self._step()
+                return True
+            if message is None:
+                return False
+            if isinstance(message, MakeWay):
+                newest = next((j for j in reversed(list(self._turn)) if j.caller == message.caller and not j.num_taken), None)
+                if newest is not None and self._admission.owes(message.caller):
+                    self._end(newest, QueueFullError("the queue is full, and this caller has the most requests in it; try again later"))
+                continue
+            if isinstance(message, str):
+                for job in [j for j in self._turn if j.request_id == message]:
+                    self._end(job, EngineError("this request was aborted"))
+                self._publish()
+                continue
+            self._requests += 1
+            if message.future.set_running_or_notify_cancel():
+                self._turn.add(message)
+            else:
+                self._admission.leave(message.caller)
+            self._publish()
+
+    def _end(self, job: Job, outcome: Exception | Embeddings) -> None:
+        self._turn.remove(job)
+        self._admission.leave(job.caller)
+        if isinstance(outcome, Exception):
+            job.future.set_exception(outcome)
+        else:
+            job.future.set_result(outcome)
 
     def _step(self) -> None:
-        """One batch: a sequence of each job in turn, so that a long list does not hold up a single text."""
-        batch: list[tuple[Job, int]] = []
-        room, waiting = self._embedder.max_tokens, list(self._jobs)
-        while waiting and len(batch) < MAX_SEQUENCES:
-            for job in list(waiting):
-                if job.num_taken == len(job.sequences) or len(job.sequences[job.num_taken]) > room or len(batch) == MAX_SEQUENCES:
-                    waiting.remove(job)
-                    continue
-                batch.append((job, job.num_taken))
-                room -= len(job.sequences[job.num_taken])
-                job.num_taken += 1
+        """One batch."""
+        batch = self._turn.take(self._embedder.max_tokens, MAX_SEQUENCES)
         try:
             with self._turns:
-                vectors = self._embedder.encode([job.sequences[i] for job, i in batch])
+                vectors = self._embedder.encode([job.sequences[i].tolist() for job, i in batch])
         except Exception as error:
             for job in {id(j): j for j, _ in batch}.values():
-                self._jobs.remove(job)
-                job.future.set_exception(error if isinstance(error, EngineError) else EngineError(f"embedding failed: {error!r}"))
+                self._end(job, error if isinstance(error, EngineError) else EngineError(f"embedding failed: {error!r}"))
             return
         for (job, i), vector in zip(batch, vectors, strict=True):
             job.vectors[i] = vector
             job.num_done += 1
-        for job in [j for j in self._jobs if j.num_done == len(j.sequences)]:
-            self._jobs.remove(job)
-            job.future.set_result(self._result(job))
         self._prompt_tokens += sum(len(job.sequences[i]) for job, i in batch)
-        self._stats = EngineStats(num_running=len(self._jobs), num_slots=MAX_SEQUENCES, requests_total=self._requests, prompt_tokens_total=self._prompt_tokens)
+        for job in [j for j in {id(j): j for j, _ in batch}.values() if j.num_done == len(j.sequences)]:
+            self._end(job, self._result(job))
+        self._publish()
+
+    def _publish(self) -> None:
+        waiting = sum(not job.num_taken for job in self._turn)
+        self._stats = EngineStats(
+            num_running=len(self._turn) - waiting,
+            num_waiting=waiting,
+            num_slots=MAX_SEQUENCES,
+            requests_total=self._requests,
+            prompt_tokens_total=self._prompt_tokens,
+        )
 
     @staticmethod
     def _result(job: Job) -> Embeddings:
@@ -200,16 +318,18 @@ class LocalEmbedder:
         """What is still in the inbox."""
         while True:
             try:
-                job = self._inbox.get_nowait()
+                message = self._inbox.get_nowait()
             except queue.Empty:
                 return
-            if job is not None:
-                yield job
+            if isinstance(message, Job):
+                yield message
 
-    def _fail_all(self) -> None:
-        waiting = [j for j in self._left() if j.future.set_running_or_notify_cancel()]
-        for job in [*self._jobs, *waiting]:
-            job.future.set_exception(ModelUnloadedError("the model was unloaded while this request ran"))
+    def _fail_all(self, failure: Exception) -> None:
+        with self._lock:  # nothing comes in from here on
+            left = list(self._left())
+        waiting = [j for j in left if j.future.set_running_or_notify_cancel()]
+        for job in [*self._turn, *waiting]:
+            job.future.set_exception(failure)
 
     def close(self) -> None:
         if self._pid != os.getpid():
@@ -220,5 +340,9 @@ class LocalEmbedder:
             self._closed = True
             self._inbox.put(None)
         self._thread.join()
-        self._embedder.close()
-        self._model.close()
+        end = time.monotonic() + READERS_S
+        while self._num_readers and time.monotonic() < end:
+            time.sleep(0.005)
+        if not self._num_readers:
+            self._embedder.close()
+            self._model.close()

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 __all__ = ["answer", "request_tokens"]
 
 # A text may be counted though it is longer than the context; but not without end.
-MAX_CHARS = 1 << 20
-MAX_TOKENS = 1 << 18
+MAX_CHARS, MAX_BYTES = 1 << 20, 1 << 20
+MAX_TOKENS, MAX_PIECES = 1 << 18, 1 << 16
 
 
 def answer(inquiry: Inquiry, vocab: Vocab, template: ChatTemplate | None) -> dict[str, Any]:
@@ -51,12 +51,13 @@ def request_tokens(request: GenerationRequest, vocab: Vocab, template: ChatTempl
             raise ContextLengthError(len(text) // MAX_CHARS_PER_TOKEN, n_ctx, param)
 
     if request.messages is not None:
-        tokens = prompt_tokens(vocab, template, request.messages, request.tools, request.template_options, check)
+        more = {"continue_final": True} if request.continue_final else {}
+        tokens = prompt_tokens(vocab, template, request.messages, request.tools, request.template_options, check, **more)
     elif isinstance(request.prompt, tuple):
         tokens = list(request.prompt)
         for token in tokens:
             if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < vocab.n_tokens:
-                raise InvalidRequestError(f"prompt: token ids go from 0 to {vocab.n_tokens - 1}; {token!r:.30} is none.", "prompt")
+                raise InvalidRequestError(f"prompt: token id {token!r:.30} is out of range (0–{vocab.n_tokens - 1}).", "prompt")
     else:
         text = request.prompt or ""
         check(text + (request.suffix or ""))
@@ -115,16 +116,21 @@ def _tokenize(text: str, data: dict[str, Any], vocab: Vocab) -> dict[str, Any]:
 def _check_length(text: str) -> None:
     if len(text) > MAX_CHARS:
         raise InvalidRequestError(f"the text has {len(text)} characters; at most {MAX_CHARS} are tokenized at a time.", "prompt")
+    size = len(text.encode("utf-8", "surrogatepass"))
+    if size > MAX_BYTES:
+        raise InvalidRequestError(f"the text has {size} bytes; at most {MAX_BYTES} are tokenized at a time.", "prompt")
 
 
 def _described(tokens: list[int], data: dict[str, Any], vocab: Vocab) -> dict[str, Any]:
+    if data.get("with_pieces") and len(tokens) > MAX_PIECES:
+        raise InvalidRequestError(f"with pieces at most {MAX_PIECES} tokens are listed, and the text has {len(tokens)}; leave the pieces out.", "prompt")
     return {"tokens": tokens, "pieces": [_piece(vocab, t).decode("latin-1") for t in tokens] if data.get("with_pieces") else None}
 
 
 def _piece(vocab: Vocab, token: int) -> bytes:
     """A token's bytes; of a control token its spelling."""
     if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < vocab.n_tokens:
-        raise InvalidRequestError(f"tokens: token ids go from 0 to {vocab.n_tokens - 1}; {token!r:.30} is none.", "tokens")
+        raise InvalidRequestError(f"tokens: token id {token!r:.30} is out of range (0–{vocab.n_tokens - 1}).", "tokens")
     return vocab.token_text(token).encode() if token in vocab.control_tokens else vocab.piece(token)
 
 
@@ -134,7 +140,7 @@ def _render(data: dict[str, Any], template: ChatTemplate | None) -> str:
 
 
 def _more(data: dict[str, Any]) -> dict[str, Any]:
-    return {"add_generation_prompt": data.get("add_generation_prompt", True)}
+    return {"add_generation_prompt": data.get("add_generation_prompt", True), "continue_final": bool(data.get("continue_final"))}
 
 
 def _known(template: ChatTemplate | None) -> ChatTemplate:

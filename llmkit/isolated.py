@@ -1,4 +1,4 @@
-"""A model in a child process: ``llmkit.load(..., isolated=True)``. Its crash is not ours, its Python is not ours, and it never outlives us.
+"""A model in a child process: ``llmkit.load(..., isolated=True)``. It crashes alone, has its own GIL, and exits when we do.
 
 The child is told what to load in the first line of its standard input and answers with one line; then the bridge carries everything. It ends when its standard
 input does, which is when we close it or are gone.
@@ -11,6 +11,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import weakref
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,7 @@ class IsolatedEngine(BridgeClient):
         except BaseException:
             self._end(0)
             raise
-        super().__init__(found, patient=True)
+        super().__init__(found)
 
     def _ask(self, wanted: dict[str, Any]) -> dict[str, Any]:
         assert self._process.stdin is not None and self._process.stdout is not None
@@ -79,10 +80,11 @@ class IsolatedEngine(BridgeClient):
             self._process.stdin.flush()
             line = self._process.stdout.readline()
         if not line:
-            raise ModelLoadError(f"the process that was to hold the model ended with status {self._process.wait()}")
+            raise ModelLoadError(f"the process that was to hold the model ended with status {self._process.wait()}: it crashed, or was killed.")
         answer: dict[str, Any] = json.loads(line)
         if "error" in answer:
-            self._process.wait(END_S)
+            with contextlib.suppress(subprocess.TimeoutExpired):  # whoever waits for it kills it
+                self._process.wait(END_S)
             raise messages.error_from(answer["error"])
         return answer
 
@@ -117,6 +119,15 @@ def child(answers_fd: int) -> None:
 
     wanted = json.loads(sys.stdin.readline())
     answers = os.fdopen(answers_fd, "w")
+    ended, loaded = threading.Event(), threading.Event()
+
+    def watch() -> None:
+        sys.stdin.readline()  # the word to end, or the end of who could say it
+        ended.set()
+        if not loaded.is_set():  # a load may take hours, and is not ours to finish any more
+            os._exit(1)
+
+    threading.Thread(target=watch, name="llmkit-owner", daemon=True).start()
     try:
         engine = open_model(
             ModelSpec(wanted["name_of_file"], Path(wanted["path"])), EngineOptions(**wanted["options"]), name=wanted["name"], force=wanted["force"]
@@ -127,7 +138,8 @@ def child(answers_fd: int) -> None:
         print(json.dumps({"error": messages.error_to(told)}), file=answers, flush=True)
         return
     sys.setswitchinterval(0.005)  # no cell is busy here: Python's own interval lets the engine finish its step undisturbed
+    loaded.set()
     print(json.dumps({"path": str(server.connection.path)}), file=answers, flush=True)
-    sys.stdin.readline()  # the word to end, or the end of who could say it
+    ended.wait()
     server.close()
     engine.close()

@@ -23,12 +23,13 @@ from llmkit.engine.detokenize import Detokenizer
 from llmkit.engine.drafter import ModelDrafter
 from llmkit.engine.engine import Engine
 from llmkit.engine.request import Request
-from llmkit.errors import InsufficientMemoryError, InvalidRequestError, ModelUnloadedError
+from llmkit.errors import EngineGoneError, InsufficientMemoryError, InvalidRequestError, ModelUnloadedError
 from llmkit.inquiries import answer, request_tokens
 from llmkit.machine import best_threads
 from llmkit.models import gguf, memory
 from llmkit.models.registry import ModelSpec, resolve
 from llmkit.options import EngineOptions
+from llmkit.probing import probe
 from llmkit.stream import Channel, Stream
 from llmkit.turns import Turns
 from llmkit.types import EmbeddingRequest, Embeddings, EngineStats, GenerationRequest, Inquiry, ModelDescription
@@ -71,6 +72,9 @@ def open_model(
     """An engine of the kind that the file asks for: one that generates, or one that embeds. Raises what `llmkit.load` documents."""
     spec = resolve(model)
     info = gguf.read_header(spec.path)
+    _check_memory(info, options, force)
+    for path, lora in [(spec.path, [Path(p) for p, _ in options.lora]), *([(resolve(options.draft).path, [])] if options.draft else [])]:
+        probe(path, lora, on_wait=lambda: on_progress(0.0))
     if info.value("pooling_type") not in (1, 2, 3, 4):
         return LocalEngine(spec, options, name=name, force=force, on_progress=on_progress)
     from llmkit.embedding import LocalEmbedder
@@ -81,6 +85,41 @@ def open_model(
     embedder = LocalEmbedder(spec, info, options, _turns, name)
     _running.add(embedder)
     return embedder
+
+
+def _check_memory(info: gguf.ModelInfo, options: EngineOptions, force: bool) -> None:
+    """What does not fit is refused before anything is tried with it."""
+    if force or info.value("pooling_type") in (1, 2, 3, 4):
+        return
+    need = estimate(info, options)
+    if not need.fits:
+        raise InsufficientMemoryError(f"{info.path.name}: {need.advice()}")
+
+
+class Switching:
+    """Python's switch interval while models are loaded; what it was before comes back with the last of them."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._num_loaded = 0
+        self._before = 0.0
+
+    def quicken(self) -> None:
+        with self._lock:
+            self._num_loaded += 1
+            if self._num_loaded == 1:
+                self._before = sys.getswitchinterval()
+                sys.setswitchinterval(min(self._before, SWITCH_INTERVAL_S))
+
+    def relax(self) -> None:
+        with self._lock:
+            self._num_loaded -= 1
+            # Who has set another one meanwhile keeps it.
+            if not self._num_loaded and abs(sys.getswitchinterval() - min(self._before, SWITCH_INTERVAL_S)) < 1e-5:
+                sys.setswitchinterval(self._before)
+
+
+_switching = Switching()
 
 
 class LocalEngine:
@@ -126,6 +165,7 @@ class LocalEngine:
         if options.context_shift and not self._runner.can_shift:
             raise InvalidRequestError("this model's positions cannot be moved; load it without context_shift.", "context_shift")
         self._context_shift = options.context_shift
+        self._shares_prefixes = options.share_prefixes
         if options.draft is not None:
             self._draft = load_draft(self._model, options, need, force)
         if options.threads is None and need.n_gpu_layers == 0:
@@ -172,7 +212,7 @@ class LocalEngine:
             context_shift=options.context_shift,
         )
         _running.add(self)
-        sys.setswitchinterval(min(sys.getswitchinterval(), SWITCH_INTERVAL_S))
+        _switching.quicken()
 
     @property
     def description(self) -> ModelDescription:
@@ -196,36 +236,47 @@ class LocalEngine:
         with self._reading():
             return request_tokens(request, self._vocab, self._template, self._description.n_ctx)
 
+    @property
+    def gone(self) -> str | None:
+        return None if self._closed else self._engine.failure
+
     def submit(self, request: GenerationRequest) -> Stream:
+        return self.submit_choices(request)[0]
+
+    def submit_choices(self, request: GenerationRequest) -> list[Stream]:
         n_vocab = self._description.n_vocab
         for token, _ in request.sampling.logit_bias:
             if token >= n_vocab:
-                raise InvalidRequestError(f"logit_bias: token ids go from 0 to {n_vocab - 1}; {token} is none.", "logit_bias")
-        self._check_open()
-        tokens = self.render(request)
-        room = self._description.n_ctx - len(tokens)
-        wanted = request.sampling.max_tokens
-        max_tokens = room if wanted is None else wanted if self._context_shift else min(wanted, room)
-        with self._close_lock:
+                raise InvalidRequestError(f"logit_bias: token id {token} is out of range (0–{n_vocab - 1}).", "logit_bias")
+        adapters = self._adapters(request.lora)
+        with self._reading():
+            tokens = request_tokens(request, self._vocab, self._template, self._description.n_ctx)
+            room = self._description.n_ctx - len(tokens)
+            wanted = request.sampling.max_tokens
+            max_tokens = room if wanted is None else wanted if self._context_shift else min(wanted, room)
+            made = [self._request(choice, tokens, max_tokens, adapters) for choice in request.choices()]
             self._check_open()
-            constraint = None if request.sampling.grammar is None else self._grammars.compile(request.sampling.grammar)
-        channel = Channel(request.request_id, self.abort)
-        self._engine.submit(
-            Request(
-                tokens,
-                request.sampling,
-                max_tokens,
-                Detokenizer(self._piece_with_marks if request.show_marks else self._vocab.piece, request.sampling.stop),
-                channel,
-                priority=request.priority,
-                caller=request.caller,
-                cache_salt=request.cache_salt,
-                constraint=constraint,
-                keep_on_disk=request.keep_on_disk,
-                adapters=self._adapters(request.lora),
-            )
+            self._engine.submit(*made)
+        return [Stream(r.channel) for r in made]
+
+    def _request(self, request: GenerationRequest, tokens: list[int], max_tokens: int, adapters: tuple[tuple[str, float], ...]) -> Request:
+        """What the engine takes, with everything made that takes time: its thread serves everybody."""
+        params = request.sampling
+        constraint = None if params.grammar is None else self._grammars.compile(params.grammar, request.caller)
+        return Request(
+            tokens,
+            params,
+            max_tokens,
+            Detokenizer(self._piece_with_marks if request.show_marks else self._vocab.piece, params.stop),
+            Channel(request.request_id, self.abort),
+            priority=request.priority,
+            caller=request.caller,
+            cache_salt=request.cache_salt if self._shares_prefixes else request.salt,
+            constraint=constraint,
+            sampler=self._runner.sampler(params, tokens, constraint),
+            keep_on_disk=request.keep_on_disk,
+            adapters=adapters,
         )
-        return Stream(channel)
 
     def _piece_with_marks(self, token: int) -> bytes:
         return self._marks.get(token) or self._vocab.piece(token)
@@ -279,6 +330,8 @@ class LocalEngine:
     def _check_open(self) -> None:
         if self._pid != os.getpid():
             raise ModelUnloadedError("this model was loaded in the parent process before a fork; load it again here, or reach it through its gateway.")
+        if not self._closed and self._engine.failure is not None:
+            raise EngineGoneError(self._engine.failure)
         if self._closed or self._engine.closed:
             raise ModelUnloadedError(f"the model {self._description.name!r} was unloaded; load it again with llmkit.load().")
 
@@ -290,6 +343,7 @@ class LocalEngine:
                 return
             self._closed = True
             _running.discard(self)
+            _switching.relax()
         end = time.monotonic() + READERS_S
         while self._num_readers and time.monotonic() < end:
             time.sleep(0.005)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
 import itertools
 import os
 import time
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import fields
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -18,7 +20,7 @@ __all__ = ["BATCH_WINDOW", "SHAPES", "Interrupted", "Runs", "make_request", "new
 
 # Prompts of one batch call that are in the engine at a time: more than any number of slots, less than the queue's bound.
 BATCH_WINDOW = 256
-REQUEST_OPTIONS = ("priority", "caller", "cache_salt", "lora", "suffix")
+REQUEST_OPTIONS = ("priority", "caller", "cache_salt", "lora", "suffix", "parse_special")
 SHAPES = ("json_schema", "regex", "choice")
 ABORT_S = 0.3  # an abort takes a step to arrive
 _ids = itertools.count(1)
@@ -39,8 +41,20 @@ def new_id() -> str:
 def make_request(options: dict[str, Any], **prompt: Any) -> GenerationRequest:
     """Keywords as a request: what is not about sampling is about the request. Raises `InvalidRequestError`."""
     about = {k: v for k, v in options.items() if k in REQUEST_OPTIONS}
+    if "prompt" in prompt and isinstance(prompt["prompt"], str):
+        about.setdefault("parse_special", True)  # as other programs that continue a text do
+    if options.get("continue_final_message"):
+        if "messages" not in prompt:
+            raise InvalidRequestError("continue_final_message is for a chat.", "continue_final_message")
+        about["continue_final"] = True
     shape = Grammar.of(**{k: v for k, v in options.items() if k in SHAPES})
-    sampling = {k: v for k, v in options.items() if k not in (*REQUEST_OPTIONS, *SHAPES)}
+    sampling = {k: v for k, v in options.items() if k not in (*REQUEST_OPTIONS, *SHAPES, "continue_final_message")}
+    known = [f.name for f in fields(SamplingParams)]
+    unknown = next((k for k in sampling if k not in known), None)
+    if unknown is not None:
+        names = [*known, *REQUEST_OPTIONS, *SHAPES, "continue_final_message"]
+        near = difflib.get_close_matches(unknown, names, n=1)
+        raise TypeError(f"{unknown!r} is not a generation parameter" + (f"; did you mean {near[0]!r}?" if near else f"; these are: {', '.join(names)}."))
     if shape is not None:
         if sampling.get("grammar") is not None:
             raise InvalidRequestError("json_schema, regex, choice and grammar cannot be combined; give one of them.", "grammar")
@@ -57,7 +71,7 @@ class Runs:
         self._marked: WeakKeyDictionary[Channel, bool] = WeakKeyDictionary()
         self._known: WeakKeyDictionary[Channel, Completion] = WeakKeyDictionary()
         self._last: Channel | None = None
-        self._batch: list[Channel] = []
+        self._batch: list[Channel | Completion] = []
 
     def submit(self, request: GenerationRequest) -> Stream:
         stream = self._engine().submit(request)
@@ -97,6 +111,10 @@ class Runs:
         """Remember streams as the newest batch."""
         self._batch = [s.channel for s in streams]
 
+    def keep_completions(self, completions: Sequence[Completion], running: Sequence[Stream]) -> None:
+        """Remember what a batch has made, and what of it still ran."""
+        self._batch = [*completions, *(s.channel for s in running)]
+
     @property
     def last(self) -> Completion | None:
         """The newest completion, or what there is of it."""
@@ -110,7 +128,7 @@ class Runs:
 
     @property
     def last_batch(self) -> list[Completion]:
-        return [self._remembered(channel) for channel in self._batch]
+        return [each if isinstance(each, Completion) else self._remembered(each) for each in self._batch]
 
     def _remembered(self, channel: Channel) -> Completion:
         done = channel.result or Completion("".join(channel.text_parts), FinishReason.ABORT, request_id=channel.request_id)

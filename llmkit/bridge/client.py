@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import queue
 import threading
@@ -19,15 +20,21 @@ from llmkit.errors import ContextLengthError, EngineGoneError, InvalidRequestErr
 from llmkit.stream import Channel, Stream
 from llmkit.types import MAX_CHARS_PER_TOKEN, Delta, EmbeddingRequest, Embeddings, EngineStats, GenerationRequest, Inquiry, ModelDescription
 
-__all__ = ["BridgeClient"]
+__all__ = ["BridgeClient", "check_size"]
+
+logger = logging.getLogger("llmkit.bridge")
 
 PING_S = 0.5
 
 
 def check_size(request: GenerationRequest, n_ctx: int) -> None:
     """Refuse what cannot fit the context before it travels. Raises `ContextLengthError`."""
-    size = len(request.prompt or ()) if request.messages is None else sum(len(msg.content) for msg in request.messages)
-    tokens = size if isinstance(request.prompt, tuple) else size // MAX_CHARS_PER_TOKEN
+    if request.messages is None:
+        size = len(request.prompt or ()) + len(request.suffix or "")
+        tokens = size if isinstance(request.prompt, tuple) else size // MAX_CHARS_PER_TOKEN
+    else:  # each message and each call is a token at least
+        size = sum(len(msg.content) + sum(len(c.arguments) for c in msg.tool_calls) for msg in request.messages)
+        tokens = max(size // MAX_CHARS_PER_TOKEN, len(request.messages) + sum(len(msg.tool_calls) for msg in request.messages))
     if tokens >= n_ctx:
         raise ContextLengthError(tokens, n_ctx, "prompt" if request.messages is None else "messages")
 
@@ -36,13 +43,11 @@ class BridgeClient:
     """Reaches the engine of a `Connection`.
 
     An engine that holds the interpreter (a cell in C that keeps the GIL) only delays the answer: it counts as gone when its process is gone or said
-    goodbye, and then every request ends with `EngineGoneError`. ``patient`` asks the same of the other end: this process runs cells, which may hold it up, and
-    its silence is no sign that it is gone.
+    goodbye, and then every request ends with `EngineGoneError`. It asks the same of the other end, which is told what process this is.
     """
 
-    def __init__(self, connection: Connection, *, patient: bool = False) -> None:
+    def __init__(self, connection: Connection) -> None:
         self.connection = connection
-        self._patient = patient
         self._pid = os.getpid()
         self._description = connection.model
         self._stats = EngineStats(num_slots=connection.model.n_slots)
@@ -52,7 +57,8 @@ class BridgeClient:
         self._gone: str | None = None
         self._closed = False
         self._greeting = False
-        self._outbox: queue.SimpleQueue[tuple[bytes, bytes, str]] = queue.SimpleQueue()
+        self._started: float | None = None  # this process, in the system's own unit
+        self._outbox: queue.SimpleQueue[tuple[bytes, list[bytes]]] = queue.SimpleQueue()
         self._waker = Waker()
         self._thread = threading.Thread(target=self._run, name="llmkit-bridge-client", daemon=True)
         self._thread.start()
@@ -67,22 +73,35 @@ class BridgeClient:
         return self._gone
 
     def submit(self, request: GenerationRequest) -> Stream:
-        channel = Channel(request.request_id, self.abort)
-        data = m.request_to(request)
+        return self.submit_choices(request)[0]
+
+    def submit_choices(self, request: GenerationRequest) -> list[Stream]:
         check_size(request, self._description.n_ctx)
+        channels = [Channel(choice, self.abort) for choice in m.choice_ids(request.request_id, request.n)]
+        data = m.request_to(request)
         self._check_process()
         with self._lock:
             if self._gone is not None:
                 raise EngineGoneError(self._gone)
-            self._channels[request.request_id] = channel
-            self._post(m.SUBMIT, data)
-        return Stream(channel)
+            self._channels.update((c.request_id, c) for c in channels)
+            try:
+                self._post(m.SUBMIT, data)
+            except BaseException:
+                for channel in channels:
+                    del self._channels[channel.request_id]
+                raise
+        return [Stream(channel) for channel in channels]
 
     def embed(self, request: EmbeddingRequest) -> Future[Embeddings]:
+        n_ctx = self._description.n_ctx
+        for text in request.inputs:
+            size = len(text) // MAX_CHARS_PER_TOKEN if isinstance(text, str) else len(text)
+            if n_ctx and size > n_ctx:
+                raise ContextLengthError(size, n_ctx, "input")
         return self._expect(request.request_id, m.EMBED, m.embedding_request_to(request))
 
     def inquire(self, inquiry: Inquiry) -> Future[dict[str, Any]]:
-        return self._expect(inquiry.request_id, m.INQUIRE, {"id": inquiry.request_id, "kind": inquiry.kind, "data": inquiry.data})
+        return self._expect(inquiry.request_id, m.INQUIRE, {"id": inquiry.request_id, "kind": inquiry.kind, "data": inquiry.data, "caller": inquiry.caller})
 
     def _expect(self, request_id: str, kind: bytes, data: Any) -> Future[Any]:
         """Send what has one answer."""
@@ -92,7 +111,11 @@ class BridgeClient:
             if self._gone is not None:
                 raise EngineGoneError(self._gone)
             self._futures[request_id] = future
-            self._post(kind, data)
+            try:
+                self._post(kind, data)
+            except BaseException:
+                del self._futures[request_id]
+                raise
         return future
 
     def _check_process(self) -> None:
@@ -116,8 +139,12 @@ class BridgeClient:
             self._thread.join(2)
 
     def _post(self, kind: bytes, data: Any) -> None:
+        request_id = data.get("id", "")
         try:
-            self._outbox.put((kind, m.pack(data), data.get("id", "")))  # here, so that what cannot be packed fails its caller alone
+            frames = [m.pack(data)]  # here, so that what cannot be packed fails its caller alone
+            if kind in (m.SUBMIT, m.EMBED, m.INQUIRE):
+                frames.append(m.pack({"id": request_id, "caller": data.get("caller", ""), "n": data.get("n", 1)}))
+            self._outbox.put((kind, frames))
         except (RecursionError, ValueError, TypeError) as error:
             raise InvalidRequestError(f"this request cannot be sent to the engine: {error}") from None
         self._waker()
@@ -170,15 +197,16 @@ class BridgeClient:
     def _send_outbox(self, sock: zmq.Socket[bytes]) -> None:
         with contextlib.suppress(queue.Empty):
             while True:
-                kind, packed, request_id = self._outbox.get_nowait()
-                if kind != m.SUBMIT or request_id in self._channels:  # not one that failed meanwhile
-                    with contextlib.suppress(zmq.Again):
-                        sock.send_multipart([kind, packed], zmq.NOBLOCK)
+                kind, frames = self._outbox.get_nowait()
+                with contextlib.suppress(zmq.Again):
+                    sock.send_multipart([kind, *frames], zmq.NOBLOCK)
 
     def _greet(self, sock: zmq.Socket[bytes]) -> None:
         self._greeting = True
-        owner = [os.getpid(), process_start_time(os.getpid())] if self._patient else None
-        self._send(sock, m.HELLO, {"key": self.connection.key, "owner": owner})
+        with contextlib.suppress(OSError):
+            self._started = self._started or process_start_time(os.getpid())
+        owner = [os.getpid(), self._started] if self._started else None
+        self._send(sock, m.HELLO, {"key": self.connection.key, "owner": owner, "version": m.VERSION})
 
     @staticmethod
     def _send(sock: zmq.Socket[bytes], kind: bytes, data: Any) -> None:
@@ -188,8 +216,11 @@ class BridgeClient:
     def _receive_all(self, sock: zmq.Socket[bytes]) -> None:
         with contextlib.suppress(zmq.Again):
             while True:
-                kind, payload = sock.recv_multipart(zmq.NOBLOCK)
-                self._handle(sock, kind, m.unpack(payload))
+                kind, payload, *_ = sock.recv_multipart(zmq.NOBLOCK)
+                try:
+                    self._handle(sock, kind, m.unpack(payload))
+                except Exception:  # what one message says wrongly must not end all streams
+                    logger.exception("a message of the engine (%r) could not be read", kind)
 
     def _handle(self, sock: zmq.Socket[bytes], kind: bytes, data: Any) -> None:
         if kind == m.EVENTS:

@@ -7,6 +7,7 @@ process that wrote it is still the same one. Home directories are often shared b
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import re
@@ -15,18 +16,20 @@ import shutil
 import stat
 import sys
 import tempfile
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from llmkit.files import open_plain, shallow_json
 from llmkit.types import ModelDescription
 
-__all__ = ["Connection", "find_connections", "make_connection", "process_start_time", "read", "remove", "runtime_dir", "write"]
+__all__ = ["Connection", "find_connections", "known", "life_of", "make_connection", "process_start_time", "read", "remove", "runtime_dir", "write"]
 
 PREFIX, SUFFIX = "llmkit-", ".json"
 VERSION = 2
 LOOPBACK = re.compile(r"tcp://127\.0\.0\.1:[0-9]{1,5}")
 MAX_FILE_BYTES = 1 << 20
+NO_ROOM = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +61,8 @@ class Connection:
 
     @property
     def is_alive(self) -> bool:
-        """Whether the very process that wrote the file still runs."""
-        return self.is_here and process_start_time(self.pid) == self.start_time
+        """Whether the very process that wrote the file still runs; also where that cannot be told just now."""
+        return self.is_here and life_of(self.pid, self.start_time) != "gone"
 
 
 def runtime_dir() -> Path:
@@ -69,19 +72,39 @@ def runtime_dir() -> Path:
 
 
 def process_start_time(pid: int) -> float | None:
-    """When a process started, in the system's own unit; None when there is none of that id (or it is a zombie)."""
+    """When a process started, in the system's own unit; None when there is none of that id (or it is a zombie). Raises `OSError` where that cannot be told
+    (no descriptor is free, say)."""
+    return _look_at(pid)[0]
+
+
+def life_of(pid: int, start_time: float) -> Literal["alive", "stopped", "gone"]:
+    """What has become of a process. Only what is known to be gone is gone."""
+    try:
+        started, is_stopped = _look_at(pid)
+    except OSError:
+        return "alive"
+    if started != start_time:
+        return "gone"
+    return "stopped" if is_stopped else "alive"
+
+
+def _look_at(pid: int) -> tuple[float | None, bool]:
+    """When a process started, and whether it is stopped."""
     if sys.platform == "linux":
         try:
             fields = Path(f"/proc/{pid}/stat").read_bytes().rsplit(b")", 1)[1].decode().split()
-        except (OSError, IndexError):
-            return None
-        return None if fields[0] in "ZX" else float(fields[19])
+        except (FileNotFoundError, ProcessLookupError, IndexError):
+            return None, False
+        return (None, False) if fields[0] in "ZX" else (float(fields[19]), fields[0] in "Tt")
     import psutil
 
     try:
-        return float(psutil.Process(pid).create_time())
-    except psutil.Error:
-        return None
+        process = psutil.Process(pid)
+        return float(process.create_time()), process.status() == psutil.STATUS_STOPPED
+    except psutil.NoSuchProcess:
+        return None, False
+    except psutil.Error as error:
+        raise OSError(f"process {pid} cannot be looked at: {error}") from error
 
 
 def _place() -> tuple[str, str, str]:
@@ -149,29 +172,44 @@ def _private(status: os.stat_result, *, directory: bool) -> bool:
 
 
 def read(path: Path) -> Connection | None:
-    """A connection that may be trusted, else None."""
+    """A connection that may be trusted, else None. Raises `OSError` where no descriptor is free: that says nothing of the file."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0))
-        with open(descriptor, "rb") as file:
-            if not _private(os.fstat(descriptor), directory=False):
+        with open_plain(path, follow=False) as file:
+            if not _private(os.fstat(file.fileno()), directory=False):
                 return None
-            data: dict[str, Any] = json.loads(file.read(MAX_FILE_BYTES))
+            data: dict[str, Any] = shallow_json(file.read(MAX_FILE_BYTES))
         if data.pop("version") != VERSION:
             return None
-        model = ModelDescription(**data.pop("model"))
-        connection = Connection(**data, model=model, path=path)
+        # What a newer llmkit says beside that is not for us.
+        model = ModelDescription(**known(ModelDescription, data.pop("model")))
+        connection = Connection(**known(Connection, data) | {"model": model, "path": path})
         if not all(isinstance(text, str) for text in (connection.address, connection.key, connection.server_key)):
             return None
         safe = connection.address.startswith("ipc://") or (LOOPBACK.fullmatch(connection.address) is not None and len(connection.server_key) == 40)
         return connection if safe and len(connection.key) == 64 else None
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+    except OSError as error:
+        if error.errno in NO_ROOM:
+            raise
+        return None
+    except (ValueError, TypeError, KeyError, AttributeError):
         return None
 
 
+def known(kind: type, data: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a dataclass in ``data``: what a newer version says beside that is left out."""
+    return {f.name: data[f.name] for f in fields(kind) if f.name in data}
+
+
 def find_connections(folder: Path | None = None) -> list[Connection]:
-    """All live engines of this user on this machine, newest first. Files of dead processes of this machine are removed."""
+    """All live engines of this user on this machine, newest first. Files of dead processes of this machine are removed. Raises `OSError` where no descriptor
+    is free."""
     found = []
-    for path in (folder or runtime_dir()).glob(f"{PREFIX}*{SUFFIX}"):
+    where = folder or runtime_dir()
+    try:
+        names = os.listdir(where)
+    except FileNotFoundError:
+        return []
+    for path in (where / name for name in names if name.startswith(PREFIX) and name.endswith(SUFFIX)):
         connection = read(path)
         if connection is None or not connection.is_here:
             continue

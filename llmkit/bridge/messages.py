@@ -1,8 +1,9 @@
-"""What crosses the bridge: two-frame ZMQ messages (kind, JSON), and the translation of llmkit's types and errors. Pure.
+"""What crosses the bridge: ZMQ messages (kind, JSON), and the translation of llmkit's types and errors. Pure.
 
-client → server   HELLO key · SUBMIT request · EMBED request · INQUIRE question · ABORT id · PING
+client → server   HELLO key, owner · SUBMIT request · EMBED request · INQUIRE question · ABORT id · PING
+                  SUBMIT, EMBED and INQUIRE have a third frame: id, caller and n, for whoever only passes them on.
 server → client   WELCOME description · DENIED · EVENTS [[id, text, tokens, logprobs], …] [[id, completion, failure], …] · EMBEDDED id, vectors, failure ·
-                  ANSWER id, answer, failure ·                   PONG stats · GOODBYE reason
+                  ANSWER id, answer, failure · PONG stats · GOODBYE reason
 """
 
 from __future__ import annotations
@@ -10,10 +11,11 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from typing import Any
 
 from llmkit import errors
+from llmkit.bridge.connection import known
 from llmkit.types import (
     Completion,
     EmbeddingRequest,
@@ -30,13 +32,42 @@ from llmkit.types import (
     Usage,
 )
 
+VERSION = 3  # of what is said; fields that the other side does not know are passed over, fields that it does not send have their defaults
+
 __all__ = [
-    "ABORT", "ANSWER", "DENIED", "EMBED", "EMBEDDED", "EVENTS", "GOODBYE", "HELLO", "INQUIRE", "PING", "PONG", "SUBMIT", "WELCOME",
-    "completion_from", "completion_to", "description_from", "description_to",
-    "embedding_request_from", "embedding_request_to", "embeddings_from", "embeddings_to",
-    "error_from", "error_to",
-    "logprobs_from", "logprobs_to",
-    "pack", "request_from", "request_to", "stats_from", "stats_to", "unpack",
+    "ABORT",
+    "ANSWER",
+    "DENIED",
+    "EMBED",
+    "EMBEDDED",
+    "EVENTS",
+    "GOODBYE",
+    "HELLO",
+    "INQUIRE",
+    "PING",
+    "PONG",
+    "SUBMIT",
+    "VERSION",
+    "WELCOME",
+    "choice_ids",
+    "completion_from",
+    "completion_to",
+    "description_from",
+    "description_to",
+    "embedding_request_from",
+    "embedding_request_to",
+    "embeddings_from",
+    "embeddings_to",
+    "error_from",
+    "error_to",
+    "logprobs_from",
+    "logprobs_to",
+    "pack",
+    "request_from",
+    "request_to",
+    "stats_from",
+    "stats_to",
+    "unpack",
 ]  # fmt: skip
 
 HELLO, SUBMIT, EMBED, INQUIRE, ABORT, PING = b"HELLO", b"SUBMIT", b"EMBED", b"INQUIRE", b"ABORT", b"PING"
@@ -51,12 +82,17 @@ def unpack(data: bytes) -> Any:
     return json.loads(data)
 
 
+def choice_ids(request_id: str, n: int) -> list[str]:
+    """The ids of the answers to a request, as `GenerationRequest.choices` makes them."""
+    return [request_id] if n == 1 else [f"{request_id}-{i}" for i in range(n)]
+
+
 def request_to(request: GenerationRequest) -> dict[str, Any]:
     return {
         "id": request.request_id,
         "sampling": request.sampling.as_dict(),
         "prompt": request.prompt,
-        "messages": None if request.messages is None else [m.as_dict() for m in request.messages],
+        "messages": None if request.messages is None else [m.as_json() for m in request.messages],
         "priority": request.priority,
         "caller": request.caller,
         "cache_salt": request.cache_salt,
@@ -67,12 +103,18 @@ def request_to(request: GenerationRequest) -> dict[str, Any]:
         "template_options": request.template_options,
         "suffix": request.suffix,
         "show_marks": request.show_marks,
+        "continue_final": request.continue_final,
+        "n": request.n,
+        "cache_scope": request.cache_scope,
     }
 
 
 def request_from(data: dict[str, Any]) -> GenerationRequest:
-    """Raises `InvalidRequestError` for values out of range."""
+    """Raises `InvalidRequestError` for values out of range, and for what this version cannot do."""
     sampling = dict(data["sampling"])
+    unknown = sampling.keys() - {f.name for f in fields(SamplingParams)}
+    if unknown:
+        raise errors.InvalidRequestError(f"{min(unknown)} is not known to the llmkit in the model's process, which is of another version.", min(unknown))
     if "dry_sequence_breakers" in sampling:
         sampling["dry_sequence_breakers"] = tuple(sampling["dry_sequence_breakers"])
     if "logit_bias" in sampling:
@@ -93,15 +135,19 @@ def request_from(data: dict[str, Any]) -> GenerationRequest:
         template_options=data["template_options"],
         suffix=data["suffix"],
         show_marks=data["show_marks"],
+        continue_final=data.get("continue_final", False),
+        n=data.get("n", 1),
+        cache_scope=data.get("cache_scope"),
     )
 
 
 def embedding_request_to(request: EmbeddingRequest) -> dict[str, Any]:
-    return {"id": request.request_id, "inputs": request.inputs, "normalize": request.normalize, "query": request.query}
+    return {"id": request.request_id, "inputs": request.inputs, "normalize": request.normalize, "query": request.query, "caller": request.caller}
 
 
 def embedding_request_from(data: dict[str, Any]) -> EmbeddingRequest:
-    return EmbeddingRequest(data["id"], tuple(i if isinstance(i, str) else tuple(i) for i in data["inputs"]), data["normalize"], data["query"])
+    inputs = tuple(i if isinstance(i, str) else tuple(i) for i in data["inputs"])
+    return EmbeddingRequest(data["id"], inputs, data["normalize"], data["query"], data.get("caller", ""))
 
 
 def embeddings_to(found: Embeddings) -> dict[str, Any]:
@@ -132,8 +178,8 @@ def completion_from(data: dict[str, Any], request_id: str, text: str, logprobs: 
     return Completion(
         text=text,
         finish_reason=FinishReason(data["finish_reason"]),
-        usage=Usage(**data["usage"]),
-        metrics=RequestMetrics(**data["metrics"]),
+        usage=Usage(**known(Usage, data["usage"])),
+        metrics=RequestMetrics(**known(RequestMetrics, data["metrics"])),
         tokens=tuple(data["tokens"]),
         request_id=request_id,
         error=data["error"],
@@ -148,7 +194,7 @@ def description_to(description: ModelDescription) -> dict[str, Any]:
 
 
 def description_from(data: dict[str, Any]) -> ModelDescription:
-    return ModelDescription(**data)
+    return ModelDescription(**known(ModelDescription, data))
 
 
 def stats_to(stats: EngineStats) -> dict[str, Any]:
@@ -156,7 +202,7 @@ def stats_to(stats: EngineStats) -> dict[str, Any]:
 
 
 def stats_from(data: dict[str, Any]) -> EngineStats:
-    return EngineStats(**data)
+    return EngineStats(**known(EngineStats, data))
 
 
 def error_to(error: Exception) -> dict[str, Any]:

@@ -1,17 +1,21 @@
-"""The kernel's end of the bridge: one thread that serves one `EngineClient` over ZMQ.
+"""The kernel's end of the bridge: one thread that moves messages between one `EngineClient` and ZMQ.
 
-It sends one message per engine step and connection, never one per token, and knows nothing of HTTP: that stays out of the kernel.
+It sends one message per engine step and connection, never one per token, and knows nothing of HTTP: that stays out of the kernel. What takes time (reading a
+large request, templates, tokens, grammars, writing a large answer) runs on a few other threads, one queue a caller, so that nobody waits for another's book.
 """
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import socket
 import sys
 import threading
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from hmac import compare_digest
 from typing import Any
@@ -22,23 +26,41 @@ from llmkit.bridge import connection as files
 from llmkit.bridge import messages as m
 from llmkit.client import EngineClient
 from llmkit.errors import EngineError, LLMKitError, QueueFullError
+from llmkit.lanes import Lanes
 from llmkit.stream import Stream
-from llmkit.types import Embeddings, Inquiry
+from llmkit.types import Completion, Embeddings, FinishReason, Inquiry
 
 __all__ = ["BridgeServer"]
 
-PEER_TIMEOUT_S = 1.75
+logger = logging.getLogger("llmkit.bridge")
+
+PEER_TIMEOUT_S = 1.75  # after which it is asked whether the peer's process lives
+STOPPED_S = 60.0  # after which a process that was stopped (SIGSTOP) is given up
 TICK_MS = 250
-MAX_ASKED = 64
+MAX_PREPARING = 1024  # requests of a caller that are being read, rendered and tokenized
+MAX_ASKED = 64  # questions of a caller
+MAX_MESSAGES = 256  # that are read before news are sent
+
+
+@dataclass(slots=True)
+class Preparation:
+    """A request on its way to the engine: the ids of its answers, less those that were aborted."""
+
+    ids: set[str]
+    future: Future[None] | None = None
 
 
 @dataclass(slots=True)
 class Peer:
-    """One connected client and its running requests."""
+    """One connected client and what it has running."""
 
     last_seen: float
-    owner: tuple[int, float] | None = None  # a process (pid, start time) that may be silent as long as it lives
+    owner: tuple[int, float] | None = None  # its process (pid, start time): silence means nothing while it lives
+    stopped_since: float | None = None
     streams: dict[str, Stream] = field(default_factory=dict)
+    preparing: dict[str, Preparation] = field(default_factory=dict)  # by the id of each answer
+    embedding: set[str] = field(default_factory=set)
+    num_preparing: dict[str, int] = field(default_factory=dict)  # by caller
 
 
 class Waker:
@@ -71,7 +93,7 @@ class Waker:
 
 
 class BridgeServer:
-    """Serves ``client`` under a connection file until ``close``.
+    """Serves ``client`` under a connection file until ``close``, or until ``client`` is gone.
 
     ``kernel_id`` ties it to a Jupyter kernel, None to the process only. Over ``tcp`` (the way on Windows) everything is encrypted by CURVE: others may open
     the port, but the server's public key and ours are only in the file.
@@ -83,15 +105,17 @@ class BridgeServer:
         self._waker = Waker()
         self._closing: str | None = None
         self._peers: dict[bytes, Peer] = {}
-        self._worker = ThreadPoolExecutor(1, thread_name_prefix="llmkit-inquiry")
-        self._asked: list[tuple[bytes, str, Future[dict[str, Any]]]] = []
-        self._embedding: list[tuple[bytes, str, Future[Embeddings]]] = []
+        self._lanes = Lanes(2, "llmkit-prepare")
+        # What the other threads have made, for this one: what to send, and what to note before.
+        self._made: deque[Callable[[], None]] = deque()
         connection = files.make_connection(client.description, kernel_id, time.time(), tcp=tcp)
         self._zmq = zmq.Context()
         self._socket = self._zmq.socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.LINGER, 200)
         self._socket.setsockopt(zmq.RCVHWM, 0)
-        self._socket.setsockopt(zmq.SNDHWM, 10_000)
+        # Nothing is dropped: what a client that is held up does not read waits here, and one that is gone is an error.
+        self._socket.setsockopt(zmq.SNDHWM, 0)
+        self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         if tcp:
             public, secret = zmq.curve_keypair()
             self._socket.setsockopt(zmq.CURVE_SERVER, 1)
@@ -110,130 +134,215 @@ class BridgeServer:
 
     def close(self, reason: str = "the model was unloaded") -> None:
         """Tell the clients, stop the thread, remove the file. A forked child changes nothing."""
-        if self._pid != os.getpid() or self._closing is not None:
+        if self._pid != os.getpid():
             return
-        self._closing = reason
-        self._waker()
+        if self._closing is None:
+            self._closing = reason
+            self._waker()
         self._thread.join(2)
-        files.remove(self.connection)
 
     # -- bridge thread
 
     def _run(self) -> None:
-        poller = zmq.Poller()
-        poller.register(self._socket, zmq.POLLIN)
-        poller.register(self._waker.fileno, zmq.POLLIN)
-        turned = time.monotonic()
-        while self._closing is None:
-            events = dict(poller.poll(TICK_MS))
-            before, turned = turned, time.monotonic()
-            if turned - before > PEER_TIMEOUT_S / 2:
-                self._excuse()
-            if self._waker.fileno in events:
-                self._waker.clear()
-            # Everything that waits is read before anybody is judged silent.
-            while self._receive():
-                pass
-            self._send_news()
-            self._send_vectors()
-            self._send_answers()
-            self._drop_silent()
-        for identity in self._peers:
+        try:
+            self._serve()
+        except BaseException as error:  # clients must not wait for a thread that has ended
+            logger.exception("the bridge stopped")
+            self._closing = f"its bridge stopped: {error!r:.300}"
+        for identity in list(self._peers):
             self._send(identity, m.GOODBYE, {"reason": self._closing})
-        self._abort_all()
-        self._worker.shutdown(wait=False, cancel_futures=True)
+        for identity in list(self._peers):
+            self._drop(identity)
+        files.remove(self.connection)
+        self._lanes.close()
         self._socket.close()
         self._zmq.term()
         self._waker.close()
 
-    def _receive(self) -> bool:
-        try:
-            frames = self._socket.recv_multipart(zmq.NOBLOCK)
-        except zmq.Again:
-            return False
-        with contextlib.suppress(Exception):  # garbage from a peer is dropped
-            identity, kind, payload = frames
-            self._handle(identity, kind, m.unpack(payload))
+    def _serve(self) -> None:
+        poller = zmq.Poller()
+        poller.register(self._socket, zmq.POLLIN)
+        poller.register(self._waker.fileno, zmq.POLLIN)
+        more = False
+        while self._closing is None:
+            events = dict(poller.poll(0 if more else TICK_MS))
+            if self._waker.fileno in events:
+                self._waker.clear()
+            more = self._receive_some()
+            while self._made:
+                self._made.popleft()()
+            self._send_news()
+            self._judge_silent()
+            self._closing = self._closing or self._client.gone
+
+    def _receive_some(self) -> bool:
+        """Read what has come. True: there may be more."""
+        for _ in range(MAX_MESSAGES):
+            try:
+                frames = self._socket.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return False
+            try:
+                self._handle(*frames)
+            except Exception as error:  # garbage from a peer is dropped
+                logger.debug("a message of %d frames was dropped: %r", len(frames), error)
         return True
 
-    def _handle(self, identity: bytes, kind: bytes, data: Any) -> None:
+    def _handle(self, identity: bytes, kind: bytes, payload: bytes, header: bytes = b"") -> None:
+        """``header`` says briefly what a large ``payload`` is about, so that it need not be read here."""
         if kind == m.HELLO:
-            if compare_digest(str(data["key"]).encode(), self.connection.key.encode()):
-                owner = data.get("owner")
-                self._peers[identity] = Peer(time.monotonic(), (int(owner[0]), float(owner[1])) if owner else None)
-                self._send(identity, m.WELCOME, {"description": m.description_to(self._client.description)})
-            else:
-                self._send(identity, m.DENIED, {"key": True})
-            return
+            return self._greet(identity, m.unpack(payload))
         peer = self._peers.get(identity)
         if peer is None:  # unknown, or dropped while it was silent: it says HELLO again
-            self._send(identity, m.DENIED, {})
-            return
-        peer.last_seen = time.monotonic()
+            return self._send(identity, m.DENIED, {})
+        peer.last_seen, peer.stopped_since = time.monotonic(), None
         if kind == m.PING:
             self._send(identity, m.PONG, m.stats_to(self._client.stats()))
         elif kind == m.ABORT:
-            if data["id"] in peer.streams:
-                self._client.abort(data["id"])
-        elif kind == m.SUBMIT:
-            self._submit(identity, peer, data)
-        elif kind == m.EMBED:
-            self._embed(identity, data)
-        elif kind == m.INQUIRE:
-            self._answer(identity, data)
+            self._abort(identity, peer, m.unpack(payload)["id"])
+        else:
+            about = m.unpack(header or payload)
+            caller = str(about.get("caller") or "")[:1000]
+            if kind == m.SUBMIT:
+                self._submit(identity, peer, about["id"], int(about.get("n") or 1), caller, payload)
+            elif kind == m.EMBED:
+                self._embed(identity, peer, about["id"], caller, payload)
+            elif kind == m.INQUIRE:
+                self._inquire(identity, peer, about["id"], caller, payload)
 
-    def _submit(self, identity: bytes, peer: Peer, data: dict[str, Any]) -> None:
+    def _greet(self, identity: bytes, data: dict[str, Any]) -> None:
+        if not compare_digest(str(data["key"]).encode(), self.connection.key.encode()):
+            return self._send(identity, m.DENIED, {"key": True})
+        owner = data.get("owner")
+        self._peers[identity] = Peer(time.monotonic(), (int(owner[0]), float(owner[1])) if owner else None)
+        self._send(identity, m.WELCOME, {"version": m.VERSION, "description": m.description_to(self._client.description)})
+
+    def _prepare(self, identity: bytes, peer: Peer, caller: str, most: int, work: Callable[[], None]) -> Future[None]:
+        """Run ``work`` on another thread, behind what the caller has there already. Raises `QueueFullError`."""
+        busy = peer.num_preparing.get(caller, 0)
+        if busy >= most:
+            raise QueueFullError(f"{busy} requests of this caller are being read already; try again later")
+        peer.num_preparing[caller] = busy + 1
+        future = self._lanes.submit(f"{identity.hex()} {caller}", work)
+
+        def done() -> None:
+            peer.num_preparing[caller] -= 1
+            if not peer.num_preparing[caller]:
+                del peer.num_preparing[caller]
+
+        future.add_done_callback(lambda _: self._later(done))
+        return future
+
+    def _later(self, note: Callable[[], None]) -> None:
+        """From any thread: have the bridge thread do it soon."""
+        self._made.append(note)
+        self._waker()
+
+    def _submit(self, identity: bytes, peer: Peer, request_id: str, n: int, caller: str, payload: bytes) -> None:
+        ids = m.choice_ids(request_id, n)
+        preparation = Preparation(set(ids))
+
+        def work() -> None:
+            if not preparation.ids:
+                aborted = m.completion_to(Completion("", FinishReason.ABORT))
+                ended = m.pack([[], [[i, aborted, None] for i in ids]])
+                self._later(lambda: self._refused(identity, peer, ids, ended))
+                return
+            try:
+                request = m.request_from(m.unpack(payload))
+                streams = [self._client.submit(request)] if request.n == 1 else self._client.submit_choices(request)
+            except BaseException as error:  # a panic in a library too: who asked must hear of it
+                failure = error if isinstance(error, LLMKitError) else EngineError(f"the request could not be read: {error!r:.500}")
+                packed = m.pack([[], [[i, None, m.error_to(failure)] for i in ids]])
+                self._later(lambda: self._refused(identity, peer, ids, packed))
+                return
+            self._later(lambda: self._submitted(identity, peer, preparation, streams))
+
         try:
-            stream = self._client.submit(m.request_from(data))
-        except Exception as error:
-            failure = error if isinstance(error, LLMKitError) else EngineError(f"the request could not be read: {error!r}")
-            self._send(identity, m.EVENTS, [[], [[data["id"], None, m.error_to(failure)]]])
-            return
-        peer.streams[data["id"]] = stream
-        stream.listen(self._waker)
+            peer.preparing.update(dict.fromkeys(ids, preparation))
+            preparation.future = self._prepare(identity, peer, caller, MAX_PREPARING, work)
+        except QueueFullError as error:
+            self._refused(identity, peer, ids, m.pack([[], [[i, None, m.error_to(error)] for i in ids]]))
 
-    def _embed(self, identity: bytes, data: dict[str, Any]) -> None:
+    def _refused(self, identity: bytes, peer: Peer, ids: list[str], packed: bytes) -> None:
+        for request_id in ids:
+            peer.preparing.pop(request_id, None)
+        self._send_packed(identity, m.EVENTS, packed)
+
+    def _submitted(self, identity: bytes, peer: Peer, preparation: Preparation, streams: list[Stream]) -> None:
+        alive = self._peers.get(identity) is peer
+        for stream in streams:
+            peer.preparing.pop(stream.request_id, None)
+            peer.streams[stream.request_id] = stream
+            stream.listen(self._waker)
+            if not alive or stream.request_id not in preparation.ids:
+                self._client.abort(stream.request_id)
+
+    def _abort(self, identity: bytes, peer: Peer, request_id: str) -> None:
+        preparation = peer.preparing.get(request_id)
+        if preparation is not None:
+            preparation.ids.discard(request_id)
+            if not preparation.ids and preparation.future is not None and preparation.future.cancel():
+                ids = [i for i, p in peer.preparing.items() if p is preparation]
+                aborted = m.completion_to(Completion("", FinishReason.ABORT))
+                self._refused(identity, peer, ids, m.pack([[], [[i, aborted, None] for i in ids]]))
+        elif request_id in peer.streams or request_id in peer.embedding:
+            self._client.abort(request_id)
+
+    def _embed(self, identity: bytes, peer: Peer, request_id: str, caller: str, payload: bytes) -> None:
+        peer.embedding.add(request_id)
+
+        def work() -> None:
+            if request_id not in peer.embedding:
+                return
+            try:
+                future = self._client.embed(m.embedding_request_from(m.unpack(payload)))
+            except BaseException as error:  # a panic in a library too: who asked must hear of it
+                self._answered(identity, peer, m.EMBEDDED, request_id, None, error)
+                return
+            future.add_done_callback(lambda f: self._embedded(identity, peer, request_id, caller, f))
+
         try:
-            future = self._client.embed(m.embedding_request_from(data))
-        except Exception as error:
-            failure = error if isinstance(error, LLMKitError) else EngineError(f"the request could not be read: {error!r}")
-            self._send(identity, m.EMBEDDED, [data["id"], None, m.error_to(failure)])
-            return
-        self._embedding.append((identity, data["id"], future))
-        future.add_done_callback(lambda _: self._waker())
+            self._prepare(identity, peer, caller, MAX_PREPARING, work)
+        except QueueFullError as error:
+            self._answered(identity, peer, m.EMBEDDED, request_id, None, error)
 
-    def _answer(self, identity: bytes, data: dict[str, Any]) -> None:
-        """On a thread of its own: a long text takes a while, and the streams must not wait."""
-        if len(self._asked) >= MAX_ASKED:
-            self._send(identity, m.ANSWER, [data["id"], None, m.error_to(QueueFullError("too many questions wait already; try again later"))])
-            return
-        future = self._worker.submit(self._inquire, Inquiry(data["id"], data["kind"], data["data"]))
-        self._asked.append((identity, data["id"], future))
-        future.add_done_callback(lambda _: self._waker())
-
-    def _inquire(self, inquiry: Inquiry) -> dict[str, Any]:
-        return self._client.inquire(inquiry).result()
-
-    def _send_answers(self) -> None:
-        for entry in [e for e in self._asked if e[2].done()]:
-            self._asked.remove(entry)
-            identity, request_id, future = entry
+    def _embedded(self, identity: bytes, peer: Peer, request_id: str, caller: str, future: Future[Embeddings]) -> None:
+        def work() -> None:
             error = future.exception()
-            failure = error if error is None or isinstance(error, LLMKitError) else EngineError(f"the question could not be answered: {error!r}")
-            self._send(identity, m.ANSWER, [request_id, future.result(), None] if failure is None else [request_id, None, m.error_to(failure)])
+            self._answered(identity, peer, m.EMBEDDED, request_id, None if error else m.embeddings_to(future.result()), error)
 
-    def _send_vectors(self) -> None:
-        for entry in [e for e in self._embedding if e[2].done()]:
-            self._embedding.remove(entry)
-            identity, request_id, future = entry
-            error = future.exception()
-            if error is not None:
-                self._send(identity, m.EMBEDDED, [request_id, None, m.error_to(error if isinstance(error, Exception) else EngineError(repr(error)))])
+        with contextlib.suppress(RuntimeError):  # closed meanwhile
+            self._lanes.submit(f"{identity.hex()} {caller}", work)  # megabytes of text: not on the thread that computes
+
+    def _inquire(self, identity: bytes, peer: Peer, request_id: str, caller: str, payload: bytes) -> None:
+        def work() -> None:
+            try:
+                data = m.unpack(payload)
+                found = self._client.inquire(Inquiry(data["id"], data["kind"], data["data"], caller)).result()
+            except BaseException as error:  # a panic in a library too: who asked must hear of it
+                self._answered(identity, peer, m.ANSWER, request_id, None, error)
             else:
-                self._send(identity, m.EMBEDDED, [request_id, m.embeddings_to(future.result()), None])
+                self._answered(identity, peer, m.ANSWER, request_id, found, None)
+
+        try:
+            self._prepare(identity, peer, f"? {caller}", MAX_ASKED, work)
+        except QueueFullError as error:
+            self._answered(identity, peer, m.ANSWER, request_id, None, error)
+
+    def _answered(self, identity: bytes, peer: Peer, kind: bytes, request_id: str, found: Any, error: BaseException | None) -> None:
+        """From any thread: what has one answer has it."""
+        failure = error if error is None or isinstance(error, LLMKitError) else EngineError(f"this could not be answered: {error!r:.500}")
+        packed = m.pack([request_id, found, None if failure is None else m.error_to(failure)])
+
+        def send() -> None:
+            peer.embedding.discard(request_id)
+            self._send_packed(identity, kind, packed)
+
+        self._later(send)
 
     def _send_news(self) -> None:
-        for identity, peer in self._peers.items():
+        for identity, peer in list(self._peers.items()):
             deltas: list[list[Any]] = []
             ends: list[list[Any]] = []
             for request_id, stream in list(peer.streams.items()):
@@ -249,24 +358,39 @@ class BridgeServer:
                 self._send(identity, m.EVENTS, [deltas, ends])
 
     def _send(self, identity: bytes, kind: bytes, data: Any) -> None:
-        with contextlib.suppress(zmq.ZMQError):  # the peer is gone; it will be noticed as silent
-            self._socket.send_multipart([identity, kind, m.pack(data)], zmq.NOBLOCK)
+        self._send_packed(identity, kind, m.pack(data))
 
-    def _excuse(self) -> None:
-        """This thread was held up itself (a cell in C that kept the GIL, a stopped process): what the peers said meanwhile may still be on its way."""
-        for peer in self._peers.values():
-            peer.last_seen = time.monotonic()
+    def _send_packed(self, identity: bytes, kind: bytes, packed: bytes) -> None:
+        try:
+            self._socket.send_multipart([identity, kind, packed], zmq.NOBLOCK)
+        except zmq.ZMQError:  # it has closed its end
+            self._drop(identity)
 
-    def _drop_silent(self) -> None:
+    def _judge_silent(self) -> None:
+        """A process that has ended is gone; one that is stopped, after a while; one that is only held up (a cell in C that keeps the GIL) never."""
         now = time.monotonic()
         for identity, peer in list(self._peers.items()):
-            alive = peer.owner is not None and files.process_start_time(peer.owner[0]) == peer.owner[1]
-            if now - peer.last_seen > PEER_TIMEOUT_S and not alive:
-                del self._peers[identity]
-                for request_id in peer.streams:
-                    self._client.abort(request_id)
+            if now - peer.last_seen <= PEER_TIMEOUT_S:
+                continue
+            life = "gone" if peer.owner is None else files.life_of(*peer.owner)
+            if life == "stopped":
+                peer.stopped_since = peer.stopped_since or now
+                life = "gone" if now - peer.stopped_since > STOPPED_S else life
+            else:
+                peer.stopped_since = None
+                peer.last_seen = now  # asked again in a while
+            if life == "gone":
+                self._drop(identity)
 
-    def _abort_all(self) -> None:
-        for peer in self._peers.values():
-            for request_id in peer.streams:
-                self._client.abort(request_id)
+    def _drop(self, identity: bytes) -> None:
+        """Forget a peer, and end what it has running."""
+        peer = self._peers.pop(identity, None)
+        if peer is None:
+            return
+        for preparation in peer.preparing.values():
+            preparation.ids.clear()
+            if preparation.future is not None:
+                preparation.future.cancel()
+        embedding, peer.embedding = peer.embedding, set()
+        for request_id in (*peer.streams, *embedding):
+            self._client.abort(request_id)
