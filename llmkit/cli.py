@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
 from llmkit.config import ENGINE_OPTIONS
-from llmkit.errors import LLMKitError
+from llmkit.errors import EngineGoneError, LLMKitError
 from llmkit.models.convert import TYPES
 from llmkit.version import __version__
 
 __all__ = ["main"]
+
+
+LOOK_S = 0.5
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -41,6 +46,8 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--api-key", help="key that callers must send; better in $LLMKIT_API_KEY, where `ps` does not show it")
     serve.add_argument("--log-level", help="debug, info, warning or error (info): how much is logged on standard error")
     serve.add_argument("--config", type=Path, help="TOML file of settings")
+    serve.add_argument("--strict", action="store_true", default=None, help="refuse fields of requests that would otherwise be accepted and ignored")
+    serve.add_argument("--drain-s", type=float, help="seconds that running requests may still take after SIGTERM (30)")
     serve.add_argument("--attach", type=int, metavar="PID", help="serve only the engines of this process, and end with it")
     _engine_options(serve)
     serve.set_defaults(run=_serve)
@@ -75,6 +82,7 @@ def _engine_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--target-itl-ms", type=float, help="time between two tokens of a stream that prompts of others must not stretch (500)")
     parser.add_argument("--draft", help="a smaller model of the same vocabulary that guesses tokens")
     parser.add_argument("--context-shift", action="store_true", default=None, help="a request that fills its context goes on without the older half of it")
+    parser.add_argument("--share-prefixes", action="store_true", default=None, help="all callers share cached beginnings of prompts, not only each its own")
     parser.add_argument("--tuned", action="store_true", default=None, help="use what `llmkit tune` found best on this machine")
 
 
@@ -86,7 +94,9 @@ def _serve(args: argparse.Namespace) -> int:
     from llmkit.config import read_settings
     from llmkit.gateway import standalone
 
-    given = {k: getattr(args, k) for k in ("model", "host", "port", "api_key", "log_level", *ENGINE_OPTIONS) if getattr(args, k) is not None}
+    given = {
+        k: getattr(args, k) for k in ("model", "host", "port", "api_key", "log_level", "strict", "drain_s", *ENGINE_OPTIONS) if getattr(args, k) is not None
+    }
     return standalone.serve(read_settings(given, args.config), attach_pid=args.attach)
 
 
@@ -108,8 +118,20 @@ def _engine(args: argparse.Namespace) -> int:
     options = {k: getattr(args, k) for k in ENGINE_OPTIONS if getattr(args, k) is not None}
     from llmkit.loading import load
 
+    ended, loaded = threading.Event(), threading.Event()
+
+    def watch() -> None:
+        sys.stdin.buffer.read()  # whoever started us holds the other end: its end is ours, also while we load
+        ended.set()
+        if not loaded.is_set():
+            os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
     with load(args.model, **options) as llm:
+        loaded.set()
         sys.setswitchinterval(0.005)  # no cell is busy here: Python's own interval lets the engine finish its step undisturbed
         print(f"loaded {llm!r}", flush=True)
-        sys.stdin.buffer.read()  # whoever started us holds the other end: its end is ours
+        while not ended.wait(LOOK_S):
+            if llm.closed:
+                raise EngineGoneError(llm.engine.gone or "the engine has ended")
     return 0

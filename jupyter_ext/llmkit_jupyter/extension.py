@@ -8,7 +8,7 @@ from jupyter_core.utils import ensure_async
 from jupyter_server._tz import utcnow
 from jupyter_server.extension.application import ExtensionApp
 from jupyter_server.serverapp import ServerApp
-from traitlets import Unicode
+from traitlets import Bool, Unicode
 
 from llmkit.bridge.client import BridgeClient
 from llmkit.bridge.connection import Connection
@@ -29,9 +29,11 @@ class LLMKitExtension(ExtensionApp):
 
     default_model = Unicode(None, allow_none=True, help='The model behind the name "default". None: the one loaded last.').tag(config=True)
 
+    strict = Bool(False, help="Refuse fields of requests that would otherwise be accepted and ignored.").tag(config=True)
+
     def initialize_handlers(self) -> None:
         self._directory = EngineDirectory(self._is_ours, default=self.default_model)
-        gateway = Gateway(self._directory, self._note_use, self._places)
+        gateway = Gateway(self._directory, self._note_use, self._places, strict=self.strict)
         self.handlers.append((r"/llmkit(?:/(.*))?", JupyterGatewayHandler, {"gateway": gateway}))
 
     @property

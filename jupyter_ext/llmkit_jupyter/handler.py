@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 from typing import Any
 
 from jupyter_core.utils import ensure_async
+from jupyter_server.auth import IdentityProvider, PasswordIdentityProvider
+from jupyter_server.auth.identity import LegacyIdentityProvider
 from jupyter_server.base.handlers import APIHandler
 from tornado import web
 
 from llmkit.gateway.app import Gateway
+from llmkit.gateway.auth import Identity
 from llmkit.gateway.exchange import Exchange
 from llmkit.gateway.failures import ApiError
 
 __all__ = ["JupyterGatewayHandler"]
 
 RESOURCE = "llmkit"
+OWN_PROVIDERS = (IdentityProvider, PasswordIdentityProvider, LegacyIdentityProvider)  # they know one user
 
 
 class JupyterGatewayHandler(APIHandler):
@@ -30,6 +35,7 @@ class JupyterGatewayHandler(APIHandler):
     def initialize(self, gateway: Gateway) -> None:
         self._gateway = gateway
         self._task: asyncio.Task[None] | None = None
+        self._is_gone = False
 
     async def prepare(self) -> None:  # type: ignore[override]
         headers = self.request.headers
@@ -55,10 +61,20 @@ class JupyterGatewayHandler(APIHandler):
         """Nobody is logged in. `check_host` failures set no user either, but those come with a host that is not ours."""
         return getattr(self, "_jupyter_current_user", None) is None and self.check_host()
 
+    def _identity(self) -> Identity:
+        """Whoever has this server's own token or password is the user whose kernels these are, and shares their prefixes; others whom the identity provider
+        lets in (a hub's users, with shared access) are somebody else."""
+        name = str(self.current_user.username)
+        is_owner = type(self.identity_provider) in OWN_PROVIDERS or name == os.environ.get("JUPYTERHUB_USER")
+        return Identity("jupyter", cache_scope="") if is_owner else Identity(f"jupyter {name}")
+
     async def _run(self, path: str | None = None) -> None:
-        exchange = Exchange(self, path or "")
+        exchange = Exchange(self, path or "", self._identity(), self._gateway.held)
         action = "read" if self.request.method in ("GET", "HEAD") else "execute"
-        if not await ensure_async(self.authorizer.is_authorized(self, self.current_user, action, RESOURCE)):
+        allowed = await ensure_async(self.authorizer.is_authorized(self, self.current_user, action, RESOURCE))
+        if self._is_gone:  # while the authorizer was asked
+            return
+        if not allowed:
             exchange.send_error(ApiError(403, f"You may not {action} on {RESOURCE} here.", "permission_error", code="forbidden"))
             return
         self._task = asyncio.ensure_future(self._gateway.dispatch(exchange))
@@ -90,6 +106,7 @@ class JupyterGatewayHandler(APIHandler):
         await self._run(path)
 
     def on_connection_close(self) -> None:
+        self._is_gone = True
         if self._task is not None:
             self._task.cancel()
 

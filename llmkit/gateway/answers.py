@@ -6,10 +6,12 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import asdict, replace
 
+from llmkit.bridge.client import check_size
 from llmkit.chat.parsers.events import Event
 from llmkit.chat.reading import AnswerReader
 from llmkit.client import EngineClient
 from llmkit.gateway.chat import ChatRequest
+from llmkit.gateway.exchange import Exchange
 from llmkit.gateway.streams import close_all, merge, submit_all
 from llmkit.stream import Stream
 from llmkit.types import Completion, Inquiry
@@ -28,7 +30,7 @@ class Answer:
         engine: EngineClient,
         request: ChatRequest,
         reply_id: str,
-        caller: str,
+        exchange: Exchange,
         on_use: Callable[[EngineClient], None],
         *,
         prompt: str | None = None,
@@ -37,7 +39,7 @@ class Answer:
         self._engine, self._on_use = engine, on_use
         self._reader = request.reader(engine.description) if prompt is None else AnswerReader.plain()
         on_use(engine)
-        requests = [replace(r, caller=caller) for r in request.requests(reply_id, engine.description)]
+        requests = exchange.owned(request.requests(reply_id, engine.description))
         self._streams = submit_all(
             engine, requests if prompt is None else [replace(r, prompt=prompt, messages=None, parse_special=True, suffix=suffix) for r in requests]
         )
@@ -88,13 +90,15 @@ async def read_all(streams: list[Stream], readers: Sequence[AnswerReader], on_wa
     return [(events[i], done[i]) for i in range(len(streams))]
 
 
-async def count_tokens(engine: EngineClient, request: ChatRequest, request_id: str) -> int:
+async def count_tokens(engine: EngineClient, request: ChatRequest, request_id: str, caller: str) -> int:
     """Tokens of the prompt that a request makes."""
     (asked,) = request.requests(request_id, engine.description)
+    check_size(asked, engine.description.n_ctx)
     data = {
-        "messages": [m.as_dict() for m in asked.messages or ()],
+        "messages": [m.as_json() for m in asked.messages or ()],
         "tools": [asdict(tool) for tool in asked.tools],
         "template_options": asked.template_options,
+        "continue_final": asked.continue_final,
     }
-    found = await asyncio.wrap_future(engine.inquire(Inquiry(request_id, "tokenize_chat", data)))
+    found = await asyncio.wrap_future(engine.inquire(Inquiry(request_id, "tokenize_chat", data, caller)))
     return len(found["tokens"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -16,12 +16,14 @@ from llmkit.gateway.chat import ChatRequest
 from llmkit.gateway.engines import EngineDirectory
 from llmkit.gateway.exchange import Exchange
 from llmkit.gateway.objects import new_id
-from llmkit.gateway.schemas import Strict, parse, validated
-from llmkit.types import Completion, FinishReason
+from llmkit.gateway.schemas import Strict, validated
+from llmkit.gateway.tolerance import unnoticed
+from llmkit.types import Completion, FinishReason, ModelDescription
 
 __all__ = ["AnthropicRoutes", "CountBody", "MessagesBody"]
 
 Block = dict[str, Any]
+UNKNOWN = ModelDescription("", "")
 
 
 class Text(Strict):
@@ -40,10 +42,58 @@ class ToolUse(Strict):
     caller: Any = None
 
 
+class ToolReference(Strict):
+    """What a search for tools found; the tool itself is offered anyway."""
+
+    type: Literal["tool_reference"]
+    tool_name: str
+
+    @property
+    def text(self) -> str:
+        return self.tool_name
+
+
+class SearchResult(Strict):
+    type: Literal["search_result"]
+    title: str
+    source: str
+    content: list[Text]
+    citations: Any = None
+    cache_control: Any = None
+
+    @property
+    def text(self) -> str:
+        return f"{self.title} ({self.source})\n" + "".join(part.text for part in self.content)
+
+
+class PlainSource(Strict):
+    type: Literal["text"]
+    media_type: str | None = None
+    data: str
+
+
+class Document(Strict):
+    """A document that is plain text."""
+
+    type: Literal["document"]
+    source: PlainSource
+    title: str | None = None
+    context: str | None = None
+    citations: Any = None
+    cache_control: Any = None
+
+    @property
+    def text(self) -> str:
+        return "\n".join(filter(None, (self.title, self.context, self.source.data)))
+
+
+Readable = Annotated[Text | ToolReference | SearchResult | Document, Field(discriminator="type")]
+
+
 class ToolResult(Strict):
     type: Literal["tool_result"]
     tool_use_id: str
-    content: str | list[Text] | None = None
+    content: str | list[Readable] | None = None
     is_error: bool | None = None
     cache_control: Any = None
 
@@ -55,8 +105,8 @@ class Thinking(Strict):
 
 
 class Turn(Strict):
-    role: Literal["user", "assistant"]
-    content: str | list[Annotated[Text | ToolUse | ToolResult | Thinking, Field(discriminator="type")]]
+    role: Literal["user", "assistant", "system"]
+    content: str | list[Annotated[Text | ToolUse | ToolResult | Thinking | SearchResult | Document, Field(discriminator="type")]]
 
     def messages(self) -> list[dict[str, Any]]:
         """The same as OpenAI's messages: results of tools come first, each as a message."""
@@ -67,7 +117,7 @@ class Turn(Strict):
             for b in self.content
             if isinstance(b, ToolResult)
         ]
-        text = "".join(b.text for b in self.content if isinstance(b, Text))
+        text = "".join(b.text for b in self.content if isinstance(b, Text | SearchResult | Document))
         calls = [
             {"id": b.id, "type": "function", "function": {"name": b.name, "arguments": json.dumps(b.input)}} for b in self.content if isinstance(b, ToolUse)
         ]
@@ -102,6 +152,17 @@ class ThinkingMode(Strict):
     display: str | None = None
 
 
+class OutputFormat(Strict):
+    type: Literal["json_schema"]
+    schema_: dict[str, Any] = Field(alias="schema")
+    name: str | None = None
+
+
+class OutputConfig(Strict):
+    effort: Literal["low", "medium", "high", "xhigh", "max"] | None = None
+    format: OutputFormat | None = None
+
+
 class CountBody(Strict):
     """POST /v1/messages/count_tokens"""
 
@@ -112,9 +173,11 @@ class CountBody(Strict):
     tool_choice: Choice | None = None
     thinking: ThinkingMode | None = None
     cache_control: Any = None
+    output_config: OutputConfig | None = None
+    output_format: OutputFormat | None = None  # as it was called before
 
-    def chat(self, **more: Any) -> ChatRequest:
-        """The same as OpenAI's request."""
+    def chat(self, model: ModelDescription = UNKNOWN, ignore: Callable[[str], None] = unnoticed, **more: Any) -> ChatRequest:
+        """The same as OpenAI's request; what ``model`` cannot honour, and what changes no answer, is given to ``ignore``."""
         system = [{"role": "system", "content": _text(self.system)}] if self.system else []
         asked: dict[str, Any] = {"model": self.model, "messages": [*system, *(m for turn in self.messages for m in turn.messages())], **more}
         if self.tools:
@@ -130,13 +193,27 @@ class CountBody(Strict):
             if choice.disable_parallel_tool_use:
                 asked["parallel_tool_calls"] = False
         if self.thinking is not None:
-            if self.thinking.budget_tokens is not None:
-                raise InvalidRequestError("thinking: a budget of tokens cannot be held here; use the type adaptive.", "thinking")
             if self.thinking.type == "adaptive":
                 asked["chat_template_kwargs"] = {"enable_thinking": True}  # whether to reason is the model's own choice
-            else:
+            elif self.thinking.type == "disabled" or model.reasoning:
                 asked["reasoning_effort"] = "none" if self.thinking.type == "disabled" else "medium"
+            else:
+                ignore("thinking")
+        self._shape(asked, model, ignore)
+        if self.messages[-1].role == "assistant" and asked["messages"][-1]["role"] == "assistant" and not asked["messages"][-1].get("tool_calls"):
+            asked["continue_final_message"] = True  # the beginning of the reply
         return validated(ChatRequest, asked)
+
+    def _shape(self, asked: dict[str, Any], model: ModelDescription, ignore: Callable[[str], None]) -> None:
+        """What the answer is to look like, and how much is to be thought."""
+        config = self.output_config or OutputConfig()
+        form = config.format or self.output_format
+        if form is not None:
+            asked["response_format"] = {"type": "json_schema", "json_schema": {"name": form.name or "answer", "schema": form.schema_}}
+        if config.effort is not None and model.reasoning and "reasoning_effort" not in asked:
+            asked["reasoning_effort"] = "xhigh" if config.effort == "max" else config.effort
+        elif config.effort is not None:
+            ignore("output_config.effort")
 
 
 class MessagesBody(CountBody):
@@ -151,12 +228,12 @@ class MessagesBody(CountBody):
     metadata: dict[str, Any] | None = None
     service_tier: Literal["auto", "standard_only"] | None = None
 
-    def request(self) -> ChatRequest:
+    def request(self, model: ModelDescription = UNKNOWN, ignore: Callable[[str], None] = unnoticed) -> ChatRequest:
         given = {"max_tokens": self.max_tokens, "temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
-        return self.chat(**{k: v for k, v in given.items() if v is not None}, **({"stop": self.stop_sequences} if self.stop_sequences else {}))
+        return self.chat(model, ignore, **{k: v for k, v in given.items() if v is not None}, **({"stop": self.stop_sequences} if self.stop_sequences else {}))
 
 
-def _text(content: str | list[Text] | None) -> str:
+def _text(content: str | Sequence[Text | ToolReference | SearchResult | Document] | None) -> str:
     return content if isinstance(content, str) else "".join(part.text for part in content or [])
 
 
@@ -168,24 +245,24 @@ class AnthropicRoutes:
         self._on_use = on_use
 
     async def count_tokens(self, exchange: Exchange) -> None:
-        body = parse(CountBody, exchange.body)
+        body = await exchange.read(CountBody)
         engine = self._directory.lookup(body.model, "generate")
-        exchange.send_json({"input_tokens": await count_tokens(engine, body.chat(), new_id("count"))})
+        exchange.send_json({"input_tokens": await count_tokens(engine, body.chat(engine.description, exchange.ignore), new_id("count"), exchange.caller)})
 
     async def messages(self, exchange: Exchange) -> None:
-        body = parse(MessagesBody, exchange.body)
+        body = await exchange.read(MessagesBody)
         engine = self._directory.lookup(body.model, "generate")
-        request, reply_id = body.request(), new_id("msg").replace("-", "_")
+        request, reply_id = body.request(engine.description, exchange.ignore), new_id("msg").replace("-", "_")
         head = {"id": reply_id, "type": "message", "role": "assistant", "model": engine.description.name}
-        num_prompt = await count_tokens(engine, request, f"{reply_id}-count") if body.stream else 0
-        answer = Answer(engine, request, reply_id, exchange.caller, self._on_use)
+        num_prompt = await count_tokens(engine, request, f"{reply_id}-count", exchange.caller) if body.stream else 0
+        answer = Answer(engine, request, reply_id, exchange, self._on_use)
         try:
             if body.stream:
                 await self._stream(exchange, answer, head, num_prompt)
                 return
             events, completion = await answer.whole()
             content = [block for block in _blocks(events)]
-            exchange.send_json({**head, "content": content, **_end(completion, events), "usage": _usage(completion)})
+            exchange.send_json({**head, "content": content, **_end(completion, any(isinstance(e, Call) for e in events)), "usage": _usage(completion)})
         finally:
             answer.close()
 
@@ -198,7 +275,7 @@ class AnthropicRoutes:
         begun = {**head, "content": [], "stop_reason": None, "stop_sequence": None, "usage": usage}
         await exchange.send_named_event({"type": "message_start", "message": begun})
         blocks = BlockStream()
-        seen: list[Event] = []
+        has_calls = False
         entry: Any = first
         while True:
             if entry is None:
@@ -206,13 +283,13 @@ class AnthropicRoutes:
             elif isinstance(entry, Completion):
                 break
             else:
-                seen += entry
+                has_calls = has_calls or any(isinstance(e, Call) for e in entry)
                 for event in blocks.events(entry):
                     await exchange.send_named_event(event)
             entry = await anext(news)
         for event in blocks.close():
             await exchange.send_named_event(event)
-        await exchange.send_named_event({"type": "message_delta", "delta": _end(entry, seen), "usage": _usage(entry)})
+        await exchange.send_named_event({"type": "message_delta", "delta": _end(entry, has_calls), "usage": _usage(entry)})
         await exchange.send_named_event({"type": "message_stop"})
         exchange.end_events("")
 
@@ -281,12 +358,12 @@ def _blocks(events: list[Event]) -> list[Block]:
     return blocks
 
 
-def _end(completion: Completion, events: list[Event]) -> dict[str, Any]:
+def _end(completion: Completion, has_calls: bool) -> dict[str, Any]:
     if completion.finish_reason is FinishReason.LENGTH:
         return {"stop_reason": "max_tokens", "stop_sequence": None}
     if completion.stop is not None:
         return {"stop_reason": "stop_sequence", "stop_sequence": completion.stop}
-    return {"stop_reason": "tool_use" if any(isinstance(e, Call) for e in events) else "end_turn", "stop_sequence": None}
+    return {"stop_reason": "tool_use" if has_calls else "end_turn", "stop_sequence": None}
 
 
 def _usage(completion: Completion) -> dict[str, int]:

@@ -1,18 +1,36 @@
-"""Who may call a gateway that runs without Jupyter."""
+"""Who may call a gateway that runs without Jupyter, and as whom."""
 
 from __future__ import annotations
 
+import hashlib
 import ipaddress
+import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from hmac import compare_digest
-from urllib.parse import urlsplit
 
 from llmkit.errors import InvalidRequestError
 from llmkit.gateway.failures import ApiError
 
-__all__ = ["Keys", "is_loopback"]
+__all__ = ["LOCAL", "Identity", "Keys", "is_loopback"]
 
 OPEN_PATHS = ("/health", "/docs", "/swagger-ui", "/openapi.json")  # no more than the version and what it can do
+ORIGIN = re.compile(r"https?://(?P<host>\[[0-9a-fA-F:.]+\]|[A-Za-z0-9._-]+)(:[0-9]{1,5})?")
+ALLOWED_HEADERS = (
+    "authorization, content-type, x-api-key, x-request-id, anthropic-version, anthropic-beta, anthropic-dangerous-direct-browser-access, openai-beta"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """Who asks: fairness, bounds, stored things and cached prefixes are tied to it, never to an address. ``cache_scope`` names whose cached prefixes it shares;
+    None: its own."""
+
+    name: str
+    cache_scope: str | None = None
+
+
+LOCAL = Identity("local")  # whoever is on this machine, where there is no key
 
 
 def is_loopback(host: str) -> bool:
@@ -42,21 +60,55 @@ class Keys:
             )
         self._key = key
 
+    def identify(self, headers: Mapping[str, str]) -> Identity:
+        """Whose request it is. Only for one that was let in."""
+        if self._key is None or not compare_digest(_given(headers).encode(), self._key.encode()):
+            return LOCAL
+        return Identity(f"key {hashlib.sha256(self._key.encode()).hexdigest()[:8]}")
+
     def refusal(self, path: str, headers: Mapping[str, str], host: str) -> ApiError | None:
         """Why a request is refused; None lets it in."""
         if self._key is None:
             # A web page may have its name point to 127.0.0.1 (DNS rebinding) or post blindly to it: neither may use the model.
             if not is_loopback(host):
                 return ApiError(403, f"The host {host!r:.100} is not this server's. Use 127.0.0.1, or start the server with a key.", code="forbidden_host")
-            origin = headers.get("Origin")
-            if origin and not is_loopback(urlsplit(origin).hostname or ""):
+            if headers.get("Origin") and self.allowed_origin(headers) is None:
                 return ApiError(403, "Requests from other web sites are refused; start the server with a key to allow them.", code="forbidden_origin")
             return None
         if path in OPEN_PATHS:
             return None
-        scheme, _, token = headers.get("Authorization", "").partition(" ")
-        given = token.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")
+        given = _given(headers)
         if compare_digest(given.encode(), self._key.encode()):
             return None
         message = "Incorrect API key provided." if given else "No API key provided: send it as `Authorization: Bearer KEY`."
         return ApiError(401, message, "authentication_error", code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
+
+    def allowed_origin(self, headers: Mapping[str, str]) -> str | None:
+        """The web page that may read the answers: any that has the key; without one, those of this machine."""
+        origin = headers.get("Origin") or ""
+        match = ORIGIN.fullmatch(origin)
+        if match is None:
+            return None
+        return origin if self._key is not None or is_loopback(match["host"]) else None
+
+    def cors(self, headers: Mapping[str, str]) -> dict[str, str]:
+        """What a browser must be told so that an allowed page can read an answer."""
+        origin = self.allowed_origin(headers)
+        if origin is None:
+            return {"Vary": "Origin"} if headers.get("Origin") else {}
+        exposed = "x-request-id, x-llmkit-ignored, retry-after, x-should-retry"
+        return {"Access-Control-Allow-Origin": origin, "Vary": "Origin", "Access-Control-Expose-Headers": exposed}
+
+    def preflight(self, headers: Mapping[str, str], methods: str) -> dict[str, str] | None:
+        """The answer to a browser's question before a request; None where the page is not allowed. The question carries no key."""
+        if self.allowed_origin(headers) is None:
+            return None
+        asked = headers.get("Access-Control-Request-Headers", "")
+        names = asked if re.fullmatch(r"[A-Za-z0-9, _-]{1,1000}", asked) else ALLOWED_HEADERS
+        return {"Access-Control-Allow-Methods": methods, "Access-Control-Allow-Headers": names, "Access-Control-Max-Age": "600"}
+
+
+def _given(headers: Mapping[str, str]) -> str:
+    """The key that a request carries."""
+    scheme, _, token = headers.get("Authorization", "").partition(" ")
+    return token.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from llmkit.chat.parsers.events import Call, Content, Event, Reasoning
 from llmkit.chat.reading import AnswerReader
+from llmkit.chat.template import RESERVED
 from llmkit.chat.tools import call_grammar
 from llmkit.errors import InvalidRequestError
 from llmkit.gateway.logprobs import chat_logprobs
@@ -19,12 +20,21 @@ from llmkit.types import Completion, Delta, FinishReason, GenerationRequest, Mes
 
 __all__ = ["ChatChunks", "ChatMessage", "ChatRequest", "ToolBody", "chat_object"]
 
-MAX_TOOLS = 128
+MAX_TOOLS = 1024
 
 
 class TextPart(Strict):
     type: Literal["text"]
     text: str
+
+
+class RefusalPart(Strict):
+    type: Literal["refusal"]
+    refusal: str
+
+    @property
+    def text(self) -> str:
+        return self.refusal
 
 
 class CalledFunction(Strict):
@@ -41,12 +51,13 @@ class CalledTool(Strict):
 
 class ChatMessage(Strict):
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart] | None = None
+    content: str | list[Annotated[TextPart | RefusalPart, Field(discriminator="type")]] | None = None
     name: str | None = None
     refusal: str | None = None
     tool_calls: list[CalledTool] | None = None
     tool_call_id: str | None = None
     reasoning_content: str | None = None
+    reasoning: str | None = None  # as others call it
     annotations: list[Any] | None = None  # what an answer carried may come back
     audio: None = None
     function_call: None = None
@@ -54,7 +65,7 @@ class ChatMessage(Strict):
     def message(self) -> Message:
         content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content or [])
         calls: Any = tuple(call.model_dump() for call in self.tool_calls or ())
-        return Message(self.role, content, self.name, calls, self.tool_call_id, self.reasoning_content)
+        return Message(self.role, content, self.name, calls, self.tool_call_id, self.reasoning_content or self.reasoning)
 
 
 class FunctionBody(Strict):
@@ -90,24 +101,34 @@ class ChatRequest(GenerationFields):
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     modalities: list[Literal["text"]] | None = None
     tools: Annotated[list[ToolBody], Field(min_length=1, max_length=MAX_TOOLS)] | None = None
-    tool_choice: Literal["none", "auto", "required"] | NamedChoice | None = None
+    tool_choice: Annotated[Literal["none", "auto", "required"] | NamedChoice | None, BeforeValidator(lambda c: "required" if c == "any" else c)] = None
     parallel_tool_calls: bool | None = None
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    continue_final_message: bool | None = None
+    add_generation_prompt: bool | None = None
 
     def requests(self, reply_id: str, model: ModelDescription) -> list[GenerationRequest]:
-        """One engine request for each choice."""
+        """The engine's request, for all choices, as the only one of a list."""
         limit = self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
         if limit == 0:
             name = "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
             raise InvalidRequestError(f"{name} must be at least 1.", name)
         messages = tuple(m.message() for m in self.messages)
-        asked = {"messages": messages, "tools": self.wanted_tools, "template_options": self._template_options(model), "show_marks": True}
-        requests = [self._request(f"{reply_id}-{i}", i, limit, **asked) for i in range(self.n or 1)]
+        asked: dict[str, Any] = {"messages": messages, "tools": self.wanted_tools, "template_options": self._template_options(model), "show_marks": True}
+        if self.continue_final_message:
+            if self.add_generation_prompt:
+                raise InvalidRequestError("continue_final_message cannot be combined with add_generation_prompt: true.", "continue_final_message")
+            if messages[-1].role != "assistant" or messages[-1].tool_calls:
+                raise InvalidRequestError("continue_final_message: the last message must be an assistant message without tool calls.", "continue_final_message")
+            asked["continue_final"] = True
+        elif self.add_generation_prompt is False:
+            raise InvalidRequestError(
+                "add_generation_prompt: false is for /tokenize; to continue the last message set continue_final_message.", "add_generation_prompt"
+            )
+        request = self._request(reply_id, self.n or 1, limit, **asked)
         grammar = self._call_grammar(model)
-        if grammar is None:
-            return requests
-        return [replace(r, sampling=replace(r.sampling, grammar=grammar)) for r in requests]
+        return [request if grammar is None else replace(request, sampling=replace(request.sampling, grammar=grammar))]
 
     @property
     def wanted_tools(self) -> tuple[Tool, ...]:
@@ -138,6 +159,9 @@ class ChatRequest(GenerationFields):
 
     def _template_options(self, model: ModelDescription) -> dict[str, Any]:
         options = dict(self.chat_template_kwargs or {})
+        reserved = sorted(options.keys() & RESERVED)
+        if reserved:
+            raise InvalidRequestError(f"chat_template_kwargs: {reserved[0]} is set by the server and cannot be overridden.", "chat_template_kwargs")
         if self.reasoning_effort is not None:
             if not model.reasoning and self.reasoning_effort != "none":
                 raise InvalidRequestError(f"reasoning_effort: {model.name!r} does not reason.", "reasoning_effort")
@@ -150,7 +174,9 @@ class ChatRequest(GenerationFields):
         options = self._template_options(model)
         thinks = options.get("enable_thinking", options.get("thinking"))
         forced = self.tool_choice == "required" or isinstance(self.tool_choice, NamedChoice)  # a grammar leaves no room for reasoning
-        return AnswerReader(model, self.wanted_tools, thinks=None if thinks is None else bool(thinks), forced=forced, held=self._grammar() is not None)
+        continued = self.messages[-1].message().content if self.continue_final_message else None
+        thinks = None if thinks is None else bool(thinks)
+        return AnswerReader(model, self.wanted_tools, thinks=thinks, forced=forced, held=self._grammar() is not None, continued=continued)
 
     def wanted_logprobs(self) -> dict[str, int | None]:
         if self.top_logprobs is not None and not self.logprobs:

@@ -52,11 +52,17 @@ class EngineDirectory:
         self._refresh()
         seen: set[str] = set()
         found = []
-        for client in self._clients.values():
+        for client, exact in zip(self._clients.values(), _exact_names(list(self._clients.values())), strict=True):
             name = client.description.name
-            found.append(Entry(f"{name}@{client.connection.kernel_name}" if name in seen else name, client))
+            found.append(Entry(exact if name in seen else name, client))
             seen.add(name)
         return found
+
+    @property
+    def gone(self) -> dict[str, str]:
+        """Models that were here, and why they are not: names and reasons."""
+        self._refresh()
+        return dict(self._gone)
 
     def lookup(self, model: str, use: Use | None = None) -> EngineClient:
         """The engine for a model name: plain (the newest wins), ``name@kernel`` (exact), or "default": the newest that can do what it is for.
@@ -89,12 +95,13 @@ class EngineDirectory:
     def _find(self, model: str, use: Use | None) -> BridgeClient | None:
         self._refresh()
         wanted = self._default or DEFAULT if model == DEFAULT else model
-        for client in self._clients.values():
+        clients = list(self._clients.values())
+        for client, exact in zip(clients, _exact_names(clients), strict=True):
             name = client.description.name
             embeds = bool(client.description.embedding_size or client.description.ranks)
             if wanted == DEFAULT and use is not None and embeds != (use == "embed"):
                 continue
-            if wanted in (DEFAULT, name, f"{name}@{client.connection.kernel_name}"):
+            if wanted in (DEFAULT, name, exact):
                 return client
         return None
 
@@ -104,7 +111,10 @@ class EngineDirectory:
         if now - self._refreshed < REFRESH_S and not stale:
             return
         self._refreshed = now
-        found = [c for c in find_connections() if self._accept(c)]
+        try:
+            found = [c for c in find_connections() if self._accept(c)]
+        except OSError:  # no descriptor is free: that says nothing of the engines
+            found = list(self._clients)
         for connection, client in list(self._clients.items()):
             if client.gone is not None or connection not in found:
                 self._remember(client, client.gone)
@@ -127,6 +137,12 @@ class EngineDirectory:
         for client in self._clients.values():
             client.close()
         self._clients.clear()
+
+
+def _exact_names(clients: list[BridgeClient]) -> list[str]:
+    """``name@kernel`` of each (newest first); of several of one name in one kernel the older ones are counted, from the first."""
+    names = [_names(client)[1] for client in clients]
+    return [name if name not in names[:i] else f"{name}-{names[i:].count(name)}" for i, name in enumerate(names)]
 
 
 def _names(client: BridgeClient) -> tuple[str, str]:

@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import json
 import secrets
+from dataclasses import replace
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
+from pydantic import BaseModel
 from tornado import gen, iostream, web
 
+from llmkit.gateway.auth import LOCAL, Identity
 from llmkit.gateway.failures import ApiError, dialect_of
+from llmkit.gateway.held import Held
+from llmkit.types import GenerationRequest
+
+if TYPE_CHECKING:
+    from llmkit.gateway.reading import Reading
 
 __all__ = ["ClientGoneError", "Exchange"]
 
+Schema = TypeVar("Schema", bound=BaseModel)
+
 WRITE_TIMEOUT_S = 60
+_unread: set[asyncio.Task[None]] = set()  # asyncio itself keeps no task alive
 MAX_BODY_BYTES = 16 << 20
 
 
@@ -22,10 +35,13 @@ class ClientGoneError(Exception):
 
 
 class Exchange:
-    """A request to a route: ``method``, ``path`` (under the mount), ``body``; answered once, by ``send_json`` or as events."""
+    """A request to a route: ``method``, ``path`` (under the mount), ``body``; answered once, by ``send_json`` or as events. ``identity`` is whose it is;
+    ``held`` counts the bytes of its answer until they are read."""
 
-    def __init__(self, handler: web.RequestHandler, path: str) -> None:
+    def __init__(self, handler: web.RequestHandler, path: str, identity: Identity = LOCAL, held: Held | None = None) -> None:
         self._handler = handler
+        self.identity = identity
+        self._held = held or Held()
         self.method = str(handler.request.method)
         self.path = "/" + path.strip("/")
         self.path_ends_with_slash = handler.request.path.endswith("/")
@@ -34,10 +50,25 @@ class Exchange:
         if not self.request_id.isprintable():
             self.request_id = secrets.token_hex(16)
         self.streaming = False
-        # Among whom the engine shares fairly: what a client says of itself does not count.
-        self.caller = f"http {handler.request.remote_ip}"
+        self.reading: Reading | None = None  # the gateway's, while it answers
+        self.ignored: list[str] = []  # fields that are accepted and change nothing
         self._stream: iostream.IOStream | None = getattr(handler.request.connection, "stream", None)
         handler.set_header("x-request-id", self.request_id)
+
+    @property
+    def caller(self) -> str:
+        """Among whom the engine shares fairly: what a client says of itself does not count."""
+        return self.identity.name
+
+    def owned(self, requests: list[GenerationRequest]) -> list[GenerationRequest]:
+        """The requests as this caller's."""
+        return [replace(r, caller=self.caller, cache_scope=self.identity.cache_scope) for r in requests]
+
+    def ignore(self, name: str) -> None:
+        """Say that a field has no effect. Raises `InvalidRequestError` where fields may not be ignored."""
+        if self.reading is not None:
+            self.reading.tolerance.note(name)
+        self.ignored.append(name)
 
     @property
     def body(self) -> bytes:
@@ -45,6 +76,11 @@ class Exchange:
         if len(body) > MAX_BODY_BYTES:
             raise ApiError(413, f"The body has {len(body)} bytes; at most {MAX_BODY_BYTES} are accepted.", code="request_too_large")
         return body
+
+    async def read(self, schema: type[Schema]) -> Schema:
+        """The body as a schema. Raises `InvalidRequestError` that names the first field that is wrong."""
+        assert self.reading is not None
+        return await self.reading.read(self, schema)
 
     @property
     def wants_page(self) -> bool:
@@ -56,21 +92,49 @@ class Exchange:
         return self._handler.get_query_argument(name, None)
 
     def send_json(self, value: Any, status: int = 200, headers: dict[str, str] | None = None) -> None:
+        self.send_bytes(json.dumps(value).encode(), status, headers)
+
+    def send_bytes(self, data: bytes, status: int = 200, headers: dict[str, str] | None = None, content_type: str = "application/json") -> None:
+        """The whole answer. A client that reads nothing for a minute is dropped."""
         self._handler.set_status(status)
         for name, text in (headers or {}).items():
             self._handler.set_header(name, text)
-        self._handler.set_header("Content-Type", "application/json")
-        self._handler.finish(json.dumps(value))
+        self._say_ignored()
+        self._handler.set_header("Content-Type", content_type)
+        with contextlib.suppress(iostream.StreamClosedError):
+            sent = self._handler.finish(data) if data else self._handler.finish()
+            if self._stream is not None and self._stream.writing():
+                _unread.add(task := asyncio.ensure_future(self._watch(sent, len(data))))
+                task.add_done_callback(_unread.discard)
 
-    def send_page(self, text: str, nonce: str = "", status: int = 200) -> None:
+    async def _watch(self, sent: Any, size: int) -> None:
+        """While an answer is not read, it counts as held for its caller."""
+        try:
+            self._held.add(self.caller, size)
+        except ApiError:
+            size = 0
+            self.drop()
+            return
+        try:
+            await gen.with_timeout(timedelta(seconds=WRITE_TIMEOUT_S), sent, quiet_exceptions=iostream.StreamClosedError)
+        except (iostream.StreamClosedError, TimeoutError):
+            self.drop()
+        finally:
+            self._held.add(self.caller, -size)
+
+    def _say_ignored(self) -> None:
+        if self.ignored:
+            self._handler.set_header("x-llmkit-ignored", ", ".join(dict.fromkeys(self.ignored))[:2000])
+
+    def send_page(self, text: str, nonce: str = "", status: int = 200, headers: dict[str, str] | None = None) -> None:
         """HTML that runs no script and fetches nothing; with a ``nonce``, the script that has it, which may fetch from here."""
-        self._handler.set_status(status)
+        for name, value in (headers or {}).items():
+            self._handler.set_header(name, value)
         script = f"; script-src 'nonce-{nonce}'; connect-src 'self'" if nonce else ""
-        self._handler.set_header("Content-Type", "text/html; charset=utf-8")
         self._handler.set_header(
             "Content-Security-Policy", f"default-src 'none'; style-src 'unsafe-inline'; form-action 'none'; base-uri 'none'; frame-ancestors 'self'{script}"
         )
-        self._handler.finish(text)
+        self.send_bytes(text.encode(), status, content_type="text/html; charset=utf-8")
 
     def send_error(self, error: ApiError) -> None:
         """The error object; within a stream as its last event, which then ends without ``[DONE]``."""
@@ -88,6 +152,7 @@ class Exchange:
 
     async def start_events(self, content_type: str = "text/event-stream") -> None:
         self.streaming = True
+        self._say_ignored()
         self._handler.set_header("Content-Type", content_type)
         self._handler.set_header("Cache-Control", "no-cache")
         self._handler.set_header("X-Accel-Buffering", "no")  # JupyterHub's and other proxies must not collect

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from tornado import web
+
 from llmkit import errors
 
 __all__ = ["ApiError", "Dialect", "api_error", "dialect_of"]
@@ -30,7 +32,7 @@ def dialect_of(path: str) -> Dialect:
 
 @dataclass(eq=False)
 class ApiError(Exception):
-    """An answer with an error status. ``retry=False`` tells SDKs not to repeat a request whose failure is certain."""
+    """An answer with an error status; ``headers`` may tell SDKs whether to try again (`NO_RETRY`, Retry-After)."""
 
     status: int
     message: str
@@ -56,6 +58,8 @@ def api_error(error: BaseException) -> ApiError:
     if isinstance(error, ApiError):
         return error
     message = str(error)
+    if isinstance(error, web.HTTPError):  # Tornado's own, of a query that is no UTF-8, say
+        return ApiError(error.status_code, error.log_message or error.reason or "The request cannot be read.")
     if isinstance(error, errors.ContextLengthError):
         return ApiError(400, message, param=error.param, code="context_length_exceeded")
     if isinstance(error, errors.InvalidRequestError):

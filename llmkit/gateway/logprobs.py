@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from llmkit.types import TokenLogprob
 
-__all__ = ["chat_logprobs", "text_logprobs"]
+__all__ = ["Offsets", "chat_logprobs", "text_logprobs"]
 
 FLOOR = -9999.0  # JSON has no minus infinity
 
@@ -21,12 +22,28 @@ def chat_logprobs(entries: Iterable[TokenLogprob]) -> dict[str, Any]:
     return {"content": [{**one(e.piece, e.logprob), "top_logprobs": [one(b, p) for _, b, p in e.top]} for e in entries], "refusal": None}
 
 
-def text_logprobs(entries: Sequence[TokenLogprob], offset: int = 0) -> dict[str, Any]:
-    """``logprobs`` of a text completion. ``offset`` is where in the choice's text the first token begins, in characters; a prompt's first token has none."""
-    offsets = []
-    for entry in entries:
-        offsets.append(offset)
-        offset += len(_text(entry.piece))
+class Offsets:
+    """Where in a text its tokens begin, in characters: a token that only ends a character begins where that does.
+
+    >>> offsets = Offsets()
+    >>> [offsets.push(piece) for piece in (b"caf", b"\\xc3", b"\\xa9", b"!")]
+    [0, 3, 3, 4]
+    """
+
+    def __init__(self) -> None:
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._length = 0
+
+    def push(self, piece: bytes) -> int:
+        at = self._length
+        self._length += len(self._decoder.decode(piece))
+        return at
+
+
+def text_logprobs(entries: Sequence[TokenLogprob], at: Offsets | None = None) -> dict[str, Any]:
+    """``logprobs`` of a text completion, whose earlier tokens ``at`` has seen; a prompt's first token has no log-probability."""
+    at = at or Offsets()
+    offsets = [at.push(entry.piece) for entry in entries]
     return {
         "tokens": [_text(e.piece) for e in entries],
         "token_logprobs": [None if e.logprob is None else _finite(e.logprob) for e in entries],

@@ -6,7 +6,7 @@ import secrets
 from collections.abc import Sequence
 from typing import Any
 
-from llmkit.gateway.logprobs import text_logprobs
+from llmkit.gateway.logprobs import Offsets, text_logprobs
 from llmkit.gateway.schemas import CompletionRequest
 from llmkit.types import Completion, FinishReason, ModelDescription, TokenLogprob, Usage
 
@@ -40,8 +40,8 @@ def usage_object(usages: list[Usage], num_prompts: int = 1) -> dict[str, Any]:
     }
 
 
-def text_chunk(head: Head, index: int, text: str, finish: FinishReason | None = None, entries: Sequence[TokenLogprob] = (), offset: int = 0) -> Head:
-    return {**head, "choices": [{"text": text, "index": index, **ending(text_logprobs(entries, offset) if entries else None, finish)}]}
+def text_chunk(head: Head, index: int, text: str, finish: FinishReason | None = None, entries: Sequence[TokenLogprob] = (), at: Offsets | None = None) -> Head:
+    return {**head, "choices": [{"text": text, "index": index, **ending(text_logprobs(entries, at) if entries else None, finish)}]}
 
 
 def ending(logprobs: Any, finish: FinishReason | None) -> dict[str, Any]:

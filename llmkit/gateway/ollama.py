@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import difflib
 import json
 import time
 from collections.abc import AsyncIterator, Callable
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from llmkit.chat.parsers.events import Call, Content, Event, Reasoning
 from llmkit.client import EngineClient
@@ -19,10 +20,10 @@ from llmkit.gateway.chat import ChatRequest, ToolBody
 from llmkit.gateway.engines import EngineDirectory
 from llmkit.gateway.exchange import Exchange
 from llmkit.gateway.objects import new_id
-from llmkit.gateway.schemas import Strict, parse, validated
-from llmkit.gateway.vectors import vectors_of
+from llmkit.gateway.schemas import Strict, validated
+from llmkit.gateway.tolerance import unnoticed
+from llmkit.gateway.vectors import embed, json_vectors, vectors_of, with_list
 from llmkit.types import Completion, EmbeddingRequest, FinishReason, Inquiry, ModelDescription
-from llmkit.version import __version__
 
 __all__ = ["ChatBody", "EmbedBody", "GenerateBody", "OldEmbedBody", "OllamaRoutes", "ShowBody"]
 
@@ -31,11 +32,14 @@ SAME = (
     "mirostat", "mirostat_tau", "mirostat_eta",
 )  # fmt: skip
 NDJSON = "application/x-ndjson"
+WHOLE = ("top_k", "seed", "repeat_last_n", "num_ctx", "num_predict", "mirostat")
+# What clients compare with: VS Code wants 0.6.4, Codex 0.13.4, Ollama's own tools 0.14.
+OLLAMA_VERSION = "0.14.2"
 
 
 class CalledFunction(Strict):
     name: str
-    arguments: dict[str, Any] = Field(default_factory=dict)
+    arguments: dict[str, Any] | str = Field(default_factory=dict)
     index: int | None = None
 
 
@@ -46,7 +50,7 @@ class CalledTool(Strict):
 
 
 class OllamaMessage(Strict):
-    role: Literal["system", "user", "assistant", "tool"]
+    role: Annotated[Literal["system", "developer", "user", "assistant", "tool"], BeforeValidator(lambda r: r.lower() if isinstance(r, str) else r)]
     content: str | None = None
     thinking: str | None = None
     tool_calls: list[CalledTool] | None = None
@@ -58,11 +62,15 @@ class OllamaMessage(Strict):
         found: dict[str, Any] = {"role": self.role, "content": self.content or ""}
         if self.tool_calls:
             found["tool_calls"] = [
-                {"id": c.id or f"call_{place}_{i}", "type": "function", "function": {"name": c.function.name, "arguments": json.dumps(c.function.arguments)}}
+                {"id": c.id or f"call_{place}_{i}", "type": "function", "function": {"name": c.function.name, "arguments": _arguments(c.function.arguments)}}
                 for i, c in enumerate(self.tool_calls)
             ]
         given = {"reasoning_content": self.thinking, "name": self.tool_name, "tool_call_id": self.tool_call_id}
         return {**found, **{k: v for k, v in given.items() if v is not None}}
+
+
+def _arguments(given: dict[str, Any] | str) -> str:
+    return given if isinstance(given, str) else json.dumps(given)
 
 
 class Body(Strict):
@@ -73,20 +81,22 @@ class Body(Strict):
     format: Literal["", "json"] | dict[str, Any] | None = None
     options: dict[str, Any] = Field(default_factory=dict)
     keep_alive: str | int | float | None = None  # models stay until they are unloaded where they were loaded
-    think: bool | Literal["low", "medium", "high"] | None = None
+    think: bool | Literal["low", "medium", "high", "max"] | None = None
 
-    def asked(self, model: ModelDescription) -> dict[str, Any]:
-        """Options in OpenAI's words. Raises `InvalidRequestError` for one that cannot be honoured."""
+    def asked(self, model: ModelDescription, ignore: Callable[[str], None] = unnoticed) -> dict[str, Any]:
+        """Options in OpenAI's words; what ``model`` cannot honour, and what changes no answer, is given to ``ignore``. Raises `InvalidRequestError`."""
         found: dict[str, Any] = {"model": self.model}
         for name, value in self.options.items():
+            if isinstance(value, float) and value.is_integer() and name in WHOLE:
+                value = int(value)  # JavaScript's numbers
             whole = isinstance(value, int) and not isinstance(value, bool)
             if value is None or (name in ("seed", "num_predict") and whole and value < 0):
                 continue  # not given; a fresh seed; no limit
             if name == "num_ctx":
-                if not whole or not 0 < value <= model.n_ctx:
-                    raise InvalidRequestError(
-                        f"options.num_ctx: {self.model!r} was loaded with a context of {model.n_ctx} tokens; load it with more.", "options"
-                    )
+                if not whole or value <= 0:
+                    raise InvalidRequestError("options.num_ctx must be a number of tokens.", "options")
+                if value > model.n_ctx:  # a prompt that does not fit is refused all the same
+                    ignore("options.num_ctx")
             elif name == "num_predict":
                 if not whole or value == 0:
                     raise InvalidRequestError("options.num_predict must be a number of tokens, or negative for no limit.", "options")
@@ -96,13 +106,16 @@ class Body(Strict):
             elif name in SAME:
                 found[name] = value
             else:
-                raise InvalidRequestError(f"options.{name:.60}: not an option that a running model can honour.", "options")
+                near = difflib.get_close_matches(name[:60], (*SAME, "num_ctx", "num_predict"), n=1)
+                hint = f" Did you mean {near[0]}?" if near else ""
+                raise InvalidRequestError(f"options.{name:.60}: not an option that a running model can honour.{hint}", "options")
         if self.format == "json":
             found["response_format"] = {"type": "json_object"}
         elif isinstance(self.format, dict):
             found["json_schema"] = self.format
         if self.think is not None and (model.reasoning or self.think):
-            found["reasoning_effort"] = "none" if self.think is False else self.think if isinstance(self.think, str) else "medium"
+            effort = "none" if self.think is False else self.think if isinstance(self.think, str) else "medium"
+            found["reasoning_effort"] = "xhigh" if effort == "max" else effort
         return {k: v for k, v in found.items() if v is not None}
 
 
@@ -112,9 +125,11 @@ class ChatBody(Body):
     messages: list[OllamaMessage] = Field(default_factory=list)
     tools: list[ToolBody] | None = None
 
-    def request(self, model: ModelDescription) -> ChatRequest:
-        tools = {"tools": [t.model_dump() for t in self.tools]} if self.tools else {}
-        return validated(ChatRequest, {**self.asked(model), "messages": [m.message(i) for i, m in enumerate(self.messages)], **tools})
+    def request(self, model: ModelDescription, ignore: Callable[[str], None] = unnoticed) -> ChatRequest:
+        tools: dict[str, Any] = {"tools": [t.model_dump() for t in self.tools]} if self.tools else {}
+        if self.messages[-1].role == "assistant" and not self.messages[-1].tool_calls:  # the beginning of the reply
+            tools["continue_final_message"] = True
+        return validated(ChatRequest, {**self.asked(model, ignore), "messages": [m.message(i) for i, m in enumerate(self.messages)], **tools})
 
 
 class GenerateBody(Body):
@@ -125,9 +140,9 @@ class GenerateBody(Body):
     system: str | None = None
     raw: bool = False
 
-    def request(self, model: ModelDescription) -> ChatRequest:
+    def request(self, model: ModelDescription, ignore: Callable[[str], None] = unnoticed) -> ChatRequest:
         system = [{"role": "system", "content": self.system}] if self.system else []
-        return validated(ChatRequest, {**self.asked(model), "messages": [*system, {"role": "user", "content": self.prompt}]})
+        return validated(ChatRequest, {**self.asked(model, ignore), "messages": [*system, {"role": "user", "content": self.prompt}]})
 
 
 class EmbedBody(Strict):
@@ -147,6 +162,7 @@ class OldEmbedBody(Strict):
     model: str
     prompt: str
     keep_alive: str | int | float | None = None
+    options: dict[str, Any] = Field(default_factory=dict)
 
 
 class ShowBody(Strict):
@@ -168,17 +184,19 @@ class OllamaRoutes:
         return self._directory.lookup(model.removesuffix(":latest"), use)
 
     async def chat(self, exchange: Exchange) -> None:
-        body = parse(ChatBody, exchange.body)
+        body = await exchange.read(ChatBody)
         engine = self._engine(body.model)
         if not body.messages:  # how Ollama's clients load a model
             exchange.send_json(
                 {"model": body.model, "created_at": _now(), "message": {"role": "assistant", "content": ""}, "done": True, "done_reason": "load"}
             )
             return
-        await self._answer(exchange, body, engine, body.request(engine.description), lambda m: {"message": {"role": "assistant", "content": "", **m}})
+        await self._answer(
+            exchange, body, engine, body.request(engine.description, exchange.ignore), lambda m: {"message": {"role": "assistant", "content": "", **m}}
+        )
 
     async def generate(self, exchange: Exchange) -> None:
-        body = parse(GenerateBody, exchange.body)
+        body = await exchange.read(GenerateBody)
         engine = self._engine(body.model)
         if body.raw and (body.system is not None or body.think is not None):
             raise InvalidRequestError("raw leaves the template out, so there is no place for system or think.", "raw")
@@ -196,7 +214,7 @@ class OllamaRoutes:
             exchange,
             body,
             engine,
-            body.request(engine.description),
+            body.request(engine.description, exchange.ignore),
             named,
             prompt=body.prompt if body.raw or body.suffix is not None else None,
             suffix=body.suffix,
@@ -213,13 +231,13 @@ class OllamaRoutes:
         suffix: str | None = None,
     ) -> None:
         began = time.perf_counter()
-        answer = Answer(engine, request, new_id("ollama"), exchange.caller, self._on_use, prompt=prompt, suffix=suffix)
+        answer = Answer(engine, request, new_id("ollama"), exchange, self._on_use, prompt=prompt, suffix=suffix)
         try:
             if body.stream:
                 await self._stream(exchange, answer.news(), body.model, named, began)
                 return
             events, completion = await answer.whole()
-            exchange.send_json({**_line(body.model, named(_message(events))), **_ending(completion, events, began)})
+            exchange.send_json({**_line(body.model, named(_message(events))), **_ending(completion, began)})
         finally:
             answer.close()
 
@@ -227,47 +245,46 @@ class OllamaRoutes:
     async def _stream(exchange: Exchange, news: AsyncIterator[Any], model: str, named: Callable[[dict[str, Any]], Any], began: float) -> None:
         entry = await anext(news)  # an error before the first byte still has its real status
         await exchange.start_events(NDJSON)
-        seen: list[Event] = []
+        num_calls = 0
         while not isinstance(entry, Completion):
             for event in entry or ():
-                num_calls = sum(isinstance(e, Call) for e in seen)
-                seen.append(event)
                 await exchange.send_line({**_line(model, named(_message([event], num_calls))), "done": False})
+                num_calls += isinstance(event, Call)
             entry = await anext(news)
-        await exchange.send_line({**_line(model, named({})), **_ending(entry, seen, began)})
+        await exchange.send_line({**_line(model, named({})), **_ending(entry, began)})
         exchange.end_events("")
 
     async def embed(self, exchange: Exchange) -> None:
-        body = parse(EmbedBody, exchange.body)
+        body = await exchange.read(EmbedBody)
         began = time.perf_counter()
         engine = self._engine(body.model, "embed")
         self._on_use(engine)
-        if body.options:
-            raise InvalidRequestError(f"options.{next(iter(body.options)):.60}: not an option that a running model can honour.", "options")
         if body.dimensions is not None and body.dimensions > engine.description.embedding_size > 0:
             raise InvalidRequestError(f"dimensions: the vectors have {engine.description.embedding_size}; {body.dimensions} is more.", "dimensions")
         texts = [body.input] if isinstance(body.input, str) else body.input
-        inputs = tuple([await self._cut(engine, text) if body.truncate else text for text in texts])
-        found = await asyncio.wrap_future(engine.embed(EmbeddingRequest(new_id("embd"), inputs)))
+        inputs = tuple([await self._cut(engine, text, exchange.caller) if body.truncate else text for text in texts])
+        found = await embed(engine, EmbeddingRequest(new_id("embd"), inputs, caller=exchange.caller))
         vectors = await asyncio.to_thread(vectors_of, found, body.dimensions)
         times = {"total_duration": _ns(time.perf_counter() - began), "load_duration": 0, "prompt_eval_count": sum(found.num_tokens)}
-        exchange.send_json({"model": body.model, "embeddings": vectors.tolist(), **times})
+        listed = await asyncio.to_thread(json_vectors, vectors)
+        exchange.send_bytes(with_list({"model": body.model, **times}, "embeddings", listed))
 
     @staticmethod
-    async def _cut(engine: EngineClient, text: str) -> str | tuple[int, ...]:
+    async def _cut(engine: EngineClient, text: str, caller: str) -> str | tuple[int, ...]:
         """As much of a text as the model reads."""
         n_ctx = engine.description.n_ctx
         if len(text) <= n_ctx:  # a token has a character at least, but for the two around a text
             return text
-        tokens = (await asyncio.wrap_future(engine.inquire(Inquiry(new_id("cut"), "tokenize", {"text": text, "parse_special": False}))))["tokens"]
+        asked = Inquiry(new_id("cut"), "tokenize", {"text": text, "parse_special": False}, caller)
+        tokens = (await asyncio.wrap_future(engine.inquire(asked)))["tokens"]
         return text if len(tokens) <= n_ctx else (*tokens[: n_ctx - 1], tokens[-1])
 
     async def embeddings(self, exchange: Exchange) -> None:
         """The older form: one text, one vector."""
-        body = parse(OldEmbedBody, exchange.body)
+        body = await exchange.read(OldEmbedBody)
         engine = self._engine(body.model, "embed")
         self._on_use(engine)
-        found = await asyncio.wrap_future(engine.embed(EmbeddingRequest(new_id("embd"), (await self._cut(engine, body.prompt),))))
+        found = await embed(engine, EmbeddingRequest(new_id("embd"), (await self._cut(engine, body.prompt, exchange.caller),), caller=exchange.caller))
         exchange.send_json({"embedding": vectors_of(found, None)[0].tolist()})
 
     async def tags(self, exchange: Exchange) -> None:
@@ -279,19 +296,19 @@ class OllamaRoutes:
         exchange.send_json({"models": [{**_tag(e.model_id, e.client.description), "expires_at": far, **_sizes(e.client.description)} for e in entries]})
 
     async def show(self, exchange: Exchange) -> None:
-        body = parse(ShowBody, exchange.body)
+        body = await exchange.read(ShowBody)
         name = body.model or body.name
         if not name:
             raise InvalidRequestError("model is missing.", "model")
         engine = self._engine(name, None)
-        info = await asyncio.wrap_future(engine.inquire(Inquiry(new_id("show"), "info", {})))
+        info = await asyncio.wrap_future(engine.inquire(Inquiry(new_id("show"), "info", {}, exchange.caller)))
         model = engine.description
         embeds = bool(model.embedding_size)
         able = ["embedding"] if embeds else ["completion", "tools", *(["thinking"] if model.reasoning else [])]
         facts = {
             "general.architecture": model.architecture,
             "general.parameter_count": model.n_params,
-            f"{model.architecture}.context_length": model.n_ctx_train,
+            f"{model.architecture}.context_length": model.n_ctx,  # clients take it for what they may use
             **({f"{model.architecture}.embedding_length": model.embedding_size} if embeds else {}),
         }
         exchange.send_json(
@@ -306,7 +323,7 @@ class OllamaRoutes:
         )
 
     async def version(self, exchange: Exchange) -> None:
-        exchange.send_json({"version": __version__})
+        exchange.send_json({"version": OLLAMA_VERSION})
 
 
 def _message(events: list[Event], num_calls: int = 0) -> dict[str, Any]:
@@ -328,7 +345,7 @@ def _line(model: str, named: dict[str, Any]) -> dict[str, Any]:
     return {"model": model, "created_at": _now(), **named}
 
 
-def _ending(completion: Completion, events: list[Event], began: float) -> dict[str, Any]:
+def _ending(completion: Completion, began: float) -> dict[str, Any]:
     metrics, usage = completion.metrics, completion.usage
     return {
         "done": True,

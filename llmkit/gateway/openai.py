@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 from llmkit.client import EngineClient
 from llmkit.errors import EngineGoneError, ModelNotFoundError
-from llmkit.gateway import objects, schemas
+from llmkit.gateway import objects
 from llmkit.gateway.answers import read_all
 from llmkit.gateway.chat import ChatChunks, ChatRequest, chat_object
 from llmkit.gateway.engines import EngineDirectory
 from llmkit.gateway.exchange import Exchange
+from llmkit.gateway.logprobs import Offsets
+from llmkit.gateway.schemas import CompletionRequest
 from llmkit.gateway.streams import News, close_all, gather, merge, submit_all
 from llmkit.types import Completion, Delta, Usage
 
@@ -30,7 +31,8 @@ class OpenAIRoutes:
 
     async def list_models(self, exchange: Exchange) -> None:
         data = [objects.model_object(e.model_id, e.client.description) for e in self._directory.entries()]
-        exchange.send_json({"object": "list", "data": data})
+        gone = [{"id": name, "reason": reason} for name, reason in self._directory.gone.items() if "@" not in name]
+        exchange.send_json({"object": "list", "data": data, **({"unavailable": gone} if gone else {})})
 
     async def get_model(self, exchange: Exchange) -> None:
         model = exchange.args[0]
@@ -41,12 +43,11 @@ class OpenAIRoutes:
         exchange.send_json(objects.model_object(model, description))
 
     async def chat_completions(self, exchange: Exchange) -> None:
-        request = schemas.parse(ChatRequest, exchange.body)
-        request.check_travel(len(exchange.body), request.n or 1)
+        request = await exchange.read(ChatRequest)
         reply_id = objects.new_id("chatcmpl")
         engine = self._engine(request.model)
         head = self._head(reply_id, "chat.completion.chunk" if request.stream else "chat.completion", engine)
-        streams = submit_all(engine, [replace(r, caller=exchange.caller) for r in request.requests(reply_id, engine.description)])
+        streams = submit_all(engine, exchange.owned(request.requests(reply_id, engine.description)))
         try:
             readers = [request.reader(engine.description) for _ in streams]
             if not request.stream:
@@ -64,15 +65,12 @@ class OpenAIRoutes:
             close_all(streams)
 
     async def completions(self, exchange: Exchange) -> None:
-        request = schemas.parse(schemas.CompletionRequest, exchange.body)
-        length, count = sum(map(len, request.prompts)), len(request.prompts)
-        request.check_travel(length + max(0, len(exchange.body) - length) * count, request.per_prompt)
+        request = await exchange.read(CompletionRequest)
         reply_id = objects.new_id("cmpl")
         engine = self._engine(request.model)
         head = self._head(reply_id, "text_completion", engine)
-        requests = [replace(r, caller=exchange.caller) for r in request.requests(reply_id)]
         num_prompts = len(request.prompts)
-        streams = submit_all(engine, requests)
+        streams = submit_all(engine, exchange.owned(request.requests(reply_id)))
         try:
             if not request.stream:
                 done = await gather(streams, lambda: self._on_use(engine))
@@ -121,8 +119,8 @@ class OpenAIRoutes:
     ) -> None:
         """Pass events on until all streams have ended."""
         while True:
+            self._on_use(engine)  # still at work, silent or not
             if news is None:
-                self._on_use(engine)  # still at work, though silent
                 await exchange.send_text(": ping\n\n")
             else:
                 index, deltas, completion = news
@@ -143,7 +141,7 @@ class TextChunks:
     """Chunks of text completions; keeps where in its text each choice is."""
 
     def __init__(self) -> None:
-        self._offsets: dict[int, int] = {}
+        self._offsets: dict[int, Offsets] = {}
         self.usages: dict[int, Usage] = {}
 
     def __call__(self, head: dict[str, Any], index: int, deltas: Sequence[Delta], completion: Completion | None) -> list[dict[str, Any]]:
@@ -151,9 +149,7 @@ class TextChunks:
         entries = [e for d in deltas for e in d.logprobs]
         chunks = []
         if text or entries:
-            offset = self._offsets.get(index, 0)
-            self._offsets[index] = offset + len(text)
-            chunks.append(objects.text_chunk(head, index, text, None, entries, offset))
+            chunks.append(objects.text_chunk(head, index, text, None, entries, self._offsets.setdefault(index, Offsets())))
         if completion is not None:
             chunks.append(objects.text_chunk(head, index, "", completion.finish_reason))
             self.usages[index] = completion.usage

@@ -14,6 +14,7 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from llmkit.gateway.exchange import Exchange
+from llmkit.gateway.failures import dialect_of
 from llmkit.version import __version__
 
 __all__ = ["Route", "describe", "page"]
@@ -34,6 +35,17 @@ ERROR = {
         }
     },
 }
+ANTHROPIC_ERROR = {
+    "type": "object",
+    "required": ["type", "error", "request_id"],
+    "properties": {
+        "type": {"const": "error"},
+        "error": {"type": "object", "required": ["type", "message"], "properties": {"type": {"type": "string"}, "message": {"type": "string"}}},
+        "request_id": {"type": "string"},
+    },
+}
+OLLAMA_ERROR = {"type": "object", "required": ["error"], "properties": {"error": {"type": "string"}}}
+ERRORS = {"openai": "Error", "anthropic": "AnthropicError", "ollama": "OllamaError"}
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color-scheme: light dark; }
 code, pre { font-family: ui-monospace, monospace; } pre { overflow: auto; padding: .8rem; background: #8882; border-radius: 6px; }
@@ -76,7 +88,10 @@ def describe(routes: Sequence[Route]) -> dict[str, Any]:
             "tags": [route.tag],
             "responses": {
                 "200": {"description": "The answer; with stream, events.", "content": {"application/json": {"schema": {}}}},
-                "default": {"description": "An error.", "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}},
+                "default": {
+                    "description": "An error.",
+                    "content": {"application/json": {"schema": {"$ref": f"#/components/schemas/{ERRORS[dialect_of(route.path)]}"}}},
+                },
             },
         }
         names = re.findall(r"\{(\w+)\}", route.template)
@@ -92,7 +107,7 @@ def describe(routes: Sequence[Route]) -> dict[str, Any]:
         "servers": [{"url": "."}],
         "paths": paths,
         "components": {
-            "schemas": {**shared.get("$defs", {}), "Error": ERROR},
+            "schemas": {**shared.get("$defs", {}), "Error": ERROR, "AnthropicError": ANTHROPIC_ERROR, "OllamaError": OLLAMA_ERROR},
             "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}, "x-api-key": {"type": "apiKey", "in": "header", "name": "x-api-key"}},
         },
         "security": [{"key": []}, {"x-api-key": []}, {}],

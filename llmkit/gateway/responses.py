@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -11,62 +12,21 @@ from pydantic import Field
 from llmkit.chat.parsers.events import Call, Content, Event, Reasoning
 from llmkit.errors import InvalidRequestError
 from llmkit.gateway.chat import ChatRequest
+from llmkit.gateway.items import InputItem, ItemReference
 from llmkit.gateway.objects import new_id
 from llmkit.gateway.schemas import Metadata, Strict, validated
-from llmkit.types import Completion, FinishReason
+from llmkit.gateway.tolerance import unnoticed
+from llmkit.types import Completion, ModelDescription
 
 __all__ = ["EventStream", "ResponsesBody", "finished", "input_items", "opened", "output_items"]
 
 Item = dict[str, Any]
 Event_ = dict[str, Any]
+UNKNOWN = ModelDescription("", "")
 
 
-class TextPart(Strict):
-    type: Literal["input_text", "output_text", "text"]
-    text: str
-    annotations: list[Any] | None = None
-    logprobs: list[Any] | None = None
-
-
-class ReasoningPart(Strict):
-    type: Literal["reasoning_text"]
-    text: str
-
-
-class MessageItem(Strict):
-    type: Literal["message"] = "message"
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
-    id: str | None = None
-    status: str | None = None
-    phase: str | None = None
-
-
-class CallItem(Strict):
-    type: Literal["function_call"]
-    call_id: str
-    name: str
-    arguments: str
-    id: str | None = None
-    status: str | None = None
-    namespace: None = None
-
-
-class OutputItem(Strict):
-    type: Literal["function_call_output"]
-    call_id: str
-    output: str | list[TextPart]
-    id: str | None = None
-    status: str | None = None
-
-
-class ReasoningItem(Strict):
-    type: Literal["reasoning"]
-    id: str | None = None
-    summary: list[Any] = Field(default_factory=list)
-    content: list[ReasoningPart] | None = None
-    encrypted_content: None = None
-    status: str | None = None
+def _nowhere(item_id: str) -> Item:
+    raise InvalidRequestError(f"input: there is no item {item_id!r:.100}; it was not stored.", "input")
 
 
 class FunctionTool(Strict):
@@ -96,7 +56,7 @@ class TextOptions(Strict):
 
 
 class ReasoningOptions(Strict):
-    effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
+    effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max", "ultra"] | None = None
 
 
 class StreamOptions(Strict):
@@ -107,7 +67,7 @@ class ResponsesBody(Strict):
     """POST /v1/responses"""
 
     model: str = "default"
-    input: str | list[MessageItem | CallItem | OutputItem | ReasoningItem]
+    input: str | list[InputItem]
     instructions: str | None = None
     max_output_tokens: Annotated[int, Field(ge=1)] | None = None
     temperature: float | None = None
@@ -131,12 +91,16 @@ class ResponsesBody(Strict):
     prompt_cache_key: str | None = None
     prompt_cache_retention: str | None = None
 
-    def request(self, before: list[Item]) -> ChatRequest:
-        """The same as a chat; ``before`` are the items of the responses that this one continues."""
+    def request(
+        self, before: list[Item], own: list[Item] | None = None, model: ModelDescription = UNKNOWN, ignore: Callable[[str], None] = unnoticed
+    ) -> ChatRequest:
+        """The same as a chat; ``before`` are the items of the responses that this one continues, ``own`` its own. What ``model`` cannot honour, and what
+        changes no answer, is given to ``ignore``."""
+        items = [*before, *(input_items(self) if own is None else own)]
         if self.include:
             raise InvalidRequestError(f"include: {self.include[0]:.60} is not known here.", "include")
         system = [{"role": "system", "content": self.instructions}] if self.instructions else []
-        asked: dict[str, Any] = {"model": self.model, "messages": [*system, *_messages([*before, *input_items(self)])]}
+        asked: dict[str, Any] = {"model": self.model, "messages": [*system, *_messages(items)]}
         given = {"max_completion_tokens": self.max_output_tokens, "temperature": self.temperature, "top_p": self.top_p}
         asked.update((k, v) for k, v in given.items() if v is not None)
         if self.tools:
@@ -153,17 +117,23 @@ class ResponsesBody(Strict):
             asked["response_format"] = {"type": "json_object"}
         if form is not None and form.type == "json_schema":
             asked["response_format"] = {"type": "json_schema", "json_schema": {"name": form.name or "answer", "schema": form.schema_ or {"type": "object"}}}
-        if self.reasoning is not None and self.reasoning.effort is not None:
-            asked["reasoning_effort"] = self.reasoning.effort
+        effort = self.reasoning.effort if self.reasoning is not None else None
+        if effort is not None and (model.reasoning or effort == "none"):
+            asked["reasoning_effort"] = "xhigh" if effort in ("max", "ultra") else effort
+        elif effort is not None:
+            ignore("reasoning.effort")
         return validated(ChatRequest, asked)
 
 
-def input_items(body: ResponsesBody) -> list[Item]:
-    """The input as items with ids."""
+def input_items(body: ResponsesBody, find: Callable[[str], Item] = _nowhere) -> list[Item]:
+    """The input as items with ids; ``find`` gives an item of a stored response by its id."""
     if isinstance(body.input, str):
         return [{"id": _id("msg"), "type": "message", "role": "user", "status": "completed", "content": [{"type": "input_text", "text": body.input}]}]
     found = []
     for item in body.input:
+        if isinstance(item, ItemReference):
+            found.append(find(item.id))
+            continue
         data = item.model_dump(exclude_none=True)
         data.setdefault("id", _id({"message": "msg", "reasoning": "rs"}.get(item.type, "fc")))
         if item.type == "message" and isinstance(item.content, str):
@@ -190,15 +160,22 @@ def _messages(items: list[Item]) -> list[dict[str, Any]]:
             case "function_call":
                 call = {"id": item["call_id"], "type": "function", "function": {"name": item["name"], "arguments": item["arguments"]}}
                 assistant().setdefault("tool_calls", []).append(call)
-            case "function_call_output":
-                found.append({"role": "tool", "tool_call_id": item["call_id"], "content": _text(item["output"])})
+            case "custom_tool_call":
+                arguments = json.dumps({"input": item["input"]})
+                call = {"id": item["call_id"], "type": "function", "function": {"name": item["name"], "arguments": arguments}}
+                assistant().setdefault("tool_calls", []).append(call)
+            case "local_shell_call":
+                made = {"name": "local_shell", "arguments": json.dumps(item["action"])}
+                assistant().setdefault("tool_calls", []).append({"id": item.get("call_id") or item["id"], "type": "function", "function": made})
+            case "function_call_output" | "custom_tool_call_output" | "local_shell_call_output":
+                found.append({"role": "tool", "tool_call_id": item.get("call_id") or item["id"], "content": _text(item["output"])})
             case "reasoning":
                 assistant()["reasoning_content"] = _text(item.get("content") or [])
     return found
 
 
 def _text(content: str | list[Item]) -> str:
-    return content if isinstance(content, str) else "".join(part["text"] for part in content)
+    return content if isinstance(content, str) else "".join(part.get("text") or part.get("refusal") or "" for part in content)
 
 
 def opened(body: ResponsesBody, response_id: str, model: str) -> dict[str, Any]:
@@ -236,7 +213,7 @@ def opened(body: ResponsesBody, response_id: str, model: str) -> dict[str, Any]:
 
 def finished(response: dict[str, Any], output: list[Item], completion: Completion) -> dict[str, Any]:
     """The response object at its end."""
-    cut = completion.finish_reason is FinishReason.LENGTH
+    cut = completion.is_cut
     usage = completion.usage
     return {
         **response,
@@ -253,11 +230,11 @@ def finished(response: dict[str, Any], output: list[Item], completion: Completio
     }
 
 
-def output_items(events: list[Event]) -> list[Item]:
-    """All events of an answer as finished items."""
+def output_items(events: list[Event], completion: Completion) -> list[Item]:
+    """All events of an answer as items; the last one is incomplete where the text was cut."""
     stream = EventStream()
     stream.take(events)
-    stream.close()
+    stream.close("incomplete" if completion.is_cut else "completed")
     return stream.items
 
 

@@ -1,11 +1,9 @@
-"""The routes of OpenAI's responses, and what is kept of them. Tornado loop only."""
+"""The routes of OpenAI's responses. Tornado loop only."""
 
 from __future__ import annotations
 
 import json
-from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 from llmkit.client import EngineClient
@@ -15,147 +13,142 @@ from llmkit.gateway.engines import EngineDirectory
 from llmkit.gateway.exchange import Exchange
 from llmkit.gateway.failures import ApiError
 from llmkit.gateway.objects import new_id
-from llmkit.gateway.responses import EventStream, Item, ResponsesBody, finished, input_items, opened, output_items
-from llmkit.gateway.schemas import parse
+from llmkit.gateway.responses import EventStream, ResponsesBody, finished, input_items, opened, output_items
+from llmkit.gateway.stored import Kept, Store
 from llmkit.types import Completion
 
 __all__ = ["ResponsesRoutes"]
 
-MAX_KEPT, MAX_KEPT_BYTES = 1000, 64 << 20
 
+class Run:
+    """A response on its way. Only one of its end and its cancellation counts: whichever came first."""
 
-@dataclass(slots=True)
-class Kept:
-    """A response that can be looked up and continued; ``before`` are the items of those that it continues."""
-
-    response: dict[str, Any]
-    before: list[Item]
-    given: list[Item]
-    answer: Answer | None = None  # while it runs
-    size: int = 0  # bytes of what was given, about
-
-    def __post_init__(self) -> None:
-        self.size = len(json.dumps([self.response, self.before, self.given]))
+    def __init__(self, answer: Answer, response: dict[str, Any], owner: str) -> None:
+        self.answer, self.response, self.owner = answer, response, owner
+        self.is_deleted = False
 
     @property
-    def history(self) -> list[Item]:
-        return [*self.before, *self.given, *self.response["output"]]
+    def is_over(self) -> bool:
+        return bool(self.response["status"] != "in_progress")
+
+    def become(self, response: dict[str, Any]) -> None:
+        if not self.is_over:
+            self.response = response
 
 
 class ResponsesRoutes:
-    """`/v1/responses` over the engines of a directory. The newest thousand stored responses are kept, in memory."""
+    """`/v1/responses` over the engines of a directory. The newest stored responses are kept, in memory, for whoever made them."""
 
-    def __init__(self, directory: EngineDirectory, on_use: Callable[[EngineClient], None]) -> None:
+    def __init__(self, directory: EngineDirectory, on_use: Callable[[EngineClient], None], store: Store | None = None) -> None:
         self._directory = directory
         self._on_use = on_use
-        self._kept: OrderedDict[str, Kept] = OrderedDict()
-        self._num_bytes = 0
+        self.store = store or Store()
+        self._running: dict[str, Run] = {}
 
     async def create(self, exchange: Exchange) -> None:
-        body = parse(ResponsesBody, exchange.body)
-        before = self._history(body.previous_response_id) if body.previous_response_id is not None else []
+        body = await exchange.read(ResponsesBody)
+        owner = exchange.identity.name
+        previous = None if body.previous_response_id is None else self._previous(owner, body.previous_response_id)
+        given = input_items(body, self.store.finder(owner))
         engine = self._directory.lookup(body.model, "generate")
         response_id = new_id("resp").replace("-", "_")
-        answer = Answer(engine, body.request(before), response_id, exchange.caller, self._on_use)
-        kept = Kept(opened(body, response_id, engine.description.name), before, input_items(body), answer)
+        request = body.request(previous.history if previous is not None else [], given, engine.description, exchange.ignore)
+        answer = Answer(engine, request, response_id, exchange, self._on_use)
+        run = Run(answer, opened(body, response_id, engine.description.name), owner)
+        kept = self.store.begin(owner, response_id, given, previous) if body.store is not False else None
+        self._running[response_id] = run
         try:
             if body.stream:
-                await self._stream(exchange, answer, kept, body.store is not False)
-                return
-            events, completion = await answer.whole()
-            kept.response = finished(kept.response, output_items(events), completion)
-            if body.store is not False:
-                self._keep(kept)
-            exchange.send_json(kept.response)
+                await self._stream(exchange, run, kept)
+            else:
+                events, completion = await answer.whole()
+                run.become(finished(run.response, output_items(events, completion), completion))
+                self._keep(run, kept)
+                exchange.send_json(run.response)
+        except BaseException:
+            run.become({**run.response, "status": "failed", "error": {"code": "server_error", "message": "The request ended early."}})
+            if body.stream and exchange.streaming:
+                self._keep(run, kept)
+            raise
         finally:
-            if kept.response["status"] == "in_progress":
-                kept.response = {**kept.response, "status": "failed", "error": {"code": "server_error", "message": "The request ended early."}}
-            kept.answer = None
+            del self._running[response_id]
             answer.close()
 
-    async def _stream(self, exchange: Exchange, answer: Answer, kept: Kept, store: bool) -> None:
+    async def _stream(self, exchange: Exchange, run: Run, kept: Kept | None) -> None:
         number = 0
 
-        async def send(event: dict[str, Any]) -> None:
+        async def send(kind: str, **more: Any) -> None:
             nonlocal number
-            await exchange.send_named_event({**event, "sequence_number": number})
+            await exchange.send_named_event({"type": kind, **more, "sequence_number": number})
             number += 1
 
-        news = answer.news()
+        news = run.answer.news()
         entry = await anext(news)  # an error before the first byte still has its real status
         await exchange.start_events()
-        if store:
-            self._keep(kept)  # what the kernel refused is not kept
-        await send({"type": "response.created", "response": kept.response})
-        await send({"type": "response.in_progress", "response": kept.response})
+        self._keep(run, kept)  # what the engine refused is not kept
+        await send("response.created", response=run.response)
+        await send("response.in_progress", response=run.response)
         stream = EventStream()
+        failure: LLMKitError | None = None
         try:
             while not isinstance(entry, Completion):
                 if entry is None:
                     await exchange.send_text(": ping\n\n")
                 for event in stream.take(entry or []):
-                    await send(event)
+                    await send(**{"kind": event.pop("type"), **event})
                 entry = await anext(news)
         except LLMKitError as error:
-            for event in stream.close("incomplete"):
-                await send(event)
-            kept.response = {**kept.response, "output": stream.items}
-            if kept.response["status"] == "cancelled":
-                await send({"type": "response.incomplete", "response": kept.response})
-            else:
-                kept.response = {**kept.response, "status": "failed", "error": {"code": "server_error", "message": str(error)}}
-                await send({"type": "response.failed", "response": kept.response})
-            exchange.end_events("")
-            return
-        for event in stream.close():
-            await send(event)
-        kept.response = finished(kept.response, stream.items, entry)
-        await send({"type": f"response.{kept.response['status']}", "response": kept.response})
+            failure = error
+        cut = failure is not None or (isinstance(entry, Completion) and entry.is_cut)
+        for event in stream.close("incomplete" if cut else "completed"):
+            await send(**{"kind": event.pop("type"), **event})
+        if failure is None and isinstance(entry, Completion):
+            run.become(finished(run.response, stream.items, entry))
+        elif not run.is_over:
+            run.become({**run.response, "output": stream.items, "status": "failed", "error": {"code": "server_error", "message": str(failure)}})
+        if run.response["status"] == "cancelled":
+            run.response = {**run.response, "output": stream.items}
+        self._keep(run, kept)
+        status = run.response["status"]
+        await send(f"response.{'incomplete' if status == 'cancelled' else status}", response=run.response)
         exchange.end_events("")
 
-    def _keep(self, kept: Kept) -> None:
-        self._kept[kept.response["id"]] = kept
-        self._num_bytes += kept.size
-        while len(self._kept) > MAX_KEPT or (self._num_bytes > MAX_KEPT_BYTES and len(self._kept) > 1):
-            self._num_bytes -= self._kept.popitem(last=False)[1].size
+    def _keep(self, run: Run, kept: Kept | None) -> None:
+        """What is too large is not kept, and the response says so."""
+        if kept is not None and not run.is_deleted and not self.store.add(kept, run.response):
+            run.response = {**run.response, "store": False}
 
-    def _history(self, response_id: str) -> list[Item]:
-        kept = self._find(response_id, "previous_response_id")
-        if kept.response["status"] not in ("completed", "incomplete"):
-            raise ApiError(400, f"The response {response_id!r} has no end to continue from: it is {kept.response['status']}.", param="previous_response_id")
-        return kept.history
-
-    def _find(self, response_id: str, param: str | None = None) -> Kept:
-        kept = self._kept.get(response_id)
-        if kept is None and param is not None:
-            raise ApiError(400, f"There is no response {response_id!r:.100} to continue.", param=param, code="previous_response_not_found")
-        if kept is None:
-            raise ApiError(404, f"There is no response {response_id!r:.100}: it was not stored, was deleted, or the server was restarted.", code="not_found")
+    def _previous(self, owner: str, response_id: str) -> Kept:
+        kept = self.store.find(owner, response_id, "previous_response_id")
+        if kept.status not in ("completed", "incomplete"):
+            raise ApiError(400, f"The response {response_id!r} cannot be continued: its status is {kept.status}.", param="previous_response_id")
         return kept
 
     async def get(self, exchange: Exchange) -> None:
         for name in ("stream", "starting_after", "include"):
             if exchange.query(name):
                 raise InvalidRequestError(f"{name}: a stored response is given whole.", name)
-        exchange.send_json(self._find(exchange.args[0]).response)
+        exchange.send_bytes(self.store.find(exchange.identity.name, exchange.args[0]).response)
 
     async def delete(self, exchange: Exchange) -> None:
-        self._num_bytes -= self._find(exchange.args[0]).size
-        del self._kept[exchange.args[0]]
+        self.store.remove(self.store.find(exchange.identity.name, exchange.args[0]))
+        if (run := self._running.get(exchange.args[0])) is not None:
+            run.is_deleted = True
         exchange.send_json({"id": exchange.args[0], "object": "response", "deleted": True})
 
     async def cancel(self, exchange: Exchange) -> None:
-        kept = self._find(exchange.args[0])
-        if kept.answer is None:
+        run = self._running.get(exchange.args[0])
+        if run is None or run.owner != exchange.identity.name or run.is_over:
+            self.store.find(exchange.identity.name, exchange.args[0])
             raise InvalidRequestError("This response has ended already; it cannot be cancelled.")
-        kept.response = {**kept.response, "status": "cancelled"}
-        kept.answer.close()
-        exchange.send_json(kept.response)
+        run.become({**run.response, "status": "cancelled"})
+        run.answer.close()
+        exchange.send_json(run.response)
 
     async def input_items(self, exchange: Exchange) -> None:
-        items = self._find(exchange.args[0]).given
+        items = json.loads(self.store.find(exchange.identity.name, exchange.args[0]).given.data)
         order, after, limit = exchange.query("order") or "desc", exchange.query("after"), exchange.query("limit") or "20"
-        if order not in ("asc", "desc") or not limit.isdecimal() or not 1 <= int(limit) <= 100:
+        if order not in ("asc", "desc") or not (limit.isascii() and limit.isdecimal() and len(limit) <= 3 and 1 <= int(limit) <= 100):
             raise InvalidRequestError("order must be asc or desc, limit a number from 1 to 100.", "order" if order not in ("asc", "desc") else "limit")
         if order == "desc":
             items = items[::-1]

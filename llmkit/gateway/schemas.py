@@ -5,6 +5,7 @@ A parameter is honoured or refused with a 400 that names it; none is ignored but
 
 from __future__ import annotations
 
+import difflib
 import json
 import re
 from functools import cached_property
@@ -23,15 +24,16 @@ __all__ = [
     "Metadata",
     "Strict",
     "parse",
+    "parse_json",
     "validated",
 ]
 
 LEGACY_MAX_TOKENS = 16
 MAX_CHOICES = 128
 MAX_KEYS = 5000
+MAX_DIGITS = 100
 MAX_PROMPTS = 512
 MAX_SCORED = 4_000_000
-MAX_TRAVEL_BYTES = 128 << 20
 # Where a field has several spellings: ours, and what callers may have written.
 ALIASES = {
     "max_tokens": ("max_completion_tokens",),
@@ -148,8 +150,8 @@ class GenerationFields(Ignored):
     def include_usage(self) -> bool:
         return bool(self.stream_options and self.stream_options.include_usage)
 
-    def sampling(self, index: int, max_tokens: int | None) -> SamplingParams:
-        """Parameters of choice ``index``. Raises `InvalidRequestError`."""
+    def sampling(self, max_tokens: int | None) -> SamplingParams:
+        """Parameters of all choices; a seed is that of the first. Raises `InvalidRequestError`."""
         if self.stream_options is not None and not self.stream:
             raise InvalidRequestError("stream_options is only allowed when stream is true.", "stream_options")
         values: dict[str, Any] = {
@@ -163,7 +165,7 @@ class GenerationFields(Ignored):
             "penalty_last_n": self.repeat_last_n,
             "presence_penalty": self.presence_penalty,
             "frequency_penalty": self.frequency_penalty,
-            "seed": None if self.seed is None else self.seed + index,
+            "seed": self.seed,
             "stop": None if self.stop is None else (self.stop,) if isinstance(self.stop, str) else tuple(self.stop),
             "logit_bias": _logit_bias(self.logit_bias),
             "ignore_eos": self.ignore_eos,
@@ -202,13 +204,8 @@ class GenerationFields(Ignored):
             "grammar": None if self.grammar is None else Grammar("gbnf" if "::=" in self.grammar else "lark", self.grammar),
         }
 
-    def check_travel(self, num_bytes: int, num_requests: int) -> None:
-        """Each choice carries the whole request to the engine. Raises `InvalidRequestError` for too much of it."""
-        if num_bytes * num_requests > MAX_TRAVEL_BYTES:
-            raise InvalidRequestError("n: that many answers to a request of this size are too much; ask for fewer, or send less.", "n")
-
-    def _request(self, request_id: str, index: int, max_tokens: int | None, **prompt: Any) -> GenerationRequest:
-        return GenerationRequest(request_id, self.sampling(index, max_tokens), priority=self.priority or 0, cache_salt=self.cache_salt or "", **prompt)
+    def _request(self, request_id: str, n: int, max_tokens: int | None, **prompt: Any) -> GenerationRequest:
+        return GenerationRequest(request_id, self.sampling(max_tokens), priority=self.priority or 0, cache_salt=self.cache_salt or "", n=n, **prompt)
 
     def _in_callers_words(self, error: InvalidRequestError) -> InvalidRequestError:
         """The same error, naming the field as the caller spelled it."""
@@ -236,6 +233,7 @@ class CompletionRequest(GenerationFields):
     suffix: str | None = None
     echo: bool | None = None
     best_of: Annotated[int, Field(ge=1, le=20)] | None = None
+    parse_special: bool | None = None  # whether the prompt spells control tokens; it does, unless this is false
     logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
 
     @cached_property
@@ -252,10 +250,10 @@ class CompletionRequest(GenerationFields):
         return [p if isinstance(p, str) else tuple(p) for p in self.prompt]
 
     def requests(self, reply_id: str) -> list[GenerationRequest]:
-        """One engine request for each choice; choice index = prompt index x n + j."""
+        """One engine request for each prompt; choice index = prompt index x n + j."""
         n, prompts = self.per_prompt, self.prompts
-        if self.best_of is not None and (self.stream or self.best_of < (self.n or 1)):
-            raise InvalidRequestError("best_of must be n or more, and cannot be streamed.", "best_of")
+        if self.best_of is not None and (self.best_of < (self.n or 1) or (self.stream and self.best_of > (self.n or 1))):
+            raise InvalidRequestError("best_of must be n or more, and must equal n when streaming.", "best_of")
         if self.echo and self.stream and (self.logprobs is not None or not all(isinstance(p, str) for p in prompts)):
             raise InvalidRequestError("echo cannot be streamed with logprobs or token prompts; leave stream out.", "echo")
         if self.suffix is not None and (self.echo or not all(isinstance(p, str) for p in prompts)):
@@ -263,7 +261,8 @@ class CompletionRequest(GenerationFields):
         if self.echo and sum(map(len, prompts)) * n * ((self.logprobs or 0) + 1) > MAX_SCORED:
             raise InvalidRequestError("echo: these are too many prompts to be scored in one request; send fewer, or ask for fewer logprobs.", "echo")
         limit = LEGACY_MAX_TOKENS if self.max_tokens is None else self.max_tokens
-        return [self._request(f"{reply_id}-{i * n + j}", j, limit, prompt=prompt, suffix=self.suffix) for i, prompt in enumerate(prompts) for j in range(n)]
+        about: dict[str, Any] = {"suffix": self.suffix, "parse_special": self.parse_special is not False}
+        return [self._request(f"{reply_id}-{i}", n, limit, prompt=prompt, **about) for i, prompt in enumerate(prompts)]
 
     def wanted_logprobs(self) -> dict[str, int | None]:
         # The text of a token prompt is known from its scores.
@@ -306,8 +305,13 @@ def parse(schema: type[Schema], body: bytes) -> Schema:
 
     Raises `InvalidRequestError` that names the first field that is wrong.
     """
+    return validated(schema, parse_json(body))
+
+
+def parse_json(body: bytes) -> dict[str, Any]:
+    """A request body as an object. Raises as `parse` does."""
     try:
-        data = json.loads(body.decode("utf-8"), parse_constant=_no_constant, parse_float=_finite)
+        data = json.loads(body.decode("utf-8"), parse_constant=_no_constant, parse_float=_finite, parse_int=_integer)
     except UnicodeDecodeError as error:
         raise InvalidRequestError(f"The body is not valid UTF-8 (byte {error.start}).") from None
     except RecursionError:
@@ -320,7 +324,7 @@ def parse(schema: type[Schema], body: bytes) -> Schema:
         raise InvalidRequestError(f"The body is nested too deeply; at most {MAX_DEPTH} levels are read.")
     if body.count(b":") > MAX_KEYS and _most_keys(data) > MAX_KEYS:
         raise InvalidRequestError(f"The body holds an object of more than {MAX_KEYS} fields.")
-    return validated(schema, data)
+    return data
 
 
 def _most_keys(value: Any) -> int:
@@ -347,7 +351,9 @@ def validated(schema: type[Schema], data: dict[str, Any]) -> Schema:
         param = next((str(part) for part in loc if isinstance(part, str)), None)
         place = ".".join(map(str, loc))
         if first["type"] == "extra_forbidden":
-            raise InvalidRequestError(f"Unrecognized or unsupported parameter: {place:.200}", param) from None
+            near = difflib.get_close_matches(place, schema.model_fields, n=1) if len(loc) == 1 and len(place) < 100 else []
+            hint = f" Did you mean {near[0]}?" if near else ""
+            raise InvalidRequestError(f"Unrecognized or unsupported parameter: {place:.200}.{hint}", param) from None
         raise InvalidRequestError(f"{place:.200}: {first['msg']}", param) from None
 
 
@@ -356,6 +362,12 @@ def _finite(text: str) -> float:
     if value in (float("inf"), float("-inf")):
         raise ValueError(f"{text:.30} is too large a number")
     return value
+
+
+def _integer(text: str) -> int:
+    if len(text) > MAX_DIGITS:  # reading them takes the square of their number
+        raise ValueError(f"{text:.30}… is too large a number")
+    return int(text)
 
 
 def _no_constant(name: str) -> NoReturn:

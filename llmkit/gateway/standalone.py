@@ -9,7 +9,9 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections import deque
+from pathlib import Path
 
 from llmkit.bridge.connection import process_start_time
 from llmkit.config import ENGINE_OPTIONS, ServeSettings
@@ -17,6 +19,7 @@ from llmkit.errors import InvalidRequestError, ModelLoadError
 from llmkit.gateway.app import Gateway, make_app, make_server
 from llmkit.gateway.auth import Keys
 from llmkit.gateway.engines import EngineDirectory
+from llmkit.gateway.server import MAX_CONNECTIONS, SPARE_DESCRIPTORS, raise_descriptors
 
 __all__ = ["EngineProcess", "serve"]
 
@@ -62,7 +65,7 @@ class EngineProcess:
     @property
     def loading(self) -> str | None:
         """A reason to wait, while the model is being loaded."""
-        return f"The model {self.model!r} is being loaded." if not self._ready and self._process.poll() is None else None
+        return f"The model {Path(self.model).name!r} is being loaded." if not self._ready and self._process.poll() is None else None
 
     def check(self) -> None:
         """Raises `ModelLoadError` when the process has ended."""
@@ -90,19 +93,36 @@ def serve(settings: ServeSettings, *, attach_pid: int | None = None) -> int:
     logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     if attach_pid is not None and settings.model is not None:
         raise InvalidRequestError("name a model or --attach a process, not both.", "attach")
-    keys = Keys(settings.api_key, settings.host)
+    raise_descriptors()
+    keys = Keys(None if settings.api_key is None else settings.api_key.get_secret_value(), settings.host)
     return asyncio.run(_serve(settings, keys, attach_pid))
+
+
+async def _drain(gateway: Gateway, at_once: asyncio.Event, most_s: float) -> None:
+    """Let running requests finish for a while; a second signal ends it."""
+    gateway.draining = True
+    if gateway.num_running:
+        print(f"llmkit: finishing {gateway.num_running} requests, {most_s:.0f} s at most (a second signal ends at once)", file=sys.stderr, flush=True)
+    end = time.monotonic() + most_s
+    while gateway.num_running and time.monotonic() < end and not at_once.is_set():
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(0.05):
+                await at_once.wait()
 
 
 async def _serve(settings: ServeSettings, keys: Keys, attach_pid: int | None) -> int:
     started = process_start_time(attach_pid) if attach_pid is not None else None
     if attach_pid is not None and started is None:
         raise InvalidRequestError(f"there is no process {attach_pid} to attach to.", "attach")
-    stop = asyncio.Event()
+    stop, at_once = asyncio.Event(), asyncio.Event()
     loop = asyncio.get_running_loop()
+
+    def asked_to_end() -> None:
+        (at_once if stop.is_set() else stop).set()
+
     for number in (signal.SIGINT, signal.SIGTERM):
         with contextlib.suppress(NotImplementedError):
-            loop.add_signal_handler(number, stop.set)
+            loop.add_signal_handler(number, asked_to_end)
     # The address first: a port that is taken must not cost a load.
     from tornado.netutil import bind_sockets
 
@@ -110,7 +130,8 @@ async def _serve(settings: ServeSettings, keys: Keys, attach_pid: int | None) ->
     engine = EngineProcess(settings) if settings.model is not None else None
     pid = engine.pid if engine is not None else attach_pid
     directory = EngineDirectory(lambda c: pid is None or c.pid == pid, loading=lambda: engine.loading if engine is not None else None)
-    server = make_server(make_app(Gateway(directory), keys))
+    gateway = Gateway(directory, strict=settings.strict)
+    server = make_server(make_app(gateway, keys), min(MAX_CONNECTIONS, max(16, raise_descriptors() - SPARE_DESCRIPTORS)))
     try:
         server.add_sockets(sockets)
         host = f"[{settings.host}]" if ":" in settings.host else settings.host
@@ -123,6 +144,9 @@ async def _serve(settings: ServeSettings, keys: Keys, attach_pid: int | None) ->
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(POLL_S):
                     await stop.wait()
+        if stop.is_set():
+            server.stop()
+            await _drain(gateway, at_once, settings.drain_s)
     finally:
         server.stop()
         directory.close()

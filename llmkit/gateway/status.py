@@ -20,7 +20,7 @@ from llmkit.version import __version__
 __all__ = ["StatusRoutes", "send_page"]
 
 QUIET = ("/", "/status", "/health", "/docs", "/swagger-ui", "/openapi.json")
-MAX_CALLERS = 200
+MAX_CALLERS, MAX_GONE = 200, 20
 STYLE = """
 :root { color-scheme: light dark; --ink: #1f1f1f; --soft: #5a5a5a; --line: #c9c9c9; --back: #fff; --box: #f5f5f5; --accent: #1565c0; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e8e8e8; --soft: #b5b5b5; --line: #4a4a4a; --back: #111; --box: #1c1c1c; --accent: #82b8ff; } }
@@ -93,6 +93,10 @@ class StatusRoutes:
         self._callers: Counter[str] = Counter()
         self._began = time.time()
 
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
     @contextlib.contextmanager
     def watching(self, exchange: Exchange) -> Iterator[None]:
         """Counts a request while it runs."""
@@ -114,6 +118,7 @@ class StatusRoutes:
             "version": __version__,
             "up_s": round(time.time() - self._began, 1),
             "models": [self._model(entry, places) for entry in self._directory.entries()],
+            "gone": [{"id": name, "reason": reason} for name, reason in self._directory.gone.items() if "@" not in name][-MAX_GONE:],
             "requests": [{"caller": r.caller, "route": r.route, "seconds": round(now - r.began, 1)} for r in self._running.values()],
             "callers": [{"caller": caller, "requests": count} for caller, count in self._callers.most_common(50)],
         }
@@ -169,7 +174,7 @@ def send_page(exchange: Exchange, state: str | None) -> None:
         f'<p><label><input type="checkbox" id="live" checked> update every two seconds</label> <span id="note" role="status"></span></p>'
         f'<main id="state">{state or ""}</main><script nonce="{nonce}">{SCRIPT}</script></body></html>'
     )
-    exchange.send_page(text, nonce, 401 if state is None else 200)
+    exchange.send_page(text, nonce, 401 if state is None else 200, {"WWW-Authenticate": "Bearer"} if state is None else None)
 
 
 def fragment(state: dict[str, Any]) -> str:
@@ -190,11 +195,13 @@ def fragment(state: dict[str, Any]) -> str:
     heads = ("model", "kind", "where", "memory", "running", "KV in use", "requests", "tokens in, out")
     empty = "No model is loaded. In a notebook: <code>import llmkit; llm = llmkit.load()</code>"
     requests = [(escape(r["caller"]), f"<code>{escape(r['route'])}</code>", f"{r['seconds']:.1f} s") for r in state["requests"]]
+    gone = [(f"<code>{escape(g['id'])}</code>", escape(g["reason"])) for g in state["gone"]]
     callers = [(escape(c["caller"]), f"{c['requests']:,}") for c in state["callers"]]
     return (
         _table("Models", heads, models, empty)
+        + (_table("Not here any more", ("model", "why"), gone, "") if gone else "")
         + _table("Requests now", ("from", "route", "since"), requests, "None at the moment.")
-        + _table("Who was here", ("from", "requests"), callers, "Nobody yet.")
+        + _table("Recent callers", ("from", "requests"), callers, "Nobody yet.")
         + f"<p>llmkit {escape(state['version'])}, up for {state['up_s'] / 60:.0f} min</p>"
     )
 

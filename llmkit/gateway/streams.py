@@ -52,7 +52,7 @@ def submit_all(engine: EngineClient, requests: list[GenerationRequest]) -> list[
     streams: list[Stream] = []
     try:
         for request in requests:
-            streams.append(engine.submit(request))
+            streams += [engine.submit(request)] if request.n == 1 else engine.submit_choices(request)
     except BaseException:
         close_all(streams)
         raise
@@ -85,7 +85,9 @@ async def merge(streams: list[Stream]) -> AsyncIterator[News | None]:
     def watch_silence() -> None:
         """One timer for the whole stream; a timeout around every wait would cost more than the wait."""
         nonlocal timer
-        timer = loop.call_later(max(0.01, last_news + PING_S - loop.time()), watch_silence)
+        # A reader that is held up is told once in a while, too, not all the time.
+        silent = loop.time() - last_news
+        timer = loop.call_later(PING_S - silent if silent < PING_S - 0.01 else PING_S, watch_silence)
         arrived.set()
 
     timer = loop.call_later(PING_S, watch_silence)

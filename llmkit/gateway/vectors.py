@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import json
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -14,13 +15,13 @@ from llmkit.errors import InvalidRequestError
 from llmkit.gateway.engines import EngineDirectory
 from llmkit.gateway.exchange import Exchange
 from llmkit.gateway.objects import new_id
-from llmkit.gateway.schemas import Ignored, parse
+from llmkit.gateway.schemas import Ignored
 from llmkit.types import EmbeddingRequest, Embeddings
 
 if TYPE_CHECKING:
     import numpy as np
 
-__all__ = ["EmbeddingsBody", "RerankBody", "VectorRoutes", "vectors_of"]
+__all__ = ["EmbeddingsBody", "RerankBody", "VectorRoutes", "embed", "json_vectors", "vectors_of", "with_list"]
 
 MAX_INPUTS = 2048
 
@@ -77,27 +78,26 @@ class VectorRoutes:
         return engine
 
     async def embeddings(self, exchange: Exchange) -> None:
-        body = parse(EmbeddingsBody, exchange.body)
+        body = await exchange.read(EmbeddingsBody)
         engine = self._engine(body.model)
         size = engine.description.embedding_size
         if body.dimensions is not None and size and body.dimensions > size:
             raise InvalidRequestError(f"dimensions: the vectors of {engine.description.name!r} have {size}; {body.dimensions} is more.", "dimensions")
-        found = await asyncio.wrap_future(engine.embed(EmbeddingRequest(new_id("embd"), body.inputs)))
-        encoded = await asyncio.to_thread(_encode, found, body.dimensions, body.encoding_format)
-        data = [{"object": "embedding", "index": i, "embedding": vector} for i, vector in enumerate(encoded)]
+        found = await embed(engine, EmbeddingRequest(new_id("embd"), body.inputs, caller=exchange.caller))
+        data = await asyncio.to_thread(_encode, found, body.dimensions, body.encoding_format)
         tokens = sum(found.num_tokens)
         usage = {"prompt_tokens": tokens, "total_tokens": tokens}
-        exchange.send_json({"object": "list", "data": data, "model": engine.description.name, "usage": usage})
+        exchange.send_bytes(with_list({"object": "list", "model": engine.description.name, "usage": usage}, "data", data))
 
     async def rerank(self, exchange: Exchange) -> None:
         """A cross-encoder judges the pairs; an embedding model gives the cosine similarity."""
-        body = parse(RerankBody, exchange.body)
+        body = await exchange.read(RerankBody)
         engine = self._engine(body.model)
         if engine.description.ranks:
-            request = EmbeddingRequest(new_id("rank"), body.texts, query=body.query)
+            request = EmbeddingRequest(new_id("rank"), body.texts, query=body.query, caller=exchange.caller)
         else:
-            request = EmbeddingRequest(new_id("rank"), (body.query, *body.texts))
-        found = await asyncio.wrap_future(engine.embed(request))
+            request = EmbeddingRequest(new_id("rank"), (body.query, *body.texts), caller=exchange.caller)
+        found = await embed(engine, request)
         scores = _scores(found, engine.description.ranks)
         order = sorted(range(len(scores)), key=lambda i: -scores[i])[: body.top_n]
         results: list[dict[str, Any]] = [{"index": i, "relevance_score": scores[i]} for i in order]
@@ -120,9 +120,29 @@ def vectors_of(found: Embeddings, dimensions: int | None) -> np.ndarray:
     return vectors
 
 
-def _encode(found: Embeddings, dimensions: int | None, form: str) -> list[Any]:
+async def embed(engine: EngineClient, request: EmbeddingRequest) -> Embeddings:
+    """The vectors; a client that goes away has its texts forgotten."""
+    try:
+        return await asyncio.wrap_future(engine.embed(request))
+    except asyncio.CancelledError:
+        engine.abort(request.request_id)
+        raise
+
+
+def json_vectors(vectors: np.ndarray) -> list[bytes]:
+    """Each vector as JSON by itself: all in one would hold the interpreter for as long as that takes."""
+    return [json.dumps(vector.tolist()).encode() for vector in vectors]
+
+
+def with_list(head: dict[str, Any], name: str, entries: list[bytes]) -> bytes:
+    """The JSON of an object with one more field, a list of which each entry is JSON already."""
+    return json.dumps(head).encode()[:-1] + b", " + json.dumps(name).encode() + b": [" + b", ".join(entries) + b"]}"
+
+
+def _encode(found: Embeddings, dimensions: int | None, form: str) -> list[bytes]:
     vectors = vectors_of(found, dimensions)
-    return [base64.b64encode(v.tobytes()).decode() for v in vectors] if form == "base64" else vectors.tolist()
+    values = [json.dumps(base64.b64encode(v.tobytes()).decode()).encode() for v in vectors] if form == "base64" else json_vectors(vectors)
+    return [b'{"object": "embedding", "index": %d, "embedding": %s}' % (i, value) for i, value in enumerate(values)]
 
 
 def _scores(found: Embeddings, ranks: bool) -> list[float]:
