@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, overload
 
@@ -54,8 +54,8 @@ class LLM:
     >>> for piece in llm.stream("Once"): print(piece)      # doctest: +SKIP
 
     Sampling parameters are keywords everywhere; see `SamplingParams`. So are ``priority``, ``caller``, ``cache_salt`` and ``lora`` of `GenerationRequest`.
-    The handle is light: references to it that live on (``Out[]``) do not keep the model's
-    memory after ``unload()``; later calls then raise `ModelUnloadedError`. The stop button raises KeyboardInterrupt, and ``last`` has the text so far.
+    References to it that live on (``Out[]``) do not keep the model's memory after ``unload()``; later calls then raise `ModelUnloadedError`.
+    The stop button raises KeyboardInterrupt, and ``last`` has the text so far.
     """
 
     def __init__(
@@ -71,12 +71,14 @@ class LLM:
         self._endpoint: Endpoint | None = None
         self._monitors: list[Monitor] = []
 
-    def check_same(self, options: EngineOptions, name: str | None) -> None:
-        """Raises `InvalidRequestError` where a second load asks for something else."""
+    def check_same(self, options: EngineOptions, name: str | None, given: Collection[str] | None = None, share: bool | None = None) -> None:
+        """Raises `InvalidRequestError` where a second load asks for something else; of the options, those that were ``given`` count (None: all)."""
         mine = self._options.as_dict()
-        other = {k: v for k, v in options.as_dict().items() if v != mine[k]}
+        other = {k: v for k, v in options.as_dict().items() if v != mine[k] and (given is None or k in given)}
         if name is not None and name != self._description.name:
             other["name"] = name
+        if share is False and self._bridge is not None:
+            other["share"] = False
         if other:
             asked = ", ".join(f"{k}={v!r}" for k, v in other.items())
             raise InvalidRequestError(
@@ -103,7 +105,7 @@ class LLM:
 
     @property
     def closed(self) -> bool:
-        return self._client is None or getattr(self._client, "gone", None) is not None
+        return self._client is None or self._client.gone is not None
 
     @property
     def stats(self) -> EngineStats:
@@ -119,6 +121,8 @@ class LLM:
 
     def __repr__(self) -> str:
         d = self._description
+        if self._client is not None and self._client.gone is not None:
+            return f"LLM({d.name!r}, gone: {self._client.gone})"
         if self.closed:
             return f"LLM({d.name!r}, unloaded)"
         return f"LLM({d.name!r}, {d.quantization}, {d.n_params / 1e6:.0f}M parameters, n_ctx={d.n_ctx}, n_slots={d.n_slots}, {d.device})"
@@ -133,7 +137,8 @@ class LLM:
         """Continue a text; with a list of texts, all of them at once in one batch. Blocks; ■ stops it.
 
         ``sampling`` are the fields of `SamplingParams`; also ``json_schema`` (a dict, or a pydantic model), ``regex`` or ``choice`` (a list of texts), which
-        the text will match, and ``priority``, ``cache_salt``, ``lora``, ``suffix`` of the request.
+        the text will match, and ``priority``, ``cache_salt``, ``lora``, ``suffix`` of the request. Control tokens that the prompt spells out (``<|im_start|>``)
+        are read as such; ``parse_special=False`` takes them for text.
         """
         if isinstance(prompt, str):
             return self._runs.complete([make_request(sampling, prompt=prompt)])[0]
@@ -165,7 +170,7 @@ class LLM:
         A `Completion`, or with ``stream=True`` a `Stream`. ``tools`` are Python functions that the model may call: they are described by their type hints and
         docstrings, called with checked arguments, and what they return is told to the model, until it answers or ``max_rounds`` are over.
         ``tool_choice="required"`` (or a function's name) makes the first answer a call. What a model that reasons wrote for itself is in the completion's
-        ``reasoning``; a stream has it in its text.
+        ``reasoning``; a stream has it in its text. ``continue_final_message=True`` goes on with a last message of the assistant.
         """
         if tools:
             if any(sampling.get(name) is not None for name in ("grammar", *SHAPES)):
@@ -185,7 +190,7 @@ class LLM:
         if not self._description.reasoning:
             return self._runs.complete([request])[0]
         done = self._runs.complete([replace(request, show_marks=True)])[0]
-        return self._reader(request.sampling.grammar is not None).apart(done, self._num_tokens)
+        return self._reader(request.sampling.grammar is not None, request).apart(done, self._num_tokens)
 
     @property
     def last(self) -> Completion | None:
@@ -200,8 +205,7 @@ class LLM:
     # -- conversations and tables
 
     def session(self, system: str | None = None, *, path: str | Path | None = None, **sampling: Any) -> Session:
-        """A conversation that goes on: ``say``, ``stream``, ``fork``, ``undo``, ``trim``, ``save``. ``system`` are instructions, ``path`` a saved session, and
-        ``sampling`` is for all its answers."""
+        """A conversation that goes on: say, stream, fork, undo, trim, save. ``path`` is a saved session, ``sampling`` is for all its answers."""
         from llmkit.session import Session
 
         return Session.open(self._say, self._count, self._reader, self._description.n_ctx, system, path, sampling)
@@ -209,10 +213,11 @@ class LLM:
     def _say(self, messages: Sequence[Message], options: dict[str, Any]) -> Stream:
         return self._runs.submit(replace(make_request(options, messages=tuple(messages)), show_marks=bool(self._description.reasoning)))
 
-    def _reader(self, held: bool) -> AnswerReader:
+    def _reader(self, held: bool, request: GenerationRequest | None = None) -> AnswerReader:
         from llmkit.chat.reading import AnswerReader
 
-        return AnswerReader(self._description, held=held) if self._description.reasoning else AnswerReader.plain()
+        continued = request.messages[-1].content if request is not None and request.continue_final and request.messages else None
+        return AnswerReader(self._description, held=held, continued=continued) if self._description.reasoning else AnswerReader.plain()
 
     def _num_tokens(self, text: str) -> int:
         return 0 if self.closed else len(self.tokenize(text))
@@ -241,14 +246,14 @@ class LLM:
             return self._runs.submit(replace(request, show_marks=request.messages is not None and bool(self._description.reasoning)))
 
         held = any(sampling.get(name) is not None for name in ("grammar", *SHAPES))
-
-        streams: list[Stream] = []
+        made: list[Completion] = []
+        running: list[Stream] = []
         try:
-            return map_rows(frame, template, submit, lambda c: self._reader(held).apart(c).text if chat else c.text, into, BATCH_WINDOW, streams)
+            return map_rows(frame, template, submit, lambda c: self._reader(held).apart(c).text if chat else c.text, into, BATCH_WINDOW, made, running)
         except KeyboardInterrupt:
             raise Interrupted("stopped; what was made so far is in llm.last_batch") from None
         finally:
-            self._runs.keep(streams)
+            self._runs.keep_completions(made, running)
 
     # -- tokens
 
@@ -314,17 +319,20 @@ class LLM:
 
     def monitor(self, interval: float = 0.5) -> Monitor:
         """A live panel of memory, throughput, queue and KV use, moving also while cells are busy. Ends with ``unload()``."""
-        from llmkit.assembly import device_memory
         from llmkit.notebook.monitor import Monitor
 
         connection = getattr(self.engine, "connection", None)
-        monitor = Monitor(self.engine, interval=interval, device_memory=device_memory, pid=connection.pid if connection is not None else None)
+        options: dict[str, Any] = {"pid": connection.pid} if connection is not None else {}
+        if connection is None:  # elsewhere the model takes nothing here, and to ask llama.cpp for the devices would take some of each
+            from llmkit.assembly import device_memory
+
+            options["device_memory"] = device_memory
+        monitor = Monitor(self.engine, interval=interval, **options)
         self._monitors = [m for m in self._monitors if m.running] + [monitor]
         return monitor
 
     def timeline(self, seconds: float | None = None) -> Timeline:
-        """The last steps of the engine (at most 2,000, or those of the last ``seconds``), as a picture and a table: what was decoded and which prompts were
-        computed, slot by slot."""
+        """The last steps of the engine (at most 2,000, or of the last ``seconds``): what was decoded, which prompts were computed, slot by slot."""
         from llmkit.notebook.timeline import Timeline
 
         return Timeline(self.name, self._inquire("steps")["steps"], seconds)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 import os
 import threading
 from dataclasses import fields, replace
@@ -72,6 +73,8 @@ def load(
     - ``context_shift=True``: a request that fills its context goes on without the older half of what followed its prompt, up to its ``max_tokens``.
     - ``isolated=True``: the model lives in a process of its own, ended with this one: a crash of the model is an error here and no dead kernel.
     - ``deterministic=True``: the same request gives the same tokens whatever runs beside it or is cached; slower.
+    - ``share_prefixes=True``: cached beginnings of prompts are shared by all callers. By default each caller has its own, since ``cached_tokens`` and the time
+      to the first token tell whether somebody has asked the same before.
     - ``max_waiting=1024``: requests that may wait. ``batch_tokens=512``: tokens computed in one step.
 
     Raises `ModelNotFoundError`, `InvalidModelFileError`, `InsufficientMemoryError` (``force=True`` skips the estimate), `ModelLoadError`, and
@@ -87,27 +90,30 @@ def load(
         if options.get("context_shift") or options.get("deterministic"):
             best.pop("kv_unified", None)  # what was asked goes before what is fast
         options = {**best, **options}
+    named = {"n_ctx": n_ctx, "n_slots": n_slots, "threads": threads, **({"n_gpu_layers": n_gpu_layers} if n_gpu_layers != "auto" else {})}
+    given = {k for k, v in {**named, **options}.items() if v is not None}
     settings = _options(n_ctx=n_ctx, n_slots=n_slots, n_gpu_layers=n_gpu_layers, threads=threads, **options)
     try:
         with _load_lock:
-            return _open(spec, settings, name, force, share)
+            return _open(spec, settings, given, name, force, share)
     except KeyboardInterrupt:
         raise Interrupted("loading was stopped; nothing of it stays in memory") from None
 
 
-def _open(spec: ModelSpec, settings: EngineOptions, name: str | None, force: bool, share: bool | None) -> LLM:
+def _open(spec: ModelSpec, settings: EngineOptions, given: set[str], name: str | None, force: bool, share: bool | None) -> LLM:
     """The model of a file, loaded already or now; the lock is held."""
     from llmkit.local import open_model
 
     _register_displays()
     loaded = _loaded.get(spec.path)
     if loaded is not None and not loaded.closed:
-        loaded.check_same(settings, name)
+        loaded.check_same(settings, name, given, share)
         if share:
             loaded.share(kernel_id())
         return loaded
     if loaded is not None:
-        loaded.unload()  # its process has died
+        loaded.unload()  # its process or its engine has ended
+    name = name or _free_name(spec.name)
     if settings.isolated:
         from llmkit.isolated import IsolatedEngine
 
@@ -134,6 +140,12 @@ def _open(spec: ModelSpec, settings: EngineOptions, name: str | None, force: boo
         raise
 
 
+def _free_name(stem: str) -> str | None:
+    """Another name where a model of another file is called so already; None where the file's own will do."""
+    taken = {loaded.name for loaded in _loaded.values() if not loaded.closed}
+    return None if stem not in taken else next(name for i in itertools.count(2) if (name := f"{stem}-{i}") not in taken)
+
+
 def _remember(path: Path, llm: LLM) -> LLM:
     _loaded[path] = llm
     models.handles.pop(llm.name, None)
@@ -153,7 +165,7 @@ def attach(model: str | None = None) -> LLM:
     for connection in found:
         if model in (None, connection.model.name, f"{connection.model.name}@{connection.kernel_name}"):
             _register_displays()
-            attached = LLM(BridgeClient(connection, patient=True), on_unload=_forget)
+            attached = LLM(BridgeClient(connection), on_unload=_forget)
             models.living().setdefault(attached.name, attached)
             return attached
     names = ", ".join(repr(f"{c.model.name}@{c.kernel_name}") for c in found) or "none at all"

@@ -16,8 +16,8 @@ from llmkit.errors import InvalidRequestError, LLMKitError
 __all__ = ["COMMANDS", "LLMMagics", "complete"]
 
 COMMANDS = ("load", "list", "use", "unload", "estimate", "status", "serve", "profile")
-# A name, with attributes and keys: {topic}, {row.text}, {names[0]}. Anything else in braces (JSON, say) is text; {{ is a brace.
-PLACE = re.compile(r"\{\{|\}\}|\{([A-Za-z_]\w*(?:\.[A-Za-z_]\w*|\[\w+\])*)\}")
+# A name, with attributes and keys: {topic}, {row.text}, {names[0]}. It stands for a variable where there is one; anything else in braces is text.
+PLACE = re.compile(r"(?<![{$])\{([A-Za-z_]\w*(?:\.[A-Za-z_]\w*|\[\w+\])*)\}(?!\})")
 
 
 class Help(Exception):
@@ -35,13 +35,16 @@ class Parser(argparse.ArgumentParser):
 
 
 def cell_parser() -> Parser:
-    parser = Parser(prog="%%llm", description="Send the cell to a model, as a chat message. {name} in it stands for a variable's value.")
+    parser = Parser(
+        prog="%%llm",
+        description="Send the cell to a model, as a chat message. {name} in it stands for the value of a variable, where there is one of that name.",
+    )
     parser.add_argument("-m", "--model", help="a loaded model (default: the one in use)")
     parser.add_argument("-n", "--max-tokens", type=int, help="most tokens of the answer")
     parser.add_argument("-t", "--temperature", type=float, help="0 takes the likeliest token each time")
     parser.add_argument("-s", "--system", help="instructions that go before")
     parser.add_argument("-o", "--output", metavar="VARIABLE", help="keep the completion in this variable")
-    parser.add_argument("-r", "--raw", action="store_true", help="continue the text instead of answering it")
+    parser.add_argument("-r", "--raw", action="store_true", help="continue the text, just as it is, instead of answering it")
     return parser
 
 
@@ -100,7 +103,7 @@ class LLMMagics(Magics):
     def _cell(self, line: str, cell: str) -> None:
         options = cell_parser().parse_args([self._expand(word) for word in _split(line)])
         llm = self._model(options.model)
-        prompt = self._expand(cell).strip()
+        prompt = (cell if options.raw else self._expand(cell)).strip()
         if not prompt:
             raise UsageError("%%llm: the cell is empty; write a prompt below the first line.")
         sampling = {"max_tokens": options.max_tokens, "temperature": options.temperature}
@@ -122,15 +125,13 @@ class LLMMagics(Magics):
         return PLACE.sub(self._value, text)
 
     def _value(self, found: re.Match[str]) -> str:
-        if found[1] is None:
-            return found[0][0]
         name, *path = re.findall(r"\w+|\[\w+\]", found[1])
         try:
             value = self._variables[name]
             for part in path:
                 value = _item(value, part[1:-1]) if part.startswith("[") else getattr(value, part)
         except (KeyError, AttributeError, IndexError, TypeError):
-            raise UsageError(f"{found[0]} stands for a variable, and there is none of that name; write {{{{ for a brace.") from None
+            return found[0]
         return str(value)
 
     # -- %llm

@@ -46,7 +46,16 @@ class Session:
     ) -> None:
         self._submit, self._count, self._reader, self._n_ctx = submit, count, reader, n_ctx
         self.sampling = sampling
-        self.messages: list[Message] = list(messages)
+        self.messages = list(messages)
+
+    @property
+    def messages(self) -> list[Message]:
+        """All that was said; may be set, also from dicts."""
+        return self._messages
+
+    @messages.setter
+    def messages(self, messages: Sequence[Message | dict[str, Any]]) -> None:
+        self._messages = list(as_messages(messages)) if messages else []
 
     @classmethod
     def open(
@@ -244,27 +253,56 @@ class Turn:
         return replace(result, text=self.text, reasoning=self.reasoning)
 
 
+def _from_dict(given: dict[str, Any]) -> Message:
+    """Raises `InvalidRequestError`."""
+    fields_ = {k: v for k, v in given.items() if v is not None}
+    unknown = next((k for k in fields_ if k not in KNOWN and k not in ALSO), None)
+    if unknown is not None or "role" not in fields_ or ("content" not in fields_ and fields_["role"] != "assistant"):
+        raise InvalidRequestError(
+            "a message needs the keys role and content (and may have name)." + (f" {unknown!r} is none of them." if unknown is not None else ""), "messages"
+        )
+    fields_.setdefault("reasoning_content", fields_.get("reasoning") or fields_.get("thinking"))
+    content = fields_.get("content", fields_.get("refusal") or "")
+    return Message(**{k: v for k, v in fields_.items() if k in KNOWN} | {"content": _text(content)})
+
+
+def _text(content: Any) -> Any:
+    """Content in parts as a text. Raises `InvalidRequestError` for parts that are no text."""
+    if not isinstance(content, list | tuple):
+        return content
+    texts = []
+    for part in content:
+        text = part if isinstance(part, str) else part.get("text", part.get("refusal")) if isinstance(part, dict) else None
+        if not isinstance(text, str):
+            kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+            raise InvalidRequestError(f"messages: only text is supported, not parts of type {kind!r:.40}.", "messages")
+        texts.append(text)
+    return "".join(texts)
+
+
 def _as_json(message: Message) -> dict[str, Any]:
     found: dict[str, Any] = {k: v for k in KEPT if (v := getattr(message, k)) is not None}
     if message.tool_calls:
-        found["tool_calls"] = message.as_dict()["tool_calls"]
+        found["tool_calls"] = message.as_json()["tool_calls"]
     return found
 
 
+KNOWN = (*KEPT, "tool_calls")
+ALSO = ("refusal", "annotations", "audio", "function_call", "parsed", "reasoning", "thinking")  # that other libraries' messages have
+
+
 def as_messages(messages: Messages) -> tuple[Message, ...]:
+    """A text, a message or a list of them, as messages: ours, OpenAI's dicts (content may be a list of parts), or objects with ``model_dump``."""
     if isinstance(messages, str):
         return (Message("user", messages),)
-    if isinstance(messages, Message | dict):
-        messages = [messages]
+    if isinstance(messages, Message | dict) or hasattr(messages, "model_dump"):
+        messages = [messages]  # type: ignore[list-item]
     found = []
     for message in messages:
+        if hasattr(message, "model_dump"):
+            message = message.model_dump()
         if isinstance(message, dict):
-            try:
-                if message.get("content") is None and message.get("role") != "assistant":
-                    raise TypeError
-                message = Message(**message)
-            except TypeError:
-                raise InvalidRequestError("a message needs the keys role and content (and may have name).", "messages") from None
+            message = _from_dict(message)
         if not isinstance(message, Message) or not isinstance(message.content, str) or not isinstance(message.role, str):
             raise InvalidRequestError("messages must be texts with a role: {'role': 'user', 'content': '…'}.", "messages")
         found.append(message)

@@ -21,6 +21,8 @@ from llmkit.types import Completion, Message, ModelDescription, Tool, ToolCall
 __all__ = ["Toolbox", "converse"]
 
 ARGUMENT = re.compile(r"^\s*(?:\*\s+)?(?:``)?(\w+)(?:``)?(?:\s*\([^)]*\))?\s*:\s*(\S.*)$")
+SECTION = re.compile(r"^\s*(Args|Arguments|Parameters|Returns?|Raises|Yields|Examples?|Attributes|Notes?)\s*:?\s*$|^\s*:\w+", re.MULTILINE)
+ITEM = re.compile(r"\s*([-*+•]|\d+[.)])\s")
 
 
 class Toolbox:
@@ -113,10 +115,30 @@ def _as_text(result: Any) -> str:
 
 
 def _documented(text: str) -> tuple[str, dict[str, str]]:
-    """A docstring's first paragraph, and what it says of parameters in lines like ``name: words``."""
-    summary = " ".join(text.split("\n\n", 1)[0].split())
-    found = (ARGUMENT.match(line) for line in text.splitlines())
-    return summary, {match[1]: match[2].strip() for match in found if match}
+    """A docstring's first paragraph, and what it says of parameters: in Google's, numpy's or Sphinx' style, or in lines like ``name: words``."""
+    import docstring_parser
+
+    try:
+        parsed = docstring_parser.parse(text)
+    except docstring_parser.ParseError:
+        parsed = docstring_parser.Docstring()
+    summary = " ".join((parsed.short_description or "").split()) or " ".join(text.split("\n\n", 1)[0].split())
+    told = {name.strip(" *`"): _flowing(p.description) for p in parsed.params if p.description and p.args[0] != "attribute" for name in p.arg_name.split(",")}
+    if not told and not SECTION.search(text):
+        found = (ARGUMENT.match(line) for line in text.splitlines())
+        told = {match[1]: match[2].strip() for match in found if match}
+    return summary, told
+
+
+def _flowing(text: str) -> str:
+    """Lines of a paragraph as one; entries of a list keep theirs."""
+    found: list[str] = []
+    for line in text.splitlines():
+        if found and line.strip() and not ITEM.match(line) and found[-1].strip():
+            found[-1] += f" {line.strip()}"
+        else:
+            found.append(line.strip())
+    return "\n".join(found).strip()
 
 
 def converse(

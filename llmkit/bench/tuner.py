@@ -110,7 +110,7 @@ def tune(model: str | Path = "smollm2", *, prepare: bool = True) -> Tuning:
 
     The result is kept for this machine and model. Raises what `load` raises for a file that is none. ■ stops it; nothing is kept then.
     """
-    from llmkit.backend.llama import num_threads
+    from llmkit.backend.library import num_threads
 
     spec = resolve(model)
     info = gguf.read_header(spec.path)
@@ -143,7 +143,7 @@ def tuned(spec: ModelSpec) -> tuple[Path, dict[str, Any]] | None:
 
 
 def _result_file(spec: ModelSpec) -> Path:
-    from llmkit.backend.llama import num_threads
+    from llmkit.backend.library import num_threads
 
     return result_file(spec, num_threads())
 

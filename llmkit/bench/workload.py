@@ -138,7 +138,8 @@ async def _one(url: Any, api_key: str, body: dict[str, Any], reply: Reply, begin
         head = f"POST {url.path.rstrip('/')}/completions HTTP/1.1\r\nHost: {url.netloc}\r\nContent-Type: application/json\r\n"
         head += f"Authorization: Bearer {api_key}\r\nConnection: close\r\nContent-Length: {len(data)}\r\n\r\n"
         writer.write(head.encode() + data)
-        status = int((await reader.readline()).split(b" ", 2)[1])
+        words = (await reader.readline()).split(b" ", 2)
+        status = int(words[1]) if len(words) > 1 and words[1].isdigit() else 0  # nothing: it closed the connection
         events: list[tuple[float, bytes]] = []
         while line := await reader.readline():
             if line.startswith(b"data: "):

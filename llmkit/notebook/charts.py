@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 
-__all__ = ["BLUE", "GREEN", "ORANGE", "PURPLE", "bar", "card", "marks", "size_text", "sparkline", "table"]
+__all__ = ["BLUE", "GREEN", "NO_MATH", "ORANGE", "PURPLE", "bar", "card", "marks", "size_text", "sparkline", "table"]
 
+# Between two $ there may be prices: neither MathJax 2 nor 3 is to take them for formulas.
+NO_MATH = "tex2jax_ignore mathjax_ignore"
 # Readable on white and on Jupyter's dark grey alike (contrast of at least 3:1 for graphics); text takes the theme's colour.
 BLUE, ORANGE, GREEN, PURPLE = "#3b7dd8", "#c9720a", "#2e8b57", "#9063cd"
 FOREGROUND = "var(--jp-ui-font-color1, CanvasText)"

@@ -31,13 +31,14 @@ def completion_html(c: Completion) -> str:
     rate = "" if math.isnan(c.decode_tok_s) else f", {c.decode_tok_s:.0f} tokens/s"
     cached = f" ({c.usage.cached_tokens} cached)" if c.usage.cached_tokens else ""
     note = f"{c.usage.prompt_tokens} prompt tokens{cached} → {c.usage.completion_tokens} tokens{rate}; ended by {c.finish_reason.value}"
-    text = f'<div style="white-space:pre-wrap;margin-bottom:6px">{escape(c.text)}</div>'
+    text = f'<div class="{charts.NO_MATH}" style="white-space:pre-wrap;margin-bottom:6px">{escape(c.text)}</div>'
     return f'{text}<div style="color:{charts.MUTED};font-size:90%">{escape(note)}</div>'
 
 
 def conversation_html(messages: Sequence[Message]) -> str:
     """Chat bubbles: what was said on the right, answers on the left."""
-    return f'<div role="log" aria-label="conversation" style="max-width:760px">{"".join(map(_bubble, messages)) or "nothing said yet"}</div>'
+    bubbles = "".join(map(_bubble, messages)) or "nothing said yet"
+    return f'<div class="{charts.NO_MATH}" role="log" aria-label="conversation" style="max-width:760px">{bubbles}</div>'
 
 
 def _bubble(message: Message) -> str:
@@ -77,4 +78,4 @@ def tokens_html(completion: Completion) -> str:
         text = escape(entry.piece.decode("utf-8", "replace"))
         parts.append(f'<span title="{escape(note)}" style="background:{ground}">{text}</span>')
     legend = f'<div style="color:{charts.MUTED};font-size:90%">the darker the ground, the less probable the token</div>'
-    return f'<div style="white-space:pre-wrap;line-height:1.6;max-width:760px">{"".join(parts)}</div>{legend}'
+    return f'<div class="{charts.NO_MATH}" style="white-space:pre-wrap;line-height:1.6;max-width:760px">{"".join(parts)}</div>{legend}'

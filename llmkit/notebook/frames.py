@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import string
+from collections import deque
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from llmkit.errors import EngineGoneError, InvalidRequestError, LLMKitError, ModelUnloadedError, QueueFullError
@@ -26,53 +27,77 @@ def map_rows(
     text_of: Callable[[Completion], str],
     into: str,
     window: int,
-    kept: list[Stream],
+    made: list[Completion],
+    running: list[Stream],
 ) -> pd.DataFrame:
-    """The table with a column of answers and one of errors. ``submit`` takes a prompt; ``window`` of them are under way at a time; ``kept`` gets their
-    streams."""
+    """The table with a column of answers and one of errors.
+
+    ``submit`` takes a prompt; ``window`` of them are under way at a time. ``made`` gets the completions (without their tokens: a table may be long),
+    ``running`` the streams that still run when it is stopped.
+    """
     import pandas as pd
 
     table = frame.to_frame() if isinstance(frame, pd.Series) else pd.DataFrame(frame)
     if not table.columns.is_unique:
         raise InvalidRequestError("two columns of the table have the same name; rename one.", "frame")
-    prompts = list(_prompts(table, template))
-    answers: list[Answer] = []
-    progress = Progress(f"map: {len(prompts)} rows", len(prompts))
-    waiting: list[Stream | LLMKitError] = []
-
-    def finish(count: int) -> None:
-        while len(waiting) > count:
-            answers.append(_result(waiting.pop(0)))
-            errors = sum(isinstance(a, LLMKitError) for a in answers)
-            progress.update(len(answers), f"{errors} failed" if errors else "")
-
+    taken = next((name for name in (into, f"{into}_error") if name in table.columns), None)
+    if taken is not None:
+        raise InvalidRequestError(f"the table has a column {taken!r} already; say where the answers go with into='...'.", "into")
+    rows = _Rows(len(table), text_of, made)
+    waiting: deque[Stream | LLMKitError] = deque()
     try:
-        for prompt in prompts:
-            finish(window - 1)
-            begun = _begin(prompt, submit, kept)
+        for prompt in _prompts(table, template):
+            while len(waiting) >= window:
+                rows.add(waiting.popleft())
+            begun = _begin(prompt, submit)
             while isinstance(begun, QueueFullError) and waiting:
-                finish(len(waiting) - 1)
-                begun = _begin(prompt, submit, kept)
+                rows.add(waiting.popleft())
+                begun = _begin(prompt, submit)
             waiting.append(begun)
-        finish(0)
+        while waiting:
+            rows.add(waiting[0])
+            waiting.popleft()
     except BaseException:
-        for stream in kept:
+        running += [s for s in waiting if isinstance(s, Stream)]
+        for stream in running:
             stream.close()
         raise
     finally:
-        progress.close()
+        rows.progress.close()
     found = table.copy()
-    found[into] = [text_of(a) if isinstance(a, Completion) else None for a in answers]
-    found[f"{into}_error"] = [None if isinstance(a, Completion) else str(a) for a in answers]
+    found[into], found[f"{into}_error"] = rows.answers, rows.errors
     return found
 
 
-def _begin(prompt: Any, submit: Callable[[Any], Stream], kept: list[Stream]) -> Stream | LLMKitError:
+class _Rows:
+    """What came of the rows so far."""
+
+    def __init__(self, count: int, text_of: Callable[[Completion], str], made: list[Completion]) -> None:
+        self.answers: list[str | None] = []
+        self.errors: list[str | None] = []
+        self.progress = Progress(f"map: {count} rows", count)
+        self._text_of, self._made = text_of, made
+        self._num_failed = 0
+
+    def add(self, stream: Stream | LLMKitError) -> None:
+        """Wait for a row."""
+        result = _result(stream)
+        if isinstance(result, Completion):
+            self._made.append(replace(result, tokens=(), logprobs=(), prompt_logprobs=()))
+            self.answers.append(self._text_of(result))
+            self.errors.append(None)
+        else:
+            self._num_failed += 1
+            self.answers.append(None)
+            self.errors.append(str(result))
+        self.progress.update(len(self.answers), f"{self._num_failed} failed" if self._num_failed else "")
+
+
+def _begin(prompt: Any, submit: Callable[[Any], Stream]) -> Stream | LLMKitError:
     if isinstance(prompt, LLMKitError):
         return prompt
     try:
-        kept.append(submit(prompt))
-        return kept[-1]
+        return submit(prompt)
     except (ModelUnloadedError, EngineGoneError):
         raise
     except LLMKitError as error:
@@ -99,30 +124,68 @@ def _prompts(table: pd.DataFrame, template: str | Callable[[Any], Any]) -> Itera
             except Exception as error:
                 yield InvalidRequestError(f"the template failed: {type(error).__name__}: {error}", "template")
         return
-    names = _names(template)
-    missing = [name for name in names if name not in table.columns]
-    if missing:
-        raise InvalidRequestError(f"template: there is no column {missing[0]!r}; there are {', '.join(map(str, table.columns))}.", "template")
+    parts = _parsed(template, table)
+    names = list(dict.fromkeys(part[1] for part in parts if part[1] is not None))
     for values in table[names].itertuples(index=False, name=None) if names else (() for _ in range(len(table))):
-        empty = next((n for n, v in zip(names, values, strict=True) if _is_missing(v)), None)
+        cells = dict(zip(names, values, strict=True))
+        empty = next((n for n, v in cells.items() if _is_missing(v)), None)
         if empty is not None:
             yield InvalidRequestError(f"the column {empty!r} is empty in this row.", "template")
             continue
         try:
-            yield template.format(**dict(zip(names, values, strict=True)))
+            yield "".join(text + ("" if name is None else _shown(cells[name], conversion, spec)) for text, name, conversion, spec in parts)
         except (ValueError, TypeError, AttributeError, LookupError) as error:
             yield InvalidRequestError(f"template: {error}", "template")
 
 
-def _names(template: str) -> list[str]:
-    try:
-        fields = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
-    except ValueError as error:
-        raise InvalidRequestError(f"template: {error}; write {{{{ for a brace that is text.", "template") from None
-    if any(not name.isidentifier() for name in fields):
-        bad = next(name for name in fields if not name.isidentifier())
-        raise InvalidRequestError(f"template: {{{bad}}} is no column's name; for anything else give a function of the row.", "template")
-    return list(dict.fromkeys(fields))
+Part = tuple[str, Any, str, str]  # text, then a column (None: nothing), how it is converted, and its format
+
+
+def _parsed(template: str, table: pd.DataFrame) -> list[Part]:
+    """A template in its parts. Any column may stand in braces, whatever it is called, with a format behind it as in Python (``{price:.2f}``)."""
+    columns: dict[str, Any] = {str(name): name for name in reversed(list(table.columns))}
+    parts: list[Part] = []
+    text = ""
+    at = 0
+    while at < len(template):
+        c = template[at]
+        if template[at : at + 2] in ("{{", "}}"):
+            text, at = text + c, at + 2
+        elif c == "{":
+            end = template.find("}", at)
+            if end < 0:
+                raise InvalidRequestError("template: a } is missing; write {{ for a brace that is text.", "template")
+            parts.append((text, *_place(template[at + 1 : end], columns)))
+            text, at = "", end + 1
+        elif c == "}":
+            raise InvalidRequestError("template: a { is missing; write }} for a brace that is text.", "template")
+        else:
+            next_ = min((i for i in (template.find("{", at), template.find("}", at)) if i >= 0), default=len(template))
+            text, at = text + template[at:next_], next_
+    return [*parts, (text, None, "", "")]
+
+
+def _place(inner: str, columns: dict[str, Any]) -> tuple[Any, str, str]:
+    """A column, conversion and format, of what stands in braces."""
+    if inner in columns:
+        return columns[inner], "", ""
+    head, _, spec = inner.rpartition(":")
+    if head in columns:
+        return columns[head], "", spec
+    name, _, spec = inner.partition(":")
+    name, _, conversion = name.partition("!")
+    if name not in columns:
+        raise InvalidRequestError(
+            f"template: there is no column {name!r}; there are {', '.join(columns)}. For anything else give a function of the row.", "template"
+        )
+    if conversion not in ("", "r", "s", "a"):
+        raise InvalidRequestError(f"template: {{{inner}}}: after ! comes r, s or a.", "template")
+    return columns[name], conversion, spec
+
+
+def _shown(value: Any, conversion: str, spec: str) -> str:
+    conversions: dict[str, Callable[[Any], str]] = {"r": repr, "a": ascii, "s": str}
+    return format(conversions[conversion](value) if conversion else value, spec)
 
 
 def _is_missing(value: Any) -> bool:

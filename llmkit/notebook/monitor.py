@@ -87,8 +87,8 @@ class Monitor:
         self._before, self._before_at = stats, now
         self._rates.append(rate)
         self._kv.append(stats.kv_usage)
-        if getattr(self._client, "gone", None):
-            raise EngineGoneError(str(self._client.gone))  # type: ignore[attr-defined]
+        if self._client.gone is not None:
+            raise EngineGoneError(self._client.gone)
         return Sample(stats, rate, max(1, int(self._process.memory_info().rss)), self._total_ram, self._device_memory(), self._requests(stats))
 
     def _requests(self, stats: EngineStats) -> tuple[dict[str, Any], ...]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import threading
 import time
+from functools import cache
 from html import escape
+from importlib.util import find_spec
 from typing import Any
 
 from llmkit.notebook import charts
@@ -29,6 +31,7 @@ class ChatPanel:
         self._widgets: dict[str, Any] | None = None
         self._said = ""  # last
         self._error = ""
+        self._made: dict[tuple[str, str], str] = {}
 
     # -- what the buttons do; any thread
 
@@ -115,8 +118,10 @@ class ChatPanel:
 
     def html(self) -> str:
         """The conversation so far."""
-        parts = [_said(m.role, m.content) for m in self.session.messages if m.role in ("user", "assistant")]
-        return "".join(parts) or ("" if self.busy else f'<span style="color:{charts.MUTED}">Say something below.</span>')
+        said = [(m.role, m.content) for m in self.session.messages if m.role in ("user", "assistant")]
+        # What was said does not change: it is made once, and what is not there any more is forgotten.
+        self._made = {entry: self._made.get(entry) or _said(*entry) for entry in said}
+        return "".join(self._made[entry] for entry in said) or ("" if self.busy else f'<span style="color:{charts.MUTED}">Say something below.</span>')
 
     def _coming(self, text: str | None) -> str:
         """The answer that is coming, and what went wrong."""
@@ -131,9 +136,11 @@ class ChatPanel:
         if widgets is None:
             return
         busy = self._turn is not None
-        said, coming = self.html(), self._coming(text)
-        if widgets["log"].value != said:
-            widgets["log"].value = said
+        coming = self._coming(text)
+        if text is None:  # the conversation itself changes only between answers
+            said = self.html()
+            if widgets["log"].value != said:
+                widgets["log"].value = said
         widgets["coming"].value = coming
         widgets["stop"].disabled = not busy
         widgets["send"].disabled = widgets["edit"].disabled = busy
@@ -192,17 +199,22 @@ def _said(role: str, text: str) -> str:
     body = f'<div style="white-space:pre-wrap">{escape(text)}</div>' if mine else as_html(text)
     who = "You" if mine else "Model"
     return (
-        f'<div style="{side};margin-top:6px;padding:4px 10px;border:1px solid {charts.LINE};border-radius:8px;background:{back}">'
+        f'<div class="{charts.NO_MATH}" style="{side};margin-top:6px;padding:4px 10px;border:1px solid {charts.LINE};border-radius:8px;background:{back}">'
         f'<div style="color:{charts.MUTED};font-size:85%">{who}</div>{body}</div>'
     )
 
 
 def as_html(text: str) -> str:
     """Markdown as HTML. HTML in it is text, pictures are not fetched, and links lead only to the web and to mail."""
-    try:
-        import mistune
-    except ImportError:
+    if find_spec("mistune") is None:
         return f'<div style="white-space:pre-wrap">{escape(text)}</div>'
+
+    return str(_markdown()(text))
+
+
+@cache
+def _markdown() -> Any:
+    import mistune
 
     class Renderer(mistune.HTMLRenderer):
         def image(self, text: str, url: str, title: str | None = None) -> str:
@@ -213,4 +225,4 @@ def as_html(text: str) -> str:
                 return f"{text} ({escape(url)})"
             return f'<a href="{escape(url, quote=True)}" target="_blank" rel="noopener noreferrer">{text}</a>'
 
-    return str(mistune.create_markdown(escape=True, renderer=Renderer(escape=True), plugins=["table", "strikethrough"])(text))
+    return mistune.create_markdown(escape=True, renderer=Renderer(escape=True), plugins=["table", "strikethrough"])

@@ -6,14 +6,16 @@ import json
 import logging
 import os
 import secrets
-import select
+import shlex
 import subprocess
 import sys
 import tempfile
+import threading
 import urllib.error
 import urllib.request
 from dataclasses import dataclass, field
 from html import escape
+from typing import IO
 from urllib.parse import urlsplit
 
 from llmkit.errors import EngineError
@@ -27,6 +29,7 @@ NO_EXTENSION = (
     "environment that Jupyter runs in (pip enables the extension; `jupyter server extension list` tells) and restart the server."
 )
 START_TIMEOUT_S = 30
+DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a token is for this server, and for no proxy on the way
 
 
 @dataclass
@@ -63,15 +66,16 @@ class Endpoint:
     def curl(self) -> str:
         """A shell command; needs the key in $OPENAI_API_KEY."""
         body = json.dumps({"model": self.model, "messages": [{"role": "user", "content": "Hello!"}], "max_tokens": 32})
-        return f'curl {self.url}/chat/completions -H "Authorization: Bearer $OPENAI_API_KEY" -H "Content-Type: application/json" -d \'{body}\''
+        address = shlex.quote(f"{self.url}/chat/completions")
+        return f'curl {address} -H "Authorization: Bearer $OPENAI_API_KEY" -H "Content-Type: application/json" -d {shlex.quote(body)}'
 
     @property
     def python(self) -> str:
         """A Python snippet; takes the key from $OPENAI_API_KEY."""
         return (
             "from openai import OpenAI\n"
-            f'client = OpenAI(base_url="{self.url}")  # the key comes from $OPENAI_API_KEY\n'
-            f'reply = client.chat.completions.create(model="{self.model}", messages=[{{"role": "user", "content": "Hello!"}}], max_tokens=32)\n'
+            f"client = OpenAI(base_url={self.url!r})  # the key comes from $OPENAI_API_KEY\n"
+            f'reply = client.chat.completions.create(model={self.model!r}, messages=[{{"role": "user", "content": "Hello!"}}], max_tokens=32)\n'
             "print(reply.choices[0].message.content)"
         )
 
@@ -115,7 +119,7 @@ def _in_jupyter(model: ModelDescription) -> Endpoint | None:
     token = str(server.get("token") or os.environ.get("JUPYTERHUB_API_TOKEN", ""))
     request = urllib.request.Request(f"{url}/v1/models", headers={"Authorization": f"Bearer {token}"})
     try:
-        with urllib.request.urlopen(request, timeout=5) as reply:
+        with DIRECT.open(request, timeout=5) as reply:
             json.load(reply)
     except urllib.error.HTTPError as error:
         if error.code == 404:
@@ -133,6 +137,15 @@ def _public_url(url: str) -> str:
     return f"{public.rstrip('/')}/llmkit" if public and "JUPYTERHUB_SERVICE_PREFIX" in os.environ else url
 
 
+def _first_line(output: IO[str]) -> str:
+    """What a process says first; nothing if it says nothing for long. (`select` knows no pipes on Windows.)"""
+    said: list[str] = []
+    reader = threading.Thread(target=lambda: said.append(output.readline()), daemon=True)
+    reader.start()
+    reader.join(START_TIMEOUT_S)
+    return said[0] if said else ""
+
+
 def _start(model: ModelDescription, port: int, pid: int) -> Endpoint:
     """A gateway in a process of its own (HTTP in the kernel would fight the engine for the GIL); it ends with this one."""
     key = secrets.token_urlsafe(24)
@@ -142,8 +155,7 @@ def _start(model: ModelDescription, port: int, pid: int) -> Endpoint:
     with tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors, text=True, start_new_session=True)
         assert process.stdout is not None
-        ready, _, _ = select.select([process.stdout], [], [], START_TIMEOUT_S)
-        line = process.stdout.readline() if ready else ""
+        line = _first_line(process.stdout)
         if " at " not in line:
             process.kill()
             process.wait()
