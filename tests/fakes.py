@@ -187,6 +187,13 @@ class FakeClient:
             name, f"{name}.gguf", n_ctx=self.runner.n_ctx, n_slots=self.runner.n_slots, n_vocab=256, weights_bytes=1000, created=int(time.time())
         )
 
+    @property
+    def gone(self) -> str | None:
+        return self.engine.failure
+
+    def submit_choices(self, request: GenerationRequest) -> list[Stream]:
+        return [self.submit(choice) for choice in request.choices()]
+
     def submit(self, request: GenerationRequest) -> Stream:
         if request.messages is not None:
             prompt = list("".join(f"[{m.role}]{m.content}" for m in request.messages).encode())
@@ -200,7 +207,7 @@ class FakeClient:
         channel = Channel(request.request_id, self.abort)
         detokenizer = Detokenizer(piece, request.sampling.stop)
         wanted = request.sampling.max_tokens
-        who = {"priority": request.priority, "caller": request.caller, "cache_salt": request.cache_salt}
+        who = {"priority": request.priority, "caller": request.caller, "cache_salt": request.salt}
         self.engine.submit(Request(prompt, request.sampling, room if wanted is None else min(wanted, room), detokenizer, channel, **who))  # type: ignore[arg-type]
         return Stream(channel)
 

@@ -274,8 +274,9 @@ def test_a_silent_process_is_waited_for_not_given_up() -> None:
     remote.close()
 
 
-def test_a_client_that_slept_begins_again(slow: FakeClient, server: BridgeServer) -> None:
-    """The other way round: the client is stopped, its request is aborted; awake again, it is told so once, and goes on."""
+def test_a_client_that_was_stopped_for_long_begins_again(slow: FakeClient, server: BridgeServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other way round: the client is stopped, after a while its request is aborted; awake again, it is told so once, and goes on."""
+    monkeypatch.setattr("llmkit.bridge.server.STOPPED_S", 0.5)  # a minute, really
     code = (
         "c = BridgeClient(find_connections()[0]); s = c.submit(ask('a', max_tokens=40_000)); it = iter(s); next(it); print('on', flush=True)\n"
         "try: list(it)\n"

@@ -151,9 +151,9 @@ def shell() -> Iterator[InteractiveShell]:
 def test_magics(llm: llmkit.LLM, shell: InteractiveShell, capsys: pytest.CaptureFixture[str]) -> None:
     assert shell.run_line_magic("llm", "load smollm2 --n-ctx 512 --n-slots 4 --as mine") is llm and shell.user_ns["mine"] is llm
     shell.user_ns["topic"], shell.user_ns["row"] = "cats", {"a": ["dogs"]}
-    shell.run_cell_magic("llm", '-n 8 -t 0 -s "Be brief." -o answer', 'About {topic} and {row[a][0]}: {"json": 1} {{x}}')
+    shell.run_cell_magic("llm", '-n 8 -t 0 -s "Be brief." -o answer', 'About {topic} and {row[a][0]}: {"json": 1} {{x}} {missing} {topic:.2f} }}')
     said = capsys.readouterr().out
-    expected = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": 'About cats and dogs: {"json": 1} {x}'}]
+    expected = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": 'About cats and dogs: {"json": 1} {{x}} {missing} {topic:.2f} }}'}]
     assert shell.user_ns["answer"].text.strip() == said.strip() == llm.chat(expected, max_tokens=8, temperature=0).text.strip()
     for line, word in (("list", "* LLM("), ("status", "requests"), ("--help", "COMMAND"), ("load --help", "--n-ctx")):
         shell.run_line_magic("llm", line)
@@ -170,7 +170,6 @@ def test_magics(llm: llmkit.LLM, shell: InteractiveShell, capsys: pytest.Capture
         ("load 'x", None, "quotation"),
         ("-n many", "x", "invalid int"),
         ("", "   ", "empty"),
-        ("", "{missing}", "missing"),
         ("-n 0 -t -1", "x", "temperature"),
     ],
 )

@@ -89,8 +89,7 @@ def test_a_busy_owner_is_not_taken_for_gone() -> None:
 import ctypes, llmkit
 llm = llmkit.load("smollm2", n_ctx=512, n_slots=1, isolated=True)
 stream = llm.stream("Once upon a time", max_tokens=60, ignore_eos=True)
-ctypes.PyDLL(None).usleep(900_000)
-for _ in range(3): ctypes.PyDLL(None).usleep(990_000)
+ctypes.PyDLL(None).usleep(4_000_000)  # in one go: between two calls the bridge would get the interpreter
 print(stream.result(60).usage.completion_tokens)
 llm.unload()
 """

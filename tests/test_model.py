@@ -176,10 +176,11 @@ def test_bad_input_never_reaches_c(engine: LocalEngine) -> None:
 
 def test_a_long_run_of_one_character_is_tokenized_on_a_deep_stack(model: LlamaModel) -> None:
     """Pre-tokenizers that use std::regex recurse for every character of a match."""
-    assert longest_run("ab 123 " * 1000 + "x" * 5000) == 5000
+    assert longest_run("ab 123\n" * 1000 + "x" * 5000) == 5001 and longest_run(" \n" * 9000) == 18_000 and longest_run("x" * 100) == 0
     assert len(model.vocab.tokenize("a" * 20_000)) > 100
+    assert model.vocab.tokenize(" " * 600_000), "a run of blanks is cut"
     with pytest.raises(InvalidRequestError, match="without a break"):
-        model.vocab.tokenize(" " * 600_000)
+        model.vocab.tokenize("a" * 600_000)
 
 
 def test_stop_in_a_long_prefill_is_quick(model: LlamaModel) -> None:

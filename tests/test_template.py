@@ -39,7 +39,7 @@ def test_a_refusal_is_an_error_that_quotes_it() -> None:
         "{% macro m(n) %}{% if n > 0 %}{{ m(n - 1) }}{{ m(n - 1) }}{% endif %}{% endmacro %}{{ m(60) }}",
         "{{ ('a' * 200000000) | length }}",
         "{{ 10 ** 99999999 }}",
-        "{% set __budget__ = namespace() %}",
+        "{% set __turn__ = namespace() %}",
         "{% set ns = namespace(s='aaaaaaaa') %}{% for i in range(60) %}{% set ns.s = ns.s ~ ns.s %}{% endfor %}",
         "{% set ns = namespace(s='aaaaaaaa') %}{% for i in range(60) %}{% set ns.s = ns.s + ns.s %}{% endfor %}",
         "{{ '%999999999d' % 1 }}",

@@ -180,13 +180,15 @@ def test_a_template_without_tools_is_told_of_them() -> None:
     text = ChatTemplate(CHATML).render(conversation, tools=[ADD])
     assert "Be kind." in text and '"name": "add"' in text and '<tool_call>\n{"name": "add", "arguments": {"a": 1, "b": 2}}\n</tool_call>' in text
     assert "<tool_response>\n3\n</tool_response>" in text and text.endswith("<|im_start|>assistant\n")
-    of_calls = "{% for m in messages %}{{ m.tool_calls[0].function.arguments.a if m.tool_calls }}{% endfor %}"
-    own = ChatTemplate("{% for t in tools %}[{{ t.function.name }}]{% endfor %}" + of_calls + "<tool_call>")
-    assert own.render(conversation, tools=[ADD]) == "[add]1<tool_call>"
-    assert (
-        ChatTemplate("{{ messages | length }}{{ enable_thinking }}").render([Message("user", "x")], options={"enable_thinking": False, "messages": []})
-        == "1False"
+    of_calls = (
+        "{% for m in messages %}<{{ m.content }}>{% for c in m.tool_calls %}{{ c.function.name }}{% for k, v in c.function.arguments.items() %}{{ k }}={{ v }};"
+        "{% endfor %}{% endfor %}{% endfor %}"
     )
+    own = ChatTemplate("{% for t in tools %}[{{ t | tojson }}]{% endfor %}" + of_calls + "<tool_call>")
+    assert own.render(conversation, tools=[ADD]) == f"[{json.dumps(ADD.function())}]<Be kind.><1+2?><>adda=1;b=2;<3><tool_call>"
+    assert ChatTemplate("{{ messages | length }}{{ enable_thinking }}").render([Message("user", "x")], options={"enable_thinking": False}) == "1False"
+    with pytest.raises(InvalidRequestError, match="messages is set by the server"):
+        ChatTemplate("{{ messages | length }}").render([Message("user", "x")], options={"messages": []})
 
 
 @pytest.mark.parametrize(
@@ -216,10 +218,14 @@ def test_roles_alternate_where_a_template_knows_no_tools() -> None:
     assert text.count("|") == 3 and '"name": "add"' in text.split("|")[0] and "3\n</tool_response>\n\n<tool_response>\n4" in text and "So?" in text
 
 
-@pytest.mark.parametrize("arguments", ["[1]", "{", "nope", 5])
-def test_calls_that_come_back_are_checked(arguments: Any) -> None:
-    with pytest.raises(InvalidRequestError, match="no JSON object"):
-        Message("assistant", tool_calls=({"id": "c", "function": {"name": "add", "arguments": arguments}},))  # type: ignore[arg-type]
+@pytest.mark.parametrize("arguments", ["[1]", "{", "nope", "null", '{"a":' * 200 + "1" + "}" * 200])
+def test_calls_that_come_back_are_not_judged(arguments: str) -> None:
+    """What a model wrote once, and was cut off in, must not spoil all that follows."""
+    call = {"id": "c", "function": {"name": "add", "arguments": arguments}}
+    (message,) = [Message("assistant", tool_calls=(call,))]  # type: ignore[arg-type]
+    assert message.tool_calls[0].arguments == arguments and message.as_dict()["tool_calls"][0]["function"]["arguments"] == {"arguments": arguments}
+    text = ChatTemplate(CHATML).render([Message("user", "1+2?"), message, Message("tool", "what?", tool_call_id="c")])
+    assert json.dumps({"arguments": arguments})[1:-1] in text or arguments in text
 
 
 # -- over HTTP
@@ -250,7 +256,7 @@ async def api(fake: FakeClient) -> AsyncIterator[Api]:
         ({"reasoning_effort": "high"}, "reasoning_effort"),
         ({"tools": [{"type": "function", "function": {"name": "f", "parameters": {"$defs": 5}}}]}, "tools"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}, "messages"),
-        ({"messages": [{"role": "assistant", "tool_calls": [{"id": "c", "function": {"name": "add", "arguments": "["}}]}]}, "messages"),
+        ({"messages": [{"role": "assistant", "tool_calls": [{"id": "c", "function": {"name": "add", "arguments": []}}]}]}, "messages"),
     ],
 )
 async def test_bad_tools_are_a_400(api: Api, change: dict[str, Any], param: str) -> None:
@@ -318,7 +324,7 @@ async def test_schemas_beyond_the_grammar_are_left_to_the_parser(client: openai.
     odd: Any = [Tool("odd", "", {"type": "object", "properties": {"a": {"type": "array", "uniqueItems": True, "items": {"not": {"type": "null"}}}}}).function()]
     free = await client.chat.completions.create(model="smollm2", messages=QUESTION, tools=odd, max_tokens=5, temperature=0)
     assert free.choices[0].finish_reason
-    with pytest.raises(openai.BadRequestError, match="grammar") as caught:
+    with pytest.raises(openai.BadRequestError, match="not at #/properties/a/items") as caught:
         await client.chat.completions.create(model="smollm2", messages=QUESTION, tools=odd, max_tokens=5, tool_choice="required")
     assert caught.value.param == "tools"
 

@@ -8,7 +8,7 @@ import pytest
 import tiny_models
 
 import llmkit
-from llmkit.backend.llama import num_threads
+from llmkit.backend.library import num_threads
 from llmkit.bench import tuner
 from llmkit.cli import main
 from llmkit.errors import InvalidRequestError

@@ -1,0 +1,143 @@
+"""A small request must not make others pay: what it costs to read grows with its size, and what it builds is bounded."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from fakes import FakeClient, FakeRunner, ask, wait_for
+
+from llmkit.backend.gbnf import to_lark
+from llmkit.chat.bounds import Budget
+from llmkit.chat.template import ChatTemplate
+from llmkit.errors import InvalidRequestError
+from llmkit.gateway.failures import ApiError
+from llmkit.gateway.reading import check_counts
+from llmkit.gateway.stored import Store
+from llmkit.schema import normalized
+from llmkit.types import FinishReason, Message
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "integer", "multipleOf": 50_000_017},
+        {"allOf": [{"multipleOf": 9973}, {"multipleOf": 9967}], "type": "integer"},
+        {"type": "object", "properties": {f"p{i}": {"type": "integer", "multipleOf": 2001 + i} for i in range(50)}},
+    ],
+)
+def test_numbers_that_need_a_state_for_each_remainder_are_refused(schema: dict[str, Any]) -> None:
+    with pytest.raises(InvalidRequestError, match="multipleOf at #"):
+        normalized(schema)
+
+
+def test_multiples_that_people_ask_for_are_kept() -> None:
+    for value in (0.01, 0.25, 5, 60, 86_400, 10**9):
+        assert normalized({"type": "number", "multipleOf": value})["multipleOf"] == value
+
+
+def _zigzag(n: int) -> dict[str, Any]:
+    names = [name for pair in zip(range(n // 2), range(n - 1, n // 2 - 1, -1), strict=False) for name in pair]
+    chain = {str(a): {"type": "object", "properties": {"x": {"$ref": f"#/$defs/{b}"}}, "required": ["x"]} for a, b in itertools.pairwise(names)}
+    return {"$ref": "#/$defs/0", "$defs": {**dict(sorted(chain.items())), str(names[-1]): {"type": "null"}}}
+
+
+def test_reading_a_schema_or_a_grammar_is_linear() -> None:
+    """Counted, not timed: lines of Python that run for twice as much are about twice as many."""
+
+    def count(deed: Callable[[], object]) -> int:
+        calls = 0
+
+        def trace(*_: object) -> None:
+            nonlocal calls
+            calls += 1
+
+        sys.setprofile(trace)
+        try:
+            deed()
+        finally:
+            sys.setprofile(None)
+        return calls
+
+    def hub(n: int) -> str:
+        rules = [f'r{i} ::= "a" r{i - 1}' if i else 'r0 ::= "b"' for i in range(n)]
+        return "\n".join(["root ::= hub", "hub ::= " + " ".join(f"r{i}" for i in range(n)), *rules])
+
+    for small, large in (
+        (lambda: normalized(_zigzag(200)), lambda: normalized(_zigzag(400))),
+        (lambda: to_lark(hub(200)), lambda: to_lark(hub(400))),
+        (lambda: check_counts(b"[" * 50_001 + b'\\"' * 2000), lambda: check_counts(b"[" * 50_001 + b'\\"' * 4000)),
+    ):
+        sizes = []
+        for deed in (small, large):
+            with contextlib.suppress(InvalidRequestError):
+                sizes.append(count(deed))
+        assert len(sizes) < 2 or sizes[1] < 3 * sizes[0]
+
+
+def test_long_names_are_not_repeated_for_each_case() -> None:
+    import tracemalloc
+
+    schema = {"type": "object", "properties": {"k" * 200_000: {"anyOf": [{"const": i} for i in range(2000)]}}}
+    tracemalloc.start()
+    normalized(schema)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 20e6
+
+
+def test_references_to_stored_items_are_bounded_as_if_they_were_sent() -> None:
+    store = Store()
+    kept = store.begin("ann", "resp_1", [{"id": "msg_1", "type": "message", "content": "x" * 900_000}], None)
+    assert store.add(kept, {"status": "completed", "output": []})
+    find = store.finder("ann")
+    with pytest.raises(ApiError, match="refers to too much"):
+        for _ in range(20):
+            find("msg_1")
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ 5 | round(-4000000) }}",
+        "{{ ('ab' * 1000000).strip('ab' * 1000000) }}",
+        "{{ ('ab' * 1000000) | trim('ab' * 1000000) }}",
+        "{{ (['x' * 1000000] * 100000) | sort | length }}",
+        "{{ messages | tojson(separators=('a' * 1000000, 'b')) }}",
+        "{% for a in range(100000) if false %}{% endfor %}{% for a in range(100000) %}{% for b in range(100000) if false %}{% endfor %}{% endfor %}",
+    ],
+)
+def test_one_call_of_a_template_is_charged_for_all_that_it_does(source: str) -> None:
+    with pytest.raises(InvalidRequestError):
+        ChatTemplate(source).render([Message("user", "x")])
+
+
+def test_the_bill_of_trials_is_not_charged_for_what_else_a_thread_does() -> None:
+    budget = Budget(100_000)
+    budget._seconds = 0.2
+    with budget.running():
+        pass
+    end = time.thread_time() + 0.3
+    while time.thread_time() < end:
+        pass
+    with budget.running():
+        budget.step(50_000)
+
+
+def test_who_was_preempted_for_a_caller_does_not_take_the_slot_back() -> None:
+    engine = FakeClient(runner=FakeRunner(n_slots=2, step_s=0.002))
+    try:
+        engine.submit(ask("warm", max_tokens=400, caller="bob")).result(20)
+        first = [engine.submit(ask(f"a{i}", max_tokens=200, caller="ann")) for i in range(2)]
+        wait_for(lambda: engine.stats().num_running == 2)
+        late = engine.submit(ask("b", max_tokens=20, caller="bob"))
+        for stream in (*first, late):
+            assert stream.result(20).finish_reason is FinishReason.LENGTH
+        assert engine.stats().preemptions_total <= 4
+    finally:
+        engine.close()
