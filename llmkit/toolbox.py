@@ -122,7 +122,9 @@ def _documented(text: str) -> tuple[str, dict[str, str]]:
         parsed = docstring_parser.parse(text)
     except docstring_parser.ParseError:
         parsed = docstring_parser.Docstring()
-    summary = " ".join((parsed.short_description or "").split()) or " ".join(text.split("\n\n", 1)[0].split())
+    first, short = text.split("\n\n", 1)[0], parsed.short_description or ""
+    # A sentence over several lines is one; a section right below it is not part of it.
+    summary = " ".join((short if short and (SECTION.search(first) or re.search(r"^\s*[:@]\w", first, re.MULTILINE)) else first).split())
     told = {name.strip(" *`"): _flowing(p.description) for p in parsed.params if p.description and p.args[0] != "attribute" for name in p.arg_name.split(",")}
     if not told and not SECTION.search(text):
         found = (ARGUMENT.match(line) for line in text.splitlines())
