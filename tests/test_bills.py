@@ -9,12 +9,13 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import jinja2
 import pytest
 from fakes import FakeClient, FakeRunner, ask, wait_for
 
 from llmkit.backend.gbnf import to_lark
 from llmkit.chat.bounds import Budget
-from llmkit.chat.template import ChatTemplate
+from llmkit.chat.template import CHATML, ChatTemplate
 from llmkit.errors import InvalidRequestError
 from llmkit.gateway.failures import ApiError
 from llmkit.gateway.reading import check_counts
@@ -117,15 +118,22 @@ def test_one_call_of_a_template_is_charged_for_all_that_it_does(source: str) -> 
         ChatTemplate(source).render([Message("user", "x")])
 
 
-def test_the_bill_of_trials_is_not_charged_for_what_else_a_thread_does() -> None:
-    budget = Budget(100_000)
-    budget._seconds = 0.2
-    with budget.running():
-        pass
-    end = time.thread_time() + 0.3
+def _compute(seconds: float) -> None:
+    end = time.thread_time() + seconds
     while time.thread_time() < end:
         pass
+
+
+def test_the_bill_of_trials_is_charged_for_trials_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llmkit.chat.bounds.MAX_SECONDS", 0.2)
+    long = "{% for i in range(6000) %}{% endfor %}" + CHATML  # longer than one look at the clock
+    template = ChatTemplate(long)
+    _compute(0.3)  # a cell, between the load and the first chat
+    assert template.manners == ChatTemplate(long).manners and template.manners.system and template.manners.repeats
+    budget = Budget(100_000)
     with budget.running():
+        _compute(0.3)
+    with budget.running(), pytest.raises(jinja2.TemplateError, match="too long"):
         budget.step(50_000)
 
 

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag
 
+from llmkit.gateway.chat import RefusalPart
 from llmkit.gateway.schemas import Strict
 
 __all__ = ["InputItem", "ItemReference"]
@@ -16,15 +17,6 @@ class TextPart(Strict):
     text: str
     annotations: list[Any] | None = None
     logprobs: list[Any] | None = None
-
-
-class RefusalPart(Strict):
-    type: Literal["refusal"]
-    refusal: str
-
-    @property
-    def text(self) -> str:
-        return self.refusal
 
 
 class ReasoningPart(Strict):
