@@ -19,6 +19,7 @@ from llmkit.chat.template import CHATML, ChatTemplate
 from llmkit.errors import InvalidRequestError
 from llmkit.gateway.failures import ApiError
 from llmkit.gateway.reading import check_counts
+from llmkit.gateway.schemas import parse_json
 from llmkit.gateway.stored import Store
 from llmkit.schema import normalized
 from llmkit.types import FinishReason, Message
@@ -149,3 +150,10 @@ def test_who_was_preempted_for_a_caller_does_not_take_the_slot_back() -> None:
         assert engine.stats().preemptions_total <= 4
     finally:
         engine.close()
+
+
+def test_numbers_are_read_up_to_the_largest_double() -> None:
+    whole = int(1.7976931348623157e308)
+    assert parse_json(b'{"maximum": %d}' % whole)["maximum"] == whole
+    with pytest.raises(InvalidRequestError, match="too large a number"):
+        parse_json(b'{"maximum": ' + b"9" * 4000 + b"}")

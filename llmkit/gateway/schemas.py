@@ -31,7 +31,7 @@ __all__ = [
 LEGACY_MAX_TOKENS = 16
 MAX_CHOICES = 128
 MAX_KEYS = 5000
-MAX_DIGITS = 100
+MAX_DIGITS = 400  # the largest double has 309
 MAX_PROMPTS = 512
 MAX_SCORED = 4_000_000
 # Where a field has several spellings: ours, and what callers may have written.
