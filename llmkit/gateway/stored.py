@@ -77,30 +77,22 @@ class Store:
             raise ApiError(400, f"There is no response {response_id!r:.100} to continue.", param=param, code="previous_response_not_found")
         raise ApiError(404, f"There is no response {response_id!r:.100}: it was not stored, was deleted, or the server was restarted.", code="not_found")
 
-    def item(self, owner: str, item_id: str) -> Item:
-        """An item of a response that is kept, by its id. Raises `ApiError`."""
-        mark = json.dumps(item_id).encode()
-        for kept in reversed(self._kept.values()):
-            if kept.owner == owner:
-                for segment in (kept.made, kept.given):
-                    if mark in segment.data:
-                        found = next((item for item in json.loads(segment.data) if item.get("id") == item_id), None)
-                        if found is not None:
-                            return dict(found)
-        raise ApiError(
-            404, f"There is no item {item_id!r:.100}: its response was not stored, was deleted, or the server was restarted.", param="input", code="not_found"
-        )
-
     def finder(self, owner: str) -> Callable[[str], Item]:
-        """`item` for one request: each item is read once, and what is referred to is bounded as if it had been sent. Raises `ApiError`."""
+        """Gives items of kept responses by their ids, for one request: each segment is read once, and what is referred to is bounded as if it had been sent.
+        It raises `ApiError`."""
+        segments = (segment for kept in reversed(self._kept.values()) if kept.owner == owner for segment in (kept.made, kept.given))
         known: dict[str, tuple[Item, int]] = {}
         count = size = 0
 
         def find(item_id: str) -> Item:
             nonlocal count, size
-            if item_id not in known:
-                item = self.item(owner, item_id)
-                known[item_id] = item, len(json.dumps(item))
+            while item_id not in known:
+                segment = next(segments, None)
+                if segment is None:
+                    message = f"There is no item {item_id!r:.100}: its response was not stored, was deleted, or the server was restarted."
+                    raise ApiError(404, message, param="input", code="not_found")
+                for item in json.loads(segment.data):
+                    known.setdefault(item.get("id"), (item, len(json.dumps(item))))
             item, length = known[item_id]
             count, size = count + 1, size + length
             if count > MAX_REFERENCES or size > MAX_OWNER_BYTES:
