@@ -12,7 +12,7 @@ import zlib
 from concurrent.futures import Future
 from typing import Any
 
-from llmkit.engine.batch import Batch, Close, Drop, Fork, Open, Park, Restore, Shift, SlotOp, StepOutput, Truncate
+from llmkit.engine.batch import Batch, Close, Drop, Fork, Open, Park, Restore, Score, Shift, SlotOp, StepOutput, Truncate
 from llmkit.engine.detokenize import Detokenizer
 from llmkit.engine.engine import Engine
 from llmkit.engine.request import Request
@@ -26,7 +26,7 @@ BAD_SEED = 666  # a request whose sampler cannot be made
 
 
 class FakeRunner:
-    """Implements `ModelRunner`: the next token is a letter computed from all tokens before it, or ``END`` after ``end_after`` tokens in a slot."""
+    """Implements `ModelRunner`: the next token is a letter computed from the tokens before it and the adapters, or ``END`` after ``end_after`` tokens in a slot."""
 
     can_truncate = can_fork = True
     saves = False
@@ -48,12 +48,17 @@ class FakeRunner:
         self.step_s, self.end_after, self.letters = step_s, end_after, letters
         self.slots: list[list[int]] = [[] for _ in range(n_slots)]
         self.parked: dict[int, list[int]] = {}
+        self.saved_keys: set[int] = set()
+        self.adapters: list[tuple[tuple[str, float], ...]] = [()] * n_slots  # that a slot's content was made with
+        self.parked_adapters: dict[int, tuple[tuple[str, float], ...]] = {}
         self.serials = [0] * n_slots
         self.open: dict[int, SamplingParams] = {}
         self.batches: list[Batch] = []
         self.fail_next: str | None = None
         self.no_room_next = False
         self.crash_next = False
+        self.fault_next: tuple[int, bool] | None = None  # which chunk fails alone, and whether its slot is emptied
+        self.hurt: set[int] = set()  # requests, by serial, that an error of ours ended
         self.lose_parked = False
         self._interrupt = threading.Event()
         self.num_interrupted = 0
@@ -66,8 +71,13 @@ class FakeRunner:
     def saved(self) -> list[tuple[int, list[int], str]]:
         return []
 
-    def next_token(self, tokens: list[int]) -> int:
-        return END if len(tokens) >= self.end_after else 97 + zlib.crc32(bytes(t % 256 for t in tokens[-40:])) % self.letters
+    def next_token(self, tokens: list[int], adapters: tuple[tuple[str, float], ...] = ()) -> int:
+        seen = bytes(t % 256 for t in tokens[-40:]) + (repr(adapters).encode() if adapters else b"")
+        return END if len(tokens) >= self.end_after else 97 + zlib.crc32(seen) % self.letters
+
+    def score(self, tokens: list[int], token: int) -> Score:
+        """Of ``token`` after ``tokens``."""
+        return Score(-float(len(tokens)), ((token, -float(token)),))
 
     def _apply(self, op: SlotOp, broken: set[int], lost: list[int]) -> None:
         match op:
@@ -75,6 +85,7 @@ class FakeRunner:
                 assert op.length <= len(self.slots[op.source]) or op.source in broken, "fork beyond what is resident"
                 assert op.source in broken or (self.can_fork and (self.can_truncate or op.length == len(self.slots[op.source])))
                 self.slots[op.target] = self.slots[op.source][: op.length]
+                self.adapters[op.target] = self.adapters[op.source]
                 if op.source in broken:
                     self.slots[op.target] = []
                     broken.add(op.target)
@@ -86,7 +97,13 @@ class FakeRunner:
                 del self.slots[op.slot][op.keep : op.keep + op.discard]
             case Park():
                 assert list(op.tokens) == self.slots[op.slot], "parked is what is resident"
-                self.parked[op.key] = list(op.tokens)
+                if op.save and self.lose_parked:
+                    lost.append(op.key)
+                    self.hurt.add(self.serials[op.slot])
+                    return
+                self.parked[op.key], self.parked_adapters[op.key] = list(op.tokens), self.adapters[op.slot]
+                if op.save:
+                    self.saved_keys.add(op.key)
             case Restore():
                 if self.lose_parked:
                     self.slots[op.slot] = []
@@ -95,10 +112,13 @@ class FakeRunner:
                 else:
                     assert op.length <= len(self.parked[op.key]) and (self.can_truncate or op.length == len(self.parked[op.key]))
                     self.slots[op.slot] = self.parked[op.key][: op.length]
+                    self.adapters[op.slot] = self.parked_adapters[op.key]
             case Drop():
                 del self.parked[op.key]
             case Open():
-                self.serials[op.slot] = op.serial
+                adapters = tuple(op.adapters)
+                assert not self.slots[op.slot] or self.adapters[op.slot] == adapters, "what an adapter computed is of no use with another"
+                self.serials[op.slot], self.adapters[op.slot] = op.serial, adapters
                 self.open.setdefault(op.serial, op.sampling)
                 self.faults = [(s, why) for s, why in self.faults if s != op.slot]
                 if op.sampling.seed == BAD_SEED:
@@ -113,7 +133,7 @@ class FakeRunner:
         lost: list[int] = []
         for op in batch.ops:
             self._apply(op, broken, lost)
-        assert sum(map(len, self.parked.values())) <= self.host_tokens
+        assert sum(len(tokens) for key, tokens in self.parked.items() if key not in self.saved_keys) <= self.host_tokens
         if self.crash_next:
             raise RuntimeError("the fake is broken")
         assert batch.num_tokens <= self.max_batch_tokens
@@ -124,10 +144,14 @@ class FakeRunner:
             return StepOutput(nothing, [c.start for c in batch.chunks], no_room=True, lost=lost, broken=tuple(broken))
         if self.fail_next:
             error, self.fail_next = self.fail_next, None
+            self.hurt |= {self.serials[c.slot] for c in batch.chunks}
             return StepOutput(nothing, [0] * len(batch.chunks), error=error, lost=lost, broken=tuple(broken))
         interrupted = self._interrupt.wait(self.step_s) if self.step_s else self._interrupt.is_set()
         tokens: list[tuple[int, ...]] = []
+        prompt_scores: list[list[Score]] = []
+        fault = self._fault(batch, broken) if not interrupted else None
         for chunk in batch.chunks:
+            prompt_scores.append([self.score(self.slots[chunk.slot] + list(chunk.tokens[: i + 1]), t) for i, t in enumerate(chunk.targets)])
             if chunk.slot in broken:
                 tokens.append(())
                 continue
@@ -139,10 +163,17 @@ class FakeRunner:
                 slot.extend(known[: len(known) // 2])
                 continue
             slot.extend(known)
+            if chunk.slot == fault:
+                assert self.fault_next is not None
+                if self.fault_next[1]:
+                    slot.clear()
+                self.fault_next = None
+                tokens.append(())
+                continue
             chosen = []
             for guess in (*chunk.tokens[len(known) :], None):
                 if chunk.sample:
-                    chosen.append(self.next_token(slot))
+                    chosen.append(self.next_token(slot, self.adapters[chunk.slot]))
                     if guess != chosen[-1]:
                         break
                     slot.append(guess)
@@ -151,7 +182,18 @@ class FakeRunner:
         if interrupted:
             self.num_interrupted += 1
             return StepOutput(nothing, resident, interrupted=True, lost=lost, broken=tuple(broken))
-        return StepOutput(tokens, resident, faults=tuple(self.faults), lost=lost, broken=tuple(broken))
+        faults = [*self.faults, *([(fault, "it alone went wrong")] if fault is not None else [])]
+        emptied = [c.slot for c in batch.chunks if c.slot == fault and not self.slots[c.slot]]
+        return StepOutput(tokens, resident, faults=tuple(faults), lost=lost, broken=tuple(broken), emptied=emptied, prompt_scores=prompt_scores)
+
+    def _fault(self, batch: Batch, broken: set[int]) -> int | None:
+        """The slot that fails alone in this step."""
+        able = [c.slot for c in batch.chunks if c.slot not in broken]
+        if self.fault_next is None or not able:
+            return None
+        slot = able[self.fault_next[0] % len(able)]
+        self.hurt.add(self.serials[slot])
+        return slot
 
     def interrupt(self) -> None:
         self._interrupt.set()
@@ -162,15 +204,19 @@ class FakeRunner:
     def close(self) -> None:
         self.closed = True
 
-    def reference(self, prompt: bytes, max_tokens: int) -> bytes:
-        """What this model continues ``prompt`` with."""
-        tokens = list(prompt)
+    def reference(self, prompt: bytes, max_tokens: int, adapters: tuple[tuple[str, float], ...] = (), shifts: bool = False) -> bytes:
+        """What this model continues ``prompt`` with; ``shifts``: a full context keeps the prompt and the newer half of the rest."""
+        tokens, output = list(prompt), []
         for _ in range(max_tokens):
-            token = self.next_token(tokens)
+            token = self.next_token(tokens, adapters)
             if token == END:
                 break
             tokens.append(token)
-        return bytes(tokens[len(prompt) :])
+            output.append(token)
+            if shifts and len(tokens) >= self.n_ctx:
+                keep = min(len(tokens) // 2, len(prompt))
+                del tokens[keep : keep + (len(tokens) - keep) // 2]
+        return bytes(output)
 
 
 def piece(token: int) -> bytes:

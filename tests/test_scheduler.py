@@ -28,8 +28,9 @@ _ids = itertools.count()
 class Bench:
     """A scheduler and a runner without the engine's thread: ``step()`` is one step, with its books checked."""
 
-    def __init__(self, runner: FakeRunner, target_s: float | None = None, deterministic: bool = False) -> None:
+    def __init__(self, runner: FakeRunner, target_s: float | None = None, deterministic: bool = False, shifts: bool = False) -> None:
         self.runner = runner
+        self.shifts = shifts
         self.cache = PrefixCache(runner.n_slots, can_truncate=runner.can_truncate, can_fork=runner.can_fork, host_tokens=runner.host_tokens)
         self.clock = StepClock(target_s)
         self.scheduler = Scheduler(
@@ -43,12 +44,13 @@ class Bench:
             can_coalesce=runner.can_fork and runner.can_truncate,
             can_draft=runner.can_truncate,
             deterministic=deterministic,
+            context_shift=shifts,
         )
         self.ended: list[Request] = []
 
-    def add(self, prompt: bytes, max_tokens: int = 8, **options: Any) -> Request:
-        params = SamplingParams(temperature=0, max_tokens=max_tokens)
-        room = self.runner.n_ctx - len(prompt)
+    def add(self, prompt: bytes, max_tokens: int = 8, prompt_logprobs: int | None = None, **options: Any) -> Request:
+        params = SamplingParams(temperature=0, max_tokens=max_tokens, prompt_logprobs=prompt_logprobs)
+        room = max_tokens if self.shifts else self.runner.n_ctx - len(prompt)
         channel = Channel(f"r{next(_ids)}", lambda _: None)
         request = Request(list(prompt), params, min(max_tokens, room), Detokenizer(piece), channel, **options)
         self.scheduler.add(request)
@@ -90,16 +92,20 @@ ARRIVAL = st.tuples(
     st.integers(0, 2),  # priority
     st.sampled_from(["ann", "bob", "eve"]),
     st.sampled_from(["", "", "salt"]),
+    st.sampled_from([(), (), (), (("french", 1.0),), (("french", 0.5),)]),  # adapters
+    st.sampled_from([None, None, None, 1]),  # prompt_logprobs
+    st.sampled_from([False, False, False, True]),  # keep_on_disk: it computes its prompt only
 )
 EVENT = st.one_of(
     ARRIVAL.map(lambda a: ("add", a)),
     st.integers(0, 30).map(lambda i: ("abort", i)),
     st.integers(1, 12).map(lambda n: ("steps", n)),
-    st.sampled_from([("interrupt", 0), ("no room", 0), ("lose", 0)]),
+    st.sampled_from([("interrupt", 0), ("no room", 0), ("lose", 0), ("error", 0)]),
+    st.tuples(st.integers(0, 4), st.booleans()).map(lambda f: ("fault", f)),
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(
     events=st.lists(EVENT, max_size=60),
     n_slots=st.integers(1, 5),
@@ -108,19 +114,31 @@ EVENT = st.one_of(
     letters=st.sampled_from([2, 26]),
     truncate=st.booleans(),
     deterministic=st.booleans(),
+    n_ctx=st.sampled_from([100, 200]),
+    shifts=st.booleans(),
 )
 def test_any_order_of_events_ends_well(
-    events: list[Any], n_slots: int, capacity: int | None, host_tokens: int, letters: int, truncate: bool, deterministic: bool
+    events: list[Any],
+    n_slots: int,
+    capacity: int | None,
+    host_tokens: int,
+    letters: int,
+    truncate: bool,
+    deterministic: bool,
+    n_ctx: int,
+    shifts: bool,
 ) -> None:
-    runner = FakeRunner(n_slots=n_slots, n_ctx=200, capacity=capacity, host_tokens=host_tokens, letters=letters)
+    runner = FakeRunner(n_slots=n_slots, n_ctx=n_ctx, capacity=capacity, host_tokens=host_tokens, letters=letters)
     runner.can_truncate = runner.can_fork = truncate  # type: ignore[misc]
-    bench = Bench(runner, deterministic=deterministic)
+    bench = Bench(runner, deterministic=deterministic, shifts=shifts and truncate and not deterministic)
     requests: list[tuple[Request, bytes]] = []
     aborted: set[str] = set()
     for kind, value in events:
         if kind == "add":
-            prefix, rest, max_tokens, priority, caller, salt = value
-            requests.append((bench.add(prefix + rest, max_tokens, priority=priority, caller=caller, cache_salt=salt), prefix + rest))
+            prefix, rest, max_tokens, priority, caller, salt, adapters, scores, disk = value
+            who: dict[str, Any] = {"priority": priority, "caller": caller, "cache_salt": salt, "adapters": adapters}
+            request = bench.add(prefix + rest, 0 if disk else max_tokens, scores, keep_on_disk=disk, **who)
+            requests.append((request, prefix + rest))
         elif kind == "abort" and requests:
             request = requests[value % len(requests)][0]
             if request.finish_reason is None:
@@ -138,15 +156,30 @@ def test_any_order_of_events_ends_well(
             runner.no_room_next = bool(len(bench.scheduler.running) > 1)
         elif kind == "lose":
             runner.lose_parked = not runner.lose_parked
+        elif kind == "error":
+            runner.fail_next = "the decode failed"
+        elif kind == "fault":
+            runner.fault_next = value
     runner.lose_parked = False
+    runner.fault_next = runner.fail_next = None
     bench.drain()
     assert sorted(r.request_id for r in bench.ended) == sorted(r.request_id for r, _ in requests), "each ends exactly once"
     for request, prompt in requests:
-        expected = runner.reference(prompt, min(request.max_tokens, 200 - len(prompt)))
+        result = request.channel.result
+        assert result is not None
+        expected = runner.reference(prompt, request.max_tokens, request.adapters, bench.shifts)
         if request.request_id in aborted:
             assert request.finish_reason is FinishReason.ABORT and expected.startswith(bench.text(request))
-        else:
-            assert request.finish_reason is FinishReason.LENGTH and bench.text(request) == expected
+            continue
+        if request.serial in runner.hurt:
+            assert request.finish_reason is FinishReason.ERROR and expected.startswith(bench.text(request))
+            continue
+        assert request.finish_reason is FinishReason.LENGTH and bench.text(request) == expected
+        if request.sampling.prompt_logprobs is not None:
+            told = [(p.token, p.logprob) for p in result.prompt_logprobs]
+            assert told == [(prompt[0], None), *((t, -float(i)) for i, t in enumerate(prompt) if i)], "each token of the prompt, scored once, in its place"
+        if request.keep_on_disk:
+            assert any(runner.parked[key] == list(prompt) for key in runner.saved_keys), "what was to be kept is kept"
     assert bench.cache.num_free == n_slots and not [p for p in bench.cache.parked.values() if p.pinned]
     bench.scheduler.schedule()
     assert len(bench.scheduler.waiting._active) == 0

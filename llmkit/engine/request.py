@@ -183,7 +183,8 @@ class Request:
             self.prompt_logprobs.clear()
 
     def add_prompt_scores(self, start: int, scores: Sequence[Score]) -> None:
-        """Scores of the tokens after position ``start``."""
+        """Scores of the tokens after position ``start``, in place of what was computed of them before."""
+        del self.prompt_logprobs[start + 1 :]
         for i, score in enumerate(scores):
             self.prompt_logprobs.append(self._logprob(self.tokens[start + 1 + i], score))
 

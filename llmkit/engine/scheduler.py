@@ -86,8 +86,6 @@ class Scheduler:
     def add(self, request: Request) -> None:
         self.waiting.add(request)
 
-    # -- the next step
-
     def schedule(self) -> Batch:
         """The next step. Every running stream that can go on is in it."""
         ops, self._pending = self._pending, []
@@ -124,8 +122,6 @@ class Scheduler:
         last = end == len(request.tokens)
         targets = request.tokens[start + 1 : min(end, request.num_prompt_tokens - 1) + 1] if request.scores_prompt else ()
         return Chunk(slot_of(request), start, request.tokens[start:end] + draft, last and request.max_tokens > 0, len(draft), targets)
-
-    # -- who runs
 
     def _admit(self) -> list[SlotOp]:
         ops: list[SlotOp] = []
@@ -234,8 +230,6 @@ class Scheduler:
             else:
                 return ops
 
-    # -- what came of it
-
     def update(self, batch: Batch, output: StepOutput) -> list[Request]:
         """Take in what the step gave. Returns the requests that have news, finished ones included."""
         now = time.perf_counter()
@@ -270,8 +264,11 @@ class Scheduler:
                 self._finish(request, FinishReason.ERROR)
                 news.append(request)
                 continue
-            if chunk.targets and output.prompt_scores:
+            if chunk.targets and output.prompt_scores and output.prompt_scores[i]:
                 request.add_prompt_scores(chunk.start, output.prompt_scores[i])
+            elif chunk.targets:  # computed in part, without its scores: once more
+                self._pending += self.cache.cut(slot, chunk.start)
+                request.num_computed_tokens = len(slot.tokens)
             if chunk.draft and not output.interrupted and not request.is_late:
                 self._speculation.learn(request, chunk.draft, len(tokens) - 1)
             request.forced = output.forced[i] if output.forced else ()
