@@ -8,6 +8,7 @@ figures are medians; ratios are to llama-server at the better of its two KV layo
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import socket
@@ -17,6 +18,7 @@ import sys
 import tempfile
 import time
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "notebooks")]
 import demo  # noqa: E402
 import peer  # noqa: E402
 
+ENGINE, GATEWAY = "llmkit engine", "llmkit gateway"
 FIGURES = ("tok_s", "ttft_p50_ms", "ttft_p95_ms", "itl_p50_ms", "itl_p95_ms", "itl_max_ms")
 LONG_FIGURES = ("long_ttft_ms", "stall_ms", "tok_s_during")
 # Tokens of one request and requests at once, for every arm; then the load.
@@ -56,11 +59,11 @@ class Arm:
 
 
 class EngineArm(Arm):
-    def __init__(self, label: str, model: str, threads: int, n_ctx: int, n_slots: int, **options: Any) -> None:
+    def __init__(self, label: str, model: str, threads: int, n_ctx: int, n_slots: int, root: Path = ROOT, **options: Any) -> None:
         super().__init__(label)
         settings = json.dumps({"model": model, "n_ctx": n_ctx, "n_slots": n_slots, "threads": threads, **options})
-        command = [sys.executable, str(ROOT / "benchmarks" / "engine_arm.py"), settings]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        command = [sys.executable, str(root / "benchmarks" / "engine_arm.py"), settings]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=using(root))
         assert self.process.stdout is not None and self.process.stdout.readline() == "ready\n"
 
     def measure(self, job: Job) -> dict[str, Any]:
@@ -110,11 +113,28 @@ def free_port() -> int:
         return int(s.getsockname()[1])
 
 
-def gateway_arm(model: str, *options: str) -> ServerArm:
+def using(root: Path) -> dict[str, str]:
+    """The environment in which the package at ``root`` is the one imported."""
+    return {**os.environ, "PYTHONPATH": str(root)}
+
+
+def gateway_arm(model: str, *options: str, label: str = GATEWAY, root: Path = ROOT) -> ServerArm:
     port = free_port()
     command = [sys.executable, "-m", "llmkit", "serve", model, "--port", str(port), *options]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    return ServerArm("llmkit gateway", f"http://127.0.0.1:{port}/v1", "none", process)
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=using(root), cwd=root)
+    return ServerArm(label, f"http://127.0.0.1:{port}/v1", "none", process)
+
+
+@contextlib.contextmanager
+def worktree(revision: str) -> Iterator[Path]:
+    """Another commit of this repository, checked out for as long as it is measured."""
+    with tempfile.TemporaryDirectory(prefix="llmkit-before-") as folder:
+        git = ["git", "-C", str(ROOT), "worktree"]
+        subprocess.run([*git, "add", "--quiet", "--detach", folder, revision], check=True)
+        try:
+            yield Path(folder)
+        finally:
+            subprocess.run([*git, "remove", "--force", folder], check=True)
 
 
 def llama_arm(model: str, label: str, *options: str) -> ServerArm:
@@ -170,6 +190,7 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--unified", action="store_true", help="also measure our engine with one unified KV buffer")
     parser.add_argument("--no-peer", action="store_true", help="without llama-server")
+    parser.add_argument("--against", metavar="COMMIT", help="measure our own engine and gateway beside those of this commit, and nothing else")
     parser.add_argument("--out", type=Path, help="append every run as JSON")
     args = parser.parse_args()
     from llmkit.models.registry import resolve
@@ -191,19 +212,28 @@ def run(workload: str, path: str, args: argparse.Namespace) -> int:
     if workload == "defaults":  # each as its own guide says to start it
         subprocess.run([sys.executable, "-m", "llmkit", "tune", path], check=True)
         theirs, ours, layouts = [], ["--tuned"], [[]]
+    if args.against:
+        with worktree(args.against) as before:
+            ours_now = [EngineArm(ENGINE, *place), gateway_arm(path, *ours)]
+            ours_then = [EngineArm(f"before: {ENGINE}", *place, root=before), gateway_arm(path, *ours, label=f"before: {GATEWAY}", root=before)]
+            return measure([*ours_then, *ours_now], workload, job, args)
     with tempfile.TemporaryDirectory(prefix="llmkit-bench-") as folder:
         arms: list[Arm] = [] if args.no_peer else [llama_arm(path, " ".join(layout) or "defaults", *theirs, *layout) for layout in layouts]
-        try:
-            if workload == "unique":  # the engine alone, and the way through Jupyter, show what the ways out cost
-                arms += [EngineArm("llmkit engine", *place)]
-                if args.unified:
-                    arms += [EngineArm("llmkit engine, unified", *place, kv_unified=True)]
-                arms += [JupyterArm(*place, Path(folder))]
-            arms += [gateway_arm(path, *ours)]
-            return sum(compare(arms, workload, clients, {"workload": workload, **job}, args) for clients in args.clients or CLIENTS[workload])
-        finally:
-            for arm in arms:
-                arm.close()
+        if workload == "unique":  # the engine alone, and the way through Jupyter, show what the ways out cost
+            arms += [EngineArm(ENGINE, *place)]
+            if args.unified:
+                arms += [EngineArm(f"{ENGINE}, unified", *place, kv_unified=True)]
+            arms += [JupyterArm(*place, Path(folder))]
+        return measure([*arms, gateway_arm(path, *ours)], workload, job, args)
+
+
+def measure(arms: list[Arm], workload: str, job: Job, args: argparse.Namespace) -> int:
+    """The arms, at each number of clients, then closed; how many requests failed."""
+    try:
+        return sum(compare(arms, workload, clients, {"workload": workload, **job}, args) for clients in args.clients or CLIENTS[workload])
+    finally:
+        for arm in arms:
+            arm.close()
 
 
 def compare(arms: list[Arm], name: str, clients: int, load: Job, args: argparse.Namespace) -> int:
@@ -226,12 +256,13 @@ def compare(arms: list[Arm], name: str, clients: int, load: Job, args: argparse.
     print(f"\n{name}: {clients} clients, median of {args.reps} (idle load of others: {max(noise):.0%} at most)")
     print("| arm | tok/s | ratio | TTFT p50 / p95 ms | ITL p50 / p95 / max ms |\n|---|---|---|---|---|")
     for label, m in medians.items():
-        ratio = f"{m['tok_s'] / best['tok_s']:.2f}" if best else "–"
+        reference = medians.get(f"before: {label}", best)
+        ratio = f"{m['tok_s'] / reference['tok_s']:.2f}" if reference else "–"
         itl = f"{m['itl_p50_ms']:.1f} / {m['itl_p95_ms']:.1f} / {m['itl_max_ms']:.0f}"
         print(f"| {label} | {m['tok_s']:.1f} | {ratio} | {m['ttft_p50_ms']:.0f} / {m['ttft_p95_ms']:.0f} | {itl} |", flush=True)
         if load["workload"] == "long":
             print(f"  the long prompt's TTFT {m['long_ttft_ms']:.0f} ms; meanwhile stalls of {m['stall_ms']:.0f} ms, {m['tok_s_during']:.1f} tok/s")
-    shares = [r["python_share"] for r in runs.get("llmkit engine", [])]
+    shares = [r["python_share"] for r in runs.get(ENGINE, [])]
     if shares:
         print(f"Python's share of an engine step: {statistics.median(shares):.2%}")
     errors = sum(r["errors"] for results in runs.values() for r in results)
