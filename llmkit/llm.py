@@ -92,8 +92,6 @@ class LLM:
 
             self._bridge = BridgeServer(self.engine, kernel_id)
 
-    # -- what it is
-
     @property
     def model(self) -> ModelDescription:
         """Name, sizes and limits."""
@@ -126,8 +124,6 @@ class LLM:
         if self.closed:
             return f"LLM({d.name!r}, unloaded)"
         return f"LLM({d.name!r}, {d.quantization}, {d.n_params / 1e6:.0f}M parameters, n_ctx={d.n_ctx}, n_slots={d.n_slots}, {d.device})"
-
-    # -- generate
 
     @overload
     def generate(self, prompt: str, **sampling: Any) -> Completion: ...
@@ -202,8 +198,6 @@ class LLM:
         """The completions of the newest call with a list of prompts, in their order; after an interrupt also the partial ones, as far as it came."""
         return self._runs.last_batch
 
-    # -- conversations and tables
-
     def session(self, system: str | None = None, *, path: str | Path | None = None, **sampling: Any) -> Session:
         """A conversation that goes on: say, stream, fork, undo, trim, save. ``path`` is a saved session, ``sampling`` is for all its answers."""
         from llmkit.session import Session
@@ -216,8 +210,11 @@ class LLM:
     def _reader(self, held: bool, request: GenerationRequest | None = None) -> AnswerReader:
         from llmkit.chat.reading import AnswerReader
 
-        continued = request.messages[-1].content if request is not None and request.continue_final and request.messages else None
-        return AnswerReader(self._description, held=held, continued=continued) if self._description.reasoning else AnswerReader.plain()
+        if not self._description.reasoning:
+            return AnswerReader.plain()
+        last = request.messages[-1] if request is not None and request.messages else None
+        continued = last.content if last is not None and request is not None and request.continue_final else None
+        return AnswerReader(self._description, held=held, continued=continued, after_results=last is not None and last.role == "tool")
 
     def _num_tokens(self, text: str) -> int:
         return 0 if self.closed else len(self.tokenize(text))
@@ -255,8 +252,6 @@ class LLM:
         finally:
             self._runs.keep_completions(made, running)
 
-    # -- tokens
-
     def tokenize(self, text: str) -> list[int]:
         """Token ids of a text, with what the model wants at its beginning."""
         return list(self._inquire("tokenize", text=text, parse_special=False)["tokens"])
@@ -267,8 +262,6 @@ class LLM:
 
     def _inquire(self, kind: InquiryKind, **data: Any) -> dict[str, Any]:
         return self.engine.inquire(Inquiry(new_id(), kind, data)).result()
-
-    # -- embed
 
     @overload
     def embed(self, texts: str | Sequence[str], *, normalize: bool = True) -> np.ndarray: ...
@@ -308,8 +301,6 @@ class LLM:
         request: dict[str, Any] = {"prompt": prompt} if isinstance(prompt, str) else {"messages": as_messages(prompt)}
         sampling = SamplingParams(max_tokens=0)
         return self._runs.complete([GenerationRequest(new_id(), sampling, keep_on_disk=True, **request)])[0].usage.prompt_tokens
-
-    # -- measure, watch, share
 
     def profile(self, **options: Any) -> Profile:
         """Measure prefill and decode speed by prompt length and batch size. ``.df`` is a table, ``.plot()`` a picture; options: `llmkit.bench.profiler.run`."""

@@ -199,6 +199,7 @@ class LocalEngine:
             created=int(time.time()),
             tool_form=self._template.tool_form,
             reasoning=self._template.reasoning,
+            reasons_after_results=self._template.reasons_after_results,
         )
         self._engine = Engine(
             self._runner,

@@ -154,7 +154,7 @@ def converse(
         grammar = call_grammar(model.tool_form, tools, choice, parallel=True) if tools and (forced or not model.reasoning) else None
         more = {} if grammar is None else {"grammar": grammar}
         completion = ask(messages, tools=tools, show_marks=True, **more)
-        events = AnswerReader(model, tools, forced=forced).whole(completion)
+        events = AnswerReader(model, tools, forced=forced, after_results=messages[-1].role == "tool").whole(completion)
         calls = [ToolCall(e.call_id, e.name, e.arguments) for e in events if isinstance(e, Call)]
         if not calls:
             break

@@ -394,5 +394,6 @@ class ModelDescription:
     ranks: bool = False  # it scores pairs of texts
     tool_form: str = "general"  # how it writes calls of tools, see llmkit.chat.tools
     reasoning: str = ""  # how it reasons before it answers, see `ChatTemplate.reasoning`; nothing where it does not
+    reasons_after_results: bool = True  # also where the last message is what a tool gave
     device: Literal["cpu", "gpu"] = "cpu"
     created: int = 0

@@ -16,10 +16,12 @@ from llmkit.types import Message, Tool, ToolCall
 
 __all__ = ["Manners", "Rendering", "as_dicts", "find_manners"]
 
-ID = "call_0123456789abcdef01234567"
+ID = "c1"  # short: some templates want more of it, and say so
 # Markers that no template contains.
 SAID, MORE, KEY, VALUE, NAME, RESULT, ABOUT = "qvxasaid", "qvxbmore", "qvxckey", "qvxdvalue", "qvxename", "qvxfresult", "qvxgabout"
 TOOL = Tool(NAME, ABOUT, {"type": "object", "properties": {KEY: {"type": "string", "description": MORE}}, "required": [KEY]})
+CALL = ToolCall(ID, NAME, json.dumps({KEY: VALUE}))
+GIVEN = Message("tool", RESULT, name=NAME, tool_call_id=ID)
 # (messages as dicts, tools) -> the text, or None where the template refuses
 Rendering = Callable[[list[dict[str, Any]], Sequence[Tool]], str | None]
 
@@ -29,9 +31,9 @@ class Manners:
     """What a template takes.
 
     ``system`` a system message; ``later_system`` also one after others; ``developer`` that role; ``repeats`` two messages of one role in a row. ``calls``
-    whether it shows calls that were made, ``arguments`` how, ``content`` what stands beside them, ``many_calls`` more than one in a message, ``short_ids``
-    whether ids must be nine letters or digits, ``results`` whether it shows what tools gave. ``tools`` whether it tells of tools. ``parts`` whether a text must
-    come as a list of parts.
+    whether it shows calls that were made, ``arguments`` how, ``content`` what stands beside them where nothing was said, ``words`` whether it shows what was
+    said beside them, ``many_calls`` more than one in a message, ``short_ids`` whether ids must be nine letters or digits, ``results`` whether it shows what
+    tools gave. ``tools`` whether it tells of tools. ``parts`` whether a text must come as a list of parts.
     """
 
     system: bool = True
@@ -41,6 +43,7 @@ class Manners:
     calls: bool = False
     arguments: Literal["object", "text"] = "object"
     content: Literal["", "none", "absent"] = ""
+    words: bool = True
     many_calls: bool = True
     short_ids: bool = False
     results: bool = False
@@ -52,9 +55,10 @@ def find_manners(render: Rendering, source: str) -> Manners:
     """Try what a template takes."""
     parts = False
 
-    def shows(messages: list[dict[str, Any]], *texts: str, tools: Sequence[Tool] = ()) -> bool:
+    def shows(messages: list[dict[str, Any]], *texts: str, tools: Sequence[Tool] = ()) -> int:
+        """The length of the text if all of it is shown, else 0."""
         text = render([_in_parts(m) for m in messages] if parts else messages, tools)
-        return text is not None and all(t in text for t in texts)
+        return len(text) if text is not None and all(t in text for t in texts) else 0
 
     if not shows([{"role": "user", "content": SAID}], SAID):  # made for pictures, perhaps
         parts = True
@@ -63,37 +67,49 @@ def find_manners(render: Rendering, source: str) -> Manners:
     user, answer = {"role": "user", "content": SAID}, {"role": "assistant", "content": MORE}
     manners = Manners(
         parts=parts,
-        system=shows([{"role": "system", "content": MORE}, user], MORE, SAID),
-        later_system=shows([{"role": "system", "content": RESULT}, user, answer, {"role": "system", "content": ABOUT}, user], RESULT, ABOUT),
-        developer="developer" in source and shows([{"role": "developer", "content": MORE}, user], MORE, SAID),
-        repeats=shows([user, {"role": "user", "content": MORE}], SAID, MORE)
-        and shows([user, answer, {"role": "assistant", "content": ABOUT}, user], MORE, ABOUT),
-        tools=shows([user], NAME, KEY, tools=[TOOL]),
+        system=bool(shows([{"role": "system", "content": MORE}, user], MORE, SAID)),
+        later_system=bool(shows([{"role": "system", "content": RESULT}, user, answer, {"role": "system", "content": ABOUT}, user], RESULT, ABOUT)),
+        developer="developer" in source and bool(shows([{"role": "developer", "content": MORE}, user], MORE, SAID)),
+        repeats=bool(
+            shows([user, {"role": "user", "content": MORE}], SAID, MORE) and shows([user, answer, {"role": "assistant", "content": ABOUT}, user], MORE, ABOUT)
+        ),
+        tools=bool(shows([user], NAME, KEY, tools=[TOOL])),
     )
     return _with_calls(manners, shows)
 
 
-def _with_calls(manners: Manners, shows: Callable[..., bool]) -> Manners:
-    """The same, with how calls are taken: the first way in which the template shows all of a call."""
-    forms: tuple[Literal["object", "text"], ...] = ("object", "text")
+def _with_calls(manners: Manners, shows: Callable[..., int]) -> Manners:
+    """The same, with how calls are taken: of the ways in which the template shows all of a call, the one with the shortest text, which writes nothing in the
+    place of words that were not said."""
     contents: tuple[Literal["", "none", "absent"], ...] = ("", "none", "absent")
-    for content in contents:
-        for short in (False, True):
-            for arguments in forms:
-                tried = replace(manners, parts=False, calls=True, arguments=arguments, content=content, short_ids=short, results=True)
-                call = ToolCall(ID, NAME, json.dumps({KEY: VALUE}))
-                made = [Message("user", SAID), Message("assistant", "", tool_calls=(call,))]
-                given = Message("tool", RESULT, name=NAME, tool_call_id=ID)
-                for results in (True, False):
-                    messages = as_dicts([*made, *([given] if results else [])], tried)
-                    if shows(messages, NAME, KEY, VALUE, *([RESULT] if results else []), tools=[TOOL] if manners.tools else ()) and shows(
-                        messages, VALUE, *([RESULT] if results else [])
-                    ):
-                        two = as_dicts(
-                            [Message("user", SAID), Message("assistant", "", tool_calls=(call, replace(call, arguments=json.dumps({KEY: ABOUT}))))], tried
-                        )
-                        return replace(tried, parts=manners.parts, results=results, many_calls=shows(two, VALUE, ABOUT))
-    return manners
+    found = [way for content in contents if (way := _with_content(replace(manners, content=content), shows)) is not None]
+    if not found:
+        return manners
+    tried = min(found, key=lambda way: way[0])[1]
+    two = Message("assistant", "", tool_calls=(CALL, replace(CALL, arguments=json.dumps({KEY: ABOUT}))))
+    talk = [Message("user", SAID), Message("assistant", MORE, tool_calls=(CALL,)), *([GIVEN] if tried.results else [])]
+    later = [*talk, Message("assistant", ABOUT), Message("user", SAID)]
+    return replace(
+        tried,
+        parts=manners.parts,
+        many_calls=bool(shows(as_dicts([Message("user", SAID), two], tried), VALUE, ABOUT)),
+        words=all(shows(as_dicts(said, tried), MORE, VALUE) for said in (talk, talk[:2], later)),
+    )
+
+
+def _with_content(manners: Manners, shows: Callable[..., int]) -> tuple[int, Manners] | None:
+    """The first form of ids and arguments in which all of a call is shown, and the length of its text."""
+    forms: tuple[Literal["object", "text"], ...] = ("object", "text")
+    for short in (False, True):
+        for arguments in forms:
+            for results in (True, False):
+                tried = replace(manners, parts=False, calls=True, arguments=arguments, short_ids=short, results=results)
+                talk = [Message("user", SAID), Message("assistant", "", tool_calls=(CALL,)), *([GIVEN] if results else [])]
+                messages, result = as_dicts(talk, tried), [RESULT] if results else []
+                size = shows(messages, VALUE, *result)
+                if size and shows(messages, NAME, KEY, VALUE, *result, tools=[TOOL] if manners.tools else ()):
+                    return size, tried
+    return None
 
 
 def as_dicts(messages: Sequence[Message], manners: Manners) -> list[dict[str, Any]]:

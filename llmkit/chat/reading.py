@@ -16,7 +16,8 @@ class AnswerReader:
     """Turns the deltas of one answer into events.
 
     ``tools`` are those that may be called, ``forced`` says that a grammar holds the answer to calls, ``held`` that one holds it to something else (both leave
-    no room for reasoning), ``thinks`` whether reasoning was asked for (None: nothing was said). ``continued`` is the text that the answer goes on with.
+    no room for reasoning), ``thinks`` whether reasoning was asked for (None: nothing was said). ``continued`` is the text that the answer goes on with;
+    ``after_results`` says that it follows what a tool gave.
     """
 
     def __init__(
@@ -28,9 +29,10 @@ class AnswerReader:
         forced: bool = False,
         held: bool = False,
         continued: str | None = None,
+        after_results: bool = False,
     ) -> None:
         opened = {"think_always": True, "think_begun": thinks is not False, "think_asked": thinks is True}
-        begun = opened.get(model.reasoning, False) and not (forced or held)
+        begun = opened.get(model.reasoning, False) and not (forced or held) and (model.reasons_after_results or not after_results)
         if continued is not None:
             begun = continued.rfind("<think>") > continued.rfind("</think>")
         form = "think" if model.reasoning and not forced else ""

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Literal
 
 from llmkit.chat.manners import Manners
 from llmkit.types import Message, Tool
 
-__all__ = ["fitted"]
+__all__ = ["Kind", "fitted", "lost"]
 
 RESULT = "<tool_response>"
 CALL = '<tool_call>\n{"name": "the function\'s name", "arguments": {}}\n</tool_call>'
@@ -35,12 +37,13 @@ def fitted(messages: Sequence[Message], tools: Sequence[Tool], manners: Manners,
     template knows nothing of tools at all."""
     tells = manners.tools and not general
     told = _with_names(messages)
-    if not manners.developer:
-        told = [replace(m, role="system") if m.role == "developer" else m for m in told]
+    # Templates that know a developer take the first one only.
+    told = [replace(m, role="system") if m.role == "developer" and (i or not manners.developer) else m for i, m in enumerate(told)]
     if general or not manners.calls or not manners.results:
         told = _in_plain_words(told, manners, general)
-    elif not manners.many_calls:
-        told = _one_by_one(told)
+    else:
+        told = told if manners.words else _words_first(told)
+        told = told if manners.many_calls else _one_by_one(told)
     if tools and not tells:
         told = _with_prompt(
             told, TOOLS_PROMPT.format(tools="\n".join(json.dumps(t.function(), ensure_ascii=False) for t in tools), how=FORMS.get(form, GENERAL))
@@ -68,6 +71,17 @@ def _in_plain_words(messages: Sequence[Message], manners: Manners, general: bool
             message = Message("user", f"{plain.pop().content}\n\n{message.content}")  # many templates want the roles to alternate
         plain.append(message)
     return plain
+
+
+def _words_first(messages: Sequence[Message]) -> list[Message]:
+    """What was said beside calls as a message of its own before them."""
+    found: list[Message] = []
+    for message in messages:
+        if message.tool_calls and message.content:
+            found.append(replace(message, tool_calls=()))
+            message = replace(message, content="", reasoning_content=None)
+        found.append(message)
+    return found
 
 
 def _one_by_one(messages: Sequence[Message]) -> list[Message]:
@@ -137,3 +151,30 @@ def _joined(messages: Sequence[Message]) -> list[Message]:
         else:
             found.append(message)
     return found
+
+
+Kind = Literal["system", "words", "tools", "rest"]
+
+
+def lost(text: str, messages: Sequence[Message], tools: Sequence[Tool]) -> set[Kind]:
+    """What of a conversation is not in the prompt that a template made of it. Templates may trim, and leave old reasoning out."""
+    missing: set[Kind] = set()
+    place = 0
+    for message in messages:
+        said = message.content.rpartition("</think>")[2].strip()
+        at = text.find(said, place)
+        if at < 0:  # in another order, or as JSON
+            at = next((i for w in (said, _quoted(said, False), _quoted(said, True)) if (i := text.find(w)) >= 0), -1)
+        if at < 0:
+            missing.add("system" if message.role in ("system", "developer") else "words" if message.tool_calls else "rest")
+        else:
+            place = at
+    told = {tool.name for tool in tools}
+    called = Counter(call.name for message in messages for call in message.tool_calls)
+    if any(text.count(name) < count + (name in told) for name, count in called.items()) or any(name not in text for name in told):
+        missing.add("tools")
+    return missing
+
+
+def _quoted(text: str, ascii_only: bool) -> str:
+    return json.dumps(text, ensure_ascii=ascii_only)[1:-1]

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 from llmkit.chat.bounds import MAX_OUTPUT, Budget
 from llmkit.chat.manners import Manners, as_dicts, find_manners
 from llmkit.chat.sandbox import make_environment, metered
-from llmkit.chat.telling import fitted
+from llmkit.chat.telling import Kind, fitted, lost
 from llmkit.chat.tools import reasoning_form, tool_form
 from llmkit.errors import InvalidRequestError
-from llmkit.types import Message, Tool
+from llmkit.types import Message, Tool, ToolCall
 
 if TYPE_CHECKING:
     import jinja2
@@ -83,6 +83,16 @@ class ChatTemplate:
             return "think_always" if self._begins_thinking(enable_thinking=False, thinking=False) else "think_begun"
         return "think_asked" if self._begins_thinking(enable_thinking=True, thinking=True) else form
 
+    @cached_property
+    def reasons_after_results(self) -> bool:
+        """Whether the prompt opens the tag also where the last message is what a tool gave."""
+        call = ToolCall("call00001", "f", "{}")
+        talk = [Message("user", "?"), Message("assistant", tool_calls=(call,)), Message("tool", "!", name="f", tool_call_id=call.call_id)]
+        try:
+            return self.render(talk).rstrip().endswith("<think>") or not self._begins_thinking()
+        except InvalidRequestError:
+            return True
+
     def _begins_thinking(self, **options: Any) -> bool:
         """Whether the prompt ends with the opening tag."""
         try:
@@ -111,17 +121,27 @@ class ChatTemplate:
         if reserved:
             raise InvalidRequestError(f"chat_template_kwargs: {reserved[0]} is set by the server and cannot be overridden.", "chat_template_kwargs")
         general, manners = self.tool_form == "general", self.manners
-        # As the template has it; where it refuses that, with tools described in our words, and last with calls in them too.
-        ways = [(manners, general), (replace(manners, tools=False), general), (replace(manners, repeats=False), True)]
         refusal: InvalidRequestError | None = None
-        for how, plainly in ways[: 1 if general or not (tools or any(m.tool_calls for m in messages)) else 3]:
-            told, told_by_template = fitted(messages, tools, how, self.tool_form, plainly)
+        shown: str | None = None
+        way: tuple[Manners, bool] | None = (manners, general)
+        while way is not None:
+            told, told_by_template = fitted(messages, tools, way[0], self.tool_form, way[1])
+            missing: set[Kind] = set()
             try:
-                return self._render(told, how, add_generation_prompt, told_by_template, options, continue_final)
+                text = self._render(told, way[0], add_generation_prompt, told_by_template, options, continue_final)
+                missing = lost(text, messages, tools)
+                if not missing:
+                    return text
+                shown = shown or text
             except InvalidRequestError as error:
                 refusal = refusal or error
-        assert refusal is not None
-        raise refusal
+                if general or not (tools or any(m.tool_calls for m in messages)):
+                    break
+            way = _another_way(*way, missing)
+        if shown is None:
+            assert refusal is not None
+            raise refusal
+        return shown
 
     def _render(
         self, told: list[Message], manners: Manners, add_generation_prompt: bool, tools: Sequence[Tool], options: dict[str, Any], continue_final: bool
@@ -170,3 +190,14 @@ class ChatTemplate:
         except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError, MemoryError) as error:
             raise InvalidRequestError(f"the model's chat template refuses these messages: {error!s:.500}", "messages") from error
         return "".join(parts)
+
+
+def _another_way(manners: Manners, plainly: bool, missing: set[Kind]) -> tuple[Manners, bool] | None:
+    """What to try where a template refused what it was given, or left some of it out (it may look at the last message, say); None where all was tried."""
+    if "words" in missing and manners.words:
+        return replace(manners, words=False), plainly
+    if "system" in missing and (manners.system or manners.developer):
+        return replace(manners, system=False, later_system=False, developer=False), plainly
+    if (not missing or missing & {"tools", "rest"}) and manners.tools:
+        return replace(manners, tools=False), plainly
+    return None if plainly else (replace(manners, repeats=False), True)

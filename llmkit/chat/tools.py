@@ -53,6 +53,8 @@ def tool_form(template: str) -> str:
         return "glm"
     if "<tool_call>" in template:
         return "hermes"
+    if "<|START_ACTION|>" in template:
+        return "general"
     if "<|python_tag|>" in template or '"parameters"' in template:
         return "llama3"
     return "general"

@@ -77,6 +77,10 @@ class Backlog:
         """The caller got this much service."""
         self._service[request.caller] = self._service.get(request.caller, 0.0) + num_prompt + OUTPUT_PRICE * num_output
 
+    def service(self, caller: str) -> float:
+        """What a caller got, in prompt tokens; it fades."""
+        return self._service.get(caller, 0.0)
+
     def leave(self, request: Request) -> None:
         """The request is over."""
         caller = request.caller

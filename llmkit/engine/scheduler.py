@@ -257,6 +257,8 @@ class Scheduler:
             if not request.is_shifted:
                 request.num_cached_tokens = min(request.num_cached_tokens, resident)  # less where a parked prefix was lost
             request.is_late = chunk.slot in output.late
+            if request.is_late:  # where nothing can be cut off, more than the last token is computed again
+                self.waiting.charge(request, num_prompt=max(0, chunk.start + len(chunk.tokens) - 1 - resident))
             if request.constraint is not None:
                 self._charge_time(request, request.constraint.take_seconds())
             if chunk.slot in faults:

@@ -176,7 +176,8 @@ class ChatRequest(GenerationFields):
         forced = self.tool_choice == "required" or isinstance(self.tool_choice, NamedChoice)  # a grammar leaves no room for reasoning
         continued = self.messages[-1].message().content if self.continue_final_message else None
         thinks = None if thinks is None else bool(thinks)
-        return AnswerReader(model, self.wanted_tools, thinks=thinks, forced=forced, held=self._grammar() is not None, continued=continued)
+        held, after_results = self._grammar() is not None, self.messages[-1].role == "tool"
+        return AnswerReader(model, self.wanted_tools, thinks=thinks, forced=forced, held=held, continued=continued, after_results=after_results)
 
     def wanted_logprobs(self) -> dict[str, int | None]:
         if self.top_logprobs is not None and not self.logprobs:

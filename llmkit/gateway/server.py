@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import ipaddress
 import logging
 import os
 import socket
@@ -18,7 +19,7 @@ from typing import Any
 from tornado import httpserver, httputil, ioloop, iostream, web
 from tornado.http1connection import HTTP1ServerConnection
 
-__all__ = ["MAX_CONNECTIONS", "SPARE_DESCRIPTORS", "BoundedServer", "raise_descriptors"]
+__all__ = ["MAX_CONNECTIONS", "SPARE_DESCRIPTORS", "BoundedServer", "place_of", "raise_descriptors"]
 
 logger = logging.getLogger("llmkit.gateway")
 
@@ -29,7 +30,7 @@ PAUSE_S = 1.0
 EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 ACCEPTS = 64  # connections that are accepted before the loop turns
 EVICTED = 16  # idle connections that are closed when no descriptor is free
-OURSELVES = ("127.0.0.1", "::1", "local")
+OURSELVES = "local"
 
 
 def raise_descriptors() -> int:
@@ -112,8 +113,8 @@ class BoundedServer(httpserver.HTTPServer):
     # -- which connections there are
 
     def handle_stream(self, stream: iostream.IOStream, address: Any) -> None:
-        place = str(address[0]) if isinstance(address, tuple) and address else "local"
-        most = self._most if place in OURSELVES else max(1, self._most // 2)
+        place = place_of(address)
+        most = self._most if place == OURSELVES else max(1, self._most // 2)
         if self._counts[place] >= most:
             self._make_way(place)
         elif len(self._places) >= self._most:
@@ -184,3 +185,15 @@ class _Watched(httputil.HTTPMessageDelegate):
 
     def on_connection_close(self) -> None:
         self._delegate.on_connection_close()
+
+
+def place_of(address: Any) -> str:
+    """Whom connections from an address count for: this machine, an IPv4 address, or the /64 that one IPv6 host has to itself."""
+    if not isinstance(address, tuple) or not address:
+        return OURSELVES
+    ip = ipaddress.ip_address(str(address[0]).partition("%")[0])
+    if isinstance(ip, ipaddress.IPv6Address):
+        ip = ip.ipv4_mapped or ip
+    if ip.is_loopback:
+        return OURSELVES
+    return str(ip) if isinstance(ip, ipaddress.IPv4Address) else str(ipaddress.ip_network((ip, 64), strict=False))
