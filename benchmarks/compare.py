@@ -256,8 +256,10 @@ def compare(arms: list[Arm], name: str, clients: int, load: Job, args: argparse.
     print(f"\n{name}: {clients} clients, median of {args.reps} (idle load of others: {max(noise):.0%} at most)")
     print("| arm | tok/s | ratio | TTFT p50 / p95 ms | ITL p50 / p95 / max ms |\n|---|---|---|---|---|")
     for label, m in medians.items():
-        reference = medians.get(f"before: {label}", best)
-        ratio = f"{m['tok_s'] / reference['tok_s']:.2f}" if reference else "–"
+        if earlier := runs.get(f"before: {label}"):  # the machine's speed wanders: only runs of one repetition are compared
+            ratio = f"{statistics.median(a['tok_s'] / b['tok_s'] for a, b in zip(runs[label], earlier, strict=True)):.2f}"
+        else:
+            ratio = f"{m['tok_s'] / best['tok_s']:.2f}" if best else "–"
         itl = f"{m['itl_p50_ms']:.1f} / {m['itl_p95_ms']:.1f} / {m['itl_max_ms']:.0f}"
         print(f"| {label} | {m['tok_s']:.1f} | {ratio} | {m['ttft_p50_ms']:.0f} / {m['ttft_p95_ms']:.0f} | {itl} |", flush=True)
         if load["workload"] == "long":

@@ -26,7 +26,7 @@ BAD_SEED = 666  # a request whose sampler cannot be made
 
 
 class FakeRunner:
-    """Implements `ModelRunner`: the next token is a letter computed from the tokens before it and the adapters, or ``END`` after ``end_after`` tokens in a slot."""
+    """Implements `ModelRunner`: the next token is a letter computed from the tokens before it and the adapters, or ``END`` after ``end_after`` tokens."""
 
     can_truncate = can_fork = True
     saves = False

@@ -4,25 +4,32 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jinja2
+import pandas as pd
 import pytest
 from fakes import FakeClient, FakeRunner, ask, wait_for
+from test_gateway import serve
 
 from llmkit.backend.gbnf import to_lark
 from llmkit.chat.bounds import Budget
 from llmkit.chat.template import CHATML, ChatTemplate
+from llmkit.client import EngineClient
 from llmkit.errors import InvalidRequestError
+from llmkit.gateway.engines import EngineDirectory
 from llmkit.gateway.failures import ApiError
 from llmkit.gateway.reading import check_counts
 from llmkit.gateway.schemas import parse_json
 from llmkit.gateway.stored import Store
+from llmkit.notebook.frames import map_rows
 from llmkit.schema import normalized
-from llmkit.types import FinishReason, Message
+from llmkit.stream import Channel, Stream
+from llmkit.types import Completion, Delta, FinishReason, GenerationRequest, Message, Usage
 
 
 @pytest.mark.parametrize(
@@ -49,22 +56,29 @@ def _zigzag(n: int) -> dict[str, Any]:
     return {"$ref": "#/$defs/0", "$defs": {**dict(sorted(chain.items())), str(names[-1]): {"type": "null"}}}
 
 
+@contextlib.contextmanager
+def counted() -> Iterator[list[int]]:
+    """How many calls this thread makes: what grows faster than the work shows, whatever the machine."""
+    calls = [0]
+
+    def trace(*_: object) -> None:
+        calls[0] += 1
+
+    sys.setprofile(trace)
+    try:
+        yield calls
+    finally:
+        sys.setprofile(None)
+
+
+def count(deed: Callable[[], object]) -> int:
+    with counted() as calls:
+        deed()
+    return calls[0]
+
+
 def test_reading_a_schema_or_a_grammar_is_linear() -> None:
-    """Counted, not timed: lines of Python that run for twice as much are about twice as many."""
-
-    def count(deed: Callable[[], object]) -> int:
-        calls = 0
-
-        def trace(*_: object) -> None:
-            nonlocal calls
-            calls += 1
-
-        sys.setprofile(trace)
-        try:
-            deed()
-        finally:
-            sys.setprofile(None)
-        return calls
+    """Twice as much makes about twice as many calls."""
 
     def hub(n: int) -> str:
         rules = [f'r{i} ::= "a" r{i - 1}' if i else 'r0 ::= "b"' for i in range(n)]
@@ -157,3 +171,80 @@ def test_numbers_are_read_up_to_the_largest_double() -> None:
     assert parse_json(b'{"maximum": %d}' % whole)["maximum"] == whole
     with pytest.raises(InvalidRequestError, match="too large a number"):
         parse_json(b'{"maximum": ' + b"9" * 4000 + b"}")
+
+
+class _OneByOne(Channel):
+    """Gives one delta at a time, as an engine does whose reader keeps up."""
+
+    def take(self) -> tuple[list[Delta], Completion | None]:
+        if not self._deltas:
+            return [], self.result
+        delta = self._deltas.popleft()
+        self.wake()
+        return [delta], None if self._deltas else self.result
+
+
+class _Fluent(FakeClient):
+    """Answers with ``max_tokens`` pieces that are there at once."""
+
+    def submit(self, request: GenerationRequest) -> Stream:
+        channel = _OneByOne(request.request_id, lambda _: None)
+        count = request.sampling.max_tokens or 0
+        for i in range(count):
+            channel.push(Delta(f"{i} ", 1))
+        channel.finish(Completion("".join(channel.text_parts), FinishReason.LENGTH, Usage(1, count, 0)))
+        return Stream(channel)
+
+
+class _Directory(EngineDirectory):
+    """One model of this process."""
+
+    def __init__(self, model: EngineClient) -> None:
+        super().__init__(lambda _: False)
+        self._model = model
+
+    def lookup(self, model: str, use: Any = None) -> EngineClient:
+        return self._model
+
+
+EVENT_ROUTES: dict[str, dict[str, Any]] = {
+    "/v1/chat/completions": {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 0},
+    "/v1/completions": {"prompt": "hi", "max_tokens": 0},
+    "/v1/responses": {"input": "hi", "max_output_tokens": 0},
+    "/v1/messages": {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 0},
+    "/api/chat": {"messages": [{"role": "user", "content": "hi"}], "options": {"num_predict": 0}},
+    "/api/generate": {"prompt": "hi", "options": {"num_predict": 0}},
+}
+
+
+@pytest.mark.parametrize("path", EVENT_ROUTES)
+async def test_each_event_of_a_stream_costs_the_same(path: str) -> None:
+    model = _Fluent(runner=FakeRunner(n_ctx=50_000))
+    calls = []
+    async for api in serve(None, directory=_Directory(model)):
+        for n in (50, 1000, 2000):
+            body = json.loads(json.dumps(EVENT_ROUTES[path]).replace(": 0", f": {n}"))
+            with counted() as made:
+                reply = await api.fetch("POST", path, {**body, "model": "fake", "stream": True})
+            assert reply.code == 200 and reply.body.count(b"\n") >= n, reply.body[-300:]
+            calls.append(made[0])
+    model.close()
+    assert calls[2] < 2.2 * calls[1], calls
+
+
+def test_each_row_of_a_table_costs_the_same() -> None:
+    frame = pd.DataFrame({"x": range(4000)})
+
+    def answer(prompt: str) -> Stream:
+        channel = Channel(prompt, lambda _: None)
+        channel.push(Delta(prompt, 1))
+        channel.finish(Completion(prompt, FinishReason.STOP, Usage(1, 1, 0)))
+        return Stream(channel)
+
+    def rows(n: int) -> None:
+        streams: list[Stream] = []
+        found = map_rows(frame[:n], "row {x}", answer, lambda c: c.text, "y", 64, [], streams)
+        assert not streams and list(found["y"]) == [f"row {i}" for i in range(n)]
+
+    rows(10)
+    assert count(lambda: rows(4000)) < 2.2 * count(lambda: rows(2000))

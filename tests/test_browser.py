@@ -193,6 +193,22 @@ def test_the_stop_button_stops_a_long_prompt(page: Page) -> None:
     assert not page.errors, page.errors  # type: ignore[attr-defined]
 
 
+def test_prices_are_no_formulas(page: Page) -> None:
+    """MathJax reads "$250 for size a_b and $" as mathematics, in markdown and in HTML outputs."""
+    said = "No: $250 for size a_b and $260 for c_d."
+    code = f"""from dataclasses import replace
+    from IPython.display import HTML, display
+    talk = llm.session(); said = {said!r}
+    display(HTML('<p>$' + 'E=mc^2$</p>'))
+    display(replace(llm.generate('a', max_tokens=1), text=said))
+    llm.chat_panel(messages=[{{'role': 'user', 'content': said}}, {{'role': 'assistant', 'content': said}}])"""
+    run_code(page, "\n".join(line.strip() for line in code.splitlines()))
+    wait_done(page)
+    page.locator(".jp-OutputArea-output mjx-container").first.wait_for(timeout=20_000)  # a formula that is meant is one: MathJax has been here
+    shown = page.locator(".jp-OutputArea-output").filter(has_text="$250 for size a_b and $260")
+    assert shown.count() >= 2 and shown.locator("mjx-container").count() == 0
+
+
 def test_the_chat_panel_streams_stops_and_edits(page: Page) -> None:
     run_code(page, "panel = llm.chat_panel(temperature=0, max_tokens=1500, ignore_eos=True); panel")
     wait_done(page)

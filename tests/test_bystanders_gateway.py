@@ -17,6 +17,7 @@ from llmkit.bridge.connection import find_connections
 from llmkit.bridge.server import BridgeServer
 from llmkit.gateway.failures import ApiError
 from llmkit.gateway.held import Held
+from llmkit.gateway.server import place_of
 from llmkit.types import FinishReason
 
 
@@ -139,3 +140,20 @@ def test_a_shortage_of_descriptors_is_no_death(fake: FakeClient, monkeypatch: py
     assert server.connection.path.exists() and stream.result(10).finish_reason is FinishReason.LENGTH and remote.gone is None
     remote.close()
     server.close()
+
+
+@pytest.mark.parametrize(
+    ("address", "place"),
+    [
+        (("127.0.0.1", 5), "local"),
+        (("::1", 5, 0, 0), "local"),
+        ("", "local"),
+        (("10.0.0.7", 5), "10.0.0.7"),
+        (("::ffff:10.0.0.7", 5, 0, 0), "10.0.0.7"),
+        (("2001:db8:1:2:aaaa::1", 5, 0, 0), "2001:db8:1:2::/64"),
+        (("2001:db8:1:2:bbbb::9", 5, 0, 0), "2001:db8:1:2::/64"),
+        (("fe80::1%eth0", 5, 0, 2), "fe80::/64"),
+    ],
+)
+def test_an_ipv6_host_has_one_place_for_all_its_addresses(address: Any, place: str) -> None:
+    assert place_of(address) == place

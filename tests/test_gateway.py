@@ -55,8 +55,8 @@ class Api:
         return [b[6:] if b == "data: [DONE]" else json.loads(b[6:]) for b in blocks[:-1] if b.startswith("data: ")]
 
 
-async def serve(key: str | None, most: int = 1000) -> AsyncIterator[Api]:
-    directory = EngineDirectory()
+async def serve(key: str | None, most: int = 1000, directory: EngineDirectory | None = None) -> AsyncIterator[Api]:
+    directory = directory or EngineDirectory()
     server = make_server(make_app(Gateway(directory), Keys(key, "127.0.0.1")), most)
     sockets = bind_sockets(0, "127.0.0.1")
     server.add_sockets(sockets)

@@ -14,6 +14,7 @@ import pytest
 from fakes import FakeClient, wait_for
 
 import llmkit
+from llmkit import models
 from llmkit.bench.quality import SAMPLE_TEXT
 from llmkit.comparing import Comparison
 from llmkit.errors import InvalidRequestError
@@ -73,9 +74,12 @@ def test_perplexity_is_that_of_the_logprobs(llm: llmkit.LLM) -> None:
 
 
 def test_models_beside_each_other(llm: llmkit.LLM) -> None:
-    found = llmkit.compare(["smollm2"], batch_size=4, prompt_tokens=32)
-    assert found.df.loc["smollm2", "agreement"] == 1 and found.df.loc["smollm2", "perplexity"] == pytest.approx(llm.perplexity(SAMPLE_TEXT), rel=0.01)
-    assert not llm.closed, "what was loaded stays"
+    other = str(llmkit.quantize("smollm2", "Q4_0"))
+    df = llmkit.compare(["smollm2", other], batch_size=4, prompt_tokens=32).df
+    assert df.loc["smollm2", "perplexity"] == pytest.approx(llm.perplexity(SAMPLE_TEXT), rel=0.01)
+    assert df.loc["smollm2", "agreement"] == 1 and 0.5 < df.loc[other, "agreement"] < 1, "weights made rougher choose otherwise here and there"
+    assert df.loc[other, "perplexity"] != df.loc["smollm2", "perplexity"] and list(df["quantization"]) == ["Q4_1", "Q4_0"]
+    assert not llm.closed and len(models.living()) == 1, "what was loaded stays, what was loaded for this is gone"
     rows = [{"model": n, "decode_tok_s": 1.0, "prefill_tok_s": 2.0, "weights_mb": 3.0, "perplexity": 4.0} for n in ("a", "b")]
     assert Comparison(rows).plot().get_title() == "perplexity" and "<table" in Comparison(rows)._repr_html_()
     for bad in ("smollm2", []):

@@ -187,10 +187,9 @@ def test_stop_in_a_long_prefill_is_quick(model: LlamaModel) -> None:
     engine = LocalEngine("smollm2", n_ctx=4096, n_slots=1)
     stream = engine.submit(GenerationRequest("p", SamplingParams(max_tokens=4000, ignore_eos=True), prompt="word and " * 1500))
     wait_for(lambda: engine.stats().num_running == 1)
-    start = time.perf_counter()
     stream.close()
     assert stream.wait(5).finish_reason is FinishReason.ABORT  # type: ignore[union-attr]
-    print(f"abort took {time.perf_counter() - start:.3f} s")
+    assert engine.stats().prompt_tokens_total < 3000, "the step was interrupted, and the rest of the prompt was never begun"
     assert generate(engine, PROMPTS[0], max_tokens=3).usage.completion_tokens == 3
     engine.close()
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmkit.engine.backlog import Backlog
-from llmkit.engine.batch import Fork, Park, Restore
+from llmkit.engine.batch import Fork, Park, Restore, StepOutput
 from llmkit.engine.budget import StepClock
 from llmkit.engine.detokenize import Detokenizer
 from llmkit.engine.draft import PromptLookup
@@ -348,3 +348,15 @@ def test_a_prefix_that_lost_its_slot_comes_back_from_ram(truncate: bool) -> None
     again = bench.add(talk + bench.text(first) + b" and on", 5)
     bench.drain()
     assert again.num_cached_tokens >= len(talk) + 4 and len(ops(bench, Restore)) == 1
+
+
+def test_a_prompt_computed_again_for_a_late_grammar_is_charged_again() -> None:
+    """Where a model's state cannot be cut back by one token, all of it is computed once more."""
+    bench = Bench(FakeRunner(n_slots=2))
+    slow, other = bench.add(b"x" * 40, caller="slow"), bench.add(b"y" * 40, caller="other")
+    batch = bench.scheduler.schedule()
+    bench.runner.execute(batch)
+    bench.runner.slots[0].clear()
+    bench.scheduler.update(batch, StepOutput([(), (97,)], [0, len(bench.runner.slots[1])], late=(0,)))
+    service = bench.scheduler.waiting.service
+    assert slow.num_computed_tokens == 0 and service("slow") - service("other") > 30 and other.num_output_tokens == 1
