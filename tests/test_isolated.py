@@ -120,7 +120,7 @@ time.sleep(60)
     child = int(owner.stdout.readline())
     assert owner.stdout.readline() == "1\n" and find_connections() == []
     owner.kill()
-    owner.wait()
+    owner.communicate()
     wait_for(lambda: process_start_time(child) is None)
 
 
@@ -141,8 +141,7 @@ def test_attach_to_the_model_of_another_process() -> None:
     llm.unload()
     again = llmkit.attach()
     assert again.generate("a", max_tokens=1).usage.completion_tokens == 1, "letting go left it loaded"
-    other.stdin.close()
-    other.wait(20)
+    other.communicate(timeout=20)
     wait_for(lambda: again.closed)
     with pytest.raises(EngineGoneError):
         again.generate("a")
