@@ -1,4 +1,5 @@
-"""What no linter checks: module sizes, docstrings, names that say nothing, and that nothing of the machine is in the tree."""
+"""What no linter checks: module sizes, docstrings, names that say nothing, and that nothing of the
+machine is in the tree."""
 
 from __future__ import annotations
 
@@ -32,12 +33,28 @@ MACHINE = re.compile(r"(^|[^.\w])/(w[o]rk|r[o]ot|home)/[a-z]|https?://[^/\s]*pyp
 
 
 def main() -> int:
-    listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\n")
+    listed = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.split("\n")
     files = [f for f in listed if f and (ROOT / f).is_file()]
-    faults = [f"{f}: {f.split('/')[0]} does not belong at the top level" for f in files if f.split("/")[0] not in TOP]
+    faults = [
+        f"{f}: {f.split('/')[0]} does not belong at the top level"
+        for f in files
+        if f.split("/")[0] not in TOP
+    ]
     for name in files:
-        text = (ROOT / name).read_text(errors="replace") if not name.endswith((".png", ".ico")) else ""
-        faults += [f"{name}:{i}: a machine's path or host: {line.strip()[:80]}" for i, line in enumerate(text.splitlines(), 1) if MACHINE.search(line)]
+        text = (
+            (ROOT / name).read_text(errors="replace") if not name.endswith((".png", ".ico")) else ""
+        )
+        faults += [
+            f"{name}:{i}: a machine's path or host: {line.strip()[:80]}"
+            for i, line in enumerate(text.splitlines(), 1)
+            if MACHINE.search(line)
+        ]
         if name.endswith(".py"):
             faults += python_faults(name, text)
     print("\n".join(faults) or f"layout: {len(files)} files, no fault")
@@ -57,7 +74,10 @@ def python_faults(name: str, text: str) -> list[str]:
     if (
         product
         and text
-        and not any(isinstance(n, ast.Assign | ast.AnnAssign) and "__all__" in ast.unparse(n) for n in tree.body)
+        and not any(
+            isinstance(n, ast.Assign | ast.AnnAssign) and "__all__" in ast.unparse(n)
+            for n in tree.body
+        )
         and Path(name).stem != "__main__"
     ):
         faults.append(f"{name}: no __all__")

@@ -1,8 +1,10 @@
-"""`make measure`: what has no peer to be compared with, as ratios within one run.
+"""`make measure`: measurements without a peer, as ratios within one run.
 
-monitor    tokens/s of four streams with a live monitor in a real kernel, to those without one
-busy       tokens/s of four streams while the main thread runs pure Python, to the best of all fixed thread counts; in the process and isolated
-follow-up  tokens that the next turn of a long conversation computes, and the first token after a restart with ``prefix_dir``, to a cold one
+monitor    tokens/s of four streams with a live monitor in a real kernel, relative to without one
+busy       tokens/s of four streams while the main thread runs pure Python, relative to the best
+           fixed thread count; in the process and isolated
+follow-up  tokens computed for the next turn of a long conversation, and the time to first token
+           after a restart with ``prefix_dir``, relative to a cold start
 """
 
 from __future__ import annotations
@@ -23,12 +25,13 @@ def rate(watched):
     monitor = llm.monitor() if watched else None
     if watched:
         display(monitor)
-    streams = [llm.stream("Once upon a time", max_tokens=2000, ignore_eos=True, temperature=0, speculate=False) for _ in range(4)]
+    options = dict(max_tokens=2000, ignore_eos=True, temperature=0, speculate=False)
+    streams = [llm.stream("Once upon a time", **options) for _ in range(4)]
     time.sleep(0.5)
     before, began = llm.stats.generation_tokens_total, time.perf_counter()
     time.sleep({seconds})
     speed = (llm.stats.generation_tokens_total - before) / (time.perf_counter() - began)
-    assert not any(stream.finished for stream in streams), "this machine is too fast for so few tokens"
+    assert not any(stream.finished for stream in streams), "too fast: raise max_tokens"
     for stream in streams:
         stream.close()
     if watched:
@@ -37,15 +40,19 @@ def rate(watched):
     return speed
 
 rate(False)
-pairs = [(rate(False), rate(True)) if i % 2 else (rate(True), rate(False))[::-1] for i in range({reps})]
-print(statistics.median(a for a, _ in pairs), statistics.median(b for _, b in pairs), statistics.median(b / a for a, b in pairs))
+pairs = [
+    (rate(False), rate(True)) if i % 2 else (rate(True), rate(False))[::-1] for i in range({reps})
+]
+median = statistics.median
+print(median(a for a, _ in pairs), median(b for _, b in pairs), median(b / a for a, b in pairs))
 """
 BUSY = """
 import sys, time, llmkit
 llm = llmkit.load({model!r}, n_ctx=1024, n_slots=4, threads={threads}, isolated={isolated})
 
 def rate(busy):
-    streams = [llm.stream("Once upon a time", max_tokens=1000, ignore_eos=True, temperature=0, speculate=False) for _ in range(4)]
+    options = dict(max_tokens=1000, ignore_eos=True, temperature=0, speculate=False)
+    streams = [llm.stream("Once upon a time", **options) for _ in range(4)]
     time.sleep(1.5)
     before, began = llm.stats.generation_tokens_total, time.perf_counter()
     count = 0
@@ -55,7 +62,7 @@ def rate(busy):
         else:
             time.sleep(0.01)
     speed = (llm.stats.generation_tokens_total - before) / (time.perf_counter() - began)
-    assert not any(stream.finished for stream in streams), "this machine is too fast for so few tokens"
+    assert not any(stream.finished for stream in streams), "too fast: raise max_tokens"
     for stream in streams:
         stream.close()
     return speed
@@ -70,19 +77,20 @@ with llmkit.load({model!r}, n_ctx=8192, n_slots=2, prefix_dir={folder!r}) as llm
     first = llm.generate(history + "On Monday", max_tokens=8, temperature=0, ignore_eos=True)
     if {save}:
         llm.save_prefix(history)
-    again = llm.generate(history + "On Monday" + first.text + " Then, on Tuesday,", max_tokens=8, temperature=0)
-    print(first.metrics.ttft_s, again.usage.prompt_tokens - again.usage.cached_tokens, again.usage.prompt_tokens)
+    follow_up = history + "On Monday" + first.text + " Then, on Tuesday,"
+    usage = llm.generate(follow_up, max_tokens=8, temperature=0).usage
+    print(first.metrics.ttft_s, usage.prompt_tokens - usage.cached_tokens, usage.prompt_tokens)
 """
 
 
 def python(code: str) -> list[float]:
-    """The numbers that a script prints last, in a process of its own."""
+    """The numbers on the last line that a script prints, run in its own process."""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     return [float(word) for word in done.stdout.splitlines()[-1].split()]
 
 
 def kernel(code: str) -> list[float]:
-    """The same in a real kernel."""
+    """The same, run in a real kernel."""
     from jupyter_client.manager import start_new_kernel
 
     manager, client = start_new_kernel()
@@ -104,19 +112,41 @@ def kernel(code: str) -> list[float]:
 
 def measure_monitor(model: str, reps: int) -> None:
     without, watched, ratio = kernel(MONITOR.format(model=model, seconds=3, reps=max(reps, 8)))
-    print(f"monitor: {without:.1f} tokens/s without, {watched:.1f} with; ratio {ratio:.3f} (median of {max(reps, 8)} pairs)", flush=True)
+    print(
+        f"monitor: {without:.1f} tokens/s without, {watched:.1f} with; "
+        f"ratio {ratio:.3f} (median of {max(reps, 8)} pairs)",
+        flush=True,
+    )
 
 
 def measure_busy(model: str, reps: int) -> None:
     counts = [None, *range(1, (os.cpu_count() or 1) + 1)]
     for isolated in (False, True):
-        runs = {n: [python(BUSY.format(model=model, threads=n, isolated=isolated, seconds=4)) for _ in range(reps)] for n in counts}
-        speeds = {n: (statistics.median(idle for idle, _ in found), statistics.median(busy for _, busy in found)) for n, found in runs.items()}
+        runs = {
+            n: [
+                python(BUSY.format(model=model, threads=n, isolated=isolated, seconds=4))
+                for _ in range(reps)
+            ]
+            for n in counts
+        }
+        speeds = {
+            n: (
+                statistics.median(idle for idle, _ in pairs),
+                statistics.median(busy for _, busy in pairs),
+            )
+            for n, pairs in runs.items()
+        }
         best = max(busy for n, (_, busy) in speeds.items() if n is not None)
-        fixed = ", ".join(f"{n} threads {busy:.0f}" for n, (_, busy) in speeds.items() if n is not None)
+        fixed = ", ".join(
+            f"{n} threads {busy:.0f}" for n, (_, busy) in speeds.items() if n is not None
+        )
         where = "isolated" if isolated else "in the process"
         idle, busy = speeds[None]
-        print(f"busy, {where}: {busy:.0f} tokens/s of {idle:.0f} idle; fixed: {fixed}; ratio {busy / best:.2f}", flush=True)
+        print(
+            f"busy, {where}: {busy:.0f} tokens/s of {idle:.0f} idle; "
+            f"fixed: {fixed}; ratio {busy / best:.2f}",
+            flush=True,
+        )
 
 
 def measure_follow_up(model: str, reps: int) -> None:
@@ -125,7 +155,8 @@ def measure_follow_up(model: str, reps: int) -> None:
         cold, computed, whole = python(FOLLOW_UP.format(model=model, folder=folder, save=True))
         warm, _, _ = python(FOLLOW_UP.format(model=model, folder=folder, save=False))
     print(
-        f"follow-up: {computed:.0f} of {whole:.0f} tokens computed; first token cold {cold:.2f} s, after a restart {warm:.2f} s (1/{cold / warm:.0f})",
+        f"follow-up: {computed:.0f} of {whole:.0f} tokens computed; "
+        f"first token cold {cold:.2f} s, after a restart {warm:.2f} s (1/{cold / warm:.0f})",
         flush=True,
     )
 
@@ -134,8 +165,13 @@ MEASURES = {"monitor": measure_monitor, "busy": measure_busy, "follow-up": measu
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=textwrap.dedent(__doc__ or ""), formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="*", choices=[*MEASURES, []], help="all of them, if none is named")
+    parser = argparse.ArgumentParser(
+        description=textwrap.dedent(__doc__ or ""),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "what", nargs="*", choices=[*MEASURES, []], help="measurements to run (default: all)"
+    )
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--reps", type=int, default=3)
     args = parser.parse_args()

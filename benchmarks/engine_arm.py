@@ -1,4 +1,7 @@
-"""One arm of the comparison: the engine alone, in this process, under the workload of `llmkit bench`. Prints its figures as JSON; a job a line on stdin."""
+"""The engine alone, in this process, under the workload of `llmkit bench`.
+
+Reads one JSON job per line from stdin and prints its figures as JSON.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +15,8 @@ from typing import Any
 from llmkit.bench.prompts import prompt_text
 from llmkit.bench.workload import percentile
 from llmkit.errors import LLMKitError
-from llmkit.local import LocalEngine
-from llmkit.types import GenerationRequest, SamplingParams
+from llmkit.protocol import GenerationRequest, SamplingParams
+from llmkit.runtime.local import LocalEngine
 
 
 def run(engine: LocalEngine, job: dict[str, int]) -> dict[str, Any]:
@@ -31,7 +34,11 @@ def run(engine: LocalEngine, job: dict[str, int]) -> dict[str, Any]:
             if index is None:
                 return
             start = time.perf_counter()
-            request = GenerationRequest(f"bench-{job['seed']}-{index}", params, prompt=prompt_text(job["seed"], index, job["prompt_words"]))
+            request = GenerationRequest(
+                f"bench-{job['seed']}-{index}",
+                params,
+                prompt=prompt_text(job["seed"], index, job["prompt_words"]),
+            )
             try:
                 times = [time.perf_counter() for _ in engine.submit(request)]
             except LLMKitError as error:

@@ -1,4 +1,7 @@
-"""The peer: llama-server, built once from the very sources that the installed llama-cpp-python vendors, kept in the user's cache."""
+"""The peer: llama-server, built once and kept in the user's cache.
+
+Built from the same sources that the installed llama-cpp-python vendors.
+"""
 
 from __future__ import annotations
 
@@ -23,16 +26,27 @@ FLAGS = [
 
 
 def llama_server() -> Path:
-    """The path of llama-server; builds it if it is not there (about eleven minutes on two cores). $LLAMA_SERVER names a ready one."""
+    """The path of llama-server; $LLAMA_SERVER, or one built on first use.
+
+    Building takes about eleven minutes on two cores.
+    """
     if os.environ.get("LLAMA_SERVER"):
         return Path(os.environ["LLAMA_SERVER"])
     version = importlib.metadata.version("llama-cpp-python")
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llmkit" / f"peer-{version}"
+    folder = (
+        Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        / "llmkit"
+        / f"peer-{version}"
+    )
     binary = folder / "build" / "bin" / "llama-server"
     if binary.exists():
         return binary
     folder.mkdir(parents=True, exist_ok=True)
-    print(f"Building llama-server from llama-cpp-python {version}'s sources in {folder}: about eleven minutes on two cores.", file=sys.stderr)
+    print(
+        f"Building llama-server from llama-cpp-python {version}'s sources in {folder}: "
+        "about eleven minutes on two cores.",
+        file=sys.stderr,
+    )
     download = [
         sys.executable,
         "-m",
@@ -50,8 +64,22 @@ def llama_server() -> Path:
     with tarfile.open(next(folder.glob("*.tar.gz"))) as archive:
         archive.extractall(folder, filter="data")
     source = folder / f"llama_cpp_python-{version}" / "vendor" / "llama.cpp"
-    subprocess.run(["cmake", "-S", str(source), "-B", str(folder / "build"), *FLAGS], check=True, stdout=subprocess.DEVNULL)
     subprocess.run(
-        ["cmake", "--build", str(folder / "build"), "-j", str(os.cpu_count() or 1), "--target", "llama-server"], check=True, stdout=subprocess.DEVNULL
+        ["cmake", "-S", str(source), "-B", str(folder / "build"), *FLAGS],
+        check=True,
+        stdout=subprocess.DEVNULL,
+    )
+    subprocess.run(
+        [
+            "cmake",
+            "--build",
+            str(folder / "build"),
+            "-j",
+            str(os.cpu_count() or 1),
+            "--target",
+            "llama-server",
+        ],
+        check=True,
+        stdout=subprocess.DEVNULL,
     )
     return binary

@@ -1,11 +1,11 @@
-"""llmkit: load a GGUF model in a notebook, see what it costs, and let other programs use the same loaded model.
+"""llmkit: load a GGUF model in a notebook, see what it costs, and share it with other programs.
 
 >>> import llmkit
 >>> llm = llmkit.load("smollm2")            # doctest: +SKIP
 >>> print(llm.chat("What is a prime number?"))  # doctest: +SKIP
 >>> llm.serve()                             # doctest: +SKIP
 
-Importing llmkit loads neither llama.cpp nor pandas, matplotlib or ipywidgets: each comes with its first use.
+Importing llmkit does not load llama.cpp, pandas, matplotlib or ipywidgets; first use does.
 """
 
 from __future__ import annotations
@@ -26,15 +26,24 @@ from llmkit.errors import (
     ModelUnloadedError,
     QueueFullError,
 )
-from llmkit.types import Completion, EngineStats, FinishReason, Grammar, Message, RequestMetrics, SamplingParams, TokenLogprob, Usage
+from llmkit.protocol import (
+    Completion,
+    EngineStats,
+    FinishReason,
+    Grammar,
+    Message,
+    RequestMetrics,
+    SamplingParams,
+    TokenLogprob,
+    Usage,
+)
 from llmkit.version import __version__
 
 if TYPE_CHECKING:
     from llmkit.bench.tuner import quantize, tune
-    from llmkit.comparing import compare
     from llmkit.llm import LLM
-    from llmkit.loading import attach, estimate, load
-    from llmkit.stream import Stream
+    from llmkit.loading import attach, compare, estimate, load
+    from llmkit.protocol.stream import Stream
 
 __all__ = [
     "LLM",
@@ -73,10 +82,10 @@ _LATE = {
     "load": "llmkit.loading",
     "attach": "llmkit.loading",
     "estimate": "llmkit.loading",
-    "compare": "llmkit.comparing",
+    "compare": "llmkit.loading",
     "quantize": "llmkit.bench.tuner",
     "tune": "llmkit.bench.tuner",
-    "Stream": "llmkit.stream",
+    "Stream": "llmkit.protocol.stream",
 }
 
 
@@ -88,9 +97,10 @@ def __getattr__(name: str) -> Any:
 
 def load_ipython_extension(shell: Any) -> None:
     """``%load_ext llmkit``: the magics %llm and %%llm."""
-    from llmkit import magics
+    from llmkit.loading import estimate, load
+    from llmkit.notebook import magics
 
-    shell.register_magics(magics.LLMMagics)
+    shell.register_magics(magics.LLMMagics(shell, load, estimate))
     shell.set_hook("complete_command", magics.complete, str_key="%llm")
 
 

@@ -1,16 +1,16 @@
-"""Every error that llmkit raises on purpose, in one tree; standard library only.
+"""Every error that llmkit raises on purpose, in one tree. Standard library only.
 
     LLMKitError
-    ├── InvalidRequestError (ValueError)   the caller asked for something impossible
-    │   └── ContextLengthError             prompt longer than the context
+    ├── InvalidRequestError (ValueError)   the request cannot be served as it stands
+    │   └── ContextLengthError             the prompt is longer than the context
     ├── ModelNotFoundError (LookupError)   no file, alias or running engine of that name
-    ├── ModelLoadError                     the file is there, but it cannot be loaded
-    │   ├── InvalidModelFileError          not GGUF, truncated, or a header that cannot be true
-    │   └── InsufficientMemoryError        it would not fit; says what would
+    ├── ModelLoadError                     the file exists but cannot be loaded
+    │   ├── InvalidModelFileError          not GGUF, truncated, or an impossible header
+    │   └── InsufficientMemoryError        the model would not fit; says what would
     ├── ModelUnloadedError                 the handle outlived its model
-    ├── EngineError                        the engine failed while it worked on this request
+    ├── EngineError                        the engine failed while working on this request
     │   └── EngineGoneError                the process that held the model is gone or unreachable
-    └── QueueFullError                     too many requests wait already
+    └── QueueFullError                     too many requests are waiting
 
 A message says what happened and what to do next.
 """
@@ -33,11 +33,11 @@ __all__ = [
 
 
 class LLMKitError(Exception):
-    """Base of all errors raised by llmkit on purpose."""
+    """Base of all errors that llmkit raises on purpose."""
 
 
 class InvalidRequestError(LLMKitError, ValueError):
-    """A parameter is out of its range; ``param`` names it."""
+    """A parameter is invalid or out of range; ``param`` names it."""
 
     def __init__(self, message: str, param: str | None = None) -> None:
         super().__init__(message)
@@ -49,8 +49,9 @@ class ContextLengthError(InvalidRequestError):
 
     def __init__(self, num_tokens: int, n_ctx: int, param: str | None = "prompt") -> None:
         super().__init__(
-            f"This model's context holds {n_ctx} tokens per request, but the prompt has {num_tokens} and at least one "
-            f"must be left for the answer. Shorten the prompt, or load the model with a larger n_ctx.",
+            f"This model's context is {n_ctx} tokens per request; the prompt has {num_tokens}, "
+            "and the answer needs at least one more. Shorten the prompt, or load the model "
+            "with a larger n_ctx.",
             param,
         )
         self.num_tokens = num_tokens
@@ -66,11 +67,11 @@ class ModelLoadError(LLMKitError):
 
 
 class InvalidModelFileError(ModelLoadError):
-    """The file is not a usable GGUF file; the message says what it is instead."""
+    """Not a usable GGUF file; the message says what it is instead."""
 
 
 class InsufficientMemoryError(ModelLoadError):
-    """The estimate says that the model does not fit; ``force=True`` loads it all the same."""
+    """By the estimate the model does not fit; ``force=True`` loads it anyway."""
 
 
 class ModelUnloadedError(LLMKitError):
@@ -78,11 +79,11 @@ class ModelUnloadedError(LLMKitError):
 
 
 class EngineError(LLMKitError):
-    """The engine failed while it worked on this request; other requests go on."""
+    """The engine failed while working on this request; other requests go on."""
 
 
 class EngineGoneError(EngineError):
-    """The process that held the model is gone, or does not answer."""
+    """The process that held the model is gone or does not respond."""
 
 
 class QueueFullError(LLMKitError):

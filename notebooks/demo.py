@@ -1,6 +1,7 @@
-"""The main job in a terminal: load a model in a real kernel, stream a reply, profile it, and call the same model from another process through Jupyter.
+"""The main use in a terminal: load a model in a real kernel, stream a reply and profile it.
 
-Run by `make demo`. Exits 0 only if all of that happened.
+Then call the same model from another process, through Jupyter. Run by `make demo`; exits 0 only if
+every step succeeded.
 """
 
 from __future__ import annotations
@@ -27,7 +28,11 @@ for model in client.models.list():
 print("  reply: ", end="")
 count = 0
 for chunk in client.chat.completions.create(
-    model="smollm2", messages=[{"role": "user", "content": "Name three fruits."}], max_tokens=32, temperature=0, stream=True
+    model="smollm2",
+    messages=[{"role": "user", "content": "Name three fruits."}],
+    max_tokens=32,
+    temperature=0,
+    stream=True,
 ):
     print((chunk.choices[0].delta.content or "").replace("\\n", "\\n         "), end="", flush=True)
     count += bool(chunk.choices[0].delta.content)
@@ -46,21 +51,42 @@ def main() -> int:
             kernel.load_connection_file()
             kernel.start_channels()
             kernel.wait_for_ready(timeout=60)
-            step(kernel, "Load the model in a kernel", "import llmkit\nllm = llmkit.load('smollm2')\nprint(llm)")
+            step(
+                kernel,
+                "Load the model in a kernel",
+                "import llmkit\nllm = llmkit.load('smollm2')\nprint(llm)",
+            )
             step(
                 kernel,
                 "Stream a reply",
-                "for piece in llm.chat('What is a notebook?', stream=True, max_tokens=48, seed=3):\n    print(piece, end='', flush=True)",
+                "reply = llm.chat('What is a notebook?', stream=True, max_tokens=48, seed=3)\n"
+                "for piece in reply:\n    print(piece, end='', flush=True)",
             )
-            step(kernel, "Profile it", "print(llm.profile(prompt_tokens=(32, 128), batch_sizes=(1, 4), max_tokens=16))")
+            step(
+                kernel,
+                "Profile it",
+                "print(llm.profile(prompt_tokens=(32, 128), batch_sizes=(1, 4), max_tokens=16))",
+            )
             before = int(evaluate(kernel, "print(llm.stats.requests_total)"))
-            print("# Use the same model from another process: the stock openai client through the Jupyter server")
-            environment = {**os.environ, "OPENAI_BASE_URL": f"{url}/llmkit/v1", "OPENAI_API_KEY": token}
-            subprocess.run([sys.executable, "-c", OUTSIDE], env=environment, check=True, timeout=120)
+            print(
+                "# Use the same model from another process: "
+                "the stock openai client through the Jupyter server"
+            )
+            environment = {
+                **os.environ,
+                "OPENAI_BASE_URL": f"{url}/llmkit/v1",
+                "OPENAI_API_KEY": token,
+            }
+            subprocess.run(
+                [sys.executable, "-c", OUTSIDE], env=environment, check=True, timeout=120
+            )
             after = int(evaluate(kernel, "print(llm.stats.requests_total)"))
             if after != before + 1:
                 raise RuntimeError("the reply did not come from the model in the kernel")
-            print(f"\nThat reply came from the model in the kernel: it has served {after} requests, {after - before} of them from outside.")
+            print(
+                f"\nThat reply came from the model in the kernel: it has served {after} requests, "
+                f"{after - before} of them from outside."
+            )
             kernel.stop_channels()
         finally:
             server.terminate()
@@ -74,10 +100,21 @@ def start_server(folder: Path) -> tuple[subprocess.Popen[bytes], str, str, Path]
     runtime.mkdir(mode=0o700)
     environment = {**os.environ, "JUPYTER_TOKEN": token, "JUPYTER_RUNTIME_DIR": str(runtime)}
     os.environ["JUPYTER_RUNTIME_DIR"] = str(runtime)
-    command = [sys.executable, "-m", "jupyter_server", "--no-browser", "--ip=127.0.0.1", "--port=0", "--allow-root", f"--ServerApp.root_dir={folder}"]
+    command = [
+        sys.executable,
+        "-m",
+        "jupyter_server",
+        "--no-browser",
+        "--ip=127.0.0.1",
+        "--port=0",
+        "--allow-root",
+        f"--ServerApp.root_dir={folder}",
+    ]
     log = folder / "server.log"
     with log.open("wb") as output:
-        server = subprocess.Popen(command, env=environment, stdout=output, stderr=output, start_new_session=True)
+        server = subprocess.Popen(
+            command, env=environment, stdout=output, stderr=output, start_new_session=True
+        )
     for _ in range(600):
         files = list(runtime.glob("jpserver-*.json"))
         if files and files[0].stat().st_size:

@@ -1,4 +1,5 @@
-"""Fixtures that several files need. Servers listen on loopback, on free ports, and are stopped by the fixture that started them."""
+"""Fixtures that several files need. Servers listen on loopback, on free ports, and are stopped by
+the fixture that started them."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 from fakes import FakeClient
 
-from llmkit.local import LocalEngine
+from llmkit.runtime.local import LocalEngine
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = "smollm2"
@@ -26,12 +27,15 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 @pytest.fixture(autouse=True)
 def private_runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A runtime directory of the test's own: engines of other tests, and the user's, are not seen."""
+    """A runtime directory of the test's own: engines of other tests, and the user's, are not
+    seen."""
     folder = tmp_path / "runtime"
     folder.mkdir(mode=0o700)
     monkeypatch.setenv("JUPYTER_RUNTIME_DIR", str(folder))
     monkeypatch.delenv("XDG_RUNTIME_DIR", raising=False)
-    monkeypatch.delenv("VIRTUAL_ENV", raising=False)  # another environment than ours may be active, of which IPython would warn
+    monkeypatch.delenv(
+        "VIRTUAL_ENV", raising=False
+    )  # another environment than ours may be active, of which IPython would warn
     for name in list(os.environ):
         if name.startswith("LLMKIT_"):
             monkeypatch.delenv(name)
@@ -56,7 +60,11 @@ def engine() -> Iterator[LocalEngine]:
 @pytest.fixture(scope="session")
 def chromium() -> str:
     """The path of Debian's chromium; skips loudly without it, but never in CI."""
-    found = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    found = (
+        shutil.which("chromium")
+        or shutil.which("chromium-browser")
+        or shutil.which("google-chrome")
+    )
     if not found:
         if os.environ.get("CI"):
             pytest.fail("chromium is missing, and CI may not skip")

@@ -1,4 +1,5 @@
-"""A real Jupyter server in a subprocess and a real kernel behind it, driven over HTTP and WebSocket as a browser would."""
+"""A real Jupyter server in a subprocess and a real kernel behind it, driven over HTTP and WebSocket
+as a browser would."""
 
 from __future__ import annotations
 
@@ -24,7 +25,14 @@ START_TIMEOUT_S = 60
 class JupyterServer:
     """``url`` ends without a slash; ``token`` opens it. ``stop()`` ends it and its kernels."""
 
-    def __init__(self, folder: Path, *args: str, runtime: Path | None = None, app: str = "jupyter_server", base_url: str = "/") -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *args: str,
+        runtime: Path | None = None,
+        app: str = "jupyter_server",
+        base_url: str = "/",
+    ) -> None:
         self.token = secrets.token_hex(16)
         self.runtime = runtime or folder / "runtime"
         self.runtime.mkdir(mode=0o700, exist_ok=True)
@@ -32,10 +40,34 @@ class JupyterServer:
         with socket.socket() as s:  # jupyter takes the next free port if this one is gone by then
             s.bind(("127.0.0.1", 0))
             port = s.getsockname()[1]
-        environment = {**os.environ, "JUPYTER_RUNTIME_DIR": str(self.runtime), "JUPYTER_TOKEN": self.token, "IPYTHONDIR": str(folder / "ipython")}
-        command = [sys.executable, "-m", app, "--no-browser", "--ip=127.0.0.1", f"--port={port}", f"--ServerApp.base_url={base_url}"]
-        command += [f"--ServerApp.root_dir={folder}", "--allow-root", "--ServerApp.allow_unauthenticated_access=False", *args]
-        self.process = subprocess.Popen(command, env=environment, stdout=self.log, stderr=subprocess.STDOUT, start_new_session=True)
+        environment = {
+            **os.environ,
+            "JUPYTER_RUNTIME_DIR": str(self.runtime),
+            "JUPYTER_TOKEN": self.token,
+            "IPYTHONDIR": str(folder / "ipython"),
+        }
+        command = [
+            sys.executable,
+            "-m",
+            app,
+            "--no-browser",
+            "--ip=127.0.0.1",
+            f"--port={port}",
+            f"--ServerApp.base_url={base_url}",
+        ]
+        command += [
+            f"--ServerApp.root_dir={folder}",
+            "--allow-root",
+            "--ServerApp.allow_unauthenticated_access=False",
+            *args,
+        ]
+        self.process = subprocess.Popen(
+            command,
+            env=environment,
+            stdout=self.log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
         self.url = self._wait_for_url(port, base_url)
 
     def _wait_for_url(self, port: int, base_url: str) -> str:
@@ -59,7 +91,9 @@ class JupyterServer:
 
     def request(self, method: str, path: str, body: Any = None, token: str | None = None) -> Any:
         data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(self.url + path, data, {"Authorization": f"Bearer {token or self.token}"}, method=method)
+        request = urllib.request.Request(
+            self.url + path, data, {"Authorization": f"Bearer {token or self.token}"}, method=method
+        )
         with urllib.request.urlopen(request, timeout=30) as reply:
             text = reply.read()
             return json.loads(text) if text else None
@@ -78,21 +112,52 @@ class JupyterServer:
 
 
 class Kernel:
-    """A kernel of a server. ``run`` waits for a cell and gives what it printed; ``start`` does not wait."""
+    """A kernel of a server. ``run`` waits for a cell and gives what it printed; ``start`` does not
+    wait."""
 
     def __init__(self, server: JupyterServer, kernel_id: str) -> None:
         self.server, self.id = server, kernel_id
         self.connect()
 
     def connect(self) -> None:
-        url = f"{self.server.url.replace('http', 'ws', 1)}/api/kernels/{self.id}/channels?session_id={uuid.uuid4().hex}"
-        self.ws = websocket.create_connection(url, header=[f"Authorization: Bearer {self.server.token}"], timeout=120)
+        url = (
+            f"{self.server.url.replace('http', 'ws', 1)}/api/kernels/{self.id}/channels"
+            f"?session_id={uuid.uuid4().hex}"
+        )
+        self.ws = websocket.create_connection(
+            url, header=[f"Authorization: Bearer {self.server.token}"], timeout=120
+        )
 
     def start(self, code: str) -> str:
         message_id = uuid.uuid4().hex
-        header = {"msg_id": message_id, "msg_type": "execute_request", "username": "t", "session": "s", "version": "5.3", "date": ""}
-        content = {"code": code, "silent": False, "store_history": True, "user_expressions": {}, "allow_stdin": False, "stop_on_error": False}
-        self.ws.send(json.dumps({"header": header, "parent_header": {}, "metadata": {}, "content": content, "channel": "shell", "buffers": []}))
+        header = {
+            "msg_id": message_id,
+            "msg_type": "execute_request",
+            "username": "t",
+            "session": "s",
+            "version": "5.3",
+            "date": "",
+        }
+        content = {
+            "code": code,
+            "silent": False,
+            "store_history": True,
+            "user_expressions": {},
+            "allow_stdin": False,
+            "stop_on_error": False,
+        }
+        self.ws.send(
+            json.dumps(
+                {
+                    "header": header,
+                    "parent_header": {},
+                    "metadata": {},
+                    "content": content,
+                    "channel": "shell",
+                    "buffers": [],
+                }
+            )
+        )
         return message_id
 
     def messages(self, message_id: str) -> Iterator[dict[str, Any]]:
@@ -101,7 +166,10 @@ class Kernel:
             message = json.loads(self.ws.recv())
             if message["parent_header"].get("msg_id") == message_id:
                 yield message
-                if message["msg_type"] == "status" and message["content"]["execution_state"] == "idle":
+                if (
+                    message["msg_type"] == "status"
+                    and message["content"]["execution_state"] == "idle"
+                ):
                     return
 
     def wait(self, message_id: str) -> tuple[str, str | None]:
@@ -114,7 +182,9 @@ class Kernel:
             elif kind == "execute_result":
                 text += content["data"].get("text/plain", "")
             elif kind == "error":
-                error = f"{content['ename']}: {content['evalue']}\n" + "\n".join(content["traceback"])
+                error = f"{content['ename']}: {content['evalue']}\n" + "\n".join(
+                    content["traceback"]
+                )
         return text, error
 
     def run(self, code: str) -> str:

@@ -1,7 +1,7 @@
 """Every pre-tokenizer of llama.cpp against texts that its patterns take whole.
 
-As a program: ``pretokenizers.py LENGTH [NAME ...]``, each name in a process of its own, since what is looked for is its end.
-"""
+As a program: ``pretokenizers.py LENGTH [NAME ...]``, each name in a process of its own, since what
+is looked for is its end."""
 
 from __future__ import annotations
 
@@ -75,14 +75,18 @@ NAMES = [
     "whitespace",
 ]
 PATTERNS = {
-    "letters": "a", "capitals": "A", "both": "aB", "digits": "1", "spaces": " ", "ends": "\n", "returns": "\r\n", "space and end": " \n",
-    "tabs": "\t", "marks": "!", "marks and low lines": "!_", "low lines": "_", "dots": ".", "brackets": "(", "quotes": "'",
-    "apostrophes": "'s", "Thai": "กา", "Thai letters": "ก", "Devanagari": "कि", "Chinese": "中", "Chinese and marks": "中。",
-    "kana": "かカ", "Hangul": "한", "Cyrillic": "ж", "Greek": "α", "accents": "é", "combined": "e\u0301", "only combining": "\u0301",
-    "emoji": "😀", "joined emoji": "👨\u200d👩", "letter and digit": "a1", "digit and space": "1 ", "word and space": "ab ",
-    "space and word": " a", "letter and mark": "a!", "full width": "！", "zero width": "\u200b", "separators": "\u2028",
-    "spaces of all kinds": " \t\u00a0\u2003", "slashes": "/", "equals": "=", "currency": "$1", "nul": "\0", "private": "\ue000",
-    "mixed": "aA1 _!中é\u0301",
+    "letters": "a", "capitals": "A", "both": "aB", "digits": "1", "spaces": " ",
+    "ends": "\n", "returns": "\r\n", "space and end": " \n", "tabs": "\t", "marks": "!",
+    "marks and low lines": "!_", "low lines": "_", "dots": ".", "brackets": "(",
+    "quotes": "'", "apostrophes": "'s", "Thai": "กา", "Thai letters": "ก",
+    "Devanagari": "कि", "Chinese": "中", "Chinese and marks": "中。", "kana": "かカ",
+    "Hangul": "한", "Cyrillic": "ж", "Greek": "α", "accents": "é", "combined": "e\u0301",
+    "only combining": "\u0301", "emoji": "😀", "joined emoji": "👨\u200d👩",
+    "letter and digit": "a1", "digit and space": "1 ", "word and space": "ab ",
+    "space and word": " a", "letter and mark": "a!", "full width": "！",
+    "zero width": "\u200b", "separators": "\u2028",
+    "spaces of all kinds": " \t\u00a0\u2003", "slashes": "/", "equals": "=",
+    "currency": "$1", "nul": "\0", "private": "\ue000", "mixed": "aA1 _!中é\u0301",
 }  # fmt: skip
 
 
@@ -151,10 +155,19 @@ def scan(length: int, names: tuple[str, ...] | list[str] = tuple(NAMES)) -> dict
     with tempfile.TemporaryDirectory() as folder:
         for name in names:
             path = write_vocabulary(Path(folder) / "vocabulary.gguf", name)
-            done = subprocess.run([sys.executable, __file__, "--child", str(path), str(length)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+            done = subprocess.run(
+                [sys.executable, __file__, "--child", str(path), str(length)],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                text=True,
+            )
             lines = done.stdout.splitlines()
-            slow = [f"{lines[i - 1]}{line}" for i, line in enumerate(lines) if line.startswith("  slow")]
-            if not lines:  # llama.cpp's own end at the load of such a file, which the probe sees in a child
+            slow = [
+                f"{lines[i - 1]}{line}" for i, line in enumerate(lines) if line.startswith("  slow")
+            ]
+            if (
+                not lines
+            ):  # llama.cpp's own end at the load of such a file, which the probe sees in a child
                 lines = ["refused"]
             elif lines[-1] not in ("whole", "refused"):
                 found[name] = f"ended with {done.returncode} at {lines[-1]!r}"

@@ -1,4 +1,5 @@
-"""A small request must not make others pay: what it costs to read grows with its size, and what it builds is bounded."""
+"""A small request must not make others pay: what it costs to read grows with its size, and what it
+builds is bounded."""
 
 from __future__ import annotations
 
@@ -13,23 +14,23 @@ from typing import Any
 import jinja2
 import pandas as pd
 import pytest
-from fakes import FakeClient, FakeRunner, ask, wait_for
-from test_gateway import serve
+from fake_runner import FakeRunner
+from fakes import FakeClient, ask, wait_for
+from gateway_client import serve
 
 from llmkit.backend.gbnf import to_lark
 from llmkit.chat.bounds import Budget
 from llmkit.chat.template import CHATML, ChatTemplate
-from llmkit.client import EngineClient
 from llmkit.errors import InvalidRequestError
-from llmkit.gateway.engines import EngineDirectory
+from llmkit.gateway.bodies import check_counts, parse_json
+from llmkit.gateway.directory import EngineDirectory
 from llmkit.gateway.failures import ApiError
-from llmkit.gateway.reading import check_counts
-from llmkit.gateway.schemas import parse_json
-from llmkit.gateway.stored import Store
+from llmkit.gateway.openai.stored import Store
 from llmkit.notebook.frames import map_rows
-from llmkit.schema import normalized
-from llmkit.stream import Channel, Stream
-from llmkit.types import Completion, Delta, FinishReason, GenerationRequest, Message, Usage
+from llmkit.protocol import Completion, Delta, FinishReason, GenerationRequest, Message, Usage
+from llmkit.protocol.client import EngineClient
+from llmkit.protocol.schema import normalized
+from llmkit.protocol.stream import Channel, Stream
 
 
 @pytest.mark.parametrize(
@@ -37,7 +38,10 @@ from llmkit.types import Completion, Delta, FinishReason, GenerationRequest, Mes
     [
         {"type": "integer", "multipleOf": 50_000_017},
         {"allOf": [{"multipleOf": 9973}, {"multipleOf": 9967}], "type": "integer"},
-        {"type": "object", "properties": {f"p{i}": {"type": "integer", "multipleOf": 2001 + i} for i in range(50)}},
+        {
+            "type": "object",
+            "properties": {f"p{i}": {"type": "integer", "multipleOf": 2001 + i} for i in range(50)},
+        },
     ],
 )
 def test_numbers_that_need_a_state_for_each_remainder_are_refused(schema: dict[str, Any]) -> None:
@@ -51,14 +55,25 @@ def test_multiples_that_people_ask_for_are_kept() -> None:
 
 
 def _zigzag(n: int) -> dict[str, Any]:
-    names = [name for pair in zip(range(n // 2), range(n - 1, n // 2 - 1, -1), strict=False) for name in pair]
-    chain = {str(a): {"type": "object", "properties": {"x": {"$ref": f"#/$defs/{b}"}}, "required": ["x"]} for a, b in itertools.pairwise(names)}
-    return {"$ref": "#/$defs/0", "$defs": {**dict(sorted(chain.items())), str(names[-1]): {"type": "null"}}}
+    names = [
+        name
+        for pair in zip(range(n // 2), range(n - 1, n // 2 - 1, -1), strict=False)
+        for name in pair
+    ]
+    chain = {
+        str(a): {"type": "object", "properties": {"x": {"$ref": f"#/$defs/{b}"}}, "required": ["x"]}
+        for a, b in itertools.pairwise(names)
+    }
+    return {
+        "$ref": "#/$defs/0",
+        "$defs": {**dict(sorted(chain.items())), str(names[-1]): {"type": "null"}},
+    }
 
 
 @contextlib.contextmanager
 def counted() -> Iterator[list[int]]:
-    """How many calls this thread makes: what grows faster than the work shows, whatever the machine."""
+    """How many calls this thread makes: what grows faster than the work shows, whatever the
+    machine."""
     calls = [0]
 
     def trace(*_: object) -> None:
@@ -87,7 +102,10 @@ def test_reading_a_schema_or_a_grammar_is_linear() -> None:
     for small, large in (
         (lambda: normalized(_zigzag(200)), lambda: normalized(_zigzag(400))),
         (lambda: to_lark(hub(200)), lambda: to_lark(hub(400))),
-        (lambda: check_counts(b"[" * 50_001 + b'\\"' * 2000), lambda: check_counts(b"[" * 50_001 + b'\\"' * 4000)),
+        (
+            lambda: check_counts(b"[" * 50_001 + b'\\"' * 2000),
+            lambda: check_counts(b"[" * 50_001 + b'\\"' * 4000),
+        ),
     ):
         sizes = []
         for deed in (small, large):
@@ -99,7 +117,10 @@ def test_reading_a_schema_or_a_grammar_is_linear() -> None:
 def test_long_names_are_not_repeated_for_each_case() -> None:
     import tracemalloc
 
-    schema = {"type": "object", "properties": {"k" * 200_000: {"anyOf": [{"const": i} for i in range(2000)]}}}
+    schema = {
+        "type": "object",
+        "properties": {"k" * 200_000: {"anyOf": [{"const": i} for i in range(2000)]}},
+    }
     tracemalloc.start()
     normalized(schema)
     peak = tracemalloc.get_traced_memory()[1]
@@ -109,10 +130,12 @@ def test_long_names_are_not_repeated_for_each_case() -> None:
 
 def test_references_to_stored_items_are_bounded_as_if_they_were_sent() -> None:
     store = Store()
-    kept = store.begin("ann", "resp_1", [{"id": "msg_1", "type": "message", "content": "x" * 900_000}], None)
+    kept = store.begin(
+        "ann", "resp_1", [{"id": "msg_1", "type": "message", "content": "x" * 900_000}], None
+    )
     assert store.add(kept, {"status": "completed", "output": []})
     find = store.finder("ann")
-    with pytest.raises(ApiError, match="refers to too much"):
+    with pytest.raises(ApiError, match="references too much"):
         for _ in range(20):
             find("msg_1")
 
@@ -125,7 +148,10 @@ def test_references_to_stored_items_are_bounded_as_if_they_were_sent() -> None:
         "{{ ('ab' * 1000000) | trim('ab' * 1000000) }}",
         "{{ (['x' * 1000000] * 100000) | sort | length }}",
         "{{ messages | tojson(separators=('a' * 1000000, 'b')) }}",
-        "{% for a in range(100000) if false %}{% endfor %}{% for a in range(100000) %}{% for b in range(100000) if false %}{% endfor %}{% endfor %}",
+        (
+            "{% for a in range(100000) if false %}{% endfor %}{% for a in range(100000) %}"
+            "{% for b in range(100000) if false %}{% endfor %}{% endfor %}"
+        ),
     ],
 )
 def test_one_call_of_a_template_is_charged_for_all_that_it_does(source: str) -> None:
@@ -144,7 +170,11 @@ def test_the_bill_of_trials_is_charged_for_trials_only(monkeypatch: pytest.Monke
     long = "{% for i in range(6000) %}{% endfor %}" + CHATML  # longer than one look at the clock
     template = ChatTemplate(long)
     _compute(1.2)  # a cell, between the load and the first chat
-    assert template.manners == ChatTemplate(long).manners and template.manners.system and template.manners.repeats
+    assert (
+        template.manners == ChatTemplate(long).manners
+        and template.manners.system
+        and template.manners.repeats
+    )
     budget = Budget(100_000)
     with budget.running():
         _compute(1.2)
@@ -192,7 +222,9 @@ class _Fluent(FakeClient):
         count = request.sampling.max_tokens or 0
         for i in range(count):
             channel.push(Delta(f"{i} ", 1))
-        channel.finish(Completion("".join(channel.text_parts), FinishReason.LENGTH, Usage(1, count, 0)))
+        channel.finish(
+            Completion("".join(channel.text_parts), FinishReason.LENGTH, Usage(1, count, 0))
+        )
         return Stream(channel)
 
 
@@ -200,7 +232,7 @@ class _Directory(EngineDirectory):
     """One model of this process."""
 
     def __init__(self, model: EngineClient) -> None:
-        super().__init__(lambda _: False)
+        super().__init__([])
         self._model = model
 
     def lookup(self, model: str, use: Any = None) -> EngineClient:

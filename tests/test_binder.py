@@ -1,4 +1,5 @@
-"""Binder's steps, in a scratch environment: what they install runs the lessons' model, found without a network."""
+"""Binder's steps, in a scratch environment: what they install runs the lessons' model, found
+without a network."""
 
 from __future__ import annotations
 
@@ -17,14 +18,46 @@ def test_post_build_makes_an_image_that_works(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-m", "venv", tmp_path / "env"], check=True)
     home = tmp_path / "home"
     home.mkdir()
-    # pip's cache holds the llama.cpp that was compiled for this machine: compiling every variant would take a quarter of an hour.
-    cache = subprocess.run([sys.executable, "-m", "pip", "cache", "dir"], capture_output=True, text=True, check=True).stdout.strip()
-    env = {**os.environ, "PATH": f"{tmp_path / 'env' / 'bin'}:{os.environ['PATH']}", "HOME": str(home), "PIP_CACHE_DIR": cache, "PYTHONPATH": ""}
-    done = subprocess.run(["bash", ROOT / "binder" / "postBuild"], env=env, capture_output=True, text=True, timeout=600)
+    # pip's cache holds the llama.cpp that was compiled for this machine: compiling every variant
+    # would take a quarter of an hour.
+    cache = subprocess.run(
+        [sys.executable, "-m", "pip", "cache", "dir"], capture_output=True, text=True, check=True
+    ).stdout.strip()
+    env = {
+        **os.environ,
+        "PATH": f"{tmp_path / 'env' / 'bin'}:{os.environ['PATH']}",
+        "HOME": str(home),
+        "PIP_CACHE_DIR": cache,
+        "PYTHONPATH": "",
+    }
+    done = subprocess.run(
+        ["bash", ROOT / "binder" / "postBuild"],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    code = "import llmkit; llm = llmkit.load(); print(llm.generate('Once', max_tokens=2).usage.completion_tokens, llmkit.load('minilm').embed('a').shape)"
+    code = (
+        "import llmkit; llm = llmkit.load(); "
+        "print(llm.generate('Once', max_tokens=2).usage.completion_tokens, "
+        "llmkit.load('minilm').embed('a').shape)"
+    )
     offline = {**env, "http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}
-    used = subprocess.run([tmp_path / "env" / "bin" / "python", "-c", code], env=offline, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    used = subprocess.run(
+        [tmp_path / "env" / "bin" / "python", "-c", code],
+        env=offline,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert used.stdout == "2 (384,)\n", used.stderr
-    lessons = subprocess.run([tmp_path / "env" / "bin" / "jupyter", "lab", "--version"], env=env, capture_output=True, text=True, timeout=120)
+    lessons = subprocess.run(
+        [tmp_path / "env" / "bin" / "jupyter", "lab", "--version"],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert lessons.returncode == 0

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import stat
 import subprocess
 import sys
 import time
@@ -16,14 +15,33 @@ from pathlib import Path
 
 import pytest
 import zmq
-from fakes import FakeClient, FakeRunner, ask, wait_for
+from fake_runner import FakeRunner
+from fakes import FakeClient, ask, wait_for
 
 from llmkit.bridge import connection as files
-from llmkit.bridge import messages as m
+from llmkit.bridge import wire
 from llmkit.bridge.client import BridgeClient
 from llmkit.bridge.server import PEER_TIMEOUT_S, BridgeServer
-from llmkit.errors import ContextLengthError, EngineGoneError, InvalidRequestError, ModelUnloadedError, QueueFullError
-from llmkit.types import Completion, FinishReason, GenerationRequest, Message, RequestMetrics, SamplingParams, Usage
+from llmkit.errors import (
+    ContextLengthError,
+    EngineGoneError,
+    InvalidRequestError,
+    ModelUnloadedError,
+    QueueFullError,
+)
+from llmkit.protocol import (
+    Completion,
+    FinishReason,
+    GenerationRequest,
+    Grammar,
+    Media,
+    Message,
+    RequestMetrics,
+    SamplingParams,
+    Tool,
+    ToolCall,
+    Usage,
+)
 
 
 @pytest.fixture
@@ -52,7 +70,9 @@ def test_a_remote_engine_is_the_same_engine(slow: FakeClient, remote: BridgeClie
     stream = remote.submit(request)
     assert "".join(stream).encode() == slow.runner.reference(b"hello", 30)
     local = slow.submit(ask("hello", max_tokens=30)).result(5)
-    assert stream.result(5) == replace(local, request_id=request.request_id, usage=replace(local.usage, cached_tokens=0))
+    assert stream.result(5) == replace(
+        local, request_id=request.request_id, usage=replace(local.usage, cached_tokens=0)
+    )
     wait_for(lambda: remote.stats().requests_total == 2)
     assert remote.description == slow.description
 
@@ -65,23 +85,55 @@ def test_errors_keep_their_class(remote: BridgeClient) -> None:
         remote.submit(ask("")).result(5)
 
 
+def hello(server: BridgeServer) -> bytes:
+    return wire.encode(wire.Hello(server.connection.key, version=wire.VERSION))
+
+
 @pytest.mark.parametrize(
-    "error", [InvalidRequestError("no", "p"), ContextLengthError(9, 4), QueueFullError("full"), ModelUnloadedError("gone"), EngineGoneError("away")]
+    "error",
+    [
+        InvalidRequestError("no", "p"),
+        ContextLengthError(9, 4),
+        QueueFullError("full"),
+        ModelUnloadedError("gone"),
+        EngineGoneError("away"),
+    ],
 )
 def test_every_error_travels(error: Exception) -> None:
-    back = m.error_from(json.loads(json.dumps(m.error_to(error))))
+    back = wire.decode(wire.encode(wire.Failure.of(error)), wire.Failure).error()
     assert type(back) is type(error) and str(back) == str(error) and vars(back) == vars(error)
 
 
 def test_requests_and_completions_travel() -> None:
     for request in (
-        GenerationRequest("a", SamplingParams(stop=("x",), logit_bias=((3, -1.5),), seed=4), prompt="p"),
+        GenerationRequest(
+            "a", SamplingParams(stop=("x",), logit_bias=((3, -1.5),), seed=4), prompt="p"
+        ),
         GenerationRequest("b", prompt=(1, 2, 3)),
         GenerationRequest("c", messages=(Message("user", "hi", "me"), Message("system", ""))),
+        GenerationRequest("d", messages=(Message("user", ("this", Media("5d41", "image"), "?")),)),
+        GenerationRequest(
+            "e",
+            SamplingParams(grammar=Grammar("regex", "[0-9]+")),
+            messages=(Message("assistant", "", tool_calls=(ToolCall("1", "f", "{}"),)),),
+            tools=(Tool("f", "does", {"type": "object", "maximum": 10**30}),),
+            lora=(("french", 0.5),),
+        ),
     ):
-        assert m.request_from(m.unpack(m.pack(m.request_to(request)))) == request
-    completion = Completion("text", FinishReason.LENGTH, Usage(1, 2, 1), RequestMetrics(0.1, 0.2, 0.3, 0.4), (5, 6), "id", None)
-    assert m.completion_from(m.unpack(m.pack(m.completion_to(completion))), "id", "text") == completion
+        assert wire.decode_request(wire.encode_request(request)) == request
+    completion = Completion(
+        "text",
+        FinishReason.LENGTH,
+        Usage(1, 2, 1),
+        RequestMetrics(0.1, 0.2, 0.3, 0.4),
+        (5, 6),
+        "id",
+        None,
+    )
+    end = wire.unpack(
+        wire.pack(wire.Events(ends=[wire.End.of("id", completion)])), wire.EVENTS
+    ).ends[0]
+    assert end.completion("text", ()) == completion
 
 
 def test_one_message_a_step_for_all_streams(slow: FakeClient, server: BridgeServer) -> None:
@@ -89,21 +141,25 @@ def test_one_message_a_step_for_all_streams(slow: FakeClient, server: BridgeServ
     context = zmq.Context()
     sock = context.socket(zmq.DEALER)
     sock.connect(server.connection.address)
-    sock.send_multipart([m.HELLO, m.pack({"key": server.connection.key})])
+    sock.send_multipart([wire.HELLO, hello(server)])
     for i in range(4):
-        sock.send_multipart([m.SUBMIT, m.pack(m.request_to(ask("p" * (i + 1), max_tokens=20)))])
+        request = ask("p" * (i + 1), max_tokens=20)
+        about = wire.encode(wire.About(request.request_id))
+        sock.send_multipart([wire.SUBMIT, wire.encode_request(request), about])
     together, ended = [], 0
     while ended < 4:
-        sock.send_multipart([m.PING, m.pack({})])
+        sock.send_multipart([wire.PING, b"{}"])
         assert sock.poll(5000)
         kind, payload = sock.recv_multipart()
-        if kind == m.EVENTS:
-            deltas, ends = m.unpack(payload)
-            together.append(len(deltas))
-            ended += len(ends)
+        if kind == wire.EVENTS:
+            events = wire.unpack(payload, kind)
+            together.append(len(events.news))
+            ended += len(events.ends)
     sock.close(0)
     context.term()
-    assert len(together) <= 30, together  # 80 tokens; a late thread may merge steps, but never split one
+    assert len(together) <= 30, (
+        together
+    )  # 80 tokens; a late thread may merge steps, but never split one
 
 
 def test_abort_and_drop_free_the_slot(slow: FakeClient, remote: BridgeClient) -> None:
@@ -126,14 +182,21 @@ def test_a_wrong_key_gets_nothing(slow: FakeClient, server: BridgeServer) -> Non
 
 @contextmanager
 def another_process(code: str) -> Iterator[subprocess.Popen[bytes]]:
-    """Python in a process of its own that has printed "on"; its standard input ends with the block."""
+    """Python in a process of its own that has printed "on"; its standard input ends with the
+    block."""
     imports = (
         "import sys, time; sys.path[:0] = sys.argv[1:]\n"
-        "from fakes import FakeClient, FakeRunner, ask\n"
-        "from llmkit.bridge.client import BridgeClient; from llmkit.bridge.server import BridgeServer\n"
-        "from llmkit.bridge.connection import find_connections; from llmkit.errors import EngineGoneError\n"
+        "from fake_runner import FakeRunner; from fakes import FakeClient, ask\n"
+        "from llmkit.bridge.client import BridgeClient; "
+        "from llmkit.bridge.server import BridgeServer\n"
+        "from llmkit.bridge.connection import find_connections; "
+        "from llmkit.errors import EngineGoneError\n"
     )
-    process = subprocess.Popen([sys.executable, "-c", imports + code, str(Path(__file__).parent)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    process = subprocess.Popen(
+        [sys.executable, "-c", imports + code, str(Path(__file__).parent)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
     assert process.stdin is not None and process.stdout is not None
     try:
         assert process.stdout.readline() == b"on\n"
@@ -147,12 +210,18 @@ def another_process(code: str) -> Iterator[subprocess.Popen[bytes]]:
 def stop_process(pid: int) -> None:
     """SIGSTOP, until all of its threads stand."""
     os.kill(pid, signal.SIGSTOP)
-    wait_for(lambda: all(p.read_text().rsplit(")", 1)[1].split()[0] == "T" for p in Path(f"/proc/{pid}/task").glob("*/stat")))
+    wait_for(
+        lambda: all(
+            p.read_text().rsplit(")", 1)[1].split()[0] == "T"
+            for p in Path(f"/proc/{pid}/task").glob("*/stat")
+        )
+    )
 
 
 def test_thousands_of_messages_to_a_stopped_reader_are_not_lost() -> None:
     with another_process(
-        "b = BridgeServer(FakeClient('other', FakeRunner(n_slots=16), max_waiting=9999)); print('on', flush=True); sys.stdin.read(); b.close()"
+        "b = BridgeServer(FakeClient('other', FakeRunner(n_slots=16), max_waiting=9999)); "
+        "print('on', flush=True); sys.stdin.read(); b.close()"
     ) as owner:
         remote = BridgeClient(files.find_connections()[0])
         assert remote.submit(ask("a")).result(5)
@@ -163,22 +232,46 @@ def test_thousands_of_messages_to_a_stopped_reader_are_not_lost() -> None:
         remote.close()
 
 
-def test_garbage_changes_nothing(slow: FakeClient, server: BridgeServer, remote: BridgeClient) -> None:
+def test_garbage_changes_nothing(
+    slow: FakeClient, server: BridgeServer, remote: BridgeClient
+) -> None:
     context = zmq.Context()
     sock = context.socket(zmq.DEALER)
     sock.connect(server.connection.address)
-    for frames in ([b"x"], [m.HELLO, b"{"], [m.HELLO, b"[]"], [m.HELLO, b'{"key":1}'], [m.SUBMIT, b"{}"], [b"", b"", b""], [m.PING, b"\xff"]):
+    for frames in (
+        [b"x"],
+        [wire.HELLO, b"{"],
+        [wire.HELLO, b"[]"],
+        [wire.HELLO, b'{"key":1}'],
+        [wire.SUBMIT, b"{}"],
+        [b"", b"", b""],
+        [wire.PING, b"\xff"],
+    ):
         sock.send_multipart(frames)
-    sock.send_multipart([m.HELLO, m.pack({"key": server.connection.key})])
-    for payload in ({}, {"id": 1}, {"id": "q", "sampling": {"nope": 1}, "prompt": "a", "messages": None}, [], None, "x"):
-        sock.send_multipart([m.SUBMIT, m.pack(payload)])
+    sock.send_multipart([wire.HELLO, hello(server)])
+    for payload in (
+        {},
+        {"id": 1},
+        {"id": "q", "sampling": {"nope": 1}, "prompt": "a", "messages": None},
+        [],
+        None,
+        "x",
+    ):
+        packed = json.dumps(payload).encode()
+        sock.send_multipart([wire.SUBMIT, packed])
+        sock.send_multipart([wire.SUBMIT, packed, wire.encode(wire.About("q"))])
     assert remote.submit(ask("still here")).result(5).finish_reason is FinishReason.LENGTH
     sock.close(0)
     context.term()
 
 
-def test_a_gateway_that_vanishes_has_its_requests_aborted(slow: FakeClient, server: BridgeServer, remote: BridgeClient) -> None:
-    code = "s = BridgeClient(find_connections()[0]).submit(ask('a', max_tokens=40_000)); it = iter(s); next(it); print('on', flush=True); time.sleep(60)"
+def test_a_gateway_that_vanishes_has_its_requests_aborted(
+    slow: FakeClient, server: BridgeServer, remote: BridgeClient
+) -> None:
+    code = (
+        "s = BridgeClient(find_connections()[0]).submit(ask('a', max_tokens=40_000)); "
+        "it = iter(s); next(it); print('on', flush=True); time.sleep(60)"
+    )
     with another_process(code) as other:
         mine = remote.submit(ask("mine", max_tokens=40_000))
         wait_for(lambda: slow.stats().num_running == 2)
@@ -189,7 +282,9 @@ def test_a_gateway_that_vanishes_has_its_requests_aborted(slow: FakeClient, serv
     mine.close()
 
 
-def test_unloading_says_goodbye(slow: FakeClient, server: BridgeServer, remote: BridgeClient) -> None:
+def test_unloading_says_goodbye(
+    slow: FakeClient, server: BridgeServer, remote: BridgeClient
+) -> None:
     stream = remote.submit(ask("a", max_tokens=40_000))
     wait_for(lambda: stream.text)
     path = server.connection.path
@@ -198,90 +293,44 @@ def test_unloading_says_goodbye(slow: FakeClient, server: BridgeServer, remote: 
         stream.result(5)
     with pytest.raises(EngineGoneError, match="unloaded"):
         remote.submit(ask("b"))
-    assert not path.exists() and not Path(server.connection.address.removeprefix("ipc://")).parent.exists()
+    assert (
+        not path.exists()
+        and not Path(server.connection.address.removeprefix("ipc://")).parent.exists()
+    )
     wait_for(lambda: slow.stats().num_running == 0)
-
-
-def test_the_file_is_private_and_complete(server: BridgeServer) -> None:
-    path = server.connection.path
-    assert stat.S_IMODE(path.stat().st_mode) == 0o600
-    folder = Path(server.connection.address.removeprefix("ipc://")).parent
-    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
-    assert len(server.connection.address.encode()) < 107
-    assert files.find_connections() == [server.connection]
-    assert "key" not in repr(server.connection)
-
-
-def test_a_readable_or_linked_file_is_not_trusted(server: BridgeServer) -> None:
-    path = server.connection.path
-    path.chmod(0o640)
-    assert files.find_connections() == [] and path.exists()
-    path.chmod(0o600)
-    moved = path.with_name("elsewhere.json")
-    path.rename(moved)
-    path.symlink_to(moved)
-    assert files.find_connections() == []
-    path.unlink()
-    moved.rename(path)
-
-
-def test_a_file_of_another_user_is_not_trusted(server: BridgeServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Seen from the other side, so that no root is needed: the file is ours, and we are somebody else."""
-    path, me = server.connection.path, os.getuid()
-    monkeypatch.setattr("os.getuid", lambda: me + 1)
-    assert files.find_connections() == [] and path.exists()
-    monkeypatch.setattr("os.getuid", lambda: me)
-    assert len(files.find_connections()) == 1
-
-
-def rewrite(path: Path, **changes: object) -> None:
-    data = json.loads(path.read_text())
-    path.write_text(json.dumps({**data, **changes}))
-
-
-def test_stale_files_are_removed_and_other_hosts_are_left_alone(server: BridgeServer) -> None:
-    path = server.connection.path
-    text = path.read_text()
-    rewrite(path, host="another-host")
-    assert files.find_connections() == [] and path.exists()
-    rewrite(path, host=server.connection.host, pid_namespace="pid:[1]")
-    assert files.find_connections() == [] and path.exists()
-    path.write_text(text)
-    rewrite(path, start_time=1.0)  # the pid was given to another process
-    assert files.find_connections() == [] and not path.exists()
-
-
-@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"version": 99}', '{"version": 1}', '{"version": 1, "model": {}}', "\xff" * 10])
-def test_a_damaged_file_is_skipped(private_runtime: Path, text: str) -> None:
-    path = private_runtime / "llmkit-1-bad.json"
-    path.write_text(text)
-    path.chmod(0o600)
-    assert files.find_connections() == [] and path.exists()
 
 
 def test_a_silent_process_is_waited_for_not_given_up() -> None:
     """The owner is stopped (as if C code held its GIL): requests wait, and go on when it does."""
-    with another_process("b = BridgeServer(FakeClient('other')); print('on', flush=True); sys.stdin.read(); b.close()") as owner:
+    with another_process(
+        "b = BridgeServer(FakeClient('other')); print('on', flush=True); sys.stdin.read(); "
+        "b.close()"
+    ) as owner:
         remote = BridgeClient(files.find_connections()[0])
         assert remote.submit(ask("a")).result(5)
         stop_process(owner.pid)
         stream = remote.submit(ask("b"))
-        assert stream.wait(3) is None and remote.gone is None
+        assert stream.wait(3) is None and not remote.state.is_gone
         os.kill(owner.pid, signal.SIGCONT)
         assert stream.result(10)
-    wait_for(lambda: remote.gone is not None)
-    assert "no longer served" in str(remote.gone)
+    wait_for(lambda: remote.state.is_gone)
+    assert "no longer served" in str(remote.state.reason)
     remote.close()
 
 
-def test_a_client_that_was_stopped_for_long_begins_again(slow: FakeClient, server: BridgeServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The other way round: the client is stopped, after a while its request is aborted; awake again, it is told so once, and goes on."""
+def test_a_client_that_was_stopped_for_long_begins_again(
+    slow: FakeClient, server: BridgeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other way round: the client is stopped, after a while its request is aborted; awake
+    again, it is told so once, and goes on."""
     monkeypatch.setattr("llmkit.bridge.server.STOPPED_S", 0.5)  # a minute, really
     code = (
-        "c = BridgeClient(find_connections()[0]); s = c.submit(ask('a', max_tokens=40_000)); it = iter(s); next(it); print('on', flush=True)\n"
+        "c = BridgeClient(find_connections()[0]); s = c.submit(ask('a', max_tokens=40_000)); "
+        "it = iter(s); next(it); print('on', flush=True)\n"
         "try: list(it)\n"
         "except EngineGoneError as e: print('told', 'aborted' in str(e), flush=True)\n"
-        "print([c.submit(ask('b')).result(10).usage.completion_tokens for _ in range(20)] == [8] * 20, flush=True); c.close()"
+        "print([c.submit(ask('b')).result(10).usage.completion_tokens for _ in range(20)] "
+        "== [8] * 20, flush=True); c.close()"
     )
     with another_process(code) as other:
         stop_process(other.pid)
@@ -291,7 +340,10 @@ def test_a_client_that_was_stopped_for_long_begins_again(slow: FakeClient, serve
 
 
 def test_a_killed_owner_is_noticed(private_runtime: Path) -> None:
-    with another_process("b = BridgeServer(FakeClient('other', FakeRunner(n_ctx=50_000, step_s=0.01))); print('on', flush=True); sys.stdin.read()") as owner:
+    with another_process(
+        "b = BridgeServer(FakeClient('other', FakeRunner(n_ctx=50_000, step_s=0.01))); "
+        "print('on', flush=True); sys.stdin.read()"
+    ) as owner:
         remote = BridgeClient(files.find_connections()[0])
         pieces = iter(remote.submit(ask("a", max_tokens=40_000)))
         next(pieces)
@@ -305,18 +357,27 @@ def test_a_killed_owner_is_noticed(private_runtime: Path) -> None:
 def test_over_tcp_it_is_encrypted(slow: FakeClient) -> None:
     server = BridgeServer(slow, tcp=True)
     address = server.connection.address
-    assert address.startswith("tcp://127.0.0.1:") and not address.endswith("*") and files.find_connections() == [server.connection]
+    assert (
+        address.startswith("tcp://127.0.0.1:")
+        and not address.endswith("*")
+        and files.find_connections() == [server.connection]
+    )
     remote = BridgeClient(files.find_connections()[0])
-    assert "".join(remote.submit(ask("hello", max_tokens=30))).encode() == slow.runner.reference(b"hello", 30)
+    assert "".join(remote.submit(ask("hello", max_tokens=30))).encode() == slow.runner.reference(
+        b"hello", 30
+    )
     remote.close()
     with zmq.Context() as context:
         for key in (None, zmq.curve_keypair()[0]):  # somebody who knows the port, and not the file
             with context.socket(zmq.DEALER) as sock:
                 sock.linger = 0
                 if key is not None:
-                    sock.curve_serverkey, (sock.curve_publickey, sock.curve_secretkey) = key, zmq.curve_keypair()
+                    sock.curve_serverkey, (sock.curve_publickey, sock.curve_secretkey) = (
+                        key,
+                        zmq.curve_keypair(),
+                    )
                 sock.connect(address)
-                sock.send_multipart([m.HELLO, m.pack({"key": server.connection.key})])
+                sock.send_multipart([wire.HELLO, hello(server)])
                 assert not sock.poll(500)
     server.close()
     assert not server.connection.path.exists()

@@ -1,5 +1,6 @@
-"""The lessons in a real JupyterLab, in Debian's chromium: they run to the end, the monitor moves while a cell is busy, the stop button stops, the chat panel
-chats, and axe finds no serious fault in what we show."""
+"""The lessons in a real JupyterLab, in Debian's chromium: they run to the end, the monitor moves
+while a cell is busy, the stop button stops, the chat panel chats, and axe finds no serious fault in
+what we show."""
 
 from __future__ import annotations
 
@@ -7,9 +8,20 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-import nbformat
 import pytest
-from axe_playwright_python.sync_playwright import Axe
+from browser_page import (
+    ARGUMENTS,
+    begun,
+    command,
+    copy_unrun,
+    faults,
+    open_notebook,
+    pictures,
+    run_code,
+    select,
+    shot,
+    wait_done,
+)
 from conftest import ROOT
 from fakes import wait_for
 from jupyter_client_http import JupyterServer
@@ -17,26 +29,6 @@ from playwright.sync_api import Page, expect, sync_playwright
 from test_cli import Served
 
 pytestmark = [pytest.mark.browser, pytest.mark.model]
-ARGUMENTS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
-SHOTS = Path(os.environ.get("LLMKIT_SCREENSHOTS", "")) if os.environ.get("LLMKIT_SCREENSHOTS") else None
-IDLE = '.jp-NotebookPanel-toolbar [data-status="idle"], .jp-Notebook-ExecutionIndicator[data-status="idle"]'
-
-
-def copy_unrun(notebook: Path, folder: Path) -> None:
-    """A lesson without the outputs that it is kept with."""
-    lesson = nbformat.read(notebook, as_version=4)
-    for cell in lesson.cells:
-        if cell.cell_type == "code":
-            cell.outputs, cell.execution_count = [], None
-    nbformat.write(lesson, folder / notebook.name)
 
 
 @pytest.fixture(scope="module")
@@ -45,12 +37,21 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[JupyterServer]:
     for notebook in (ROOT / "notebooks").glob("*.ipynb"):
         copy_unrun(notebook, folder)
     settings = folder / "settings"
-    notifications = settings / "@jupyterlab" / "apputils-extension" / "notification.jupyterlab-settings"
+    notifications = (
+        settings / "@jupyterlab" / "apputils-extension" / "notification.jupyterlab-settings"
+    )
     notifications.parent.mkdir(parents=True)
     notifications.write_text('{"fetchNews": "false", "checkForUpdates": false}')
     os.environ["JUPYTERLAB_SETTINGS_DIR"] = str(settings)
-    os.environ["JUPYTERLAB_WORKSPACES_DIR"] = str(folder / "workspaces")  # which tabs are open is nobody else's business
-    server = JupyterServer(folder, "--LabApp.expose_app_in_browser=True", "--LabApp.extension_manager=readonly", app="jupyterlab")
+    os.environ["JUPYTERLAB_WORKSPACES_DIR"] = str(
+        folder / "workspaces"
+    )  # which tabs are open is nobody else's business
+    server = JupyterServer(
+        folder,
+        "--LabApp.expose_app_in_browser=True",
+        "--LabApp.extension_manager=readonly",
+        app="jupyterlab",
+    )
     yield server
     server.stop()
     del os.environ["JUPYTERLAB_SETTINGS_DIR"], os.environ["JUPYTERLAB_WORKSPACES_DIR"]
@@ -69,84 +70,33 @@ def page(lab: JupyterServer, chromium: str) -> Iterator[Page]:
         browser.close()
 
 
-def open_notebook(page: Page, url: str) -> None:
-    """Open a notebook and wait until its kernel is there."""
-    page.goto(url, timeout=90_000)
-    page.wait_for_selector(".jp-NotebookPanel .jp-CodeCell", timeout=60_000)
-    page.evaluate("() => window.jupyterapp.shell.currentWidget.sessionContext.ready")
-    page.wait_for_selector(IDLE, timeout=60_000)
-
-
-def faults(page: Page, where: str) -> list[str]:
-    """Serious accessibility faults that axe finds."""
-    found = Axe().run(page, context=where).response["violations"]
-    return [f"{v['id']}: {v['nodes'][0]['html'][:200]}" for v in found if v["impact"] in ("serious", "critical")]
-
-
-def shot(page: Page, name: str) -> None:
-    if SHOTS is not None:
-        SHOTS.mkdir(parents=True, exist_ok=True)
-        page.screenshot(path=SHOTS / f"{name}.png")
-
-
-def command(page: Page, name: str) -> None:
-    """Run a JupyterLab command without waiting for its end."""
-    page.evaluate("name => { window.jupyterapp.commands.execute(name); }", name)
-
-
-def wait_done(page: Page, timeout: int = 240_000) -> None:
-    """Every code cell has run."""
-    cells = "window.jupyterapp.shell.currentWidget.content.widgets.filter(w => w.model.type === 'code')"
-    page.wait_for_function(f"() => {cells}.every(w => w.model.executionCount !== null)", timeout=timeout)
-    page.wait_for_selector(IDLE, timeout=timeout)
-
-
-def select(page: Page, index: int) -> None:
-    page.evaluate("i => { const c = window.jupyterapp.shell.currentWidget.content; c.activeCellIndex = i < 0 ? c.widgets.length + i : i; }", index)
-    page.wait_for_timeout(300)
-
-
 def test_notebook_01_runs_to_the_end(page: Page) -> None:
     command(page, "notebook:run-all-cells")
     page.wait_for_timeout(1500)
     wait_done(page)
-    errors = page.locator(".jp-RenderedText[data-mime-type='application/vnd.jupyter.stderr'], .jp-OutputArea-output pre span.ansi-red-fg")
+    errors = page.locator(
+        ".jp-RenderedText[data-mime-type='application/vnd.jupyter.stderr'], "
+        ".jp-OutputArea-output pre span.ansi-red-fg"
+    )
     assert errors.count() == 0, errors.all_text_contents()
     assert page.get_by_text("smollm2 is served in Jupyter").count() == 1
     assert page.locator(".jp-RenderedImage img").count() == 1, "the profile's picture"
-    assert "Red" in page.locator(".jp-CodeCell").filter(has_text="the stock client, in another process").locator(".jp-OutputArea-output").inner_text()
+    assert (
+        "Red"
+        in page.locator(".jp-CodeCell")
+        .filter(has_text="the stock client, in another process")
+        .locator(".jp-OutputArea-output")
+        .inner_text()
+    )
     for i in (0, 9, 16, 24):
         select(page, i)
-        page.evaluate("() => { const c = window.jupyterapp.shell.currentWidget.content; c.scrollToItem(c.activeCellIndex, 'start'); }")
+        page.evaluate(
+            "() => { const c = window.jupyterapp.shell.currentWidget.content; "
+            "c.scrollToItem(c.activeCellIndex, 'start'); }"
+        )
         page.wait_for_timeout(500)
         shot(page, f"notebook-{i:02d}")
     assert not page.errors, page.errors  # type: ignore[attr-defined]
-
-
-def run_code(page: Page, code: str) -> None:
-    """Type into a new last cell and run it, without waiting."""
-    select(page, -1)
-    for name in ("notebook:insert-cell-below", "notebook:enter-edit-mode"):
-        page.evaluate("name => window.jupyterapp.commands.execute(name)", name)
-        page.wait_for_timeout(200)
-    page.keyboard.insert_text(code)
-    page.keyboard.press("Control+Enter")
-
-
-def begun(page: Page, mark: str) -> None:
-    """Wait for what a cell prints when it begins."""
-    page.locator(".jp-OutputArea-output pre").get_by_text(mark, exact=True).wait_for(timeout=30_000)
-
-
-def pictures(page: Page, mark: str) -> set[str]:
-    """What the monitor has shown while the last cell, which says when it begins, was busy."""
-    begun(page, mark)
-    card = page.locator(".jp-OutputArea-output [role=group][aria-label^='llmkit']").last
-    seen = set()
-    for _ in range(20):
-        seen.add(card.inner_text())
-        page.wait_for_timeout(250)
-    return seen
 
 
 def test_the_monitor_moves_while_a_cell_is_busy(page: Page, lab: JupyterServer) -> None:
@@ -154,7 +104,13 @@ def test_the_monitor_moves_while_a_cell_is_busy(page: Page, lab: JupyterServer) 
     page.wait_for_timeout(3000)
     wait_done(page)
     busy = "import time; end = time.time() + 8\nwhile time.time() < end: sum(range(1000))"
-    run_code(page, f"s = llm.stream('Once', max_tokens=1500, ignore_eos=True)\nprint('python', 'runs', flush=True)\n{busy}")
+    run_code(
+        page,
+        (
+            "s = llm.stream('Once', max_tokens=1500, ignore_eos=True)\n"
+            f"print('python', 'runs', flush=True)\n{busy}"
+        ),
+    )
     seen = pictures(page, "python runs")
     shot(page, "monitor-busy")
     assert len(seen) >= 3, seen
@@ -163,32 +119,67 @@ def test_the_monitor_moves_while_a_cell_is_busy(page: Page, lab: JupyterServer) 
 
 
 def test_the_monitor_moves_while_c_code_has_the_cell(page: Page) -> None:
-    """One long call that releases the GIL: no bytecode of the cell runs, and no widget message is handled."""
+    """One long call that releases the GIL: no bytecode of the cell runs, and no widget message is
+    handled."""
     busy = "import ctypes; ctypes.CDLL(None).usleep(8_000_000)"
-    run_code(page, f"s.close(); s = llm.stream('Once', max_tokens=1500, ignore_eos=True)\nprint('c', 'runs', flush=True)\n{busy}")
+    run_code(
+        page,
+        (
+            "s.close(); s = llm.stream('Once', max_tokens=1500, ignore_eos=True)\n"
+            f"print('c', 'runs', flush=True)\n{busy}"
+        ),
+    )
     seen = pictures(page, "c runs")
     assert len(seen) >= 3, seen
     wait_done(page)
 
 
 def test_the_stop_button_stops_a_generation(page: Page) -> None:
-    run_code(page, "s.close(); print('model', 'runs', flush=True); llm.generate('Once', max_tokens=3000, ignore_eos=True)")
+    run_code(
+        page,
+        (
+            "s.close(); print('model', 'runs', flush=True); "
+            "llm.generate('Once', max_tokens=3000, ignore_eos=True)"
+        ),
+    )
     begun(page, "model runs")
     page.wait_for_timeout(1000)
-    page.locator(".jp-NotebookPanel-toolbar [data-command='notebook:interrupt-kernel'], .jp-NotebookPanel-toolbar [title^='Interrupt']").first.click()
-    page.wait_for_function("() => document.body.innerText.includes('the text so far is in llm.last')", timeout=20_000)
+    page.locator(
+        ".jp-NotebookPanel-toolbar [data-command='notebook:interrupt-kernel'], "
+        ".jp-NotebookPanel-toolbar [title^='Interrupt']"
+    ).first.click()
+    page.wait_for_function(
+        "() => document.body.innerText.includes('the text so far is in llm.last')", timeout=20_000
+    )
     wait_done(page, 30_000)
     shot(page, "stopped")
-    assert page.locator(".jp-OutputArea-output").filter(has_text="Interrupted").last.inner_text().count("\n") <= 2, "one line, no traceback"
+    assert (
+        page.locator(".jp-OutputArea-output")
+        .filter(has_text="Interrupted")
+        .last.inner_text()
+        .count("\n")
+        <= 2
+    ), "one line, no traceback"
 
 
 def test_the_stop_button_stops_a_long_prompt(page: Page) -> None:
-    run_code(page, "print('prompt', 'runs', flush=True); llm.generate('word and ' * 1800, max_tokens=5)")
+    run_code(
+        page, "print('prompt', 'runs', flush=True); llm.generate('word and ' * 1800, max_tokens=5)"
+    )
     begun(page, "prompt runs")
     page.wait_for_timeout(500)
-    page.locator(".jp-NotebookPanel-toolbar [data-command='notebook:interrupt-kernel'], .jp-NotebookPanel-toolbar [title^='Interrupt']").first.click()
+    page.locator(
+        ".jp-NotebookPanel-toolbar [data-command='notebook:interrupt-kernel'], "
+        ".jp-NotebookPanel-toolbar [title^='Interrupt']"
+    ).first.click()
     wait_done(page, 60_000)
-    run_code(page, "print('stopped', llm.last.finish_reason.value, repr(llm.last.text), llm.generate('The', max_tokens=2).usage.completion_tokens)")
+    run_code(
+        page,
+        (
+            "print('stopped', llm.last.finish_reason.value, repr(llm.last.text), "
+            "llm.generate('The', max_tokens=2).usage.completion_tokens)"
+        ),
+    )
     begun(page, "stopped abort '' 2")
     assert not page.errors, page.errors  # type: ignore[attr-defined]
 
@@ -201,10 +192,13 @@ def test_prices_are_no_formulas(page: Page) -> None:
     talk = llm.session(); said = {said!r}
     display(HTML('<p>$' + 'E=mc^2$</p>'))
     display(replace(llm.generate('a', max_tokens=1), text=said))
-    llm.chat_panel(messages=[{{'role': 'user', 'content': said}}, {{'role': 'assistant', 'content': said}}])"""
+    talks = [{{'role': role, 'content': said}} for role in ('user', 'assistant')]
+    llm.chat_panel(messages=talks)"""
     run_code(page, "\n".join(line.strip() for line in code.splitlines()))
     wait_done(page)
-    page.locator(".jp-OutputArea-output mjx-container").first.wait_for(timeout=20_000)  # a formula that is meant is one: MathJax has been here
+    page.locator(".jp-OutputArea-output mjx-container").first.wait_for(
+        timeout=20_000
+    )  # a formula that is meant is one: MathJax has been here
     shown = page.locator(".jp-OutputArea-output").filter(has_text="$250 for size a_b and $260")
     assert shown.count() >= 2 and shown.locator("mjx-container").count() == 0
 
@@ -216,7 +210,9 @@ def test_the_chat_panel_streams_stops_and_edits(page: Page) -> None:
     output.scroll_into_view_if_needed()
     output.locator("textarea").fill("Tell a long story about a lighthouse.")
     output.get_by_role("button", name="Send").click()
-    page.wait_for_function("() => document.body.innerText.includes('\u258d')", timeout=10_000)  # an answer is coming
+    page.wait_for_function(
+        "() => document.body.innerText.includes('\u258d')", timeout=10_000
+    )  # an answer is coming
     shot(page, "chat-panel")
     run_code(page, "print('not', 'blocked')")
     page.wait_for_function("() => document.body.innerText.includes('not blocked')", timeout=10_000)
@@ -225,7 +221,9 @@ def test_the_chat_panel_streams_stops_and_edits(page: Page) -> None:
     assert "lighthouse" in output.inner_text().lower()
     assert faults(page, ".jp-OutputArea-output .widget-vbox") == []
     output.get_by_role("button", name="Edit last").click()
-    expect(output.locator("textarea")).to_have_value("Tell a long story about a lighthouse.", timeout=20_000)
+    expect(output.locator("textarea")).to_have_value(
+        "Tell a long story about a lighthouse.", timeout=20_000
+    )
     assert not page.errors, page.errors  # type: ignore[attr-defined]
 
 
@@ -237,11 +235,16 @@ def test_the_chat_panel_by_keyboard_alone(page: Page) -> None:
     page.keyboard.press("Escape")
     for _ in range(40):
         page.keyboard.press("Tab")
-        if page.evaluate("document.activeElement.matches('.jp-OutputArea-output textarea')") and output.locator("textarea:focus").count():
+        if (
+            page.evaluate("document.activeElement.matches('.jp-OutputArea-output textarea')")
+            and output.locator("textarea:focus").count()
+        ):
             break
     else:
         pytest.fail("Tab never comes to the message box")
-    page.keyboard.type("Tell a long story about dd bridges.")  # dd deletes a cell where keys are commands
+    page.keyboard.type(
+        "Tell a long story about dd bridges."
+    )  # dd deletes a cell where keys are commands
     page.keyboard.press("Tab")
     assert output.locator("button:focus").inner_text().strip() == "Send"
     page.keyboard.press("Enter")
@@ -254,35 +257,56 @@ def test_the_chat_panel_by_keyboard_alone(page: Page) -> None:
     page.keyboard.press("Tab")
     assert output.locator("button:focus").inner_text().strip() == "Edit last"
     page.keyboard.press("Enter")
-    page.wait_for_function("() => [...document.querySelectorAll('.jp-OutputArea-output textarea')].pop().value.includes('dd bridges')", timeout=10_000)
+    page.wait_for_function(
+        (
+            "() => [...document.querySelectorAll('.jp-OutputArea-output textarea')]"
+            ".pop().value.includes('dd bridges')"
+        ),
+        timeout=10_000,
+    )
 
 
 @pytest.mark.parametrize("theme", ["JupyterLab Dark", "JupyterLab Light"])
 def test_what_we_show_is_accessible(page: Page, theme: str) -> None:
-    page.evaluate("theme => window.jupyterapp.commands.execute('apputils:change-theme', {theme})", theme)
-    page.wait_for_function("theme => document.body.dataset.jpThemeName === theme", arg=theme, timeout=10_000)
+    page.evaluate(
+        "theme => window.jupyterapp.commands.execute('apputils:change-theme', {theme})", theme
+    )
+    page.wait_for_function(
+        "theme => document.body.dataset.jpThemeName === theme", arg=theme, timeout=10_000
+    )
     page.wait_for_timeout(1000)
     shot(page, f"panel-{theme[-5:].strip().lower()}")
-    for where in (".jp-OutputArea-output [role=group][aria-label^='llmkit']", ".jp-OutputArea-output .widget-vbox"):
+    for where in (
+        ".jp-OutputArea-output [role=group][aria-label^='llmkit']",
+        ".jp-OutputArea-output .widget-vbox",
+    ):
         assert page.locator(where).count() and faults(page, where) == []
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_the_status_page_in_jupyter(page: Page, lab: JupyterServer, scheme: str) -> None:
-    other = page.context.browser.new_page(viewport={"width": 1280, "height": 700}, color_scheme=scheme)  # type: ignore[union-attr,arg-type]
+    other = page.context.browser.new_page(
+        viewport={"width": 1280, "height": 700}, color_scheme=scheme
+    )  # type: ignore[union-attr,arg-type]
     errors: list[str] = []
     other.on("pageerror", lambda error: errors.append(str(error)))
-    other.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
+    other.on(
+        "console", lambda message: errors.append(message.text) if message.type == "error" else None
+    )
     other.goto(f"{lab.url}/llmkit?token={lab.token}")
     other.get_by_text("01_quickstart.ipynb").wait_for(timeout=30_000)
     other.wait_for_timeout(2500)
     shot(other, f"status-{scheme}")
-    assert other.locator("main table").count() >= 1 and faults(other, "body") == [] and not errors, errors
+    assert (
+        other.locator("main table").count() >= 1 and faults(other, "body") == [] and not errors
+    ), errors
     other.close()
 
 
 def test_the_page_of_a_gateway_with_a_key(page: Page) -> None:
-    served = Served("smollm2", "--port", "0", "--n-ctx", "512", "--n-slots", "2", LLMKIT_API_KEY="sesame")
+    served = Served(
+        "smollm2", "--port", "0", "--n-ctx", "512", "--n-slots", "2", LLMKIT_API_KEY="sesame"
+    )
     other = page.context.browser.new_page(viewport={"width": 1280, "height": 500})  # type: ignore[union-attr]
     try:
         errors: list[str] = []
@@ -309,7 +333,9 @@ def test_the_page_of_a_gateway_with_a_key(page: Page) -> None:
 
 def test_notebook_7_runs_the_first_lesson(page: Page, tmp_path: Path) -> None:
     copy_unrun(ROOT / "notebooks" / "01_quickstart.ipynb", tmp_path)
-    server = JupyterServer(tmp_path, "--JupyterNotebookApp.expose_app_in_browser=True", app="notebook")
+    server = JupyterServer(
+        tmp_path, "--JupyterNotebookApp.expose_app_in_browser=True", app="notebook"
+    )
     other = page.context.browser.new_page(viewport={"width": 1280, "height": 1600})  # type: ignore[union-attr]
     try:
         errors: list[str] = []
@@ -321,15 +347,23 @@ def test_notebook_7_runs_the_first_lesson(page: Page, tmp_path: Path) -> None:
         other.wait_for_timeout(1500)
         wait_done(other, 180_000)
         shot(other, "notebook-7")
-        failed = other.locator(".jp-RenderedText[data-mime-type='application/vnd.jupyter.stderr'], .jp-OutputArea-output pre span.ansi-red-fg")
+        failed = other.locator(
+            ".jp-RenderedText[data-mime-type='application/vnd.jupyter.stderr'], "
+            ".jp-OutputArea-output pre span.ansi-red-fg"
+        )
         assert failed.count() == 0, failed.all_text_contents()
-        assert other.locator(".jp-OutputArea-output [role=group][aria-label^='llmkit']").count() >= 1 and not errors, errors
+        assert (
+            other.locator(".jp-OutputArea-output [role=group][aria-label^='llmkit']").count() >= 1
+            and not errors
+        ), errors
     finally:
         other.close()
         server.stop()
 
 
-@pytest.mark.parametrize("lesson", [n.name for n in sorted((ROOT / "notebooks").glob("*.ipynb"))[1:]])
+@pytest.mark.parametrize(
+    "lesson", [n.name for n in sorted((ROOT / "notebooks").glob("*.ipynb"))[1:]]
+)
 def test_the_lessons_run_to_the_end(page: Page, lab: JupyterServer, lesson: str) -> None:
     other = page.context.browser.new_page(viewport={"width": 1280, "height": 1600})  # type: ignore[union-attr]
     errors: list[str] = []
@@ -338,7 +372,10 @@ def test_the_lessons_run_to_the_end(page: Page, lab: JupyterServer, lesson: str)
     command(other, "notebook:run-all-cells")
     other.wait_for_timeout(1500)
     wait_done(other, 180_000)
-    failed = other.locator(".jp-RenderedText[data-mime-type='application/vnd.jupyter.stderr'], .jp-OutputArea-output pre span.ansi-red-fg")
+    failed = other.locator(
+        ".jp-RenderedText[data-mime-type='application/vnd.jupyter.stderr'], "
+        ".jp-OutputArea-output pre span.ansi-red-fg"
+    )
     assert failed.count() == 0, failed.all_text_contents()
     shot(other, lesson.removesuffix(".ipynb"))
     assert not errors, errors

@@ -1,4 +1,4 @@
-"""Inputs of people who used servers and notebooks like ours, each with the right value: `cases/`."""
+"""Inputs of people who used servers like ours, each with the right value: `cases/`."""
 
 from __future__ import annotations
 
@@ -14,13 +14,10 @@ from typing import Any
 
 import jsonschema
 import pytest
-from cases import docstrings
 from fakes import wait_for
 
-import llmkit
 from llmkit.chat.template import ChatTemplate
-from llmkit.toolbox import Toolbox
-from llmkit.types import Message, Tool, ToolCall
+from llmkit.protocol import Message, Tool, ToolCall
 
 CASES = Path(__file__).parent / "cases"
 
@@ -40,7 +37,11 @@ def conversation() -> tuple[list[Message], list[Tool]]:
             m["role"],
             m.get("content") or "",
             tool_calls=tuple(
-                ToolCall(c["id"], c["function"]["name"], a if isinstance(a := c["function"]["arguments"], str) else json.dumps(a))
+                ToolCall(
+                    c["id"],
+                    c["function"]["name"],
+                    a if isinstance(a := c["function"]["arguments"], str) else json.dumps(a),
+                )
                 for c in m.get("tool_calls", ())
             ),
             tool_call_id=m.get("tool_call_id"),
@@ -48,25 +49,33 @@ def conversation() -> tuple[list[Message], list[Tool]]:
         )
         for m in given["messages"]
     ]
-    return messages, [Tool(t["function"]["name"], t["function"].get("description", ""), t["function"]["parameters"]) for t in given["tools"]]
-
-
-# -- templates
+    return messages, [
+        Tool(
+            t["function"]["name"], t["function"].get("description", ""), t["function"]["parameters"]
+        )
+        for t in given["tools"]
+    ]
 
 
 def test_tojson_takes_its_options() -> None:
     messages, tools = conversation()
     assert template("01-json-options.jinja").render(messages, tools=tools) == (
-        '<tools>\n{"type": "function", "function": {"name": "look_up", "description": "Schlägt ein Wort nach", "parameters": {"type": "object", '
-        '"properties": {"term": {"type": "string", "description": "das Wort"}}, "required": ["term"]}}}\n</tools> Calls stand between <tool_call> and '
-        '</tool_call>.\n<user>What is a newt?\n<assistant><tool_call>{"name": "look_up", "arguments": {"term": "newt"}}</tool_call>\n'
+        '<tools>\n{"type": "function", "function": {"name": "look_up", '
+        '"description": "Schlägt ein Wort nach", "parameters": {"type": "object", '
+        '"properties": {"term": {"type": "string", "description": "das Wort"}}, '
+        '"required": ["term"]}}}\n</tools> Calls stand between <tool_call> and '
+        "</tool_call>.\n<user>What is a newt?\n"
+        '<assistant><tool_call>{"name": "look_up", "arguments": {"term": "newt"}}</tool_call>\n'
         "<tool>a small amphibian\n<assistant>"
     )
 
 
 def test_blocks_for_training_show_nothing() -> None:
     messages = [Message("user", "Hi"), Message("assistant", "Hello."), Message("user", "Bye")]
-    assert template("02-generation-block.jinja").render(messages) == "<user>Hi\n<assistant>Hello.</s>\n<user>Bye\n<assistant>"
+    assert (
+        template("02-generation-block.jinja").render(messages)
+        == "<user>Hi\n<assistant>Hello.</s>\n<user>Bye\n<assistant>"
+    )
 
 
 def test_arguments_come_as_the_template_takes_them_and_tools_are_told() -> None:
@@ -82,10 +91,11 @@ def test_arguments_come_as_the_template_takes_them_and_tools_are_told() -> None:
 
 def test_no_role_is_lost() -> None:
     messages = [Message(m["role"], m["content"]) for m in load("04-no-developer.json")["messages"]]
-    assert template("04-no-developer.jinja").render(messages).startswith("<|im_start|>system\nAnswer in rhymes.<|im_end|>\n<|im_start|>user\nHello!")
-
-
-# -- the gateway, the real model
+    assert (
+        template("04-no-developer.jinja")
+        .render(messages)
+        .startswith("<|im_start|>system\nAnswer in rhymes.<|im_end|>\n<|im_start|>user\nHello!")
+    )
 
 
 class Served:
@@ -95,7 +105,10 @@ class Served:
     def post(self, path: str, body: Any) -> tuple[int, Any]:
         headers = {"Authorization": "Bearer K", "Content-Type": "application/json"}
         try:
-            with urllib.request.urlopen(urllib.request.Request(self.url + path, json.dumps(body).encode(), headers), timeout=60) as reply:
+            with urllib.request.urlopen(
+                urllib.request.Request(self.url + path, json.dumps(body).encode(), headers),
+                timeout=60,
+            ) as reply:
                 text = reply.read().decode()
                 return reply.status, json.loads(text) if text.startswith("{") else text
         except urllib.error.HTTPError as error:
@@ -104,12 +117,27 @@ class Served:
 
 @pytest.fixture(scope="module")
 def served() -> Iterator[Served]:
-    command = [sys.executable, "-m", "llmkit", "serve", "smollm2", "--n-ctx", "2048", "--api-key", "K", "--port", "0"]
+    command = [
+        sys.executable,
+        "-m",
+        "llmkit",
+        "serve",
+        "smollm2",
+        "--n-ctx",
+        "2048",
+        "--api-key",
+        "K",
+        "--port",
+        "0",
+    ]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None
             served = Served(process.stdout.readline().split(" at ")[1].strip().removesuffix("/v1"))
-            wait_for(lambda: served.post("/v1/completions", {"prompt": "a", "max_tokens": 1})[0] == 200, 60)
+            wait_for(
+                lambda: served.post("/v1/completions", {"prompt": "a", "max_tokens": 1})[0] == 200,
+                60,
+            )
             yield served
         finally:
             process.terminate()
@@ -119,20 +147,39 @@ def served() -> Iterator[Served]:
 def test_the_developer_is_the_system_where_the_model_knows_none(served: Served) -> None:
     messages = load("04-no-developer.json")["messages"]
     as_system = [{**m, "role": m["role"].replace("developer", "system")} for m in messages]
-    assert served.post("/apply-template", {"messages": messages}) == served.post("/apply-template", {"messages": as_system})
+    assert served.post("/apply-template", {"messages": messages}) == served.post(
+        "/apply-template", {"messages": as_system}
+    )
 
 
 @pytest.mark.model
 def test_a_begun_answer_goes_on(served: Served) -> None:
     body = load("06-begun-answer.json")
     status, reply = served.post("/v1/messages", body)
-    assert status == 200 and reply["content"][0]["text"] == " Paris, France." and reply["usage"]["input_tokens"] == 45
-    assert served.post("/v1/messages/count_tokens", {"messages": body["messages"]})[1]["input_tokens"] == 45
+    assert (
+        status == 200
+        and reply["content"][0]["text"] == " Paris, France."
+        and reply["usage"]["input_tokens"] == 45
+    )
+    assert (
+        served.post("/v1/messages/count_tokens", {"messages": body["messages"]})[1]["input_tokens"]
+        == 45
+    )
     options = {"temperature": 0, "num_predict": 12}
-    _, reply = served.post("/api/chat", {"model": "smollm2", "messages": body["messages"], "stream": False, "options": options})
+    _, reply = served.post(
+        "/api/chat",
+        {"model": "smollm2", "messages": body["messages"], "stream": False, "options": options},
+    )
     assert reply["message"]["content"] == " Paris, France." and reply["prompt_eval_count"] == 45
     _, text = served.post("/v1/messages", {**body, "stream": True})
-    assert "".join(json.loads(line[6:])["delta"]["text"] for line in text.split("\n") if '"text_delta"' in line) == " Paris, France."
+    assert (
+        "".join(
+            json.loads(line[6:])["delta"]["text"]
+            for line in text.split("\n")
+            if '"text_delta"' in line
+        )
+        == " Paris, France."
+    )
 
 
 @pytest.mark.model
@@ -148,23 +195,47 @@ def test_one_of_one_is_no_choice(served: Served) -> None:
 
 @pytest.mark.model
 def test_a_grammar_with_escapes_is_the_one_with_letters(served: Served) -> None:
-    body = {"prompt": "I like ", "max_tokens": 12, "temperature": 0, "grammar": (CASES / "09-emoji.gbnf").read_text()}
+    body = {
+        "prompt": "I like ",
+        "max_tokens": 12,
+        "temperature": 0,
+        "grammar": (CASES / "09-emoji.gbnf").read_text(),
+    }
     status, reply = served.post("/v1/completions", body)
-    assert status == 200 and re.fullmatch(r"\w+\u00e9 [\U0001f600-\U0001f64f]", reply["choices"][0]["text"])
+    assert status == 200 and re.fullmatch(
+        r"\w+\u00e9 [\U0001f600-\U0001f64f]", reply["choices"][0]["text"]
+    )
 
 
 @pytest.mark.model
 @pytest.mark.parametrize("name", ["10-formats.json", "12-key-names.json"])
 def test_keywords_that_ask_nothing_are_passed_over(served: Served, name: str) -> None:
     schema = load(name)
-    asked = {"messages": [{"role": "user", "content": "Make one."}], "max_tokens": 80, "temperature": 0}
-    status, reply = served.post("/v1/chat/completions", {**asked, "response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}})
+    asked = {
+        "messages": [{"role": "user", "content": "Make one."}],
+        "max_tokens": 80,
+        "temperature": 0,
+    }
+    status, reply = served.post(
+        "/v1/chat/completions",
+        {
+            **asked,
+            "response_format": {
+                "type": "json_schema",
+                "json_schema": {"name": "x", "schema": schema},
+            },
+        },
+    )
     assert status == 200
     jsonschema.validate(json.loads(reply["choices"][0]["message"]["content"]), schema)
     tools = [{"type": "function", "function": {"name": "f", "parameters": schema}}]
-    status, reply = served.post("/v1/chat/completions", {**asked, "tool_choice": "required", "tools": tools})
+    status, reply = served.post(
+        "/v1/chat/completions", {**asked, "tool_choice": "required", "tools": tools}
+    )
     assert status == 200
-    jsonschema.validate(json.loads(reply["choices"][0]["message"]["tool_calls"][0]["function"]["arguments"]), schema)
+    jsonschema.validate(
+        json.loads(reply["choices"][0]["message"]["tool_calls"][0]["function"]["arguments"]), schema
+    )
 
 
 @pytest.mark.model
@@ -172,14 +243,19 @@ def test_a_forced_call_is_a_call(served: Served) -> None:
     status, reply = served.post("/v1/chat/completions", load("11-forced-call.json"))
     choice = reply["choices"][0]
     assert status == 200 and choice["finish_reason"] == "tool_calls"
-    assert [json.loads(c["function"]["arguments"]) for c in choice["message"]["tool_calls"]] == [{"level": 1}]
+    assert [json.loads(c["function"]["arguments"]) for c in choice["message"]["tool_calls"]] == [
+        {"level": 1}
+    ]
 
 
 @pytest.mark.model
 def test_a_prompt_is_read_in_one_way(served: Served) -> None:
     body = load("13-spelled-out-prompt.json")
     _, reply = served.post("/v1/completions", body)
-    assert reply["usage"]["prompt_tokens"] == 16 and reply["choices"][0]["text"] == "The capital of France is Paris."
+    assert (
+        reply["usage"]["prompt_tokens"] == 16
+        and reply["choices"][0]["text"] == "The capital of France is Paris."
+    )
     assert served.post("/tokenize", {"prompt": body["prompt"]})[1]["count"] == 16
 
 
@@ -189,17 +265,29 @@ def test_items_of_stored_responses_can_be_referred_to(served: Served) -> None:
     item = served.post("/v1/responses", first)[1]["output"][0]
     second["input"][1]["id"] = item["id"]
     status, referred = served.post("/v1/responses", second)
-    second["input"][1] = {"type": "message", "role": "assistant", "content": item["content"][0]["text"]}
+    second["input"][1] = {
+        "type": "message",
+        "role": "assistant",
+        "content": item["content"][0]["text"],
+    }
     _, spelled = served.post("/v1/responses", second)
-    assert status == 200 and referred["output"][0]["content"][0]["text"] == spelled["output"][0]["content"][0]["text"]
-    status, error = served.post("/v1/responses", {"input": [{"type": "item_reference", "id": "msg_nope"}]})
+    assert (
+        status == 200
+        and referred["output"][0]["content"][0]["text"]
+        == spelled["output"][0]["content"][0]["text"]
+    )
+    status, error = served.post(
+        "/v1/responses", {"input": [{"type": "item_reference", "id": "msg_nope"}]}
+    )
     assert status == 404 and "msg_nope" in error["error"]["message"]
 
 
 @pytest.mark.model
 def test_what_claude_code_and_codex_send_is_taken_and_named(served: Served) -> None:
     def ignored(path: str, body: Any) -> set[str]:
-        request = urllib.request.Request(served.url + path, json.dumps(body).encode(), {"Authorization": "Bearer K"})
+        request = urllib.request.Request(
+            served.url + path, json.dumps(body).encode(), {"Authorization": "Bearer K"}
+        )
         with urllib.request.urlopen(request, timeout=60) as reply:
             return set((reply.headers["x-llmkit-ignored"] or "").split(", "))
 
@@ -211,10 +299,19 @@ def test_what_claude_code_and_codex_send_is_taken_and_named(served: Served) -> N
         "thinking": {"type": "enabled", "budget_tokens": 1024},
         "tools": [{"type": "web_search_20250305", "name": "web_search"}],
     }
-    assert {"context_management", "thinking.budget_tokens", "tools[web_search_*]"} <= ignored("/v1/messages?beta=true", claude)
+    assert {"context_management", "thinking.budget_tokens", "tools[web_search_*]"} <= ignored(
+        "/v1/messages?beta=true", claude
+    )
     codex = {
         "model": "smollm2",
-        "input": [{"type": "message", "role": "developer", "content": [{"type": "input_text", "text": "x"}]}, {"role": "user", "content": "y"}],
+        "input": [
+            {
+                "type": "message",
+                "role": "developer",
+                "content": [{"type": "input_text", "text": "x"}],
+            },
+            {"role": "user", "content": "y"},
+        ],
         "include": ["reasoning.encrypted_content"],
         "reasoning": {"summary": "auto", "effort": "medium"},
         "max_output_tokens": 5,
@@ -222,39 +319,16 @@ def test_what_claude_code_and_codex_send_is_taken_and_named(served: Served) -> N
         "client_metadata": {"a": "b"},
         "tools": [{"type": "web_search\r\né"}, {"type": "namespace", "name": "n", "tools": []}],
     }
-    named = {"include[reasoning.encrypted_content]", "reasoning.summary", "reasoning.effort", "client_metadata", "tools[web_search*]", "tools[namespace]"}
+    named = {
+        "include[reasoning.encrypted_content]",
+        "reasoning.summary",
+        "reasoning.effort",
+        "client_metadata",
+        "tools[web_search*]",
+        "tools[namespace]",
+    }
     assert named <= ignored("/v1/responses", codex)
-    status, error = served.post("/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}], "temprature": 1})
+    status, error = served.post(
+        "/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}], "temprature": 1}
+    )
     assert status == 400 and "temperature" in error["error"]["message"]
-
-
-# -- the notebook
-
-
-def test_all_files_of_a_model_count() -> None:
-    assert llmkit.estimate(CASES / "split" / "pocket-00001-of-00003.gguf").weights_bytes == 95_360
-
-
-def test_docstrings_are_read_in_their_styles() -> None:
-    forecast, search = Toolbox([docstrings.forecast, docstrings.search]).tools
-    fields = {name: field["description"] for tool in (forecast, search) for name, field in tool.parameters["properties"].items()}
-    assert fields["station"] == "Code of the station, four letters."
-    assert " ".join(fields["days"].split()) == "How many days ahead, seven at most."
-    assert [line.strip() for line in fields["mode"].split("\n")] == ["One of:", '- "fast": the newest year only', '- "deep": everything']
-
-
-def test_prices_are_no_formulas() -> None:
-    from llmkit.notebook.charts import NO_MATH
-    from llmkit.notebook.display import completion_html
-    from llmkit.types import Completion, FinishReason
-
-    assert "mathjax_ignore" in NO_MATH and NO_MATH in completion_html(Completion(load("18-prices.json")[1]["content"], FinishReason.STOP))
-
-
-def test_a_pasted_cell_goes_as_it_is() -> None:
-    from IPython.core.interactiveshell import InteractiveShell
-
-    from llmkit.magics import LLMMagics
-
-    text = (CASES / "17-pasted-cell.txt").read_text()
-    assert LLMMagics(InteractiveShell())._expand(text) == text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import signal
@@ -11,17 +12,23 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 
 import openai
 import psutil
 import pytest
+import tiny_models
 from fakes import wait_for
 
-from llmkit.bridge.connection import process_start_time
-from llmkit.cli import main
-from llmkit.config import read_settings
-from llmkit.errors import InvalidRequestError
+import llmkit
+from llmkit.cli import app, main
+from llmkit.errors import InvalidRequestError, ModelLoadError
+from llmkit.models.registry import resolve
+from llmkit.settings.options import OPTIONS, EngineOptions
+from llmkit.settings.serving import read_settings
+from llmkit.system.process import process_start_time
+from llmkit.workers import engine, supervisor
 
 LLMKIT = [sys.executable, "-m", "llmkit"]
 
@@ -29,7 +36,13 @@ LLMKIT = [sys.executable, "-m", "llmkit"]
 class Served:
     def __init__(self, *args: str, **environment: str) -> None:
         env = {**os.environ, **environment}
-        self.process = subprocess.Popen([*LLMKIT, "serve", *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+        self.process = subprocess.Popen(
+            [*LLMKIT, "serve", *args],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=env,
+        )
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         assert " at " in line, self.process.communicate()
@@ -37,7 +50,9 @@ class Served:
 
     def health(self) -> int:
         try:
-            with urllib.request.urlopen(self.url.removesuffix("/v1") + "/health", timeout=5) as reply:
+            with urllib.request.urlopen(
+                self.url.removesuffix("/v1") + "/health", timeout=5
+            ) as reply:
                 return int(reply.status)
         except urllib.error.HTTPError as error:
             return error.code
@@ -50,7 +65,9 @@ class Served:
 
 @pytest.fixture(scope="module")
 def served() -> Iterator[Served]:
-    server = Served("smollm2", "--port", "0", "--n-ctx", "512", "--n-slots", "4", LLMKIT_API_KEY="k")
+    server = Served(
+        "smollm2", "--port", "0", "--n-ctx", "512", "--n-slots", "4", LLMKIT_API_KEY="k"
+    )
     wait_for(lambda: server.health() == 200, 60)
     yield server
     children = psutil.Process(server.process.pid).children()
@@ -63,7 +80,9 @@ def served() -> Iterator[Served]:
 @pytest.mark.model
 def test_serve_a_model(served: Served) -> None:
     client = openai.OpenAI(base_url=served.url, api_key="k", max_retries=0)
-    reply = client.completions.create(model="default", prompt="The capital of France is", max_tokens=4, temperature=0)
+    reply = client.completions.create(
+        model="default", prompt="The capital of France is", max_tokens=4, temperature=0
+    )
     assert "Paris" in reply.choices[0].text
     assert client.models.list().data[0].id == "smollm2"
     with pytest.raises(openai.AuthenticationError):
@@ -72,10 +91,21 @@ def test_serve_a_model(served: Served) -> None:
 
 @pytest.mark.model
 def test_bench_any_endpoint(served: Served, capsys: pytest.CaptureFixture[str]) -> None:
-    common = ["bench", "--base-url", served.url, "--prompt-words", "20", "--max-tokens", "6", "--api-key"]
-    assert main([*common, "k", "--concurrency", "1", "3", "--json"]) == 0
+    common = [
+        "bench",
+        "--base-url",
+        served.url,
+        "--prompt-words",
+        "20",
+        "--max-tokens",
+        "6",
+        "--api-key",
+    ]
+    assert main([*common, "k", "--concurrency", "1,3", "--json"]) == 0
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [r["concurrency"] for r in lines] == [1, 3] and all(r["errors"] == 0 and r["tok_s"] > 0 for r in lines)
+    assert [r["concurrency"] for r in lines] == [1, 3] and all(
+        r["errors"] == 0 and r["tok_s"] > 0 for r in lines
+    )
     assert lines[1]["completion_tokens"] == 6 * 6 and lines[1]["cached_tokens"] == 0
     assert main([*common, "wrong", "--concurrency", "1"]) == 1
     assert "401" in capsys.readouterr().err
@@ -91,25 +121,86 @@ def test_a_killed_gateway_takes_its_engine_along() -> None:
 
 
 @pytest.mark.model
-def test_a_killed_engine_ends_serve_with_the_reason() -> None:
+def test_a_killed_engine_is_started_again() -> None:
     server = Served("smollm2", "--port", "0", "--n-ctx", "256", "--n-slots", "1")
     wait_for(lambda: server.health() == 200, 60)
     (engine,) = psutil.Process(server.process.pid).children()
     engine.kill()
-    _, errors = server.process.communicate(timeout=15)
-    assert server.process.returncode == 1 and "has ended" in errors and "Traceback" not in errors
+    wait_for(lambda: server.health() == 503, 15)
+    with pytest.raises(openai.InternalServerError, match="being started again"):
+        ask(server)
+    wait_for(lambda: server.health() == 200, 60)
+    assert ask(server).choices[0].text
+    code, errors = server.stop()
+    assert code == 0 and "has ended" in errors and "Traceback" not in errors
+
+
+def ask(server: Served) -> openai.types.Completion:
+    client = openai.OpenAI(base_url=server.url, api_key="x", max_retries=0)
+    return client.completions.create(model="default", prompt="a", max_tokens=2)
+
+
+@pytest.mark.model
+def test_a_crash_loop_stops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervisor, "FIRST_DELAY_S", 0.05)
+    monkeypatch.setattr(supervisor, "MAX_DELAY_S", 0.05)
+    spec = resolve(tiny_models.write(tmp_path / "tiny.gguf", "llama"))
+    worker = supervisor.Supervisor(engine.task(spec, EngineOptions(n_ctx=64), name="tiny"))
+    killed: set[int | None] = set()
+    for _ in range(supervisor.MAX_CRASHES):
+        wait_for(lambda: worker.state.phase == "ready" and worker.pid not in killed, 60)
+        pid = worker.pid
+        assert pid is not None
+        os.kill(pid, signal.SIGKILL)
+        killed.add(pid)
+    wait_for(lambda: worker.state.is_gone)
+    with pytest.raises(ModelLoadError, match="has ended 5 times"):
+        worker.check()
+    worker.close()
+
+
+def test_whatever_load_takes_serve_takes() -> None:
+    """One table: a name, a type and a sentence for each option, everywhere."""
+    loads = inspect.signature(llmkit.load).parameters
+    assert set(OPTIONS) == {f.name for f in fields(EngineOptions)} <= set(loads)
+    values = {
+        "number": "2.5", "layers": "-1", "adapters": "a.gguf", "text": "x",
+        "path": "x", "choice": "q8_0",
+    }  # fmt: skip
+    asked = {"kv_unified": True, "deterministic": False, "context_shift": False}
+    for name, row in OPTIONS.items():
+        assert row.help.endswith(".") and row.help in (llmkit.load.__doc__ or "")
+        if name == "isolated":
+            continue  # what `serve` loads always has a process of its own
+        if row.kind in ("flag", "switch"):
+            given = {name: asked.get(name, True)}
+        else:
+            value: object = values.get(row.kind) or str(int(row.low))
+            given = {name: [value] if row.kind == "adapters" else value}
+        more = {"kv_unified": True} if name == "kv_tokens" else {}
+        assert name in read_settings({**given, **more}).engine
+        command = app.app.registered_commands[0].callback
+        assert name in inspect.signature(command).parameters  # type: ignore[arg-type]
 
 
 def test_while_loading_it_is_503(tmp_path: Path) -> None:
     server = Served("--port", "0")  # no model, no engine anywhere
     assert server.health() == 503
     with pytest.raises(openai.InternalServerError, match="No model is loaded"):
-        openai.OpenAI(base_url=server.url, api_key="x", max_retries=0).completions.create(model="default", prompt="a")
+        openai.OpenAI(base_url=server.url, api_key="x", max_retries=0).completions.create(
+            model="default", prompt="a"
+        )
     assert server.stop()[0] == 0
 
 
 def fails(*args: str, **environment: str) -> str:
-    done = subprocess.run([*LLMKIT, *args], capture_output=True, text=True, timeout=60, env={**os.environ, **environment})
+    done = subprocess.run(
+        [*LLMKIT, *args],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**os.environ, **environment},
+    )
     assert done.returncode == 1, done
     assert done.stderr.startswith("llmkit: ") or "\nllmkit: " in done.stderr
     assert "Traceback" not in done.stderr
@@ -132,12 +223,18 @@ def test_mistakes_get_one_clear_line(tmp_path: Path) -> None:
         assert time.monotonic() - start < 30
 
 
-def test_settings_precedence_and_unknown_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_settings_precedence_and_unknown_keys(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     file = tmp_path / "llmkit.toml"
     file.write_text('port = 1111\nhost = "127.0.0.9"\nn_ctx = 512')
     monkeypatch.setenv("LLMKIT_PORT", "2222")
     settings = read_settings({"n_ctx": 1024}, file)
-    assert (settings.host, settings.port, settings.n_ctx) == ("127.0.0.9", 2222, 1024)
+    assert (settings.gateway.host, settings.gateway.port, settings.engine["n_ctx"]) == (
+        "127.0.0.9",
+        2222,
+        1024,
+    )
     file.write_text("prot = 1")
     with pytest.raises(InvalidRequestError, match="prot"):
         read_settings({}, file)
@@ -148,9 +245,8 @@ def test_settings_precedence_and_unknown_keys(tmp_path: Path, monkeypatch: pytes
 
 def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
     for args in (["--help"], ["serve", "--help"], ["bench", "--help"], ["--version"]):
-        with pytest.raises(SystemExit) as end:
-            main(args)
-        assert end.value.code == 0 and capsys.readouterr().out
+        assert main(args) == 0 and capsys.readouterr().out
+    assert main(["serve", "--nope"]) == 2 and "--nope" in capsys.readouterr().err
 
 
 def test_a_misspelt_variable_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,5 @@
-"""Other people's clients, unchanged, against a live server on the embedded model; each in an environment of its own (`.ci/clients`)."""
+"""Other people's clients, unchanged, against a live server on the embedded model; each in an
+environment of its own (`.ci/clients`)."""
 
 from __future__ import annotations
 
@@ -40,7 +41,10 @@ metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
 
 @pytest.fixture(scope="module")
 def urls() -> Iterator[tuple[str, str]]:
-    servers = [Served(model, "--port", "0", "--n-ctx", "1024", "--n-slots", "4", LLMKIT_API_KEY="k") for model in ("smollm2", "minilm")]
+    servers = [
+        Served(model, "--port", "0", "--n-ctx", "1024", "--n-slots", "4", LLMKIT_API_KEY="k")
+        for model in ("smollm2", "minilm")
+    ]
     try:
         for server in servers:
             wait_for(lambda: server.health() == 200, 60)  # noqa: B023
@@ -57,23 +61,50 @@ def run(environment: str, *command: str | Path, cwd: Path, **variables: str) -> 
         if os.environ.get("CI"):
             pytest.fail(f"{folder} is missing, and CI may not skip")
         pytest.skip("the clients' environments are missing: bash .ci/clients")
-    offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(cwd / "hf"), "LITELLM_LOCAL_MODEL_COST_MAP": "True"}
+    offline = {
+        "HF_HUB_OFFLINE": "1",
+        "HF_DATASETS_OFFLINE": "1",
+        "HF_HOME": str(cwd / "hf"),
+        "LITELLM_LOCAL_MODEL_COST_MAP": "True",
+    }
     env = {**os.environ, **offline, "OPENAI_API_KEY": "k", "NO_COLOR": "1", **variables}
-    done = subprocess.run([folder / command[0], *command[1:]], cwd=cwd, env=env, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(
+        [folder / command[0], *command[1:]],
+        cwd=cwd,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
     assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-5000:]}"
     return done.stdout
 
 
 @pytest.mark.parametrize(
-    ("environment", "client"), [("openai2", "litellm"), ("openai2", "llama_index"), ("openai2", "instructor"), ("openai3", "langchain"), ("openai3", "llm")]
+    ("environment", "client"),
+    [
+        ("openai2", "litellm"),
+        ("openai2", "llama_index"),
+        ("openai2", "instructor"),
+        ("openai3", "langchain"),
+        ("openai3", "llm"),
+    ],
 )
-def test_a_client_works_unchanged(environment: str, client: str, urls: tuple[str, str], tmp_path: Path) -> None:
-    assert "Traceback" not in run(environment, "python", HERE / f"with_{client}.py", *urls, cwd=tmp_path)  # the client's script asserts the rest
+def test_a_client_works_unchanged(
+    environment: str, client: str, urls: tuple[str, str], tmp_path: Path
+) -> None:
+    assert "Traceback" not in run(
+        environment, "python", HERE / f"with_{client}.py", *urls, cwd=tmp_path
+    )  # the client's script asserts the rest
 
 
-def test_lm_evaluation_harness_gets_the_numbers_of_the_model(urls: tuple[str, str], tmp_path: Path) -> None:
+def test_lm_evaluation_harness_gets_the_numbers_of_the_model(
+    urls: tuple[str, str], tmp_path: Path
+) -> None:
     data = tmp_path / "facts.jsonl"
-    data.write_text("".join(json.dumps({"question": q, "choices": c, "answer": a}) + "\n" for q, c, a in FACTS))
+    data.write_text(
+        "".join(json.dumps({"question": q, "choices": c, "answer": a}) + "\n" for q, c, a in FACTS)
+    )
     (tmp_path / "facts.yaml").write_text(TASK % data)
     printed = run("openai3", "python", HERE / "lm_eval_task.py", urls[0], tmp_path, cwd=tmp_path)
     found = json.loads(printed.splitlines()[-1])
@@ -83,21 +114,60 @@ def test_lm_evaluation_harness_gets_the_numbers_of_the_model(urls: tuple[str, st
     num_right = 0
     for (question, choices, answer), scores in zip(FACTS, found["samples"], strict=True):
         begin = len(llm.tokenize(question))
-        done = llm.generate([f"{question} {choice}" for choice in choices], max_tokens=0, prompt_logprobs=0)
+        done = llm.generate(
+            [f"{question} {choice}" for choice in choices], max_tokens=0, prompt_logprobs=0
+        )
         own = [sum(entry.logprob or 0.0 for entry in c.prompt_logprobs[begin:]) for c in done]
-        assert [score for score, _ in scores] == pytest.approx(own, abs=0.02), "batches differ in shape, no more"
+        assert [score for score, _ in scores] == pytest.approx(own, abs=0.02), (
+            "batches differ in shape, no more"
+        )
         num_right += own.index(max(own)) == answer
     llm.unload()
     assert found["acc"] == num_right / len(FACTS) > 0
 
 
 def test_no_request_that_the_schemas_describe_is_a_server_error(tmp_path: Path) -> None:
-    server = Served("smollm2", "--port", "0", "--n-ctx", "256", "--n-slots", "16", "--log-level", "warning", LLMKIT_API_KEY="k")
+    server = Served(
+        "smollm2",
+        "--port",
+        "0",
+        "--n-ctx",
+        "256",
+        "--n-slots",
+        "16",
+        "--log-level",
+        "warning",
+        LLMKIT_API_KEY="k",
+    )
     schema = server.url.removesuffix("/v1") + "/openapi.json"
-    options = ["-H", "Authorization: Bearer k", "-c", "not_a_server_error", "--phases", "coverage,fuzzing", "--max-examples", "8", "-w", "8", "--no-color"]
+    options = [
+        "-H",
+        "Authorization: Bearer k",
+        "-c",
+        "not_a_server_error",
+        "--phases",
+        "coverage,fuzzing",
+        "--max-examples",
+        "8",
+        "-w",
+        "8",
+        "--no-color",
+    ]
     try:
         wait_for(lambda: server.health() == 200, 60)
-        printed = run("openai3", "st", "run", schema, *options, cwd=tmp_path, SCHEMATHESIS_HOOKS=str(HERE / "schemathesis_hooks.py"))
-        assert re.search(r"Selected: (\d+)/\1\b", printed) and "server error" not in printed.lower() and server.health() == 200
+        printed = run(
+            "openai3",
+            "st",
+            "run",
+            schema,
+            *options,
+            cwd=tmp_path,
+            SCHEMATHESIS_HOOKS=str(HERE / "schemathesis_hooks.py"),
+        )
+        assert (
+            re.search(r"Selected: (\d+)/\1\b", printed)
+            and "server error" not in printed.lower()
+            and server.health() == 200
+        )
     finally:
         server.stop()

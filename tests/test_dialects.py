@@ -1,4 +1,5 @@
-"""Anthropic's and Ollama's routes: strict shapes on the fake model, their own clients on the real one."""
+"""Anthropic's routes: strict shapes on the fake model. And its own client and Ollama's on the real
+one."""
 
 from __future__ import annotations
 
@@ -9,19 +10,18 @@ from typing import Annotated, Any
 import anthropic
 import ollama
 import pytest
+from example_tools import ADD, WEATHER
 from fakes import FakeClient
+from gateway_client import Api, serve
 from pydantic import BaseModel, ConfigDict, Field
-from test_gateway import Api, serve
-from test_tools import ADD, WEATHER
 
 import llmkit
 from llmkit.bridge.server import BridgeServer
 from llmkit.chat.parsers.events import Call, Content, Reasoning
-from llmkit.gateway.anthropic import BlockStream, MessagesBody
-from llmkit.gateway.ollama import OLLAMA_VERSION, ChatBody
-from llmkit.gateway.schemas import parse
-from llmkit.local import LocalEngine
-from llmkit.types import ModelDescription
+from llmkit.gateway.anthropic.blocks import BlockStream
+from llmkit.gateway.anthropic.schemas import MessagesBody
+from llmkit.gateway.bodies import parse
+from llmkit.runtime.local import LocalEngine
 
 ASK = {"model": "default", "max_tokens": 8, "messages": [{"role": "user", "content": "hi"}]}
 
@@ -38,18 +38,29 @@ def reference(fake: FakeClient, prompt: bytes = b"[user]hi", count: int = 8) -> 
     return fake.runner.reference(prompt, count).decode()
 
 
-# -- Anthropic
-
-
 async def test_a_message(api: Api, fake: FakeClient) -> None:
     status, body = await api.post("/v1/messages", ASK)
-    assert status == 200 and body["id"].startswith("msg_") and (body["type"], body["role"], body["model"]) == ("message", "assistant", "fake")
-    assert body["content"] == [{"type": "text", "text": reference(fake)}] and (body["stop_reason"], body["stop_sequence"]) == ("max_tokens", None)
-    assert body["usage"] == {"input_tokens": 8, "cache_read_input_tokens": 0, "cache_creation_input_tokens": 0, "output_tokens": 8}
+    assert (
+        status == 200
+        and body["id"].startswith("msg_")
+        and (body["type"], body["role"], body["model"]) == ("message", "assistant", "fake")
+    )
+    assert body["content"] == [{"type": "text", "text": reference(fake)}] and (
+        body["stop_reason"],
+        body["stop_sequence"],
+    ) == ("max_tokens", None)
+    assert body["usage"] == {
+        "input_tokens": 8,
+        "cache_read_input_tokens": 0,
+        "cache_creation_input_tokens": 0,
+        "output_tokens": 8,
+    }
     stop = reference(fake)[3:5]
     _, stopped = await api.post("/v1/messages", {**ASK, "stop_sequences": [stop]})
     assert (stopped["stop_reason"], stopped["stop_sequence"]) == ("stop_sequence", stop)
-    assert await api.post("/v1/messages/count_tokens", {k: v for k, v in ASK.items() if k != "max_tokens"}) == (200, {"input_tokens": 8})
+    assert await api.post(
+        "/v1/messages/count_tokens", {k: v for k, v in ASK.items() if k != "max_tokens"}
+    ) == (200, {"input_tokens": 8})
 
 
 async def test_a_streamed_message(api: Api, fake: FakeClient) -> None:
@@ -58,32 +69,69 @@ async def test_a_streamed_message(api: Api, fake: FakeClient) -> None:
     events = [json.loads(data.removeprefix("data: ")) for _, data in blocks]
     assert [name.removeprefix("event: ") for name, _ in blocks] == [e["type"] for e in events]
     kinds = [e["type"] for e in events]
-    assert kinds[:2] == ["message_start", "content_block_start"] and kinds[-3:] == ["content_block_stop", "message_delta", "message_stop"]
-    assert events[0]["message"]["usage"]["input_tokens"] == 8 and events[0]["message"]["content"] == []
-    assert "".join(e["delta"]["text"] for e in events if e["type"] == "content_block_delta") == reference(fake)
-    assert events[-2]["delta"] == {"stop_reason": "max_tokens", "stop_sequence": None} and events[-2]["usage"]["output_tokens"] == 8
+    assert kinds[:2] == ["message_start", "content_block_start"] and kinds[-3:] == [
+        "content_block_stop",
+        "message_delta",
+        "message_stop",
+    ]
+    assert (
+        events[0]["message"]["usage"]["input_tokens"] == 8 and events[0]["message"]["content"] == []
+    )
+    assert "".join(
+        e["delta"]["text"] for e in events if e["type"] == "content_block_delta"
+    ) == reference(fake)
+    assert (
+        events[-2]["delta"] == {"stop_reason": "max_tokens", "stop_sequence": None}
+        and events[-2]["usage"]["output_tokens"] == 8
+    )
 
 
 def test_blocks_of_each_kind() -> None:
     stream = BlockStream()
-    events = [Reasoning("a"), Reasoning("b"), Content("c"), Call("add", '{"a": 1}', "call_1"), Call("add", "{}", "call_2")]
+    events = [
+        Reasoning("a"),
+        Reasoning("b"),
+        Content("c"),
+        Call("add", '{"a": 1}', "call_1"),
+        Call("add", "{}", "call_2"),
+    ]
     found = stream.events(events) + stream.close()  # type: ignore[arg-type]
-    starts = [(e["index"], e["content_block"]["type"]) for e in found if e["type"] == "content_block_start"]
+    starts = [
+        (e["index"], e["content_block"]["type"])
+        for e in found
+        if e["type"] == "content_block_start"
+    ]
     assert starts == [(0, "thinking"), (1, "text"), (2, "tool_use"), (3, "tool_use")]
     assert [e["index"] for e in found if e["type"] == "content_block_stop"] == [0, 1, 2, 3]
-    assert found[-2]["delta"] == {"type": "input_json_delta", "partial_json": "{}"} and found[-3]["content_block"]["id"] == "toolu_2"
+    assert (
+        found[-2]["delta"] == {"type": "input_json_delta", "partial_json": "{}"}
+        and found[-3]["content_block"]["id"] == "toolu_2"
+    )
 
 
 def test_a_conversation_with_tools_is_translated() -> None:
     turns = [
-        {"role": "user", "content": [{"type": "text", "text": "1+2?", "cache_control": {"type": "ephemeral"}}]},
+        {
+            "role": "user",
+            "content": [{"type": "text", "text": "1+2?", "cache_control": {"type": "ephemeral"}}],
+        },
         {
             "role": "assistant",
-            "content": [{"type": "thinking", "thinking": "hm", "signature": "s"}, {"type": "tool_use", "id": "t1", "name": "add", "input": {"a": 1}}],
+            "content": [
+                {"type": "thinking", "thinking": "hm", "signature": "s"},
+                {"type": "tool_use", "id": "t1", "name": "add", "input": {"a": 1}},
+            ],
         },
         {
             "role": "user",
-            "content": [{"type": "tool_result", "tool_use_id": "t1", "content": [{"type": "text", "text": "3"}]}, {"type": "text", "text": "So?"}],
+            "content": [
+                {
+                    "type": "tool_result",
+                    "tool_use_id": "t1",
+                    "content": [{"type": "text", "text": "3"}],
+                },
+                {"type": "text", "text": "So?"},
+            ],
         },
     ]
     tool = {"name": "add", "description": "adds", "input_schema": ADD.parameters}
@@ -96,8 +144,17 @@ def test_a_conversation_with_tools_is_translated() -> None:
     }
     request = parse(MessagesBody, json.dumps(body).encode()).request()
     assert [m.role for m in request.messages] == ["system", "user", "assistant", "tool", "user"]
-    assert request.messages[2].tool_calls and request.messages[2].reasoning_content == "hm" and request.messages[3].tool_call_id == "t1"
-    assert request.tool_choice == "required" and request.parallel_tool_calls is False and request.tools and request.tools[0].function.name == "add"
+    assert (
+        request.messages[2].tool_calls
+        and request.messages[2].reasoning_content == "hm"
+        and request.messages[3].tool_call_id == "t1"
+    )
+    assert (
+        request.tool_choice == "required"
+        and request.parallel_tool_calls is False
+        and request.tools
+        and request.tools[0].function.name == "add"
+    )
 
 
 @pytest.mark.parametrize(
@@ -115,75 +172,22 @@ def test_a_conversation_with_tools_is_translated() -> None:
 async def test_anthropic_errors(api: Api, change: dict[str, Any], words: str) -> None:
     reply = await api.fetch("POST", "/v1/messages", {**ASK, **change})
     body = json.loads(reply.body)
-    assert reply.code == 400 and body["type"] == "error" and body["error"]["type"] == "invalid_request_error" and words in body["error"]["message"]
+    assert (
+        reply.code == 400
+        and body["type"] == "error"
+        and body["error"]["type"] == "invalid_request_error"
+        and words in body["error"]["message"]
+    )
     assert body["request_id"] == reply.headers["x-request-id"]
 
 
 async def test_an_unknown_model_in_each_dialect(api: Api) -> None:
     reply = await api.fetch("POST", "/v1/messages", {**ASK, "model": "nobody"})
     assert reply.code == 404 and json.loads(reply.body)["error"]["type"] == "not_found_error"
-    reply = await api.fetch("POST", "/api/chat", {"model": "nobody", "messages": [{"role": "user", "content": "x"}]})
+    reply = await api.fetch(
+        "POST", "/api/chat", {"model": "nobody", "messages": [{"role": "user", "content": "x"}]}
+    )
     assert reply.code == 404 and "nobody" in json.loads(reply.body)["error"]
-
-
-# -- Ollama
-
-
-async def test_ollama_chat_in_lines_and_whole(api: Api, fake: FakeClient) -> None:
-    ask = {"model": "fake:latest", "messages": [{"role": "user", "content": "hi"}], "options": {"num_predict": 8, "temperature": 0.0}}
-    reply = await api.fetch("POST", "/api/chat", ask)
-    lines = [json.loads(line) for line in reply.body.decode().splitlines()]
-    assert reply.headers["Content-Type"] == "application/x-ndjson" and [line["done"] for line in lines] == [False] * (len(lines) - 1) + [True]
-    assert "".join(line["message"]["content"] for line in lines) == reference(fake) and lines[-1]["done_reason"] == "length"
-    assert lines[-1]["eval_count"] == 8 and lines[-1]["prompt_eval_count"] == 8 and lines[-1]["total_duration"] >= lines[-1]["eval_duration"] > 0
-    status, whole = await api.post("/api/chat", {**ask, "stream": False})
-    assert status == 200 and whole["message"] == {"role": "assistant", "content": reference(fake)} and whole["done"] is True
-    _, text = await api.post("/api/generate", {"model": "fake", "prompt": "hi", "raw": True, "stream": False, "options": {"num_predict": 5}})
-    assert text["response"] == reference(fake, b"hi", 5) and text["done_reason"] == "length"
-    _, load = await api.post("/api/generate", {"model": "fake", "stream": False})
-    assert load["done_reason"] == "load"
-
-
-async def test_ollama_negatives_and_nulls_are_defaults(api: Api) -> None:
-    options = {"seed": -1, "num_predict": 3, "repeat_last_n": -1, "temperature": None}
-    ask = {"model": "fake", "messages": [{"role": "user", "content": "x", "images": []}], "options": options, "stream": False}
-    assert (await api.post("/api/chat", ask))[0] == 200
-    refused = await api.fetch("POST", "/api/generate", {"model": "fake", "prompt": "x", "raw": True, "system": "y"})
-    assert refused.code == 400 and "raw" in json.loads(refused.body)["error"]
-
-
-@pytest.mark.parametrize("options", [{"num_ctx": True}, {"num_ctx": 0}, {"num_predict": 0}, {"num_cores": 2}, {"temperature": "hot"}])
-async def test_ollama_options_are_honoured_or_refused(api: Api, options: dict[str, Any]) -> None:
-    reply = await api.fetch("POST", "/api/chat", {"model": "fake", "messages": [{"role": "user", "content": "x"}], "options": options})
-    assert reply.code == 400 and next(iter(options)) in json.loads(reply.body)["error"]
-
-
-def test_ollama_words_are_translated() -> None:
-    given: dict[str, Any] = {
-        "model": "m",
-        "messages": [
-            {"role": "user", "content": "x"},
-            {"role": "assistant", "tool_calls": [{"function": {"name": "add", "arguments": {"a": 1}}}]},
-            {"role": "tool", "content": "1", "tool_name": "add"},
-        ],
-        "format": {"type": "object"},
-        "options": {"num_predict": -1, "stop": ["x"], "repeat_penalty": 1.1, "num_ctx": 100},
-        "think": False,
-    }
-    request = parse(ChatBody, json.dumps(given).encode()).request(ModelDescription("m", "m.gguf", n_ctx=200))
-    assert request.max_tokens is None and request.stop == ["x"] and request.repeat_penalty == 1.1 and request.json_schema == {"type": "object"}
-    assert request.messages[1].tool_calls and request.messages[1].tool_calls[0].function.arguments == '{"a": 1}'
-
-
-async def test_what_ollama_lists(api: Api) -> None:
-    tags, ps = [json.loads((await api.fetch("GET", f"/api/{what}")).body)["models"] for what in ("tags", "ps")]
-    assert tags[0]["name"] == ps[0]["model"] == "fake" and tags[0]["details"]["format"] == "gguf" and ps[0]["size_vram"] == 0
-    assert json.loads((await api.fetch("GET", "/api/version")).body) == {"version": OLLAMA_VERSION}
-    status, show = await api.post("/api/show", {"model": "fake"})
-    assert status == 200 and "completion" in show["capabilities"] and show["details"]["families"] is not None
-
-
-# -- their own clients, the real model
 
 
 class Person(BaseModel):
@@ -200,42 +204,103 @@ async def test_the_stock_clients(engine: LocalEngine) -> None:
             async with anthropic.AsyncAnthropic(base_url=api.url, api_key="none") as client:
                 greedy = {"temperature": 0}
                 question: Any = [{"role": "user", "content": "What is the capital of France?"}]
-                message = await client.messages.create(model="smollm2", max_tokens=30, messages=question, extra_body=greedy)
-                _, same = await api.post("/v1/chat/completions", {"messages": question, "max_tokens": 30, "temperature": 0, "model": "smollm2"})
-                assert message.content[0].type == "text" and message.content[0].text == same["choices"][0]["message"]["content"]
-                assert message.stop_reason == {"stop": "end_turn", "length": "max_tokens"}[same["choices"][0]["finish_reason"]]
-                async with client.messages.stream(model="smollm2", max_tokens=30, messages=question, extra_body=greedy) as stream:
+                message = await client.messages.create(
+                    model="smollm2", max_tokens=30, messages=question, extra_body=greedy
+                )
+                _, same = await api.post(
+                    "/v1/chat/completions",
+                    {"messages": question, "max_tokens": 30, "temperature": 0, "model": "smollm2"},
+                )
+                assert (
+                    message.content[0].type == "text"
+                    and message.content[0].text == same["choices"][0]["message"]["content"]
+                )
+                assert (
+                    message.stop_reason
+                    == {"stop": "end_turn", "length": "max_tokens"}[
+                        same["choices"][0]["finish_reason"]
+                    ]
+                )
+                async with client.messages.stream(
+                    model="smollm2", max_tokens=30, messages=question, extra_body=greedy
+                ) as stream:
                     text = "".join([piece async for piece in stream.text_stream])
                     final = await stream.get_final_message()
-                assert text == message.content[0].text and final.usage.output_tokens == message.usage.output_tokens
-                tools: Any = [{"name": t.name, "description": t.description, "input_schema": t.parameters} for t in (WEATHER, ADD)]
+                assert (
+                    text == message.content[0].text
+                    and final.usage.output_tokens == message.usage.output_tokens
+                )
+                tools: Any = [
+                    {"name": t.name, "description": t.description, "input_schema": t.parameters}
+                    for t in (WEATHER, ADD)
+                ]
                 choice: Any = {"type": "tool", "name": "get_weather"}
                 async with client.messages.stream(
-                    model="smollm2", max_tokens=80, messages=question, tools=tools, tool_choice=choice, extra_body=greedy
+                    model="smollm2",
+                    max_tokens=80,
+                    messages=question,
+                    tools=tools,
+                    tool_choice=choice,
+                    extra_body=greedy,
                 ) as stream:
                     called = await stream.get_final_message()
-                assert called.stop_reason == "tool_use" and called.content[0].type == "tool_use" and "city" in called.content[0].input
+                assert (
+                    called.stop_reason == "tool_use"
+                    and called.content[0].type == "tool_use"
+                    and "city" in called.content[0].input
+                )
                 counted = await client.messages.count_tokens(model="smollm2", messages=question)
-                assert counted.input_tokens == message.usage.input_tokens + (message.usage.cache_read_input_tokens or 0)
+                assert counted.input_tokens == message.usage.input_tokens + (
+                    message.usage.cache_read_input_tokens or 0
+                )
                 with pytest.raises(anthropic.NotFoundError):
                     await client.messages.create(model="nobody", max_tokens=1, messages=question)
 
             local = ollama.AsyncClient(host=api.url)
-            chat = await local.chat("smollm2", messages=question, options={"temperature": 0.0, "num_predict": 30})
-            assert chat.message.content == text and chat.done_reason in ("stop", "length") and chat.eval_count
-            pieces = [part.message.content or "" async for part in await local.chat("smollm2", messages=question, stream=True, options={"temperature": 0.0})]
+            chat = await local.chat(
+                "smollm2", messages=question, options={"temperature": 0.0, "num_predict": 30}
+            )
+            assert (
+                chat.message.content == text
+                and chat.done_reason in ("stop", "length")
+                and chat.eval_count
+            )
+            pieces = [
+                part.message.content or ""
+                async for part in await local.chat(
+                    "smollm2", messages=question, stream=True, options={"temperature": 0.0}
+                )
+            ]
             assert "".join(pieces).startswith(text[:40])
-            shaped = await local.chat("smollm2", messages=[{"role": "user", "content": "Tell me of a person."}], format=Person.model_json_schema())
+            shaped = await local.chat(
+                "smollm2",
+                messages=[{"role": "user", "content": "Tell me of a person."}],
+                format=Person.model_json_schema(),
+            )
             assert Person.model_validate_json(shaped.message.content or "")
-            told = await local.generate("smollm2", prompt="Say hello.", options={"num_predict": 5, "temperature": 0.0})
+            told = await local.generate(
+                "smollm2", prompt="Say hello.", options={"num_predict": 5, "temperature": 0.0}
+            )
             assert told.response and told.eval_count == 5
             found = await local.embed("minilm", input=["a", "b"])
-            assert len(found.embeddings) == 2 and list(found.embeddings[0]) == pytest.approx(minilm.embed("a").tolist(), abs=1e-6)
+            assert len(found.embeddings) == 2 and list(found.embeddings[0]) == pytest.approx(
+                minilm.embed("a").tolist(), abs=1e-6
+            )
             long = await local.embed("minilm", input="word " * 2000)
-            assert len(long.embeddings[0]) == 384 and len((await local.embeddings("minilm", prompt="a")).embedding) == 384
-            raw = "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n"
-            templated = await local.generate("smollm2", prompt=raw, raw=True, options={"num_predict": 5, "temperature": 0.0})
-            assert templated.prompt_eval_count and templated.prompt_eval_count < 20, "control tokens, not their letters"
+            assert (
+                len(long.embeddings[0]) == 384
+                and len((await local.embeddings("minilm", prompt="a")).embedding) == 384
+            )
+            raw = (
+                "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n"
+                "<|im_start|>assistant\n"
+            )
+            templated = await local.generate(
+                "smollm2", prompt=raw, raw=True, options={"num_predict": 5, "temperature": 0.0}
+            )
+            assert templated.prompt_eval_count and templated.prompt_eval_count < 20, (
+                "control tokens, not their letters"
+            )
             assert {m.model for m in (await local.list()).models} == {"smollm2", "minilm"}
             assert (await local.show("smollm2")).modelinfo and (await local.ps()).models
             with pytest.raises(ollama.ResponseError, match="nobody"):

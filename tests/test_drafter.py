@@ -1,4 +1,5 @@
-"""A draft model's guesses: on fakes for the bookkeeping, on the real model for the truth. And the context shift, the other thing that moves tokens about."""
+"""A draft model's guesses: on fakes for the bookkeeping, on the real model for the truth. And the
+context shift, the other thing that moves tokens about."""
 
 from __future__ import annotations
 
@@ -9,8 +10,8 @@ from typing import Any
 
 import pytest
 import tiny_models
-from fakes import END, FakeRunner, piece
-from test_scheduler import Bench
+from fake_runner import END, FakeRunner, piece
+from scheduler_bench import Bench
 
 import llmkit
 from llmkit.engine.budget import StepClock
@@ -22,8 +23,8 @@ from llmkit.engine.scheduler import Scheduler
 from llmkit.engine.slots import PrefixCache
 from llmkit.errors import InvalidRequestError
 from llmkit.models.registry import resolve
-from llmkit.stream import Channel
-from llmkit.types import SamplingParams
+from llmkit.protocol import SamplingParams
+from llmkit.protocol.stream import Channel
 
 
 @pytest.fixture(autouse=True)
@@ -43,8 +44,18 @@ class Pair(Bench):
         self.clock = StepClock(None)
         self.clock._draft_s = 1e-6  # guesses cost nothing here
         self.cache = PrefixCache(runner.n_slots, can_truncate=True, can_fork=True)
-        limits: dict[str, Any] = {"n_ctx": runner.n_ctx, "max_batch_tokens": runner.max_batch_tokens}
-        self.scheduler = Scheduler(self.cache, is_end=lambda t: t == END, clock=self.clock, drafter=self.drafter, **limits, **options)
+        limits: dict[str, Any] = {
+            "n_ctx": runner.n_ctx,
+            "max_batch_tokens": runner.max_batch_tokens,
+        }
+        self.scheduler = Scheduler(
+            self.cache,
+            is_end=lambda t: t == END,
+            clock=self.clock,
+            drafter=self.drafter,
+            **limits,
+            **options,
+        )
 
 
 def random_text(seed: int, size: int) -> bytes:
@@ -52,7 +63,9 @@ def random_text(seed: int, size: int) -> bytes:
 
 
 def test_a_good_draft_saves_steps_and_changes_nothing() -> None:
-    bench = Pair(FakeRunner(n_ctx=500), FakeRunner(n_ctx=500))  # the same model: it always guesses right
+    bench = Pair(
+        FakeRunner(n_ctx=500), FakeRunner(n_ctx=500)
+    )  # the same model: it always guesses right
     requests = [bench.add(random_text(i, 20 + i), 120) for i in range(6)]
     bench.drain()
     for i, request in enumerate(requests):
@@ -67,7 +80,10 @@ def test_a_bad_draft_is_soon_left_alone() -> None:
     request = bench.add(b"hello there", 300)
     bench.drain()
     assert bench.text(request) == bench.runner.reference(b"hello there", 300)
-    assert bench.scheduler.num_drafted < 100 and bench.scheduler.num_accepted < bench.scheduler.num_drafted / 2
+    assert (
+        bench.scheduler.num_drafted < 100
+        and bench.scheduler.num_accepted < bench.scheduler.num_drafted / 2
+    )
 
 
 def test_a_broken_draft_is_done_without() -> None:
@@ -95,12 +111,18 @@ def test_a_full_context_moves_on() -> None:
     kept, other = bench.add(b"a prompt to keep: ", 300), bench.add(b"another", 20)
     kept.max_tokens = 300
     bench.drain()
-    assert kept.num_output_tokens == 300 and len(bench.text(kept)) == 300 and kept.finish_reason == "length"
+    assert (
+        kept.num_output_tokens == 300
+        and len(bench.text(kept)) == 300
+        and kept.finish_reason == "length"
+    )
     assert bench.text(other) == bench.runner.reference(b"another", 20)
     assert bytes(kept.tokens[:18]) == b"a prompt to keep: " and len(kept.tokens) < 64
     again = bench.add(bytes(kept.tokens), 5)
     bench.drain()
-    assert again.num_cached_tokens == 0, "what was computed beside discarded tokens is nobody else's"
+    assert again.num_cached_tokens == 0, (
+        "what was computed beside discarded tokens is nobody else's"
+    )
     alone = Request([1], SamplingParams(), 1, Detokenizer(piece), Channel("x", lambda _: None))
     assert alone.num_output_tokens == 0
 
@@ -118,9 +140,6 @@ def test_a_shifted_request_that_is_preempted_is_computed_again() -> None:
     assert urgent.slot is not None and long.slot is None and not runner.parked
     bench.drain()
     assert long.num_output_tokens == 300 and bench.text(urgent) == runner.reference(b"quick", 3)
-
-
-# -- the real model
 
 
 @pytest.fixture
@@ -144,7 +163,10 @@ def test_the_real_model_drafts_for_itself(file: Path) -> None:
         llm._client._engine._drafter.step_s = 1e-9  # type: ignore[union-attr]
         llm._client._engine._clock._draft_s = 1e-9  # type: ignore[union-attr]
         guessed = llm.generate(prompts, max_tokens=40, temperature=0)
-        assert llm.stats.draft_tokens_total > 10 and llm.stats.accepted_tokens_total > 0.6 * llm.stats.draft_tokens_total
+        assert (
+            llm.stats.draft_tokens_total > 10
+            and llm.stats.accepted_tokens_total > 0.6 * llm.stats.draft_tokens_total
+        )
         for a, b in zip(plain, guessed, strict=True):
             assert a.text[:40] == b.text[:40] and b.usage.completion_tokens == 40
         sampled = llm.generate("Once", max_tokens=30, temperature=1.0, seed=3)
@@ -154,14 +176,18 @@ def test_the_real_model_drafts_for_itself(file: Path) -> None:
 @pytest.mark.model
 def test_models_that_cannot_draft(file: Path, tmp_path: Path) -> None:
     tiny = tiny_models.write(tmp_path / "tiny.gguf", "llama")
-    with pytest.raises(InvalidRequestError, match="another vocabulary"):
+    with pytest.raises(InvalidRequestError, match="a different vocabulary"):
         llmkit.load(file, n_ctx=256, share=False, draft=tiny)
     with pytest.raises(InvalidRequestError, match="recurrent"):
-        llmkit.load(tiny, n_ctx=256, share=False, draft=tiny_models.write(tmp_path / "mamba.gguf", "mamba"))
-    with pytest.raises(InvalidRequestError, match="does not guess"):
+        llmkit.load(
+            tiny, n_ctx=256, share=False, draft=tiny_models.write(tmp_path / "mamba.gguf", "mamba")
+        )
+    with pytest.raises(InvalidRequestError, match="cannot use a draft model"):
         llmkit.load(file, draft="smollm2", deterministic=True)
     with llmkit.load(file, n_ctx=256, n_slots=1, share=False) as llm:
-        assert llm.generate("a", max_tokens=1).usage.completion_tokens == 1, "a failed load left nothing behind"
+        assert llm.generate("a", max_tokens=1).usage.completion_tokens == 1, (
+            "a failed load left nothing behind"
+        )
 
 
 @pytest.mark.model
@@ -169,7 +195,17 @@ def test_the_real_context_shifts(file: Path, tmp_path: Path) -> None:
     with llmkit.load(file, n_ctx=256, n_slots=2, share=False, context_shift=True) as llm:
         done = llm.generate("Once upon a time", max_tokens=600, temperature=0, ignore_eos=True)
         assert done.usage.completion_tokens == 600 and len(done.tokens) == 600
-        assert llm.generate("Once upon a time", max_tokens=None, ignore_eos=True).usage.completion_tokens == 252, "only as far as it was asked"
+        assert (
+            llm.generate(
+                "Once upon a time", max_tokens=None, ignore_eos=True
+            ).usage.completion_tokens
+            == 252
+        ), "only as far as it was asked"
         assert "Paris" in llm.generate("The capital of France is", max_tokens=8, temperature=0).text
-    with pytest.raises(InvalidRequestError, match="cannot be moved"):
-        llmkit.load(tiny_models.write(tmp_path / "mamba.gguf", "mamba"), n_ctx=256, share=False, context_shift=True)
+    with pytest.raises(InvalidRequestError, match="cannot be shifted"):
+        llmkit.load(
+            tiny_models.write(tmp_path / "mamba.gguf", "mamba"),
+            n_ctx=256,
+            share=False,
+            context_shift=True,
+        )

@@ -1,4 +1,5 @@
-"""The scheduler and the engine thread on the fake model: exact equality with its reference, whatever runs beside."""
+"""The scheduler and the engine thread on the fake model: exact equality with its reference,
+whatever runs beside."""
 
 import gc
 import itertools
@@ -7,10 +8,11 @@ import threading
 import time
 
 import pytest
-from fakes import BAD_SEED, FakeClient, FakeRunner, ask, wait_for
+from fake_runner import BAD_SEED, FakeRunner
+from fakes import FakeClient, ask, wait_for
 
 from llmkit.errors import EngineError, ModelUnloadedError, QueueFullError
-from llmkit.types import FinishReason
+from llmkit.protocol import FinishReason
 
 
 def test_batched_equals_one_by_one(fake: FakeClient) -> None:
@@ -37,8 +39,14 @@ def test_decodes_are_in_every_step_of_a_long_prefill() -> None:
     first = client.submit(ask("a", max_tokens=1500))
     wait_for(lambda: first.text)
     client.submit(ask("b" * 1500, max_tokens=1)).result(10)
-    steps = [b for b in list(client.runner.batches) if any(len(c.tokens) > 1 + c.draft for c in b.chunks) and b.num_tokens > 10]
-    assert steps and all(any(c.slot == 0 and len(c.tokens) == 1 + c.draft for c in b.chunks) for b in steps)
+    steps = [
+        b
+        for b in list(client.runner.batches)
+        if any(len(c.tokens) > 1 + c.draft for c in b.chunks) and b.num_tokens > 10
+    ]
+    assert steps and all(
+        any(c.slot == 0 and len(c.tokens) == 1 + c.draft for c in b.chunks) for b in steps
+    )
     first.close()
     client.close()
 
@@ -91,12 +99,15 @@ def test_an_abort_interrupts_its_own_prompt() -> None:
     assert long.wait(5).finish_reason is FinishReason.ABORT, "the step would take ten minutes"  # type: ignore[union-attr]
     assert runner.num_interrupted == 1
     runner.step_s = 0.0
-    assert client.submit(ask("b" * 4000, max_tokens=3)).result(10).text.encode() == runner.reference(b"b" * 4000, 3)
+    assert client.submit(ask("b" * 4000, max_tokens=3)).result(
+        10
+    ).text.encode() == runner.reference(b"b" * 4000, 3)
     client.close()
 
 
 def test_an_abort_costs_a_decoding_stream_no_token() -> None:
-    """An editor that cancels a long prompt at each key, beside a stream: one token a step, whatever is cancelled."""
+    """An editor that cancels a long prompt at each key, beside a stream: one token a step, whatever
+    is cancelled."""
     runner = FakeRunner(n_ctx=5000, max_batch_tokens=2000, step_s=0.02)
     client = FakeClient(runner=runner)
     other = client.submit(ask("other", max_tokens=60))
@@ -118,7 +129,10 @@ def test_a_prompt_that_is_computed_beside_an_aborted_one_loses_nothing() -> None
     long = client.submit(ask("b" * 4000, max_tokens=3))
     wait_for(lambda: any(len(b.chunks) == 2 for b in runner.batches))
     long.close()
-    assert other.result(10).text.encode() == runner.reference(b"o" * 900, 3) and runner.num_interrupted == 0
+    assert (
+        other.result(10).text.encode() == runner.reference(b"o" * 900, 3)
+        and runner.num_interrupted == 0
+    )
     client.close()
 
 
@@ -139,7 +153,9 @@ def test_end_token_stop_string_length_and_context() -> None:
     assert full.finish_reason is FinishReason.LENGTH and full.usage.completion_tokens == 30
     text = client.submit(ask("b" * 5, max_tokens=10)).result(5).text
     stopped = client.submit(ask("b" * 5, max_tokens=10, stop=(text[3:5],))).result(5)
-    assert stopped.text == text[: text.index(text[3:5])] and stopped.finish_reason is FinishReason.STOP
+    assert (
+        stopped.text == text[: text.index(text[3:5])] and stopped.finish_reason is FinishReason.STOP
+    )
     client.close()
 
 
@@ -228,19 +244,24 @@ def test_many_threads_submit_and_abort() -> None:
 
 
 def test_one_wake_finds_the_whole_step() -> None:
-    """All streams of a step are stored before the first reader is woken: the bridge's one message a step depends on it."""
+    """All streams of a step are stored before the first reader is woken: the bridge's one message a
+    step depends on it."""
     client = FakeClient(runner=FakeRunner(n_slots=4, step_s=0.02))
     streams = [client.submit(ask(c, max_tokens=200)) for c in "abcd"]
     wait_for(lambda: all(s.text for s in streams))
     here, seen = threading.current_thread(), []
 
     def look() -> None:
-        if threading.current_thread() is not here:  # listen() may call at once, in the middle of a step
+        if (
+            threading.current_thread() is not here
+        ):  # listen() may call at once, in the middle of a step
             seen.append([len(s.text) for s in streams])
 
     streams[0].listen(look)
     wait_for(lambda: len(seen) > 9)
-    for before, after in itertools.pairwise(seen[:10]):  # the later ones may have begun a step after the first
+    for before, after in itertools.pairwise(
+        seen[:10]
+    ):  # the later ones may have begun a step after the first
         assert [b - a for a, b in zip(before, after, strict=True)] == [1] * 4
     client.close()
 
@@ -250,4 +271,6 @@ def test_one_request_that_cannot_be_set_up_fails_alone(fake: FakeClient) -> None
     with pytest.raises(EngineError, match="no such sampler"):
         bad.result(5)
     assert good.result(5).text.encode() == fake.runner.reference(b"good", 40)
-    assert fake.submit(ask("bad", max_tokens=3)).result(5).usage.completion_tokens == 3, "its slot is usable again"
+    assert fake.submit(ask("bad", max_tokens=3)).result(5).usage.completion_tokens == 3, (
+        "its slot is usable again"
+    )

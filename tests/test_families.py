@@ -1,4 +1,5 @@
-"""Every kind of memory: sliding window (the real Gemma 3), recurrent and hybrid (tiny random models), and LoRA adapters."""
+"""Every kind of memory: sliding window (the real Gemma 3), recurrent and hybrid (tiny random
+models), and LoRA adapters."""
 
 from __future__ import annotations
 
@@ -17,9 +18,9 @@ from llmkit.backend.llama import LlamaRunner
 from llmkit.backend.model import LlamaModel
 from llmkit.engine.batch import Batch, Chunk, Open, Truncate
 from llmkit.errors import InvalidRequestError, ModelLoadError
-from llmkit.local import LocalEngine
 from llmkit.models.registry import resolve
-from llmkit.types import Completion, GenerationRequest, SamplingParams
+from llmkit.protocol import Completion, GenerationRequest, SamplingParams
+from llmkit.runtime.local import LocalEngine
 
 pytestmark = pytest.mark.model
 _ids = itertools.count()
@@ -47,14 +48,18 @@ def test_a_cached_beginning_is_the_computed_one(tmp_path: Path, family: str) -> 
     warm = run(engine, going_on)
     assert warm.usage.cached_tokens >= len(going_on) - 4, "all of it but the end is continued"
     for i in range(3):
-        run(engine, f"{i} others come and take the slots, and the talk is parked meanwhile, we hope")
+        run(
+            engine, f"{i} others come and take the slots, and the talk is parked meanwhile, we hope"
+        )
     parked = run(engine, going_on)
     cut = run(engine, tuple(going_on[:60]))
     engine.close()
     engine = LocalEngine(path, n_ctx=512, n_slots=2)
     cold = run(engine, going_on)
     assert cold.usage.cached_tokens == 0 and cold.tokens == warm.tokens == parked.tokens
-    assert run(engine, tuple(going_on[:60])).tokens == cut.tokens, "where nothing can be cut off, it is computed again"
+    assert run(engine, tuple(going_on[:60])).tokens == cut.tokens, (
+        "where nothing can be cut off, it is computed again"
+    )
     engine.close()
 
 
@@ -79,17 +84,30 @@ def test_an_abort_in_a_recurrent_prompt(tmp_path: Path) -> None:
 
 
 def test_a_sliding_window_is_cut_rightly() -> None:
-    """The real Gemma 3, beyond its window of 512: after cutting back, the logits are those of a fresh computation."""
+    """The real Gemma 3, beyond its window of 512: after cutting back, the logits are those of a
+    fresh computation."""
     model = LlamaModel(resolve("gemma3-270m").path)
     assert model.has_sliding_window
     runner = LlamaRunner(model, n_ctx=1024, n_slots=2)
-    tokens = model.vocab.tokenize("The chronicle of the town begins with a mill, a bridge and a quarrel about both. " * 45)[:700]
-    runner.execute(Batch((), (Open(0, 1, SamplingParams(temperature=0, logprobs=0), ()), Open(1, 2, SamplingParams(temperature=0, logprobs=0), ()))))
+    tokens = model.vocab.tokenize(
+        "The chronicle of the town begins with a mill, a bridge and a quarrel about both. " * 45
+    )[:700]
+    runner.execute(
+        Batch(
+            (),
+            (
+                Open(0, 1, SamplingParams(temperature=0, logprobs=0), ()),
+                Open(1, 2, SamplingParams(temperature=0, logprobs=0), ()),
+            ),
+        )
+    )
 
     def prefill(slot: int, upto: int, start: int = 0) -> Any:
         output = None
         for at in range(start, upto, 100):
-            output = runner.execute(Batch((Chunk(slot, at, tokens[at : at + 100], at + 100 >= upto),)))
+            output = runner.execute(
+                Batch((Chunk(slot, at, tokens[at : at + 100], at + 100 >= upto),))
+            )
         return output
 
     prefill(0, 700)
@@ -105,14 +123,15 @@ def test_gemma_end_to_end() -> None:
     engine = LocalEngine("gemma3-270m", n_ctx=1024, n_slots=2)
     text = "The history of the town begins with a mill and a bridge, says the chronicle. " * 40
     cold, warm, again = (run(engine, text, logprobs=5) for _ in range(3))
-    assert warm.usage.cached_tokens == warm.usage.prompt_tokens - 1 > 512 and warm.tokens == again.tokens
-    # Other batch shapes, other roundings: the choice may differ where two tokens are about as likely.
+    assert (
+        warm.usage.cached_tokens == warm.usage.prompt_tokens - 1 > 512
+        and warm.tokens == again.tokens
+    )
+    # Other batch shapes, other roundings: the choice may differ where two tokens are about as
+    # likely.
     likely = {token: logprob for token, _, logprob in cold.logprobs[0].top}
     assert likely[warm.tokens[0]] > cold.logprobs[0].top[0][2] - 1
     engine.close()
-
-
-# -- adapters
 
 
 def test_adapters_at_load_and_by_request(tmp_path: Path) -> None:
@@ -126,10 +145,18 @@ def test_adapters_at_load_and_by_request(tmp_path: Path) -> None:
     assert [e.logprob for e in styled.logprobs] != [e.logprob for e in plain.logprobs]
     without = run(engine, TALK, lora=(), logprobs=0)
     assert without.usage.cached_tokens == 0, "what the adapter computed is of no use without it"
-    assert without.tokens == plain.tokens and np.allclose([e.logprob for e in without.logprobs], [e.logprob for e in plain.logprobs], atol=1e-3)
-    mixed = [submit(engine, TALK, lora=lora, logprobs=0) for lora in (None, (), (("style", 1.0),), (("style", 0.5),), ())]
+    assert without.tokens == plain.tokens and np.allclose(
+        [e.logprob for e in without.logprobs], [e.logprob for e in plain.logprobs], atol=1e-3
+    )
+    mixed = [
+        submit(engine, TALK, lora=lora, logprobs=0)
+        for lora in (None, (), (("style", 1.0),), (("style", 0.5),), ())
+    ]
     results = [m.result(60) for m in mixed]
-    assert results[0].tokens == results[2].tokens == styled.tokens and results[1].tokens == results[4].tokens == plain.tokens
+    assert (
+        results[0].tokens == results[2].tokens == styled.tokens
+        and results[1].tokens == results[4].tokens == plain.tokens
+    )
     with pytest.raises(InvalidRequestError, match=r"no adapter 'other'.*style"):
         submit(engine, TALK, lora=(("other", 1.0),))
     engine.close()
@@ -145,17 +172,24 @@ def test_an_adapter_that_is_none(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("model", "options"),
-    [("smollm2", {"n_ctx": 512, "n_slots": 4}), ("smollm2", {"n_ctx": 2048, "n_slots": 8}), ("gemma3-270m", {"n_ctx": 1024, "n_slots": 4})],
+    [
+        ("smollm2", {"n_ctx": 512, "n_slots": 4}),
+        ("smollm2", {"n_ctx": 2048, "n_slots": 8}),
+        ("gemma3-270m", {"n_ctx": 1024, "n_slots": 4}),
+    ],
 )
 def test_what_is_estimated_is_what_is_taken(model: str, options: dict[str, int]) -> None:
-    """Resident memory after use, in a process of its own; the bound is twice what was measured at most (docs/performance.md)."""
+    """Resident memory after use, in a process of its own; the bound is twice what was measured at
+    most (docs/performance.md)."""
     code = f"""
-import psutil, llmkit, llmkit.llm, llmkit.local, llmkit.backend.llama, llmkit.backend.grammar
+import psutil, llmkit, llmkit.llm, llmkit.runtime.local
+import llmkit.backend.llama, llmkit.backend.grammar
 llmkit.backend.library.start()
 process = psutil.Process()
 need, before = llmkit.estimate({model!r}, **{options}), process.memory_info().rss
 llm = llmkit.load({model!r}, share=False, **{options})
-llm.generate([f"{{i}} " + "the cat sat on a mat and " * 20 for i in range({options["n_slots"]})], max_tokens=2)
+prompts = [f"{{i}} " + "the cat sat on a mat and " * 20 for i in range({options["n_slots"]})]
+llm.generate(prompts, max_tokens=2)
 print((process.memory_info().rss - before) / need.total_bytes)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)

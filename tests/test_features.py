@@ -1,16 +1,13 @@
-"""What the engine does beyond plain generation, on the real embedded model: guesses, grammars, log-probabilities, saved prefixes, preemption, determinism."""
+"""What the engine does beyond plain generation, on the real embedded model: guesses,
+log-probabilities, preemption, determinism, rarer samplers."""
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import jsonschema
 import numpy as np
 import pytest
 from fakes import wait_for
@@ -19,22 +16,22 @@ import llmkit
 from llmkit.backend.llama import LlamaRunner
 from llmkit.backend.model import LlamaModel
 from llmkit.errors import InvalidRequestError
-from llmkit.local import LocalEngine
 from llmkit.models.registry import resolve
-from llmkit.types import Completion, GenerationRequest, Grammar, SamplingParams
+from llmkit.protocol import Completion, GenerationRequest, SamplingParams
+from llmkit.runtime.local import LocalEngine
 
 pytestmark = pytest.mark.model
+
+
 PASSAGE = (
-    "In the spring of 1847 the surveyor walked the whole length of the valley with a brass compass, two mules and a notebook bound in green cloth. "
-    "He counted 41 farms, 7 mills and one chapel without a roof. The miller told him that the river changed its bed every nineteen years. "
+    "In the spring of 1847 the surveyor walked the whole length of the valley with a brass "
+    "compass, two mules and a notebook bound in green cloth. "
+    "He counted 41 farms, 7 mills and one chapel without a roof. "
+    "The miller told him that the river changed its bed every nineteen years. "
 )
+
+
 COPY = f"Text:\n{PASSAGE}\n\nThe same text again:\n{PASSAGE[:60]}"
-PERSON = {
-    "type": "object",
-    "properties": {"name": {"type": "string", "maxLength": 16}, "age": {"type": "integer", "minimum": 0, "maximum": 120}, "role": {"enum": ["a", "b"]}},
-    "required": ["name", "age", "role"],
-    "additionalProperties": False,
-}
 
 
 @pytest.fixture(scope="module")
@@ -46,27 +43,17 @@ def llm() -> Iterator[llmkit.LLM]:
     handle.unload()
 
 
-@pytest.fixture
-def file(tmp_path: Path) -> Path:
-    """The model under a name of its own: one file is one engine in a process."""
-    path = tmp_path / "model.gguf"
-    try:
-        os.link(resolve("smollm2").path, path)
-    except OSError:
-        shutil.copy(resolve("smollm2").path, path)
-    return path
-
-
 def run(engine: LocalEngine, prompt: str, **options: Any) -> Completion:
     request = {k: options.pop(k) for k in ("priority", "cache_salt", "caller") if k in options}
     params = SamplingParams(**{"temperature": 0, "max_tokens": 16, **options})
-    return engine.submit(GenerationRequest(f"f{threading.get_ident()}-{next(COUNTER)}", params, prompt=prompt, **request)).result(120)
+    return engine.submit(
+        GenerationRequest(
+            f"f{threading.get_ident()}-{next(COUNTER)}", params, prompt=prompt, **request
+        )
+    ).result(120)
 
 
 COUNTER = iter(range(10**9))
-
-
-# -- guesses
 
 
 def test_guesses_change_nothing_but_the_speed(llm: llmkit.LLM) -> None:
@@ -74,16 +61,23 @@ def test_guesses_change_nothing_but_the_speed(llm: llmkit.LLM) -> None:
     plain = llm.generate(COPY, max_tokens=60, temperature=0, speculate=False)
     assert llm.stats.draft_tokens_total == before.draft_tokens_total
     guessed = llm.generate(COPY, max_tokens=60, temperature=0)
-    assert llm.stats.accepted_tokens_total > before.accepted_tokens_total, "a copy is easily guessed"
-    # A guess changes the batch's shape, and that the roundings: where the copy ends, two tokens may be about as likely.
+    assert llm.stats.accepted_tokens_total > before.accepted_tokens_total, (
+        "a copy is easily guessed"
+    )
+    # A guess changes the batch's shape, and that the roundings: where the copy ends, two tokens may
+    # be about as likely.
     assert guessed.text[:120] == plain.text[:120] and plain.text.strip()[:60] in PASSAGE * 2
 
 
 def test_guesses_keep_the_distribution(llm: llmkit.LLM) -> None:
-    """Sampled with the same seeds, with and without guesses: the draws are the same ones, up to what batch shapes do to the logits."""
+    """Sampled with the same seeds, with and without guesses: the draws are the same ones, up to
+    what batch shapes do to the logits."""
     same = 0
     for seed in range(8):
-        texts = [llm.generate(COPY, max_tokens=24, temperature=0.7, seed=seed, speculate=s).text for s in (False, True)]
+        texts = [
+            llm.generate(COPY, max_tokens=24, temperature=0.7, seed=seed, speculate=s).text
+            for s in (False, True)
+        ]
         same += texts[0] == texts[1]
     assert same >= 6
 
@@ -91,67 +85,28 @@ def test_guesses_keep_the_distribution(llm: llmkit.LLM) -> None:
 def test_guesses_end_where_they_should(llm: llmkit.LLM) -> None:
     whole = llm.generate(COPY, max_tokens=60, temperature=0).text
     stop = whole[20:26]
-    assert llm.generate(COPY, max_tokens=60, temperature=0, stop=[stop]).text == whole[: whole.index(stop)]
+    assert (
+        llm.generate(COPY, max_tokens=60, temperature=0, stop=[stop]).text
+        == whole[: whole.index(stop)]
+    )
     for n in (1, 2, 3, 7):
         assert llm.generate(COPY, max_tokens=n, temperature=0).usage.completion_tokens == n
 
 
-# -- grammars
-
-
-@pytest.mark.parametrize("temperature", [0.0, 1.2])
-def test_a_schema_is_kept(llm: llmkit.LLM, temperature: float) -> None:
-    many = llm.generate(["A person as JSON:"] * 4, max_tokens=120, temperature=temperature, grammar=Grammar("json_schema", json.dumps(PERSON)))
-    for completion in many:
-        jsonschema.validate(json.loads(completion.text), PERSON)
-        assert completion.finish_reason.value == "stop"
-
-
-@pytest.mark.parametrize(
-    ("kind", "text", "pattern"),
-    [
-        ("regex", "[0-9]{4}-[0-9]{2}", r"\d{4}-\d{2}"),
-        ("choice", '["yes", "no", "may be \\"so\\""]', r"yes|no|may be \"so\""),
-        ("gbnf", 'root ::= "a" [0-9] [0-9]? "b"', r"a\d{1,2}b"),
-        ("lark", 'start: "x" /[0-9]{3}/ "y"', r"x\d{3}y"),
-    ],
-)
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_grammars_of_every_kind(llm: llmkit.LLM, kind: str, text: str, pattern: str, temperature: float) -> None:
-    import re
-
-    completion = llm.generate("Well: ", max_tokens=60, temperature=temperature, seed=3, grammar=Grammar(kind, text))
-    assert re.fullmatch(pattern, completion.text), completion
-
-
-def test_a_grammar_that_is_none_says_why(llm: llmkit.LLM) -> None:
-    bad = {"regex": "[(", "json_schema": '{"type": "nonsense"}', "gbnf": "root = x", "lark": "start: bla", "choice": "[]"}
-    for kind, text in [*bad.items(), ("json_schema", "{")]:
-        with pytest.raises(InvalidRequestError, match=kind):
-            llm.generate("x", grammar=Grammar(kind, text))
-    with pytest.raises(InvalidRequestError, match="kinds are"):
-        Grammar("nonsense", "x")
-    assert llm.generate("The", max_tokens=2).usage.completion_tokens == 2
-
-
-def test_a_grammar_with_penalties_stops_and_logprobs(llm: llmkit.LLM) -> None:
-    grammar = Grammar("json_schema", json.dumps(PERSON))
-    completion = llm.generate("JSON:", max_tokens=100, temperature=0, grammar=grammar, repetition_penalty=1.2, logprobs=2)
-    jsonschema.validate(json.loads(completion.text), PERSON)
-    assert len(completion.logprobs) == completion.usage.completion_tokens and all(np.isfinite(e.logprob) for e in completion.logprobs)  # type: ignore[arg-type]
-
-
-# -- log-probabilities
-
-
 def test_logprobs_are_those_of_the_logits(llm: llmkit.LLM) -> None:
-    completion = llm.generate("The capital of France is", max_tokens=6, temperature=0, logprobs=5, prompt_logprobs=3)
+    completion = llm.generate(
+        "The capital of France is", max_tokens=6, temperature=0, logprobs=5, prompt_logprobs=3
+    )
     model = LlamaModel(resolve("smollm2").path)
     runner = LlamaRunner(model, n_ctx=256, n_slots=1)
     prompt = model.vocab.tokenize("The capital of France is")
     tokens = [*prompt, *completion.tokens]
     logits = runner.logits(tokens).astype(np.float64)
-    expected = logits - np.log(np.exp(logits - logits.max(1, keepdims=True)).sum(1, keepdims=True)) - logits.max(1, keepdims=True)
+    expected = (
+        logits
+        - np.log(np.exp(logits - logits.max(1, keepdims=True)).sum(1, keepdims=True))
+        - logits.max(1, keepdims=True)
+    )
     entries = [*completion.prompt_logprobs, *completion.logprobs]
     runner.close()
     model.close()
@@ -159,79 +114,46 @@ def test_logprobs_are_those_of_the_logits(llm: llmkit.LLM) -> None:
     for i, entry in enumerate(entries[1:]):
         assert entry.logprob == pytest.approx(expected[i, entry.token], abs=0.3)
         ids = [t for t, _, _ in entry.top]
-        assert len(ids) == (3 if i < len(prompt) - 1 else 5) and [p for _, _, p in entry.top] == sorted((p for _, _, p in entry.top), reverse=True)
+        assert len(ids) == (3 if i < len(prompt) - 1 else 5) and [
+            p for _, _, p in entry.top
+        ] == sorted((p for _, _, p in entry.top), reverse=True)
         assert entry.top[0][2] == pytest.approx(expected[i].max(), abs=0.3)
     assert b"".join(e.piece for e in completion.logprobs).decode() == completion.text
 
 
 def test_a_prompt_can_be_scored_alone(llm: llmkit.LLM) -> None:
     scored = llm.generate(PASSAGE * 3, max_tokens=0, prompt_logprobs=0)
-    assert scored.text == "" and scored.usage.completion_tokens == 0 and len(scored.prompt_logprobs) == scored.usage.prompt_tokens > 200
+    assert (
+        scored.text == ""
+        and scored.usage.completion_tokens == 0
+        and len(scored.prompt_logprobs) == scored.usage.prompt_tokens > 200
+    )
     again = llm.generate(PASSAGE * 3, max_tokens=0, prompt_logprobs=0)
     first, second = (np.array([e.logprob for e in s.prompt_logprobs[1:]]) for s in (scored, again))
-    assert again.usage.cached_tokens == 0 and np.abs(first - second).max() < 1 and first.mean() == pytest.approx(second.mean(), abs=0.02)
-
-
-# -- prefixes on disk
-
-
-def test_a_saved_prefix_survives(file: Path, tmp_path: Path) -> None:
-    text = "You are a helpful assistant who knows all the rules of this house. " * 12
-    options = {"n_ctx": 512, "n_slots": 2, "share": False, "prefix_dir": tmp_path / "kv"}
-    with llmkit.load(file, **options) as llm:  # type: ignore[arg-type]
-        cold = llm.generate(text + "Now", max_tokens=6, temperature=0)
-        size = llm.save_prefix(text)
-        (saved,) = (tmp_path / "kv").iterdir()
-        assert size > 100 and saved.stat().st_mode & 0o077 == 0
-    with llmkit.load(file, **options) as llm:  # type: ignore[arg-type]
-        warm = llm.generate(text + "Now", max_tokens=6, temperature=0)
-        assert warm.usage.cached_tokens >= size - 1 and warm.text == cold.text
-    for saved in (tmp_path / "kv").iterdir():
-        data = bytearray(saved.read_bytes())
-        data[len(data) // 2] ^= 255
-        saved.write_bytes(data)
-    (tmp_path / "kv" / "x.kv").write_bytes(b"foreign")
-    with llmkit.load(file, **options) as llm:  # type: ignore[arg-type]
-        with pytest.warns(RuntimeWarning, match="passing over"):
-            again = llm.generate(text + "Now", max_tokens=6, temperature=0)
-            wait_for(lambda: llm.stats.num_running == 0)
-        assert again.text == cold.text and again.usage.cached_tokens == 0
-
-
-def test_other_settings_are_another_folder_entry(file: Path, tmp_path: Path) -> None:
-    text = "A prefix that is long enough to be kept on disk, said the engine. " * 6
-    with llmkit.load(file, n_ctx=512, n_slots=1, share=False, prefix_dir=tmp_path / "kv") as llm:
-        llm.save_prefix(text)
-    with llmkit.load(file, n_ctx=512, n_slots=1, share=False, prefix_dir=tmp_path / "kv", kv_type="q8_0") as llm:
-        assert llm.generate(text, max_tokens=1).usage.cached_tokens == 0
-
-
-def test_a_full_disk_loses_nothing(file: Path, tmp_path: Path) -> None:
-    with (
-        llmkit.load(file, n_ctx=512, n_slots=1, share=False, prefix_dir=tmp_path / "kv", disk_cache_mb=1) as llm,
-        pytest.warns(RuntimeWarning, match="larger than the limit"),
-    ):
-        with pytest.raises(llmkit.EngineError, match="could not be saved"):
-            llm.save_prefix("A prefix that is long enough to be kept on disk, said the engine. " * 6)
-        assert llm.generate("The", max_tokens=3).usage.completion_tokens == 3
-    assert not list((tmp_path / "kv").iterdir())
-
-
-def test_saving_needs_a_place(llm: llmkit.LLM) -> None:
-    with pytest.raises(InvalidRequestError, match="prefix_dir"):
-        llm.save_prefix("a")
-
-
-# -- preemption, determinism, layouts
+    assert (
+        again.usage.cached_tokens == 0
+        and np.abs(first - second).max() < 1
+        and first.mean() == pytest.approx(second.mean(), abs=0.02)
+    )
 
 
 def test_an_urgent_request_preempts_and_the_other_ends_the_same() -> None:
     engine = LocalEngine("smollm2", n_ctx=512, n_slots=1)
     for temperature in (0.0, 0.9):
-        options: dict[str, Any] = {"max_tokens": 60, "temperature": temperature, "seed": 5, "ignore_eos": True, "speculate": False}
+        options: dict[str, Any] = {
+            "max_tokens": 60,
+            "temperature": temperature,
+            "seed": 5,
+            "ignore_eos": True,
+            "speculate": False,
+        }
         run(engine, PASSAGE, max_tokens=1)
         alone = run(engine, PASSAGE, **options)
-        slow = engine.submit(GenerationRequest(f"slow{temperature}", SamplingParams(**options), prompt=PASSAGE, priority=1))
+        slow = engine.submit(
+            GenerationRequest(
+                f"slow{temperature}", SamplingParams(**options), prompt=PASSAGE, priority=1
+            )
+        )
         wait_for(lambda slow=slow: slow.text)
         before = engine.stats().preemptions_total
         assert run(engine, "Quick:", max_tokens=4).usage.completion_tokens == 4
@@ -243,7 +165,10 @@ def test_an_urgent_request_preempts_and_the_other_ends_the_same() -> None:
 def test_one_small_buffer_for_many(tmp_path: Path) -> None:
     engine = LocalEngine("smollm2", n_ctx=512, n_slots=4, kv_unified=True, kv_tokens=512)
     params = SamplingParams(temperature=0, max_tokens=180, ignore_eos=True)
-    streams = [engine.submit(GenerationRequest(f"u{i}", params, prompt=f"Chapter {i}: once upon a time")) for i in range(6)]
+    streams = [
+        engine.submit(GenerationRequest(f"u{i}", params, prompt=f"Chapter {i}: once upon a time"))
+        for i in range(6)
+    ]
     assert [s.result(120).usage.completion_tokens for s in streams] == [180] * 6
     assert engine.stats().preemptions_total > 0 and engine.stats().kv_capacity_tokens == 512
     engine.close()
@@ -252,22 +177,42 @@ def test_one_small_buffer_for_many(tmp_path: Path) -> None:
 def test_deterministic_means_it() -> None:
     """Alone, beside others, after others, cached or not: the same tokens."""
     engine = LocalEngine("smollm2", n_ctx=512, n_slots=4, deterministic=True)
-    prompts = ["The capital of France is", "Once upon a time there was a", PASSAGE, PASSAGE + "After that"]
+    prompts = [
+        "The capital of France is",
+        "Once upon a time there was a",
+        PASSAGE,
+        PASSAGE + "After that",
+    ]
     alone = [run(engine, p, max_tokens=40) for p in prompts]
     for _ in range(2):
         params = SamplingParams(temperature=0, max_tokens=40)
-        streams = [engine.submit(GenerationRequest(f"d{next(COUNTER)}", params, prompt=p)) for p in prompts * 2]
+        streams = [
+            engine.submit(GenerationRequest(f"d{next(COUNTER)}", params, prompt=p))
+            for p in prompts * 2
+        ]
         assert [s.result(120).tokens for s in streams] == [c.tokens for c in alone] * 2
     assert run(engine, PASSAGE, max_tokens=40).usage.cached_tokens >= 64
     engine.close()
 
 
-@pytest.mark.parametrize("options", [{"kv_type": "q8_0"}, {"kv_type": "q4_0"}, {"flash_attention": False}, {"kv_unified": True}, {"rope_scaling": 2.0}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"kv_type": "q8_0"},
+        {"kv_type": "q4_0"},
+        {"flash_attention": False},
+        {"kv_unified": True},
+        {"rope_scaling": 2.0},
+    ],
+)
 def test_layouts_and_types(options: dict[str, Any]) -> None:
     engine = LocalEngine("smollm2", n_ctx=512, n_slots=2, **options)
     assert "Paris" in run(engine, "The capital of France is").text
     first, again = run(engine, PASSAGE), run(engine, PASSAGE)
-    assert again.usage.cached_tokens == again.usage.prompt_tokens - 1 and again.text[:10] == first.text[:10]
+    assert (
+        again.usage.cached_tokens == again.usage.prompt_tokens - 1
+        and again.text[:10] == first.text[:10]
+    )
     engine.close()
 
 
@@ -289,68 +234,6 @@ def test_options_are_checked(options: dict[str, Any], name: str) -> None:
         llmkit.load("smollm2", kv_typ="f16")
 
 
-# -- what an attacker sends
-
-
-def chain(kind: str, links: int) -> str:
-    if kind == "json_schema":
-        names: dict[str, Any] = {f"a{i}": {"type": "array", "items": {"$ref": f"#/$defs/a{i + 1}"}} for i in range(links)}
-        return json.dumps({"$ref": "#/$defs/a0", "$defs": {**names, f"a{links}": {"type": "integer"}}})
-    if kind == "lark":
-        return "start: T0\n" + "".join(f"T{i}: T{i + 1}\n" for i in range(links)) + f'T{links}: "x"\n'
-    return "root ::= r0\n" + "".join(f"r{i} ::= r{i + 1}\n" for i in range(links)) + f'r{links} ::= "x"\n'
-
-
-@pytest.mark.parametrize(("kind", "links"), [("json_schema", 1500), ("lark", 7000), ("gbnf", 6000)])
-def test_long_chains_of_rules_do_not_overflow_the_stack(llm: llmkit.LLM, kind: str, links: int) -> None:
-    """They ended the process once. Compiled or refused, the model lives."""
-    try:
-        llm.generate("x", max_tokens=2, grammar=Grammar(kind, chain(kind, links)))
-    except InvalidRequestError as error:
-        assert "grammar" in str(error)
-    assert llm.generate("The", max_tokens=2).usage.completion_tokens == 2
-
-
-@pytest.mark.parametrize("text", ["((a{1000}){1000}){1000}", "(a|b|c|aa|bb|cc|ab|bc|ca){1,400}x"])
-def test_a_slow_mask_hurts_nobody_else(llm: llmkit.LLM, text: str) -> None:
-    other = llm.stream("Once upon a time", max_tokens=30, ignore_eos=True)
-    try:
-        llm.generate("aaa", max_tokens=6, temperature=1.0, grammar=Grammar("regex", text))
-    except (InvalidRequestError, llmkit.EngineError) as error:
-        assert "grammar" in str(error)
-    assert other.result(60).usage.completion_tokens == 30
-
-
-def test_the_same_grammar_is_compiled_once(llm: llmkit.LLM) -> None:
-    grammar = Grammar("choice", json.dumps([f"word{i}" for i in range(3000)]))
-    texts = {c.text for c in llm.generate(["Say:"] * 20, max_tokens=8, temperature=1.0, grammar=grammar)}
-    assert all(t.startswith("word") for t in texts) and len(llm._client._grammars._known) <= 64  # type: ignore[union-attr]
-    with pytest.raises(InvalidRequestError, match="ignore_eos"):
-        llm.generate("x", ignore_eos=True, grammar=grammar)
-
-
-def test_a_copy_beside_a_restored_prefix_is_the_right_one() -> None:
-    """llama.cpp copies between streams at the next decode, but reads states at once: both in one step must not mix."""
-    from llmkit.engine.batch import Batch, Chunk, Fork, Open, Park, Restore
-
-    model = LlamaModel(resolve("smollm2").path)
-    runner = LlamaRunner(model, n_ctx=512, n_slots=3)
-    first, second = model.vocab.tokenize(PASSAGE)[:40], model.vocab.tokenize("Quite another text, about boats and the sea. " * 5)[:40]
-    params = SamplingParams(temperature=0, logprobs=0)
-    runner.execute(Batch((Chunk(0, 0, first, False), Chunk(1, 0, second, False)), tuple(Open(s, s + 1, params, ()) for s in range(3))))
-    alone = runner.execute(Batch((Chunk(0, 40, [100], True),))).scores[0]
-    other = runner.execute(Batch((Chunk(1, 40, [100], True),), (Park(1, 7, second),))).scores[0]
-    runner.execute(Batch((), (Fork(0, 2, 40), Park(0, 8, first), Restore(7, 0, 40))))
-    output = runner.execute(Batch((Chunk(0, 40, [100], True), Chunk(2, 40, [100], True))))
-    assert output.scores[1][0].logprob == pytest.approx(alone[0].logprob, abs=0.05), "the copy is what the slot held before"
-    assert output.scores[0][0].logprob == pytest.approx(other[0].logprob, abs=0.05), "and the slot is what was restored"
-    runner.close()
-    model.close()
-
-
-# -- rarer samplers
-
-
 @pytest.mark.parametrize(
     "options",
     [
@@ -362,21 +245,44 @@ def test_a_copy_beside_a_restored_prefix_is_the_right_one() -> None:
     ],
 )
 def test_rarer_samplers_do_something_and_repeat(llm: llmkit.LLM, options: dict[str, Any]) -> None:
-    usual = {"max_tokens": 40, "seed": 5, "ignore_eos": True, "temperature": options.get("temperature", 0.8)}
+    usual = {
+        "max_tokens": 40,
+        "seed": 5,
+        "ignore_eos": True,
+        "temperature": options.get("temperature", 0.8),
+    }
     plain = llm.generate("one two three one two three one two", **usual)
     found = llm.generate("one two three one two three one two", **{**usual, **options})
     assert found.tokens != plain.tokens and found.usage.completion_tokens == 40
-    assert llm.generate("one two three one two three one two", **{**usual, **options}).tokens == found.tokens
+    assert (
+        llm.generate("one two three one two three one two", **{**usual, **options}).tokens
+        == found.tokens
+    )
 
 
 def test_dry_ends_a_loop(llm: llmkit.LLM) -> None:
     loop = "the cat sat on the mat. " * 12
     plain = llm.generate(loop, max_tokens=24, temperature=0)
-    broken = llm.generate(loop, max_tokens=24, temperature=0, dry_multiplier=20.0, dry_sequence_breakers=[])
-    assert plain.text.lower().count("cat sat on the mat") >= 2 > broken.text.lower().count("cat sat on the mat")
+    broken = llm.generate(
+        loop, max_tokens=24, temperature=0, dry_multiplier=20.0, dry_sequence_breakers=[]
+    )
+    assert (
+        plain.text.lower().count("cat sat on the mat")
+        >= 2
+        > broken.text.lower().count("cat sat on the mat")
+    )
 
 
-@pytest.mark.parametrize("options", [{"mirostat": 3}, {"mirostat": 1.0}, {"xtc_probability": 2}, {"dry_base": 0.5}, {"dry_sequence_breakers": [""]}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"mirostat": 3},
+        {"mirostat": 1.0},
+        {"xtc_probability": 2},
+        {"dry_base": 0.5},
+        {"dry_sequence_breakers": [""]},
+    ],
+)
 def test_rarer_samplers_are_checked(options: dict[str, Any]) -> None:
     with pytest.raises(InvalidRequestError, match=next(iter(options))):
         SamplingParams(**options)

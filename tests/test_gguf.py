@@ -1,4 +1,5 @@
-"""Bad model files of every kind: a clear error, and the process lives. Each is also given to `load`, which must not let llama.cpp see it."""
+"""Bad model files of every kind: a clear error, and the process lives. Each is also given to
+`load`, which must not let llama.cpp see it."""
 
 from __future__ import annotations
 
@@ -10,7 +11,13 @@ from typing import Any
 import pytest
 
 import llmkit
-from llmkit.errors import InsufficientMemoryError, InvalidModelFileError, InvalidRequestError, ModelLoadError, ModelNotFoundError
+from llmkit.errors import (
+    InsufficientMemoryError,
+    InvalidModelFileError,
+    InvalidRequestError,
+    ModelLoadError,
+    ModelNotFoundError,
+)
 from llmkit.models.gguf import read_header
 from llmkit.models.memory import estimate, layers_that_fit
 from llmkit.models.registry import resolve
@@ -35,7 +42,9 @@ def test_the_header_agrees_with_llama_cpp(real: Path, engine: object) -> None:
     info = read_header(real)
     assert description.n_vocab == info.metadata["tokenizer.ggml.tokens"]
     assert abs(description.weights_bytes - info.weights_bytes) < 1 << 20
-    assert description.n_params == sum(t.shape[0] * (t.shape[1] if len(t.shape) > 1 else 1) for t in info.tensors)
+    assert description.n_params == sum(
+        t.shape[0] * (t.shape[1] if len(t.shape) > 1 else 1) for t in info.tensors
+    )
 
 
 BAD = {
@@ -49,14 +58,59 @@ BAD = {
     "magic only": (b"GGUF", "damaged or truncated"),
     "version": (b"GGUF" + struct.pack("<IQQ", 77, 0, 0), "version 77"),
     "absurd counts": (b"GGUF" + struct.pack("<IQQ", 3, 1 << 60, 1 << 60) + b"\0" * 99, "claims"),
-    "absurd string": (b"GGUF" + struct.pack("<IQQQ", 3, 0, 1, 1 << 62) + b"\0" * 99, "string claims"),
-    "absurd array": (b"GGUF" + struct.pack("<IQQQ", 3, 0, 1, 1) + b"k" + struct.pack("<IIQ", 9, 4, 1 << 61) + b"\0" * 99, "array claims"),
-    "unknown type": (b"GGUF" + struct.pack("<IQQQ", 3, 0, 1, 1) + b"k" + struct.pack("<I", 55) + b"\0" * 99, "unknown type"),
-    "nested arrays": (b"GGUF" + struct.pack("<IQQQ", 3, 0, 1, 1) + b"k" + struct.pack("<I", 9) + struct.pack("<IQ", 9, 1) * 9 + b"\0" * 99, "type"),
-    "many dimensions": (b"GGUF" + struct.pack("<IQQQ", 3, 1, 0, 1) + b"t" + struct.pack("<I", 4000) + b"\0" * 99, "dimensions"),
-    "absurd shape": (b"GGUF" + struct.pack("<IQQQ", 3, 1, 0, 1) + b"t" + struct.pack("<IQQIQ", 2, 1 << 40, 1 << 40, 0, 0) + b"\0" * 99, "shape"),
-    "weights missing": (b"GGUF" + struct.pack("<IQQQ", 3, 1, 0, 1) + b"t" + struct.pack("<IQIQ", 1, 1 << 20, 0, 0) + b"\0" * 99, "truncated"),
-    "alignment": (b"GGUF" + struct.pack("<IQQQ", 3, 0, 1, 17) + b"general.alignment" + struct.pack("<II", 4, 3) + b"\0" * 99, "alignment"),
+    "absurd string": (
+        b"GGUF" + struct.pack("<IQQQ", 3, 0, 1, 1 << 62) + b"\0" * 99,
+        "string claims",
+    ),
+    "absurd array": (
+        b"GGUF"
+        + struct.pack("<IQQQ", 3, 0, 1, 1)
+        + b"k"
+        + struct.pack("<IIQ", 9, 4, 1 << 61)
+        + b"\0" * 99,
+        "array claims",
+    ),
+    "unknown type": (
+        b"GGUF" + struct.pack("<IQQQ", 3, 0, 1, 1) + b"k" + struct.pack("<I", 55) + b"\0" * 99,
+        "unknown type",
+    ),
+    "nested arrays": (
+        b"GGUF"
+        + struct.pack("<IQQQ", 3, 0, 1, 1)
+        + b"k"
+        + struct.pack("<I", 9)
+        + struct.pack("<IQ", 9, 1) * 9
+        + b"\0" * 99,
+        "type",
+    ),
+    "many dimensions": (
+        b"GGUF" + struct.pack("<IQQQ", 3, 1, 0, 1) + b"t" + struct.pack("<I", 4000) + b"\0" * 99,
+        "dimensions",
+    ),
+    "absurd shape": (
+        b"GGUF"
+        + struct.pack("<IQQQ", 3, 1, 0, 1)
+        + b"t"
+        + struct.pack("<IQQIQ", 2, 1 << 40, 1 << 40, 0, 0)
+        + b"\0" * 99,
+        "shape",
+    ),
+    "weights missing": (
+        b"GGUF"
+        + struct.pack("<IQQQ", 3, 1, 0, 1)
+        + b"t"
+        + struct.pack("<IQIQ", 1, 1 << 20, 0, 0)
+        + b"\0" * 99,
+        "truncated",
+    ),
+    "alignment": (
+        b"GGUF"
+        + struct.pack("<IQQQ", 3, 0, 1, 17)
+        + b"general.alignment"
+        + struct.pack("<II", 4, 3)
+        + b"\0" * 99,
+        "alignment",
+    ),
 }
 
 
@@ -97,7 +151,14 @@ def test_a_truncated_model(real: Path, tmp_path: Path, share: float) -> None:
 def test_a_header_that_only_llama_cpp_can_refuse(tmp_path: Path) -> None:
     """Valid GGUF, no model in it: the error quotes llama.cpp, and the process lives."""
     path = tmp_path / "nothing.gguf"
-    path.write_bytes(b"GGUF" + struct.pack("<IQQQ", 3, 0, 1, 20) + b"general.architecture" + struct.pack("<IQ", 8, 5) + b"llama" + b"\0" * 64)
+    path.write_bytes(
+        b"GGUF"
+        + struct.pack("<IQQQ", 3, 0, 1, 20)
+        + b"general.architecture"
+        + struct.pack("<IQ", 8, 5)
+        + b"llama"
+        + b"\0" * 64
+    )
     with pytest.raises(ModelLoadError, match=r"could not load .*llama"):
         llmkit.load(path)
 
@@ -120,25 +181,34 @@ def test_missing_files_and_directories(tmp_path: Path, monkeypatch: pytest.Monke
 def test_too_large_for_the_memory(real: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InsufficientMemoryError, match=r"n_ctx.*n_slots.*quantization.*force=True"):
         llmkit.load("smollm2", n_ctx=8_000_000, n_slots=64)
-    monkeypatch.setattr("llmkit.assembly.device_memory", lambda: None)
+    monkeypatch.setattr("llmkit.runtime.assembly.device_memory", lambda: None)
     monkeypatch.setattr("llmkit.models.memory.free_ram", lambda: 50 << 20)
     with pytest.raises(InsufficientMemoryError, match=r"does not fit: 0\.05 GiB free"):
         llmkit.load("smollm2")
 
 
 def test_too_large_for_the_gpu(real: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llmkit.assembly.device_memory", lambda: (3 << 30, (3 << 30) + (512 << 20)))
-    with pytest.raises(InsufficientMemoryError, match=r"of 0\.50 GiB free on the GPU.*n_gpu_layers"):
+    monkeypatch.setattr(
+        "llmkit.runtime.assembly.device_memory", lambda: (3 << 30, (3 << 30) + (512 << 20))
+    )
+    with pytest.raises(
+        InsufficientMemoryError, match=r"of 0\.50 GiB free on the GPU.*n_gpu_layers"
+    ):
         llmkit.load("smollm2", n_gpu_layers=-1, n_slots=8)
     fitting = llmkit.estimate("smollm2", n_slots=8)
     assert fitting.fits and 0 < fitting.n_gpu_layers < 31 and fitting.gpu_bytes <= 512 << 20
-    assert llmkit.estimate("smollm2").n_slots == 1, "the default number of slots follows the GPU's memory"
+    assert llmkit.estimate("smollm2").n_slots == 1, (
+        "the default number of slots follows the GPU's memory"
+    )
     assert llmkit.estimate("smollm2", n_gpu_layers=0).gpu_free_bytes is None
 
 
 def test_layers_that_fit(real: Path) -> None:
     info = read_header(real)
-    layers = [layers_that_fit(info, n_ctx=4096, n_slots=8, gpu_free_bytes=n << 20) for n in (64, 256, 512, 1024, 4096)]
+    layers = [
+        layers_that_fit(info, n_ctx=4096, n_slots=8, gpu_free_bytes=n << 20)
+        for n in (64, 256, 512, 1024, 4096)
+    ]
     assert layers == sorted(layers) and layers[0] == 0 and layers[-1] == 31
     everything = estimate(info, n_ctx=4096, n_slots=8, n_gpu_layers=-1, gpu_free_bytes=1 << 40)
     assert everything.gpu_bytes >= 0.9 * everything.total_bytes and everything.fits
@@ -146,7 +216,16 @@ def test_layers_that_fit(real: Path) -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{"n_ctx": 0}, {"n_ctx": -5}, {"n_slots": 0}, {"n_slots": 10_000}, {"n_ctx": 1.5}, {"n_ctx": True}, {"n_gpu_layers": "some"}, {"n_gpu_layers": -2}],
+    [
+        {"n_ctx": 0},
+        {"n_ctx": -5},
+        {"n_slots": 0},
+        {"n_slots": 10_000},
+        {"n_ctx": 1.5},
+        {"n_ctx": True},
+        {"n_gpu_layers": "some"},
+        {"n_gpu_layers": -2},
+    ],
 )
 def test_impossible_limits(options: dict[str, Any]) -> None:
     for call in (llmkit.load, llmkit.estimate):
@@ -158,6 +237,10 @@ def test_impossible_limits(options: dict[str, Any]) -> None:
 
 def test_the_estimate_adds_up(real: Path) -> None:
     e = estimate(read_header(real), n_ctx=1024, n_slots=2, free_bytes=1 << 30)
-    assert e.kv_bytes == 23_040 * 1024 * 2 and e.fits and e.total_bytes == e.weights_bytes + e.kv_bytes + e.compute_bytes
+    assert (
+        e.kv_bytes == 23_040 * 1024 * 2
+        and e.fits
+        and e.total_bytes == e.weights_bytes + e.kv_bytes + e.compute_bytes
+    )
     assert "fits: 1.00 GiB free" in repr(e)
     assert llmkit.estimate("smollm2", n_slots=2).n_ctx == 4096

@@ -42,14 +42,20 @@ class Hub(BaseHTTPRequestHandler):
         if not path.startswith(("/org/tiny/", "/api/models/org/tiny")):
             return self.fail(404, "RepoNotFound")
         if path.startswith("/api/models/"):
-            data = json.dumps({"id": "org/tiny", "sha": COMMIT, "siblings": [{"rfilename": "tiny-f32.gguf"}]}).encode()
+            data = json.dumps(
+                {"id": "org/tiny", "sha": COMMIT, "siblings": [{"rfilename": "tiny-f32.gguf"}]}
+            ).encode()
             return self.send(200, data, {"Content-Type": "application/json"}, body)
         _, _, _, _, revision, name = path.split("/", 5)
         if revision not in ("main", COMMIT):
             return self.fail(404, "RevisionNotFound")
         if name != "tiny-f32.gguf":
             return self.fail(404, "EntryNotFound")
-        start = int(self.headers["Range"].removeprefix("bytes=").split("-")[0]) if "Range" in self.headers else 0
+        start = (
+            int(self.headers["Range"].removeprefix("bytes=").split("-")[0])
+            if "Range" in self.headers
+            else 0
+        )
         etag = hashlib.sha256(Hub.content).hexdigest()
         headers = {"ETag": f'"{etag}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
         return self.send(206 if start else 200, Hub.content[start:], headers, body)
@@ -70,7 +76,9 @@ class Hub(BaseHTTPRequestHandler):
 
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    Hub.content = tiny_models.write(tmp_path_factory.mktemp("hub") / "tiny.gguf", "llama").read_bytes()
+    Hub.content = tiny_models.write(
+        tmp_path_factory.mktemp("hub") / "tiny.gguf", "llama"
+    ).read_bytes()
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
@@ -89,9 +97,18 @@ try:
         print(llm.name, llm.generate("a", max_tokens=3, ignore_eos=True).usage.completion_tokens)
 except llmkit.ModelNotFoundError as error: print("not found:", error)
 """
-    environment = {**os.environ, "HF_ENDPOINT": hub, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "NO_PROXY": "*"}
+    environment = {
+        **os.environ,
+        "HF_ENDPOINT": hub,
+        "HF_HOME": str(home),
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "NO_PROXY": "*",
+    }
     environment.pop("HF_TOKEN", None)
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env=environment)
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env=environment
+    )
 
 
 def test_a_file_of_the_hub_is_fetched_once(hub: str, tmp_path: Path) -> None:
@@ -100,7 +117,9 @@ def test_a_file_of_the_hub_is_fetched_once(hub: str, tmp_path: Path) -> None:
     fetched = [r for r in Hub.requests if r.startswith("GET") and "resolve" in r]
     assert load("org/tiny:tiny-f32.gguf", hub, tmp_path).stdout == "tiny-f32 3\n"
     assert [r for r in Hub.requests if r.startswith("GET") and "resolve" in r] == fetched
-    assert load("org/tiny:tiny-f32.gguf", "http://127.0.0.1:9", tmp_path).stdout == "tiny-f32 3\n", "what is here needs no hub"
+    assert (
+        load("org/tiny:tiny-f32.gguf", "http://127.0.0.1:9", tmp_path).stdout == "tiny-f32 3\n"
+    ), "what is here needs no hub"
 
 
 @pytest.mark.parametrize(
@@ -118,9 +137,14 @@ def test_what_is_not_there_is_said(hub: str, tmp_path: Path, name: str, words: s
 
 
 def test_no_way_to_the_hub(tmp_path: Path) -> None:
-    assert "cannot be reached" in load("org/tiny:tiny-f32.gguf", "http://127.0.0.1:9", tmp_path).stdout
+    assert (
+        "cannot be reached" in load("org/tiny:tiny-f32.gguf", "http://127.0.0.1:9", tmp_path).stdout
+    )
 
 
 def test_names() -> None:
     assert is_hub_name("org/repo:file.gguf") and is_hub_name("org/repo@main:sub/file-Q4_0.gguf")
-    assert not any(is_hub_name(n) for n in ("smollm2", "/a/b.gguf", "org/repo", "C:/x.gguf", "org/repo:file.bin"))
+    assert not any(
+        is_hub_name(n)
+        for n in ("smollm2", "/a/b.gguf", "org/repo", "C:/x.gguf", "org/repo:file.bin")
+    )

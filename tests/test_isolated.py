@@ -1,4 +1,5 @@
-"""Models of other processes: ``isolated=True`` (a child of ours) and ``attach`` (somebody else's), with real processes and the real model."""
+"""Models of other processes: ``isolated=True`` (a child) and ``attach`` (somebody else's), with
+real processes and the real model."""
 
 from __future__ import annotations
 
@@ -16,8 +17,17 @@ import tiny_models
 from fakes import wait_for
 
 import llmkit
-from llmkit.bridge.connection import find_connections, process_start_time
-from llmkit.errors import EngineGoneError, InvalidRequestError, ModelNotFoundError, ModelUnloadedError
+from llmkit.bridge.connection import find_connections
+from llmkit.errors import (
+    EngineGoneError,
+    InvalidRequestError,
+    ModelNotFoundError,
+    ModelUnloadedError,
+)
+from llmkit.models.registry import resolve
+from llmkit.settings.options import EngineOptions
+from llmkit.system.process import process_start_time
+from llmkit.workers import isolated
 
 pytestmark = pytest.mark.model
 
@@ -39,7 +49,9 @@ def test_a_model_in_a_process_of_its_own() -> None:
     assert len(llm.generate(["a", "b", "c"], max_tokens=3)) == 3
     assert psutil.Process().memory_info().rss - own < 60 << 20, "the weights are not here"
     monitor = llm.monitor()
-    assert monitor.sample().rss_bytes == pytest.approx(psutil.Process(connection.pid).memory_info().rss, rel=0.2)
+    assert monitor.sample().rss_bytes == pytest.approx(
+        psutil.Process(connection.pid).memory_info().rss, rel=0.2
+    )
     with pytest.raises(InvalidRequestError, match="other settings"):
         llmkit.load("smollm2", n_ctx=256, isolated=True)
     llm.unload()
@@ -59,7 +71,10 @@ def test_its_death_is_an_error_here_and_not_the_end() -> None:
         stream.result(20)
     wait_for(lambda: llm.closed)
     again = llmkit.load("smollm2", n_ctx=512, n_slots=2, isolated=True)
-    assert again is not llm and again.generate("a", max_tokens=2, ignore_eos=True).usage.completion_tokens == 2
+    assert (
+        again is not llm
+        and again.generate("a", max_tokens=2, ignore_eos=True).usage.completion_tokens == 2
+    )
     again.unload()
 
 
@@ -70,14 +85,30 @@ def test_loads_that_fail(tmp_path: Path) -> None:
         llmkit.load(bad, isolated=True)
     with pytest.raises(llmkit.InsufficientMemoryError, match="n_ctx"):
         llmkit.load("smollm2", isolated=True, n_ctx=8192, n_slots=256)
-    wait_for(lambda: not [c for c in psutil.Process().children() if "isolated" in " ".join(c.cmdline())])
+    wait_for(
+        lambda: not [c for c in psutil.Process().children() if "isolated" in " ".join(c.cmdline())]
+    )
 
 
 def test_every_option_reaches_the_child(tmp_path: Path) -> None:
-    tiny, lora = tiny_models.write(tmp_path / "tiny.gguf", "llama"), tiny_models.write_lora(tmp_path / "change.gguf")
-    with llmkit.load(tiny, isolated=True, n_ctx=256, n_slots=2, lora={lora: 0.5}, prefix_dir=tmp_path / "kv", context_shift=True) as llm:
+    tiny, lora = (
+        tiny_models.write(tmp_path / "tiny.gguf", "llama"),
+        tiny_models.write_lora(tmp_path / "change.gguf"),
+    )
+    with llmkit.load(
+        tiny,
+        isolated=True,
+        n_ctx=256,
+        n_slots=2,
+        lora={lora: 0.5},
+        prefix_dir=tmp_path / "kv",
+        context_shift=True,
+    ) as llm:
         changed = llm.generate("abc", max_tokens=8, temperature=0, ignore_eos=True)
-        assert llm.generate("abc", max_tokens=8, temperature=0, ignore_eos=True, lora={}).tokens != changed.tokens
+        assert (
+            llm.generate("abc", max_tokens=8, temperature=0, ignore_eos=True, lora={}).tokens
+            != changed.tokens
+        )
         assert llm.generate("abc", max_tokens=300, ignore_eos=True).usage.completion_tokens == 300
         llm.generate("some words " * 10, max_tokens=2, ignore_eos=True)
     assert list((tmp_path / "kv").glob("*.kv")), "it had the time to say farewell"
@@ -89,7 +120,7 @@ def test_a_busy_owner_is_not_taken_for_gone() -> None:
 import ctypes, llmkit
 llm = llmkit.load("smollm2", n_ctx=512, n_slots=1, isolated=True)
 stream = llm.stream("Once upon a time", max_tokens=60, ignore_eos=True)
-ctypes.PyDLL(None).usleep(4_000_000)  # in one go: between two calls the bridge would get the interpreter
+ctypes.PyDLL(None).usleep(4_000_000)  # in one go: between two calls the bridge would run
 print(stream.result(60).usage.completion_tokens)
 llm.unload()
 """
@@ -100,10 +131,15 @@ llm.unload()
 def test_serving_an_isolated_model_outside_jupyter() -> None:
     with llmkit.load("smollm2", n_ctx=256, n_slots=1, isolated=True) as llm:
         endpoint = llm.serve()
-        request = urllib.request.Request(f"{endpoint.url}/models", headers={"Authorization": f"Bearer {endpoint.api_key}"})
+        request = urllib.request.Request(
+            f"{endpoint.url}/models", headers={"Authorization": f"Bearer {endpoint.api_key}"}
+        )
         with urllib.request.urlopen(request, timeout=20) as reply:
             assert [m["id"] for m in json.load(reply)["data"]] == ["smollm2"]
-    with llmkit.load("smollm2", n_ctx=256, n_slots=1, isolated=True, share=False) as llm, pytest.raises(InvalidRequestError, match="share"):
+    with (
+        llmkit.load("smollm2", n_ctx=256, n_slots=1, isolated=True, share=False) as llm,
+        pytest.raises(InvalidRequestError, match="share"),
+    ):
         llm.serve()
 
 
@@ -111,7 +147,7 @@ def test_it_ends_with_its_owner_and_hides_when_asked() -> None:
     code = """
 import llmkit, sys, time
 llm = llmkit.load("smollm2", n_ctx=256, n_slots=1, isolated=True, share=False)
-print(llm._client.connection.pid, flush=True)
+print(llm.engine.origin.pid, flush=True)
 print(llm.generate("a", max_tokens=1).usage.completion_tokens, flush=True)
 time.sleep(60)
 """
@@ -127,9 +163,18 @@ time.sleep(60)
 def test_attach_to_the_model_of_another_process() -> None:
     with pytest.raises(ModelNotFoundError, match="none at all"):
         llmkit.attach()
-    code = "import llmkit, sys; llm = llmkit.load('smollm2', n_ctx=512, n_slots=2, name='theirs'); print('ready', flush=True); sys.stdin.read(); llm.unload()"
-    other = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    assert other.stdout is not None and other.stdin is not None and other.stdout.readline() == "ready\n"
+    code = (
+        "import llmkit, sys; llm = llmkit.load('smollm2', n_ctx=512, n_slots=2, name='theirs'); "
+        "print('ready', flush=True); sys.stdin.read(); llm.unload()"
+    )
+    other = subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert (
+        other.stdout is not None
+        and other.stdin is not None
+        and other.stdout.readline() == "ready\n"
+    )
     with pytest.raises(ModelNotFoundError, match=f"'theirs@{other.pid}'"):
         llmkit.attach("ours")
     llm = llmkit.attach("theirs")
@@ -140,7 +185,9 @@ def test_attach_to_the_model_of_another_process() -> None:
     assert stats.num_slots == 2
     llm.unload()
     again = llmkit.attach()
-    assert again.generate("a", max_tokens=1).usage.completion_tokens == 1, "letting go left it loaded"
+    assert again.generate("a", max_tokens=1).usage.completion_tokens == 1, (
+        "letting go left it loaded"
+    )
     other.communicate(timeout=20)
     wait_for(lambda: again.closed)
     with pytest.raises(EngineGoneError):
@@ -161,8 +208,18 @@ except KeyboardInterrupt: print("stopped", len(llm.last.text) > 0, flush=True)
 print(llm.generate("a", max_tokens=2, ignore_eos=True).usage.completion_tokens)
 llm.unload()
 """
-    kernel = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, start_new_session=True)
+    kernel = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
     assert kernel.stdout is not None and kernel.stdout.readline() == "ready\n"
     os.killpg(kernel.pid, signal.SIGINT)
     out, _ = kernel.communicate(timeout=60)
     assert out == "stopped True\n2\n" and kernel.returncode == 0
+
+
+def test_the_progress_of_a_load_in_another_process_is_seen() -> None:
+    shares: list[float] = []
+    spec = resolve("smollm2")
+    engine = isolated.start(spec, EngineOptions(n_ctx=64, n_slots=1), on_progress=shares.append)
+    assert shares == sorted(shares) and shares[-1] == 1.0 and engine.state.phase == "ready"
+    engine.close()

@@ -1,4 +1,5 @@
-"""The mounted gateway: Jupyter's own authentication guards every route, and errors have OpenAI's shape."""
+"""The mounted gateway: Jupyter's own authentication guards every route, and errors have OpenAI's
+shape."""
 
 from __future__ import annotations
 
@@ -13,9 +14,13 @@ import pytest
 from jupyter_client_http import JupyterServer
 
 from llmkit.gateway.app import Gateway
-from llmkit.gateway.engines import EngineDirectory
+from llmkit.gateway.directory import EngineDirectory
 
-ROUTES = {re.sub(r"\{\w+\+?\}", "x", path) for route in Gateway(EngineDirectory()).routes for path in (route.path, *route.also)}
+ROUTES = {
+    re.sub(r"\{\w+\+?\}", "x", path)
+    for route in Gateway(EngineDirectory()).routes
+    for path in (route.path, *route.also)
+}
 PATHS = [*sorted(ROUTES), "/v1/unknown", "/", ""]
 METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE"]
 
@@ -27,8 +32,16 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[JupyterServer]:
     jupyter.stop()
 
 
-def fetch(server: JupyterServer, method: str, path: str, headers: dict[str, str] | None = None, body: bytes | None = None) -> tuple[int, Any, Any]:
-    request = urllib.request.Request(f"{server.url}/llmkit{path}", body, headers or {}, method=method)
+def fetch(
+    server: JupyterServer,
+    method: str,
+    path: str,
+    headers: dict[str, str] | None = None,
+    body: bytes | None = None,
+) -> tuple[int, Any, Any]:
+    request = urllib.request.Request(
+        f"{server.url}/llmkit{path}", body, headers or {}, method=method
+    )
     try:
         with urllib.request.urlopen(request, timeout=30) as reply:
             return reply.status, reply.read(), reply.headers
@@ -55,7 +68,12 @@ def check_refusal(path: str, body: bytes) -> None:
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("path", PATHS)
 def test_no_route_is_open(server: JupyterServer, method: str, path: str) -> None:
-    for headers in ({}, {"Authorization": "Bearer wrong"}, {"x-api-key": "wrong"}, {"Cookie": "_xsrf=1", "X-XSRFToken": "1"}):
+    for headers in (
+        {},
+        {"Authorization": "Bearer wrong"},
+        {"x-api-key": "wrong"},
+        {"Cookie": "_xsrf=1", "X-XSRFToken": "1"},
+    ):
         status, body, _ = fetch(server, method, path, headers, b"{}" if method == "POST" else None)
         assert status == 401, (headers, body)
         if method != "HEAD":
@@ -63,10 +81,20 @@ def test_no_route_is_open(server: JupyterServer, method: str, path: str) -> None
 
 
 def test_another_host_or_origin_is_refused(server: JupyterServer) -> None:
-    status, body, _ = fetch(server, "GET", "/v1/models", {"Authorization": f"Bearer {server.token}", "Host": "evil.example"})
+    status, body, _ = fetch(
+        server,
+        "GET",
+        "/v1/models",
+        {"Authorization": f"Bearer {server.token}", "Host": "evil.example"},
+    )
     assert status == 403
     check_error(body)
-    status, _, headers = fetch(server, "OPTIONS", "/v1/models", {"Origin": "http://evil.example", "Access-Control-Request-Method": "GET"})
+    status, _, headers = fetch(
+        server,
+        "OPTIONS",
+        "/v1/models",
+        {"Origin": "http://evil.example", "Access-Control-Request-Method": "GET"},
+    )
     assert "Access-Control-Allow-Origin" not in headers
 
 
@@ -78,7 +106,11 @@ def test_the_token_opens_it(server: JupyterServer, how: str) -> None:
         "x-api-key": {"x-api-key": server.token},
     }
     status, body, headers = fetch(server, "GET", "/v1/models", header[how])
-    assert status == 200 and json.loads(body) == {"object": "list", "data": []} and headers["x-request-id"]
+    assert (
+        status == 200
+        and json.loads(body) == {"object": "list", "data": []}
+        and headers["x-request-id"]
+    )
 
 
 def test_errors_have_openais_shape(server: JupyterServer) -> None:
@@ -102,6 +134,11 @@ def test_the_extension_is_enabled_by_installing_and_says_where(server: JupyterSe
 
 def test_pages_are_pages(server: JupyterServer) -> None:
     auth = {"Authorization": f"Bearer {server.token}"}
-    for path, kind in (("/", "text/html"), ("/docs", "text/html"), ("/status?part=1", "text/html"), ("/status", "application/json")):
+    for path, kind in (
+        ("/", "text/html"),
+        ("/docs", "text/html"),
+        ("/status?part=1", "text/html"),
+        ("/status", "application/json"),
+    ):
         status, _, headers = fetch(server, "GET", path, auth)
         assert status == 200 and headers["Content-Type"].startswith(kind), path

@@ -1,4 +1,5 @@
-"""What a notebook shows of an engine: timeline, KV map, perplexity, comparison, chat panel, progress."""
+"""What a notebook shows of an engine: timeline, KV map, perplexity, comparison, chat panel,
+progress."""
 
 from __future__ import annotations
 
@@ -14,9 +15,8 @@ import pytest
 from fakes import FakeClient, wait_for
 
 import llmkit
-from llmkit import models
+from llmkit.bench.comparing import Comparison
 from llmkit.bench.quality import SAMPLE_TEXT
-from llmkit.comparing import Comparison
 from llmkit.errors import InvalidRequestError
 from llmkit.notebook import progress
 from llmkit.notebook.monitor import Monitor
@@ -38,11 +38,20 @@ def llm() -> Iterator[llmkit.LLM]:
 
 def test_the_timeline_tells_every_token(llm: llmkit.LLM) -> None:
     before = len(llm.timeline().df)
-    done = llm.generate([f"{SHARED} Tell {i}:" for i in range(4)], max_tokens=10, temperature=0, speculate=False)
+    done = llm.generate(
+        [f"{SHARED} Tell {i}:" for i in range(4)], max_tokens=10, temperature=0, speculate=False
+    )
     timeline = llm.timeline()
     new = timeline.df.iloc[before:]
-    assert new.tokens.sum() == sum(c.usage.prompt_tokens - c.usage.cached_tokens + c.usage.completion_tokens - 1 for c in done)
-    assert new.is_prompt.any() and new.groupby("step").size().max() == 4 and (new.seconds > 0).all() and new.at_s.is_monotonic_increasing
+    assert new.tokens.sum() == sum(
+        c.usage.prompt_tokens - c.usage.cached_tokens + c.usage.completion_tokens - 1 for c in done
+    )
+    assert (
+        new.is_prompt.any()
+        and new.groupby("step").size().max() == 4
+        and (new.seconds > 0).all()
+        and new.at_s.is_monotonic_increasing
+    )
     assert set(new.slot) == {0, 1, 2, 3} and new.request.nunique() == 4
     axes = timeline.plot()
     assert axes.get_ylabel() == "slot" and len(axes.collections) >= 4
@@ -53,7 +62,11 @@ def test_the_timeline_tells_every_token(llm: llmkit.LLM) -> None:
 def test_the_map_shows_what_slots_share(llm: llmkit.LLM) -> None:
     llm.generate([f"{SHARED} Tell {i}:" for i in range(4)], max_tokens=4, temperature=0)
     shown = llm.kv_map()
-    assert (shown.df.shared > 50).sum() == 3 and shown.df.request.isna().all() and (shown.df.tokens > shown.df.shared).all()
+    assert (
+        (shown.df.shared > 50).sum() == 3
+        and shown.df.request.isna().all()
+        and (shown.df.tokens > shown.df.shared).all()
+    )
     assert "cached" in repr(shown) and shown._repr_html_().count("<svg") == 4
     stream = llm.stream("Once", max_tokens=300, ignore_eos=True)
     wait_for(lambda: llm.kv_map().df.request.notna().sum() == 1)
@@ -77,11 +90,29 @@ def test_models_beside_each_other(llm: llmkit.LLM) -> None:
     other = str(llmkit.quantize("smollm2", "Q4_0"))
     df = llmkit.compare(["smollm2", other], batch_size=4, prompt_tokens=32).df
     assert df.loc["smollm2", "perplexity"] == pytest.approx(llm.perplexity(SAMPLE_TEXT), rel=0.01)
-    assert df.loc["smollm2", "agreement"] == 1 and 0.5 < df.loc[other, "agreement"] < 1, "weights made rougher choose otherwise here and there"
-    assert df.loc[other, "perplexity"] != df.loc["smollm2", "perplexity"] and list(df["quantization"]) == ["Q4_1", "Q4_0"]
-    assert not llm.closed and len(models.living()) == 1, "what was loaded stays, what was loaded for this is gone"
-    rows = [{"model": n, "decode_tok_s": 1.0, "prefill_tok_s": 2.0, "weights_mb": 3.0, "perplexity": 4.0} for n in ("a", "b")]
-    assert Comparison(rows).plot().get_title() == "perplexity" and "<table" in Comparison(rows)._repr_html_()
+    assert df.loc["smollm2", "agreement"] == 1 and 0.5 < df.loc[other, "agreement"] < 1, (
+        "weights made rougher choose otherwise here and there"
+    )
+    assert df.loc[other, "perplexity"] != df.loc["smollm2", "perplexity"] and list(
+        df["quantization"]
+    ) == ["Q4_1", "Q4_0"]
+    assert not llm.closed and list(llmkit.models) == ["smollm2"], (
+        "what was loaded stays, what was loaded for this is gone"
+    )
+    rows = [
+        {
+            "model": n,
+            "decode_tok_s": 1.0,
+            "prefill_tok_s": 2.0,
+            "weights_mb": 3.0,
+            "perplexity": 4.0,
+        }
+        for n in ("a", "b")
+    ]
+    assert (
+        Comparison(rows).plot().get_title() == "perplexity"
+        and "<table" in Comparison(rows)._repr_html_()
+    )
     for bad in ("smollm2", []):
         with pytest.raises(InvalidRequestError, match="list"):
             llmkit.compare(bad)
@@ -113,8 +144,16 @@ def test_a_panel_sends_and_streams_without_blocking(panel: ChatPanel, llm: llmki
     assert value(panel, "box").value == ""
     panel.wait(20)
     (_, question, answer) = panel.session.messages
-    assert question.content == "Name a fruit. <b>" and answer.content and "&lt;b&gt;" in value(panel, "log").value
-    assert not value(panel, "send").disabled and value(panel, "stop").disabled and "answer complete" in value(panel, "state").value
+    assert (
+        question.content == "Name a fruit. <b>"
+        and answer.content
+        and "&lt;b&gt;" in value(panel, "log").value
+    )
+    assert (
+        not value(panel, "send").disabled
+        and value(panel, "stop").disabled
+        and "answer complete" in value(panel, "state").value
+    )
     assert answer.content in repr(panel)
 
 
@@ -130,19 +169,36 @@ def test_a_panel_stops_edits_and_clears(panel: ChatPanel) -> None:
     value(panel, "edit").click()
     assert value(panel, "box").value == "Tell a very long story." and panel.session.num_turns == 0
     panel.send("x " * 3000)
-    assert "context" in value(panel, "coming").value and not panel.busy and value(panel, "box").value, "what was typed is not lost"
+    assert (
+        "context" in value(panel, "coming").value and not panel.busy and value(panel, "box").value
+    ), "what was typed is not lost"
     assert panel.edit().startswith("x x") and "context" not in value(panel, "coming").value
     panel.clear()
-    assert [m.role for m in panel.session.messages] == ["system"] and "Say something" in value(panel, "log").value
+    assert [m.role for m in panel.session.messages] == ["system"] and "Say something" in value(
+        panel, "log"
+    ).value
 
 
 def test_markdown_is_shown_and_html_is_not() -> None:
-    shown = as_html("**bold** <script>alert(1)</script> [x](javascript:alert(1))\n\n```python\na < b\n```")
-    assert "<img" not in as_html("![x](https://evil.example/?q=1)") and "<a" not in as_html("[a](/api/x)") and 'rel="noopener' in as_html("[a](https://b.c)")
-    assert "<strong>bold</strong>" in shown and "<script" not in shown and "href" not in shown and "a &lt; b" in shown
+    shown = as_html(
+        "**bold** <script>alert(1)</script> [x](javascript:alert(1))\n\n```python\na < b\n```"
+    )
+    assert (
+        "<img" not in as_html("![x](https://evil.example/?q=1)")
+        and "<a" not in as_html("[a](/api/x)")
+        and 'rel="noopener' in as_html("[a](https://b.c)")
+    )
+    assert (
+        "<strong>bold</strong>" in shown
+        and "<script" not in shown
+        and "href" not in shown
+        and "a &lt; b" in shown
+    )
 
 
-def test_progress_is_quiet_at_first(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_progress_is_quiet_at_first(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
     bar = progress.Progress("work", 10)
     bar.update(1)
@@ -178,9 +234,26 @@ def test_the_monitor_shows_each_request(llm: llmkit.LLM) -> None:
 def test_the_monitor_splits_the_memory_of_a_gpu(fake: FakeClient) -> None:
     mib = 1 << 20
     sizes = {"weights": 92 * mib, "kv": 90 * mib, "compute": 98 * mib}
-    fake.description = replace(fake.description, weights_bytes=120 * mib, kv_bytes=90 * mib, compute_bytes=100 * mib, device_bytes=sizes)
+    fake.description = replace(
+        fake.description,
+        weights_bytes=120 * mib,
+        kv_bytes=90 * mib,
+        compute_bytes=100 * mib,
+        device_bytes=sizes,
+    )
     monitor = Monitor(fake, device_memory=lambda: (400 * mib, 1000 * mib))
     monitor.stop()
     ram, vram = monitor.html().split("VRAM", 1)
-    assert "weights 28 MiB" in ram and "compute 2.0 MiB" in ram and "KV" not in ram.split(">RAM<")[1]
-    assert all(text in vram for text in ("400 MiB of 1000 MiB", "weights 92 MiB", "KV 90 MiB", "compute 98 MiB", "others 120 MiB"))
+    assert (
+        "weights 28 MiB" in ram and "compute 2.0 MiB" in ram and "KV" not in ram.split(">RAM<")[1]
+    )
+    assert all(
+        text in vram
+        for text in (
+            "400 MiB of 1000 MiB",
+            "weights 92 MiB",
+            "KV 90 MiB",
+            "compute 98 MiB",
+            "others 120 MiB",
+        )
+    )

@@ -1,4 +1,5 @@
-"""The tutorial notebooks run, by nbval and by nbconvert; every output has a fallback that needs no widgets."""
+"""The tutorial notebooks run, by nbval and by nbconvert; every output has a fallback that needs no
+widgets."""
 
 from __future__ import annotations
 
@@ -18,7 +19,9 @@ pytestmark = pytest.mark.model
 
 
 def test_there_are_notebooks() -> None:
-    assert [n.name[:2] for n in NOTEBOOKS] == [f"{i:02}" for i in range(1, len(NOTEBOOKS) + 1)] and len(NOTEBOOKS) >= 3
+    assert [n.name[:2] for n in NOTEBOOKS] == [
+        f"{i:02}" for i in range(1, len(NOTEBOOKS) + 1)
+    ] and len(NOTEBOOKS) >= 3
 
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda n: n.stem)
@@ -45,10 +48,25 @@ def test_nbval(notebook: Path) -> None:
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda n: n.stem)
 def test_nbconvert_and_fallbacks(notebook: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "jupyter", "nbconvert", "--to", "notebook", "--execute", str(notebook), "--output", str(tmp_path / "out.ipynb")]
+    command = [
+        sys.executable,
+        "-m",
+        "jupyter",
+        "nbconvert",
+        "--to",
+        "notebook",
+        "--execute",
+        str(notebook),
+        "--output",
+        str(tmp_path / "out.ipynb"),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=notebook.parent)
     assert done.returncode == 0, done.stderr
-    cells = [c for c in nbformat.read(tmp_path / "out.ipynb", as_version=4).cells if c.cell_type == "code"]
+    cells = [
+        c
+        for c in nbformat.read(tmp_path / "out.ipynb", as_version=4).cells
+        if c.cell_type == "code"
+    ]
     outputs = [o for c in cells for o in c.outputs]
     assert not any(o.output_type == "error" for o in outputs)
     assert not any(o.output_type == "stream" and o.name == "stderr" for o in outputs)
@@ -62,12 +80,27 @@ def test_nbconvert_and_fallbacks(notebook: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda n: n.stem)
 def test_notebooks_are_kept_as_they_ran(notebook: Path) -> None:
-    """`make notebooks` writes them: a reader sees the pictures; what is the same everywhere is marked, and nbval compares it."""
+    """`make notebooks` writes them: a reader sees the pictures; what is the same everywhere is
+    marked, and nbval compares it."""
     cells = [c for c in nbformat.read(notebook, as_version=4).cells if c.cell_type == "code"]
-    assert [c.execution_count for c in cells] == list(range(1, len(cells) + 1)), "run from top to bottom"
+    assert [c.execution_count for c in cells] == list(range(1, len(cells) + 1)), (
+        "run from top to bottom"
+    )
     outputs = [o for c in cells for o in c.outputs]
     assert any("image/png" in o.get("data", {}) for o in outputs), "make notebooks"
-    assert not any(o.output_type == "error" or o.get("name") == "stderr" or "application/vnd.jupyter.widget-view+json" in o.get("data", {}) for o in outputs)
+    assert not any(
+        o.output_type == "error"
+        or o.get("name") == "stderr"
+        or "application/vnd.jupyter.widget-view+json" in o.get("data", {})
+        for o in outputs
+    )
     assert any("nbval-check-output" in c.metadata.get("tags", ()) for c in cells)
-    shown = json.dumps([{k: v for k, v in o.get("data", {}).items() if k != "image/png"} or o.get("text", "") for o in outputs])
-    assert not re.search(r"/(root|home|tmp|work|usr|var|Users)/", shown), "an output names a place of the machine it ran on"
+    shown = json.dumps(
+        [
+            {k: v for k, v in o.get("data", {}).items() if k != "image/png"} or o.get("text", "")
+            for o in outputs
+        ]
+    )
+    assert not re.search(r"/(root|home|tmp|work|usr|var|Users)/", shown), (
+        "an output names a place of the machine it ran on"
+    )

@@ -1,4 +1,5 @@
-"""The routes' own description: valid, complete, and the same as what is written in docs/api.md; the page needs no network."""
+"""The routes' own description: valid, complete, and the same as what is written in docs/api.md; the
+page needs no network."""
 
 from __future__ import annotations
 
@@ -11,15 +12,15 @@ from pathlib import Path
 import jsonschema
 import pytest
 from fakes import FakeClient
-from test_gateway import Api, serve
+from gateway_client import Api, serve
 
 from llmkit.bridge.server import BridgeServer
 from llmkit.gateway.app import Gateway
-from llmkit.gateway.chat import ChatRequest
-from llmkit.gateway.engines import EngineDirectory
-from llmkit.gateway.openapi import describe
-from llmkit.gateway.schemas import CompletionRequest
-from llmkit.gateway.status import fragment
+from llmkit.gateway.directory import EngineDirectory
+from llmkit.gateway.openai.chat import ChatRequest
+from llmkit.gateway.openai.schemas import CompletionRequest
+from llmkit.gateway.ops.openapi import describe
+from llmkit.gateway.ops.status import fragment
 
 ROUTES = Gateway(EngineDirectory()).routes
 
@@ -35,15 +36,24 @@ async def api(fake: FakeClient) -> AsyncIterator[Api]:
 async def test_the_document(api: Api) -> None:
     document = json.loads((await api.fetch("GET", "/openapi.json")).body)
     assert document == json.loads(json.dumps(describe(ROUTES))) and document["openapi"] == "3.1.0"
-    operations = [(path, method, operation) for path, methods in document["paths"].items() for method, operation in methods.items()]
-    assert len(operations) == len(ROUTES) and len({o["operationId"] for _, _, o in operations}) == len(ROUTES)
+    operations = [
+        (path, method, operation)
+        for path, methods in document["paths"].items()
+        for method, operation in methods.items()
+    ]
+    assert len(operations) == len(ROUTES) and len(
+        {o["operationId"] for _, _, o in operations}
+    ) == len(ROUTES)
     for schema in document["components"]["schemas"].values():
         jsonschema.Draft202012Validator.check_schema(schema)
     text = json.dumps(document)
     for name in re.findall(r'"#/components/schemas/([^"]+)"', text):
         assert name in document["components"]["schemas"]
     for path, _, operation in operations:
-        assert re.findall(r"\{(\w+)\}", path) == [p["name"] for p in operation.get("parameters", [])] and "default" in operation["responses"]
+        assert (
+            re.findall(r"\{(\w+)\}", path) == [p["name"] for p in operation.get("parameters", [])]
+            and "default" in operation["responses"]
+        )
     chat = document["components"]["schemas"]["ChatRequest"]["properties"]
     assert {"messages", "tools", "response_format", "logprobs", "dry_multiplier"} <= chat.keys()
 
@@ -52,14 +62,24 @@ async def test_the_page_runs_nothing_and_fetches_nothing(api: Api) -> None:
     for path in ("/docs", "/swagger-ui"):
         reply = await api.fetch("GET", path)
         page = reply.body.decode()
-        assert reply.code == 200 and "default-src 'none'" in reply.headers["Content-Security-Policy"]
-        assert "<script" not in page and "http:" not in page and "https:" not in page and all(f"<code>{r.template}</code>" in page for r in ROUTES)
+        assert (
+            reply.code == 200 and "default-src 'none'" in reply.headers["Content-Security-Policy"]
+        )
+        assert (
+            "<script" not in page
+            and "http:" not in page
+            and "https:" not in page
+            and all(f"<code>{r.template}</code>" in page for r in ROUTES)
+        )
 
 
 def test_the_written_docs_know_every_route_and_parameter() -> None:
     text = (Path(__file__).parents[1] / "docs" / "api.md").read_text()
     for route in ROUTES:
-        assert re.sub(r"\{\w+\+?\}", "{id}", route.path) in text or f"/{route.path.rpartition('/')[2]}`" in text, route.path
+        assert (
+            re.sub(r"\{\w+\+?\}", "{id}", route.path) in text
+            or f"/{route.path.rpartition('/')[2]}`" in text
+        ), route.path
     for schema in (ChatRequest, CompletionRequest):
         for name in schema.model_fields:
             assert re.search(rf"^\|.*`{name}`.*\|", text, re.MULTILINE), name
@@ -73,13 +93,22 @@ async def test_the_status_page_shows_models_and_requests(api: Api, fake: FakeCli
         if found["requests_total"]:
             break
         await asyncio.sleep(0.05)
-    assert found["id"] == "fake" and found["requests_total"] == 1 and found["generation_tokens_total"] == 2 and found["rss_bytes"] > 1e6
+    assert (
+        found["id"] == "fake"
+        and found["requests_total"] == 1
+        and found["generation_tokens_total"] == 2
+        and found["rss_bytes"] > 1e6
+    )
     assert state["callers"] == [{"caller": "local", "requests": 1}] and state["requests"] == []
     reply = await api.fetch("GET", "/")
     page = reply.body.decode()
     (nonce,) = re.findall(r'<script nonce="([^"]+)">', page)
     policy = reply.headers["Content-Security-Policy"]
-    assert f"script-src 'nonce-{nonce}'" in policy and "default-src 'none'" in policy and "<code>fake</code>" in page
+    assert (
+        f"script-src 'nonce-{nonce}'" in policy
+        and "default-src 'none'" in policy
+        and "<code>fake</code>" in page
+    )
     part = (await api.fetch("GET", "/status?part=1")).body.decode()
     assert part.startswith("<h2>Models</h2>") and "<script" not in part and "local" in part
 
@@ -92,8 +121,15 @@ async def test_what_runs_is_seen_and_escaped(api: Api, fake: FakeClient) -> None
     assert requests[0]["route"] == "POST /v1/completions"
     await running
     assert (
-        fragment({"models": [], "requests": [{"caller": "<b>", "route": "<i>", "seconds": 1}], "callers": [], "gone": [], "version": "1", "up_s": 1}).count(
-            "&lt;"
-        )
+        fragment(
+            {
+                "models": [],
+                "requests": [{"caller": "<b>", "route": "<i>", "seconds": 1}],
+                "callers": [],
+                "gone": [],
+                "version": "1",
+                "up_s": 1,
+            }
+        ).count("&lt;")
         == 2
     )

@@ -1,4 +1,5 @@
-"""OpenAI's responses: the order and indexes of events, what is kept, and the stock client's helpers on the real model."""
+"""OpenAI's responses: the order and indexes of events, what is kept, and the stock client's helpers
+on the real model."""
 
 from __future__ import annotations
 
@@ -9,15 +10,17 @@ from typing import Any
 
 import openai
 import pytest
-from fakes import FakeClient, FakeRunner
-from test_gateway import Api, is_error, serve
-from test_tools import ADD
+from example_tools import ADD
+from fake_runner import FakeRunner
+from fakes import FakeClient
+from gateway_client import Api, is_error, serve
 
 from llmkit.bridge.server import BridgeServer
 from llmkit.chat.parsers.events import Call, Content, Reasoning
-from llmkit.gateway.responses import EventStream, ResponsesBody
-from llmkit.gateway.schemas import parse
-from llmkit.local import LocalEngine
+from llmkit.gateway.bodies import parse
+from llmkit.gateway.openai.event_stream import EventStream
+from llmkit.gateway.openai.responses import ResponsesBody
+from llmkit.runtime.local import LocalEngine
 
 ASK: dict[str, Any] = {"input": "hi", "max_output_tokens": 6}
 
@@ -43,45 +46,93 @@ async def stream(api: Api, body: dict[str, Any]) -> list[dict[str, Any]]:
 async def test_a_response_and_its_stream_agree(api: Api, fake: FakeClient) -> None:
     text = fake.runner.reference(b"[user]hi", 6).decode()
     status, body = await api.post("/v1/responses", ASK)
-    assert status == 200 and body["object"] == "response" and body["id"].startswith("resp_") and body["status"] == "incomplete"
-    assert body["incomplete_details"] == {"reason": "max_output_tokens"} and body["usage"]["total_tokens"] == 8 + 6
+    assert (
+        status == 200
+        and body["object"] == "response"
+        and body["id"].startswith("resp_")
+        and body["status"] == "incomplete"
+    )
+    assert (
+        body["incomplete_details"] == {"reason": "max_output_tokens"}
+        and body["usage"]["total_tokens"] == 8 + 6
+    )
     (message,) = body["output"]
-    assert message["type"] == "message" and message["content"] == [{"type": "output_text", "text": text, "annotations": [], "logprobs": []}]
+    assert message["type"] == "message" and message["content"] == [
+        {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
+    ]
     events = await stream(api, ASK)
     kinds = [e["type"].removeprefix("response.") for e in events]
     deltas = [e for e in events if e["type"] == "response.output_text.delta"]
     assert kinds[:4] == ["created", "in_progress", "output_item.added", "content_part.added"]
     assert kinds[-4:] == ["output_text.done", "content_part.done", "output_item.done", "incomplete"]
-    assert "".join(e["delta"] for e in deltas) == text and all((e["output_index"], e["content_index"]) == (0, 0) and e["item_id"] for e in deltas)
-    assert events[0]["response"]["status"] == "in_progress" and events[-1]["response"]["output"][0]["content"][0]["text"] == text
+    assert "".join(e["delta"] for e in deltas) == text and all(
+        (e["output_index"], e["content_index"]) == (0, 0) and e["item_id"] for e in deltas
+    )
+    assert (
+        events[0]["response"]["status"] == "in_progress"
+        and events[-1]["response"]["output"][0]["content"][0]["text"] == text
+    )
 
 
 def test_items_of_each_kind_have_their_indexes() -> None:
     events = EventStream()
-    found = events.take([Reasoning("hm"), Content("a"), Content("b"), Call("add", '{"a": 1}', "call_1")]) + events.close()
-    added = [(e["output_index"], e["item"]["type"]) for e in found if e["type"] == "response.output_item.added"]
-    assert added == [(0, "reasoning"), (1, "message"), (2, "function_call")] and [i["status"] for i in events.items] == ["completed"] * 3
+    found = (
+        events.take(
+            [Reasoning("hm"), Content("a"), Content("b"), Call("add", '{"a": 1}', "call_1")]
+        )
+        + events.close()
+    )
+    added = [
+        (e["output_index"], e["item"]["type"])
+        for e in found
+        if e["type"] == "response.output_item.added"
+    ]
+    assert (
+        added == [(0, "reasoning"), (1, "message"), (2, "function_call")]
+        and [i["status"] for i in events.items] == ["completed"] * 3
+    )
     call = events.items[2]
-    assert (call["call_id"], call["name"], call["arguments"]) == ("call_1", "add", '{"a": 1}') and call["id"].startswith("fc_")
-    assert [e["type"].rpartition(".")[2] for e in found if "arguments" in e["type"]] == ["delta", "done"]
+    assert (call["call_id"], call["name"], call["arguments"]) == (
+        "call_1",
+        "add",
+        '{"a": 1}',
+    ) and call["id"].startswith("fc_")
+    assert [e["type"].rpartition(".")[2] for e in found if "arguments" in e["type"]] == [
+        "delta",
+        "done",
+    ]
 
 
 async def test_kept_continued_and_deleted(api: Api, fake: FakeClient) -> None:
     _, first = await api.post("/v1/responses", {**ASK, "instructions": "Be kind."})
-    _, second = await api.post("/v1/responses", {**ASK, "input": "more", "previous_response_id": first["id"]})
+    _, second = await api.post(
+        "/v1/responses", {**ASK, "input": "more", "previous_response_id": first["id"]}
+    )
     said = first["output"][0]["content"][0]["text"]
     prompt = f"[user]hi[assistant]{said}[user]more"
-    assert second["usage"]["input_tokens"] == len(prompt), "the instructions of the first do not go on"
-    assert second["output"][0]["content"][0]["text"] == fake.runner.reference(prompt.encode(), 6).decode()
+    assert second["usage"]["input_tokens"] == len(prompt), (
+        "the instructions of the first do not go on"
+    )
+    assert (
+        second["output"][0]["content"][0]["text"]
+        == fake.runner.reference(prompt.encode(), 6).decode()
+    )
     kept = json.loads((await api.fetch("GET", f"/v1/responses/{first['id']}")).body)
     assert kept == first
     items = json.loads((await api.fetch("GET", f"/v1/responses/{first['id']}/input_items")).body)
-    assert items["data"][0]["content"] == [{"type": "input_text", "text": "hi"}] and items["has_more"] is False
+    assert (
+        items["data"][0]["content"] == [{"type": "input_text", "text": "hi"}]
+        and items["has_more"] is False
+    )
     is_error(await api.fetch("GET", f"/v1/responses/{first['id']}?stream=true"), 400)
     gone = json.loads((await api.fetch("DELETE", f"/v1/responses/{first['id']}")).body)
     assert gone == {"id": first["id"], "object": "response", "deleted": True}
-    assert is_error(await api.fetch("GET", f"/v1/responses/{first['id']}"), 404)["code"] == "not_found"
-    error = is_error(await api.fetch("POST", "/v1/responses", {**ASK, "previous_response_id": first["id"]}), 400)
+    assert (
+        is_error(await api.fetch("GET", f"/v1/responses/{first['id']}"), 404)["code"] == "not_found"
+    )
+    error = is_error(
+        await api.fetch("POST", "/v1/responses", {**ASK, "previous_response_id": first["id"]}), 400
+    )
     assert error["param"] == "previous_response_id"
     _, secret = await api.post("/v1/responses", {**ASK, "store": False})
     is_error(await api.fetch("GET", f"/v1/responses/{secret['id']}"), 404)
@@ -93,19 +144,26 @@ async def test_pages_of_items(api: Api) -> None:
     _, body = await api.post("/v1/responses", {**ASK, "input": given})
 
     async def texts(query: str) -> tuple[list[str], dict[str, Any]]:
-        found = json.loads((await api.fetch("GET", f"/v1/responses/{body['id']}/input_items?{query}")).body)
+        found = json.loads(
+            (await api.fetch("GET", f"/v1/responses/{body['id']}/input_items?{query}")).body
+        )
         return [i["content"][0]["text"] for i in found["data"]], found
 
     first, found = await texts("order=asc&limit=2")
     assert first == ["0", "1"] and found["has_more"] and found["first_id"] == found["data"][0]["id"]
-    assert (await texts(f"order=asc&limit=2&after={found['last_id']}"))[0] == ["2", "3"] and (await texts(""))[0] == ["4", "3", "2", "1", "0"]
+    assert (await texts(f"order=asc&limit=2&after={found['last_id']}"))[0] == ["2", "3"] and (
+        await texts("")
+    )[0] == ["4", "3", "2", "1", "0"]
     is_error(await api.fetch("GET", f"/v1/responses/{body['id']}/input_items?limit=0"), 400)
 
 
 async def test_what_is_kept_is_bounded(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llmkit.gateway.stored.MAX_KEPT_BYTES", 20_000)
+    monkeypatch.setattr("llmkit.gateway.openai.stored.MAX_KEPT_BYTES", 20_000)
     for i in range(30):
-        await api.post("/v1/responses", {**ASK, "input": f"{i} " + "x" * 100, "instructions": "y" * 100, "user": "z" * 1000})
+        await api.post(
+            "/v1/responses",
+            {**ASK, "input": f"{i} " + "x" * 100, "instructions": "y" * 100, "user": "z" * 1000},
+        )
     assert 1 < len(SERVED[-1]) < 30 and SERVED[-1].num_bytes <= 20_000
     await api.post("/v1/responses", {**ASK, "input": "x" * 10_000})
     assert all(k.status != "failed" for k in SERVED[-1]), "what was refused is not kept"
@@ -133,7 +191,7 @@ SERVED: list[Any] = []
 @pytest.fixture(autouse=True)
 def kept_responses(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the servers of a test keep: the id of a running stream is in its first event only."""
-    from llmkit.gateway.responses_routes import ResponsesRoutes
+    from llmkit.gateway.openai.responses_routes import ResponsesRoutes
 
     begin = ResponsesRoutes.__init__
 
@@ -161,20 +219,43 @@ def kept_responses(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 async def test_bad_input_is_a_400(api: Api, change: dict[str, Any], param: str) -> None:
-    assert is_error(await api.fetch("POST", "/v1/responses", {**ASK, **change}), 400)["param"] == param
+    assert (
+        is_error(await api.fetch("POST", "/v1/responses", {**ASK, **change}), 400)["param"] == param
+    )
 
 
 def test_items_become_a_conversation() -> None:
     items: list[dict[str, Any]] = [
         {"role": "user", "content": "1+2?"},
-        {"type": "reasoning", "id": "rs_1", "summary": [], "content": [{"type": "reasoning_text", "text": "hm"}]},
+        {
+            "type": "reasoning",
+            "id": "rs_1",
+            "summary": [],
+            "content": [{"type": "reasoning_text", "text": "hm"}],
+        },
         {"type": "function_call", "call_id": "c1", "name": "add", "arguments": '{"a": 1, "b": 2}'},
         {"type": "function_call_output", "call_id": "c1", "output": "3"},
-        {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "3.", "annotations": []}]},
+        {
+            "type": "message",
+            "role": "assistant",
+            "content": [{"type": "output_text", "text": "3.", "annotations": []}],
+        },
     ]
-    request = parse(ResponsesBody, json.dumps({"input": items, "instructions": "Be kind."}).encode()).request([])
-    assert [m.role for m in request.messages] == ["system", "user", "assistant", "tool", "assistant"]
-    assert request.messages[2].reasoning_content == "hm" and request.messages[2].tool_calls and request.messages[3].tool_call_id == "c1"
+    request = parse(
+        ResponsesBody, json.dumps({"input": items, "instructions": "Be kind."}).encode()
+    ).request([])
+    assert [m.role for m in request.messages] == [
+        "system",
+        "user",
+        "assistant",
+        "tool",
+        "assistant",
+    ]
+    assert (
+        request.messages[2].reasoning_content == "hm"
+        and request.messages[2].tool_calls
+        and request.messages[3].tool_call_id == "c1"
+    )
 
 
 @pytest.mark.model
@@ -182,32 +263,62 @@ async def test_the_stock_client(engine: LocalEngine) -> None:
     bridge = BridgeServer(engine)
     async for api in serve(None):
         async with openai.AsyncOpenAI(base_url=f"{api.url}/v1", api_key="none") as client:
-            first = await client.responses.create(model="smollm2", input="The capital of France?", temperature=0, max_output_tokens=40)
+            first = await client.responses.create(
+                model="smollm2", input="The capital of France?", temperature=0, max_output_tokens=40
+            )
             assert first.output_text and first.usage and first.usage.output_tokens > 0
-            more = await client.responses.create(model="smollm2", input="And of Spain?", previous_response_id=first.id, max_output_tokens=5)
+            more = await client.responses.create(
+                model="smollm2",
+                input="And of Spain?",
+                previous_response_id=first.id,
+                max_output_tokens=5,
+            )
             assert more.usage and more.usage.input_tokens > first.usage.input_tokens
             assert (await client.responses.retrieve(first.id)).output_text == first.output_text
             assert len((await client.responses.input_items.list(first.id)).data) == 1
             small = {"type": "integer", "minimum": 0, "maximum": 99}
             parameters = {**ADD.parameters, "properties": {"a": small, "b": small}}
-            tool: Any = {"type": "function", "name": "add", "parameters": parameters, "strict": True}
+            tool: Any = {
+                "type": "function",
+                "name": "add",
+                "parameters": parameters,
+                "strict": True,
+            }
             alone: Any = {"parallel_tool_calls": False, "temperature": 0, "max_output_tokens": 80}
-            async with client.responses.stream(model="smollm2", input="1+2?", tools=[tool], tool_choice="required", **alone) as events:
+            async with client.responses.stream(
+                model="smollm2", input="1+2?", tools=[tool], tool_choice="required", **alone
+            ) as events:
                 called = await events.get_final_response()
-            assert called.output[0].type == "function_call" and json.loads(called.output[0].arguments).keys() == {"a", "b"}
+            assert called.output[0].type == "function_call" and json.loads(
+                called.output[0].arguments
+            ).keys() == {"a", "b"}
             schema = {
                 "type": "object",
                 "properties": {"age": {"type": "integer", "minimum": 0, "maximum": 120}},
                 "required": ["age"],
                 "additionalProperties": False,
             }
-            text: Any = {"format": {"type": "json_schema", "name": "p", "schema": schema, "strict": True}}
-            shaped = await client.responses.create(model="smollm2", input="A person's age?", text=text, max_output_tokens=40)
+            text: Any = {
+                "format": {"type": "json_schema", "name": "p", "schema": schema, "strict": True}
+            }
+            shaped = await client.responses.create(
+                model="smollm2", input="A person's age?", text=text, max_output_tokens=40
+            )
             assert json.loads(shaped.output_text).keys() == {"age"} and shaped.status == "completed"
-            async with client.responses.stream(model="smollm2", input="A person's age?", text=text, temperature=0, max_output_tokens=40) as events:
+            async with client.responses.stream(
+                model="smollm2",
+                input="A person's age?",
+                text=text,
+                temperature=0,
+                max_output_tokens=40,
+            ) as events:
                 kinds = [event.type async for event in events]
                 final = await events.get_final_response()
-            assert json.loads(final.output_text).keys() == {"age"} and "response.output_text.delta" in kinds and "response.output_text.done" in kinds
+            assert (
+                json.loads(final.output_text).keys() == {"age"}
+                and "response.output_text.delta" in kinds
+                and "response.output_text.done" in kinds
+            )
             await client.responses.delete(first.id)
             with pytest.raises(openai.NotFoundError):
                 await client.responses.retrieve(first.id)

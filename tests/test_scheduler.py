@@ -1,4 +1,5 @@
-"""The scheduler and its slots, driven step by step on the fake: whatever comes in whatever order, nothing leaks, and everybody gets what is theirs."""
+"""The scheduler and its slots, driven step by step on the fake: prefixes, fairness, preemption,
+latency."""
 
 from __future__ import annotations
 
@@ -6,183 +7,19 @@ import itertools
 from typing import Any
 
 import pytest
-from fakes import END, FakeRunner, piece
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from fake_runner import FakeRunner, piece
+from scheduler_bench import Bench
 
 from llmkit.engine.backlog import Backlog
 from llmkit.engine.batch import Fork, Park, Restore, StepOutput
 from llmkit.engine.budget import StepClock
 from llmkit.engine.detokenize import Detokenizer
 from llmkit.engine.draft import PromptLookup
-from llmkit.engine.integrity import check
 from llmkit.engine.request import Request
-from llmkit.engine.scheduler import Scheduler
-from llmkit.engine.slots import PrefixCache
-from llmkit.stream import Channel
-from llmkit.types import FinishReason, SamplingParams
+from llmkit.protocol import SamplingParams
+from llmkit.protocol.stream import Channel
 
 _ids = itertools.count()
-
-
-class Bench:
-    """A scheduler and a runner without the engine's thread: ``step()`` is one step, with its books checked."""
-
-    def __init__(self, runner: FakeRunner, target_s: float | None = None, deterministic: bool = False, shifts: bool = False) -> None:
-        self.runner = runner
-        self.shifts = shifts
-        self.cache = PrefixCache(runner.n_slots, can_truncate=runner.can_truncate, can_fork=runner.can_fork, host_tokens=runner.host_tokens)
-        self.clock = StepClock(target_s)
-        self.scheduler = Scheduler(
-            self.cache,
-            n_ctx=runner.n_ctx,
-            max_batch_tokens=runner.max_batch_tokens,
-            is_end=lambda t: t == END,
-            clock=self.clock,
-            capacity=runner.capacity,
-            tile=runner.tile,
-            can_coalesce=runner.can_fork and runner.can_truncate,
-            can_draft=runner.can_truncate,
-            deterministic=deterministic,
-            context_shift=shifts,
-        )
-        self.ended: list[Request] = []
-
-    def add(self, prompt: bytes, max_tokens: int = 8, prompt_logprobs: int | None = None, **options: Any) -> Request:
-        params = SamplingParams(temperature=0, max_tokens=max_tokens, prompt_logprobs=prompt_logprobs)
-        room = max_tokens if self.shifts else self.runner.n_ctx - len(prompt)
-        channel = Channel(f"r{next(_ids)}", lambda _: None)
-        request = Request(list(prompt), params, min(max_tokens, room), Detokenizer(piece), channel, **options)
-        self.scheduler.add(request)
-        return request
-
-    def step(self) -> list[Request]:
-        batch = self.scheduler.schedule()
-        news = self.scheduler.update(batch, self.runner.execute(batch))
-        self.note(news)
-        return news
-
-    def note(self, news: list[Request]) -> None:
-        for request in news:
-            request.publish()
-        self.ended += [r for r in news if r.finish_reason is not None]
-        check(self.scheduler)
-        for slot in self.cache.slots:
-            assert slot.tokens == self.runner.slots[slot.index] or any(getattr(op, "slot", None) == slot.index for op in self.scheduler._pending)
-
-    def drain(self, most: int = 5000) -> None:
-        for _ in range(most):
-            if not self.scheduler.has_work:
-                break
-            self.step()
-        assert not self.scheduler.has_work, "it never ends"
-
-    def abort(self, request: Request) -> None:
-        self.note(self.scheduler.abort([request.request_id]))
-
-    def text(self, request: Request) -> bytes:
-        assert request.channel.result is not None
-        return request.channel.result.text.encode()
-
-
-ARRIVAL = st.tuples(
-    st.sampled_from([b"", b"a shared beginning that is long enough to be worth a wait, ", b"another one, also quite long and also shared by some of them "]),
-    st.binary(min_size=1, max_size=30).map(lambda b: bytes(97 + c % 26 for c in b)),
-    st.integers(0, 40),  # max_tokens
-    st.integers(0, 2),  # priority
-    st.sampled_from(["ann", "bob", "eve"]),
-    st.sampled_from(["", "", "salt"]),
-    st.sampled_from([(), (), (), (("french", 1.0),), (("french", 0.5),)]),  # adapters
-    st.sampled_from([None, None, None, 1]),  # prompt_logprobs
-    st.sampled_from([False, False, False, True]),  # keep_on_disk: it computes its prompt only
-)
-EVENT = st.one_of(
-    ARRIVAL.map(lambda a: ("add", a)),
-    st.integers(0, 30).map(lambda i: ("abort", i)),
-    st.integers(1, 12).map(lambda n: ("steps", n)),
-    st.sampled_from([("interrupt", 0), ("no room", 0), ("lose", 0), ("error", 0)]),
-    st.tuples(st.integers(0, 4), st.booleans()).map(lambda f: ("fault", f)),
-)
-
-
-@settings(max_examples=300, deadline=None)
-@given(
-    events=st.lists(EVENT, max_size=60),
-    n_slots=st.integers(1, 5),
-    capacity=st.sampled_from([None, None, 220, 400]),
-    host_tokens=st.sampled_from([0, 150, 5000]),
-    letters=st.sampled_from([2, 26]),
-    truncate=st.booleans(),
-    deterministic=st.booleans(),
-    n_ctx=st.sampled_from([100, 200]),
-    shifts=st.booleans(),
-)
-def test_any_order_of_events_ends_well(
-    events: list[Any],
-    n_slots: int,
-    capacity: int | None,
-    host_tokens: int,
-    letters: int,
-    truncate: bool,
-    deterministic: bool,
-    n_ctx: int,
-    shifts: bool,
-) -> None:
-    runner = FakeRunner(n_slots=n_slots, n_ctx=n_ctx, capacity=capacity, host_tokens=host_tokens, letters=letters)
-    runner.can_truncate = runner.can_fork = truncate  # type: ignore[misc]
-    bench = Bench(runner, deterministic=deterministic, shifts=shifts and truncate and not deterministic)
-    requests: list[tuple[Request, bytes]] = []
-    aborted: set[str] = set()
-    for kind, value in events:
-        if kind == "add":
-            prefix, rest, max_tokens, priority, caller, salt, adapters, scores, disk = value
-            who: dict[str, Any] = {"priority": priority, "caller": caller, "cache_salt": salt, "adapters": adapters}
-            request = bench.add(prefix + rest, 0 if disk else max_tokens, scores, keep_on_disk=disk, **who)
-            requests.append((request, prefix + rest))
-        elif kind == "abort" and requests:
-            request = requests[value % len(requests)][0]
-            if request.finish_reason is None:
-                aborted.add(request.request_id)
-            bench.abort(request)
-            runner.no_room_next &= len(bench.scheduler.running) > 1  # alone, a request without room fails, and rightly
-        elif kind == "steps":
-            for _ in range(value):
-                bench.step()
-        elif kind == "interrupt":
-            runner.interrupt()
-            bench.step()
-            runner.clear_interrupt()
-        elif kind == "no room":
-            runner.no_room_next = bool(len(bench.scheduler.running) > 1)
-        elif kind == "lose":
-            runner.lose_parked = not runner.lose_parked
-        elif kind == "error":
-            runner.fail_next = "the decode failed"
-        elif kind == "fault":
-            runner.fault_next = value
-    runner.lose_parked = False
-    runner.fault_next = runner.fail_next = None
-    bench.drain()
-    assert sorted(r.request_id for r in bench.ended) == sorted(r.request_id for r, _ in requests), "each ends exactly once"
-    for request, prompt in requests:
-        result = request.channel.result
-        assert result is not None
-        expected = runner.reference(prompt, request.max_tokens, request.adapters, bench.shifts)
-        if request.request_id in aborted:
-            assert request.finish_reason is FinishReason.ABORT and expected.startswith(bench.text(request))
-            continue
-        if request.serial in runner.hurt:
-            assert request.finish_reason is FinishReason.ERROR and expected.startswith(bench.text(request))
-            continue
-        assert request.finish_reason is FinishReason.LENGTH and bench.text(request) == expected
-        if request.sampling.prompt_logprobs is not None:
-            told = [(p.token, p.logprob) for p in result.prompt_logprobs]
-            assert told == [(prompt[0], None), *((t, -float(i)) for i, t in enumerate(prompt) if i)], "each token of the prompt, scored once, in its place"
-        if request.keep_on_disk:
-            assert any(runner.parked[key] == list(prompt) for key in runner.saved_keys), "what was to be kept is kept"
-    assert bench.cache.num_free == n_slots and not [p for p in bench.cache.parked.values() if p.pinned]
-    bench.scheduler.schedule()
-    assert len(bench.scheduler.waiting._active) == 0
 
 
 def ops(bench: Bench, kind: type) -> list[Any]:
@@ -197,11 +34,19 @@ def computed(bench: Bench) -> int:
 
 def test_one_cold_prefix_is_computed_once() -> None:
     bench = Bench(FakeRunner(n_slots=8, n_ctx=400))
-    prefix = b"once and only once, said the prefix, and it went on for a while so that it was worth it. " * 2
+    prefix = (
+        b"once and only once, said the prefix, and it went on for a while so that it was worth it. "
+        * 2
+    )
     requests = [bench.add(prefix + bytes([65 + i]), 4) for i in range(8)]
     bench.drain()
-    assert computed(bench) == len(prefix) + 8 * (1 + 3), "the prefix, then each its own letter and what was generated but for the last"
-    assert len(ops(bench, Fork)) == 7 and [r.num_cached_tokens for r in requests] == [0] + [len(prefix)] * 7
+    assert computed(bench) == len(prefix) + 8 * (1 + 3), (
+        "the prefix, then each its own letter and what was generated but for the last"
+    )
+    assert (
+        len(ops(bench, Fork)) == 7
+        and [r.num_cached_tokens for r in requests] == [0] + [len(prefix)] * 7
+    )
 
 
 def test_a_prefix_of_a_running_stream_is_shared_while_it_runs() -> None:
@@ -211,7 +56,10 @@ def test_a_prefix_of_a_running_stream_is_shared_while_it_runs() -> None:
         bench.step()
     second = bench.add(b"a system prompt that others will want as well: goodbye", 3)
     bench.drain()
-    assert second.num_cached_tokens == len(b"a system prompt that others will want as well: ") and first.num_output_tokens == 100
+    assert (
+        second.num_cached_tokens == len(b"a system prompt that others will want as well: ")
+        and first.num_output_tokens == 100
+    )
 
 
 def test_salts_keep_tenants_apart() -> None:
@@ -225,14 +73,20 @@ def test_salts_keep_tenants_apart() -> None:
 
 def test_a_more_urgent_request_preempts_and_nothing_is_computed_twice() -> None:
     bench = Bench(FakeRunner(n_slots=1, n_ctx=400, host_tokens=1000))
-    slow = bench.add(b"this one is in no hurry at all, and long enough to be parked, so that it can come back", 60, priority=5)
+    slow = bench.add(
+        b"this one is in no hurry at all, and long enough to be parked, so that it can come back",
+        60,
+        priority=5,
+    )
     for _ in range(10):
         bench.step()
     urgent = bench.add(b"now!", 5)
     bench.drain()
     assert bench.ended == [urgent, slow] and bench.scheduler.num_preemptions == 1
     assert len(ops(bench, Park)) >= 1 and len(ops(bench, Restore)) == 1
-    assert bench.text(slow) == bench.runner.reference(bytes(slow.tokens[: slow.num_prompt_tokens]), 60)
+    assert bench.text(slow) == bench.runner.reference(
+        bytes(slow.tokens[: slow.num_prompt_tokens]), 60
+    )
     assert computed(bench) == slow.num_prompt_tokens + 59 + 4 + 4
 
 
@@ -268,12 +122,23 @@ def test_prompts_are_computed_in_whole_tiles() -> None:
         bench.clock.observe(num_streams=0, num_decode=0, num_prefill=100, seconds=0.06)
     bench.add(b"stream", 50)
     bench.step()
-    first, second = bench.add(bytes(97 + i % 26 for i in range(300)), 2), bench.add(bytes(65 + i % 26 for i in range(290)), 2)
+    first, second = (
+        bench.add(bytes(97 + i % 26 for i in range(300)), 2),
+        bench.add(bytes(65 + i % 26 for i in range(290)), 2),
+    )
     sizes = []
     while not (first.num_output_tokens and second.num_output_tokens):
         bench.step()
-        sizes.append([len(c.tokens) for c in bench.runner.batches[-1].chunks if not c.sample or len(c.tokens) > 1])
-    assert sizes == [[42, 65], [129], [129], [129], [96]], "what is left of a step is no place for a piece of the next prompt"
+        sizes.append(
+            [
+                len(c.tokens)
+                for c in bench.runner.batches[-1].chunks
+                if not c.sample or len(c.tokens) > 1
+            ]
+        )
+    assert sizes == [[42, 65], [129], [129], [129], [96]], (
+        "what is left of a step is no place for a piece of the next prompt"
+    )
 
 
 def test_prompts_leave_running_streams_their_latency() -> None:
@@ -285,7 +150,9 @@ def test_prompts_leave_running_streams_their_latency() -> None:
     bench.step()
     bench.add(bytes(97 + i % 26 for i in range(1000)), 2)
     bench.step()
-    assert sorted(len(c.tokens) for c in bench.runner.batches[-1].chunks) == [1, 45], "(0.1 - 0.01) s / 2 ms"
+    assert sorted(len(c.tokens) for c in bench.runner.batches[-1].chunks) == [1, 45], (
+        "(0.1 - 0.01) s / 2 ms"
+    )
 
 
 def test_the_clock_survives_outliers_and_targets_below_a_step() -> None:
@@ -297,7 +164,9 @@ def test_the_clock_survives_outliers_and_targets_below_a_step() -> None:
     assert 25 <= usual <= 35
     clock.observe(num_streams=2, num_decode=2, num_prefill=0, seconds=60)
     assert clock.prefill_budget(2) >= 16
-    assert StepClock(None).prefill_budget(9) > 1_000_000 and StepClock(0.001).prefill_budget(1) == 16
+    assert (
+        StepClock(None).prefill_budget(9) > 1_000_000 and StepClock(0.001).prefill_budget(1) == 16
+    )
 
 
 def test_lookup_guesses_pay_and_stop_when_they_do_not() -> None:
@@ -321,7 +190,14 @@ def test_service_counts_from_now_on_for_those_who_come_back() -> None:
     backlog = Backlog()
 
     def request(caller: str) -> Request:
-        return Request([1], SamplingParams(), 1, Detokenizer(piece), Channel(f"r{next(_ids)}", lambda _: None), caller=caller)
+        return Request(
+            [1],
+            SamplingParams(),
+            1,
+            Detokenizer(piece),
+            Channel(f"r{next(_ids)}", lambda _: None),
+            caller=caller,
+        )
 
     busy = request("busy")
     backlog.add(busy)
@@ -340,7 +216,10 @@ def test_a_prefix_that_lost_its_slot_comes_back_from_ram(truncate: bool) -> None
     runner = FakeRunner(n_slots=1, n_ctx=400, host_tokens=1000)
     runner.can_truncate = runner.can_fork = truncate  # type: ignore[misc]
     bench = Bench(runner)
-    talk = b"a long conversation that somebody will come back to, after others have had the slot for theirs; "
+    talk = (
+        b"a long conversation that somebody will come back to, "
+        b"after others have had the slot for theirs; "
+    )
     first = bench.add(talk, 5)
     bench.drain()
     bench.add(b"somebody else, with something else to say", 5)
@@ -357,6 +236,12 @@ def test_a_prompt_computed_again_for_a_late_grammar_is_charged_again() -> None:
     batch = bench.scheduler.schedule()
     bench.runner.execute(batch)
     bench.runner.slots[0].clear()
-    bench.scheduler.update(batch, StepOutput([(), (97,)], [0, len(bench.runner.slots[1])], late=(0,)))
+    bench.scheduler.update(
+        batch, StepOutput([(), (97,)], [0, len(bench.runner.slots[1])], late=(0,))
+    )
     service = bench.scheduler.waiting.service
-    assert slow.num_computed_tokens == 0 and service("slow") - service("other") > 30 and other.num_output_tokens == 1
+    assert (
+        slow.num_computed_tokens == 0
+        and service("slow") - service("other") > 30
+        and other.num_output_tokens == 1
+    )

@@ -97,7 +97,9 @@ def test_random_use_keeps_the_books(can_fork: bool) -> None:
         if busy and (rng.random() < 0.5 or cache.num_free == 0):
             cache.release(busy.pop(rng.randrange(len(busy))))
             continue
-        tokens = rng.choice(stems)[: rng.randrange(1, 90)] + [rng.randrange(9) for _ in range(rng.randrange(1, 20))]
+        tokens = rng.choice(stems)[: rng.randrange(1, 90)] + [
+            rng.randrange(9) for _ in range(rng.randrange(1, 20))
+        ]
         slot, cached, _ = cache.acquire(tokens)
         assert slot not in busy and slot.busy
         assert slot.tokens == tokens[:cached] and cached < len(tokens)

@@ -1,4 +1,5 @@
-"""Many short requests with random aborts: memory stays flat, every slot comes free, and what was not aborted equals a run alone."""
+"""Many short requests with random aborts: memory stays flat, every slot comes free, and what was
+not aborted equals a run alone."""
 
 from __future__ import annotations
 
@@ -17,13 +18,17 @@ import tiny_models
 from fakes import wait_for
 
 from llmkit.engine.integrity import check as check_books
-from llmkit.local import LocalEngine
-from llmkit.stream import Stream
-from llmkit.types import Completion, FinishReason, GenerationRequest, SamplingParams
+from llmkit.protocol import Completion, FinishReason, GenerationRequest, SamplingParams
+from llmkit.protocol.stream import Stream
+from llmkit.runtime.local import LocalEngine
 
 pytestmark = pytest.mark.model
 _ids = itertools.count()
-PREFIXES = ["", "You are a helpful assistant who answers in one word, always and without exception, please. ", "Once upon a time "]
+PREFIXES = [
+    "",
+    "You are a helpful assistant who answers in one word, always and without exception, please. ",
+    "Once upon a time ",
+]
 
 
 def submit(engine: LocalEngine, job: tuple[str, int, float, int], **request: Any) -> Stream:
@@ -32,18 +37,31 @@ def submit(engine: LocalEngine, job: tuple[str, int, float, int], **request: Any
     return engine.submit(GenerationRequest(f"soak-{next(_ids)}", params, prompt=prompt, **request))
 
 
-@pytest.mark.parametrize(("family", "count", "kinds"), [("tiny", 2000, 40), ("smollm2", int(os.environ.get("SOAK", "150")), 12)])
+@pytest.mark.parametrize(
+    ("family", "count", "kinds"),
+    [("tiny", 2000, 40), ("smollm2", int(os.environ.get("SOAK", "150")), 12)],
+)
 def test_a_soak_ends_as_it_began(tmp_path: Path, family: str, count: int, kinds: int) -> None:
     model = tiny_models.write(tmp_path / "tiny.gguf", "llama") if family == "tiny" else "smollm2"
     engine = LocalEngine(model, n_ctx=256, n_slots=4, deterministic=True, host_cache_mb=16)
     rng = random.Random(5)
-    jobs = [(rng.choice(PREFIXES) + f"word{i} " * rng.randrange(1, 9), rng.randrange(1, 12), rng.choice([0.0, 1.0]), i) for i in range(kinds)]
+    jobs = [
+        (
+            rng.choice(PREFIXES) + f"word{i} " * rng.randrange(1, 9),
+            rng.randrange(1, 12),
+            rng.choice([0.0, 1.0]),
+            i,
+        )
+        for i in range(kinds)
+    ]
     alone: list[Completion] = [submit(engine, job).result(60) for job in jobs]
     before = None
     running: list[tuple[int, Stream]] = []
     for i in range(count):
         kind = rng.randrange(kinds)
-        stream = submit(engine, jobs[kind], priority=rng.randrange(2), caller=f"c{rng.randrange(5)}")
+        stream = submit(
+            engine, jobs[kind], priority=rng.randrange(2), caller=f"c{rng.randrange(5)}"
+        )
         if rng.random() < 0.15:
             stream.close()
         running.append((kind, stream))
@@ -54,9 +72,18 @@ def test_a_soak_ends_as_it_began(tmp_path: Path, family: str, count: int, kinds:
     for entry in running:
         check(alone, *entry)
     assert before is not None and psutil.Process().memory_info().rss - before < 40 << 20
-    wait_for(lambda: engine.stats().num_running == engine.stats().num_waiting == engine.stats().kv_used_tokens == 0)
+    wait_for(
+        lambda: (
+            engine.stats().num_running
+            == engine.stats().num_waiting
+            == engine.stats().kv_used_tokens
+            == 0
+        )
+    )
     check_books(engine._engine._scheduler)
-    assert len(engine._runner._samplers) <= engine.stats().num_slots, "samplers end with their requests"
+    assert len(engine._runner._samplers) <= engine.stats().num_slots, (
+        "samplers end with their requests"
+    )
     engine.close()
 
 
@@ -86,7 +113,9 @@ import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)
 print(llm.generate("The", max_tokens=3).usage.completion_tokens, llm.stats.num_running)
 llm.unload()
 """
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     assert process.stdout is not None and process.stdout.readline() == "ready\n"
     rng = random.Random(2)
     import time
@@ -100,4 +129,7 @@ llm.unload()
         except ProcessLookupError:
             break
     out, errors = process.communicate(timeout=60)
-    assert process.returncode == 0 and out.endswith("3 0\n") and out.count("stopped") == 8, (out, errors)
+    assert process.returncode == 0 and out.endswith("3 0\n") and out.count("stopped") == 8, (
+        out,
+        errors,
+    )

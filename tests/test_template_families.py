@@ -18,8 +18,8 @@ from llmkit.chat.parsers.events import Content, Reasoning
 from llmkit.chat.reading import AnswerReader
 from llmkit.chat.template import TRIAL_STEPS, ChatTemplate
 from llmkit.errors import InvalidRequestError
-from llmkit.inquiries import prompt_tokens
-from llmkit.types import Completion, FinishReason, Message, ModelDescription, Tool, ToolCall
+from llmkit.protocol import Completion, FinishReason, Message, ModelDescription, Tool, ToolCall
+from llmkit.runtime.prompts import prompt_tokens
 
 FOLDER = Path(__file__).parent / "templates"
 FAMILIES = sorted(path.stem for path in FOLDER.glob("*.jinja"))
@@ -143,8 +143,14 @@ def test_it_is_compiled_and_tried_soon(family: str) -> None:
 def test_an_answer_after_a_result_is_no_reasoning_where_the_prompt_opens_none() -> None:
     """R1's template opens the tag after what a user said, and not after what a tool gave."""
     r1, qwen = template("deepseek-r1"), template("qwen3")
-    assert r1.reasoning == "think_always" and not r1.reasons_after_results and qwen.reasons_after_results
-    model = ModelDescription("r1", "r1.gguf", tool_form=r1.tool_form, reasoning=r1.reasoning, reasons_after_results=False)
+    assert (
+        r1.reasoning == "think_always"
+        and not r1.reasons_after_results
+        and qwen.reasons_after_results
+    )
+    model = ModelDescription(
+        "r1", "r1.gguf", tool_form=r1.tool_form, reasoning=r1.reasoning, reasons_after_results=False
+    )
     done = Completion("It is cold.", FinishReason.STOP)
     assert AnswerReader(model, after_results=True).whole(done) == [Content("It is cold.")]
     assert AnswerReader(model).whole(done) == [Reasoning("It is cold.")]

@@ -15,12 +15,13 @@ import pytest
 from fakes import wait_for
 
 from llmkit.engine.threads import ThreadGovernor
-from llmkit.turns import Turns
-from llmkit.waiting import deferred, uninterrupted
+from llmkit.runtime.turns import Turns
+from llmkit.system.waiting import deferred, uninterrupted
 
 
 class Machine:
-    """``cores`` of which ``busy`` are taken by others: as soon as a thread shares its core, all of them wait for it."""
+    """``cores`` of which ``busy`` are taken by others: as soon as a thread shares its core, all of
+    them wait for it."""
 
     def __init__(self, cores: int) -> None:
         self.cores, self.busy, self.threads, self.now = cores, 0, cores, 0.0
@@ -32,7 +33,13 @@ class Machine:
 
     def step(self, num_tokens: int) -> float:
         crowded = self.threads > self.cores - self.busy
-        seconds = 0.02 * (2 + num_tokens) / self.threads * (3 if crowded else 1) * self.rng.uniform(0.95, 1.1)
+        seconds = (
+            0.02
+            * (2 + num_tokens)
+            / self.threads
+            * (3 if crowded else 1)
+            * self.rng.uniform(0.95, 1.1)
+        )
         self.now += seconds
         self.spent[self.threads] = self.spent.get(self.threads, 0.0) + seconds
         return seconds
@@ -69,7 +76,9 @@ def test_a_machine_that_got_slower_for_good_is_not_tried_for_ever() -> None:
     switches = 0
     for _ in range(1000):
         before = machine.threads
-        governor.observe(8, 2 * machine.step(8))  # everything takes twice as long, whatever the count
+        governor.observe(
+            8, 2 * machine.step(8)
+        )  # everything takes twice as long, whatever the count
         switches += machine.threads != before
     assert governor.count == 4 and switches < 30
 
@@ -125,7 +134,8 @@ def test_a_turn_is_not_handed_to_one_that_was_stopped() -> None:
 
 
 def test_the_stop_button_waits_for_what_must_be_finished() -> None:
-    """Half of an unload would be worse than none: the work ends first, and an interrupt comes after it; what fails, fails."""
+    """Half of an unload would be worse than none: the work ends first, and an interrupt comes after
+    it; what fails, fails."""
     done = []
 
     def work() -> None:
@@ -148,11 +158,29 @@ def test_the_stop_button_waits_for_what_must_be_finished() -> None:
 @pytest.mark.model
 @pytest.mark.parametrize("chosen", [{}, {"GOMP_SPINCOUNT": "77"}, {"OMP_WAIT_POLICY": "active"}])
 def test_openmp_spins_shortly_unless_the_user_says_else(chosen: dict[str, str]) -> None:
-    """Told by OpenMP itself, which prints its settings when it is loaded; nothing of it stays in the environment for child processes."""
-    code = "import os; before = dict(os.environ); import llmkit.backend.llama; print(dict(os.environ) == before)"
-    outside = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
-    done = subprocess.run([sys.executable, "-c", code], env={**outside, **chosen, "OMP_DISPLAY_ENV": "verbose"}, capture_output=True, text=True, timeout=60)
+    """Told by OpenMP itself, which prints its settings when it is loaded; nothing of it stays in
+    the environment for child processes."""
+    code = (
+        "import os; before = dict(os.environ); import llmkit.backend.llama; "
+        "print(dict(os.environ) == before)"
+    )
+    outside = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**outside, **chosen, "OMP_DISPLAY_ENV": "verbose"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     assert done.stdout == "True\n"
     if "GOMP_SPINCOUNT" in done.stderr:  # GNU's OpenMP
         (count,) = set(re.findall(r"GOMP_SPINCOUNT = '(\w+)'", done.stderr))
-        assert count == chosen.get("GOMP_SPINCOUNT", "3000") if "OMP_WAIT_POLICY" not in chosen else count not in ("3000", "77")
+        assert (
+            count == chosen.get("GOMP_SPINCOUNT", "3000")
+            if "OMP_WAIT_POLICY" not in chosen
+            else count not in ("3000", "77")
+        )

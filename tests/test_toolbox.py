@@ -10,10 +10,12 @@ import pytest
 
 import llmkit
 from llmkit.errors import InvalidRequestError
-from llmkit.toolbox import Toolbox
+from llmkit.sessions.toolbox import Toolbox
 
 
-def weather(city: str, unit: Literal["C", "F"] = "C", days: list[int] | None = None) -> dict[str, Any]:
+def weather(
+    city: str, unit: Literal["C", "F"] = "C", days: list[int] | None = None
+) -> dict[str, Any]:
     """The weather of a city,
     today.
 
@@ -29,16 +31,32 @@ def weather(city: str, unit: Literal["C", "F"] = "C", days: list[int] | None = N
 def test_a_function_is_described_by_its_hints_and_docstring() -> None:
     (tool,) = Toolbox([weather]).tools
     properties = tool.parameters["properties"]
-    assert (tool.name, tool.description) == ("weather", "The weather of a city, today.") and tool.parameters["required"] == ["city"]
-    assert properties["city"] == {"description": "the city's name", "title": "City", "type": "string"} and properties["unit"]["enum"] == ["C", "F"]
-    assert properties["unit"]["description"] == "of the temperature" and tool.parameters["additionalProperties"] is False
+    assert (tool.name, tool.description) == (
+        "weather",
+        "The weather of a city, today.",
+    ) and tool.parameters["required"] == ["city"]
+    assert properties["city"] == {
+        "description": "the city's name",
+        "title": "City",
+        "type": "string",
+    } and properties["unit"]["enum"] == ["C", "F"]
+    assert (
+        properties["unit"]["description"] == "of the temperature"
+        and tool.parameters["additionalProperties"] is False
+    )
 
 
 def test_calls_are_checked_and_errors_are_told() -> None:
     box = Toolbox([weather])
-    assert json.loads(box.run("weather", '{"city": "Rome", "days": [1]}')) == {"city": "Rome", "unit": "C", "days": [1]}
+    assert json.loads(box.run("weather", '{"city": "Rome", "days": [1]}')) == {
+        "city": "Rome",
+        "unit": "C",
+        "days": [1],
+    }
     assert box.run("weather", '{"city": "Atlantis"}') == "Error: LookupError: no such city"
-    assert box.run("weather", '{"city": "Rome", "unit": "K"}').startswith("Error: ") and box.run("weather", "{}").startswith("Error: ")
+    assert box.run("weather", '{"city": "Rome", "unit": "K"}').startswith("Error: ") and box.run(
+        "weather", "{}"
+    ).startswith("Error: ")
 
 
 def test_tools_of_every_kind() -> None:
@@ -51,8 +69,13 @@ def test_tools_of_every_kind() -> None:
         return {("a", 1): circle}
 
     box = Toolbox([later, odd])
-    assert box.run("later", '{"schema": "x", "json": 2}') == "xx" and "[...]" in box.run("odd", "{}")
-    assert box.tools[0].parameters["required"] == ["schema", "json"] and box.run("later", '{"schema": "x"}') == "Error: json: Field required"
+    assert box.run("later", '{"schema": "x", "json": 2}') == "xx" and "[...]" in box.run(
+        "odd", "{}"
+    )
+    assert (
+        box.tools[0].parameters["required"] == ["schema", "json"]
+        and box.run("later", '{"schema": "x"}') == "Error: json: Field required"
+    )
 
 
 @pytest.mark.parametrize("bad", [[5], [weather, weather], [lambda x: x], [print]])
@@ -79,8 +102,20 @@ def test_the_loop_calls_and_answers(llm: llmkit.LLM) -> None:
         seen.append((a, b))
         return a + b
 
-    done = llm.chat("What is 1 + 2?", tools=[add], tool_choice="required", max_rounds=1, max_tokens=80, temperature=0)
-    assert seen and all(1 <= x <= 3 for pair in seen for x in pair) and done.text and "<tool_call>" not in done.text
+    done = llm.chat(
+        "What is 1 + 2?",
+        tools=[add],
+        tool_choice="required",
+        max_rounds=1,
+        max_tokens=80,
+        temperature=0,
+    )
+    assert (
+        seen
+        and all(1 <= x <= 3 for pair in seen for x in pair)
+        and done.text
+        and "<tool_call>" not in done.text
+    )
     with pytest.raises(InvalidRequestError, match="streamed"):
         llm.chat("x", tools=[add], stream=True)
     with pytest.raises(InvalidRequestError, match="no tool 'sub'"):

@@ -1,7 +1,15 @@
 import pytest
 
 from llmkit.errors import InvalidRequestError
-from llmkit.types import Completion, FinishReason, GenerationRequest, Message, RequestMetrics, SamplingParams, Usage
+from llmkit.protocol import (
+    Completion,
+    FinishReason,
+    GenerationRequest,
+    Message,
+    RequestMetrics,
+    SamplingParams,
+    Usage,
+)
 
 
 @pytest.mark.parametrize(
@@ -45,7 +53,10 @@ def test_friendly_forms_are_normalised() -> None:
 
 def test_only_what_differs_travels() -> None:
     assert SamplingParams().as_dict() == {}
-    assert SamplingParams(temperature=0, stop=("x",)).as_dict() == {"temperature": 0, "stop": ("x",)}
+    assert SamplingParams(temperature=0, stop=("x",)).as_dict() == {
+        "temperature": 0,
+        "stop": ("x",),
+    }
 
 
 def test_plain_greedy_needs_untouched_logits() -> None:
@@ -64,7 +75,16 @@ def test_a_request_has_a_prompt_or_messages() -> None:
 
 
 def test_completion_rates_and_repr() -> None:
-    c = Completion("hi", FinishReason.STOP, Usage(10, 5, 2), RequestMetrics(queue_s=0.5, ttft_s=1.5, decode_s=2.0))
+    c = Completion(
+        "hi",
+        FinishReason.STOP,
+        Usage(10, 5, 2),
+        RequestMetrics(queue_s=0.5, ttft_s=1.5, decode_s=2.0),
+    )
     assert c.decode_tok_s == 2.0
-    assert repr(c) == "Completion('hi', finish_reason='stop', prompt_tokens=10, completion_tokens=5)"
-    assert Completion("hi", FinishReason.STOP) == Completion("hi", FinishReason.STOP, metrics=RequestMetrics(1, 1, 1, 1))
+    assert (
+        repr(c) == "Completion('hi', finish_reason='stop', prompt_tokens=10, completion_tokens=5)"
+    )
+    assert Completion("hi", FinishReason.STOP) == Completion(
+        "hi", FinishReason.STOP, metrics=RequestMetrics(1, 1, 1, 1)
+    )

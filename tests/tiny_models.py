@@ -1,4 +1,5 @@
-"""Tiny random models of families that no small package carries: recurrent (Mamba), hybrid (Jamba), and a plain Llama with a LoRA adapter for it."""
+"""Tiny random models of families that no small package carries: recurrent (Mamba), hybrid (Jamba),
+and a plain Llama with a LoRA adapter for it."""
 
 from __future__ import annotations
 
@@ -14,16 +15,20 @@ INNER = 2 * N_EMBD
 N_VOCAB = 3 + 256
 
 
-def write(path: Path, architecture: str, seed: int = 0, *, template: str = "", control: Sequence[str] = ()) -> Path:
-    """A model that answers at random, but always the same. ``architecture``: llama, mamba or jamba. ``control`` tokens take the places of the last bytes, which
-    are in no text."""
+def write(
+    path: Path, architecture: str, seed: int = 0, *, template: str = "", control: Sequence[str] = ()
+) -> Path:
+    """A model that answers at random, but always the same. ``architecture``: llama, mamba or jamba.
+    ``control`` tokens take the places of the last bytes, which are in no text."""
     rng = np.random.default_rng(seed)
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_context_length(512)
     writer.add_embedding_length(N_EMBD)
     writer.add_block_count(N_LAYER)
     writer.add_layer_norm_rms_eps(1e-5)
-    attention = [architecture == "llama" or (architecture == "jamba" and i % 2 == 1) for i in range(N_LAYER)]
+    attention = [
+        architecture == "llama" or (architecture == "jamba" and i % 2 == 1) for i in range(N_LAYER)
+    ]
     writer.add_feed_forward_length(0 if architecture == "mamba" else N_FF)
     writer.add_head_count(0 if architecture == "mamba" else N_HEAD)
     if architecture == "jamba":
@@ -61,7 +66,8 @@ def write(path: Path, architecture: str, seed: int = 0, *, template: str = "", c
 
 
 def write_large(path: Path, n_embd: int = 4096, n_ff: int = 14336, n_layer: int = 8) -> Path:
-    """A gigabyte of zeros in Q4_0 that takes no place on the disk (the file is a hole) but seconds to load."""
+    """A gigabyte of zeros in Q4_0 that takes no place on the disk (the file is a hole) but seconds
+    to load."""
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_context_length(512)
     writer.add_embedding_length(n_embd)
@@ -77,7 +83,9 @@ def write_large(path: Path, n_embd: int = 4096, n_ff: int = 14336, n_layer: int 
         kind = gguf.GGMLQuantizationType.F32 if flat else gguf.GGMLQuantizationType.Q4_0
         stored = shape if flat else gguf.quant_shape_to_byte_shape(shape, kind)
         sizes.append(int(np.prod(stored)) * (4 if flat else 1))
-        writer.add_tensor_info(name, stored, np.dtype(np.float32 if flat else np.uint8), sizes[-1], raw_dtype=kind)
+        writer.add_tensor_info(
+            name, stored, np.dtype(np.float32 if flat else np.uint8), sizes[-1], raw_dtype=kind
+        )
 
     add("token_embd.weight", N_VOCAB, n_embd)
     add("output_norm.weight", n_embd)
@@ -86,7 +94,11 @@ def write_large(path: Path, n_embd: int = 4096, n_ff: int = 14336, n_layer: int 
             add(f"blk.{i}.attn_{part}.weight", n_embd, n_embd)
         for part in ("attn", "ffn"):
             add(f"blk.{i}.{part}_norm.weight", n_embd)
-        for part, shape in (("gate", (n_ff, n_embd)), ("up", (n_ff, n_embd)), ("down", (n_embd, n_ff))):
+        for part, shape in (
+            ("gate", (n_ff, n_embd)),
+            ("up", (n_ff, n_embd)),
+            ("down", (n_embd, n_ff)),
+        ):
             add(f"blk.{i}.ffn_{part}.weight", *shape)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -105,8 +117,14 @@ def write_lora(path: Path, scale: float = 1.0) -> Path:
     writer.add_string("adapter.type", "lora")
     writer.add_float32("adapter.lora.alpha", 4.0)
     for i in range(N_LAYER):
-        writer.add_tensor(f"blk.{i}.attn_v.weight.lora_a", (scale * rng.standard_normal((4, N_EMBD))).astype(np.float32))
-        writer.add_tensor(f"blk.{i}.attn_v.weight.lora_b", (scale * rng.standard_normal((N_EMBD, 4))).astype(np.float32))
+        writer.add_tensor(
+            f"blk.{i}.attn_v.weight.lora_a",
+            (scale * rng.standard_normal((4, N_EMBD))).astype(np.float32),
+        )
+        writer.add_tensor(
+            f"blk.{i}.attn_v.weight.lora_b",
+            (scale * rng.standard_normal((N_EMBD, 4))).astype(np.float32),
+        )
     _finish(writer)
     return path
 
@@ -131,7 +149,9 @@ def _add_vocabulary(writer: gguf.GGUFWriter, control: Sequence[str]) -> None:
     """Bytes, and control tokens."""
     kept = 256 - len(control)
     writer.add_tokenizer_model("llama")
-    writer.add_token_list(["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(kept)), *control])
+    writer.add_token_list(
+        ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(kept)), *control]
+    )
     writer.add_token_scores([0.0] * N_VOCAB)
     writer.add_token_types([2, 3, 3, *([6] * kept), *([3] * len(control))])
     writer.add_bos_token_id(1)

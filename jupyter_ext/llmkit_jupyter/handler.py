@@ -1,4 +1,4 @@
-"""The Jupyter adapter of the route table: Jupyter's identity and authorizer, OpenAI's error shape."""
+"""The Jupyter adapter: runs the route table with Jupyter's identities and authorizer."""
 
 from __future__ import annotations
 
@@ -13,19 +13,23 @@ from jupyter_server.auth.identity import LegacyIdentityProvider
 from jupyter_server.base.handlers import APIHandler
 from tornado import web
 
+from llmkit.gateway.access.identity import Identity
 from llmkit.gateway.app import Gateway
-from llmkit.gateway.auth import Identity
 from llmkit.gateway.exchange import Exchange
 from llmkit.gateway.failures import ApiError
 
 __all__ = ["JupyterGatewayHandler"]
 
 RESOURCE = "llmkit"
-OWN_PROVIDERS = (IdentityProvider, PasswordIdentityProvider, LegacyIdentityProvider)  # they know one user
+OWN_PROVIDERS = (
+    IdentityProvider,
+    PasswordIdentityProvider,
+    LegacyIdentityProvider,
+)  # single user
 
 
 class JupyterGatewayHandler(APIHandler):
-    """Runs every route under the mount, unknown ones included, for users that Jupyter lets in.
+    """Runs all routes under the mount, unknown ones included, for users that Jupyter admits.
 
     The authorizer is asked for ``read`` (GET) or ``execute`` (the rest) on the resource ``llmkit``.
     """
@@ -40,7 +44,8 @@ class JupyterGatewayHandler(APIHandler):
     async def prepare(self) -> None:  # type: ignore[override]
         headers = self.request.headers
         if "Authorization" not in headers and "x-api-key" in headers:
-            headers["Authorization"] = f"Bearer {headers['x-api-key']}"  # Anthropic's way to send a key
+            # How Anthropic's clients send a key.
+            headers["Authorization"] = f"Bearer {headers['x-api-key']}"
         try:
             await super().prepare()
         except web.HTTPError as error:
@@ -49,7 +54,7 @@ class JupyterGatewayHandler(APIHandler):
             raise
 
     def finish(self, *args: Any, **kwargs: Any) -> Any:
-        """What a route says of its content stays; Jupyter's API would call everything JSON."""
+        """Keep the route's content type; Jupyter's API would call everything JSON."""
         kwargs.setdefault("set_content_type", self._headers.get("Content-Type", "application/json"))
         return super().finish(*args, **kwargs)
 
@@ -58,24 +63,42 @@ class JupyterGatewayHandler(APIHandler):
         raise web.HTTPError(401)
 
     def _is_stranger(self) -> bool:
-        """Nobody is logged in. `check_host` failures set no user either, but those come with a host that is not ours."""
+        """Whether nobody is logged in. A foreign host leaves no user set either, but is refused."""
         return getattr(self, "_jupyter_current_user", None) is None and self.check_host()
 
     def _identity(self) -> Identity:
-        """Whoever has this server's own token or password is the user whose kernels these are, and shares their prefixes; others whom the identity provider
-        lets in (a hub's users, with shared access) are somebody else."""
+        """The caller. This server's own token or password means the owner of the kernels.
+
+        The owner shares their prefixes. Others whom the identity provider admits (a hub's users,
+        with shared access) are separate callers.
+        """
         name = str(self.current_user.username)
-        is_owner = type(self.identity_provider) in OWN_PROVIDERS or name == os.environ.get("JUPYTERHUB_USER")
-        return Identity("jupyter", cache_scope="") if is_owner else Identity(f"jupyter {name}")
+        is_owner = type(self.identity_provider) in OWN_PROVIDERS or name == os.environ.get(
+            "JUPYTERHUB_USER"
+        )
+        return (
+            Identity("jupyter", "user", cache_scope="")
+            if is_owner
+            else Identity(f"jupyter {name}", "user")
+        )
 
     async def _run(self, path: str | None = None) -> None:
         exchange = Exchange(self, path or "", self._identity(), self._gateway.held)
         action = "read" if self.request.method in ("GET", "HEAD") else "execute"
-        allowed = await ensure_async(self.authorizer.is_authorized(self, self.current_user, action, RESOURCE))
-        if self._is_gone:  # while the authorizer was asked
+        allowed = await ensure_async(
+            self.authorizer.is_authorized(self, self.current_user, action, RESOURCE)
+        )
+        if self._is_gone:  # disconnected during authorization
             return
         if not allowed:
-            exchange.send_error(ApiError(403, f"You may not {action} on {RESOURCE} here.", "permission_error", code="forbidden"))
+            exchange.send_error(
+                ApiError(
+                    403,
+                    f"You may not {action} on {RESOURCE} here.",
+                    "permission_error",
+                    code="forbidden",
+                )
+            )
             return
         self._task = asyncio.ensure_future(self._gateway.dispatch(exchange))
         with contextlib.suppress(asyncio.CancelledError):
@@ -111,13 +134,24 @@ class JupyterGatewayHandler(APIHandler):
             self._task.cancel()
 
     def write_error(self, status_code: int, **kwargs: Any) -> None:
-        """Errors from before the route, in the same shape."""
+        """Errors raised before the route, in the same shape."""
         exchange = Exchange(self, (self.path_args or [""])[0] or "")
         if status_code == 401:
-            message = "No valid token: send the Jupyter token as `Authorization: Bearer TOKEN`, or log in."
-            exchange.send_error(ApiError(401, message, "authentication_error", code="invalid_api_key"))
+            message = (
+                "No valid token: send the Jupyter token as `Authorization: Bearer TOKEN`, "
+                "or log in."
+            )
+            exchange.send_error(
+                ApiError(401, message, "authentication_error", code="invalid_api_key")
+            )
             return
         error = kwargs.get("exc_info", (None, None, None))[1]
         message = (error.log_message if isinstance(error, web.HTTPError) else None) or self._reason
-        kind = "server_error" if status_code >= 500 else "permission_error" if status_code == 403 else "invalid_request_error"
+        kind = (
+            "server_error"
+            if status_code >= 500
+            else "permission_error"
+            if status_code == 403
+            else "invalid_request_error"
+        )
         exchange.send_error(ApiError(status_code, message, kind))

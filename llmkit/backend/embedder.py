@@ -1,4 +1,5 @@
-"""A context that turns texts into vectors: a pooled model, whole sequences in each batch. Its own thread is the only caller."""
+"""A context that turns texts into vectors: a pooled model, with whole sequences in each batch. Only
+its own thread calls it."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ POOLINGS = (1, 2, 3, RANK)  # mean, first token, last token, a score
 
 
 class Embedder:
-    """Vectors of token sequences (``ranks``: scores of pairs). ``max_tokens`` is the longest sequence, and the size of a batch.
+    """Vectors of token sequences (``ranks``: scores of pairs). ``max_tokens`` is the longest
+    sequence, and the size of a batch.
 
     Raises `ModelLoadError` for a model that does not pool.
     """
@@ -37,17 +39,27 @@ class Embedder:
         library.log.clear()
         self._context: Any = C.llama_init_from_model(model.handle, params)
         if not self._context:
-            raise ModelLoadError("llama.cpp could not make a context: " + "; ".join(library.log.errors()))
+            raise ModelLoadError(
+                "llama.cpp could not create a context: " + "; ".join(library.log.errors())
+            )
         pooling = int(C.llama_pooling_type(self._context))
         self.ranks = pooling == RANK
-        self.size = int(C.llama_model_n_cls_out(model.handle) if self.ranks else C.llama_model_n_embd(model.handle))
+        self.size = int(
+            C.llama_model_n_cls_out(model.handle)
+            if self.ranks
+            else C.llama_model_n_embd(model.handle)
+        )
         if pooling not in POOLINGS:
             C.llama_free(self._context)
-            raise ModelLoadError("this model does not say how its vectors are pooled into one (mean, first or last token): it is no embedding model.")
+            raise ModelLoadError(
+                "this is not an embedding model: it does not say how token vectors are pooled "
+                "(mean, first or last token)."
+            )
         self._batch = C.llama_batch_init(max_tokens, 0, 1)
 
     def encode(self, sequences: Sequence[Sequence[int]]) -> np.ndarray:
-        """Vectors of at most `MAX_SEQUENCES` sequences of together at most ``max_tokens`` tokens: float32, shape (n, size). Raises `EngineError`."""
+        """Vectors of at most `MAX_SEQUENCES` sequences with at most ``max_tokens`` tokens together:
+        float32, shape (n, size). Raises `EngineError`."""
         at = 0
         for number, tokens in enumerate(sequences):
             for position, token in enumerate(tokens):
@@ -61,12 +73,16 @@ class Embedder:
             C.llama_memory_clear(memory, True)
         code = C.llama_decode(self._context, self._batch)
         if code:
-            raise EngineError(f"the texts could not be embedded: {'; '.join(library.log.errors(2)) or code}")
+            raise EngineError(
+                f"the texts could not be embedded: {'; '.join(library.log.errors(2)) or code}"
+            )
         C.llama_synchronize(self._context)
         vectors = np.empty((len(sequences), self.size), np.float32)
         for number in range(len(sequences)):
             source = C.llama_get_embeddings_seq(self._context, number)
-            vectors[number] = np.ctypeslib.as_array(ctypes.cast(source, ctypes.POINTER(ctypes.c_float)), (self.size,))
+            vectors[number] = np.ctypeslib.as_array(
+                ctypes.cast(source, ctypes.POINTER(ctypes.c_float)), (self.size,)
+            )
         return vectors
 
     def close(self) -> None:

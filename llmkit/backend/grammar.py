@@ -1,7 +1,8 @@
 """Grammars as token masks, by llguidance: compiled off the engine thread.
 
-The mask for the next token is computed on another thread while llama.cpp decodes (llguidance releases the GIL), so that it is there when the logits are. When
-it is not, its request sits the step out: the others do not wait for a grammar that is slow.
+The mask for the next token is computed on another thread while llama.cpp decodes (llguidance
+releases the GIL), so that it is ready when the logits are. If it is not, its request sits out the
+step: others do not wait for a slow grammar.
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ import numpy as np
 
 from llmkit.backend.gbnf import to_lark
 from llmkit.backend.vocab import Vocab, on_a_deep_stack
-from llmkit.errors import InvalidRequestError
-from llmkit.lanes import Lanes
-from llmkit.schema import normalized
-from llmkit.types import Grammar
+from llmkit.errors import EngineError, InvalidRequestError
+from llmkit.protocol import Grammar
+from llmkit.protocol.schema import normalized
+from llmkit.system.lanes import Lanes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -31,17 +32,17 @@ __all__ = ["Constraint", "GrammarCompiler", "Late", "Patience"]
 
 MAX_FORCED = 32
 MAX_KNOWN = 64
-SLOW_S, SMOOTHING = 0.002, 0.3  # a grammar whose calls take longer is asked on another thread
+SLOW_S, SMOOTHING = 0.002, 0.3  # a grammar with slower calls moves to another thread
 MAX_QUANTIFIERS, MAX_ALTERNATIVES = 4000, 1900
 QUANTIFIER = re.compile(r"\\.|\[(?:\\.|[^\]\\])*\]|([*+?{])", re.DOTALL)
 META = re.compile(r"[\\.+*?()|\[\]{}^$#&~/-]")
 STACK_BYTES = 512 << 20
-# One way to write JSON: fewer choices are more forced tokens.
+# One way to write JSON: fewer choices mean more forced tokens.
 JSON_STYLE: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
 class Late(Exception):
-    """The grammar did not have its mask ready in time."""
+    """The grammar's mask was not ready in time."""
 
 
 class Patience:
@@ -51,7 +52,7 @@ class Patience:
         self._left = seconds
 
     def wait(self, work: Future[None]) -> None:
-        """Raises `Late`, or what the work raised."""
+        """Wait for ``work``. Raises `Late`, or what the work raised."""
         if work.done():
             return work.result()
         start = time.perf_counter()
@@ -64,7 +65,8 @@ class Patience:
 
 
 class GrammarCompiler:
-    """Makes constraints for one vocabulary. Thread-safe; llguidance's picture of the vocabulary is made when the first grammar comes (about 0.1 s)."""
+    """Compiles constraints for one vocabulary. Thread-safe; llguidance's view of the vocabulary is
+    built with the first grammar (about 0.1 s)."""
 
     def __init__(self, vocab: Vocab) -> None:
         self._vocab = vocab
@@ -72,10 +74,12 @@ class GrammarCompiler:
         self._tokenizer: Any = None
         self._tokenizer_lock = threading.Lock()
         self._lanes = Lanes(2, "llmkit-mask")
-        self._known: OrderedDict[Grammar, Future[Any]] = OrderedDict()  # matchers to copy, and errors; or still at work
+        # Matchers to copy and errors; or compilations still running.
+        self._known: OrderedDict[Grammar, Future[Any]] = OrderedDict()
 
     def compile(self, grammar: Grammar, caller: str = "") -> Constraint | None:
-        """None for an optional grammar that is not valid. Raises `InvalidRequestError` that says what is wrong with any other. On the caller's thread."""
+        """The constraint, or None for an optional grammar that is invalid. Raises
+        `InvalidRequestError` with the reason for any other. Runs on the caller's thread."""
         with self._lock:
             work = self._known.get(grammar)
             mine = work is None
@@ -86,20 +90,23 @@ class GrammarCompiler:
                 self._known.popitem(last=False)
         if mine:
             try:
-                # llguidance recurses along chains of rules; without a deep stack a long one ends the process.
+                # llguidance recurses along chains of rules; without a deep stack a long chain kills
+                # the process.
                 work.set_result(on_a_deep_stack(STACK_BYTES, lambda: self._compile(grammar)))
             except BaseException as error:
-                work.set_exception(error)
+                # The stop button of one caller is no reason for another.
+                known = isinstance(error, Exception)
+                work.set_exception(error if known else EngineError("interrupted; try again"))
                 with self._lock:
                     self._known.pop(grammar, None)
                 raise
-        found = work.result()
-        if isinstance(found, InvalidRequestError):
+        compiled = work.result()
+        if isinstance(compiled, InvalidRequestError):
             if grammar.optional:
                 return None
-            raise InvalidRequestError(str(found), found.param)
-        with self._tokenizer_lock:  # copies of one matcher are made one after the other
-            copy = found.deep_copy()
+            raise InvalidRequestError(str(compiled), compiled.param)
+        with self._tokenizer_lock:  # copies of one matcher must not overlap
+            copy = compiled.deep_copy()
         return Constraint(copy, self._vocab, lambda work: self._lanes.submit(caller, work))
 
     def _compile(self, grammar: Grammar) -> Any:
@@ -109,13 +116,22 @@ class GrammarCompiler:
             with self._tokenizer_lock:
                 if self._tokenizer is None:
                     self._tokenizer = make_tokenizer(self._vocab)
-            matcher = llguidance.LLMatcher(self._tokenizer, source(grammar), log_level=0, limits=limits())
+            matcher = llguidance.LLMatcher(
+                self._tokenizer, source(grammar), log_level=0, limits=limits()
+            )
             problem = matcher.get_error() if matcher.is_error() else self._try(matcher.deep_copy())
         except InvalidRequestError as error:
-            return InvalidRequestError(str(error) if grammar.kind in str(error) else f"{grammar.kind}: {error}", grammar.origin)
-        except BaseException as error:  # a panic of the library is no Exception
+            return InvalidRequestError(
+                str(error) if grammar.kind in str(error) else f"{grammar.kind}: {error}",
+                grammar.origin,
+            )
+        except BaseException as error:  # the library's panics are not Exceptions
             problem = str(error)
-        return matcher if problem is None else InvalidRequestError(_said(grammar, str(problem)), grammar.origin)
+        return (
+            matcher
+            if problem is None
+            else InvalidRequestError(_explanation(grammar, str(problem)), grammar.origin)
+        )
 
     def _try(self, copy: Any) -> str | None:
         """What is wrong with the first token: none is possible, or its mask costs too much."""
@@ -123,7 +139,9 @@ class GrammarCompiler:
         copy.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
         if not copy.is_error():
             copy.compute_ff_tokens()
-        allowed = np.flatnonzero(np.unpackbits(mask.view(np.uint8), count=self._vocab.n_tokens, bitorder="little"))
+        allowed = np.flatnonzero(
+            np.unpackbits(mask.view(np.uint8), count=self._vocab.n_tokens, bitorder="little")
+        )
         usable = [int(t) for t in allowed[:64] if not self._vocab.is_end(int(t))]
         if usable and not copy.is_error():
             copy.consume_token(usable[0])
@@ -133,20 +151,25 @@ class GrammarCompiler:
         self._lanes.close()
 
 
-def _said(grammar: Grammar, problem: str) -> str:
-    """What llguidance says, reworded where its message would mislead."""
-    line = problem.strip().splitlines()[0] if problem.strip() else "it cannot be read"
+def _explanation(grammar: Grammar, problem: str) -> str:
+    """llguidance's message, reworded where it would mislead."""
+    line = problem.strip().splitlines()[0] if problem.strip() else "it cannot be parsed"
     if "NoExtensionBias" in problem:
-        return f"the grammar ({grammar.kind}) has no finite text."
+        return f"the grammar ({grammar.kind}) matches no finite text."
     if "coerce_one_of" in problem:
-        return f"{grammar.origin}: oneOf has cases that may both fit, which cannot be held; use anyOf."
+        return (
+            f"{grammar.origin}: oneOf has cases that overlap, which cannot be enforced; use anyOf."
+        )
     if any(word in problem for word in ("oo many", "too big", "fuel", "panic", "max is")):
-        return f"the grammar ({grammar.kind}) is too large, or keeps too many possibilities open at a time ({line:.200}); make it simpler."
+        return (
+            f"the grammar ({grammar.kind}) is too large or too ambiguous ({line:.200}); "
+            "simplify it."
+        )
     return f"the grammar ({grammar.kind}) is not valid: {line:.500}"
 
 
 def limits() -> Any:
-    """What one grammar may cost: far less than the library's own bounds, which are those of a single user."""
+    """What one grammar may cost: far below the library's own limits, which assume a single user."""
     import llguidance
 
     return llguidance.LLParserLimits(
@@ -161,28 +184,48 @@ def limits() -> Any:
 
 
 def source(grammar: Grammar) -> str:
-    """A grammar in llguidance's own form."""
+    """The grammar in llguidance's own form."""
     import llguidance
 
     match grammar.kind:
         case "json_schema":
             schema = normalized(_json(grammar))
-            return str(llguidance.LLMatcher.grammar_from_json_schema(json.dumps(schema), defaults=JSON_STYLE))
+            return str(
+                llguidance.LLMatcher.grammar_from_json_schema(
+                    json.dumps(schema), defaults=JSON_STYLE
+                )
+            )
         case "regex":
-            if sum(map(bool, QUANTIFIER.findall(grammar.text))) > MAX_QUANTIFIERS:  # what it takes to read them grows with their square
-                raise InvalidRequestError(f"regex: at most {MAX_QUANTIFIERS} repetitions can be read.", grammar.origin)
+            # Parsing time grows with the square of their number.
+            if sum(map(bool, QUANTIFIER.findall(grammar.text))) > MAX_QUANTIFIERS:
+                raise InvalidRequestError(
+                    f"regex: at most {MAX_QUANTIFIERS} repetitions are supported.", grammar.origin
+                )
             return str(llguidance.LLMatcher.grammar_from_regex(grammar.text))
         case "choice":
             choices = json.loads(grammar.text)
-            if not isinstance(choices, list) or not choices or not all(isinstance(c, str) and c for c in choices):
-                raise InvalidRequestError("choice must be a list of texts, none of them empty.", "grammar")
-            # One regular expression is one automaton; thousands of rules would be too many for the parser.
-            return str(llguidance.LLMatcher.grammar_from_regex("|".join(re.sub(META, r"\\\g<0>", c) for c in choices)))
+            if (
+                not isinstance(choices, list)
+                or not choices
+                or not all(isinstance(c, str) and c for c in choices)
+            ):
+                raise InvalidRequestError("choice must be a list of non-empty strings.", "grammar")
+            # One regular expression is one automaton; thousands of rules would overload the parser.
+            return str(
+                llguidance.LLMatcher.grammar_from_regex(
+                    "|".join(re.sub(META, r"\\\g<0>", c) for c in choices)
+                )
+            )
         case "gbnf":
             return str(llguidance.LLMatcher.grammar_from_lark(to_lark(grammar.text)))
         case _:
-            if max((line.count("|") for line in re.split(r"\n(?![ \t]*\|)", grammar.text)), default=0) > MAX_ALTERNATIVES:
-                raise InvalidRequestError(f"a rule of the grammar has more than {MAX_ALTERNATIVES} cases; they cannot be kept apart.", grammar.origin)
+            rules = re.split(r"\n(?![ \t]*\|)", grammar.text)
+            if max((rule.count("|") for rule in rules), default=0) > MAX_ALTERNATIVES:
+                raise InvalidRequestError(
+                    f"a grammar rule has too many alternatives; at most {MAX_ALTERNATIVES} are "
+                    "supported.",
+                    grammar.origin,
+                )
             return str(llguidance.LLMatcher.grammar_from_lark(grammar.text))
 
 
@@ -190,11 +233,13 @@ def _json(grammar: Grammar) -> Any:
     try:
         return json.loads(grammar.text)
     except (ValueError, RecursionError) as error:
-        raise InvalidRequestError(f"{grammar.origin}: the schema is not valid JSON: {error}", grammar.origin) from None
+        raise InvalidRequestError(
+            f"{grammar.origin}: the schema is not valid JSON: {error}", grammar.origin
+        ) from None
 
 
 def make_tokenizer(vocab: Vocab) -> Any:
-    """llguidance's picture of the vocabulary: the bytes of every token, and our tokenizer for what a grammar forces."""
+    """llguidance's view of the vocabulary: token bytes, and our tokenizer for forced text."""
     import llguidance
 
     class Tokens:
@@ -206,16 +251,22 @@ def make_tokenizer(vocab: Vocab) -> Any:
         def __call__(self, text: bytes) -> list[int]:
             return vocab.tokenize(text.decode("utf-8", "replace"), add_special=False)
 
-    return llguidance.LLTokenizer(llguidance.TokenizerWrapper(Tokens()), n_vocab=vocab.n_tokens, eos_token=vocab.eos)
+    return llguidance.LLTokenizer(
+        llguidance.TokenizerWrapper(Tokens()), n_vocab=vocab.n_tokens, eos_token=vocab.eos
+    )
 
 
 class Constraint:
-    """What one request's text must look like from here on. Engine thread, but for the work that it gives to ``submit``.
+    """What one request's text must match from here on. Engine thread, except for work passed to
+    ``submit``.
 
-    What a grammar asks for is usually a matter of microseconds and is done at once. One that proves slow works elsewhere, and its request waits for it alone.
+    A grammar usually answers within microseconds, inline. A slow one works on another thread, and
+    only its own request waits.
     """
 
-    def __init__(self, matcher: Any, vocab: Vocab, submit: Callable[[Callable[[], None]], Future[None]]) -> None:
+    def __init__(
+        self, matcher: Any, vocab: Vocab, submit: Callable[[Callable[[], None]], Future[None]]
+    ) -> None:
         self._matcher = matcher
         self._submit = submit
         self._n_vocab = vocab.n_tokens
@@ -223,10 +274,10 @@ class Constraint:
         self._is_end = vocab.is_end
         self._mask: np.ndarray = np.zeros(-(-vocab.n_tokens // 32), np.int32)
         self._work: Future[None] | None = None
-        self._fresh = False  # the mask is that of the next token
-        self._allowed: tuple[int, bool] | None = None  # the answer to a question that was asked elsewhere
+        self._fresh = False  # the mask is for the next token
+        self._allowed: tuple[int, bool] | None = None  # the token checked last, and the answer
         self._forced: Sequence[int] = ()
-        self._step_s = 0.0  # what a call takes, smoothed
+        self._step_s = 0.0  # seconds per call, smoothed
         self._seconds = 0.0
         self._compute()
         self._fresh = True
@@ -241,7 +292,7 @@ class Constraint:
         return seconds
 
     def prepare(self) -> None:
-        """Begin to compute the mask for the next token."""
+        """Start computing the mask for the next token."""
         if not self._fresh and self._work is None:
             self._work = self._submit(self._timed_mask)
 
@@ -256,7 +307,7 @@ class Constraint:
         self._seconds += time.perf_counter() - start
 
     def _do(self, work: Callable[[], None], patience: Patience) -> None:
-        """Now where that is quick, else elsewhere. Raises `Late`."""
+        """Work inline if the grammar is fast, else on another thread. Raises `Late`."""
         if self._step_s > SLOW_S:
             self._work = self._submit(lambda: self._timed(work))
             self._settle(patience)
@@ -272,7 +323,7 @@ class Constraint:
         self._step_s += SMOOTHING * (seconds - self._step_s)
 
     def _settle(self, patience: Patience) -> None:
-        """Nobody else is at the matcher any more. Raises `Late`, and `InvalidRequestError` when the grammar failed."""
+        """Wait until the matcher is free. Raises `Late`, or `InvalidRequestError` on a failure."""
         if self._work is not None:
             patience.wait(self._work)
             self._work = None
@@ -280,10 +331,13 @@ class Constraint:
 
     def _check(self) -> None:
         if self._matcher.is_error():
-            raise InvalidRequestError(f"the grammar cannot go on: {str(self._matcher.get_error()).splitlines()[0]:.300}", "grammar")
+            raise InvalidRequestError(
+                f"the grammar failed: {str(self._matcher.get_error()).splitlines()[0]:.300}",
+                "grammar",
+            )
 
     def allows(self, token: int, patience: Patience | None = None) -> bool:
-        """Whether the token may come next. Raises `Late`, and `InvalidRequestError` when the grammar itself failed."""
+        """Whether the token may come next. Raises `Late`, or `InvalidRequestError` on a failure."""
         patience = patience or Patience(math.inf)
         self._settle(patience)
         if self._matcher.is_stopped():
@@ -301,7 +355,7 @@ class Constraint:
         self._allowed = (token, self._matcher.validate_tokens([token]) == 1)
 
     def apply(self, logits: np.ndarray, patience: Patience) -> None:
-        """Rule out what may not come next: logits of shape (n_vocab,) become minus infinity there. Raises as ``allows``."""
+        """Set logits, shape (n_vocab,), of disallowed tokens to -inf. Raises as ``allows``."""
         self._settle(patience)
         if self._matcher.is_stopped():
             allowed = np.zeros(self._n_vocab, bool)
@@ -309,12 +363,14 @@ class Constraint:
             if not self._fresh:
                 self.prepare()
                 self._settle(patience)
-            allowed = np.unpackbits(self._mask.view(np.uint8), count=self._n_vocab, bitorder="little").view(bool)
+            allowed = np.unpackbits(
+                self._mask.view(np.uint8), count=self._n_vocab, bitorder="little"
+            ).view(bool)
         allowed[self._end] = self._matcher.is_stopped() or self._matcher.is_accepting()
         logits[~allowed] = -np.inf
 
     def accept(self, token: int, with_mask: bool = False) -> None:
-        """The token was chosen. ``with_mask``: the mask for the next one will be wanted."""
+        """Take in the chosen token. ``with_mask``: the mask for the next one will be needed."""
         self._fresh, self._allowed, self._forced = False, None, ()
 
         def work() -> None:
@@ -336,5 +392,5 @@ class Constraint:
 
     @property
     def forced(self) -> Sequence[int]:
-        """The tokens that the grammar leaves no choice but to come next, as far as that is known by now."""
+        """The tokens that the grammar leaves as the only continuation, as far as known by now."""
         return self._forced if self.ready else ()

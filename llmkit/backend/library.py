@@ -1,4 +1,5 @@
-"""llama.cpp as a library: loaded once, its log kept instead of printed, its short calls without a GIL hand-over.
+"""llama.cpp as a library: loaded once, its log kept instead of printed, its short calls made
+without releasing the GIL.
 
 Only `llmkit.backend` imports llama_cpp, and always through this module.
 """
@@ -22,17 +23,37 @@ with short_spins():
     import llama_cpp
     import llama_cpp.llama_cpp as C
 
-__all__ = ["VERSION", "C", "Device", "Log", "devices", "gpu_backend", "log", "num_threads", "short", "start", "strlen"]
+__all__ = [
+    "VERSION",
+    "C",
+    "Device",
+    "Log",
+    "devices",
+    "gpu_backend",
+    "log",
+    "num_threads",
+    "short",
+    "start",
+    "strlen",
+]
 
 VERSION = str(llama_cpp.__version__)
 LOG_LEVEL_ERROR = 3
 BUFFER = re.compile(r"\b(\S+) +(model|KV|RS|compute|output) buffer size *= *([\d.]+) MiB")
-BUFFER_KINDS = {"model": "weights", "KV": "kv", "RS": "kv", "compute": "compute", "output": "compute"}
+BUFFER_KINDS = {
+    "model": "weights",
+    "KV": "kv",
+    "RS": "kv",
+    "compute": "compute",
+    "output": "compute",
+}
 
 
 def num_threads() -> int:
     """Cores this process may use: affinity and cgroup quota, at least 1."""
-    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    count = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
     with contextlib.suppress(OSError, ValueError):
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
         if quota != "max":
@@ -57,10 +78,12 @@ class Log:
             else:
                 self._lines.append((level, text.rstrip("\n")))
             self._open = not text.endswith("\n")
-            found = None if self._open else BUFFER.search(self._lines[-1][1])
-            if found and not found[1].startswith(("CPU", "AMX")) and not found[1].endswith("_Host"):
-                kind = BUFFER_KINDS[found[2]]
-                self._device_bytes[kind] = self._device_bytes.get(kind, 0) + int(float(found[3]) * (1 << 20))
+            match = None if self._open else BUFFER.search(self._lines[-1][1])
+            if match and not match[1].startswith(("CPU", "AMX")) and not match[1].endswith("_Host"):
+                kind = BUFFER_KINDS[match[2]]
+                self._device_bytes[kind] = self._device_bytes.get(kind, 0) + int(
+                    float(match[3]) * (1 << 20)
+                )
 
     def clear(self) -> None:
         with self._lock:
@@ -68,14 +91,17 @@ class Log:
             self._device_bytes.clear()
 
     def device_bytes(self) -> dict[str, int]:
-        """The buffers on GPUs that llama.cpp has told of since ``clear``: bytes of "weights", "kv" and "compute"."""
+        """GPU buffers that llama.cpp has reported since ``clear``: bytes of "weights", "kv" and
+        "compute"."""
         with self._lock:
             return dict(self._device_bytes)
 
     def errors(self, count: int = 4) -> list[str]:
-        """The newest error lines, oldest first; any lines when there is no error among them."""
+        """The latest error lines, oldest first; any lines if none is an error."""
         with self._lock:
-            lines = [text for level, text in self._lines if level == LOG_LEVEL_ERROR] or [text for _, text in self._lines]
+            lines = [text for level, text in self._lines if level == LOG_LEVEL_ERROR] or [
+                text for _, text in self._lines
+            ]
         return [line for line in lines if line.strip()][-count:]
 
 
@@ -92,9 +118,10 @@ def start() -> None:
     """Initialise the backend; later calls do nothing."""
     C.llama_log_set(_keep_log, ctypes.c_void_p(0))
     with short_spins():
-        if not _ggml("ggml_backend_dev_count", ctypes.c_size_t)():  # a build with a variant for each kind of CPU, which chooses now
+        if not _ggml("ggml_backend_dev_count", ctypes.c_size_t)():
+            # A build with one library per type of CPU, selected here. Wheels differ in its folder.
             beside = Path(str(C._lib._name)).parent
-            for folder in (beside, beside.parents[1] / "bin"):  # where the wheel puts them differs
+            for folder in (beside, beside.parents[1] / "bin"):
                 if any(folder.glob("*ggml-cpu*")):
                     _ggml("ggml_backend_load_all_from_path", None)(os.fsencode(folder))
                     break
@@ -102,12 +129,15 @@ def start() -> None:
 
 
 def _ggml(name: str, result: Any) -> Any:
-    """A function of the very ggml that llama.cpp uses: a wheel may hold a second copy of it, which knows nothing of this one's devices."""
+    """A function of the very ggml that llama.cpp uses: a wheel may hold a second copy, which does
+    not know this one's devices."""
     function = getattr(C._lib, name, None)
-    if function is None:  # Windows looks into one library only
+    if function is None:  # Windows searches one library only
         from llama_cpp._ggml import libggml
 
-        function = getattr(libggml, name, None) or getattr(ctypes.CDLL(str(libggml._name).replace("ggml.", "ggml-base.")), name)
+        function = getattr(libggml, name, None) or getattr(
+            ctypes.CDLL(str(libggml._name).replace("ggml.", "ggml-base.")), name
+        )
     function.restype = result
     return function
 
@@ -118,7 +148,8 @@ def _pydll() -> ctypes.PyDLL:
 
 
 def short(name: str) -> Any:
-    """A function of libllama for calls of microseconds: it keeps the GIL, so no busy thread can take it in between.
+    """A libllama function for calls of microseconds: it keeps the GIL, so no busy thread can take
+    it in between.
 
     Argument and result types are those of the ordinary binding.
     """
@@ -139,19 +170,32 @@ class Device(NamedTuple):
 
 
 def devices() -> list[Device]:
-    """All devices of this build: the CPU, and GPUs (CUDA, Metal, Vulkan, ROCm alike)."""
+    """All devices of this build: the CPU, and GPUs (CUDA, Metal, Vulkan or ROCm)."""
     start()
     get = _ggml("ggml_backend_dev_get", ctypes.c_void_p)
     get.argtypes = [ctypes.c_size_t]
-    name_of, description_of = (_ggml(f"ggml_backend_dev_{what}", ctypes.c_char_p) for what in ("name", "description"))
-    type_of, memory_of = _ggml("ggml_backend_dev_type", ctypes.c_int), _ggml("ggml_backend_dev_memory", None)
-    found = []
+    name_of, description_of = (
+        _ggml(f"ggml_backend_dev_{what}", ctypes.c_char_p) for what in ("name", "description")
+    )
+    type_of, memory_of = (
+        _ggml("ggml_backend_dev_type", ctypes.c_int),
+        _ggml("ggml_backend_dev_memory", None),
+    )
+    result = []
     for i in range(_ggml("ggml_backend_dev_count", ctypes.c_size_t)()):
         device = ctypes.c_void_p(get(i))
         free, total = ctypes.c_size_t(), ctypes.c_size_t()
         memory_of(device, ctypes.byref(free), ctypes.byref(total))
-        found.append(Device(name_of(device).decode(), description_of(device).decode(), type_of(device) in (1, 2), free.value, total.value))
-    return found
+        result.append(
+            Device(
+                name_of(device).decode(),
+                description_of(device).decode(),
+                type_of(device) in (1, 2),
+                free.value,
+                total.value,
+            )
+        )
+    return result
 
 
 def gpu_backend() -> bool:
@@ -160,7 +204,8 @@ def gpu_backend() -> bool:
 
 
 def strlen() -> Any:
-    """libc's strlen as an abort callback over a two-byte flag: true when the flag is set. ggml asks hundreds of times a decode, where a Python function
-    would need the GIL each time (beside a busy cell that costs a second a token)."""
+    """libc's strlen as an abort callback over a two-byte flag: true when the flag is set. ggml
+    calls it hundreds of times per decode, where a Python function would need the GIL each time
+    (beside a busy cell that costs a second per token)."""
     libc = ctypes.CDLL(None) if sys.platform != "win32" else ctypes.cdll.msvcrt
     return ctypes.cast(libc.strlen, C.ggml_abort_callback)

@@ -1,4 +1,4 @@
-"""The weights of a GGUF file in llama.cpp, and what the file says of itself."""
+"""The weights of a GGUF file in llama.cpp, and what the file says about itself."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from llmkit.backend import library
 from llmkit.backend.library import C
 from llmkit.backend.vocab import Vocab
 from llmkit.errors import ModelLoadError
-from llmkit.waiting import wait_through
+from llmkit.system.waiting import wait_through
 
 __all__ = ["LlamaModel", "requantize"]
 
@@ -26,11 +26,17 @@ FTYPES = {"Q4_0": 2, "Q8_0": 7}
 class LlamaModel:
     """The weights of one file, read-only once loaded; contexts share them.
 
-    ``on_progress`` hears ten times a second what share is loaded (0 to 1), on the caller's thread. Raises `ModelLoadError` with llama.cpp's last error lines.
-    A KeyboardInterrupt ends the load.
+    ``on_progress`` receives the share loaded (0 to 1) ten times a second, on the caller's thread.
+    Raises `ModelLoadError` with llama.cpp's last error lines. A KeyboardInterrupt cancels the load.
     """
 
-    def __init__(self, path: Path, *, n_gpu_layers: int = -1, on_progress: Callable[[float], None] = lambda _: None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        n_gpu_layers: int = -1,
+        on_progress: Callable[[float], None] = lambda _: None,
+    ) -> None:
         library.start()
         library.log.clear()
         cancelled, ended, loaded = threading.Event(), threading.Event(), [0.0]
@@ -57,7 +63,8 @@ class LlamaModel:
             finally:
                 ended.set()
 
-        # In a thread of its own, so that the stop button reaches the waiting one. Not joined, see `llmkit.waiting`.
+        # In its own thread, so that the stop button reaches the waiting one. Not joined, see
+        # `llmkit.system.waiting`.
         claimed = threading.Lock()
         try:
             threading.Thread(target=load, name="llmkit-load", daemon=True).start()
@@ -65,19 +72,22 @@ class LlamaModel:
                 on_progress(loaded[0])
         except KeyboardInterrupt:
             cancelled.set()
-            if not claimed.acquire(blocking=False):  # it has begun
+            if not claimed.acquire(blocking=False):  # the load has begun
                 with contextlib.suppress(KeyboardInterrupt):
                     wait_through(ended)
             self.close()
             raise KeyboardInterrupt("loading was stopped") from None
         if not self.handle:
-            raise ModelLoadError(f"llama.cpp could not load {path}: " + "; ".join(library.log.errors()))
+            raise ModelLoadError(
+                f"llama.cpp could not load {path}: " + "; ".join(library.log.errors())
+            )
         try:
             self.device_bytes = library.log.device_bytes()
             self.vocab = Vocab(self.handle)
         except BaseException:
             self.close()
             raise
+        on_progress(1.0)
 
     @property
     def n_ctx_train(self) -> int:
@@ -93,12 +103,19 @@ class LlamaModel:
 
     @property
     def can_generate(self) -> bool:
-        plain = C.llama_model_has_decoder(self.handle) and not C.llama_model_has_encoder(self.handle) and not C.llama_model_is_diffusion(self.handle)
-        return bool(plain) and int(C.llama_vocab_type(C.llama_model_get_vocab(self.handle))) != VOCAB_TYPE_NONE
+        plain = (
+            C.llama_model_has_decoder(self.handle)
+            and not C.llama_model_has_encoder(self.handle)
+            and not C.llama_model_is_diffusion(self.handle)
+        )
+        return (
+            bool(plain)
+            and int(C.llama_vocab_type(C.llama_model_get_vocab(self.handle))) != VOCAB_TYPE_NONE
+        )
 
     @property
     def is_recurrent(self) -> bool:
-        """Recurrent or hybrid: its state cannot be cut back to an earlier position."""
+        """Recurrent or hybrid: its state cannot be truncated to an earlier position."""
         return bool(C.llama_model_is_recurrent(self.handle) or C.llama_model_is_hybrid(self.handle))
 
     @property
@@ -106,7 +123,7 @@ class LlamaModel:
         return int(C.llama_model_n_swa(self.handle)) > 0
 
     def close(self) -> None:
-        """Free the weights; after all runners."""
+        """Free the weights; only after all runners are closed."""
         if self.handle:
             C.llama_model_free(self.handle)
             self.handle = None
@@ -114,14 +131,15 @@ class LlamaModel:
 
 
 def _return_free_memory() -> None:
-    """glibc keeps freed memory for later; a notebook user wants to see it gone."""
+    """glibc keeps freed memory for reuse; a notebook user wants to see it returned."""
     if sys.platform == "linux":
         with contextlib.suppress(AttributeError, OSError):
             ctypes.CDLL(None).malloc_trim(0)
 
 
 def requantize(source: Path, target: Path, quantization: str) -> None:
-    """Write a model's weights in another type, "Q8_0" or "Q4_0". Raises `ModelLoadError`, and leaves nothing behind then."""
+    """Write a model's weights in another type, "Q8_0" or "Q4_0". Raises `ModelLoadError`, and then
+    leaves no file behind."""
     library.start()
     library.log.clear()
     params = C.llama_model_quantize_default_params()
@@ -129,4 +147,6 @@ def requantize(source: Path, target: Path, quantization: str) -> None:
     params.allow_requantize = True
     if C.llama_model_quantize(os.fsencode(source), os.fsencode(target), ctypes.byref(params)):
         target.unlink(missing_ok=True)
-        raise ModelLoadError(f"llama.cpp could not quantize {source}: " + "; ".join(library.log.errors()))
+        raise ModelLoadError(
+            f"llama.cpp could not quantize {source}: " + "; ".join(library.log.errors())
+        )

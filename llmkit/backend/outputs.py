@@ -1,4 +1,4 @@
-"""Outputs of part of a step put together into the output of a step. Pure."""
+"""Combines the outputs of parts of a step into the output of the step. Pure."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ __all__ = ["merged", "with_gaps"]
 
 
 def with_gaps(chunks: Sequence[Chunk], output: StepOutput, missing: AbstractSet[int]) -> StepOutput:
-    """The output with places for chunks that were left out: their slots are empty now."""
+    """The output with places for the chunks left out: their slots are empty now."""
     kept = [None if c.slot in missing else c for c in chunks]
 
     def spread(values: Sequence[Any], gap: Any) -> list[Any]:
-        found = iter(values)
-        return [gap if c is None else next(found) for c in kept] if values else []
+        left = iter(values)
+        return [gap if c is None else next(left) for c in kept] if values else []
 
     return replace(
         output,
@@ -30,11 +30,18 @@ def with_gaps(chunks: Sequence[Chunk], output: StepOutput, missing: AbstractSet[
     )
 
 
-def merged(outputs: Sequence[tuple[StepOutput, int]], lost: Sequence[int], faults: Sequence[tuple[int, str]]) -> StepOutput:
-    """One output out of several: for each chunk, the output that has it and its place there. ``faults`` are those of the whole step."""
+def merged(
+    outputs: Sequence[tuple[StepOutput, int]],
+    lost: Sequence[int],
+    faults: Sequence[tuple[int, str]],
+) -> StepOutput:
+    """One output from several: for each chunk, the output that contains it and its place there.
+    ``faults`` are those of the whole step."""
 
     def each(name: str, gap: Any) -> list[Any]:
-        return [values[place] if (values := getattr(output, name)) else gap for output, place in outputs]
+        return [
+            values[place] if (values := getattr(output, name)) else gap for output, place in outputs
+        ]
 
     whole = list({id(output): output for output, _ in outputs}.values())
     return StepOutput(

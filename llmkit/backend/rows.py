@@ -1,4 +1,4 @@
-"""The batch that goes down to llama.cpp: one for the life of a context, its arrays owned by numpy. Engine thread only."""
+"""The batch passed to llama.cpp: one per context, its arrays owned by numpy. Engine thread only."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ __all__ = ["Rows"]
 
 
 class Rows:
-    """At most ``size`` tokens, each with its sequence and position, and whether logits are wanted after it."""
+    """At most ``size`` tokens, each with sequence and position, and whether its logits are
+    needed."""
 
     def __init__(self, size: int) -> None:
         self._token, self._pos = np.zeros(size, np.int32), np.zeros(size, np.int32)
@@ -24,13 +25,19 @@ class Rows:
         self._seq_pointers = self._seq.ctypes.data + 4 * np.arange(size, dtype=np.uint64)
         self.batch = C.llama_batch()
         kinds: dict[str, Any] = {name: kind for name, kind, *_ in C.llama_batch._fields_}
-        arrays: dict[str, np.ndarray] = {"token": self._token, "pos": self._pos, "n_seq_id": self._n_seq, "seq_id": self._seq_pointers, "logits": self._output}
+        arrays: dict[str, np.ndarray] = {
+            "token": self._token,
+            "pos": self._pos,
+            "n_seq_id": self._n_seq,
+            "seq_id": self._seq_pointers,
+            "logits": self._output,
+        }
         for name, array in arrays.items():
             setattr(self.batch, name, ctypes.cast(array.ctypes.data, kinds[name]))
 
     @property
     def output(self) -> np.ndarray:
-        """Of each token of the batch, whether logits are wanted: int8 of shape (n_tokens,)."""
+        """Whether logits are needed, per token of the batch: int8, shape (n_tokens,)."""
         return self._output[: self.batch.n_tokens]
 
     def fill(self, chunks: Sequence[Chunk]) -> list[int]:

@@ -1,5 +1,5 @@
-"""How one request chooses its tokens: a sampler chain in C, an argmax in numpy, a grammar's mask before either. Engine thread only; parameters were
-validated before they come here."""
+"""How one request chooses its tokens: a sampler chain in C, or an argmax in numpy; before either, a
+grammar's mask. Engine thread only; parameters are validated beforehand."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from llmkit.backend.grammar import Constraint, Patience
 from llmkit.backend.library import C, short
 from llmkit.backend.vocab import Vocab
 from llmkit.engine.batch import Score
-from llmkit.types import SamplingParams
+from llmkit.errors import EngineError
+from llmkit.protocol import SamplingParams
 
 __all__ = ["ChainCache", "Sampler", "score"]
 
@@ -29,7 +30,14 @@ MAX_DRY = 16
 class Sampler:
     """One request's choices. ``c_seconds`` counts the time spent in llama.cpp."""
 
-    def __init__(self, params: SamplingParams, vocab: Vocab, history: Sequence[int], constraint: Constraint | None, chains: ChainCache) -> None:
+    def __init__(
+        self,
+        params: SamplingParams,
+        vocab: Vocab,
+        history: Sequence[int],
+        constraint: Constraint | None,
+        chains: ChainCache,
+    ) -> None:
         self.logprobs = params.logprobs
         self.prompt_logprobs = params.prompt_logprobs or 0
         self.constraint = constraint
@@ -37,9 +45,11 @@ class Sampler:
         self._end_tokens = vocab.end_ids if params.ignore_eos else None
         self._chain = None if params.plain_greedy else Chain(params, vocab, history, chains)
 
-    def choose(self, context: Any, row: int, logits: np.ndarray, patience: Patience) -> tuple[int, Score | None]:
-        """The next token, and its score where asked. ``logits`` is a view of batch row ``row``, float32 of shape (n_vocab,); it may be changed. Raises `Late`,
-        and nothing is chosen then."""
+    def choose(
+        self, context: Any, row: int, logits: np.ndarray, patience: Patience
+    ) -> tuple[int, Score | None]:
+        """The next token, and its score if requested. ``logits`` is a view of batch row ``row``,
+        float32, shape (n_vocab,); it may be modified. Raises `Late`, with nothing chosen."""
         changes = self.constraint is not None or self._end_tokens is not None
         raw = logits.copy() if self.logprobs is not None and changes else logits
         if self._chain is None:
@@ -55,7 +65,8 @@ class Sampler:
         return token, None if self.logprobs is None else score(raw, token, self.logprobs)
 
     def _argmax(self, logits: np.ndarray, patience: Patience) -> int:
-        """numpy over a view of the logits takes 18 us where the C chain takes 120: that one copies the vocabulary first."""
+        """numpy on a view of the logits takes 18 us; the C chain takes 120, since it first copies
+        the vocabulary."""
         token = int(logits.argmax())
         if self._end_tokens is not None and token in self._end_tokens:
             logits[self._end_tokens] = -np.inf
@@ -66,7 +77,8 @@ class Sampler:
         return token
 
     def prepare(self, whole: bool = False) -> None:
-        """The logits are on their way: what can be computed meanwhile. A greedy choice seldom needs the ``whole`` mask."""
+        """Use the time until the logits arrive to compute the mask. A greedy choice rarely needs
+        the ``whole`` mask."""
         if self.constraint is not None and (whole or self._chain is not None):
             self.constraint.prepare()
 
@@ -81,9 +93,9 @@ class Sampler:
 
 
 def score(logits: np.ndarray, token: int, num_top: int) -> Score:
-    """Log-probabilities out of a row of logits, of shape (n_vocab,)."""
-    most = float(logits.max())
-    total = most + float(np.log(np.exp(logits - most).sum()))
+    """Log-probabilities from one row of logits, shape (n_vocab,)."""
+    peak = float(logits.max())
+    total = peak + float(np.log(np.exp(logits - peak).sum()))
     top: tuple[tuple[int, float], ...] = ()
     if num_top:
         ids = np.argpartition(logits, -num_top)[-num_top:]
@@ -93,7 +105,7 @@ def score(logits: np.ndarray, token: int, num_top: int) -> Score:
 
 
 class Dry:
-    """A DRY sampler to be copied, freed with the last reference."""
+    """A DRY sampler to copy, freed with the last reference."""
 
     def __init__(self, handle: Any) -> None:
         self._handle = handle
@@ -106,8 +118,8 @@ class Dry:
 
 
 class ChainCache:
-    """DRY samplers by their settings: to make one, llama.cpp looks for every sequence breaker in every token (a tenth of a second for sixteen of them).
-    Thread-safe."""
+    """DRY samplers by their settings: to create one, llama.cpp searches every token for every
+    sequence breaker (a tenth of a second for sixteen of them). Thread-safe."""
 
     def __init__(self, vocab: Vocab) -> None:
         self._vocab = vocab
@@ -115,48 +127,70 @@ class ChainCache:
         self._known: OrderedDict[tuple[object, ...], Future[Dry]] = OrderedDict()
 
     def dry(self, params: SamplingParams) -> Any:
-        """A fresh sampler, owned by whoever asks."""
-        settings = (params.dry_multiplier, params.dry_base, params.dry_allowed_length, params.dry_penalty_last_n)
+        """A fresh sampler, owned by the caller."""
+        settings = (
+            params.dry_multiplier,
+            params.dry_base,
+            params.dry_allowed_length,
+            params.dry_penalty_last_n,
+        )
         key = (*settings, params.dry_sequence_breakers)
         with self._lock:
-            made = self._known.get(key)
-            mine = made is None
-            if made is None:
-                made = self._known[key] = Future()
+            entry = self._known.get(key)
+            mine = entry is None
+            if entry is None:
+                entry = self._known[key] = Future()
             self._known.move_to_end(key)
             while len(self._known) > MAX_DRY:
                 self._known.popitem(last=False)
         if mine:
             try:
                 breakers = [b.encode() for b in params.dry_sequence_breakers]
-                made.set_result(Dry(C.llama_sampler_init_dry(self._vocab.handle, *settings, (ctypes.c_char_p * len(breakers))(*breakers), len(breakers))))
+                entry.set_result(
+                    Dry(
+                        C.llama_sampler_init_dry(
+                            self._vocab.handle,
+                            *settings,
+                            (ctypes.c_char_p * len(breakers))(*breakers),
+                            len(breakers),
+                        )
+                    )
+                )
             except BaseException as error:
-                made.set_exception(error)
+                # The stop button of one caller is no reason for another.
+                known = isinstance(error, Exception)
+                entry.set_exception(error if known else EngineError("interrupted; try again"))
                 with self._lock:
                     self._known.pop(key, None)
-        return made.result().copy()
+                raise
+        return entry.result().copy()
 
 
 class Chain:
-    """llama.cpp's samplers in llama.cpp's order: bias, penalties, DRY, top-k, typical, top-p, min-p, temperature, draw."""
+    """llama.cpp's samplers in llama.cpp's order: bias, penalties, DRY, top-k, typical, top-p,
+    min-p, XTC, temperature, draw."""
 
     __slots__ = ("_free", "_sample", "chain")
 
-    def __init__(self, params: SamplingParams, vocab: Vocab, history: Sequence[int], chains: ChainCache) -> None:
+    def __init__(
+        self, params: SamplingParams, vocab: Vocab, history: Sequence[int], chains: ChainCache
+    ) -> None:
         self.chain: Any = None
         self._sample = short("llama_sampler_sample")
         self._free = short("llama_sampler_free")
         self.chain = C.llama_sampler_chain_init(C.llama_sampler_chain_default_params())
         for sampler in _samplers(params, vocab, chains):
             C.llama_sampler_chain_add(self.chain, sampler)
-        last_n = max(params.penalty_last_n, params.dry_penalty_last_n if params.dry_multiplier else 0)
+        last_n = max(
+            params.penalty_last_n, params.dry_penalty_last_n if params.dry_multiplier else 0
+        )
         if last_n:
             accept = short("llama_sampler_accept")
             for token in history[-last_n:]:
                 accept(self.chain, token)
 
     def sample(self, context: Any, row: int) -> int:
-        """Draw from the logits of batch row ``row``; the choice counts for the penalties of the next."""
+        """Draw from the logits of batch row ``row``; the choice counts for the next penalties."""
         return int(self._sample(self.chain, context, row))
 
     def close(self) -> None:
@@ -165,7 +199,7 @@ class Chain:
             self.chain = None
 
     def __del__(self) -> None:
-        self.close()  # of a request that never ran
+        self.close()  # for a request that never ran
 
 
 def _samplers(params: SamplingParams, vocab: Vocab, chains: ChainCache) -> list[Any]:
@@ -174,10 +208,21 @@ def _samplers(params: SamplingParams, vocab: Vocab, chains: ChainCache) -> list[
     if params.ignore_eos:
         bias.update((t, MINUS_INFINITY) for t in vocab.end_tokens)
     if bias:
-        pairs = (C.llama_logit_bias * len(bias))(*((C.llama_logit_bias)(t, b) for t, b in bias.items()))
+        pairs = (C.llama_logit_bias * len(bias))(
+            *((C.llama_logit_bias)(t, b) for t, b in bias.items())
+        )
         steps.append(C.llama_sampler_init_logit_bias(vocab.n_tokens, len(bias), pairs))
-    if params.repetition_penalty != 1 or params.presence_penalty != 0 or params.frequency_penalty != 0:
-        penalties = (params.penalty_last_n, params.repetition_penalty, params.frequency_penalty, params.presence_penalty)
+    if (
+        params.repetition_penalty != 1
+        or params.presence_penalty != 0
+        or params.frequency_penalty != 0
+    ):
+        penalties = (
+            params.penalty_last_n,
+            params.repetition_penalty,
+            params.frequency_penalty,
+            params.presence_penalty,
+        )
         steps.append(C.llama_sampler_init_penalties(vocab.n_tokens, *penalties))
     if params.dry_multiplier:
         steps.append(chains.dry(params))
@@ -187,8 +232,16 @@ def _samplers(params: SamplingParams, vocab: Vocab, chains: ChainCache) -> list[
     if params.mirostat:
         steps.append(C.llama_sampler_init_temp(params.temperature))
         if params.mirostat == 1:
-            return [*steps, C.llama_sampler_init_mirostat(vocab.n_tokens, seed, params.mirostat_tau, params.mirostat_eta, 100)]
-        return [*steps, C.llama_sampler_init_mirostat_v2(seed, params.mirostat_tau, params.mirostat_eta)]
+            return [
+                *steps,
+                C.llama_sampler_init_mirostat(
+                    vocab.n_tokens, seed, params.mirostat_tau, params.mirostat_eta, 100
+                ),
+            ]
+        return [
+            *steps,
+            C.llama_sampler_init_mirostat_v2(seed, params.mirostat_tau, params.mirostat_eta),
+        ]
     if params.top_k:
         steps.append(C.llama_sampler_init_top_k(min(params.top_k, vocab.n_tokens)))
     if params.typical_p < 1:
@@ -198,6 +251,8 @@ def _samplers(params: SamplingParams, vocab: Vocab, chains: ChainCache) -> list[
     if params.min_p > 0:
         steps.append(C.llama_sampler_init_min_p(params.min_p, 1))
     if params.xtc_probability > 0:
-        steps.append(C.llama_sampler_init_xtc(params.xtc_probability, params.xtc_threshold, 1, seed))
+        steps.append(
+            C.llama_sampler_init_xtc(params.xtc_probability, params.xtc_threshold, 1, seed)
+        )
     steps.append(C.llama_sampler_init_temp(params.temperature))
     return [*steps, C.llama_sampler_init_dist(seed)]

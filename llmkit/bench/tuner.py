@@ -1,4 +1,7 @@
-"""`llmkit.tune()`: which settings, and which quantization, make a model fastest on this machine. Takes about half a minute for a small model."""
+"""`llmkit.tune()`: the settings and quantization that make a model fastest on this machine.
+
+Takes about half a minute for a small model.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from llmkit.bench.quality import SAMPLE_TEXT
 from llmkit.errors import InvalidRequestError, LLMKitError
-from llmkit.machine import file_mark, result_file
 from llmkit.models import gguf
+from llmkit.models.marks import file_mark, result_file
 from llmkit.models.registry import ModelSpec, cache_folder, resolve
 
 if TYPE_CHECKING:
@@ -23,16 +26,22 @@ __all__ = ["Tuning", "quantize", "tune", "tuned"]
 
 PROMPT_TOKENS, STREAMS, STEPS = 256, 8, 12
 OUTPUT_TOKENS = 128
-WORTH = 1.1  # a setting must be so much faster to replace a default
-# Types for which llama.cpp's CPU kernels are slow, and the ones to try in their place: Q8_0 keeps what the file knows, Q4_0 is smaller and rougher.
+WORTH = 1.1  # how many times faster a setting must be to replace the defaults
+# Types with slow CPU kernels in llama.cpp, and their replacements: Q8_0 loses next to nothing,
+# Q4_0 is smaller and coarser.
 SLOW_TYPES = ("Q4_1", "Q5_0", "Q5_1")
 FAST_TYPES = ("Q8_0", "Q4_0")
-MIN_AGREEMENT = 0.9  # of favourite tokens, for a prepared file to be chosen: near ties fall either way where nothing is lost
+# Share of equal top tokens that a prepared file needs to be chosen: below 1, since near ties may
+# flip without any loss.
+MIN_AGREEMENT = 0.9
 
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """One way to run the model: tokens a second of a prompt, of one stream and of eight, and of a load of eight clients (256 tokens in, 128 out)."""
+    """One way to run the model, with its speeds in tokens per second.
+
+    Prefill, decoding one stream and eight, and a load of eight clients (256 tokens in, 128 out).
+    """
 
     label: str
     options: dict[str, Any]
@@ -44,15 +53,19 @@ class Trial:
 
     @property
     def load_tok_s(self) -> float:
-        seconds = STREAMS * PROMPT_TOKENS / self.prefill_tok_s + STREAMS * OUTPUT_TOKENS / self.decode8_tok_s
+        seconds = (
+            STREAMS * PROMPT_TOKENS / self.prefill_tok_s
+            + STREAMS * OUTPUT_TOKENS / self.decode8_tok_s
+        )
         return STREAMS * OUTPUT_TOKENS / seconds
 
 
 class Tuning:
     """What `llmkit.tune()` found; `llmkit.load(model, tuned=True)` uses it.
 
-    ``df`` has every trial, ``options`` what to give to `load`, ``file`` the prepared file if another quantization is much faster. ``agreement`` is the share of
-    a text's tokens for which a prepared file has the same favourite as the model; one with less than 90 % is shown, and not chosen.
+    ``df`` has every trial, ``options`` the options for `load`, ``file`` the prepared file if
+    another quantization is much faster. ``agreement`` is the share of a text's tokens for which a
+    prepared file has the same top token as the model; below 90 % it is shown, but not chosen.
     """
 
     def __init__(self, model: str, trials: list[Trial]) -> None:
@@ -60,29 +73,40 @@ class Tuning:
 
     @property
     def best(self) -> Trial:
+        """The fastest trial; the defaults, unless another is at least 1.1 times as fast."""
         faithful = [t for t in self.trials if t.agreement >= MIN_AGREEMENT]
         return max(faithful, key=lambda t: t.load_tok_s * (1 if t is self.trials[0] else 1 / WORTH))
 
     @property
     def options(self) -> dict[str, Any]:
+        """The best trial's options for `load`."""
         return dict(self.best.options)
 
     @property
     def file(self) -> Path:
+        """The best trial's file."""
         return Path(self.best.file)
 
     @property
     def speedup(self) -> float:
-        """Of eight clients' throughput, over the defaults."""
+        """Throughput with eight clients, relative to the defaults."""
         return self.best.load_tok_s / self.trials[0].load_tok_s
 
     @property
     def df(self) -> pd.DataFrame:
-        """One row a trial, rates in tokens a second; ``ratio`` to the defaults."""
+        """One row per trial, rates in tokens per second; ``ratio`` to the defaults."""
         import pandas as pd
 
         first = self.trials[0].load_tok_s
-        columns = [{"setting": t.label, **{n: getattr(t, n) for n in RATES}, "ratio": t.load_tok_s / first, "agreement": t.agreement} for t in self.trials]
+        columns = [
+            {
+                "setting": t.label,
+                **{n: getattr(t, n) for n in RATES},
+                "ratio": t.load_tok_s / first,
+                "agreement": t.agreement,
+            }
+            for t in self.trials
+        ]
         return pd.DataFrame(columns)
 
     def __repr__(self) -> str:
@@ -90,7 +114,10 @@ class Tuning:
         if best is self.trials[0]:
             verdict = "the defaults are best here"
         else:
-            verdict = f"best: {best.label}, {self.speedup:.2f}x the defaults with eight clients; llmkit.load({self.model!r}, tuned=True) uses it"
+            verdict = (
+                f"best: {best.label}, {self.speedup:.2f}x the defaults with eight clients; "
+                f"llmkit.load({self.model!r}, tuned=True) uses it"
+            )
             if best.file != self.trials[0].file:
                 verdict += f" (the prepared file agrees on {best.agreement:.0%} of the tokens)"
         return f"Tuning({self.model!r}: {verdict})\n{self.df.round(2).to_string(index=False)}"
@@ -98,17 +125,20 @@ class Tuning:
     def _repr_html_(self) -> str:
         import html
 
-        return f"<p>{html.escape(repr(self).splitlines()[0])}</p>{self.df.round(2).to_html(index=False)}"
+        verdict = html.escape(repr(self).splitlines()[0])
+        return f"<p>{verdict}</p>{self.df.round(2).to_html(index=False)}"
 
 
 RATES = ("prefill_tok_s", "decode_tok_s", "decode8_tok_s", "load_tok_s")
 
 
 def tune(model: str | Path = "smollm2", *, prepare: bool = True) -> Tuning:
-    """Measure thread counts, flash attention, the KV cache's type and layout, the size of a step, and (``prepare``) the same model in Q8_0 and Q4_0, where its
-    own type is known to be slow on CPUs.
+    """Measure thread counts, flash attention, the KV cache's type and layout, and step sizes.
 
-    The result is kept for this machine and model. Raises what `load` raises for a file that is none. ■ stops it; nothing is kept then.
+    ``prepare`` also tries the model in Q8_0 and Q4_0 if its own type is known to be slow on CPUs.
+
+    The result is saved for this machine and model. Raises what `load` raises for an invalid file.
+    ■ stops it; nothing is saved then.
     """
     from llmkit.backend.library import num_threads
 
@@ -116,24 +146,46 @@ def tune(model: str | Path = "smollm2", *, prepare: bool = True) -> Tuning:
     info = gguf.read_header(spec.path)
     cores = num_threads()
     candidates: list[tuple[str, dict[str, Any]]] = [("defaults", {})]
-    candidates += [(f"threads={n}", {"threads": n}) for n in sorted({max(1, cores - 1), max(1, cores // 2)} - {cores}, reverse=True)]
-    candidates += [("flash_attention=True", {"flash_attention": True}), ("flash_attention=False", {"flash_attention": False})]
-    candidates += [("kv_unified=True", {"kv_unified": True}), ("kv_type='q8_0'", {"kv_type": "q8_0"})]
+    candidates += [
+        (f"threads={n}", {"threads": n})
+        for n in sorted({max(1, cores - 1), max(1, cores // 2)} - {cores}, reverse=True)
+    ]
+    candidates += [
+        ("flash_attention=True", {"flash_attention": True}),
+        ("flash_attention=False", {"flash_attention": False}),
+    ]
+    candidates += [
+        ("kv_unified=True", {"kv_unified": True}),
+        ("kv_type='q8_0'", {"kv_type": "q8_0"}),
+    ]
     candidates += [(f"batch_tokens={n}", {"batch_tokens": n}) for n in (128, 256)]
-    trials = [replace(t, agreement=_agreement(spec.path, spec.path, **t.options)) if "kv_type" in t.options else t for t in _measure(spec.path, candidates)]
+    trials = [
+        replace(t, agreement=_agreement(spec.path, spec.path, **t.options))
+        if "kv_type" in t.options
+        else t
+        for t in _measure(spec.path, candidates)
+    ]
     if prepare and info.quantization in SLOW_TYPES:
         best = Tuning(str(model), trials).best
         for kind in FAST_TYPES:
             file = quantize(spec, kind)
             agreement = _agreement(spec.path, file, **best.options)
-            trials += [replace(t, agreement=agreement) for t in _measure(file, [(f"{best.label}, {kind}" if best.options else kind, best.options)])]
-    found = Tuning(str(model), trials)
-    _save(spec, found)
-    return found
+            trials += [
+                replace(t, agreement=agreement)
+                for t in _measure(
+                    file, [(f"{best.label}, {kind}" if best.options else kind, best.options)]
+                )
+            ]
+    tuning = Tuning(str(model), trials)
+    _save(spec, tuning)
+    return tuning
 
 
 def tuned(spec: ModelSpec) -> tuple[Path, dict[str, Any]] | None:
-    """File and options that `tune` found best for this machine and model; None when it was not run, or the file is gone."""
+    """The file and options that `tune` found best for this machine and model.
+
+    None when it was not run, or the file is gone.
+    """
     try:
         data = json.loads(_result_file(spec).read_text())
         file = Path(data["file"])
@@ -148,21 +200,34 @@ def _result_file(spec: ModelSpec) -> Path:
     return result_file(spec, num_threads())
 
 
-def _save(spec: ModelSpec, found: Tuning) -> None:
+def _save(spec: ModelSpec, tuning: Tuning) -> None:
     target = _result_file(spec)
     target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(json.dumps({"file": found.best.file, "options": found.options, "speedup": found.speedup, "at": int(time.time())}))
+    target.write_text(
+        json.dumps(
+            {
+                "file": tuning.best.file,
+                "options": tuning.options,
+                "speedup": tuning.speedup,
+                "at": int(time.time()),
+            }
+        )
+    )
 
 
 def quantize(model: str | Path | ModelSpec, kind: str = "Q8_0") -> Path:
-    """The file of a model with its weights in another type ("Q8_0" or "Q4_0"), made once and kept in llmkit's cache. What a smaller type lost stays lost.
+    """The model's file with its weights converted to "Q8_0" or "Q4_0".
 
-    Raises what `load` raises for a model that is none, and `InvalidRequestError` for other types.
+    Made once and kept in llmkit's cache. Converting to a larger type restores no precision.
+
+    Raises what `load` raises for an invalid model, and `InvalidRequestError` for other types.
     """
     from llmkit.backend.model import FTYPES, requantize
 
     if kind not in FTYPES:
-        raise InvalidRequestError(f"kind must be one of {', '.join(FTYPES)}, not {kind!r:.30}.", "kind")
+        raise InvalidRequestError(
+            f"kind must be one of {', '.join(FTYPES)}, not {kind!r:.30}.", "kind"
+        )
     spec = resolve(model)
     target = cache_folder() / f"{spec.name}-{file_mark(spec.path)}-{kind}.gguf"
     if not target.exists():
@@ -182,12 +247,18 @@ def _measure(path: Path, candidates: list[tuple[str, dict[str, Any]]]) -> Iterat
         for label, options in candidates:
             try:
                 settings = {k: v for k, v in options.items() if k != "batch_tokens"}
-                runner = LlamaRunner(model, n_ctx=512, n_slots=STREAMS, max_batch_tokens=options.get("batch_tokens", 512), **settings)
-            except LLMKitError:  # this model or device cannot do it
+                runner = LlamaRunner(
+                    model,
+                    n_ctx=512,
+                    n_slots=STREAMS,
+                    max_batch_tokens=options.get("batch_tokens", 512),
+                    **settings,
+                )
+            except LLMKitError:  # not supported by this model or device
                 continue
             try:
                 if label == "defaults":
-                    _time(runner)  # the first run of all is a slow one
+                    _time(runner)  # warm-up: the very first run is slow
                 yield replace(_time(runner), label=label, options=options, file=str(path))
             finally:
                 runner.close()
@@ -199,7 +270,7 @@ def _time(runner: Any) -> Trial:
     from llmkit.engine.batch import Batch, Chunk, Truncate
 
     def seconds(batch: Batch, times: int) -> float:
-        """The median of some runs of the same step."""
+        """The median over ``times`` runs of the same step."""
         taken = []
         for _ in range(times):
             start = time.perf_counter()
@@ -210,7 +281,10 @@ def _time(runner: Any) -> Trial:
     prompt = [1 + i % 200 for i in range(PROMPT_TOKENS)]
     runner.execute(Batch((Chunk(0, 0, prompt[:8], False),)))
     size = min(runner.max_batch_tokens, PROMPT_TOKENS)
-    prefill = sum(seconds(Batch((Chunk(0, at, prompt[at : at + size], False),), (Truncate(0, at),)), 3) for at in range(0, PROMPT_TOKENS, size))
+    prefill = sum(
+        seconds(Batch((Chunk(0, at, prompt[at : at + size], False),), (Truncate(0, at),)), 3)
+        for at in range(0, PROMPT_TOKENS, size)
+    )
     for s in range(STREAMS):
         runner.execute(Batch((Chunk(s, 0, prompt[:64], False),), (Truncate(s, 0),)))
     back = tuple(Truncate(s, 64) for s in range(STREAMS))
@@ -220,19 +294,24 @@ def _time(runner: Any) -> Trial:
 
 
 def _agreement(first: Path, second: Path, **options: Any) -> float:
-    """The share of positions of a text at which both models, the second loaded with ``options``, have the same favourite."""
+    """The share of a text's positions at which both models have the same top token.
+
+    The second is loaded with ``options``.
+    """
     from llmkit.backend.llama import LlamaRunner
     from llmkit.backend.model import LlamaModel
 
-    favourites = []
+    top_tokens = []
     for path, settings in ((first, {}), (second, options)):
         model = LlamaModel(path)
         try:
             runner = LlamaRunner(model, n_ctx=512, n_slots=1, **settings)
             try:
-                favourites.append(runner.logits(model.vocab.tokenize(SAMPLE_TEXT)[:500]).argmax(axis=1))
+                top_tokens.append(
+                    runner.logits(model.vocab.tokenize(SAMPLE_TEXT)[:500]).argmax(axis=1)
+                )
             finally:
                 runner.close()
         finally:
             model.close()
-    return float((favourites[0] == favourites[1]).mean())
+    return float((top_tokens[0] == top_tokens[1]).mean())

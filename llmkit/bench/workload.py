@@ -1,32 +1,32 @@
 """`llmkit bench`: a load client for any OpenAI-compatible ``/v1/completions`` endpoint.
 
-Plain asyncio streams: while a reply runs, lines are only time-stamped; JSON is parsed after its end, so that the client takes little of a small machine.
+Plain asyncio streams: lines are only timestamped while a reply runs; JSON is parsed afterwards, so
+that the client takes little of a small machine.
 """
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import json
-import os
 import ssl
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
 
-from llmkit.bench.prompts import WORKLOADS, body, prompt_text
+from llmkit.bench.prompts import body, prompt_text
 from llmkit.errors import InvalidRequestError
 
-__all__ = ["LoadResult", "Reply", "add_arguments", "main", "run_load"]
+__all__ = ["LoadResult", "Reply", "main", "run_load"]
 
 LONG_DELAY_S = 2.0
 
 
 @dataclass(slots=True)
 class Reply:
-    """One reply: seconds since the start of the run for ``times`` of text events."""
+    """One reply; ``times`` of its text events are in seconds since the start of the run."""
 
     start: float
     times: list[float] = field(default_factory=list)
@@ -39,9 +39,10 @@ class Reply:
 
 @dataclass(frozen=True, slots=True)
 class LoadResult:
-    """One load run. Rates in tokens a second, times in milliseconds; ``itl`` are gaps between text events of one stream.
+    """One load run; rates in tokens per second, times in milliseconds.
 
-    Of the workload "long": the long prompt's time to first token, and the streams' largest gap and events a second until then.
+    ``itl`` is the gap between text events of one stream. For the workload "long": the long prompt's
+    time to first token, and until then the streams' largest gap (``stall_ms``) and rate.
     """
 
     concurrency: int
@@ -64,13 +65,19 @@ class LoadResult:
 
     def line(self) -> str:
         return (
-            f"{self.concurrency:3d} clients  {self.tok_s:7.1f} tok/s  TTFT p50 {self.ttft_p50_ms:7.0f} p95 {self.ttft_p95_ms:7.0f} ms  "
-            f"ITL p50 {self.itl_p50_ms:6.1f} p95 {self.itl_p95_ms:6.1f} max {self.itl_max_ms:7.1f} ms  errors {self.errors}"
-        ) + (f"  long TTFT {self.long_ttft_ms:.0f} ms, stall {self.stall_ms:.0f} ms" if self.long_ttft_ms is not None else "")
+            f"{self.concurrency:3d} clients  {self.tok_s:7.1f} tok/s  "
+            f"TTFT p50 {self.ttft_p50_ms:7.0f} p95 {self.ttft_p95_ms:7.0f} ms  "
+            f"ITL p50 {self.itl_p50_ms:6.1f} p95 {self.itl_p95_ms:6.1f} "
+            f"max {self.itl_max_ms:7.1f} ms  errors {self.errors}"
+        ) + (
+            f"  long TTFT {self.long_ttft_ms:.0f} ms, stall {self.stall_ms:.0f} ms"
+            if self.long_ttft_ms is not None
+            else ""
+        )
 
 
 def percentile(values: list[float], share: float) -> float:
-    """Linear interpolation between the nearest ranks; nan for nothing."""
+    """Linear interpolation between the nearest ranks; nan for an empty list."""
     if not values:
         return float("nan")
     ordered = sorted(values)
@@ -95,17 +102,28 @@ async def run_load(
     prefix_words: int = 1500,
     long_words: int = 3000,
 ) -> LoadResult:
-    """Send ``requests`` prompts of a workload, ``concurrency`` at a time, greedy and of equal length (``ignore_eos``), and time their streams."""
+    """Send a workload's prompts, ``concurrency`` at a time, and time their streams.
+
+    Greedy; of equal length (``ignore_eos``) but for the workload "json".
+    """
     url = urlsplit(base_url)
     if url.scheme not in ("http", "https") or not url.hostname:
-        raise InvalidRequestError(f"--base-url must look like http://127.0.0.1:3000/v1, not {base_url!r}.", "base_url")
+        raise InvalidRequestError(
+            f"--base-url must look like http://127.0.0.1:3000/v1, not {base_url!r}.", "base_url"
+        )
     replies: list[Reply] = []
     todo = iter(range(requests))
     begin = time.perf_counter()
 
     async def ask(what: dict[str, Any], max_tokens: int = max_tokens) -> Reply:
         reply = Reply(time.perf_counter() - begin)
-        usual = {"model": model, "max_tokens": max_tokens, "temperature": 0, "stream": True, "stream_options": {"include_usage": True}}
+        usual = {
+            "model": model,
+            "max_tokens": max_tokens,
+            "temperature": 0,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+        }
         try:
             async with asyncio.timeout(timeout_s):
                 await _one(url, api_key, {**usual, **what}, reply, begin)
@@ -132,14 +150,20 @@ async def run_load(
 
 async def _one(url: Any, api_key: str, body: dict[str, Any], reply: Reply, begin: float) -> None:
     secure = ssl.create_default_context() if url.scheme == "https" else None
-    reader, writer = await asyncio.open_connection(url.hostname, url.port or (443 if secure else 80), ssl=secure, limit=1 << 20)
+    reader, writer = await asyncio.open_connection(
+        url.hostname, url.port or (443 if secure else 80), ssl=secure, limit=1 << 20
+    )
     try:
         data = json.dumps(body).encode()
-        head = f"POST {url.path.rstrip('/')}/completions HTTP/1.1\r\nHost: {url.netloc}\r\nContent-Type: application/json\r\n"
-        head += f"Authorization: Bearer {api_key}\r\nConnection: close\r\nContent-Length: {len(data)}\r\n\r\n"
+        head = (
+            f"POST {url.path.rstrip('/')}/completions HTTP/1.1\r\nHost: {url.netloc}\r\n"
+            f"Content-Type: application/json\r\nAuthorization: Bearer {api_key}\r\n"
+            f"Connection: close\r\nContent-Length: {len(data)}\r\n\r\n"
+        )
         writer.write(head.encode() + data)
         words = (await reader.readline()).split(b" ", 2)
-        status = int(words[1]) if len(words) > 1 and words[1].isdigit() else 0  # nothing: it closed the connection
+        # 0: the server closed the connection without a status line.
+        status = int(words[1]) if len(words) > 1 and words[1].isdigit() else 0
         events: list[tuple[float, bytes]] = []
         while line := await reader.readline():
             if line.startswith(b"data: "):
@@ -164,14 +188,21 @@ def _read_events(events: list[tuple[float, bytes]], reply: Reply, status: int) -
             reply.times.append(at)
         usage = event.get("usage")
         if usage:
-            reply.prompt_tokens, reply.completion_tokens = usage["prompt_tokens"], usage["completion_tokens"]
-            reply.cached_tokens = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
+            reply.prompt_tokens, reply.completion_tokens = (
+                usage["prompt_tokens"],
+                usage["completion_tokens"],
+            )
+            reply.cached_tokens = (usage.get("prompt_tokens_details") or {}).get(
+                "cached_tokens"
+            ) or 0
     reply.completion_tokens = reply.completion_tokens or len(reply.times)
     if not reply.times and reply.error is None:
-        reply.error = f"HTTP {status}: no text came"
+        reply.error = f"HTTP {status}: the reply has no text"
 
 
-def _summary(replies: list[Reply], concurrency: int, wall_s: float, long: Reply | None) -> LoadResult:
+def _summary(
+    replies: list[Reply], concurrency: int, wall_s: float, long: Reply | None
+) -> LoadResult:
     good = [r for r in replies if r.error is None]
     ttft = [1000 * (r.times[0] - r.start) for r in good]
     gaps = [1000 * (b - a) for r in good for a, b in zip(r.times, r.times[1:], strict=False)]
@@ -196,9 +227,14 @@ def _summary(replies: list[Reply], concurrency: int, wall_s: float, long: Reply 
 
 
 def _beside(streams: list[Reply], long: Reply) -> dict[str, float]:
-    """What the streams went through while the long prompt was computed."""
+    """The other streams while the long prompt was being computed."""
     begin, end = long.start, long.times[0]
-    gaps = [(a, b) for r in streams for a, b in zip(r.times, r.times[1:], strict=False) if b > begin and a < end]
+    gaps = [
+        (a, b)
+        for r in streams
+        for a, b in zip(r.times, r.times[1:], strict=False)
+        if b > begin and a < end
+    ]
     return {
         "long_ttft_ms": 1000 * (end - begin),
         "stall_ms": 1000 * max((b - a for a, b in gaps), default=0.0),
@@ -206,43 +242,33 @@ def _beside(streams: list[Reply], long: Reply) -> dict[str, float]:
     }
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--base-url", required=True, help="the endpoint, such as http://127.0.0.1:3000/v1")
-    parser.add_argument("--model", default="default")
-    parser.add_argument("--api-key", default=os.environ.get("OPENAI_API_KEY", ""), help="default: $OPENAI_API_KEY")
-    parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 8], help="clients at a time; several values are run one after the other")
-    parser.add_argument("--requests", type=int, help="requests for each concurrency (default: twice the concurrency, at least 3)")
-    parser.add_argument("--prompt-words", type=int, default=256, help="words of each prompt, about one token each")
-    parser.add_argument("--max-tokens", type=int, default=128)
-    parser.add_argument("--workload", choices=WORKLOADS, default="unique", help="; ".join(f"{name}: {what}" for name, what in WORKLOADS.items()))
-    parser.add_argument("--prefix-words", type=int, default=1500, help="of the workload shared-prefix")
-    parser.add_argument("--long-words", type=int, default=3000, help="of the workload long")
-    parser.add_argument("--seed", type=int, default=0, help="other seeds are other prompts")
-    parser.add_argument("--json", action="store_true", help="one JSON object a line")
-
-
-def main(args: argparse.Namespace) -> int:
+def main(
+    base_url: str,
+    *,
+    clients: Sequence[int],
+    requests: int | None,
+    seed: int,
+    as_json: bool,
+    **load: Any,
+) -> int:
+    """Run one load for each number of clients and print its figures; 1 where a request failed.
+    ``load`` are the keywords of `run_load`."""
     failed = False
-    for concurrency in args.concurrency:
+    for concurrency in clients:
         if concurrency < 1:
             raise InvalidRequestError("--concurrency must be at least 1.", "concurrency")
+        count = requests or max(3, 2 * concurrency)
         result = asyncio.run(
             run_load(
-                args.base_url,
-                model=args.model,
-                api_key=args.api_key,
-                concurrency=concurrency,
-                requests=args.requests or max(3, 2 * concurrency),
-                prompt_words=args.prompt_words,
-                max_tokens=args.max_tokens,
-                seed=args.seed + concurrency,
-                workload=args.workload,
-                prefix_words=args.prefix_words,
-                long_words=args.long_words,
+                base_url, concurrency=concurrency, requests=count, seed=seed + concurrency, **load
             )
         )
-        print(json.dumps(asdict(result)) if args.json else result.line(), flush=True)
+        print(json.dumps(asdict(result)) if as_json else result.line(), flush=True)
         if result.error:
             failed = True
-            print(f"llmkit: {result.errors} of {result.requests} requests failed; the first: {result.error}", file=sys.stderr)
+            print(
+                f"llmkit: {result.errors} of {result.requests} requests failed; "
+                f"the first: {result.error}",
+                file=sys.stderr,
+            )
     return int(failed)

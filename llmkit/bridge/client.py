@@ -1,4 +1,7 @@
-"""The other end of the bridge: an `EngineClient` for a model in another process. One thread for each engine reads and writes the socket."""
+"""The other end of the bridge: an `EngineClient` for a model in another process.
+
+One thread per engine reads and writes the socket.
+"""
 
 from __future__ import annotations
 
@@ -13,37 +16,39 @@ from typing import Any
 
 import zmq
 
-from llmkit.bridge import messages as m
-from llmkit.bridge.connection import Connection, process_start_time
-from llmkit.bridge.server import Waker
+from llmkit.bridge import wire
+from llmkit.bridge.connection import Connection
+from llmkit.bridge.waker import Waker
 from llmkit.errors import ContextLengthError, EngineGoneError, InvalidRequestError
-from llmkit.stream import Channel, Stream
-from llmkit.types import MAX_CHARS_PER_TOKEN, Delta, EmbeddingRequest, Embeddings, EngineStats, GenerationRequest, Inquiry, ModelDescription
+from llmkit.protocol import (
+    MAX_CHARS_PER_TOKEN,
+    EmbeddingRequest,
+    Embeddings,
+    EngineState,
+    EngineStats,
+    GenerationRequest,
+    Inquiry,
+    ModelDescription,
+    Origin,
+    check_size,
+)
+from llmkit.protocol.stream import Channel, Stream
+from llmkit.system.process import process_start_time
+from llmkit.version import __version__
 
-__all__ = ["BridgeClient", "check_size"]
+__all__ = ["BridgeClient"]
 
 logger = logging.getLogger("llmkit.bridge")
 
 PING_S = 0.5
 
 
-def check_size(request: GenerationRequest, n_ctx: int) -> None:
-    """Refuse what cannot fit the context before it travels. Raises `ContextLengthError`."""
-    if request.messages is None:
-        size = len(request.prompt or ()) + len(request.suffix or "")
-        tokens = size if isinstance(request.prompt, tuple) else size // MAX_CHARS_PER_TOKEN
-    else:  # each message and each call is a token at least
-        size = sum(len(msg.content) + sum(len(c.arguments) for c in msg.tool_calls) for msg in request.messages)
-        tokens = max(size // MAX_CHARS_PER_TOKEN, len(request.messages) + sum(len(msg.tool_calls) for msg in request.messages))
-    if tokens >= n_ctx:
-        raise ContextLengthError(tokens, n_ctx, "prompt" if request.messages is None else "messages")
-
-
 class BridgeClient:
     """Reaches the engine of a `Connection`.
 
-    An engine that holds the interpreter (a cell in C that keeps the GIL) only delays the answer: it counts as gone when its process is gone or said
-    goodbye, and then every request ends with `EngineGoneError`. It asks the same of the other end, which is told what process this is.
+    A busy kernel (a cell in C code that holds the GIL) only delays answers. The engine is gone when
+    its process has ended or said goodbye; then every request ends with `EngineGoneError`. The other
+    end treats us the same: the greeting names our process.
     """
 
     def __init__(self, connection: Connection) -> None:
@@ -57,7 +62,7 @@ class BridgeClient:
         self._gone: str | None = None
         self._closed = False
         self._greeting = False
-        self._started: float | None = None  # this process, in the system's own unit
+        self._started: float | None = None  # start of this process, in the system's own unit
         self._outbox: queue.SimpleQueue[tuple[bytes, list[bytes]]] = queue.SimpleQueue()
         self._waker = Waker()
         self._thread = threading.Thread(target=self._run, name="llmkit-bridge-client", daemon=True)
@@ -68,24 +73,28 @@ class BridgeClient:
         return self._description
 
     @property
-    def gone(self) -> str | None:
-        """Why the engine cannot be reached any more; None while it can."""
-        return self._gone
+    def state(self) -> EngineState:
+        return EngineState.gone_for(self._gone)
+
+    @property
+    def origin(self) -> Origin:
+        return self.connection.origin
 
     def submit(self, request: GenerationRequest) -> Stream:
         return self.submit_choices(request)[0]
 
     def submit_choices(self, request: GenerationRequest) -> list[Stream]:
         check_size(request, self._description.n_ctx)
-        channels = [Channel(choice, self.abort) for choice in m.choice_ids(request.request_id, request.n)]
-        data = m.request_to(request)
+        channels = [
+            Channel(choice, self.abort) for choice in wire.choice_ids(request.request_id, request.n)
+        ]
         self._check_process()
         with self._lock:
             if self._gone is not None:
                 raise EngineGoneError(self._gone)
             self._channels.update((c.request_id, c) for c in channels)
             try:
-                self._post(m.SUBMIT, data)
+                self._post(wire.SUBMIT, request, request.n)
             except BaseException:
                 for channel in channels:
                     del self._channels[channel.request_id]
@@ -98,13 +107,14 @@ class BridgeClient:
             size = len(text) // MAX_CHARS_PER_TOKEN if isinstance(text, str) else len(text)
             if n_ctx and size > n_ctx:
                 raise ContextLengthError(size, n_ctx, "input")
-        return self._expect(request.request_id, m.EMBED, m.embedding_request_to(request))
+        return self._expect(wire.EMBED, request)
 
     def inquire(self, inquiry: Inquiry) -> Future[dict[str, Any]]:
-        return self._expect(inquiry.request_id, m.INQUIRE, {"id": inquiry.request_id, "kind": inquiry.kind, "data": inquiry.data, "caller": inquiry.caller})
+        return self._expect(wire.INQUIRE, inquiry)
 
-    def _expect(self, request_id: str, kind: bytes, data: Any) -> Future[Any]:
-        """Send what has one answer."""
+    def _expect(self, kind: bytes, request: EmbeddingRequest | Inquiry) -> Future[Any]:
+        """Send a request that has a single answer."""
+        request_id = request.request_id
         future: Future[Any] = Future()
         self._check_process()
         with self._lock:
@@ -112,7 +122,7 @@ class BridgeClient:
                 raise EngineGoneError(self._gone)
             self._futures[request_id] = future
             try:
-                self._post(kind, data)
+                self._post(kind, request)
             except BaseException:
                 del self._futures[request_id]
                 raise
@@ -120,11 +130,15 @@ class BridgeClient:
 
     def _check_process(self) -> None:
         if self._pid != os.getpid():
-            raise EngineGoneError("this connection was made in the parent process before a fork; load or attach the model again here.")
+            raise EngineGoneError(
+                "this connection was made in the parent process before a fork; "
+                "load or attach the model again here."
+            )
 
     def abort(self, request_id: str) -> None:
         if self._gone is None:
-            self._post(m.ABORT, {"id": request_id})
+            self._outbox.put((wire.ABORT, [wire.encode(wire.Name(request_id))]))
+            self._waker()
 
     def stats(self) -> EngineStats:
         return self._stats
@@ -138,33 +152,39 @@ class BridgeClient:
         if threading.current_thread() is not self._thread:
             self._thread.join(2)
 
-    def _post(self, kind: bytes, data: Any) -> None:
-        request_id = data.get("id", "")
-        try:
-            frames = [m.pack(data)]  # here, so that what cannot be packed fails its caller alone
-            if kind in (m.SUBMIT, m.EMBED, m.INQUIRE):
-                frames.append(m.pack({"id": request_id, "caller": data.get("caller", ""), "n": data.get("n", 1)}))
-            self._outbox.put((kind, frames))
+    def _post(
+        self, kind: bytes, request: GenerationRequest | EmbeddingRequest | Inquiry, n: int = 1
+    ) -> None:
+        try:  # encoded here: what cannot be sent fails its caller alone
+            about = wire.About(request.request_id, request.caller, n)
+            self._outbox.put((kind, [wire.encode_request(request), wire.encode(about)]))
+        except UnicodeEncodeError:
+            raise InvalidRequestError(
+                "the text is not valid Unicode: it contains half of a surrogate pair."
+            ) from None
         except (RecursionError, ValueError, TypeError) as error:
-            raise InvalidRequestError(f"this request cannot be sent to the engine: {error}") from None
+            raise InvalidRequestError(
+                f"this request cannot be sent to the engine: {error}"
+            ) from None
         self._waker()
 
-    # -- bridge client thread
-
     def _run(self) -> None:
-        context = zmq.Context()
-        sock = context.socket(zmq.DEALER)
+        reason = "the connection to the engine was closed"
         try:
-            self._talk(sock)
-        finally:  # whatever happens, nobody may wait forever
-            self._lose("the connection to the engine was closed")
-            sock.close()
-            context.term()
+            with zmq.Context() as context, context.socket(zmq.DEALER) as sock:
+                self._talk(sock)
+                self._lose(reason)
+        except Exception as error:  # no descriptor is free, say
+            logger.exception("the connection to the engine failed")
+            reason = f"the connection to the engine failed: {error!r:.200}"
+        finally:  # whatever happens, no request may wait forever
+            self._lose(reason)
             self._waker.close()
 
     def _talk(self, sock: zmq.Socket[bytes]) -> None:
         sock.setsockopt(zmq.LINGER, 100)
-        sock.setsockopt(zmq.SNDHWM, 0)  # nothing is dropped while a busy kernel does not read; requests are bounded at the gateway
+        # Nothing is dropped while a busy kernel does not read; the gateway bounds requests.
+        sock.setsockopt(zmq.SNDHWM, 0)
         if self.connection.server_key:
             public, secret = zmq.curve_keypair()
             sock.setsockopt(zmq.CURVE_SERVERKEY, self.connection.server_key.encode())
@@ -180,11 +200,13 @@ class BridgeClient:
             now = time.monotonic()
             if now >= next_ping:
                 next_ping = now + PING_S
-                self._send(sock, m.PING, {})
+                self._send(sock, wire.PING, b"{}")
                 if not self.connection.is_alive:
                     self._receive_all(sock)  # its last words
                     self._lose(
-                        f"the process with the model {self._description.name!r} (pid {self.connection.pid}) has ended: killed or restarted. Load it again."
+                        f"the process with the model {self._description.name!r} "
+                        f"(pid {self.connection.pid}) has ended: killed or restarted. "
+                        "Load it again."
                     )
                     break
             events = dict(poller.poll(max(0, int((next_ping - now) * 1000))))
@@ -205,70 +227,99 @@ class BridgeClient:
         self._greeting = True
         with contextlib.suppress(OSError):
             self._started = self._started or process_start_time(os.getpid())
-        owner = [os.getpid(), self._started] if self._started else None
-        self._send(sock, m.HELLO, {"key": self.connection.key, "owner": owner, "version": m.VERSION})
+        owner = (os.getpid(), self._started) if self._started else None
+        self._send(
+            sock,
+            wire.HELLO,
+            wire.encode(wire.Hello(self.connection.key, owner, wire.VERSION, __version__)),
+        )
 
     @staticmethod
-    def _send(sock: zmq.Socket[bytes], kind: bytes, data: Any) -> None:
+    def _send(sock: zmq.Socket[bytes], kind: bytes, body: bytes) -> None:
         with contextlib.suppress(zmq.Again):
-            sock.send_multipart([kind, m.pack(data)], zmq.NOBLOCK)
+            sock.send_multipart([kind, body], zmq.NOBLOCK)
 
     def _receive_all(self, sock: zmq.Socket[bytes]) -> None:
         with contextlib.suppress(zmq.Again):
             while True:
-                kind, payload, *_ = sock.recv_multipart(zmq.NOBLOCK)
+                kind, body, *more = sock.recv_multipart(zmq.NOBLOCK)
                 try:
-                    self._handle(sock, kind, m.unpack(payload))
-                except Exception:  # what one message says wrongly must not end all streams
-                    logger.exception("a message of the engine (%r) could not be read", kind)
+                    self._handle(sock, kind, body, *more)
+                except Exception:  # one bad message must not end all streams
+                    logger.exception("a message from the engine (%r) could not be read", kind)
 
-    def _handle(self, sock: zmq.Socket[bytes], kind: bytes, data: Any) -> None:
-        if kind == m.EVENTS:
-            self._deliver(*data)
-        elif kind == m.EMBEDDED:
-            request_id, vectors, failure = data
-            self._deliver_answer(request_id, None if vectors is None else m.embeddings_from(vectors), failure)
-        elif kind == m.ANSWER:
-            self._deliver_answer(*data)
-        elif kind == m.PONG:
-            self._stats = m.stats_from(data)
-        elif kind == m.WELCOME:
+    def _handle(
+        self, sock: zmq.Socket[bytes], kind: bytes, body: bytes, data: bytes = b"", *_: bytes
+    ) -> None:
+        if kind == wire.EVENTS:
+            self._deliver(wire.unpack(body, kind))
+        elif kind == wire.PONG:
+            self._stats = wire.unpack(body, kind)
+        elif kind == wire.EMBEDDED:
+            made = wire.decode(body, wire.Embedded)
+            self._deliver_answer(
+                made.id, made.embeddings(data) if made.failure is None else None, made.failure
+            )
+        elif kind == wire.ANSWER:
+            answer = wire.decode(body, wire.Answer)
+            self._deliver_answer(answer.id, answer.found, answer.failure)
+        elif kind == wire.WELCOME:
+            welcome = wire.decode(body, wire.Welcome)
             self._greeting = False
-            self._description = m.description_from(data["description"])
-        elif kind == m.GOODBYE:
-            self._lose(f"the model {self._description.name!r} is no longer served: {data['reason']}. Load it again.")
-        elif kind == m.DENIED and data.get("key"):
+            self._description = welcome.description
+            why = wire.stranger(welcome.version, welcome.llmkit)
+            if why is not None:
+                self._lose(f"the model {self._description.name!r} cannot be used: {why}.")
+        elif kind == wire.GOODBYE:
+            self._lose(
+                f"the model {self._description.name!r} is no longer served: "
+                f"{wire.decode(body, wire.Goodbye).reason}. Load it again."
+            )
+        elif kind == wire.DENIED and wire.decode(body, wire.Denied).key:
             self._lose("the engine refused the key of its connection file")
-        elif kind == m.DENIED and not self._greeting:  # while greeting, it answers what we sent before
-            # We were silent for too long (a stopped process, a sleeping laptop) and our requests were aborted; begin again.
-            self._fail_all(EngineGoneError("the connection to the engine was lost for a while and this request was aborted; send it again"))
+        elif kind == wire.DENIED and not self._greeting:
+            # We were silent for too long (a stopped process, a sleeping laptop) and our requests
+            # were aborted; start over. (While we greet, it answers what we sent before.)
+            self._fail_all(
+                EngineGoneError(
+                    "the connection to the engine was lost for a while and this request was "
+                    "aborted; send it again"
+                )
+            )
             self._greet(sock)
 
-    def _deliver_answer(self, request_id: str, found: Any, failure: dict[str, Any] | None) -> None:
+    def _deliver_answer(self, request_id: str, found: Any, failure: wire.Failure | None) -> None:
         future = self._futures.pop(request_id, None)
         if future is None or not future.set_running_or_notify_cancel():
             return
         if found is not None:
             future.set_result(found)
         else:
-            future.set_exception(m.error_from(failure) if failure else EngineGoneError("the engine ended this request without a result"))
+            future.set_exception(
+                failure.error()
+                if failure
+                else EngineGoneError("the engine ended this request without a result")
+            )
 
-    def _deliver(self, deltas: list[list[Any]], ends: list[list[Any]]) -> None:
+    def _deliver(self, events: wire.Events) -> None:
         touched: list[Channel] = []
-        for request_id, text, num_tokens, logprobs in deltas:
-            channel = self._channels.get(request_id)
+        for news in events.news:
+            channel = self._channels.get(news.id)
             if channel is not None:
-                channel.push(Delta(text, num_tokens, m.logprobs_from(logprobs)))
+                channel.push(news.delta())
                 touched.append(channel)
-        for request_id, completion, failure in ends:
-            channel = self._channels.pop(request_id, None)
+        for end in events.ends:
+            channel = self._channels.pop(end.id, None)
             if channel is None:
                 continue
-            error = m.error_from(failure) if failure else None
+            error = end.failure.error() if end.failure else None
+            completion = end.completion("".join(channel.text_parts), tuple(channel.logprobs))
             if completion is None:
-                channel.fail(error or EngineGoneError("the engine ended this request without a result"))
+                channel.fail(
+                    error or EngineGoneError("the engine ended this request without a result")
+                )
             else:
-                channel.finish(m.completion_from(completion, request_id, "".join(channel.text_parts), tuple(channel.logprobs)), error)
+                channel.finish(completion, error)
             touched.append(channel)
         for channel in dict.fromkeys(touched):
             channel.wake()

@@ -1,7 +1,8 @@
-"""The connection file: how a running engine is found without running a line of code in its kernel.
+"""The connection file: how a running engine is found without running any code in its kernel.
 
-It lies in `jupyter_runtime_dir()`, 0600, and says who serves which model at which address. Readers trust it only when owner and mode are right and the
-process that wrote it is still the same one. Home directories are often shared between hosts, so the file also says where its process id is valid.
+It lies in `jupyter_runtime_dir()` with mode 0600 and says who serves which model at which address.
+Readers trust it only when owner and mode are right and the process that wrote it still runs. Home
+directories are often shared between hosts, so the file also says where its process id is valid.
 """
 
 from __future__ import annotations
@@ -18,12 +19,22 @@ import sys
 import tempfile
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from llmkit.files import open_plain, shallow_json
-from llmkit.types import ModelDescription
+from llmkit.protocol import ModelDescription, Origin
+from llmkit.system.files import open_plain, shallow_json
+from llmkit.system.process import life_of, process_start_time
 
-__all__ = ["Connection", "find_connections", "known", "life_of", "make_connection", "process_start_time", "read", "remove", "runtime_dir", "write"]
+__all__ = [
+    "Connection",
+    "find_connections",
+    "known",
+    "make_connection",
+    "read",
+    "remove",
+    "runtime_dir",
+    "write",
+]
 
 PREFIX, SUFFIX = "llmkit-", ".json"
 VERSION = 2
@@ -34,7 +45,7 @@ NO_ROOM = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 @dataclass(frozen=True, slots=True)
 class Connection:
-    """One running engine as its connection file describes it."""
+    """A running engine, as described by its connection file."""
 
     address: str
     key: str = field(repr=False)
@@ -46,13 +57,18 @@ class Connection:
     kernel_id: str | None
     created: float
     model: ModelDescription
-    server_key: str = field(default="", repr=False)  # of CURVE, where the address is TCP
+    server_key: str = field(default="", repr=False)  # CURVE's, for TCP addresses
     path: Path = field(default=Path(), compare=False)
 
     @property
-    def kernel_name(self) -> str:
-        """What stands behind the ``@`` of an exact model name: the kernel's id, else the process id."""
-        return self.kernel_id or str(self.pid)
+    def origin(self) -> Origin:
+        return Origin(
+            "process" if self.kernel_id is None else "kernel",
+            self.pid,
+            self.kernel_id,
+            self.host,
+            shared=self.path != Path(),
+        )
 
     @property
     def is_here(self) -> bool:
@@ -61,7 +77,7 @@ class Connection:
 
     @property
     def is_alive(self) -> bool:
-        """Whether the very process that wrote the file still runs; also where that cannot be told just now."""
+        """Whether the process that wrote the file still runs. True when in doubt."""
         return self.is_here and life_of(self.pid, self.start_time) != "gone"
 
 
@@ -71,62 +87,54 @@ def runtime_dir() -> Path:
     return Path(jupyter_runtime_dir())
 
 
-def process_start_time(pid: int) -> float | None:
-    """When a process started, in the system's own unit; None when there is none of that id (or it is a zombie). Raises `OSError` where that cannot be told
-    (no descriptor is free, say)."""
-    return _look_at(pid)[0]
-
-
-def life_of(pid: int, start_time: float) -> Literal["alive", "stopped", "gone"]:
-    """What has become of a process. Only what is known to be gone is gone."""
-    try:
-        started, is_stopped = _look_at(pid)
-    except OSError:
-        return "alive"
-    if started != start_time:
-        return "gone"
-    return "stopped" if is_stopped else "alive"
-
-
-def _look_at(pid: int) -> tuple[float | None, bool]:
-    """When a process started, and whether it is stopped."""
-    if sys.platform == "linux":
-        try:
-            fields = Path(f"/proc/{pid}/stat").read_bytes().rsplit(b")", 1)[1].decode().split()
-        except (FileNotFoundError, ProcessLookupError, IndexError):
-            return None, False
-        return (None, False) if fields[0] in "ZX" else (float(fields[19]), fields[0] in "Tt")
-    import psutil
-
-    try:
-        process = psutil.Process(pid)
-        return float(process.create_time()), process.status() == psutil.STATUS_STOPPED
-    except psutil.NoSuchProcess:
-        return None, False
-    except psutil.Error as error:
-        raise OSError(f"process {pid} cannot be looked at: {error}") from error
-
-
 def _place() -> tuple[str, str, str]:
     boot = namespace = ""
     with contextlib.suppress(OSError):
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     with contextlib.suppress(OSError):
         namespace = os.readlink("/proc/self/ns/pid")
-    return os.uname().nodename if hasattr(os, "uname") else os.environ.get("COMPUTERNAME", ""), boot, namespace
+    return (
+        os.uname().nodename if hasattr(os, "uname") else os.environ.get("COMPUTERNAME", ""),
+        boot,
+        namespace,
+    )
 
 
-def make_connection(model: ModelDescription, kernel_id: str | None, created: float, *, tcp: bool = sys.platform == "win32") -> Connection:
-    """A connection for an engine in this process, with a fresh key: a socket in a private directory on local disk (its path may have 107 bytes at most), or a
-    ``tcp`` port of the loopback for whoever binds it to choose, where there are no such sockets."""
+def make_connection(
+    model: ModelDescription,
+    kernel_id: str | None,
+    created: float,
+    *,
+    tcp: bool = sys.platform == "win32",
+) -> Connection:
+    """A connection for an engine in this process, with a fresh key.
+
+    The address is a socket in a private directory on local disk (paths are limited to 107 bytes).
+    With ``tcp``, for systems without such sockets, it is a loopback port chosen by binding.
+    """
     start = process_start_time(os.getpid())
     host, boot, namespace = _place()
-    address = "tcp://127.0.0.1:*" if tcp else f"ipc://{tempfile.mkdtemp(prefix=PREFIX, dir=_socket_root())}/s"
-    return Connection(address, secrets.token_hex(32), os.getpid(), start or 0.0, host, boot, namespace, kernel_id, created, model)
+    address = (
+        "tcp://127.0.0.1:*"
+        if tcp
+        else f"ipc://{tempfile.mkdtemp(prefix=PREFIX, dir=_socket_root())}/s"
+    )
+    return Connection(
+        address,
+        secrets.token_hex(32),
+        os.getpid(),
+        start or 0.0,
+        host,
+        boot,
+        namespace,
+        kernel_id,
+        created,
+        model,
+    )
 
 
 def _socket_root() -> str:
-    """A short local directory of the user's own if there is one."""
+    """A short local directory, the user's own if there is one."""
     root = os.environ.get("XDG_RUNTIME_DIR", "")
     if root and len(root) < 60 and os.access(root, os.W_OK) and os.stat(root).st_uid == os.getuid():
         return root
@@ -137,7 +145,7 @@ def _socket_root() -> str:
 
 
 def write(connection: Connection) -> Path:
-    """Write the file, readable for its owner only. Returns its path."""
+    """Write the file, readable by its owner only. Returns its path."""
     from jupyter_core.paths import secure_write
 
     folder = runtime_dir()
@@ -145,7 +153,7 @@ def write(connection: Connection) -> Path:
     path = folder / f"{PREFIX}{connection.pid}-{secrets.token_hex(4)}{SUFFIX}"
     data = asdict(connection)
     del data["path"]
-    hidden = path.with_name("." + path.name)  # renamed when complete: nobody reads half a file
+    hidden = path.with_name("." + path.name)  # renamed when complete, so nobody reads half a file
     with secure_write(str(hidden)) as file:
         json.dump({"version": VERSION, **data}, file)
     hidden.rename(path)
@@ -166,13 +174,17 @@ def remove(connection: Connection) -> None:
 
 def _private(status: os.stat_result, *, directory: bool) -> bool:
     kind = stat.S_ISDIR(status.st_mode) if directory else stat.S_ISREG(status.st_mode)
-    if not hasattr(os, "getuid"):  # Windows: jupyter_core restricts the file, and the folder lies in the user's profile
+    # On Windows jupyter_core restricts the file, and the folder is in the user's profile.
+    if not hasattr(os, "getuid"):
         return kind
     return kind and status.st_uid == os.getuid() and not status.st_mode & 0o077
 
 
 def read(path: Path) -> Connection | None:
-    """A connection that may be trusted, else None. Raises `OSError` where no descriptor is free: that says nothing of the file."""
+    """The connection, or None if the file cannot be trusted.
+
+    Raises `OSError` when no descriptor is free, which says nothing about the file.
+    """
     try:
         with open_plain(path, follow=False) as file:
             if not _private(os.fstat(file.fileno()), directory=False):
@@ -180,12 +192,17 @@ def read(path: Path) -> Connection | None:
             data: dict[str, Any] = shallow_json(file.read(MAX_FILE_BYTES))
         if data.pop("version") != VERSION:
             return None
-        # What a newer llmkit says beside that is not for us.
+        # Fields of a newer llmkit are ignored.
         model = ModelDescription(**known(ModelDescription, data.pop("model")))
         connection = Connection(**known(Connection, data) | {"model": model, "path": path})
-        if not all(isinstance(text, str) for text in (connection.address, connection.key, connection.server_key)):
+        if not all(
+            isinstance(text, str)
+            for text in (connection.address, connection.key, connection.server_key)
+        ):
             return None
-        safe = connection.address.startswith("ipc://") or (LOOPBACK.fullmatch(connection.address) is not None and len(connection.server_key) == 40)
+        safe = connection.address.startswith("ipc://") or (
+            LOOPBACK.fullmatch(connection.address) is not None and len(connection.server_key) == 40
+        )
         return connection if safe and len(connection.key) == 64 else None
     except OSError as error:
         if error.errno in NO_ROOM:
@@ -196,20 +213,24 @@ def read(path: Path) -> Connection | None:
 
 
 def known(kind: type, data: dict[str, Any]) -> dict[str, Any]:
-    """The fields of a dataclass in ``data``: what a newer version says beside that is left out."""
+    """The entries of ``data`` that are fields of a dataclass; a newer version may send more."""
     return {f.name: data[f.name] for f in fields(kind) if f.name in data}
 
 
 def find_connections(folder: Path | None = None) -> list[Connection]:
-    """All live engines of this user on this machine, newest first. Files of dead processes of this machine are removed. Raises `OSError` where no descriptor
-    is free."""
+    """All live engines of this user on this machine, newest first.
+
+    Removes the files of this machine's dead processes. Raises `OSError` when no descriptor is free.
+    """
     found = []
     where = folder or runtime_dir()
     try:
         names = os.listdir(where)
     except FileNotFoundError:
         return []
-    for path in (where / name for name in names if name.startswith(PREFIX) and name.endswith(SUFFIX)):
+    for path in (
+        where / name for name in names if name.startswith(PREFIX) and name.endswith(SUFFIX)
+    ):
         connection = read(path)
         if connection is None or not connection.is_here:
             continue

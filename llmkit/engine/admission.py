@@ -1,7 +1,8 @@
-"""Who may still queue: an exact bound on waiting requests, shared among callers. Any thread.
+"""Who may join the queue: an exact bound on waiting requests, shared among callers. Any thread.
 
-A caller alone may fill the whole queue. When it is full, a caller with fewer waiting requests than the one with the most takes a place of that one, whose
-newest request is refused in its stead: so nobody is kept out by the number of another's requests.
+A caller alone may fill the whole queue. When it is full, a newcomer with fewer waiting requests
+than the largest caller takes one of that caller's places, and the largest caller's newest request
+is refused instead. So no caller is kept out by another's many requests.
 """
 
 from __future__ import annotations
@@ -16,13 +17,13 @@ __all__ = ["Admission", "MakeWay"]
 
 @dataclass(frozen=True, slots=True)
 class MakeWay:
-    """The newest waiting request of ``caller`` gives its place to somebody else's."""
+    """The newest waiting request of ``caller`` must give its place to another caller."""
 
     caller: str
 
 
 class Admission:
-    """Counts waiting requests by caller; at most ``most`` in all.
+    """Counts waiting requests per caller, at most ``most`` in total.
 
     >>> door = Admission(2)
     >>> door.enter("ann"), door.enter("ann"), door.enter("bob")
@@ -34,24 +35,31 @@ class Admission:
         self._lock = threading.Lock()
         self._waiting: dict[str, int] = {}
         self._total = 0
-        self._owed: dict[str, int] = {}  # places given away whose requests have not been refused yet
+        # Places taken from a caller whose requests have not been refused yet.
+        self._owed: dict[str, int] = {}
 
     def __len__(self) -> int:
         return self._total
 
     def enter(self, caller: str, count: int = 1) -> list[str]:
-        """Take ``count`` places, or none. Returns the callers that must give up a waiting request each. Raises `QueueFullError`."""
+        """Take ``count`` places, or none. Returns the callers to displace, one entry per request to
+        refuse. Raises `QueueFullError`."""
         with self._lock:
             displaced: list[str] = []
             for taken in range(count):
                 if self._total >= self._most:
-                    most = max(self._waiting, key=lambda c: self._waiting[c], default=caller)
-                    if most == caller or self._waiting[most] <= self._waiting.get(caller, 0) + 1:
+                    largest = max(self._waiting, key=lambda c: self._waiting[c], default=caller)
+                    if (
+                        largest == caller
+                        or self._waiting[largest] <= self._waiting.get(caller, 0) + 1
+                    ):
                         self._undo(caller, taken, displaced)
-                        raise QueueFullError(f"{self._total} requests wait already; try again later")
-                    self._add(most, -1)
-                    self._owed[most] = self._owed.get(most, 0) + 1
-                    displaced.append(most)
+                        raise QueueFullError(
+                            f"{self._total} requests are already waiting; try again later"
+                        )
+                    self._add(largest, -1)
+                    self._owed[largest] = self._owed.get(largest, 0) + 1
+                    displaced.append(largest)
                 self._add(caller, 1)
             return displaced
 
@@ -62,13 +70,13 @@ class Admission:
             self._add(other, 1)
 
     def leave(self, caller: str) -> None:
-        """A request of the caller waits no longer: it runs, or has ended."""
+        """One of the caller's requests no longer waits: it runs or has ended."""
         with self._lock:
             if not self._settle(caller):
                 self._add(caller, -1)
 
     def _settle(self, caller: str) -> bool:
-        """One place given away is accounted for."""
+        """Account for one place taken from the caller; False if there was none."""
         owed = self._owed.get(caller, 0)
         if owed > 1:
             self._owed[caller] = owed - 1
@@ -77,7 +85,7 @@ class Admission:
         return bool(owed)
 
     def owes(self, caller: str) -> bool:
-        """Whether the caller still has more requests waiting than places."""
+        """Whether the caller has more requests waiting than places."""
         with self._lock:
             return caller in self._owed
 

@@ -1,9 +1,11 @@
-"""Who goes next: waiting requests by priority, then by fairness among callers, then by arrival. Engine thread only.
+"""The order of waiting requests: priority, then fairness, then arrival. Engine thread only.
 
-Each caller has a counter of the service it got (prompt tokens computed, generated tokens at twice the price); the one with the least goes first, so a
-caller with a hundred requests gets no more than one with a few. A caller that comes back is lifted to the least of those at work: idling earns no credit.
-What a caller got more than others fades, by half a minute, so that nobody pays for the morning in the afternoon; when nobody is at work, all are level.
-The idea is the virtual token counter of Sheng et al., "Fairness in Serving Large Language Models", 2024.
+Each caller has a counter of the service it got (prompt tokens computed, plus generated tokens at
+twice the price). The caller with the lowest counter goes first, so one with a hundred requests gets
+no more than one with a few. A caller that returns is raised to the lowest counter among active
+callers: idling earns no credit. A lead over the others halves every 30 seconds, so that nobody pays
+in the afternoon for the morning; when no caller is active, all counters reset. Based on the virtual
+token counter of Sheng et al., "Fairness in Serving Large Language Models", 2024.
 """
 
 from __future__ import annotations
@@ -23,15 +25,20 @@ FADE_EVERY_S = 1.0
 
 
 class Backlog:
-    """The waiting requests. ``on_leave`` hears of each that waits no longer for the first time; ``clock`` gives seconds."""
+    """The waiting requests. ``on_leave`` is called with each request that stops waiting for the
+    first time; ``clock`` returns seconds."""
 
-    def __init__(self, on_leave: Callable[[Request], None] = lambda _: None, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        on_leave: Callable[[Request], None] = lambda _: None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._on_leave = on_leave
         self._clock = clock
         self._faded_at = clock()
         self._queues: dict[tuple[int, str], deque[Request]] = {}
         self._service: dict[str, float] = {}
-        self._active: dict[str, int] = {}  # requests of a caller, waiting or running
+        self._active: dict[str, int] = {}  # each caller's requests, waiting or running
         self._size = 0
 
     def __len__(self) -> int:
@@ -41,7 +48,7 @@ class Backlog:
         return (r for q in self._queues.values() for r in q)
 
     def add(self, request: Request) -> None:
-        """A new request."""
+        """Queue a new request."""
         caller = request.caller
         if not self._active:
             self._service.clear()
@@ -54,7 +61,7 @@ class Backlog:
         self._size += 1
 
     def put_back(self, request: Request) -> None:
-        """A preempted request: first among its caller's."""
+        """Queue a preempted request again, ahead of its caller's others."""
         self._queue(request).appendleft(request)
         self._size += 1
 
@@ -62,7 +69,7 @@ class Backlog:
         return self._queues.setdefault((request.priority, request.caller), deque())
 
     def _fade(self) -> None:
-        """Move all counters towards the least of those at work."""
+        """Move all counters towards the lowest among active callers."""
         now = self._clock()
         if now - self._faded_at < FADE_EVERY_S or not self._active:
             return
@@ -70,19 +77,23 @@ class Backlog:
         self._faded_at = now
         least = min(self._service[c] for c in self._active)
         faded = {c: least + (s - least) * share for c, s in self._service.items() if s > least}
-        # Who is idle, and level with those at work, need not be remembered.
-        self._service = {c: s for c, s in faded.items() if s - least >= 1 or c in self._active} | {c: least for c in self._active if c not in faded}
+        # An idle caller that is level with the active ones need not be remembered.
+        self._service = {c: s for c, s in faded.items() if s - least >= 1 or c in self._active} | {
+            c: least for c in self._active if c not in faded
+        }
 
     def charge(self, request: Request, num_prompt: int = 0, num_output: int = 0) -> None:
-        """The caller got this much service."""
-        self._service[request.caller] = self._service.get(request.caller, 0.0) + num_prompt + OUTPUT_PRICE * num_output
+        """Charge the caller for this much service, in tokens."""
+        self._service[request.caller] = (
+            self._service.get(request.caller, 0.0) + num_prompt + OUTPUT_PRICE * num_output
+        )
 
     def service(self, caller: str) -> float:
-        """What a caller got, in prompt tokens; it fades."""
+        """The service a caller got, in prompt tokens; it decays over time."""
         return self._service.get(caller, 0.0)
 
     def leave(self, request: Request) -> None:
-        """The request is over."""
+        """Note that a request has ended."""
         caller = request.caller
         self._active[caller] -= 1
         if not self._active[caller]:
@@ -92,21 +103,30 @@ class Backlog:
 
     @property
     def most_urgent(self) -> int:
-        """The lowest priority number that waits."""
+        """The lowest priority number among waiting requests."""
         return min(priority for priority, _ in self._queues)
 
     def first(self, ready: Callable[[Request], bool]) -> Request | None:
         """The next request for which ``ready`` is true; it stays in the backlog."""
         self._fade()
-        for key in sorted(self._queues, key=lambda k: (k[0], self._service.get(k[1], 0.0), self._queues[k][0].arrived_at)):
+        for key in sorted(
+            self._queues,
+            key=lambda k: (k[0], self._service.get(k[1], 0.0), self._queues[k][0].arrived_at),
+        ):
             for request in self._queues[key]:
                 if ready(request):
                     return request
         return None
 
     def newest(self, caller: str) -> Request | None:
-        """The request of a caller that would come last, of those that have not run yet."""
-        mine = (r for (_, whose), queued in self._queues.items() if whose == caller for r in queued if r.is_queued)
+        """The caller's request that would run last, among those that have never run."""
+        mine = (
+            r
+            for (_, whose), queued in self._queues.items()
+            if whose == caller
+            for r in queued
+            if r.is_queued
+        )
         return max(mine, key=lambda r: (r.priority, r.arrived_at), default=None)
 
     def remove(self, request: Request) -> None:

@@ -1,4 +1,4 @@
-"""What goes down to the model in one step, and what comes up. Plain frozen data."""
+"""What one step sends to the model, and what it returns. Plain frozen data."""
 
 from __future__ import annotations
 
@@ -6,9 +6,23 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from llmkit.types import SamplingParams
+from llmkit.protocol import SamplingParams
 
-__all__ = ["Batch", "Chunk", "Close", "Drop", "Fork", "Open", "Park", "Restore", "Score", "Shift", "SlotOp", "StepOutput", "Truncate"]
+__all__ = [
+    "Batch",
+    "Chunk",
+    "Close",
+    "Drop",
+    "Fork",
+    "Open",
+    "Park",
+    "Restore",
+    "Score",
+    "Shift",
+    "SlotOp",
+    "StepOutput",
+    "Truncate",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +35,7 @@ class Truncate:
 
 @dataclass(frozen=True, slots=True)
 class Shift:
-    """Forget ``discard`` tokens of ``slot`` after its first ``keep``; the later ones move up to their places."""
+    """Remove ``discard`` tokens of ``slot`` after its first ``keep``; the later ones move up."""
 
     slot: int
     keep: int
@@ -30,7 +44,7 @@ class Shift:
 
 @dataclass(frozen=True, slots=True)
 class Fork:
-    """Make the first ``length`` tokens of ``source`` the whole content of ``target``."""
+    """Replace the content of ``target`` with the first ``length`` tokens of ``source``."""
 
     source: int
     target: int
@@ -39,7 +53,8 @@ class Fork:
 
 @dataclass(frozen=True, slots=True)
 class Park:
-    """Keep a copy of what ``slot`` holds, outside the context, under ``key``. ``tokens`` are what it holds; ``save`` writes it to disk as well."""
+    """Copy the content of ``slot``, which is ``tokens``, out of the context under ``key``. ``save``
+    puts the copy on disk instead of in RAM."""
 
     slot: int
     key: int
@@ -50,7 +65,7 @@ class Park:
 
 @dataclass(frozen=True, slots=True)
 class Restore:
-    """Make the first ``length`` tokens parked under ``key`` the whole content of ``slot``."""
+    """Replace the content of ``slot`` with the first ``length`` tokens parked under ``key``."""
 
     key: int
     slot: int
@@ -59,16 +74,20 @@ class Restore:
 
 @dataclass(frozen=True, slots=True)
 class Drop:
-    """Forget what is parked under ``key``."""
+    """Forget the copy parked under ``key``."""
 
     key: int
 
 
 @dataclass(frozen=True, slots=True)
 class Open:
-    """Request ``serial`` takes ``slot``: bind its sampler, made from ``sampling`` when the request is new. ``history`` are the tokens that penalties look
-    back on; ``constraint`` is the runner's own form of ``sampling.grammar``, ``adapters`` names LoRA adapters and their scales, ``sampler`` is the runner's
-    own, if it was made beforehand."""
+    """Request ``serial`` takes ``slot``: bind its sampler, made from ``sampling`` when the request
+    is new.
+
+    ``history``: the tokens that penalties look back on. ``constraint``: the runner's own form of
+    ``sampling.grammar``. ``adapters``: names of LoRA adapters and their scales. ``sampler``: the
+    runner's own, if made beforehand.
+    """
 
     slot: int
     serial: int
@@ -81,7 +100,7 @@ class Open:
 
 @dataclass(frozen=True, slots=True)
 class Close:
-    """Request ``serial`` is over: free its sampler."""
+    """Request ``serial`` has ended: free its sampler."""
 
     serial: int
 
@@ -93,8 +112,9 @@ SlotOp = Truncate | Shift | Fork | Park | Restore | Drop | Open | Close
 class Chunk:
     """Consecutive tokens of one slot: ``tokens[i]`` goes to position ``start + i``.
 
-    ``sample``: choose a token after the last one. The last ``draft`` tokens are guesses: each counts only if the token chosen before it is the same.
-    ``targets``: the tokens that follow the first ``len(targets)`` tokens, to be scored (prompt logprobs).
+    ``sample``: choose a token after the last one. The last ``draft`` tokens are guesses; each is
+    valid only if the model chooses the same token there. ``targets``: the tokens that follow each
+    of the first ``len(targets)`` tokens, to be scored (prompt logprobs).
     """
 
     slot: int
@@ -107,7 +127,8 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """One engine step: first the slot operations in order, then one decode of all chunks (ordered by slot, one a slot)."""
+    """One engine step: the slot operations in order, then one decode of all chunks (ordered by
+    slot, one per slot)."""
 
     chunks: tuple[Chunk, ...]
     ops: tuple[SlotOp, ...] = ()
@@ -118,7 +139,8 @@ class Batch:
 
 
 class Score(NamedTuple):
-    """Natural log-probabilities at one position: of the token there, and of the likeliest ones (token, logprob), best first."""
+    """Natural log-probabilities at one position: of the token there, and of the likeliest ones as
+    (token, logprob), best first."""
 
     logprob: float
     top: tuple[tuple[int, float], ...] = ()
@@ -126,16 +148,20 @@ class Score(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class StepOutput:
-    """What one step gave, parallel to ``batch.chunks``.
+    """The result of one step, parallel to ``batch.chunks``.
 
-    ``tokens[i]`` are the chosen tokens: none where none was asked, more than one after an accepted draft. ``resident[i]`` is the number of tokens that the
-    slot holds now; it is less than asked after a rejected draft, an interrupt (``interrupted``) or a failure. ``scores[i]`` belong to ``tokens[i]`` where
-    asked, ``prompt_scores[i]`` to ``chunk.targets``; ``forced[i]`` are the tokens that a grammar leaves no choice but to come next.
+    ``tokens[i]``: the chosen tokens; none where none was requested, several after an accepted
+    draft. ``resident[i]``: how many tokens the slot now holds, fewer than requested after a
+    rejected draft, an interrupt (``interrupted``) or a failure. ``scores[i]`` belong to
+    ``tokens[i]`` where requested, ``prompt_scores[i]`` to ``chunk.targets``. ``forced[i]``: the
+    tokens that a grammar leaves as the only continuation.
 
-    ``error`` is set when the decode failed for these chunks; ``faults`` holds (slot, why) of requests that alone went wrong, ``refused`` those of their slots
-    whose request asked for what cannot be done, ``emptied`` those that hold nothing any more. ``lost`` are keys that could not be parked or restored,
-    ``broken`` slots that are empty now because of that. ``late`` are slots whose grammar did not say in time what may come next: nothing was chosen, and the
-    last token is to be computed again. ``backend_s`` is the time spent inside calls of the C library (decode and sampler chains), seconds.
+    ``error``: the decode failed for these chunks. ``faults``: (slot, reason) of requests that
+    failed on their own; ``refused``: those of their slots whose request was invalid; ``emptied``:
+    those that now hold nothing. ``lost``: keys that could not be parked or restored; ``broken``:
+    slots emptied because of that. ``late``: slots whose grammar was not ready in time; nothing was
+    chosen, and the last token must be computed again. ``backend_s``: seconds spent in the C library
+    (decode and sampler chains).
     """
 
     tokens: Sequence[Sequence[int]]

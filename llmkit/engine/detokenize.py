@@ -1,4 +1,4 @@
-"""Tokens to text, one request at a time: whole code points only, nothing of a stop string. Engine thread."""
+"""Tokens to text, per request: whole code points, nothing of a stop string. Engine thread only."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ __all__ = ["Detokenizer"]
 
 
 class Detokenizer:
-    """Turns token ids into text that can be shown at once.
+    """Turns token ids into text that can be shown immediately.
 
     >>> d = Detokenizer([b"Hel", b"lo", b" STOP", b"\\xc3", b"\\xa9"].__getitem__, stop=("STOP",))
     >>> d.push(0), d.push(3), d.push(4)
@@ -17,8 +17,8 @@ class Detokenizer:
     >>> d.push(2), d.stopped
     (' ', True)
 
-    ``piece`` gives a token's bytes. Bytes of an unfinished code point and text that may begin a stop string are held back;
-    ``flush`` gives them out at the end.
+    ``piece`` returns a token's bytes. An unfinished code point, and text that may begin a stop
+    string, are held back; ``flush`` releases them at the end.
     """
 
     __slots__ = ("_decoder", "_held", "_stop", "matched", "piece", "stopped")
@@ -29,16 +29,17 @@ class Detokenizer:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._held = ""
         self.stopped = False
-        self.matched: str | None = None  # the stop string that was met
+        self.matched: str | None = None  # the stop string found
 
     def push(self, token: int) -> str:
-        """The text that this token completes. After a stop string was met, ``stopped`` is set and nothing more comes."""
+        """The text that this token completes. After a stop string, ``stopped`` is set and nothing
+        more follows."""
         if self.stopped:
             return ""
         return self._release(self._decoder.decode(self.piece(token)))
 
     def flush(self) -> str:
-        """What is still held back, at the end of the generation."""
+        """The text still held back at the end of generation."""
         if self.stopped:
             return ""
         text = self._release(self._decoder.decode(b"", final=True))
@@ -49,9 +50,9 @@ class Detokenizer:
         if not self._stop:
             return new
         text = self._held + new
-        found = [(i, s) for i, s in ((text.find(s), s) for s in self._stop) if i >= 0]
-        if found:
-            at, self.matched = min(found)
+        matches = [(i, s) for i, s in ((text.find(s), s) for s in self._stop) if i >= 0]
+        if matches:
+            at, self.matched = min(matches)
             self.stopped, self._held = True, ""
             return text[:at]
         keep = max((_overlap(text, s) for s in self._stop), default=0)
@@ -60,7 +61,7 @@ class Detokenizer:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of ``text`` that is a beginning of ``stop``."""
+    """Length of the longest suffix of ``text`` that is a prefix of ``stop``."""
     for n in range(min(len(text), len(stop) - 1), 0, -1):
         if text.endswith(stop[:n]):
             return n

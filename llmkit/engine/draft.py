@@ -1,8 +1,10 @@
-"""Guesses of what comes next, for free: the text that followed the last few tokens when they were seen before (prompt lookup). Engine thread only.
+"""Free drafts by prompt lookup: what followed the last few tokens before. Engine thread only.
 
-A guess is checked in the same decode as the newest token. It pays when enough guesses come true: a step with k guesses costs 1 + r k of a plain one, where
-r is what one more token costs beside what a step costs; it gives 1 + p + p^2 + … + p^k tokens. A `Payoff` keeps p for a request and a way of guessing, and
-stops it where it does not pay. Idea of the lookup: A. Saxena, "Prompt Lookup Decoding", 2023.
+A draft is checked in the same decode as the newest token. It pays when enough of it is accepted: a
+step with k guesses costs 1 + r k of a plain one, where r is the cost of one more token relative to
+a step; it yields 1 + p + p^2 + … + p^k tokens, where p is the acceptance rate. A `Payoff` tracks p
+for one request and one way of drafting, and stops drafting where it does not pay. Prompt lookup: A.
+Saxena, "Prompt Lookup Decoding", 2023.
 """
 
 from __future__ import annotations
@@ -12,16 +14,16 @@ from collections.abc import Sequence
 __all__ = ["Payoff", "PromptLookup"]
 
 NGRAM, MIN_NGRAM = 5, 2
-MAX_INDEXED = 2048  # tokens at a time: a millisecond or two
+MAX_INDEXED = 2048  # tokens per call: a millisecond or two
 MAX_DRAFT = 24
 FIRST_ACCEPTANCE = 0.85
 SMOOTHING = 0.2
 PROBE_TOKENS = 3
-PAUSE, MAX_PAUSE = 32, 512  # tokens after which a request that stopped guessing tries again
+PAUSE, MAX_PAUSE = 32, 512  # tokens before a request that stopped drafting tries again
 
 
 class Payoff:
-    """How many tokens to guess for one request: as many as the guesses that came true so far make worth while.
+    """How many tokens to draft for one request, from its acceptance rate so far.
 
     >>> Payoff().size(at=100, most=3, token_cost=0.1)
     3
@@ -37,11 +39,11 @@ class Payoff:
         self._pause = PAUSE
 
     def may_try(self, at: int) -> bool:
-        """Whether it is time to guess for a request that is ``at`` tokens long."""
+        """Whether a request that is ``at`` tokens long may draft now."""
         return at >= self._next_try
 
     def size(self, at: int, most: int, token_cost: float) -> int:
-        """How many tokens to guess, at most ``most``; ``token_cost`` is r above."""
+        """How many tokens to draft, at most ``most``; ``token_cost`` is r above."""
         if most <= 0 or at < self._next_try:
             return 0
         size = self._best_size(min(most, MAX_DRAFT), token_cost)
@@ -51,7 +53,7 @@ class Payoff:
         if not self._next_try:
             self._next_try = at + self._pause
             return 0
-        # Times change: look again now and then, ever more seldom while nothing comes of it.
+        # Probe again now and then, ever more rarely while it does not pay.
         self._pause = min(2 * self._pause, MAX_PAUSE)
         self._next_try = at + self._pause
         return min(PROBE_TOKENS, most)
@@ -68,13 +70,13 @@ class Payoff:
         return best
 
     def learn(self, num_drafted: int, num_accepted: int) -> None:
-        """What became of a guess."""
+        """Update the acceptance rate with the outcome of a draft."""
         for i in range(min(num_accepted + 1, num_drafted)):
             self._acceptance += SMOOTHING * ((i < num_accepted) - self._acceptance)
 
 
 class PromptLookup:
-    """The guesses of one request.
+    """The drafts of one request.
 
     >>> lookup = PromptLookup()
     >>> lookup.propose([1, 2, 3, 4, 5, 6, 7, 1, 2, 3, 4], most=3, token_cost=0.1)
@@ -84,12 +86,12 @@ class PromptLookup:
     __slots__ = ("_ends", "_indexed", "payoff")
 
     def __init__(self) -> None:
-        self._ends: dict[tuple[int, ...], int] = {}  # n-gram -> where its newest occurrence ends
+        self._ends: dict[tuple[int, ...], int] = {}  # n-gram -> end of its latest occurrence
         self._indexed = 0
         self.payoff = Payoff()
 
     def propose(self, tokens: Sequence[int], most: int, token_cost: float) -> list[int]:
-        """At most ``most`` tokens that may come after ``tokens``. ``token_cost`` is r above."""
+        """At most ``most`` tokens that may follow ``tokens``. ``token_cost`` is r above."""
         if most <= 0 or not self.payoff.may_try(len(tokens)):
             return []
         end = self._find(tokens)
@@ -98,12 +100,13 @@ class PromptLookup:
         size = self.payoff.size(len(tokens), most, token_cost)
         guess = list(tokens[end : end + size])
         period = len(tokens) - end
-        while len(guess) < size:  # what repeats at the very end goes on repeating
+        while len(guess) < size:  # a repetition at the very end continues
             guess.append(guess[len(guess) - period])
         return guess
 
     def index(self, tokens: Sequence[int], upto: int) -> None:
-        """Take in n-grams of the first ``upto`` tokens, a bounded number at a time: called while a prompt is computed, it is done when the first token is."""
+        """Index n-grams of the first ``upto`` tokens, a bounded number per call: called during
+        prefill, it is done by the first token."""
         upto = min(upto, self._indexed + MAX_INDEXED)
         for end in range(max(self._indexed, MIN_NGRAM), upto):
             for size in range(MIN_NGRAM, min(NGRAM, end) + 1):
@@ -111,11 +114,12 @@ class PromptLookup:
         self._indexed = max(self._indexed, upto)
 
     def _find(self, tokens: Sequence[int]) -> int | None:
-        """Where the longest known end of ``tokens`` was seen before. Indexes what is new, but for the n-grams that end at the end."""
+        """Where the longest known suffix of ``tokens`` occurred before. Indexes what is new, except
+        the n-grams at the very end."""
         n = len(tokens)
         self.index(tokens, n)
         for size in range(min(NGRAM, n), MIN_NGRAM - 1, -1):
-            found = self._ends.get(tuple(tokens[n - size :]))
-            if found is not None:
-                return found
+            position = self._ends.get(tuple(tokens[n - size :]))
+            if position is not None:
+                return position
         return None

@@ -1,4 +1,5 @@
-"""The engine thread: the only caller of the runner. Other threads leave messages in the inbox and read frozen snapshots."""
+"""The engine thread: the only caller of the runner. Other threads put messages in the inbox and
+read frozen snapshots."""
 
 from __future__ import annotations
 
@@ -23,23 +24,24 @@ from llmkit.engine.slots import PrefixCache
 from llmkit.engine.stats import StatsCounter
 from llmkit.engine.threads import ThreadGovernor
 from llmkit.errors import EngineError, InvalidRequestError, ModelUnloadedError, QueueFullError
-from llmkit.types import EngineStats, FinishReason
+from llmkit.protocol import EngineStats, FinishReason
 
 __all__ = ["Engine"]
 
 logger = logging.getLogger("llmkit.engine")
 
-FAREWELL_S = 3.0  # for writing idle prefixes to disk at the end
-HELD_S = 0.002  # between looks, while every running request waits for its grammar
+FAREWELL_S = 3.0  # for saving idle prefixes to disk at shutdown
+HELD_S = 0.002  # polling interval while every running request waits for its grammar
 
 
 class Engine:
-    """Continuous batching over one `ModelRunner`; ``submit`` and ``abort`` are thread-safe and return at once.
+    """Continuous batching over one `ModelRunner`; ``submit`` and ``abort`` are thread-safe and
+    return immediately.
 
-    ``is_end`` tells end-of-generation tokens. ``n_ctx`` (at most the runner's) ends a request that grows to it. ``max_waiting`` bounds the queue, which
-    callers share, see `Admission`.
-    ``target_itl_s`` is the time between two tokens of a stream that prompts of others must not stretch. ``deterministic``: see `Scheduler`. ``turns`` is held
-    while a step computes.
+    ``is_end`` identifies end-of-generation tokens. ``n_ctx`` (at most the runner's) ends a request
+    that reaches it. ``max_waiting`` bounds the queue, which callers share (see `Admission`).
+    ``target_itl_s`` is the inter-token latency that others' prompts must not exceed.
+    ``deterministic``: see `Scheduler`. ``turns`` is held while a step computes.
     """
 
     def __init__(
@@ -58,7 +60,12 @@ class Engine:
         self._runner = runner
         self._admission = Admission(max_waiting)
         self._turns = turns or contextlib.nullcontext()
-        cache = PrefixCache(runner.n_slots, can_truncate=runner.can_truncate, can_fork=runner.can_fork, host_tokens=runner.host_tokens)
+        cache = PrefixCache(
+            runner.n_slots,
+            can_truncate=runner.can_truncate,
+            can_fork=runner.can_fork,
+            host_tokens=runner.host_tokens,
+        )
         for entry in runner.saved():
             cache.add_saved(*entry)
         self._clock = StepClock(target_itl_s)
@@ -80,13 +87,16 @@ class Engine:
         )
         self._cache, self._journal = cache, Journal()
         self._drafter = drafter
-        self._drafted_s = 0.0  # that was counted
-        self._stats = StatsCounter(cache, self._scheduler, runner.capacity or runner.n_slots * runner.n_ctx)
+        self._drafted_s = 0.0  # drafter seconds already counted
+        self._stats = StatsCounter(
+            cache, self._scheduler, runner.capacity or runner.n_slots * runner.n_ctx
+        )
         self._inbox: queue.SimpleQueue[Request | MakeWay | str | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._closed = False
         self._failure: str | None = None
-        # Whose tokens the running step computes, and whose abort has come: it is broken off only when nobody else loses by that.
+        # Whose tokens the running step computes, and whose abort has arrived: a step is interrupted
+        # only if no other request loses tokens.
         self._step_lock = threading.Lock()
         self._in_step: frozenset[str] = frozenset()
         self._aborted: set[str] = set()
@@ -109,11 +119,14 @@ class Engine:
     def submit(self, *requests: Request) -> None:
         """Queue requests of one caller: all, or none.
 
-        Raises `ModelUnloadedError` after ``close`` and `QueueFullError` when ``max_waiting`` requests wait.
+        Raises `ModelUnloadedError` after ``close``, and `QueueFullError` when ``max_waiting``
+        requests are waiting.
         """
         with self._lock:
             if self._closed:
-                raise ModelUnloadedError(self._failure or "the model was unloaded; load it again with llmkit.load()")
+                raise ModelUnloadedError(
+                    self._failure or "the model was unloaded; load it again with llmkit.load()"
+                )
             displaced = self._admission.enter(requests[0].caller, len(requests)) if requests else []
             for caller in displaced:
                 self._inbox.put(MakeWay(caller))
@@ -121,22 +134,26 @@ class Engine:
                 self._inbox.put(request)
 
     def look(self, kind: str) -> dict[str, Any]:
-        """The last ``steps``, what the ``slots`` hold, or the ``requests`` that run; JSON-ready."""
+        """The last ``steps``, the content of the ``slots``, or the running ``requests``;
+        JSON-ready."""
         running = self._scheduler.running
         if kind == "steps":
             return {kind: self._journal.as_list()}
         return {kind: slots_of(self._cache, running) if kind == "slots" else requests_of(running)}
 
     def abort(self, request_id: str) -> None:
-        """End a request early. A step that computes nothing but aborted requests is interrupted; one with tokens of others is not, since they would be lost."""
+        """End a request early. A step is interrupted only if all its requests are aborted; tokens
+        of others would be lost."""
         with self._step_lock:
             self._aborted.add(request_id)
-            self._inbox.put(request_id)  # after that, or the engine would forget it before it is there
+            # Second, or the engine could discard the id before it is added.
+            self._inbox.put(request_id)
             if self._in_step and self._in_step <= self._aborted:
                 self._runner.interrupt()
 
     def close(self, timeout: float = 5.0) -> bool:
-        """Stop the thread; running requests end with an abort. False if it did not end in time: then the runner must not be freed."""
+        """Stop the thread; running requests are aborted. False if it did not stop in time: the
+        runner must not be freed then."""
         with self._lock:
             self._closed = True
             self._inbox.put(None)
@@ -150,15 +167,13 @@ class Engine:
             self._thread.join(0.05)
         return not self._thread.is_alive()
 
-    # -- engine thread
-
     def _run(self) -> None:
         failure: Exception = ModelUnloadedError("the model was unloaded while this request ran")
         try:
             while self._take_messages():
                 if self._scheduler.has_work:
                     self._step()
-        except BaseException as error:  # a bug or a broken runner: nobody may wait forever
+        except BaseException as error:  # a bug or a broken runner: no reader may wait forever
             self._failure = f"the engine stopped: {error!r:.500}. Load the model again."
             failure = EngineError(self._failure)
             failure.__cause__ = error
@@ -167,7 +182,8 @@ class Engine:
 
     def _take_messages(self) -> bool:
         """Empty the inbox, waiting for a message when idle. False: close."""
-        # Order matters: an abort puts its message before it interrupts, so an interrupt cleared here has its message in the inbox.
+        # An abort queues its message before it interrupts, so an interrupt cleared here has its
+        # message in the inbox.
         with self._step_lock:
             self._in_step = frozenset()
             self._runner.clear_interrupt()
@@ -175,7 +191,9 @@ class Engine:
         refused: list[Request] = []
         while True:
             try:
-                message = self._inbox.get(block=not (self._scheduler.has_work or aborted or refused))
+                message = self._inbox.get(
+                    block=not (self._scheduler.has_work or aborted or refused)
+                )
             except queue.Empty:
                 break
             if message is None:
@@ -183,12 +201,22 @@ class Engine:
             if isinstance(message, str):
                 aborted.append(message)
             elif isinstance(message, MakeWay):
-                refused += self._scheduler.displace(message.caller) if self._admission.owes(message.caller) else []
+                refused += (
+                    self._scheduler.displace(message.caller)
+                    if self._admission.owes(message.caller)
+                    else []
+                )
             else:
                 self._stats.requests += 1
                 self._scheduler.add(message)
         if refused:
-            self._publish(refused, QueueFullError("the queue is full, and this caller has the most requests in it; try again later"))
+            self._publish(
+                refused,
+                QueueFullError(
+                    "the queue is full, and this caller has the most requests in it; "
+                    "try again later"
+                ),
+            )
         if aborted:
             with self._step_lock:
                 self._aborted.difference_update(aborted)
@@ -222,17 +250,26 @@ class Engine:
         stats.steps += 1
         stats.backend_s += output.backend_s + drafting
         error = output.error or ("the context has no room left" if output.no_room else None)
-        self._publish(self._scheduler.update(batch, output), EngineError(f"this request failed in the backend: {error}") if error else None)
+        self._publish(
+            self._scheduler.update(batch, output),
+            EngineError(f"this request failed in the backend: {error}") if error else None,
+        )
         stats.step_s += time.perf_counter() - start
         stats.refresh()
 
     def _observe(self, batch: Batch, seconds: float) -> None:
         decoding = [c for c in batch.chunks if c.sample and len(c.tokens) == 1 + c.draft]
         num_decode = sum(len(c.tokens) for c in decoding)
-        self._clock.observe(num_streams=len(decoding), num_decode=num_decode, num_prefill=batch.num_tokens - num_decode, seconds=seconds)
+        self._clock.observe(
+            num_streams=len(decoding),
+            num_decode=num_decode,
+            num_prefill=batch.num_tokens - num_decode,
+            seconds=seconds,
+        )
 
     def _publish(self, requests: list[Request], failure: Exception | None = None) -> None:
-        """Hand the news of a step to the readers: it is counted first, and all of it is stored before the first one is woken."""
+        """Hand a step's news to the readers: first it is counted, then all of it stored, before any
+        reader is woken."""
         for request in requests:
             if request.finish_reason is not None:
                 self._stats.prompt_tokens += request.num_prompt_tokens
@@ -241,8 +278,16 @@ class Engine:
         for request in requests:
             reason = failure
             if request.error:
-                reason = InvalidRequestError(request.error) if request.is_refused else EngineError(f"this request failed in the backend: {request.error}")
-            request.publish(reason if request.finish_reason in (FinishReason.ERROR, FinishReason.ABORT) else None)
+                reason = (
+                    InvalidRequestError(request.error)
+                    if request.is_refused
+                    else EngineError(f"this request failed in the backend: {request.error}")
+                )
+            request.publish(
+                reason
+                if request.finish_reason in (FinishReason.ERROR, FinishReason.ABORT)
+                else None
+            )
         for request in requests:
             request.channel.wake()
 
@@ -258,11 +303,16 @@ class Engine:
             if isinstance(message, Request):
                 pending.append(message)
         for request in pending:
-            request.finish(FinishReason.ABORT if isinstance(failure, ModelUnloadedError) else FinishReason.ERROR)
+            request.finish(
+                FinishReason.ABORT
+                if isinstance(failure, ModelUnloadedError)
+                else FinishReason.ERROR
+            )
         self._publish(pending, failure)
         if self._runner.saves and isinstance(failure, ModelUnloadedError):
             end = time.monotonic() + FAREWELL_S
-            with contextlib.suppress(Exception):  # best effort: a full or slow disk must not keep the memory
+            # Best effort: a full or slow disk must not delay freeing the memory.
+            with contextlib.suppress(Exception):
                 for op in self._scheduler.farewell():
                     if time.monotonic() < end:
                         self._runner.execute(Batch((), (op,)))

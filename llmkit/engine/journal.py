@@ -1,4 +1,4 @@
-"""What the last steps did, for people to see. Written by the engine thread, read by any."""
+"""What the last steps did, for display. Written by the engine thread, read by any thread."""
 
 from __future__ import annotations
 
@@ -17,29 +17,54 @@ MAX_STEPS = 2000
 
 
 class Journal:
-    """The newest steps: when each began and how long it took (seconds), and for each slot in it the request, how many tokens were computed, how many of them
-    were guesses, and whether that was a prompt."""
+    """The latest steps: when each began and how long it took (seconds); for each of its slots the
+    request, how many tokens were computed, how many of them were drafted, and whether they were
+    part of a prompt."""
 
     def __init__(self) -> None:
-        self._steps: deque[tuple[float, float, tuple[tuple[int, str, int, int, bool], ...]]] = deque(maxlen=MAX_STEPS)
+        self._steps: deque[tuple[float, float, tuple[tuple[int, str, int, int, bool], ...]]] = (
+            deque(maxlen=MAX_STEPS)
+        )
 
-    def add(self, began: float, seconds: float, batch: Batch, resident: Sequence[int], ids: dict[int | None, str]) -> None:
-        """A step; ``resident`` is what each slot of it holds now, less than asked after an interrupt."""
+    def add(
+        self,
+        began: float,
+        seconds: float,
+        batch: Batch,
+        resident: Sequence[int],
+        ids: dict[int | None, str],
+    ) -> None:
+        """Record a step; ``resident`` is what each of its slots now holds, less than requested
+        after an interrupt."""
         chunks = tuple(
-            (c.slot, ids.get(c.slot, ""), max(0, min(len(c.tokens), held - c.start)), c.draft, len(c.tokens) > 1 + c.draft or not c.sample)
-            for c, held in zip(batch.chunks, resident, strict=True)
+            (
+                c.slot,
+                ids.get(c.slot, ""),
+                max(0, min(len(c.tokens), length - c.start)),
+                c.draft,
+                len(c.tokens) > 1 + c.draft or not c.sample,
+            )
+            for c, length in zip(batch.chunks, resident, strict=True)
         )
         self._steps.append((began, seconds, chunks))
 
     def as_list(self) -> list[dict[str, Any]]:
-        """JSON-ready, oldest first; times in seconds, 0 is now."""
+        """JSON-ready, oldest first; times in seconds, relative to now."""
         steps, zero = list(self._steps), time.perf_counter()
         names = ("slot", "request", "tokens", "draft", "is_prompt")
-        return [{"at": began - zero, "seconds": seconds, "chunks": [dict(zip(names, c, strict=True)) for c in chunks]} for began, seconds, chunks in steps]
+        return [
+            {
+                "at": began - zero,
+                "seconds": seconds,
+                "chunks": [dict(zip(names, c, strict=True)) for c in chunks],
+            }
+            for began, seconds, chunks in steps
+        ]
 
 
 def requests_of(running: Sequence[Request]) -> list[dict[str, Any]]:
-    """What runs, JSON-ready: tokens of the prompt (and how many of them were cached), tokens made so far, and seconds since it came."""
+    """The running requests, JSON-ready: prompt tokens (and how many of them were cached), output
+    tokens so far, and seconds since arrival."""
     now = time.perf_counter()
     return [
         {
@@ -56,11 +81,26 @@ def requests_of(running: Sequence[Request]) -> list[dict[str, Any]]:
 
 
 def slots_of(cache: PrefixCache, running: Sequence[Request]) -> list[dict[str, Any]]:
-    """What each slot holds, JSON-ready: its tokens, the request that uses it, and how many of its first tokens another slot before it holds as well."""
+    """The content of each slot, JSON-ready: its tokens, the request that uses it, and how many
+    leading tokens it shares with an earlier slot."""
     users = {r.slot: r.request_id for r in list(running)}
-    held = [(slot.index, slot.busy, slot.salt, list(slot.tokens)) for slot in cache.slots]
-    found = []
-    for i, (index, busy, salt, tokens) in enumerate(held):
-        shared = max((common_prefix(tokens, other, len(tokens)) for _, _, s, other in held[:i] if s == salt), default=0)
-        found.append({"slot": index, "tokens": len(tokens), "request": users.get(index) if busy else None, "shared": shared})
-    return found
+    contents = [(slot.index, slot.busy, slot.salt, list(slot.tokens)) for slot in cache.slots]
+    rows = []
+    for i, (index, busy, salt, tokens) in enumerate(contents):
+        shared = max(
+            (
+                common_prefix(tokens, other, len(tokens))
+                for _, _, s, other in contents[:i]
+                if s == salt
+            ),
+            default=0,
+        )
+        rows.append(
+            {
+                "slot": index,
+                "tokens": len(tokens),
+                "request": users.get(index) if busy else None,
+                "shared": shared,
+            }
+        )
+    return rows

@@ -1,4 +1,4 @@
-"""How a step's room is shared among prompts. Engine thread only."""
+"""How a step's prompt tokens are divided among prompts. Engine thread only."""
 
 from __future__ import annotations
 
@@ -6,16 +6,17 @@ from llmkit.engine.request import Request
 
 __all__ = ["ALIGNMENT", "PrefillPlanner"]
 
-# Log-probabilities of a prompt need a row of logits for each token: small chunks keep them small.
+# Prompt log-probabilities need a row of logits per token: small chunks bound their memory.
 MAX_SCORED_TOKENS = 64
-# Chunks of a deterministic engine begin and end at multiples of this.
+# Chunks of a deterministic engine start and end at multiples of this.
 ALIGNMENT = 64
-# So many tiles into a prompt, attention is most of the work.
+# This many tiles into a prompt, attention dominates the work.
 FAR_TILES = 8
 
 
 class PrefillPlanner:
-    """Cuts prompts into chunks. ``tile``: chunks are computed well in multiples of it; ``deterministic``: their places depend on the prompt alone."""
+    """Cuts prompts into chunks. ``tile``: multiples of it are efficient chunk sizes;
+    ``deterministic``: chunk boundaries depend on the prompt alone."""
 
     def __init__(self, tile: int, deterministic: bool) -> None:
         self._tile = tile
@@ -23,16 +24,20 @@ class PrefillPlanner:
         self._short_first = False
 
     def plan(self, prefilling: list[Request], room: int, budget: int) -> list[tuple[Request, int]]:
-        """How many tokens of which prompts: about ``budget`` in all, at most ``room``.
+        """How many tokens of which prompts: about ``budget`` in total, at most ``room``.
 
-        In order of arrival; but one much shorter than the first need not wait behind it: every other step is for such ones first.
+        In order of priority, then arrival; but a much shorter prompt need not wait behind the
+        first: every other step serves such ones first.
         """
         budget = min(room, max(budget, self._least(prefilling)))
         order = sorted(prefilling, key=lambda r: r.priority)
         if not order:
             return []
         remaining = order[0].num_uncomputed_tokens
-        short = sorted((r for r in order[1:] if 2 * r.num_uncomputed_tokens <= remaining), key=lambda r: r.num_uncomputed_tokens)
+        short = sorted(
+            (r for r in order[1:] if 2 * r.num_uncomputed_tokens <= remaining),
+            key=lambda r: r.num_uncomputed_tokens,
+        )
         self._short_first = bool(short) and not self._short_first
         if self._short_first:
             order = short + [r for r in order if r not in short]
@@ -45,28 +50,39 @@ class PrefillPlanner:
         return planned
 
     def _least(self, prefilling: list[Request]) -> int:
-        """The smallest chunk that is computed well: one tile, or two far into a prompt, where attention is most of the work; and a token that goes with the
-        decodes."""
+        """The smallest efficient chunk: one tile, or two far into a prompt, where attention
+        dominates; plus a token that rides with the decodes."""
         if self._tile == 1 or not prefilling:
             return 0
-        return (2 if max(r.num_computed_tokens for r in prefilling) >= FAR_TILES * self._tile else 1) * self._tile + 1
+        return (
+            2 if max(r.num_computed_tokens for r in prefilling) >= FAR_TILES * self._tile else 1
+        ) * self._tile + 1
 
-    def _size(self, request: Request, most: int, alone: bool) -> int:
-        """Tokens of a prompt for this step, at most ``most``: its rest or whole tiles, less only where it would go ``alone``."""
-        size = min(request.num_uncomputed_tokens, most)
+    def _size(self, request: Request, limit: int, alone: bool) -> int:
+        """Tokens of a prompt for this step, at most ``limit``: its rest or whole tiles, less only
+        where it would run ``alone``."""
+        size = min(request.num_uncomputed_tokens, limit)
         if size < request.num_uncomputed_tokens:
             if size > self._tile:
                 size -= (size - 1) % self._tile
-                if self._tile > 1 and alone and request.num_computed_tokens == request.num_cached_tokens:
-                    # What is no whole chunk comes first: there attention is shortest.
+                if (
+                    self._tile > 1
+                    and alone
+                    and request.num_computed_tokens == request.num_cached_tokens
+                ):
+                    # The partial chunk comes first, where attention is cheapest.
                     size = request.num_uncomputed_tokens % size or size
             elif self._tile > 1 and not alone:
                 return 0
         if request.scores_prompt:
             size = min(size, MAX_SCORED_TOKENS)
         if self._deterministic:
-            # The prompt in chunks at fixed places; what was generated one by one, also after a preemption.
+            # Prompt chunks at fixed positions; generated tokens singly, even after a preemption.
             at = request.num_computed_tokens
-            whole = min(ALIGNMENT - at % ALIGNMENT, request.num_prompt_tokens - at) if at < request.num_prompt_tokens else 1
-            size = whole if most >= whole else 0
+            whole = (
+                min(ALIGNMENT - at % ALIGNMENT, request.num_prompt_tokens - at)
+                if at < request.num_prompt_tokens
+                else 1
+            )
+            size = whole if limit >= whole else 0
         return max(size, 0)

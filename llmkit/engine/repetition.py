@@ -1,4 +1,4 @@
-"""Notices a text that has begun to go round in circles. Pure."""
+"""Detects text that has begun to loop. Pure."""
 
 from __future__ import annotations
 
@@ -20,17 +20,18 @@ class Repetitions:
     def __init__(self, limit: int) -> None:
         self._limit = limit
         self._tokens: list[int] = []
-        self._runs = [0] * (MAX_PATTERN + 1)  # for each length, how many tokens in a row equal the one that far before them
+        # By length: how many tokens in a row equal the one that far back.
+        self._runs = [0] * (MAX_PATTERN + 1)
 
     def push(self, token: int) -> bool:
         tokens, runs = self._tokens, self._runs
         tokens.append(token)
         del tokens[: -MAX_PATTERN - 1]
-        found = False
+        repeats = False
         for length in range(1, len(tokens)):
             if tokens[-1 - length] == token:
                 runs[length] += 1
-                found = found or runs[length] >= length * (self._limit - 1)
+                repeats = repeats or runs[length] >= length * (self._limit - 1)
             else:
                 runs[length] = 0
-        return found
+        return repeats

@@ -11,8 +11,16 @@ from llmkit.engine.detokenize import Detokenizer
 from llmkit.engine.draft import Payoff, PromptLookup
 from llmkit.engine.repetition import Repetitions
 from llmkit.engine.runner import Constraint
-from llmkit.stream import Channel
-from llmkit.types import Completion, Delta, FinishReason, RequestMetrics, SamplingParams, TokenLogprob, Usage
+from llmkit.protocol import (
+    Completion,
+    Delta,
+    FinishReason,
+    RequestMetrics,
+    SamplingParams,
+    TokenLogprob,
+    Usage,
+)
+from llmkit.protocol.stream import Channel
 
 __all__ = ["Request", "slot_of"]
 
@@ -21,10 +29,11 @@ _serials = itertools.count(1)
 
 
 class Request:
-    """A request between submission and completion.
+    """A request from submission to completion.
 
-    ``num_computed_tokens`` chases ``len(tokens)`` (prompt + output, less what a context shift discarded): what is missing is for the next steps, be it a long
-    prompt, a rest after a prefix hit, or one new token.
+    ``num_computed_tokens`` chases ``len(tokens)`` (prompt + output, less what a context shift
+    discarded): the difference is left for the next steps, be it a long prompt, the rest after a
+    prefix hit, or one new token.
     """
 
     __slots__ = (
@@ -51,8 +60,10 @@ class Request:
         "lookup",
         "max_itl_s",
         "max_tokens",
+        "num_accepted",
         "num_cached_tokens",
         "num_computed_tokens",
+        "num_drafted",
         "num_prompt_tokens",
         "num_unsent_tokens",
         "outputs",
@@ -100,8 +111,9 @@ class Request:
         self.num_prompt_tokens = len(prompt)
         self.num_computed_tokens = 0
         self.num_cached_tokens = 0
+        self.num_drafted = self.num_accepted = 0
         self.finish_reason: FinishReason | None = None
-        self.error: str | None = None  # why it alone failed
+        self.error: str | None = None  # why it failed on its own
         self.slot: int | None = None
         self.arrived_at = time.perf_counter()
         self.started_at: float | None = None
@@ -109,22 +121,27 @@ class Request:
         self.last_token_at: float | None = None
         self.max_itl_s = 0.0
         self.priority, self.caller = priority, caller
-        # What an adapter computed is of no use with another.
+        # What one adapter computed is useless with another.
         self.cache_salt = f"{cache_salt}\0{adapters}" if adapters else cache_salt
         self.adapters = adapters
-        self.constraint = constraint  # the runner's own
-        self.sampler = sampler  # the runner's, if it was made beforehand; opaque here
-        self.is_queued = True  # it counts among those that wait, until it runs for the first time
-        self.is_refused = False  # it failed for what it asked, and not for what we did
-        self.is_late = False  # it sat the last step out: its grammar did not say in time what may come next
-        self.keep_on_disk = keep_on_disk  # its prompt, when it is computed
-        self.waits_for: tuple[Request, int] | None = None  # a running request that computes this many tokens of our prompt
-        self.lookup = PromptLookup() if sampling.speculate and sampling.prompt_logprobs is None else None
-        self.draft_payoff = Payoff()  # of the draft model's guesses
-        self.guessed_by: Payoff | None = None  # who made the guesses of the running step
-        self.parked_key: int | None = None  # what was parked for it alone
-        self.forced: Sequence[int] = ()  # what a grammar says must come next
-        self.repetitions = Repetitions(sampling.max_repetitions) if sampling.max_repetitions is not None else None
+        self.constraint = constraint  # the runner's own type
+        self.sampler = sampler  # the runner's, if made beforehand; opaque here
+        self.is_queued = True  # counts as waiting until it runs for the first time
+        self.is_refused = False  # failed for what it requested, not for what we did
+        self.is_late = False  # sat out the last step: its grammar was not ready in time
+        self.keep_on_disk = keep_on_disk  # save its prompt once computed
+        # A running request that computes this many tokens of our prompt.
+        self.waits_for: tuple[Request, int] | None = None
+        self.lookup = (
+            PromptLookup() if sampling.speculate and sampling.prompt_logprobs is None else None
+        )
+        self.draft_payoff = Payoff()  # of the draft model
+        self.guessed_by: Payoff | None = None  # payoff of what drafted for the running step
+        self.parked_key: int | None = None  # of the copy parked for it alone
+        self.forced: Sequence[int] = ()  # tokens that its grammar forces next
+        self.repetitions = (
+            Repetitions(sampling.max_repetitions) if sampling.max_repetitions is not None else None
+        )
         self.is_repeating = False
         self.prompt_logprobs: list[TokenLogprob] = []
         self.unsent_logprobs: list[TokenLogprob] = []
@@ -141,18 +158,21 @@ class Request:
 
     @property
     def is_prefill(self) -> bool:
-        """More than the newest token is missing."""
+        """Whether more than the newest token is missing."""
         return self.num_uncomputed_tokens > 1 or self.num_output_tokens == 0
 
     @property
     def is_held(self) -> bool:
-        """It waits for its grammar, not for the model."""
+        """Whether it waits for its grammar rather than the model."""
         return self.is_late and self.constraint is not None and not self.constraint.ready
 
     @property
     def scores_prompt(self) -> bool:
-        """Whether log-probabilities of its prompt are still to come."""
-        return self.sampling.prompt_logprobs is not None and len(self.prompt_logprobs) < self.num_prompt_tokens
+        """Whether log-probabilities of its prompt are still missing."""
+        return (
+            self.sampling.prompt_logprobs is not None
+            and len(self.prompt_logprobs) < self.num_prompt_tokens
+        )
 
     def start(self, slot: int, num_cached_tokens: int) -> None:
         self.slot = slot
@@ -162,38 +182,42 @@ class Request:
             self.num_cached_tokens = num_cached_tokens
             self.started_at = time.perf_counter()
         if self.scores_prompt and not self.prompt_logprobs:
-            self.prompt_logprobs.append(TokenLogprob(self.tokens[0], self.detokenizer.piece(self.tokens[0]), None))
+            self.prompt_logprobs.append(
+                TokenLogprob(self.tokens[0], self.detokenizer.piece(self.tokens[0]), None)
+            )
 
     def shift(self, keep: int, discard: int) -> None:
-        """Go on without ``discard`` tokens after the first ``keep``."""
+        """Continue without ``discard`` tokens after the first ``keep``."""
         del self.tokens[keep : keep + discard]
         self.num_computed_tokens -= discard
-        # What is computed from here on is not what a prompt of these tokens would give: nobody else may have it.
+        # From here on, the keys and values are not those of a prompt of these tokens: never share.
         self.cache_salt = f"{self.cache_salt}\0shifted {self.serial}"
         self.is_shifted = True
-        self.draft_payoff = Payoff()  # they count by lengths, which are others now
+        self.draft_payoff = Payoff()  # it counts by length, which has changed
         if self.lookup is not None:
             self.lookup = PromptLookup()
 
     def preempt(self) -> None:
-        """Back to waiting; what it has generated stays."""
+        """Return to waiting; generated tokens stay."""
         self.slot = None
         self.num_computed_tokens = 0
         if self.scores_prompt:
             self.prompt_logprobs.clear()
 
     def add_prompt_scores(self, start: int, scores: Sequence[Score]) -> None:
-        """Scores of the tokens after position ``start``, in place of what was computed of them before."""
+        """Add scores of the tokens after position ``start``, replacing any computed before."""
         del self.prompt_logprobs[start + 1 :]
         for i, score in enumerate(scores):
             self.prompt_logprobs.append(self._logprob(self.tokens[start + 1 + i], score))
 
     def _logprob(self, token: int, score: Score) -> TokenLogprob:
         piece = self.detokenizer.piece
-        return TokenLogprob(token, piece(token), score.logprob, tuple((t, piece(t), p) for t, p in score.top))
+        return TokenLogprob(
+            token, piece(token), score.logprob, tuple((t, piece(t), p) for t, p in score.top)
+        )
 
     def append(self, token: int, now: float, score: Score | None = None) -> None:
-        """A sampled token, and its text."""
+        """Add a sampled token and its text."""
         self.tokens.append(token)
         self.outputs.append(token)
         if score is not None:
@@ -217,9 +241,12 @@ class Request:
             self.unsent.append(text)
 
     def publish(self, failure: Exception | None = None) -> None:
-        """Store new text, and the end, for the reader; once a step. ``failure`` counts for a request that is finished."""
+        """Store new text, and the end, for the reader; once per step. ``failure`` counts only for a
+        finished request."""
         if self.unsent or self.num_unsent_tokens:
-            self.channel.push(Delta("".join(self.unsent), self.num_unsent_tokens, tuple(self.unsent_logprobs)))
+            self.channel.push(
+                Delta("".join(self.unsent), self.num_unsent_tokens, tuple(self.unsent_logprobs))
+            )
             self.unsent, self.num_unsent_tokens, self.unsent_logprobs = [], 0, []
         if self.finish_reason is not None:
             self.channel.finish(self._completion(str(failure) if failure else None), failure)
@@ -237,6 +264,11 @@ class Request:
                 ttft_s=first - self.arrived_at,
                 decode_s=(self.last_token_at or first) - first,
                 max_itl_s=self.max_itl_s,
+                prompt_tokens=self.num_prompt_tokens,
+                cached_tokens=self.num_cached_tokens,
+                completion_tokens=self.num_output_tokens,
+                draft_tokens=self.num_drafted,
+                accepted_tokens=self.num_accepted,
             ),
             tokens=tuple(self.outputs),
             request_id=self.request_id,

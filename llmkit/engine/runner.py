@@ -1,4 +1,4 @@
-"""The seam below the engine: the handful of things it asks of a model. Only the engine thread calls ``execute``."""
+"""The interface below the engine: what it needs of a model. Only its thread calls ``execute``."""
 
 from __future__ import annotations
 
@@ -10,24 +10,25 @@ __all__ = ["Constraint", "ModelRunner"]
 
 
 class Constraint(Protocol):
-    """What a request's text must look like, as far as the engine cares."""
+    """What a request's text must match, as far as the engine cares."""
 
     @property
     def ready(self) -> bool:
-        """Whether it can say at once what may come next."""
+        """Whether it knows what may come next without waiting."""
         ...
 
     def take_seconds(self) -> float:
-        """Seconds of computing since the last call, for the caller's bill."""
+        """Seconds of computing since the last call, to charge the caller."""
         ...
 
 
 class ModelRunner(Protocol):
     """A model with ``n_slots`` sequences of at most ``n_ctx`` tokens each.
 
-    ``capacity`` is how many tokens all of them can hold together (None: each has its own room), ``host_tokens`` how many may be parked outside the context.
-    ``tile``: chunks of a prompt are computed well in multiples of it (1: any size). ``num_threads`` compute on the CPU. ``saves``: what is idle at the end is
-    to be parked on disk.
+    ``capacity``: how many tokens all of them can hold together (None: each has its own room);
+    ``host_tokens``: how many may be parked in RAM. ``tile``: multiples of it are efficient chunk
+    sizes for prompts (1: any size). ``num_threads``: CPU threads that compute. ``saves``: idle
+    prefixes are to be saved to disk at shutdown.
     """
 
     n_slots: int
@@ -42,23 +43,24 @@ class ModelRunner(Protocol):
     tile: int
 
     def execute(self, batch: Batch) -> StepOutput:
-        """Run one step. Errors of the step come back in the output; an exception means that the runner is unusable."""
+        """Run one step. Errors of the step are in the output; an exception means that the runner is
+        unusable."""
         ...
 
     def set_threads(self, count: int) -> None:
-        """Compute with so many threads from the next step on."""
+        """Compute with ``count`` threads from the next step on."""
         ...
 
     def saved(self) -> list[tuple[int, list[int], str]]:
-        """What is parked on disk from earlier: key, tokens, salt."""
+        """Prefixes saved to disk earlier: key, tokens, salt."""
         ...
 
     def interrupt(self) -> None:
-        """From any thread: end the decode that is running, or else the next one, early."""
+        """From any thread: cut the running decode short, or else the next one."""
         ...
 
     def clear_interrupt(self) -> None:
-        """Forget an interrupt that was asked for."""
+        """Withdraw a pending interrupt."""
         ...
 
     def close(self) -> None:

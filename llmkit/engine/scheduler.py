@@ -1,38 +1,41 @@
-"""Which tokens go into the next step. Engine thread only; pure bookkeeping, the runner does what the `Batch` says.
+"""Which tokens go into the next step. Engine thread only; pure bookkeeping, the runner carries out
+the `Batch`.
 
-Decodes go first, one token for each running stream and what is guessed of the next ones; prompts get what is left of a step that is to hold the
-inter-token latency. When there is no room for a request that must go on, the youngest one of the least priority waits and comes back later.
+Decodes go first: one token per running stream, plus drafts of the next ones. Prompts get what
+remains of a step that must hold the inter-token latency. When a request that must go on has no
+room, the youngest of the least priority returns to waiting.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable
 from functools import partial
 
 from llmkit.engine import victims
 from llmkit.engine.backlog import Backlog
-from llmkit.engine.batch import Batch, Chunk, Close, Open, Park, Score, Shift, SlotOp, StepOutput, Truncate
+from llmkit.engine.batch import Batch, Chunk, Open, SlotOp, StepOutput
 from llmkit.engine.budget import StepClock
 from llmkit.engine.drafter import ModelDrafter
+from llmkit.engine.intake import Intake
 from llmkit.engine.prefill import ALIGNMENT, PrefillPlanner
 from llmkit.engine.request import Request, slot_of
-from llmkit.engine.slots import PrefixCache, Slot, common_prefix
+from llmkit.engine.roster import Roster
+from llmkit.engine.slots import PrefixCache, common_prefix
 from llmkit.engine.speculation import Speculation
-from llmkit.types import FinishReason
+from llmkit.protocol import FinishReason
 
 __all__ = ["Scheduler"]
 
-MIN_FAREWELL_TOKENS = 128  # shorter prefixes are not worth a file at the end
-# A request waits for another that computes this many tokens of its prompt, rather than compute them as well.
+MIN_FAREWELL_TOKENS = 128  # shorter prefixes are not worth a file at shutdown
+# A request waits for another that computes this many tokens of its prompt, to copy them.
 MIN_COALESCE_TOKENS = 32
 
 
 class Scheduler:
     """Continuous batching over the slots of one context.
 
-    ``capacity`` is the number of tokens that all slots together can hold (None: each slot has its own ``n_ctx``). ``deterministic`` makes every chunk's
-    place and size depend on its request alone.
+    ``capacity``: tokens that all slots together can hold (None: each slot has its own ``n_ctx``).
+    ``deterministic``: every chunk's place and size depend on its request alone.
     """
 
     def __init__(
@@ -53,9 +56,7 @@ class Scheduler:
         on_leave: Callable[[Request], None] = lambda _: None,
     ) -> None:
         self.cache = cache
-        self._n_ctx = n_ctx
         self._max_batch_tokens = max_batch_tokens
-        self._is_end = is_end
         self._clock = clock
         self._capacity = capacity
         self._prompts = PrefillPlanner(tile, deterministic)
@@ -63,17 +64,27 @@ class Scheduler:
         self._can_draft = can_draft and not deterministic
         self._speculation = Speculation(clock, n_ctx, drafter)
         self._deterministic = deterministic
-        self._context_shift = context_shift
         self.waiting = Backlog(on_leave)
-        self.running: list[Request] = []
-        self.num_preemptions = 0
-        self._pending: list[SlotOp] = []
+        self._roster = Roster(cache, self.waiting, deterministic=deterministic)
+        self.running = self._roster.running
+        self._pending, self._saving = self._roster.pending, self._roster.saving
         self._scheduled: list[Request] = []
-        self._saving: list[Request] = []
+        self._intake = Intake(
+            self._roster,
+            n_ctx=n_ctx,
+            is_end=is_end,
+            clock=clock,
+            speculation=self._speculation,
+            context_shift=context_shift,
+        )
 
     @property
     def has_work(self) -> bool:
         return bool(len(self.waiting) or self.running)
+
+    @property
+    def num_preemptions(self) -> int:
+        return self._roster.num_preemptions
 
     @property
     def num_drafted(self) -> int:
@@ -87,8 +98,9 @@ class Scheduler:
         self.waiting.add(request)
 
     def schedule(self) -> Batch:
-        """The next step. Every running stream that can go on is in it."""
-        ops, self._pending = self._pending, []
+        """The next step. It includes every running stream that can continue."""
+        ops = list(self._pending)
+        self._pending.clear()
         ops += self._admit()
         ops += self._make_room()
         able = [r for r in self.running if r not in self._saving and not r.is_held]
@@ -101,27 +113,39 @@ class Scheduler:
         if self._capacity is not None:
             room = min(room, self._capacity - self.cache.num_tokens - len(decoding))
         budget = self._clock.prefill_budget(len(decoding)) if decoding else room
-        planned: list[tuple[Request, int, list[int]]] = [(r, n, []) for r, n in self._prompts.plan(prefilling, room, budget)]
+        planned: list[tuple[Request, int, list[int]]] = [
+            (r, n, []) for r, n in self._prompts.plan(prefilling, room, budget)
+        ]
         room -= sum(count for _, count, _ in planned)
-        # Guesses are for steps without prompts: with them the step's time is spent already.
-        most = 0 if planned or not self._can_draft else room // max(len(decoding), 1)
-        guesses = self._speculation.guess(decoding, most)
-        planned += [(r, 1, guesses.get(slot_of(r), [])) for r in decoding]
-        if not planned and able and not self._saving:  # no room at all: schedule one token and let the runner report it
+        # Drafts are for steps without prompts, which already use up the step's time.
+        limit = 0 if planned or not self._can_draft else room // max(len(decoding), 1)
+        drafts = self._speculation.guess(decoding, limit)
+        planned += [(r, 1, drafts.get(slot_of(r), [])) for r in decoding]
+        if not planned and able and not self._saving:
+            # No room at all: schedule one token and let the runner report it.
             planned = [(able[0], 1, [])]
-        planned.sort(key=lambda p: slot_of(p[0]))  # llama.cpp joins neighbouring streams only in ascending order
+        # llama.cpp joins neighbouring streams only in ascending order.
+        planned.sort(key=lambda p: slot_of(p[0]))
         self._scheduled = [r for r, _, _ in planned]
         return Batch(tuple(self._chunk(*p) for p in planned), tuple(ops))
-
-    def _slot(self, request: Request) -> Slot:
-        return self.cache.slots[slot_of(request)]
 
     def _chunk(self, request: Request, count: int, draft: list[int]) -> Chunk:
         start = request.num_computed_tokens
         end = start + count
         last = end == len(request.tokens)
-        targets = request.tokens[start + 1 : min(end, request.num_prompt_tokens - 1) + 1] if request.scores_prompt else ()
-        return Chunk(slot_of(request), start, request.tokens[start:end] + draft, last and request.max_tokens > 0, len(draft), targets)
+        targets = (
+            request.tokens[start + 1 : min(end, request.num_prompt_tokens - 1) + 1]
+            if request.scores_prompt
+            else ()
+        )
+        return Chunk(
+            slot_of(request),
+            start,
+            request.tokens[start:end] + draft,
+            last and request.max_tokens > 0,
+            len(draft),
+            targets,
+        )
 
     def _admit(self) -> list[SlotOp]:
         ops: list[SlotOp] = []
@@ -134,21 +158,36 @@ class Scheduler:
                 break
             if request is None:
                 break
-            while not self.cache.num_free or not self._has_room(request):  # who leaves does so for this request, not for whoever comes first then
-                victim = self._victim(above=request.priority) or victims.of_a_larger_share(self.running, request, self._saving)
+            # Victims give way to this request, not to whichever is first afterwards.
+            while not self.cache.num_free or not self._has_room(request):
+                victim = self._roster.victim(above=request.priority) or victims.of_a_larger_share(
+                    self.running, request, self._saving
+                )
                 if victim is None:
                     return ops
-                ops += self._preempt(victim)
+                ops += self._roster.preempt(victim)
             self.waiting.remove(request)
             self.cache.unpin(request.parked_key)
             ops += self._room_for(request)
-            slot, cached, slot_ops = self.cache.acquire(request.tokens, request.cache_salt, reuse=not request.scores_prompt)
+            slot, cached, slot_ops = self.cache.acquire(
+                request.tokens, request.cache_salt, reuse=not request.scores_prompt
+            )
             ops += slot_ops
             if self._deterministic:
                 slot.shareable = request.num_prompt_tokens - request.num_prompt_tokens % ALIGNMENT
                 ops += self.cache.cut(slot, min(cached - cached % ALIGNMENT, slot.shareable))
                 cached = len(slot.tokens)
-            ops.append(Open(slot.index, request.serial, request.sampling, request.tokens, request.constraint, request.adapters, request.sampler))
+            ops.append(
+                Open(
+                    slot.index,
+                    request.serial,
+                    request.sampling,
+                    request.tokens,
+                    request.constraint,
+                    request.adapters,
+                    request.sampler,
+                )
+            )
             self.waiting.charge(request, num_prompt=len(request.tokens) - cached)
             request.start(slot.index, cached)
             self.running.append(request)
@@ -158,63 +197,61 @@ class Scheduler:
         return request.caller not in shares and self._ready(request)
 
     def _ready(self, request: Request) -> bool:
-        """False while a running request computes a good part of this one's prompt: once that is done, it can be copied."""
+        """False while a running request computes a good part of this one's prompt, which can be
+        copied once it is done."""
         if request.waits_for is not None:
             leader, length = request.waits_for
-            if leader.slot is not None and leader.finish_reason is None and not leader.is_shifted and leader.num_computed_tokens < length:
+            if (
+                leader.slot is not None
+                and leader.finish_reason is None
+                and not leader.is_shifted
+                and leader.num_computed_tokens < length
+            ):
                 return False
             request.waits_for = None
         if not self._can_coalesce or request.scores_prompt:
             return True
         prompt = request.tokens
         for leader in self.running:
-            if leader.cache_salt == request.cache_salt and leader.num_uncomputed_tokens >= MIN_COALESCE_TOKENS:
+            if (
+                leader.cache_salt == request.cache_salt
+                and leader.num_uncomputed_tokens >= MIN_COALESCE_TOKENS
+            ):
                 shared = common_prefix(leader.tokens, prompt, len(prompt) - 1)
                 gain = shared - leader.num_computed_tokens
-                if gain >= MIN_COALESCE_TOKENS and shared - self.cache.longest(prompt, request.cache_salt) >= MIN_COALESCE_TOKENS:
+                if (
+                    gain >= MIN_COALESCE_TOKENS
+                    and shared - self.cache.longest(prompt, request.cache_salt)
+                    >= MIN_COALESCE_TOKENS
+                ):
                     request.waits_for = (leader, shared)
                     return False
         return True
 
     def _has_room(self, request: Request) -> bool:
-        """Where all slots share one buffer: the prompt fits beside what runs. What will be generated is not reserved."""
+        """Where all slots share one buffer: whether the prompt fits beside what runs. Future output
+        is not reserved."""
         if self._capacity is None or not self.running:
             return True
         return sum(len(r.tokens) for r in self.running) + len(request.tokens) < self._capacity
 
     def _room_for(self, request: Request) -> list[SlotOp]:
-        """Where all slots share one buffer: idle prefixes give way before a restored one comes in."""
+        """Where all slots share one buffer: evict idle prefixes before a restored one comes in."""
         ops: list[SlotOp] = []
-        while self._capacity is not None and self._capacity - self.cache.num_tokens < len(request.tokens) and (idle := self.cache.oldest_idle()) is not None:
+        while (
+            self._capacity is not None
+            and self._capacity - self.cache.num_tokens < len(request.tokens)
+            and (idle := self.cache.oldest_idle()) is not None
+        ):
             ops += self.cache.evict(idle)
         return ops
 
     def _may_preempt(self) -> bool:
         return max(r.priority for r in self.running) > self.waiting.most_urgent
 
-    def _victim(self, above: int | None = None) -> Request | None:
-        return victims.youngest([r for r in self.running if r not in self._saving], above)
-
-    def _preempt(self, request: Request) -> list[SlotOp]:
-        """Back to waiting. What it has computed is parked outside the context if there is room (a copy of 35 MB takes 4 ms, its 1,500 tokens some
-        seconds), else it will be computed again."""
-        slot = self._slot(request)
-        if self._deterministic:
-            ops = self._cut_inexact(request, slot)
-        elif request.is_shifted:  # llama.cpp moves the positions at once and the keys at the next decode: a copy from in between would be wrong
-            ops = self.cache.cut(slot, 0)
-        else:
-            ops = self.cache.park(slot, pinned=True)
-        request.parked_key = next((op.key for op in ops if isinstance(op, Park)), None)
-        self.running.remove(request)
-        self.cache.release(slot)
-        request.preempt()
-        self.waiting.put_back(request)
-        self.num_preemptions += 1
-        return ops
-
     def _make_room(self) -> list[SlotOp]:
-        """Where all slots share one buffer: idle prefixes go first, then requests, until every stream has room for a token."""
+        """Where all slots share one buffer: evict idle prefixes, then preempt requests, until every
+        stream has room for a token."""
         ops: list[SlotOp] = []
         if self._capacity is None:
             return ops
@@ -225,142 +262,24 @@ class Scheduler:
             idle = self.cache.oldest_idle()
             if room < wanted and idle is not None:
                 ops += self.cache.evict(idle)
-            elif room < max(decoding, 1) and len(self.running) > 1 and (victim := self._victim()) is not None:
-                ops += self._preempt(victim)
+            elif (
+                room < max(decoding, 1)
+                and len(self.running) > 1
+                and (victim := self._roster.victim()) is not None
+            ):
+                ops += self._roster.preempt(victim)
             else:
                 return ops
 
     def update(self, batch: Batch, output: StepOutput) -> list[Request]:
-        """Take in what the step gave. Returns the requests that have news, finished ones included."""
-        now = time.perf_counter()
-        for key in output.lost:
-            self.cache.parked.pop(key, None)
-        self._empty_broken(output.broken)
-        news, self._saving = list(self._saving), []
-        for request in news:
-            if request.parked_key in output.lost:
-                request.error = "its prefix could not be saved (a warning says why)"
-            self._finish(request, FinishReason.ERROR if request.error else FinishReason.LENGTH)
-        if output.no_room or output.error:
-            return news + self._fail(output)
-        faults = dict(output.faults)
-        for slot_index in output.emptied:
-            self.cache.slots[slot_index].tokens.clear()
-        for i, (request, chunk) in enumerate(zip(self._scheduled, batch.chunks, strict=True)):
-            slot, resident, tokens = self._slot(request), output.resident[i], output.tokens[i]
-            if chunk.slot in output.broken:
-                continue
-            if chunk.slot not in output.emptied:
-                slot.tokens[chunk.start :] = chunk.tokens
-            del slot.tokens[resident:]  # fewer than asked after an interrupt or a rejected draft
-            request.num_computed_tokens = resident
-            if not request.is_shifted:
-                request.num_cached_tokens = min(request.num_cached_tokens, resident)  # less where a parked prefix was lost
-            request.is_late = chunk.slot in output.late
-            if request.is_late:  # where nothing can be cut off, more than the last token is computed again
-                self.waiting.charge(request, num_prompt=max(0, chunk.start + len(chunk.tokens) - 1 - resident))
-            if request.constraint is not None:
-                self._charge_time(request, request.constraint.take_seconds())
-            if chunk.slot in faults:
-                request.error, request.is_refused = faults[chunk.slot], chunk.slot in output.refused
-                self._finish(request, FinishReason.ERROR)
-                news.append(request)
-                continue
-            if chunk.targets and output.prompt_scores and output.prompt_scores[i]:
-                request.add_prompt_scores(chunk.start, output.prompt_scores[i])
-            elif chunk.targets:  # computed in part, without its scores: once more
-                self._pending += self.cache.cut(slot, chunk.start)
-                request.num_computed_tokens = len(slot.tokens)
-            if chunk.draft and not output.interrupted and not request.is_late:
-                self._speculation.learn(request, chunk.draft, len(tokens) - 1)
-            request.forced = output.forced[i] if output.forced else ()
-            if tokens or self._is_done_without_output(request):
-                news.append(request)
-                self._append(request, tokens, output.scores[i] if output.scores else (), now)
-        return news
-
-    def _charge_time(self, request: Request, seconds: float) -> None:
-        """Time that others' steps had to share with this one's grammar, in tokens."""
-        if seconds > 0:
-            self.waiting.charge(request, num_output=round(seconds / self._clock.decode_s(1)))
-
-    def _empty_broken(self, broken: Iterable[int]) -> None:
-        """Slots whose restored or copied prefix was lost: their requests begin again."""
-        for index in broken:
-            self.cache.slots[index].tokens.clear()
-            for request in self.running:
-                if request.slot == index:
-                    request.num_computed_tokens = request.num_cached_tokens = 0
-
-    def _is_done_without_output(self, request: Request) -> bool:
-        return request.max_tokens == 0 and request.num_uncomputed_tokens == 0
-
-    def _append(self, request: Request, tokens: Iterable[int], scores: Iterable[Score], now: float) -> None:
-        scored = iter(scores)
-        for token in tokens:
-            if self._is_end(token) and not request.sampling.ignore_eos:
-                self._finish(request, FinishReason.STOP)
-                return
-            request.append(token, now, next(scored, None))
-            self.waiting.charge(request, num_output=1)
-            if request.detokenizer.stopped:
-                self._finish(request, FinishReason.STOP)
-                return
-            if request.is_repeating:
-                self._finish(request, FinishReason.REPETITION)
-                return
-            full = len(request.tokens) >= self._n_ctx
-            if request.num_output_tokens >= request.max_tokens or (full and not self._context_shift):
-                self._finish(request, FinishReason.LENGTH)
-                return
-            if full:
-                self._shift(request)
-        if self._is_done_without_output(request):
-            if request.keep_on_disk:
-                ops = self.cache.park(self._slot(request), save=True)
-                request.parked_key = next((op.key for op in ops if isinstance(op, Park)), None)
-                self._pending += ops
-                self._saving.append(request)
-            else:
-                self._finish(request, FinishReason.LENGTH)
-
-    def _shift(self, request: Request) -> None:
-        """Make room in a full context: keep the beginning of the prompt, and the newer half of the rest."""
-        keep = min(len(request.tokens) // 2, request.num_prompt_tokens)
-        discard = (len(request.tokens) - keep) // 2
-        slot = self._slot(request)
-        self._pending.append(Shift(slot.index, keep, discard))
-        del slot.tokens[keep : keep + discard]
-        request.shift(keep, discard)
-        slot.salt = request.cache_salt
-
-    def _fail(self, output: StepOutput) -> list[Request]:
-        """A step that the backend refused. Without room, idle prefixes and then the youngest request give way, and the step is tried again. After an error
-        its requests end, and their slots are emptied; the others go on."""
-        if output.no_room:
-            idle = self.cache.oldest_idle()
-            if idle is not None:
-                self._pending += self.cache.evict(idle)
-                return []
-            victim = self._victim() if len(self.running) > 1 else None
-            if victim is not None:
-                slot = self._slot(victim)
-                self._pending += self._preempt(victim)
-                self._pending += self.cache.evict(slot)
-                return []
-        failed = [r for r in self._scheduled if r.slot is not None]
-        for request in failed:
-            slot = self._slot(request)
-            slot.tokens.clear()
-            self._pending.append(Truncate(slot.index, 0))
-            self._finish(request, FinishReason.ERROR)
-        return failed
+        """Take in a step's output. Returns the requests with news, finished ones included."""
+        return self._intake.update(self._scheduled, batch, output)
 
     def displace(self, caller: str) -> list[Request]:
-        """Refuse the newest request of a caller that has not run yet. Returns it, if there is one."""
+        """Refuse the caller's newest request that has not run yet. Returns it, if there is one."""
         request = self.waiting.newest(caller)
         if request is not None:
-            self._finish(request, FinishReason.ERROR)
+            self._roster.finish(request, FinishReason.ERROR)
         return [] if request is None else [request]
 
     def abort(self, request_ids: Iterable[str]) -> list[Request]:
@@ -368,31 +287,14 @@ class Scheduler:
         wanted = set(request_ids)
         ended = [r for r in (*self.running, *self.waiting) if r.request_id in wanted]
         for request in ended:
-            self._finish(request, FinishReason.ABORT)
+            self._roster.finish(request, FinishReason.ABORT)
         return ended
 
-    def _finish(self, request: Request, reason: FinishReason) -> None:
-        request.finish(reason)
-        self._pending.append(Close(request.serial))
-        if request.slot is None:
-            self.cache.unpin(request.parked_key)
-            self.waiting.remove(request)
-        else:
-            slot = self._slot(request)
-            if self._deterministic:
-                self._pending += self._cut_inexact(request, slot)
-            if request.is_shifted:
-                self._pending += self.cache.cut(slot, 0)  # of no use to anybody
-            self.running.remove(request)
-            if request in self._saving:
-                self._saving.remove(request)
-            self.cache.release(slot)
-        self.waiting.leave(request)
-
-    def _cut_inexact(self, request: Request, slot: Slot) -> list[SlotOp]:
-        """For others only what was computed in whole chunks is exactly what they would compute."""
-        return self.cache.cut(slot, min(len(slot.tokens), request.num_prompt_tokens) // ALIGNMENT * ALIGNMENT)
-
     def farewell(self) -> list[SlotOp]:
-        """At the end of the engine: what copies the idle prefixes to disk."""
-        return [op for slot in self.cache.slots if len(slot.tokens) >= MIN_FAREWELL_TOKENS for op in self.cache.park(slot, save=True)]
+        """At shutdown: the operations that save idle prefixes to disk."""
+        return [
+            op
+            for slot in self.cache.slots
+            if len(slot.tokens) >= MIN_FAREWELL_TOKENS
+            for op in self.cache.park(slot, save=True)
+        ]

@@ -1,22 +1,24 @@
-"""Counters of the engine thread, read by others as frozen snapshots."""
+"""Counters of the engine thread, read by other threads as frozen snapshots."""
 
 from __future__ import annotations
 
 from llmkit.engine.scheduler import Scheduler
 from llmkit.engine.slots import PrefixCache
-from llmkit.types import EngineStats
+from llmkit.protocol import EngineStats
 
 __all__ = ["StatsCounter"]
 
 
 class StatsCounter:
-    """Counts what the engine does; ``snapshot`` is replaced whole, so readers need no lock."""
+    """Counts what the engine does; ``snapshot`` is replaced as a whole, so readers need no lock."""
 
     def __init__(self, cache: PrefixCache, scheduler: Scheduler, capacity: int) -> None:
         self._cache = cache
         self._scheduler = scheduler
         self._capacity = capacity
-        self.prompt_tokens = self.cached_tokens = self.generation_tokens = self.requests = self.steps = 0
+        self.prompt_tokens = self.cached_tokens = self.generation_tokens = self.requests = (
+            self.steps
+        ) = 0
         self.step_s = self.backend_s = 0.0
         self.snapshot = self._take()
 

@@ -1,8 +1,11 @@
-"""How many threads compute: fewer while something else has the cores (a busy cell), all of them otherwise. Engine thread only.
+"""How many threads compute: fewer while something else uses the cores (a busy cell), all of them
+otherwise. Engine thread only.
 
-ggml's threads wait for each other at barriers many times a step: with as many threads as cores, one core that is busy elsewhere stalls all of them. The
-engine cannot see who else runs, but its step times tell. While steps take about what they always took, nothing is tried. When they take much longer, other
-thread counts are tried for a few steps each, and the best one stays; all threads are tried again now and then, since the other load may have gone.
+ggml's threads wait for each other at barriers many times per step: with as many threads as cores,
+one core that is busy elsewhere stalls them all. The engine cannot see what else runs, but its step
+times tell. While steps take their usual time, nothing is tried. When they take much longer, other
+thread counts are tried for a few steps each, and the best one is kept; all threads are retried now
+and then, since the other load may be gone.
 """
 
 from __future__ import annotations
@@ -13,14 +16,16 @@ from collections.abc import Callable
 __all__ = ["ThreadGovernor"]
 
 DIRE = 4.0
-SLOW = 1.5  # so much longer than usual is suspicious: beside a busy core it is twice as long, and a context that fills makes steps a fifth longer
-PATIENCE = 6  # slow steps in a row before something is tried
+# Suspiciously slower than usual: a busy core doubles a step, a filling context adds a fifth.
+SLOW = 1.5
+PATIENCE = 6  # slow steps in a row before other counts are tried
 TRIAL_STEPS = 5
-LONG_S = 0.2  # a step that long says enough by itself, and is dear
-RETRY_S, MAX_RETRY_S = 0.5, 4.0  # between trials of more threads, while fewer compute
-TRIAL_SHARE = 20  # and so many times as long as the trial took
+LONG_S = 0.2  # one step this long is evidence enough, and costly
+RETRY_S, MAX_RETRY_S = 0.5, 4.0  # between retries of all threads, while fewer compute
+TRIAL_SHARE = 20  # and at least this many times as long as the trial took
 SMOOTHING = 0.2
-FORGET = 1.0005  # the usual cost grows by this a step, so that a lucky one does not stay the measure for ever
+# The usual cost grows by this per step, so that one lucky step is not the yardstick for ever.
+FORGET = 1.0005
 
 
 class ThreadGovernor:
@@ -32,14 +37,21 @@ class ThreadGovernor:
     [8, 7, 4]
     """
 
-    def __init__(self, most: int, set_threads: Callable[[int], None], clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        most: int,
+        set_threads: Callable[[int], None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.candidates = sorted({most, max(1, most - 1), max(1, most // 2)}, reverse=True)
         self.count = most
         self._set_threads = set_threads
         self._clock = clock
-        # Cost of a token in a step with all threads when the cores are ours, by the step's size: a large step is cheaper a token than a small one.
+        # Cost per token with all threads and all cores ours, by step size: large steps are cheaper
+        # per token.
         self._usual: dict[int, float] = {}
-        self._cost: dict[int, float] = {}  # of each count, in units of the usual, under the load of the moment
+        # Cost by thread count, in units of the usual, under the current load.
+        self._cost: dict[int, float] = {}
         self._slow_steps = 0
         self._trials: list[int] = []
         self._trial_steps = 0
@@ -48,27 +60,33 @@ class ThreadGovernor:
         self._retry_s, self._retry_at = RETRY_S, 0.0
 
     def observe(self, num_tokens: int, seconds: float) -> None:
-        """A step of ``num_tokens`` tokens took so long."""
+        """Record a step of ``num_tokens`` tokens."""
         if len(self.candidates) == 1 or not num_tokens:
             return
         size = num_tokens.bit_length()
-        per_token = seconds / (2 + num_tokens)  # a step costs about two tokens more than its tokens
+        per_token = seconds / (2 + num_tokens)  # a step's fixed cost is about two tokens
         usual = self._usual.setdefault(size, per_token)
         cost = per_token / usual
         before = self._cost.get(self.count)
-        self._cost[self.count] = cost if before is None else before + SMOOTHING * (min(cost, 4 * before) - before)
+        self._cost[self.count] = (
+            cost if before is None else before + SMOOTHING * (min(cost, 4 * before) - before)
+        )
         if self._trials:
-            self._go_on_trying(seconds)
+            self._continue_trial(seconds)
         elif self.count == self.candidates[0]:
             self._watch(size, cost)
         elif self._clock() >= self._retry_at:
             self._try([self.candidates[0]])
 
     def _watch(self, size: int, cost: float) -> None:
-        """All threads compute: is it as quick as usual?"""
+        """With all threads computing: is a step as fast as usual?"""
         self._usual[size] *= min(cost, FORGET)
-        # Threads that wait for one that has no core can make a step forty times as long: then two of them say enough.
-        self._slow_steps = self._slow_steps + (1 if cost < DIRE else PATIENCE // 2) if cost > SLOW else max(0, self._slow_steps - 2)
+        # Threads waiting for one without a core make a step forty times as long: two are enough.
+        self._slow_steps = (
+            self._slow_steps + (1 if cost < DIRE else PATIENCE // 2)
+            if cost > SLOW
+            else max(0, self._slow_steps - 2)
+        )
         if self._slow_steps >= PATIENCE:
             self._slow_steps = 0
             self._try(self.candidates[1:])
@@ -84,9 +102,11 @@ class ThreadGovernor:
         self._cost.pop(count, None)
         self._switch(count)
 
-    def _go_on_trying(self, seconds: float) -> None:
+    def _continue_trial(self, seconds: float) -> None:
         self._trial_steps += 1
-        hopeless = (self._trial_steps >= 2 or seconds > LONG_S) and self._cost[self.count] > 1.25 * self._cost[self._best]
+        hopeless = (self._trial_steps >= 2 or seconds > LONG_S) and self._cost[
+            self.count
+        ] > 1.25 * self._cost[self._best]
         if self._trial_steps < TRIAL_STEPS and not hopeless:
             return
         self._trials.pop(0)
@@ -95,12 +115,15 @@ class ThreadGovernor:
         if self._trials:
             self._begin(self._trials[0])
             return
-        found_more = self._best == self.candidates[0]
+        all_are_best = self._best == self.candidates[0]
         now = self._clock()
-        self._retry_s = RETRY_S if found_more else min(2 * self._retry_s, MAX_RETRY_S)
+        self._retry_s = RETRY_S if all_are_best else min(2 * self._retry_s, MAX_RETRY_S)
         self._retry_at = now + max(self._retry_s, TRIAL_SHARE * (now - self._trial_began))
-        if found_more and self._cost[self._best] > SLOW:  # no count is better: this is what the machine gives now
-            self._usual = {size: usual * self._cost[self._best] for size, usual in self._usual.items()}
+        if all_are_best and self._cost[self._best] > SLOW:
+            # No count is better: this is the machine's current speed.
+            self._usual = {
+                size: usual * self._cost[self._best] for size, usual in self._usual.items()
+            }
             self._cost.clear()
         self._switch(self._best)
 

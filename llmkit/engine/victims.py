@@ -1,4 +1,4 @@
-"""Who makes way when there is no room. Pure."""
+"""Which request is preempted when there is no room. Pure."""
 
 from __future__ import annotations
 
@@ -16,15 +16,22 @@ def shares(running: Sequence[Request]) -> Counter[str]:
 
 
 def youngest(running: Sequence[Request], above: int | None = None) -> Request | None:
-    """The youngest request of the least priority (a higher number than ``above``)."""
-    found = [r for r in running if above is None or r.priority > above]
-    return max(found, key=lambda r: (r.priority, r.arrived_at), default=None)
+    """The youngest request of the least priority (the highest number, above ``above``)."""
+    candidates = [r for r in running if above is None or r.priority > above]
+    return max(candidates, key=lambda r: (r.priority, r.arrived_at), default=None)
 
 
-def of_a_larger_share(running: Sequence[Request], request: Request, spared: Collection[Request] = ()) -> Request | None:
-    """Whoever has no slot takes the youngest request's of the caller that has the most, if it has more than one, unless that is a more urgent request."""
+def of_a_larger_share(
+    running: Sequence[Request], request: Request, spared: Collection[Request] = ()
+) -> Request | None:
+    """The request to preempt for a caller without a slot: the youngest of the caller with the most
+    slots, if that has several and is not more urgent."""
     slots = shares(running)
     if request.caller in slots:
         return None
-    found = [r for r in running if r not in spared and slots[r.caller] > 1 and r.priority >= request.priority]
-    return max(found, key=lambda r: (slots[r.caller], r.priority, r.arrived_at), default=None)
+    candidates = [
+        r
+        for r in running
+        if r not in spared and slots[r.caller] > 1 and r.priority >= request.priority
+    ]
+    return max(candidates, key=lambda r: (slots[r.caller], r.priority, r.arrived_at), default=None)

@@ -1,4 +1,7 @@
-"""One chat answer for the dialects that have no choices: Anthropic's and Ollama's. They write a `ChatRequest` and read events. Tornado loop only."""
+"""One chat answer for the dialects without choices. They write a `ChatRequest` and read events.
+
+Tornado loop only. Knows no dialect but OpenAI's chat, which is what the others translate to.
+"""
 
 from __future__ import annotations
 
@@ -6,24 +9,26 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import asdict, replace
 
-from llmkit.bridge.client import check_size
 from llmkit.chat.parsers.events import Event
 from llmkit.chat.reading import AnswerReader
-from llmkit.client import EngineClient
-from llmkit.gateway.chat import ChatRequest
 from llmkit.gateway.exchange import Exchange
+from llmkit.gateway.openai.chat import ChatRequest
 from llmkit.gateway.streams import close_all, merge, submit_all
-from llmkit.stream import Stream
-from llmkit.types import Completion, Inquiry
+from llmkit.protocol import Completion, Inquiry, check_size
+from llmkit.protocol.client import EngineClient
+from llmkit.protocol.stream import Stream
 
-__all__ = ["Answer", "count_tokens", "read_all"]
+__all__ = ["Answer", "AnswerUpdate", "count_tokens", "read_all"]
 
-News = list[Event] | Completion | None
+AnswerUpdate = list[Event] | Completion | None
 
 
 class Answer:
-    """The answer to ``request``, as it comes. ``close()`` ends it early. With a ``prompt`` that text is continued (up to a ``suffix``), control tokens and all,
-    and no template is applied."""
+    """The answer to ``request``, as it is generated. ``close()`` aborts it.
+
+    A ``prompt`` is continued (up to a ``suffix``) as it is: no template is applied, and control
+    tokens in it count.
+    """
 
     def __init__(
         self,
@@ -37,21 +42,32 @@ class Answer:
         suffix: str | None = None,
     ) -> None:
         self._engine, self._on_use = engine, on_use
-        self._reader = request.reader(engine.description) if prompt is None else AnswerReader.plain()
+        self._reader = (
+            request.reader(engine.description) if prompt is None else AnswerReader.plain()
+        )
         on_use(engine)
         requests = exchange.owned(request.requests(reply_id, engine.description))
         self._streams = submit_all(
-            engine, requests if prompt is None else [replace(r, prompt=prompt, messages=None, parse_special=True, suffix=suffix) for r in requests]
+            engine,
+            requests
+            if prompt is None
+            else [
+                replace(r, prompt=prompt, messages=None, parse_special=True, suffix=suffix)
+                for r in requests
+            ],
         )
 
-    async def news(self) -> AsyncIterator[News]:
-        """Events as they are sure, None after silence, and at last the completion. Raises what the engine raises."""
-        async for news in merge(self._streams):
+    async def updates(self) -> AsyncIterator[AnswerUpdate]:
+        """Events once they are certain, None after a silence, and finally the completion.
+
+        Raises what the engine raises.
+        """
+        async for update in merge(self._streams):
             self._on_use(self._engine)
-            if news is None:
+            if update is None:
                 yield None
                 continue
-            _, deltas, completion = news
+            _, deltas, completion = update
             events = self._reader.read(deltas)
             if completion is not None:
                 rest, completion = self._reader.end(completion)
@@ -64,25 +80,27 @@ class Answer:
     async def whole(self) -> tuple[list[Event], Completion]:
         """All events, and the completion."""
         events: list[Event] = []
-        async for news in self.news():
-            if isinstance(news, Completion):
-                return events, news
-            events += news or []
-        raise AssertionError("an answer ends with its completion")
+        async for update in self.updates():
+            if isinstance(update, Completion):
+                return events, update
+            events += update or []
+        raise AssertionError("the answer ended without a completion")
 
     def close(self) -> None:
         close_all(self._streams)
 
 
-async def read_all(streams: list[Stream], readers: Sequence[AnswerReader], on_wait: Callable[[], None]) -> list[tuple[list[Event], Completion]]:
-    """The answers of all streams, in order. The first failure is raised at once."""
+async def read_all(
+    streams: list[Stream], readers: Sequence[AnswerReader], on_wait: Callable[[], None]
+) -> list[tuple[list[Event], Completion]]:
+    """The answers of all streams, in order. Raises the first failure at once."""
     events: list[list[Event]] = [[] for _ in streams]
     done: dict[int, Completion] = {}
-    async for news in merge(streams):
-        if news is None:
+    async for update in merge(streams):
+        if update is None:
             on_wait()
             continue
-        index, deltas, completion = news
+        index, deltas, completion = update
         events[index] += readers[index].read(deltas)
         if completion is not None:
             rest, done[index] = readers[index].end(completion)
@@ -90,15 +108,19 @@ async def read_all(streams: list[Stream], readers: Sequence[AnswerReader], on_wa
     return [(events[i], done[i]) for i in range(len(streams))]
 
 
-async def count_tokens(engine: EngineClient, request: ChatRequest, request_id: str, caller: str) -> int:
-    """Tokens of the prompt that a request makes."""
-    (asked,) = request.requests(request_id, engine.description)
-    check_size(asked, engine.description.n_ctx)
+async def count_tokens(
+    engine: EngineClient, request: ChatRequest, request_id: str, caller: str
+) -> int:
+    """The number of prompt tokens of a request."""
+    (generation,) = request.requests(request_id, engine.description)
+    check_size(generation, engine.description.n_ctx)
     data = {
-        "messages": [m.as_json() for m in asked.messages or ()],
-        "tools": [asdict(tool) for tool in asked.tools],
-        "template_options": asked.template_options,
-        "continue_final": asked.continue_final,
+        "messages": [m.as_json() for m in generation.messages or ()],
+        "tools": [asdict(tool) for tool in generation.tools],
+        "template_options": generation.template_options,
+        "continue_final": generation.continue_final,
     }
-    found = await asyncio.wrap_future(engine.inquire(Inquiry(request_id, "tokenize_chat", data, caller)))
-    return len(found["tokens"])
+    reply = await asyncio.wrap_future(
+        engine.inquire(Inquiry(request_id, "tokenize_chat", data, caller))
+    )
+    return len(reply["tokens"])

@@ -1,4 +1,7 @@
-"""One HTTP request and its answer, whatever serves it: routes see only this, never Tornado's handlers. Tornado loop only."""
+"""An HTTP request and its answer, whatever the server. Tornado loop only.
+
+Routes see only this, never Tornado's handlers.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +16,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from pydantic import BaseModel
 from tornado import gen, iostream, web
 
-from llmkit.gateway.auth import LOCAL, Identity
+from llmkit.gateway.access.held import Held
+from llmkit.gateway.access.identity import LOCAL, Identity
 from llmkit.gateway.failures import ApiError, dialect_of
-from llmkit.gateway.held import Held
-from llmkit.types import GenerationRequest
+from llmkit.protocol import GenerationRequest
 
 if TYPE_CHECKING:
     from llmkit.gateway.reading import Reading
@@ -31,14 +34,23 @@ MAX_BODY_BYTES = 16 << 20
 
 
 class ClientGoneError(Exception):
-    """The client closed the connection, or reads nothing any more."""
+    """The client closed the connection, or stopped reading."""
 
 
 class Exchange:
-    """A request to a route: ``method``, ``path`` (under the mount), ``body``; answered once, by ``send_json`` or as events. ``identity`` is whose it is;
-    ``held`` counts the bytes of its answer until they are read."""
+    """A request to a route: ``method``, ``path`` (under the mount) and ``body``.
 
-    def __init__(self, handler: web.RequestHandler, path: str, identity: Identity = LOCAL, held: Held | None = None) -> None:
+    It is answered once, by ``send_json`` or as events. ``identity`` is the caller's; ``held``
+    counts the bytes of the answer until they are read.
+    """
+
+    def __init__(
+        self,
+        handler: web.RequestHandler,
+        path: str,
+        identity: Identity = LOCAL,
+        held: Held | None = None,
+    ) -> None:
         self._handler = handler
         self.identity = identity
         self._held = held or Held()
@@ -46,26 +58,30 @@ class Exchange:
         self.path = "/" + path.strip("/")
         self.path_ends_with_slash = handler.request.path.endswith("/")
         self.args: tuple[str, ...] = ()
-        self.request_id = handler.request.headers.get("x-request-id", "")[:100] or secrets.token_hex(16)
+        self.request_id = handler.request.headers.get("x-request-id", "")[
+            :100
+        ] or secrets.token_hex(16)
         if not self.request_id.isprintable():
             self.request_id = secrets.token_hex(16)
         self.streaming = False
-        self.reading: Reading | None = None  # the gateway's, while it answers
-        self.ignored: list[str] = []  # fields that are accepted and change nothing
+        self.reading: Reading | None = None  # set by the gateway
+        self.ignored: list[str] = []  # fields that are accepted but have no effect
         self._stream: iostream.IOStream | None = getattr(handler.request.connection, "stream", None)
         handler.set_header("x-request-id", self.request_id)
 
     @property
     def caller(self) -> str:
-        """Among whom the engine shares fairly: what a client says of itself does not count."""
+        """The unit of fair sharing in the engine, never what a client claims to be."""
         return self.identity.name
 
     def owned(self, requests: list[GenerationRequest]) -> list[GenerationRequest]:
         """The requests as this caller's."""
-        return [replace(r, caller=self.caller, cache_scope=self.identity.cache_scope) for r in requests]
+        return [
+            replace(r, caller=self.caller, cache_scope=self.identity.cache_scope) for r in requests
+        ]
 
     def ignore(self, name: str) -> None:
-        """Say that a field has no effect. Raises `InvalidRequestError` where fields may not be ignored."""
+        """Note that a field has no effect. With ``strict``, raises `InvalidRequestError`."""
         if self.reading is not None:
             self.reading.tolerance.note(name)
         self.ignored.append(name)
@@ -74,28 +90,42 @@ class Exchange:
     def body(self) -> bytes:
         body = self._handler.request.body
         if len(body) > MAX_BODY_BYTES:
-            raise ApiError(413, f"The body has {len(body)} bytes; at most {MAX_BODY_BYTES} are accepted.", code="request_too_large")
+            raise ApiError(
+                413,
+                f"The body has {len(body)} bytes; at most {MAX_BODY_BYTES} are accepted.",
+                code="request_too_large",
+            )
         return body
 
     async def read(self, schema: type[Schema]) -> Schema:
-        """The body as a schema. Raises `InvalidRequestError` that names the first field that is wrong."""
+        """The body as a schema. Raises `InvalidRequestError` naming the first invalid field."""
         assert self.reading is not None
         return await self.reading.read(self, schema)
 
     @property
     def wants_page(self) -> bool:
-        """Somebody looks at it in a browser."""
-        return self.method == "GET" and "text/html" in self._handler.request.headers.get("Accept", "")
+        """Whether a browser asks for a page."""
+        return self.method == "GET" and "text/html" in self._handler.request.headers.get(
+            "Accept", ""
+        )
 
     def query(self, name: str) -> str | None:
-        """A parameter of the address."""
+        """A query parameter."""
         return self._handler.get_query_argument(name, None)
 
-    def send_json(self, value: Any, status: int = 200, headers: dict[str, str] | None = None) -> None:
+    def send_json(
+        self, value: Any, status: int = 200, headers: dict[str, str] | None = None
+    ) -> None:
         self.send_bytes(json.dumps(value).encode(), status, headers)
 
-    def send_bytes(self, data: bytes, status: int = 200, headers: dict[str, str] | None = None, content_type: str = "application/json") -> None:
-        """The whole answer. A client that reads nothing for a minute is dropped."""
+    def send_bytes(
+        self,
+        data: bytes,
+        status: int = 200,
+        headers: dict[str, str] | None = None,
+        content_type: str = "application/json",
+    ) -> None:
+        """Send a complete answer. A client that reads nothing for a minute is dropped."""
         self._handler.set_status(status)
         for name, text in (headers or {}).items():
             self._handler.set_header(name, text)
@@ -108,7 +138,7 @@ class Exchange:
                 task.add_done_callback(_unread.discard)
 
     async def _watch(self, sent: Any, size: int) -> None:
-        """While an answer is not read, it counts as held for its caller."""
+        """Count an unread answer as held for its caller."""
         try:
             self._held.add(self.caller, size)
         except ApiError:
@@ -116,7 +146,11 @@ class Exchange:
             self.drop()
             return
         try:
-            await gen.with_timeout(timedelta(seconds=WRITE_TIMEOUT_S), sent, quiet_exceptions=iostream.StreamClosedError)
+            await gen.with_timeout(
+                timedelta(seconds=WRITE_TIMEOUT_S),
+                sent,
+                quiet_exceptions=iostream.StreamClosedError,
+            )
         except (iostream.StreamClosedError, TimeoutError):
             self.drop()
         finally:
@@ -124,20 +158,29 @@ class Exchange:
 
     def _say_ignored(self) -> None:
         if self.ignored:
-            self._handler.set_header("x-llmkit-ignored", ", ".join(dict.fromkeys(self.ignored))[:2000])
+            self._handler.set_header(
+                "x-llmkit-ignored", ", ".join(dict.fromkeys(self.ignored))[:2000]
+            )
 
-    def send_page(self, text: str, nonce: str = "", status: int = 200, headers: dict[str, str] | None = None) -> None:
-        """HTML that runs no script and fetches nothing; with a ``nonce``, the script that has it, which may fetch from here."""
+    def send_page(
+        self, text: str, nonce: str = "", status: int = 200, headers: dict[str, str] | None = None
+    ) -> None:
+        """Send HTML that runs no script and fetches nothing.
+
+        With a ``nonce``, the script carrying it may run, and fetch from this server.
+        """
         for name, value in (headers or {}).items():
             self._handler.set_header(name, value)
         script = f"; script-src 'nonce-{nonce}'; connect-src 'self'" if nonce else ""
         self._handler.set_header(
-            "Content-Security-Policy", f"default-src 'none'; style-src 'unsafe-inline'; form-action 'none'; base-uri 'none'; frame-ancestors 'self'{script}"
+            "Content-Security-Policy",
+            "default-src 'none'; style-src 'unsafe-inline'; form-action 'none'; base-uri 'none'; "
+            f"frame-ancestors 'self'{script}",
         )
         self.send_bytes(text.encode(), status, content_type="text/html; charset=utf-8")
 
     def send_error(self, error: ApiError) -> None:
-        """The error object; within a stream as its last event, which then ends without ``[DONE]``."""
+        """Send an error object; in a stream as the last event, with no ``[DONE]`` after it."""
         dialect = dialect_of(self.path)
         body = error.body(dialect, self.request_id)
         if not self.streaming:
@@ -145,7 +188,9 @@ class Exchange:
             return
         before = {"openai": "data: ", "anthropic": "event: error\ndata: ", "ollama": ""}[dialect]
         try:
-            self._handler.write(f"{before}{json.dumps(body)}" + ("\n" if dialect == "ollama" else "\n\n"))
+            self._handler.write(
+                f"{before}{json.dumps(body)}" + ("\n" if dialect == "ollama" else "\n\n")
+            )
             self._handler.finish()
         except (iostream.StreamClosedError, RuntimeError):
             return
@@ -155,15 +200,23 @@ class Exchange:
         self._say_ignored()
         self._handler.set_header("Content-Type", content_type)
         self._handler.set_header("Cache-Control", "no-cache")
-        self._handler.set_header("X-Accel-Buffering", "no")  # JupyterHub's and other proxies must not collect
+        # JupyterHub's and other proxies must not buffer.
+        self._handler.set_header("X-Accel-Buffering", "no")
 
     async def send_text(self, text: str) -> None:
-        """Write and flush. Waits only for a client that reads too slowly. Raises `ClientGoneError` when it is gone, or reads nothing for a minute."""
+        """Write and flush; waits only for a slow reader.
+
+        Raises `ClientGoneError` if the client is gone, or reads nothing for a minute.
+        """
         self._handler.write(text)
         try:
             flushed = self._handler.flush()
-            if self._stream is not None and not self._stream.writing() and not self._stream.closed():
-                return  # the operating system has it all; the future would only cost a turn of the loop
+            if (
+                self._stream is not None
+                and not self._stream.writing()
+                and not self._stream.closed()
+            ):
+                return  # the system has it all; awaiting would only cost a turn of the loop
             await gen.with_timeout(timedelta(seconds=WRITE_TIMEOUT_S), flushed)
         except (iostream.StreamClosedError, TimeoutError) as error:
             raise ClientGoneError from error
@@ -172,15 +225,15 @@ class Exchange:
         await self.send_text(f"data: {json.dumps(value)}\n\n")
 
     async def send_named_event(self, value: dict[str, Any]) -> None:
-        """An event that also says its type."""
+        """Send an event with its type."""
         await self.send_text(f"event: {value['type']}\ndata: {json.dumps(value)}\n\n")
 
     async def send_line(self, value: Any) -> None:
-        """A line of NDJSON."""
+        """Send a line of NDJSON."""
         await self.send_text(json.dumps(value) + "\n")
 
     def drop(self) -> None:
-        """Close the connection of a client that reads nothing."""
+        """Close the connection, when the client does not read."""
         if self._stream is not None:
             self._stream.close()
 

@@ -1,4 +1,4 @@
-"""Every error as the HTTP status and the error object that OpenAI's clients expect."""
+"""Errors as HTTP statuses, and as the error objects that each dialect's clients expect. Pure."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from tornado import web
 
 from llmkit import errors
 
-__all__ = ["ApiError", "Dialect", "api_error", "dialect_of"]
-
+__all__ = ["NO_RETRY", "ApiError", "Dialect", "api_error", "dialect_of"]
 
 Dialect = Literal["openai", "anthropic", "ollama"]
 ANTHROPIC_TYPES = {
@@ -23,16 +22,23 @@ ANTHROPIC_TYPES = {
     429: "rate_limit_error",
     503: "overloaded_error",
 }
+NO_RETRY = {"x-should-retry": "false"}
 
 
 def dialect_of(path: str) -> Dialect:
-    """Whose words a route speaks."""
-    return "ollama" if path.startswith("/api/") else "anthropic" if path.startswith("/v1/messages") else "openai"
+    """The dialect of a route."""
+    return (
+        "ollama"
+        if path.startswith("/api/")
+        else "anthropic"
+        if path.startswith("/v1/messages")
+        else "openai"
+    )
 
 
 @dataclass(eq=False)
 class ApiError(Exception):
-    """An answer with an error status; ``headers`` may tell SDKs whether to try again (`NO_RETRY`, Retry-After)."""
+    """An error response; ``headers`` may tell SDKs whether to retry (`NO_RETRY`, Retry-After)."""
 
     status: int
     message: str
@@ -42,24 +48,37 @@ class ApiError(Exception):
     headers: dict[str, str] = field(default_factory=dict)
 
     def body(self, dialect: Dialect, request_id: str) -> dict[str, Any]:
-        """The error object as a dialect's clients expect it."""
+        """The error object of a dialect."""
         if dialect == "ollama":
             return {"error": self.message}
         if dialect == "anthropic":
-            return {"type": "error", "error": {"type": ANTHROPIC_TYPES.get(self.status, "api_error"), "message": self.message}, "request_id": request_id}
-        return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
-
-
-NO_RETRY = {"x-should-retry": "false"}
+            return {
+                "type": "error",
+                "error": {
+                    "type": ANTHROPIC_TYPES.get(self.status, "api_error"),
+                    "message": self.message,
+                },
+                "request_id": request_id,
+            }
+        return {
+            "error": {
+                "message": self.message,
+                "type": self.type,
+                "param": self.param,
+                "code": self.code,
+            }
+        }
 
 
 def api_error(error: BaseException) -> ApiError:
-    """The answer for an exception; what is not expected becomes a 500 that shows no internals."""
+    """The response for an exception; an unexpected one is a 500 that reveals no internals."""
     if isinstance(error, ApiError):
         return error
     message = str(error)
-    if isinstance(error, web.HTTPError):  # Tornado's own, of a query that is no UTF-8, say
-        return ApiError(error.status_code, error.log_message or error.reason or "The request cannot be read.")
+    if isinstance(error, web.HTTPError):  # Tornado's own, say for a query that is not UTF-8
+        return ApiError(
+            error.status_code, error.log_message or error.reason or "The request is invalid."
+        )
     if isinstance(error, errors.ContextLengthError):
         return ApiError(400, message, param=error.param, code="context_length_exceeded")
     if isinstance(error, errors.InvalidRequestError):
@@ -67,9 +86,19 @@ def api_error(error: BaseException) -> ApiError:
     if isinstance(error, errors.ModelNotFoundError):
         return ApiError(404, message, param="model", code="model_not_found")
     if isinstance(error, errors.QueueFullError):
-        return ApiError(429, message, "rate_limit_error", code="queue_full", headers={"Retry-After": "2"})
+        return ApiError(
+            429, message, "rate_limit_error", code="queue_full", headers={"Retry-After": "2"}
+        )
     if isinstance(error, errors.EngineGoneError | errors.ModelUnloadedError):
-        return ApiError(503, message, "server_error", code="model_unavailable", headers={"Retry-After": "5"})
+        return ApiError(
+            503, message, "server_error", code="model_unavailable", headers={"Retry-After": "5"}
+        )
     if isinstance(error, errors.EngineError):
         return ApiError(500, message, "server_error", code="engine_error", headers=NO_RETRY)
-    return ApiError(500, "The server failed on this request; its log says why.", "server_error", code="internal_error", headers=NO_RETRY)
+    return ApiError(
+        500,
+        "Internal server error; the server's log has the details.",
+        "server_error",
+        code="internal_error",
+        headers=NO_RETRY,
+    )

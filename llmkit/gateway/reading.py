@@ -1,48 +1,26 @@
-"""Bodies as schemas: bounded before they are read, large ones on another thread, and without the fields that change nothing. Tornado loop only."""
+"""Reads the body of an exchange: bounded, and without the fields that have no effect.
+
+Tornado loop only; large bodies are parsed on a lane. Knows no dialect: the route gives the schema.
+"""
 
 from __future__ import annotations
 
 import asyncio
-import re
 from typing import TYPE_CHECKING, TypeVar
 
 from pydantic import BaseModel
 
-from llmkit.errors import InvalidRequestError
-from llmkit.gateway.schemas import parse_json, validated
+from llmkit.gateway.bodies import check_counts, parse_json, validated
 from llmkit.gateway.tolerance import Tolerance
-from llmkit.lanes import Lanes
+from llmkit.system.lanes import Lanes
 
 if TYPE_CHECKING:
     from llmkit.gateway.exchange import Exchange
 
-__all__ = ["Reading", "check_counts"]
+__all__ = ["Reading"]
 
 LARGE_BYTES = 128 << 10
-MOST = {"lists and objects": (b"[{", 50_000), "commas": (b",", 1_000_000), "fields": (b":", 200_000)}  # in texts there may be any number
-TEXTS = re.compile(rb'"(?:[^"\\]|\\.)*+"?', re.DOTALL)  # also one that does not end: a match that fails would be tried from every quote
 Schema = TypeVar("Schema", bound=BaseModel)
-
-
-def check_counts(body: bytes) -> None:
-    """Refuse what would take long to read for nothing. Raises `InvalidRequestError`.
-
-    >>> check_counts(b"[" * 100_000)
-    Traceback (most recent call last):
-    ...
-    llmkit.errors.InvalidRequestError: The body holds 100000 lists and objects; at most 50000 are read.
-    """
-    if all(_count(body, signs) <= most for signs, most in MOST.values()):
-        return
-    bare = TEXTS.sub(b"", body)
-    for name, (signs, most) in MOST.items():
-        count = _count(bare, signs)
-        if count > most:
-            raise InvalidRequestError(f"The body holds {count} {name}; at most {most} are read.")
-
-
-def _count(body: bytes, signs: bytes) -> int:
-    return sum(body.count(sign) for sign in signs)
 
 
 class Reading:
@@ -52,17 +30,19 @@ class Reading:
         self._lanes, self.tolerance = lanes, tolerance
 
     async def read(self, exchange: Exchange, schema: type[Schema]) -> Schema:
-        """The body as ``schema``; what is accepted without effect is named in ``exchange.ignored``.
+        """The body as ``schema``. Fields without effect are added to ``exchange.ignored``.
 
-        Raises `InvalidRequestError` that names the first field that is wrong.
+        Raises `InvalidRequestError`, which names the first invalid field.
         """
         body = exchange.body
         if len(body) <= LARGE_BYTES:
-            found, ignored = self._read(schema, body)
+            value, ignored = self._read(schema, body)
         else:
-            found, ignored = await asyncio.wrap_future(self._lanes.submit(exchange.caller, lambda: self._read(schema, body)))
+            value, ignored = await asyncio.wrap_future(
+                self._lanes.submit(exchange.caller, lambda: self._read(schema, body))
+            )
         exchange.ignored += ignored
-        return found
+        return value
 
     def _read(self, schema: type[Schema], body: bytes) -> tuple[Schema, list[str]]:
         check_counts(body)

@@ -1,6 +1,7 @@
-"""The HTTP server of a gateway that runs alone: bounded connections, in all and for each address, and it stays up when descriptors run out. Tornado loop only.
+"""The HTTP server of a standalone gateway: bounds connections, in total and per address.
 
-Tornado logs a traceback for each accept that fails for want of descriptors, some thousand times a second; here accepting pauses instead, and one line says so.
+It survives a lack of descriptors: Tornado would log a traceback for each failed accept, some
+thousand times a second; here accepting pauses, and one line is logged. Tornado loop only.
 """
 
 from __future__ import annotations
@@ -28,13 +29,13 @@ SPARE_DESCRIPTORS = 64  # for files, engines and the log
 HEADER_S, BODY_S = 20.0, 60.0
 PAUSE_S = 1.0
 EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
-ACCEPTS = 64  # connections that are accepted before the loop turns
-EVICTED = 16  # idle connections that are closed when no descriptor is free
+ACCEPTS = 64  # connections accepted per turn of the loop
+EVICTED = 16  # idle connections closed when no descriptor is free
 OURSELVES = "local"
 
 
 def raise_descriptors() -> int:
-    """As many descriptors as this process may have. Returns their number."""
+    """Raise the descriptor limit as far as allowed. Returns the limit."""
     if sys.platform == "win32":
         return 512
     import resource
@@ -49,21 +50,22 @@ def raise_descriptors() -> int:
 
 
 class BoundedServer(httpserver.HTTPServer):
-    """At most ``most`` connections, half of them of one address (all, where that address is this machine's).
+    """Accepts at most ``most`` connections, and half of that per address other than our own.
 
-    When there are too many, the one that has been idle for longest makes way, of the address that has the most; if none is idle, the new one is closed. A
-    connection is idle until all of its request is here.
+    At the limit it closes the longest idle connection, from the address with the most; if none is
+    idle, the new one. A connection is idle until its whole request has arrived.
     """
 
     def initialize(self, app: web.Application, *, most: int, max_body_size: int) -> None:  # type: ignore[override]
-        super().initialize(app, max_body_size=max_body_size, idle_connection_timeout=HEADER_S, body_timeout=BODY_S)
+        super().initialize(
+            app, max_body_size=max_body_size, idle_connection_timeout=HEADER_S, body_timeout=BODY_S
+        )
         self._most = most
         self._places: dict[iostream.IOStream, str] = {}
-        self._idle: dict[str, OrderedDict[iostream.IOStream, None]] = {}  # by address, the longest first
+        # By address, longest idle first.
+        self._idle: dict[str, OrderedDict[iostream.IOStream, None]] = {}
         self._counts: Counter[str] = Counter()
         self._is_exhausted = False
-
-    # -- accepting
 
     def add_sockets(self, sockets: Iterable[socket.socket]) -> None:
         for sock in sockets:
@@ -91,26 +93,27 @@ class BoundedServer(httpserver.HTTPServer):
                 return
             if self._is_exhausted:
                 self._is_exhausted = False
-                logger.info("connections are accepted again")
+                logger.info("accepting connections again")
             self._handle_connection(connection, address)
 
     def _pause(self, sock: socket.socket, error: OSError) -> None:
-        """No descriptor is free: whoever has one goes on, new ones wait in the system's queue."""
+        """No descriptor is free: new connections wait in the system's queue."""
         loop = ioloop.IOLoop.current()
         loop.remove_handler(sock)
         self._handlers[sock.fileno()] = lambda: None
         if not self._is_exhausted:
             self._is_exhausted = True
-            logger.error("no connection can be accepted at the moment (%s); retrying every second", os.strerror(error.errno or 0))
+            logger.error(
+                "cannot accept connections at the moment (%s); retrying every second",
+                os.strerror(error.errno or 0),
+            )
         for _ in range(EVICTED):
             self._make_way()
         loop.call_later(PAUSE_S, self._go_on, sock)
 
     def _go_on(self, sock: socket.socket) -> None:
-        if sock.fileno() in self._sockets:  # not stopped meanwhile
+        if sock.fileno() in self._sockets:  # not stopped in the meantime
             self._listen(sock)
-
-    # -- which connections there are
 
     def handle_stream(self, stream: iostream.IOStream, address: Any) -> None:
         place = place_of(address)
@@ -158,7 +161,7 @@ class BoundedServer(httpserver.HTTPServer):
             del self._counts[place], self._idle[place]
 
     def _make_way(self, place: str | None = None) -> None:
-        """Close the connection that has been idle for longest, of ``place`` or of whoever has the most."""
+        """Close the longest idle connection, of ``place`` or of the address with the most."""
         for each in [place] if place is not None else [p for p, _ in self._counts.most_common()]:
             idle = next(iter(self._idle.get(each, ())), None)
             if idle is not None:
@@ -168,7 +171,7 @@ class BoundedServer(httpserver.HTTPServer):
 
 
 class _Watched(httputil.HTTPMessageDelegate):
-    """A request's delegate that says when the whole request is here."""
+    """A request's delegate that reports when the whole request has arrived."""
 
     def __init__(self, delegate: Any, on_whole: Callable[[], None]) -> None:
         self._delegate, self._on_whole = delegate, on_whole
@@ -188,7 +191,7 @@ class _Watched(httputil.HTTPMessageDelegate):
 
 
 def place_of(address: Any) -> str:
-    """Whom connections from an address count for: this machine, an IPv4 address, or the /64 that one IPv6 host has to itself."""
+    """What an address counts as: this machine, an IPv4 address, or an IPv6 host's /64."""
     if not isinstance(address, tuple) or not address:
         return OURSELVES
     ip = ipaddress.ip_address(str(address[0]).partition("%")[0])
@@ -196,4 +199,8 @@ def place_of(address: Any) -> str:
         ip = ip.ipv4_mapped or ip
     if ip.is_loopback:
         return OURSELVES
-    return str(ip) if isinstance(ip, ipaddress.IPv4Address) else str(ipaddress.ip_network((ip, 64), strict=False))
+    return (
+        str(ip)
+        if isinstance(ip, ipaddress.IPv4Address)
+        else str(ipaddress.ip_network((ip, 64), strict=False))
+    )

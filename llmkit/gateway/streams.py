@@ -1,4 +1,7 @@
-"""Engine streams on the gateway's loop: news of many as one sequence. Tornado loop only."""
+"""Engine streams on the gateway's loop: the updates of many, merged into one sequence.
+
+Tornado loop only, but for `Bell.ring`, which any thread may call. Knows no HTTP and no dialect.
+"""
 
 from __future__ import annotations
 
@@ -8,21 +11,23 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import ClassVar
 
-from llmkit.client import EngineClient
 from llmkit.errors import EngineGoneError
-from llmkit.stream import Stream
-from llmkit.types import Completion, Delta, FinishReason, GenerationRequest
+from llmkit.protocol import Completion, Delta, FinishReason, GenerationRequest
+from llmkit.protocol.client import EngineClient
+from llmkit.protocol.stream import Stream
 
-__all__ = ["News", "close_all", "gather", "merge", "submit_all"]
+__all__ = ["StreamUpdate", "close_all", "gather", "merge", "submit_all"]
 
 PING_S = 15.0
-News = tuple[int, list[Delta], Completion | None]
+StreamUpdate = tuple[int, list[Delta], Completion | None]  # the index of the stream first
 
 
 class Bell:
-    """Wakes a loop from other threads: a step of the engine has news of many streams, and waking the loop costs a system call."""
+    """Wakes a loop from other threads, once for many events: each wake-up costs a system call."""
 
-    _bells: ClassVar[weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Bell]] = weakref.WeakKeyDictionary()
+    _bells: ClassVar[weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Bell]] = (
+        weakref.WeakKeyDictionary()
+    )
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = weakref.ref(loop)
@@ -34,11 +39,12 @@ class Bell:
         return cls._bells.setdefault(loop, cls(loop))
 
     def ring(self, event: asyncio.Event) -> None:
-        """Set ``event`` on the loop's thread, soon."""
+        """Have ``event`` set on the loop's thread."""
         self._events.append(event)
         loop = self._loop()
         if not self._rung and loop is not None and not loop.is_closed():
-            self._rung = True  # before the call: what is appended from now on is found by it, or rings anew
+            # Before the call: it finds whatever is appended from now on, or that rings again.
+            self._rung = True
             loop.call_soon_threadsafe(self._set_all)
 
     def _set_all(self) -> None:
@@ -48,11 +54,13 @@ class Bell:
 
 
 def submit_all(engine: EngineClient, requests: list[GenerationRequest]) -> list[Stream]:
-    """All or none."""
+    """Submit all requests, or none if one is refused."""
     streams: list[Stream] = []
     try:
         for request in requests:
-            streams += [engine.submit(request)] if request.n == 1 else engine.submit_choices(request)
+            streams += (
+                [engine.submit(request)] if request.n == 1 else engine.submit_choices(request)
+            )
     except BaseException:
         close_all(streams)
         raise
@@ -65,29 +73,36 @@ def close_all(streams: list[Stream]) -> None:
 
 
 async def gather(streams: list[Stream], on_wait: Callable[[], None]) -> list[Completion]:
-    """The completions of all streams, in order. The first failure is raised at once."""
+    """The completions of all streams, in order. Raises the first failure at once."""
     done: dict[int, Completion] = {}
-    async for event in merge(streams):
-        if event is None:
+    async for update in merge(streams):
+        if update is None:
             on_wait()
-        elif event[2] is not None:
-            done[event[0]] = event[2]
+            continue
+        index, _, completion = update
+        if completion is not None:
+            done[index] = completion
     return [done[i] for i in range(len(streams))]
 
 
-async def merge(streams: list[Stream]) -> AsyncIterator[News | None]:
-    """News of any stream as it comes; None after 15 s of silence. A failed stream's error is raised."""
+async def merge(streams: list[Stream]) -> AsyncIterator[StreamUpdate | None]:
+    """The updates of all streams as they come; None after 15 s of silence.
+
+    Raises the error of a failed stream.
+    """
     loop, arrived = asyncio.get_running_loop(), asyncio.Event()
     bell = Bell.of(loop)
-    last_news = loop.time()
+    last_update = loop.time()
     timer: asyncio.TimerHandle | None = None
 
     def watch_silence() -> None:
-        """One timer for the whole stream; a timeout around every wait would cost more than the wait."""
+        """One timer for all: a timeout around every wait would cost more than the wait."""
         nonlocal timer
-        # A reader that is held up is told once in a while, too, not all the time.
-        silent = loop.time() - last_news
-        timer = loop.call_later(PING_S - silent if silent < PING_S - 0.01 else PING_S, watch_silence)
+        # A consumer that is held up gets one ping per interval too, not a flood of them.
+        silent = loop.time() - last_update
+        timer = loop.call_later(
+            PING_S - silent if silent < PING_S - 0.01 else PING_S, watch_silence
+        )
         arrived.set()
 
     timer = loop.call_later(PING_S, watch_silence)
@@ -98,18 +113,18 @@ async def merge(streams: list[Stream]) -> AsyncIterator[News | None]:
         while waiting:
             await arrived.wait()
             arrived.clear()
-            if loop.time() - last_news >= PING_S:
-                last_news = loop.time()
+            if loop.time() - last_update >= PING_S:
+                last_update = loop.time()
                 yield None
-            for event in take_news(waiting):
-                last_news = loop.time()
-                yield event
+            for update in _take(waiting):
+                last_update = loop.time()
+                yield update
     finally:
         timer.cancel()
 
 
-def take_news(waiting: dict[int, Stream]) -> Iterator[News]:
-    """What the waiting streams have; ended ones are taken out. A failed stream's error is raised."""
+def _take(waiting: dict[int, Stream]) -> Iterator[StreamUpdate]:
+    """What the waiting streams have; removes the finished ones. Raises a failed stream's error."""
     for index, stream in list(waiting.items()):
         deltas, completion = stream.take()
         if completion is not None:

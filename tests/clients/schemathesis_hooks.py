@@ -1,4 +1,5 @@
-"""Requests that schemathesis makes up, with short answers: what is tested is how they are read. Values that are wrong stay wrong."""
+"""Requests that schemathesis makes up, with short answers: what is tested is how they are read.
+Values that are wrong stay wrong."""
 
 import schemathesis
 

@@ -14,7 +14,12 @@ class Person(BaseModel):
     age: int = Field(ge=0, le=120)
 
 
-ASKED = {"model": "smollm2", "messages": [{"role": "user", "content": "Anna is 31 years old."}], "temperature": 0, "max_tokens": 80}
+ASKED = {
+    "model": "smollm2",
+    "messages": [{"role": "user", "content": "Anna is 31 years old."}],
+    "temperature": 0,
+    "max_tokens": 80,
+}
 for mode in (instructor.Mode.TOOLS, instructor.Mode.JSON_SCHEMA):
     client = instructor.from_openai(openai.OpenAI(base_url=URL, api_key="k"), mode=mode)
     person = client.chat.completions.create(response_model=Person, max_retries=0, **ASKED)

@@ -7,7 +7,14 @@ from langchain_openai import ChatOpenAI, OpenAIEmbeddings
 from pydantic import BaseModel, Field
 
 URL, EMBEDDING_URL = sys.argv[1:3]
-chat = ChatOpenAI(base_url=URL, api_key="k", model="smollm2", temperature=0, max_completion_tokens=40, stream_usage=True)
+chat = ChatOpenAI(
+    base_url=URL,
+    api_key="k",
+    model="smollm2",
+    temperature=0,
+    max_completion_tokens=40,
+    stream_usage=True,
+)
 
 answer = chat.invoke("Name one colour.")
 assert answer.content and answer.usage_metadata["output_tokens"] > 0, answer
@@ -34,11 +41,22 @@ def add(a: int, b: int) -> int:
 
 
 called = chat.bind_tools([add], tool_choice="required", parallel_tool_calls=False).invoke("1+2?")
-assert called.tool_calls[0]["name"] == "add" and add.invoke(called.tool_calls[0]["args"]) is not None, called
+assert (
+    called.tool_calls[0]["name"] == "add" and add.invoke(called.tool_calls[0]["args"]) is not None
+), called
 
-vectors = OpenAIEmbeddings(base_url=EMBEDDING_URL, api_key="k", model="default", check_embedding_ctx_length=False).embed_documents(["a cat", "a dog"])
+vectors = OpenAIEmbeddings(
+    base_url=EMBEDDING_URL, api_key="k", model="default", check_embedding_ctx_length=False
+).embed_documents(["a cat", "a dog"])
 assert len(vectors) == 2 and len(vectors[0]) == 384
 
-responses = ChatOpenAI(base_url=URL, api_key="k", model="smollm2", temperature=0, max_completion_tokens=20, use_responses_api=True)
+responses = ChatOpenAI(
+    base_url=URL,
+    api_key="k",
+    model="smollm2",
+    temperature=0,
+    max_completion_tokens=20,
+    use_responses_api=True,
+)
 assert responses.invoke("Name one colour.").text
 assert "".join(p.text for p in responses.stream("Name one colour."))

@@ -1,4 +1,5 @@
-"""simonw/llm, as its users configure it: extra-openai-models.yaml, the command line, a schema, a conversation."""
+"""simonw/llm, as its users configure it: extra-openai-models.yaml, the command line, a schema, a
+conversation."""
 
 import os
 import subprocess
@@ -22,13 +23,29 @@ with tempfile.TemporaryDirectory() as home:
     environment = {**os.environ, "LLM_USER_PATH": home}
 
     def llm(*args: str) -> str:
-        done = subprocess.run([COMMAND, *args], env=environment, text=True, capture_output=True, timeout=120)
+        done = subprocess.run(
+            [COMMAND, *args], env=environment, text=True, capture_output=True, timeout=120
+        )
         assert done.returncode == 0, done.stderr
         return done.stdout
 
     llm("keys", "set", "here", "--value", "k")
-    assert llm("-m", "here", "-o", "temperature", "0", "-o", "max_tokens", "20", "Name one colour.").strip()
+    assert llm(
+        "-m", "here", "-o", "temperature", "0", "-o", "max_tokens", "20", "Name one colour."
+    ).strip()
     assert llm("-m", "here", "-o", "max_tokens", "20", "--no-stream", "Name one colour.").strip()
     assert llm("-m", "here", "-c", "-o", "max_tokens", "20", "Another one.").strip()
-    shaped = llm("-m", "here", "-o", "temperature", "0", "-o", "max_tokens", "60", "--schema", "age int", "Anna is 31.")
+    shaped = llm(
+        "-m",
+        "here",
+        "-o",
+        "temperature",
+        "0",
+        "-o",
+        "max_tokens",
+        "60",
+        "--schema",
+        "age int",
+        "Anna is 31.",
+    )
     assert '"age"' in shaped, shaped

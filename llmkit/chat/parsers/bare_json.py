@@ -1,5 +1,9 @@
-"""Calls that are the whole answer: ``{"name": ..., "parameters": {...}}`` (Llama 3), also after ``<|python_tag|>``, or a list after ``[TOOL_CALLS]`` (Mistral),
-``<|tool_call|>`` or ``functools`` (Granite, Phi); several with ``;`` between them. Newer models of Mistral write ``[TOOL_CALLS]name[ARGS]{...}``. Pure."""
+"""Calls that are the whole answer, as bare JSON. Pure.
+
+``{"name": ..., "parameters": {...}}`` (Llama 3), also after ``<|python_tag|>``; or a list after
+``[TOOL_CALLS]`` (Mistral), ``<|tool_call|>`` or ``functools`` (Granite, Phi); several are separated
+by ``;``. Newer Mistral models write ``[TOOL_CALLS]name[ARGS]{...}``.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +18,14 @@ __all__ = ["MARKS", "BareJsonParser"]
 OPEN = ("<|python_tag|>", "[TOOL_CALLS]", "<|tool_call|>", "functools")
 CLOSE = "<|/tool_call|>"
 MARKS = (*OPEN, CLOSE, "[ARGS]", "[CALL_ID]")
-NAMED = re.compile(r"(?:\[TOOL_CALLS\])?\s*([\w.-]+)(?:\[CALL_ID\][^\s\[{]*)?(?:\[ARGS\])?\s*(?=\{)")
+NAMED = re.compile(
+    r"(?:\[TOOL_CALLS\])?\s*([\w.-]+)(?:\[CALL_ID\][^\s\[{]*)?(?:\[ARGS\])?\s*(?=\{)"
+)
 BEGINNING = ("{", "[{", *OPEN[:-1], "functools[")
 
 
 class BareJsonParser:
-    """What looks like a call at the beginning, or follows a mark, waits until it is whole; the rest streams."""
+    """Text that begins like a call or follows a marker waits until whole; the rest streams."""
 
     thinking = False
 
@@ -52,12 +58,12 @@ class BareJsonParser:
         return [Content(text)] if text else []
 
     def _calls(self) -> list[Event]:
-        """All calls of the answer; none if any part of it is something else."""
+        """All calls of the answer; none if any part of it is not a call."""
         rest = self._buffer.strip().removesuffix(CLOSE)
         for mark in OPEN:
             if mark != "[TOOL_CALLS]" or not NAMED.match(rest):
                 rest = rest.removeprefix(mark).lstrip()
-        found: list[Event] = []
+        calls: list[Event] = []
         decoder = json.JSONDecoder()
         while rest:
             named = NAMED.match(rest)
@@ -70,6 +76,6 @@ class BareJsonParser:
                 call = as_call({"name": named[1], "arguments": one} if named else one, self._tools)
                 if call is None:
                     return []
-                found.append(call)
+                calls.append(call)
             rest = rest[end:].lstrip("; \n\t")
-        return found
+        return calls

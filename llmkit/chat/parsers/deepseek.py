@@ -1,5 +1,8 @@
-"""Calls of DeepSeek: each between ``<｜tool▁call▁begin｜>`` and ``<｜tool▁call▁end｜>``, with ``<｜tool▁sep｜>`` between its name and its arguments
-(since 3.1 bare, before in a fence of Markdown). Pure."""
+"""DeepSeek's tool calls. Pure.
+
+Each is between ``<｜tool▁call▁begin｜>`` and ``<｜tool▁call▁end｜>``, with ``<｜tool▁sep｜>``
+between its name and its arguments (bare since 3.1, in a Markdown fence before).
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ MARKS = (ALL, ALL_END, ONE, SEPARATOR, ONE_END)
 
 
 class DeepSeekParser:
-    """Content before the calls streams; the calls wait for the end of the answer.
+    """Content before the calls streams; the calls are parsed at the end of the answer.
 
     ``tools`` maps names to the JSON schemas of their arguments.
     """
@@ -37,7 +40,8 @@ class DeepSeekParser:
             ready = self._buffer[:at].rstrip()
         else:
             keep = max(held(self._buffer, mark) for mark in (ALL, ONE))
-            ready = self._buffer[: len(self._buffer) - keep].rstrip()  # white space before a call does not count
+            # White space before a call does not count.
+            ready = self._buffer[: len(self._buffer) - keep].rstrip()
             at = len(ready)
         self._buffer = self._buffer[at:]
         return [Content(ready)] if ready else []

@@ -1,4 +1,7 @@
-"""Calls of FunctionGemma: ``<start_function_call>call:name{city:<escape>Paris<escape>,days:3}<end_function_call>``. Pure."""
+"""FunctionGemma's tool calls. Pure.
+
+``<start_function_call>call:name{city:<escape>Paris<escape>,days:3}<end_function_call>``
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,10 @@ MAX_DEPTH = 50
 
 
 class FunctionGemmaParser:
-    """Content outside of calls streams. ``tools`` maps names to the JSON schemas of their arguments."""
+    """Content outside calls streams.
+
+    ``tools`` maps names to the JSON schemas of their arguments.
+    """
 
     thinking = False
 
@@ -28,20 +34,24 @@ class FunctionGemmaParser:
 
     def push(self, text: str) -> list[Event]:
         self._buffer += text
-        found: list[Event] = []
+        events: list[Event] = []
         while (at := self._buffer.find(CLOSE if self._inside else OPEN)) >= 0:
-            while self._inside and at >= 0 and self._buffer.count(ESCAPE, 0, at) % 2:  # within a text
+            # An end tag within a string is text.
+            while self._inside and at >= 0 and self._buffer.count(ESCAPE, 0, at) % 2:
                 at = self._buffer.find(CLOSE, at + 1)
             if at < 0:
                 break
-            before, self._buffer = self._buffer[:at], self._buffer[at + len(CLOSE if self._inside else OPEN) :]
-            found += self._called(before, CLOSE) if self._inside else self._content(before)
+            before, self._buffer = (
+                self._buffer[:at],
+                self._buffer[at + len(CLOSE if self._inside else OPEN) :],
+            )
+            events += self._called(before, CLOSE) if self._inside else self._content(before)
             self._inside = not self._inside
         if not self._inside:
-            keep = held(self._buffer, OPEN)
-            ready, self._buffer = self._buffer[: len(self._buffer) - keep], self._buffer[len(self._buffer) - keep :]
-            found += self._content(ready)
-        return found
+            end = len(self._buffer) - held(self._buffer, OPEN)
+            ready, self._buffer = self._buffer[:end], self._buffer[end:]
+            events += self._content(ready)
+        return events
 
     def finish(self) -> list[Event]:
         rest, self._buffer = self._buffer, ""
@@ -63,11 +73,18 @@ class FunctionGemmaParser:
             arguments, end = _value(body, head.end(), 0)
         except (ValueError, IndexError):
             return None
-        return None if body[end:].strip() else as_call({"name": head[1], "arguments": arguments}, self._tools)
+        return (
+            None
+            if body[end:].strip()
+            else as_call({"name": head[1], "arguments": arguments}, self._tools)
+        )
 
 
 def _value(text: str, at: int, depth: int) -> tuple[Any, int]:
-    """The value that begins at ``at``, and where it ends. Raises `ValueError` or `IndexError` for what is none."""
+    """The value that begins at ``at``, and where it ends.
+
+    Raises `ValueError` or `IndexError` if there is none.
+    """
     if depth > MAX_DEPTH:
         raise ValueError("nested too deeply")
     if text.startswith(ESCAPE, at):
@@ -94,7 +111,7 @@ def _value(text: str, at: int, depth: int) -> tuple[Any, int]:
         if text[at] == ",":
             at += 1
         elif text[at] != close:
-            raise ValueError("values without a comma between them")
+            raise ValueError("a comma is missing between values")
     return (members if is_object else items), at + 1
 
 

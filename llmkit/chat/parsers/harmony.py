@@ -1,5 +1,8 @@
-"""Channels of gpt-oss: ``<|channel|>analysis<|message|>…<|end|><|start|>assistant<|channel|>final<|message|>…``; a call is a message to ``functions.name``.
-Pure."""
+"""gpt-oss's channels. Pure.
+
+``<|channel|>analysis<|message|>…<|end|><|start|>assistant<|channel|>final<|message|>…``; a call is
+a message to ``functions.name``.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +15,10 @@ __all__ = ["MARKS", "HarmonyParser"]
 
 CHANNEL, MESSAGE, START = "<|channel|>", "<|message|>", "<|start|>"
 ENDS = ("<|end|>", "<|call|>", "<|return|>", START, CHANNEL)
-# "<|end|>" ends a message only where another one begins: else it is text that speaks of it
-ENDING = re.compile(r"<\|end\|>(?=\s*<\|start\|>)|<\|call\|>|<\|return\|>|<\|start\|>|<\|channel\|>")
+# "<|end|>" ends a message only if another one begins: otherwise it is quoted in the text.
+ENDING = re.compile(
+    r"<\|end\|>(?=\s*<\|start\|>)|<\|call\|>|<\|return\|>|<\|start\|>|<\|channel\|>"
+)
 MARK_LENGTH = 40
 MARKS = (CHANNEL, MESSAGE, START, "<|end|>", "<|call|>", "<|return|>", "<|constrain|>")
 BEGINNINGS = (*MARKS, "to=functions.")
@@ -21,7 +26,7 @@ RECIPIENT = re.compile(r"to=functions\.([^\s<]+)")
 
 
 class HarmonyParser:
-    """Streams what stands in the channels; a call waits until it is whole. A text without channels is content.
+    """Streams the channels' text; a call waits until it is whole. Without channels all is content.
 
     ``tools`` maps names to the JSON schemas of their arguments.
     """
@@ -31,8 +36,8 @@ class HarmonyParser:
         self._buffer = ""
         self._header: str | None = ""  # None: within a message
         self._kind: type[Content] | type[Reasoning] = Content
-        self._seen = 0  # how much of the buffer was searched
-        self._name = ""  # whom the message calls
+        self._seen = 0  # how much of the buffer has been searched
+        self._name = ""  # the tool that the message calls
         self._plain: bool | None = None  # None: cannot tell yet
 
     @property
@@ -50,13 +55,13 @@ class HarmonyParser:
             self._plain = not start.startswith(BEGINNINGS)
             if self._plain:
                 return self._rest()
-        found: list[Event] = []
-        while self._step(found):
+        events: list[Event] = []
+        while self._step(events):
             pass
-        return found
+        return events
 
-    def _step(self, found: list[Event]) -> bool:
-        """Read to the next mark. False: more text is needed."""
+    def _step(self, events: list[Event]) -> bool:
+        """Read to the next marker. False: more text is needed."""
         if self._header is not None:
             header, mark, rest = self._buffer.partition(MESSAGE)
             if not mark:
@@ -64,19 +69,21 @@ class HarmonyParser:
             self._begin(header)
             self._buffer, self._seen = rest, 0
             return True
-        found_at = ENDING.search(self._buffer, max(0, self._seen - MARK_LENGTH))
+        ending = ENDING.search(self._buffer, max(0, self._seen - MARK_LENGTH))
         self._seen = len(self._buffer)
-        at, end = (found_at.start(), found_at[0]) if found_at else (-1, "")
+        at, end = (ending.start(), ending[0]) if ending else (-1, "")
         if at < 0:
             if not self._name:
                 keep = max(held(self._buffer, e) for e in ENDS)
                 open_end = self._buffer.rfind("<|end|>")
-                if open_end >= 0 and START.startswith(self._buffer[open_end + len("<|end|>") :].lstrip()):
-                    keep = len(self._buffer) - open_end  # the end of the message, or text that speaks of it
-                found += self._text(self._buffer[: len(self._buffer) - keep])
+                if open_end >= 0 and START.startswith(
+                    self._buffer[open_end + len("<|end|>") :].lstrip()
+                ):  # the end of the message, or a quote of it
+                    keep = len(self._buffer) - open_end
+                events += self._text(self._buffer[: len(self._buffer) - keep])
                 self._buffer = self._buffer[len(self._buffer) - keep :]
             return False
-        found += self._message(self._buffer[:at])
+        events += self._message(self._buffer[:at])
         self._buffer, self._header, self._seen = self._buffer[at + len(end) :], "", 0
         if end == CHANNEL:
             self._buffer = CHANNEL + self._buffer
@@ -106,5 +113,5 @@ class HarmonyParser:
             return self._rest()
         text, self._buffer = self._buffer, ""
         if self._header is not None or not text:
-            return []  # half a header is nothing
+            return []  # an unfinished header is dropped
         return self._message(text.removesuffix("<|end|>"))

@@ -1,4 +1,7 @@
-"""Calls between ``<tool_call>`` and ``</tool_call>``: JSON (Hermes, Qwen, and our own general form), XML (Qwen3-Coder) or keys and values (GLM). Pure."""
+"""Calls between ``<tool_call>`` and ``</tool_call>``. Pure.
+
+JSON (Hermes, Qwen, and our own general form), XML (Qwen3-Coder) or keys and values (GLM).
+"""
 
 from __future__ import annotations
 
@@ -19,10 +22,11 @@ FUNCTION, PARAMETER = "<function=", "<parameter="
 
 
 class TaggedParser:
-    """Content outside the tags streams; white space beside a call does not count.
+    """Content outside the tags streams; white space beside a call is dropped.
 
     >>> parser = TaggedParser({"add": {}})
-    >>> [type(e).__name__ for e in parser.push('Sure.\\n<tool_call>{"name": "add", "arguments": {"a": 1}}</tool_call>')]
+    >>> text = 'Sure.\\n<tool_call>{"name": "add", "arguments": {"a": 1}}</tool_call>'
+    >>> [type(e).__name__ for e in parser.push(text)]
     ['Content', 'Call']
 
     ``tools`` maps names to the JSON schemas of their arguments.
@@ -39,7 +43,7 @@ class TaggedParser:
 
     def push(self, text: str) -> list[Event]:
         self._buffer += text
-        found: list[Event] = []
+        events: list[Event] = []
         while True:
             tag = CLOSE if self._inside else OPEN
             at = self._buffer.find(tag)
@@ -53,29 +57,29 @@ class TaggedParser:
             before, self._buffer = self._buffer[:at], self._buffer[at + len(tag) :]
             if self._inside:
                 call = self._call(before)
-                found += [call] if call is not None else self._content(OPEN + before + CLOSE)
+                events += [call] if call is not None else self._content(OPEN + before + CLOSE)
             else:
-                found += self._content(before)
+                events += self._content(before)
             self._inside = not self._inside
         if not self._inside:
-            keep = held(self._buffer, OPEN)
-            ready, self._buffer = self._buffer[: len(self._buffer) - keep], self._buffer[len(self._buffer) - keep :]
-            found += self._content(ready)
-        return found
+            end = len(self._buffer) - held(self._buffer, OPEN)
+            ready, self._buffer = self._buffer[:end], self._buffer[end:]
+            events += self._content(ready)
+        return events
 
     def finish(self) -> list[Event]:
         rest, self._buffer = self._buffer, ""
         if self._inside:
             self._inside = False
-            call = self._call(rest)  # the end may be all that is missing
+            call = self._call(rest)  # perhaps only the end tag is missing
             if call is not None:
                 return [call]
             rest = OPEN + rest
-        found = self._content(rest)
-        return [*found, Content(self._space)] if self._space and not self._after_call else found
+        events = self._content(rest)
+        return [*events, Content(self._space)] if self._space and not self._after_call else events
 
     def _content(self, text: str) -> list[Event]:
-        """White space waits for what comes after it: beside a call it is dropped."""
+        """Hold white space back until the text after it is known: beside a call it is dropped."""
         text = self._space + text
         solid = text.rstrip()
         self._space = text[len(solid) :]
@@ -94,20 +98,24 @@ class TaggedParser:
         return call
 
     def _glm_call(self, text: str) -> Call | None:
-        """A name, then keys and values: texts as they are, anything else as JSON."""
-        named = GLM_NAME.match(text)
-        if named is None or named[1] not in self._tools:
+        """A name, then keys and values: strings verbatim, anything else as JSON."""
+        name = GLM_NAME.match(text)
+        if name is None or name[1] not in self._tools:
             return None
-        properties = _properties(self._tools[named[1]])
-        arguments, at = {}, named.end()
+        properties = _properties(self._tools[name[1]])
+        arguments, at = {}, name.end()
         while (pair := GLM_PAIR.match(text, at)) is not None:
             key = pair[1].strip()
             arguments[key] = _value(pair[2], properties.get(key))
             at = pair.end()
-        return as_call({"name": named[1], "arguments": arguments}, self._tools) if at == len(text) else None
+        return (
+            as_call({"name": name[1], "arguments": arguments}, self._tools)
+            if at == len(text)
+            else None
+        )
 
     def _xml_call(self, text: str) -> Call | None:
-        """``name>`` and then its parameters; what is not closed is left out."""
+        """``name>`` followed by its parameters; unclosed ones are dropped."""
         name, _, rest = text.partition(">")
         name = name.strip()
         if name not in self._tools:
@@ -115,33 +123,38 @@ class TaggedParser:
         properties = _properties(self._tools[name])
         arguments: dict[str, Any] = {}
         while True:
-            _, found, rest = rest.partition(PARAMETER)
+            _, begun, rest = rest.partition(PARAMETER)
             key, opened, rest = rest.partition(">")
             here, next_, later = rest.partition(PARAMETER)
             value, closed, _ = here.rpartition("</parameter>")
             rest = next_ + later
-            if not (found and opened and closed):
+            if not (begun and opened and closed):
                 return as_call({"name": name, "arguments": arguments}, self._tools)
             key = key.strip()
-            arguments[key] = _value(value.removeprefix("\n").removesuffix("\n"), properties.get(key))
+            arguments[key] = _value(
+                value.removeprefix("\n").removesuffix("\n"), properties.get(key)
+            )
 
 
 def _properties(schema: Any) -> dict[str, Any]:
-    found = schema.get("properties") if isinstance(schema, dict) else None
-    return found if isinstance(found, dict) else {}
+    properties = schema.get("properties") if isinstance(schema, dict) else None
+    return properties if isinstance(properties, dict) else {}
 
 
 def _value(text: str, schema: Any) -> Any:
-    """XML carries no types: what the schema does not call a string is read as JSON."""
-    found = loads(text)
-    read = text if found is None and text.strip() != "null" else found
+    """XML carries no types: values that the schema does not declare as strings are read as JSON."""
+    parsed = loads(text)
+    guess = text if parsed is None and text.strip() != "null" else parsed
     if not isinstance(schema, dict):
-        return read
+        return guess
     if schema.get("type") == "string":
         return text
-    return next((value for value in (read, text, _PYTHON.get(text.strip(), text)) if fits(value, schema)), read)
+    return next(
+        (value for value in (guess, text, _PYTHON.get(text.strip(), text)) if fits(value, schema)),
+        guess,
+    )
 
 
 def _within_text(body: str) -> bool:
-    """Whether JSON ends within a string: what looks like a tag there is text."""
+    """Whether JSON ends inside a string: a tag there is text."""
     return body.lstrip().startswith("{") and len(QUOTE.findall(body)) % 2 == 1

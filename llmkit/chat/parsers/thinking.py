@@ -10,9 +10,9 @@ OPEN, CLOSE = MARKS = "<think>", "</think>"
 
 
 class ReasoningParser:
-    """Takes the reasoning off the beginning of a text and hands the rest to ``inner``.
+    """Takes the reasoning off the beginning of a text and passes the rest to ``inner``.
 
-    ``begun``: the prompt ended with the opening tag, so that the text begins within the reasoning.
+    ``begun``: the prompt ended with the opening tag, so the text begins inside the reasoning.
     """
 
     def __init__(self, inner: Parser, *, begun: bool) -> None:
@@ -42,7 +42,8 @@ class ReasoningParser:
         if at >= 0:
             reasoning, rest = self._buffer[:at], self._buffer[at + len(CLOSE) :]
             return [*self._reasoning(reasoning.rstrip()), *self._leave(rest)]
-        ready = self._buffer[: len(self._buffer) - held(self._buffer, CLOSE)].rstrip()  # white space before the end does not count
+        # White space before the closing tag does not count.
+        ready = self._buffer[: len(self._buffer) - held(self._buffer, CLOSE)].rstrip()
         self._buffer = self._buffer[len(ready) :]
         return self._reasoning(ready)
 
@@ -53,7 +54,7 @@ class ReasoningParser:
         return [*(self._inner.push(rest) if rest else []), *self._inner.finish()]
 
     def _leave(self, rest: str) -> list[Event]:
-        """On to the answer, without the empty lines before it."""
+        """Go on to the answer, without the blank lines before it."""
         if self._state != "before":
             rest = rest.lstrip("\n")
         self._state, self._buffer = "after" if rest else "gap", ""

@@ -1,0 +1,252 @@
+"""Prepares the requests of a bridge server on worker threads, before they reach the engine.
+
+Parsing large requests, templates, tokenizing, grammars and writing large answers take time, so they
+run on lanes: one queue per caller, and a long request delays nobody else's. All methods are for the
+bridge thread unless marked otherwise. Knows no sockets: ``send`` does the sending.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Protocol
+
+from llmkit.bridge import wire
+from llmkit.bridge.peers import Peer, Preparation
+from llmkit.bridge.waker import Waker
+from llmkit.errors import EngineError, InvalidRequestError, LLMKitError, QueueFullError
+from llmkit.protocol import Completion, EmbeddingRequest, Embeddings, FinishReason, Inquiry
+from llmkit.protocol.client import EngineClient
+from llmkit.protocol.stream import Stream
+from llmkit.system.lanes import Lanes
+
+__all__ = ["Intake", "Send"]
+
+logger = logging.getLogger("llmkit.bridge")
+
+MAX_PREPARING = 1024  # requests per caller being read, rendered and tokenized
+MAX_ASKED = 64  # inquiries per caller
+ABORTED = Completion("", FinishReason.ABORT)
+
+
+class Send(Protocol):
+    """Sends a message to a client."""
+
+    def __call__(self, identity: bytes, kind: bytes, *frames: bytes) -> None: ...
+
+
+class Intake:
+    """Hands requests to ``client``; their streams go to the `Peer`, single answers to ``send``.
+
+    ``is_connected`` tells whether a peer is still there.
+    """
+
+    def __init__(
+        self,
+        client: EngineClient,
+        waker: Waker,
+        send: Send,
+        is_connected: Callable[[Peer], bool],
+    ) -> None:
+        self._client = client
+        self._waker = waker
+        self._send = send
+        self._is_connected = is_connected
+        self._lanes = Lanes(2, "llmkit-prepare")
+        self._notes: deque[Callable[[], None]] = deque()  # from the lanes, for the bridge thread
+
+    def settle(self) -> None:
+        """Do what the lanes have left for the bridge thread."""
+        while self._notes:
+            note = self._notes.popleft()
+            try:
+                note()
+            except Exception:  # one request's fault must not end the bridge
+                logger.exception("a request of the bridge failed")
+
+    def close(self) -> None:
+        self._lanes.close()
+
+    def submit(self, peer: Peer, request_id: str, n: int, caller: str, payload: bytes) -> None:
+        ids = wire.choice_ids(request_id, n)
+        if any(i in peer.preparing or i in peer.streams for i in ids):
+            raise InvalidRequestError(f"the id {request_id!r} is in use.")
+        preparation = Preparation(set(ids))
+
+        def work() -> None:
+            if not preparation.ids:
+                self._later(lambda: self._refuse(peer, ids, ABORTED))
+                return
+            try:
+                request = wire.decode_request(payload)
+                if (request.request_id, request.n) != (request_id, n):
+                    raise InvalidRequestError("the request and its header differ.")
+                streams = (
+                    [self._client.submit(request)]
+                    if request.n == 1
+                    else self._client.submit_choices(request)
+                )
+            except BaseException as error:  # even a library's panic must reach the caller
+                failure = (
+                    error
+                    if isinstance(error, LLMKitError)
+                    else EngineError(f"the request could not be read: {error!r:.500}")
+                )
+                self._later(lambda: self._refuse(peer, ids, None, failure))
+                return
+            self._later(lambda: self._submitted(peer, preparation, streams))
+
+        try:
+            peer.preparing.update(dict.fromkeys(ids, preparation))
+            preparation.future = self._prepare(peer, caller, MAX_PREPARING, work)
+        except QueueFullError as error:
+            self._refuse(peer, ids, None, error)
+
+    def embed(self, peer: Peer, request_id: str, caller: str, payload: bytes) -> None:
+        peer.embedding.add(request_id)
+
+        def work() -> None:
+            if request_id not in peer.embedding:
+                return
+            try:
+                future = self._client.embed(wire.decode(payload, EmbeddingRequest))
+            except BaseException as error:  # even a library's panic must reach the caller
+                self._answer(peer, wire.Embedded(request_id, failure=_failure(error)))
+                return
+            future.add_done_callback(lambda f: self._embedded(peer, request_id, caller, f))
+
+        try:
+            self._prepare(peer, caller, MAX_PREPARING, work)
+        except QueueFullError as error:
+            self._answer(peer, wire.Embedded(request_id, failure=_failure(error)))
+
+    def inquire(self, peer: Peer, request_id: str, caller: str, payload: bytes) -> None:
+        def work() -> None:
+            try:
+                found = self._client.inquire(wire.decode(payload, Inquiry)).result()
+                self._answer(peer, wire.Answer(request_id, found))
+            except BaseException as error:  # even a library's panic must reach the caller
+                self._answer(peer, wire.Answer(request_id, failure=_failure(error)))
+
+        try:
+            self._prepare(peer, f"? {caller}", MAX_ASKED, work)
+        except QueueFullError as error:
+            self._answer(peer, wire.Answer(request_id, failure=_failure(error)))
+
+    def abort(self, peer: Peer, request_id: str) -> None:
+        preparation = peer.preparing.get(request_id)
+        if preparation is not None:
+            preparation.ids.discard(request_id)
+            if (
+                not preparation.ids
+                and preparation.future is not None
+                and preparation.future.cancel()
+            ):
+                self._refuse(
+                    peer, [i for i, p in peer.preparing.items() if p is preparation], ABORTED
+                )
+        elif request_id in peer.streams or request_id in peer.embedding:
+            self._client.abort(request_id)
+
+    def abort_all(self, peer: Peer) -> None:
+        """End everything that a peer has running."""
+        for preparation in peer.preparing.values():
+            preparation.ids.clear()
+            if preparation.future is not None:
+                preparation.future.cancel()
+        embedding, peer.embedding = peer.embedding, set()
+        for request_id in (*peer.streams, *embedding):
+            self._client.abort(request_id)
+
+    def _prepare(
+        self, peer: Peer, caller: str, most: int, work: Callable[[], None]
+    ) -> Future[None]:
+        """Run ``work`` on a lane, after the caller's earlier work. Raises `QueueFullError`."""
+        busy = peer.num_preparing.get(caller, 0)
+        if busy >= most:
+            raise QueueFullError(
+                f"{busy} requests of this caller are already being read; try again later"
+            )
+        peer.num_preparing[caller] = busy + 1
+        future = self._lanes.submit(_lane(peer, caller), work)
+
+        def done() -> None:
+            peer.num_preparing[caller] -= 1
+            if not peer.num_preparing[caller]:
+                del peer.num_preparing[caller]
+
+        future.add_done_callback(lambda _: self._later(done))
+        return future
+
+    def _later(self, note: Callable[[], None]) -> None:
+        """From any thread: have the bridge thread run ``note`` soon."""
+        self._notes.append(note)
+        self._waker()
+
+    def _refuse(
+        self,
+        peer: Peer,
+        ids: list[str],
+        completion: Completion | None,
+        failure: Exception | None = None,
+    ) -> None:
+        for request_id in ids:
+            peer.preparing.pop(request_id, None)
+        ends = [wire.End.of(i, completion, failure) for i in ids]
+        self._send(peer.identity, wire.EVENTS, wire.pack(wire.Events(ends=ends)))
+
+    def _submitted(self, peer: Peer, preparation: Preparation, streams: list[Stream]) -> None:
+        alive = self._is_connected(peer)
+        for stream in streams:
+            peer.preparing.pop(stream.request_id, None)
+            peer.streams[stream.request_id] = stream
+            stream.listen(self._waker)
+            if not alive or stream.request_id not in preparation.ids:
+                self._client.abort(stream.request_id)
+
+    def _embedded(
+        self, peer: Peer, request_id: str, caller: str, future: Future[Embeddings]
+    ) -> None:
+        """On the engine's thread, so the megabytes of vectors are packed on a lane."""
+
+        def work() -> None:
+            error = future.exception()
+            if error is not None:
+                self._answer(peer, wire.Embedded(request_id, failure=_failure(error)))
+            else:
+                made = future.result()
+                embedded = wire.Embedded(request_id, made.size, made.num_tokens)
+                self._answer(peer, embedded, made.data)
+
+        with contextlib.suppress(RuntimeError):  # closed in the meantime
+            self._lanes.submit(_lane(peer, caller), work)
+
+    def _answer(self, peer: Peer, answer: wire.Answer | wire.Embedded, *data: bytes) -> None:
+        """From any thread: answer a request that has a single answer."""
+        kind = wire.ANSWER if isinstance(answer, wire.Answer) else wire.EMBEDDED
+        try:
+            frames = [wire.encode(answer), *data]
+        except Exception as error:
+            failure = _failure(EngineError(f"this answer cannot be sent: {error!r:.300}"))
+            frames = [wire.encode(type(answer)(answer.id, failure=failure))]
+
+        def send() -> None:
+            peer.embedding.discard(answer.id)
+            self._send(peer.identity, kind, *frames)
+
+        self._later(send)
+
+
+def _lane(peer: Peer, caller: str) -> str:
+    return f"{peer.identity.hex()} {caller}"
+
+
+def _failure(error: BaseException) -> wire.Failure:
+    """An error for the other end; foreign ones become an `EngineError`."""
+    known = isinstance(error, LLMKitError)
+    return wire.Failure.of(
+        error if known else EngineError(f"this could not be answered: {error!r:.500}")
+    )

@@ -1,0 +1,70 @@
+"""The command's entry: the groups put together, and errors as one clear line.
+
+Nothing heavy is imported before a command runs, so that help and completion are quick.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from llmkit.cli import measuring, models, serving
+from llmkit.errors import LLMKitError
+from llmkit.version import __version__
+
+__all__ = ["main"]
+
+app = typer.Typer(
+    name="llmkit",
+    help="Run a GGUF model, and let programs use it through an OpenAI-compatible endpoint.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"llmkit {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None: ...
+
+
+for group in (serving, models, measuring):
+    group.register(app)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; 0 on success, 1 for an error (one clear line on standard error), 2 for wrong
+    usage, 130 after Ctrl-C."""
+    try:
+        code = app(
+            args=None if argv is None else list(argv), prog_name="llmkit", standalone_mode=False
+        )
+    except typer.Abort:
+        return 130
+    except LLMKitError as error:
+        print(f"llmkit: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        message = f"llmkit: {error.strerror or error}: {error.filename or ''}".rstrip(": ")
+        print(message, file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:
+        if not hasattr(error, "exit_code") or not hasattr(error, "show"):
+            raise
+        error.show()  # wrong usage, in click's words
+        return int(error.exit_code)
+    return code if isinstance(code, int) else 0

@@ -1,0 +1,40 @@
+"""What `llmkit engine` runs: a model, until standard input ends."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from typing import Any
+
+from llmkit.errors import EngineGoneError
+from llmkit.loading import load
+
+__all__ = ["hold"]
+
+LOOK_S = 0.5
+
+
+def hold(model: str, options: dict[str, Any]) -> int:
+    """Load a model and keep it. Raises what `llmkit.load` raises, and `EngineGoneError` when its
+    engine ends."""
+    ended, loaded = threading.Event(), threading.Event()
+
+    def watch() -> None:
+        # Whoever started this process holds the other end, also while the model loads.
+        sys.stdin.buffer.read()
+        ended.set()
+        if not loaded.is_set():
+            os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+    with load(model, **options) as llm:
+        loaded.set()
+        sys.setswitchinterval(
+            0.005
+        )  # no cell is busy here: the engine finishes its step undisturbed
+        print(f"loaded {llm!r}", flush=True)
+        while not ended.wait(LOOK_S):
+            if llm.closed:
+                raise EngineGoneError(llm.engine.state.reason or "the engine has ended")
+    return 0

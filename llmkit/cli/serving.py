@@ -1,0 +1,56 @@
+"""`llmkit serve` and `llmkit engine`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from llmkit.cli.options import with_options
+from llmkit.settings.gateway import GATEWAY_OPTIONS
+from llmkit.settings.options import OPTIONS
+
+__all__ = ["register"]
+
+ENGINE = [row for name, row in OPTIONS.items() if name != "isolated"]
+HELD = [GATEWAY_OPTIONS[name] for name in ("name", "tuned", "force")]
+
+
+def register(app: typer.Typer) -> None:
+    gateway = [row for name, row in GATEWAY_OPTIONS.items() if name != "model"]
+    app.command(rich_help_panel="Serving")(with_options(serve, [*gateway, *ENGINE]))
+    app.command(rich_help_panel="Serving")(with_options(engine, [*HELD, *ENGINE]))
+
+
+def serve(
+    model: Annotated[str | None, typer.Argument(help=GATEWAY_OPTIONS["model"].help)] = None,
+    config: Annotated[Path | None, typer.Option(help="TOML file of settings.")] = None,
+    attach: Annotated[
+        int | None,
+        typer.Option(metavar="PID", help="Serve only the engines of this process; end with it."),
+    ] = None,
+    **given: Any,
+) -> int:
+    """Serve a model, or all running engines, at http://HOST:PORT/v1."""
+    from llmkit.gateway import standalone
+    from llmkit.settings.serving import read_settings
+
+    settings = read_settings(given if model is None else {**given, "model": model}, config)
+    options = settings.gateway
+    task = None
+    if options.model is not None:
+        from llmkit.loading import worker_task
+
+        named: dict[str, Any] = {"tuned": options.tuned, "force": options.force}
+        task = worker_task(options.model, name=options.name, **named, **settings.engine)
+    return standalone.serve(options, task, attach_pid=attach)
+
+
+def engine(
+    model: Annotated[str, typer.Argument(help="Alias or path of a GGUF file.")], **given: Any
+) -> int:
+    """Hold a model for gateways and notebooks, without HTTP; ends with its standard input."""
+    from llmkit.cli.holding import hold
+
+    return hold(model, given)

@@ -1,0 +1,3 @@
+"""Access: keys, identities and limits of callers."""
+
+__all__: list[str] = []

@@ -1,0 +1,3 @@
+"""Anthropic's dialect: messages and token counts."""
+
+__all__: list[str] = []

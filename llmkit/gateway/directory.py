@@ -1,0 +1,170 @@
+"""Maps model names to running engines. Tornado loop only."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from llmkit.errors import EngineGoneError, ModelNotFoundError
+from llmkit.gateway.sources import ConnectionFiles, EngineSource
+from llmkit.protocol.client import EngineClient
+
+__all__ = ["DEFAULT", "EngineDirectory", "Entry"]
+
+DEFAULT = "default"
+Use = Literal["generate", "embed"]
+REFRESH_S = 0.25
+MAX_GONE = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A listed model. The newest engine of a name has the plain name, others ``name@kernel``."""
+
+    model_id: str
+    client: EngineClient
+
+
+class EngineDirectory:
+    """All engines of some sources, those of the first source first.
+
+    ``default`` is the model behind the name "default"; None means the newest. ``loading`` returns
+    a message while a model is being loaded.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[EngineSource] | None = None,
+        *,
+        default: str | None = None,
+        loading: Callable[[], str | None] = lambda: None,
+    ) -> None:
+        self._sources = [ConnectionFiles()] if sources is None else sources
+        self._default = default
+        self._loading = loading
+        self._clients: dict[Hashable, EngineClient] = {}
+        self._gone: dict[str, str] = {}
+        self._refreshed = 0.0
+
+    def entries(self) -> list[Entry]:
+        self._refresh()
+        seen: set[str] = set()
+        found = []
+        for client, exact in zip(
+            self._clients.values(), _exact_names(list(self._clients.values())), strict=True
+        ):
+            name = client.description.name
+            found.append(Entry(exact if name in seen else name, client))
+            seen.add(name)
+        return found
+
+    @property
+    def gone(self) -> dict[str, str]:
+        """Models that are gone: names and reasons."""
+        self._refresh()
+        return dict(self._gone)
+
+    def lookup(self, model: str, use: Use | None = None) -> EngineClient:
+        """The engine for a model name.
+
+        That is a plain name (the newest wins), ``name@kernel`` (exact), or "default": the newest
+        that is fit for ``use``. Raises `ModelNotFoundError` for an unknown name, `EngineGoneError`
+        when nothing is loaded or the engine is gone.
+        """
+        found = self._find(model, use)
+        if found is None:
+            self._refreshed = 0.0  # find a model loaded just now
+            found = self._find(model, use)
+        if found is not None:
+            return found
+        loading = self._loading()
+        if loading:
+            raise EngineGoneError(loading)
+        if model in self._gone:
+            raise EngineGoneError(self._gone[model])
+        if model == DEFAULT or not self._clients:
+            if model != DEFAULT and self._gone:
+                raise ModelNotFoundError(f"There is no model {model!r} here.")
+            if use is not None and self._clients:
+                raise ModelNotFoundError(
+                    f"No loaded model can {use}. "
+                    + (
+                        'Load one: llmkit.load("minilm").'
+                        if use == "embed"
+                        else "Load one: llmkit.load(...)."
+                    )
+                )
+            reason = next(reversed(self._gone.values()), None) if model == DEFAULT else None
+            raise EngineGoneError(
+                reason or "No model is loaded. Load one in a notebook: llm = llmkit.load(...)"
+            )
+        names = ", ".join(repr(e.model_id) for e in self.entries()[:20])
+        raise ModelNotFoundError(f"There is no model {model!r} here. Loaded: {names}.")
+
+    def _find(self, model: str, use: Use | None) -> EngineClient | None:
+        self._refresh()
+        wanted = self._default or DEFAULT if model == DEFAULT else model
+        clients = list(self._clients.values())
+        for client, exact in zip(clients, _exact_names(clients), strict=True):
+            name = client.description.name
+            embeds = bool(client.description.embedding_size or client.description.ranks)
+            if wanted == DEFAULT and use is not None and embeds != (use == "embed"):
+                continue
+            if wanted in (DEFAULT, name, exact):
+                return client
+        return None
+
+    def _refresh(self) -> None:
+        now = time.monotonic()
+        stale = any(c.state.is_gone for c in self._clients.values())
+        if now - self._refreshed < REFRESH_S and not stale:
+            return
+        self._refreshed = now
+        try:
+            found = {key: reach for s in self._sources for key, reach in s.find().items()}
+        except OSError:  # no descriptor is free, which says nothing about the engines
+            return
+        for key, client in list(self._clients.items()):
+            if client.state.is_gone or key not in found:
+                self._remember(client, client.state.reason)
+                client.close()
+                del self._clients[key]
+                found.pop(key, None)
+        known, self._clients = self._clients, {}
+        for key, reach in found.items():
+            self._clients[key] = known.get(key) or reach()
+        for client in self._clients.values():
+            for name in _names(client):
+                self._gone.pop(name, None)
+
+    def _remember(self, client: EngineClient, reason: str | None) -> None:
+        name = client.description.name
+        for key in _names(client):
+            self._gone[key] = (
+                reason
+                or f"the process with the model {name!r} has ended or unloaded it. "
+                "Load the model again."
+            )
+        while len(self._gone) > MAX_GONE:
+            self._gone.pop(next(iter(self._gone)))
+
+    def close(self) -> None:
+        for client in self._clients.values():
+            client.close()
+        self._clients.clear()
+
+
+def _exact_names(clients: list[EngineClient]) -> list[str]:
+    """``name@kernel`` of each, newest first; older namesakes in the same kernel are numbered."""
+    names = [_names(client)[1] for client in clients]
+    return [
+        name if name not in names[:i] else f"{name}-{names[i:].count(name)}"
+        for i, name in enumerate(names)
+    ]
+
+
+def _names(client: EngineClient) -> tuple[str, str]:
+    name = client.description.name
+    return name, f"{name}@{client.origin.label}"

@@ -1,0 +1,3 @@
+"""Routes of no dialect: tokens, templates, rerank."""
+
+__all__: list[str] = []

@@ -1,0 +1,113 @@
+"""The objects of OpenAI's answers. Pure."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence
+from typing import Any
+
+from llmkit.gateway.openai.logprobs import Offsets, text_logprobs
+from llmkit.gateway.openai.schemas import CompletionRequest
+from llmkit.protocol import Completion, FinishReason, ModelDescription, TokenLogprob, Usage
+
+__all__ = [
+    "Head",
+    "completion_object",
+    "ending",
+    "model_object",
+    "new_id",
+    "text_chunk",
+    "usage_object",
+]
+
+FINISH_REASONS = {
+    FinishReason.STOP: "stop",
+    FinishReason.LENGTH: "length",
+    FinishReason.TOOL_CALLS: "tool_calls",
+    FinishReason.ABORT: "stop",
+    FinishReason.REPETITION: "length",  # the only value clients know for truncated text
+}
+Head = dict[str, Any]
+
+
+def new_id(prefix: str, separator: str = "-") -> str:
+    return f"{prefix}{separator}{secrets.token_hex(12)}"
+
+
+def usage_object(usages: list[Usage], num_prompts: int = 1) -> dict[str, Any]:
+    """Tokens of a reply: each prompt counts once, the output of all choices is added up."""
+    choices_per_prompt = max(1, len(usages) // num_prompts)
+    prompts = usages[::choices_per_prompt]
+    prompt = sum(u.prompt_tokens for u in prompts)
+    completion = sum(u.completion_tokens for u in usages)
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+        "prompt_tokens_details": {"cached_tokens": sum(u.cached_tokens for u in prompts)},
+        "completion_tokens_details": {"reasoning_tokens": sum(u.reasoning_tokens for u in usages)},
+    }
+
+
+def text_chunk(
+    head: Head,
+    index: int,
+    text: str,
+    finish: FinishReason | None = None,
+    entries: Sequence[TokenLogprob] = (),
+    offsets: Offsets | None = None,
+) -> Head:
+    return {
+        **head,
+        "choices": [
+            {
+                "text": text,
+                "index": index,
+                **ending(text_logprobs(entries, offsets) if entries else None, finish),
+            }
+        ],
+    }
+
+
+def ending(logprobs: Any, finish: FinishReason | None) -> dict[str, Any]:
+    """The last fields of a choice."""
+    return {
+        "logprobs": logprobs,
+        "finish_reason": None if finish is None else FINISH_REASONS[finish],
+    }
+
+
+def completion_object(
+    head: Head, request: CompletionRequest, completions: list[Completion]
+) -> Head:
+    choices = [
+        {
+            "text": request.echo_text(i, c) + c.text,
+            "index": i,
+            "logprobs": request.choice_logprobs(c),
+            "finish_reason": FINISH_REASONS[c.finish_reason],
+        }
+        for i, c in enumerate(request.best(completions))
+    ]
+    return {
+        **head,
+        "choices": choices,
+        "usage": usage_object([c.usage for c in completions], len(request.prompts)),
+    }
+
+
+def model_object(model_id: str, description: ModelDescription) -> dict[str, Any]:
+    meta = {
+        "n_ctx": description.n_ctx,
+        "n_ctx_train": description.n_ctx_train,
+        "n_params": description.n_params,
+        "n_vocab": description.n_vocab,
+        "quantization": description.quantization,
+    }
+    return {
+        "id": model_id,
+        "object": "model",
+        "created": description.created,
+        "owned_by": "llmkit",
+        "meta": meta,
+    }

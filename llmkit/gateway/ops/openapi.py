@@ -1,0 +1,176 @@
+"""The description of the routes: OpenAPI 3.1, generated from the schemas that read the requests.
+
+Pure. Knows the table of routes, not what they do.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
+
+from llmkit.gateway.exchange import Exchange
+from llmkit.gateway.failures import dialect_of
+from llmkit.gateway.web import docs_page
+from llmkit.version import __version__
+
+__all__ = ["Route", "describe", "page"]
+
+ERROR = {
+    "type": "object",
+    "required": ["error"],
+    "properties": {
+        "error": {
+            "type": "object",
+            "required": ["message", "type", "param", "code"],
+            "properties": {
+                "message": {"type": "string"},
+                "type": {"type": "string"},
+                "param": {"type": ["string", "null"]},
+                "code": {"type": ["string", "null"]},
+            },
+        }
+    },
+}
+ANTHROPIC_ERROR = {
+    "type": "object",
+    "required": ["type", "error", "request_id"],
+    "properties": {
+        "type": {"const": "error"},
+        "error": {
+            "type": "object",
+            "required": ["type", "message"],
+            "properties": {"type": {"type": "string"}, "message": {"type": "string"}},
+        },
+        "request_id": {"type": "string"},
+    },
+}
+OLLAMA_ERROR = {
+    "type": "object",
+    "required": ["error"],
+    "properties": {"error": {"type": "string"}},
+}
+ERRORS = {"openai": "Error", "anthropic": "AnthropicError", "ollama": "OllamaError"}
+
+
+@dataclass(frozen=True)
+class Route:
+    """A method and a path, and what runs for it.
+
+    ``path`` has parameters in braces; only ``{name+}`` matches slashes. ``also`` are further paths,
+    ``body`` is the schema of the request, ``tag`` the dialect.
+    """
+
+    method: str
+    path: str
+    run: Callable[[Exchange], Awaitable[None]]
+    summary: str
+    tag: str = "llmkit"
+    body: type[BaseModel] | None = None
+    also: tuple[str, ...] = ()
+
+    @cached_property
+    def pattern(self) -> re.Pattern[str]:
+        paths = [
+            re.sub(r"\\\{\w+\\\+\\\}", "(.+)", re.sub(r"\\\{\w+\\\}", "([^/]+)", re.escape(p)))
+            for p in (self.path, *self.also)
+        ]
+        return re.compile("|".join(paths))
+
+    @property
+    def template(self) -> str:
+        return self.path.replace("+}", "}")
+
+
+def describe(routes: Sequence[Route]) -> dict[str, Any]:
+    """The OpenAPI document."""
+    bodies = list(dict.fromkeys(route.body for route in routes if route.body is not None))
+    _, shared = models_json_schema(
+        [(body, "validation") for body in bodies], ref_template="#/components/schemas/{model}"
+    )
+    paths: dict[str, Any] = {}
+    for route in routes:
+        operation: dict[str, Any] = {
+            "operationId": re.sub(r"\W+", "_", f"{route.method.lower()}{route.template}").strip(
+                "_"
+            ),
+            "summary": route.summary,
+            "tags": [route.tag],
+            "responses": {
+                "200": {
+                    "description": "The answer; with stream, events.",
+                    "content": {"application/json": {"schema": {}}},
+                },
+                "default": {
+                    "description": "An error.",
+                    "content": {
+                        "application/json": {
+                            "schema": {
+                                "$ref": f"#/components/schemas/{ERRORS[dialect_of(route.path)]}"
+                            }
+                        }
+                    },
+                },
+            },
+        }
+        names = re.findall(r"\{(\w+)\}", route.template)
+        if names:
+            operation["parameters"] = [
+                {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
+                for name in names
+            ]
+        if route.body is not None:
+            schema = {"$ref": f"#/components/schemas/{route.body.__name__}"}
+            operation["requestBody"] = {
+                "required": True,
+                "content": {"application/json": {"schema": schema}},
+            }
+        paths.setdefault(route.template, {})[route.method.lower()] = operation
+    return {
+        "openapi": "3.1.0",
+        "info": {
+            "title": "llmkit gateway",
+            "version": __version__,
+            "description": "The models that are loaded in notebooks, or by `llmkit serve`.",
+        },
+        "servers": [{"url": "."}],
+        "paths": paths,
+        "components": {
+            "schemas": {
+                **shared.get("$defs", {}),
+                "Error": ERROR,
+                "AnthropicError": ANTHROPIC_ERROR,
+                "OllamaError": OLLAMA_ERROR,
+            },
+            "securitySchemes": {
+                "key": {"type": "http", "scheme": "bearer"},
+                "x-api-key": {"type": "apiKey", "in": "header", "name": "x-api-key"},
+            },
+        },
+        "security": [{"key": []}, {"x-api-key": []}, {}],
+    }
+
+
+def page(routes: Sequence[Route]) -> str:
+    """The same for people: no script, nothing to fetch."""
+    schemas = describe(routes)["components"]["schemas"]
+    return docs_page(
+        [
+            {
+                "tag": route.tag,
+                "method": route.method,
+                "path": route.template,
+                "summary": route.summary,
+                "schema": None
+                if route.body is None
+                else json.dumps(schemas[route.body.__name__], indent=2),
+            }
+            for route in routes
+        ]
+    )

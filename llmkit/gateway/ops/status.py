@@ -1,0 +1,146 @@
+"""The state of the gateway: a page at the root of the mount, and the same as JSON.
+
+Tornado loop only. Shows only what the gateway knows anyway; it asks no engine.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+
+from llmkit.gateway.directory import EngineDirectory, Entry
+from llmkit.gateway.exchange import Exchange
+from llmkit.gateway.web import status_page, status_part
+from llmkit.version import __version__
+
+__all__ = ["StatusRoutes", "send_page"]
+
+QUIET = ("/", "/status", "/health", "/docs", "/swagger-ui", "/openapi.json")
+MAX_CALLERS, MAX_GONE = 200, 20
+
+
+@dataclass(slots=True)
+class Running:
+    """A request in progress."""
+
+    caller: str
+    route: str
+    started: float
+
+
+class StatusRoutes:
+    """Models, memory and requests of a gateway. ``places`` gives notebooks by kernel id."""
+
+    def __init__(
+        self,
+        directory: EngineDirectory,
+        places: Callable[[], Awaitable[dict[str, str]]] | None = None,
+    ) -> None:
+        self._directory, self._places = directory, places
+        self._running: dict[int, Running] = {}
+        self._callers: Counter[str] = Counter()
+        self._started = time.time()
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    @contextlib.contextmanager
+    def watching(self, exchange: Exchange) -> Iterator[None]:
+        """Counts a request while it runs."""
+        if exchange.path in QUIET:
+            yield
+            return
+        if exchange.caller in self._callers or len(self._callers) < MAX_CALLERS:
+            self._callers[exchange.caller] += 1
+        self._running[id(exchange)] = Running(
+            exchange.caller, f"{exchange.method} {exchange.path:.100}", time.monotonic()
+        )
+        try:
+            yield
+        finally:
+            del self._running[id(exchange)]
+
+    async def _state(self) -> dict[str, Any]:
+        places = await self._places() if self._places is not None else {}
+        now = time.monotonic()
+        return {
+            "version": __version__,
+            "up_s": round(time.time() - self._started, 1),
+            "models": [self._model(entry, places) for entry in self._directory.entries()],
+            "gone": [
+                {"id": name, "reason": reason}
+                for name, reason in self._directory.gone.items()
+                if "@" not in name
+            ][-MAX_GONE:],
+            "requests": [
+                {"caller": r.caller, "route": r.route, "seconds": round(now - r.started, 1)}
+                for r in self._running.values()
+            ],
+            "callers": [
+                {"caller": caller, "requests": count}
+                for caller, count in self._callers.most_common(50)
+            ],
+        }
+
+    @staticmethod
+    def _model(entry: Entry, places: dict[str, str]) -> dict[str, Any]:
+        model, stats, origin = entry.client.description, entry.client.stats(), entry.client.origin
+        try:
+            rss = int(psutil.Process(origin.pid).memory_info().rss) if origin.pid else 0
+        except psutil.Error:
+            rss = 0
+        return {
+            "id": entry.model_id,
+            "quantization": model.quantization,
+            "device": model.device,
+            "n_ctx": model.n_ctx,
+            "kernel": origin.kernel_id,
+            "place": places.get(origin.kernel_id or "", ""),
+            "pid": origin.pid,
+            "weights_bytes": model.weights_bytes,
+            "kv_bytes": model.kv_bytes,
+            "rss_bytes": rss,
+            "num_running": stats.num_running,
+            "num_waiting": stats.num_waiting,
+            "num_slots": stats.num_slots,
+            "kv_usage": round(stats.kv_usage, 4),
+            "requests_total": stats.requests_total,
+            "prompt_tokens_total": stats.prompt_tokens_total,
+            "cached_tokens_total": stats.cached_tokens_total,
+            "generation_tokens_total": stats.generation_tokens_total,
+        }
+
+    async def status(self, exchange: Exchange) -> None:
+        state = await self._state()
+        if exchange.query("part"):
+            exchange.send_page(fragment(state))
+        else:
+            exchange.send_json(state)
+
+    async def page(self, exchange: Exchange) -> None:
+        send_page(exchange, await self._state())
+
+
+def send_page(exchange: Exchange, state: dict[str, Any] | None) -> None:
+    """The page with the state; with None, a 401 whose page asks for the key, then fetches it."""
+    nonce = secrets.token_urlsafe(16)
+    base = "" if exchange.path_ends_with_slash else "llmkit/"
+    exchange.send_page(
+        status_page(state, base=base, nonce=nonce),
+        nonce,
+        401 if state is None else 200,
+        {"WWW-Authenticate": "Bearer"} if state is None else None,
+    )
+
+
+def fragment(state: dict[str, Any]) -> str:
+    """The part of the page that changes; everything from outside is escaped."""
+    return status_part(state)

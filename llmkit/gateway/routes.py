@@ -1,0 +1,190 @@
+"""The route table: every method and path of the gateway, and what runs for it.
+
+Composes the routes of all dialects. Tornado loop only; knows no server.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import Protocol
+
+from llmkit.gateway.anthropic.routes import AnthropicRoutes
+from llmkit.gateway.anthropic.schemas import CountBody, MessagesBody
+from llmkit.gateway.directory import EngineDirectory
+from llmkit.gateway.exchange import Exchange
+from llmkit.gateway.native.rerank import RerankBody, RerankRoutes
+from llmkit.gateway.native.tokenizing import (
+    DetokenizeBody,
+    TemplateBody,
+    TokenizeBody,
+    TokenizerRoutes,
+)
+from llmkit.gateway.ollama.routes import OllamaRoutes
+from llmkit.gateway.ollama.schemas import (
+    ChatBody,
+    EmbedBody,
+    GenerateBody,
+    OldEmbedBody,
+    ShowBody,
+)
+from llmkit.gateway.openai.chat import ChatRequest
+from llmkit.gateway.openai.embeddings import EmbeddingsBody, EmbeddingsRoutes
+from llmkit.gateway.openai.responses import ResponsesBody
+from llmkit.gateway.openai.responses_routes import ResponsesRoutes
+from llmkit.gateway.openai.routes import OpenAIRoutes
+from llmkit.gateway.openai.schemas import CompletionRequest
+from llmkit.gateway.ops.openapi import Route
+from llmkit.gateway.ops.status import StatusRoutes
+from llmkit.protocol.client import EngineClient
+from llmkit.version import __version__
+
+__all__ = ["OwnRoutes", "route_table"]
+
+
+class OwnRoutes(Protocol):
+    """The routes that describe the gateway itself."""
+
+    @property
+    def health(self) -> Callable[[Exchange], Awaitable[None]]: ...
+
+    @property
+    def openapi(self) -> Callable[[Exchange], Awaitable[None]]: ...
+
+    @property
+    def docs(self) -> Callable[[Exchange], Awaitable[None]]: ...
+
+
+def route_table(
+    directory: EngineDirectory,
+    on_use: Callable[[EngineClient], None],
+    status: StatusRoutes,
+    own: OwnRoutes,
+) -> list[Route]:
+    """All routes. ``on_use`` is called whenever one uses an engine."""
+    openai = OpenAIRoutes(directory, f"llmkit-{__version__}", on_use)
+    anthropic, ollama, responses = (
+        AnthropicRoutes(directory, on_use),
+        OllamaRoutes(directory, on_use),
+        ResponsesRoutes(directory, on_use),
+    )
+    embeddings, rerank = EmbeddingsRoutes(directory, on_use), RerankRoutes(directory, on_use)
+    tokens = TokenizerRoutes(directory)
+    return [
+        Route("GET", "/v1/models", openai.list_models, "The loaded models, newest first", "OpenAI"),
+        Route("GET", "/v1/models/{id+}", openai.get_model, "A loaded model", "OpenAI"),
+        Route(
+            "POST",
+            "/v1/chat/completions",
+            openai.chat_completions,
+            "Chat",
+            "OpenAI",
+            ChatRequest,
+        ),
+        Route(
+            "POST",
+            "/v1/completions",
+            openai.completions,
+            "Continue a text",
+            "OpenAI",
+            CompletionRequest,
+        ),
+        Route("POST", "/v1/responses", responses.create, "A response", "OpenAI", ResponsesBody),
+        Route("GET", "/v1/responses/{response_id}", responses.get, "A stored response", "OpenAI"),
+        Route(
+            "DELETE",
+            "/v1/responses/{response_id}",
+            responses.delete,
+            "Delete a stored response",
+            "OpenAI",
+        ),
+        Route(
+            "POST",
+            "/v1/responses/{response_id}/cancel",
+            responses.cancel,
+            "Cancel a running response",
+            "OpenAI",
+        ),
+        Route(
+            "GET",
+            "/v1/responses/{response_id}/input_items",
+            responses.input_items,
+            "The input of a response",
+            "OpenAI",
+        ),
+        Route(
+            "POST",
+            "/v1/embeddings",
+            embeddings.embeddings,
+            "Vectors of texts",
+            "OpenAI",
+            EmbeddingsBody,
+        ),
+        Route("POST", "/v1/messages", anthropic.messages, "A message", "Anthropic", MessagesBody),
+        Route(
+            "POST",
+            "/v1/messages/count_tokens",
+            anthropic.count_tokens,
+            "Tokens of a prompt",
+            "Anthropic",
+            CountBody,
+        ),
+        Route("POST", "/api/chat", ollama.chat, "Chat", "Ollama", ChatBody),
+        Route("POST", "/api/generate", ollama.generate, "Answer a prompt", "Ollama", GenerateBody),
+        Route("POST", "/api/embed", ollama.embed, "Vectors of texts", "Ollama", EmbedBody),
+        Route(
+            "POST",
+            "/api/embeddings",
+            ollama.embeddings,
+            "The vector of a text, in the older form",
+            "Ollama",
+            OldEmbedBody,
+        ),
+        Route("POST", "/api/show", ollama.show, "Details of a model", "Ollama", ShowBody),
+        Route("GET", "/api/tags", ollama.tags, "The loaded models", "Ollama"),
+        Route("GET", "/api/ps", ollama.ps, "The loaded models, with their sizes", "Ollama"),
+        Route("GET", "/api/version", ollama.version, "The version", "Ollama"),
+        Route(
+            "POST",
+            "/v1/rerank",
+            rerank.rerank,
+            "Documents ranked by relevance to a query",
+            body=RerankBody,
+            also=("/rerank",),
+        ),
+        Route(
+            "POST",
+            "/tokenize",
+            tokens.tokenize,
+            "Tokens of a text or chat",
+            body=TokenizeBody,
+            also=("/v1/tokenize",),
+        ),
+        Route(
+            "POST",
+            "/detokenize",
+            tokens.detokenize,
+            "The text of tokens",
+            body=DetokenizeBody,
+            also=("/v1/detokenize",),
+        ),
+        Route(
+            "POST",
+            "/apply-template",
+            tokens.apply_template,
+            "The prompt of a chat",
+            body=TemplateBody,
+            also=("/v1/apply-template",),
+        ),
+        Route(
+            "GET",
+            "/tokenizer_info",
+            tokens.tokenizer_info,
+            "Special tokens and the chat template",
+            also=("/v1/tokenizer_info",),
+        ),
+        Route("GET", "/", status.page, "Models and requests, as a page"),
+        Route("GET", "/status", status.status, "Models and requests"),
+        Route("GET", "/health", own.health, "Whether a model is loaded"),
+        Route("GET", "/openapi.json", own.openapi, "This description"),
+        Route("GET", "/docs", own.docs, "This description as a page", also=("/swagger-ui",)),
+    ]

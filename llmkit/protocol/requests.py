@@ -1,0 +1,179 @@
+"""Requests to a model: generation, embeddings, inquiries. Standard library only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from llmkit.errors import ContextLengthError
+from llmkit.protocol.messages import Message, Tool
+from llmkit.protocol.sampling import SamplingParams, check, check_integer, check_number
+
+__all__ = [
+    "MAX_CHARS_PER_TOKEN",
+    "MAX_CHOICES",
+    "EmbeddingRequest",
+    "GenerationRequest",
+    "Inquiry",
+    "InquiryKind",
+    "check_size",
+]
+
+MAX_INPUTS = 100_000
+MAX_CHOICES = 1024
+# At most so many characters per token on average: longer text cannot fit, and is refused before
+# it is tokenized.
+MAX_CHARS_PER_TOKEN = 64
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationRequest:
+    """One request for text: exactly one of ``prompt`` (text or token ids) and ``messages``.
+
+    Lower ``priority`` goes first (0 is the default). ``caller`` identifies the requester: callers
+    share the engine fairly, however many requests each has. Cached prefixes are shared only among
+    requests of one caller and one ``cache_salt``, so that nobody learns of others' prompts from
+    timing or counts; callers of one ``cache_scope`` share theirs. ``n`` answers come from one
+    prompt, rendered and tokenized once. ``lora`` names adapters loaded with the model, and their
+    scales (None: as loaded, (): none). ``keep_on_disk`` (with ``max_tokens=0``) saves the computed
+    prompt for later processes. ``tools`` and ``template_options`` go to the chat template.
+    ``suffix``: the answer fills in the text between ``prompt`` and it, on models trained for that.
+    ``show_marks`` keeps the model's markers of tool calls and reasoning in the text, for
+    `llmkit.chat.reading`. ``continue_final``: the last message, an assistant's, is the beginning
+    of the answer.
+    """
+
+    request_id: str
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    prompt: str | tuple[int, ...] | None = None
+    messages: tuple[Message, ...] | None = None
+    priority: int = 0
+    caller: str = ""
+    cache_salt: str = ""
+    keep_on_disk: bool = False
+    lora: tuple[tuple[str, float], ...] | None = None
+    parse_special: bool = False  # control tokens spelled out in ``prompt`` are parsed
+    tools: tuple[Tool, ...] = ()
+    template_options: dict[str, Any] = field(default_factory=dict)
+    suffix: str | None = None
+    show_marks: bool = False
+    continue_final: bool = False
+    n: int = 1
+    cache_scope: str | None = None
+
+    @property
+    def salt(self) -> str:
+        """Requests of one salt share cached prefixes.
+
+        It joins the caller (or the ``cache_scope``, if given) and the ``cache_salt``.
+        """
+        scope = self.caller if self.cache_scope is None else self.cache_scope
+        return f"{scope}\0{self.cache_salt}" if scope else self.cache_salt
+
+    def choices(self) -> list[GenerationRequest]:
+        """One request for each of the ``n`` choices, with its own id and seed."""
+        if self.n == 1:
+            return [self]
+        seed = self.sampling.seed
+        params = [
+            self.sampling if seed is None else replace(self.sampling, seed=seed + i)
+            for i in range(self.n)
+        ]
+        return [
+            replace(self, n=1, request_id=f"{self.request_id}-{i}", sampling=p)
+            for i, p in enumerate(params)
+        ]
+
+    def __post_init__(self) -> None:
+        check_integer(self.n, "n", 1, MAX_CHOICES)
+        check(
+            self.cache_scope is None
+            or (isinstance(self.cache_scope, str) and len(self.cache_scope) <= 1000),
+            "cache_scope",
+            "must be a string of at most 1000 characters.",
+        )
+        check_integer(self.priority, "priority", -(2**31), 2**31)
+        for param in ("caller", "cache_salt"):
+            check(
+                isinstance(getattr(self, param), str) and len(getattr(self, param)) <= 1000,
+                param,
+                "must be a string of at most 1000 characters.",
+            )
+        if isinstance(self.lora, dict):
+            object.__setattr__(self, "lora", tuple(self.lora.items()))
+        for name, scale in self.lora or ():
+            check(isinstance(name, str), "lora", "must name adapters.")
+            check_number(scale, "lora", -100, 100)
+        fills = self.suffix is None or (
+            isinstance(self.suffix, str) and isinstance(self.prompt, str)
+        )
+        check(fills, "suffix", "and prompt must both be strings.")
+        check(
+            (self.prompt is None) != (self.messages is None),
+            "prompt",
+            "or messages must be given, but not both.",
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class EmbeddingRequest:
+    """Texts (or their token ids) to embed, as unit vectors unless ``normalize`` is False.
+
+    With a ``query`` they are documents to score. ``caller`` identifies the requester.
+    """
+
+    request_id: str
+    inputs: tuple[str | tuple[int, ...], ...]
+    normalize: bool = True
+    query: str | None = None
+    caller: str = ""
+
+    def __post_init__(self) -> None:
+        check(0 < len(self.inputs) <= MAX_INPUTS, "input", f"must hold 1 to {MAX_INPUTS} texts.")
+        check(
+            all(isinstance(i, str | tuple) for i in self.inputs),
+            "input",
+            "must hold texts or lists of token ids.",
+        )
+
+
+InquiryKind = Literal[
+    "tokenize", "detokenize", "render", "tokenize_chat", "info", "steps", "slots", "requests"
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Inquiry:
+    """A query about a model's vocabulary or chat template, or the engine's recent activity.
+
+    The latter are its last ``steps``, its ``slots`` and ``requests``. ``data`` is JSON-ready:
+    ``text``, ``tokens`` or ``messages``, and options.
+    """
+
+    request_id: str
+    kind: InquiryKind
+    data: dict[str, Any]
+    caller: str = ""
+
+
+def check_size(request: GenerationRequest, n_ctx: int) -> None:
+    """Refuse a request that cannot fit the context before it is sent.
+
+    Raises `ContextLengthError`.
+    """
+    if request.messages is None:
+        size = len(request.prompt or ()) + len(request.suffix or "")
+        tokens = size if isinstance(request.prompt, tuple) else size // MAX_CHARS_PER_TOKEN
+    else:  # each message and each call takes at least one token
+        size = sum(
+            len(msg.text) + sum(len(c.arguments) for c in msg.tool_calls)
+            for msg in request.messages
+        )
+        tokens = max(
+            size // MAX_CHARS_PER_TOKEN,
+            len(request.messages) + sum(len(msg.tool_calls) for msg in request.messages),
+        )
+    if tokens >= n_ctx:
+        raise ContextLengthError(
+            tokens, n_ctx, "prompt" if request.messages is None else "messages"
+        )

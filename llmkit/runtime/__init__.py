@@ -1,0 +1,3 @@
+"""Models in this process."""
+
+__all__: list[str] = []

@@ -1,0 +1,351 @@
+"""`LocalEngine`: a model of this process behind the `EngineClient` protocol. Any thread.
+
+With `opening` and `assembly` the only place that knows backend, chat, models and engine at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmkit.chat.template import CHATML, ChatTemplate
+from llmkit.chat.tools import marks
+from llmkit.engine.detokenize import Detokenizer
+from llmkit.engine.drafter import ModelDrafter
+from llmkit.engine.engine import Engine
+from llmkit.engine.request import Request
+from llmkit.errors import (
+    EngineGoneError,
+    InsufficientMemoryError,
+    InvalidRequestError,
+    ModelUnloadedError,
+)
+from llmkit.models import gguf, memory
+from llmkit.models.registry import ModelSpec, resolve
+from llmkit.protocol import (
+    READY,
+    EmbeddingRequest,
+    Embeddings,
+    EngineState,
+    EngineStats,
+    GenerationRequest,
+    Inquiry,
+    ModelDescription,
+    Origin,
+)
+from llmkit.protocol.stream import Channel, Stream
+from llmkit.runtime.assembly import estimate, load_draft, load_target
+from llmkit.runtime.prompts import answer, request_tokens
+from llmkit.runtime.running import running
+from llmkit.runtime.switching import switching
+from llmkit.runtime.threads import best_threads
+from llmkit.settings.options import EngineOptions
+
+if TYPE_CHECKING:
+    from llmkit.backend.llama import LlamaRunner
+    from llmkit.backend.model import LlamaModel
+
+__all__ = ["LocalEngine"]
+
+READERS_S = 10.0  # for inquiries still running when the model is unloaded
+
+
+class LocalEngine:
+    """An `EngineClient` for a model in this process.
+
+    Raises what `llmkit.load` documents. ``close()`` frees the memory and may be called twice;
+    running requests end with `ModelUnloadedError`.
+    """
+
+    def __init__(
+        self,
+        model: str | Path | ModelSpec,
+        options: EngineOptions | None = None,
+        *,
+        name: str | None = None,
+        force: bool = False,
+        on_progress: Callable[[float], None] = lambda _: None,
+        **changes: Any,
+    ) -> None:
+        self._closed = False
+        self._num_readers = 0
+        self._close_lock = threading.Lock()
+        self._pid = os.getpid()
+        options = EngineOptions(**changes) if options is None else replace(options, **changes)
+        spec = resolve(model)
+        info = gguf.read_header(spec.path)
+        need = estimate(info, options)
+        if not (force or need.fits):
+            raise InsufficientMemoryError(f"{info.path.name}: {need.advice()}")
+        most = min(need.n_ctx, info.max_positions or need.n_ctx, need.kv_tokens)
+        if options.draft is not None:
+            resolve(options.draft)  # fail on a wrong name before anything is loaded
+        self._model, self._runner = load_target(spec, options, need, on_progress)
+        self._draft: tuple[LlamaModel, LlamaRunner] | None = None
+        try:
+            self._start(spec, info, options, need, most, name, force)
+        except BaseException:
+            self._free()
+            raise
+
+    def _start(
+        self,
+        spec: ModelSpec,
+        info: gguf.ModelInfo,
+        options: EngineOptions,
+        need: memory.MemoryEstimate,
+        most: int,
+        name: str | None,
+        force: bool,
+    ) -> None:
+        if options.context_shift and not self._runner.can_shift:
+            raise InvalidRequestError(
+                "this model's positions cannot be shifted; load it without context_shift.",
+                "context_shift",
+            )
+        self._context_shift = options.context_shift
+        self._shares_prefixes = options.share_prefixes
+        if options.draft is not None:
+            self._draft = load_draft(self._model, options, need, force)
+        if options.threads is None and need.n_gpu_layers == 0:
+            with running.turns:
+                self._runner.num_threads = best_threads(self._runner, spec)
+        from llmkit.backend.grammar import GrammarCompiler
+
+        self._grammars = GrammarCompiler(self._model.vocab)
+        self._lora = tuple(sorted((Path(path).stem, scale) for path, scale in options.lora))
+        vocab = self._vocab = self._model.vocab
+        self._template = ChatTemplate(
+            str(info.metadata.get("tokenizer.chat_template") or CHATML),
+            bos=vocab.token_text(vocab.bos),
+            eos=vocab.token_text(vocab.eos),
+        )
+        shown = marks(self._template.tool_form)
+        self._marks = {
+            t: text.encode() for t in vocab.control_tokens if (text := vocab.token_text(t)) in shown
+        }
+        self._description = ModelDescription(
+            name=name or spec.name,
+            path=str(spec.path),
+            architecture=info.architecture,
+            quantization=info.quantization,
+            n_params=self._model.n_params,
+            n_ctx=most,
+            n_ctx_train=self._model.n_ctx_train,
+            n_slots=need.n_slots,
+            n_vocab=vocab.n_tokens,
+            weights_bytes=self._model.size_bytes,
+            kv_bytes=need.kv_bytes,
+            compute_bytes=need.compute_bytes,
+            device_bytes=self._runner.device_bytes,
+            device="gpu" if need.n_gpu_layers else "cpu",
+            created=int(time.time()),
+            tool_form=self._template.tool_form,
+            reasoning=self._template.reasoning,
+            reasons_after_results=self._template.reasons_after_results,
+        )
+        self._engine = Engine(
+            self._runner,
+            is_end=vocab.is_end,
+            n_ctx=most,
+            max_waiting=options.max_waiting,
+            target_itl_s=None if options.deterministic else options.target_itl_ms / 1000,
+            deterministic=options.deterministic,
+            turns=running.turns if need.n_gpu_layers == 0 else None,
+            drafter=ModelDrafter(self._draft[1], running.turns if need.n_gpu_layers == 0 else None)
+            if self._draft
+            else None,
+            context_shift=options.context_shift,
+        )
+        running.add(self)
+        switching.quicken()
+
+    @property
+    def description(self) -> ModelDescription:
+        return self._description
+
+    @property
+    def closed(self) -> bool:
+        return self._closed
+
+    def tokenize(self, text: str) -> list[int]:
+        """Token ids of a text, with the model's leading tokens."""
+        with self._close_lock:  # the vocabulary must not be freed under us
+            self._check_open()
+            return self._vocab.tokenize(text)
+
+    def render(self, request: GenerationRequest) -> list[int]:
+        """The prompt tokens of a request: chat template applied, tokenized, checked.
+
+        Raises `InvalidRequestError`, `ContextLengthError` and `ModelUnloadedError`.
+        """
+        with self._reading():
+            return request_tokens(request, self._vocab, self._template, self._description.n_ctx)
+
+    @property
+    def state(self) -> EngineState:
+        return READY if self._closed else EngineState.gone_for(self._engine.failure)
+
+    @property
+    def origin(self) -> Origin:
+        return Origin.here()
+
+    def submit(self, request: GenerationRequest) -> Stream:
+        return self.submit_choices(request)[0]
+
+    def submit_choices(self, request: GenerationRequest) -> list[Stream]:
+        n_vocab = self._description.n_vocab
+        for token, _ in request.sampling.logit_bias:
+            if token >= n_vocab:
+                raise InvalidRequestError(
+                    f"logit_bias: token id {token} is out of range (0–{n_vocab - 1}).", "logit_bias"
+                )
+        adapters = self._adapters(request.lora)
+        with self._reading():
+            tokens = request_tokens(request, self._vocab, self._template, self._description.n_ctx)
+            room = self._description.n_ctx - len(tokens)
+            wanted = request.sampling.max_tokens
+            max_tokens = (
+                room if wanted is None else wanted if self._context_shift else min(wanted, room)
+            )
+            made = [
+                self._request(choice, tokens, max_tokens, adapters) for choice in request.choices()
+            ]
+            self._check_open()
+            self._engine.submit(*made)
+        return [Stream(r.channel) for r in made]
+
+    def _request(
+        self,
+        request: GenerationRequest,
+        tokens: list[int],
+        max_tokens: int,
+        adapters: tuple[tuple[str, float], ...],
+    ) -> Request:
+        """The engine's form of a request. Slow parts are done here: its thread serves everyone."""
+        params = request.sampling
+        constraint = (
+            None
+            if params.grammar is None
+            else self._grammars.compile(params.grammar, request.caller)
+        )
+        return Request(
+            tokens,
+            params,
+            max_tokens,
+            Detokenizer(
+                self._piece_with_marks if request.show_marks else self._vocab.piece, params.stop
+            ),
+            Channel(request.request_id, self.abort),
+            priority=request.priority,
+            caller=request.caller,
+            cache_salt=request.cache_salt if self._shares_prefixes else request.salt,
+            constraint=constraint,
+            sampler=self._runner.sampler(params, tokens, constraint),
+            keep_on_disk=request.keep_on_disk,
+            adapters=adapters,
+        )
+
+    def _piece_with_marks(self, token: int) -> bytes:
+        return self._marks.get(token) or self._vocab.piece(token)
+
+    def _adapters(
+        self, wanted: tuple[tuple[str, float], ...] | None
+    ) -> tuple[tuple[str, float], ...]:
+        if wanted is None:
+            return self._lora
+        known = [name for name, _ in self._lora]
+        for name, _ in wanted:
+            if name not in known:
+                raise InvalidRequestError(
+                    f"there is no adapter {name!r}; loaded with the model: "
+                    f"{', '.join(known) or 'none'}.",
+                    "lora",
+                )
+        return tuple(sorted((name, scale) for name, scale in wanted if scale))
+
+    def embed(self, request: EmbeddingRequest) -> Future[Embeddings]:
+        raise InvalidRequestError(
+            f"{self._description.name!r} generates text; "
+            'load an embedding model (such as "minilm") for vectors.',
+            "model",
+        )
+
+    def inquire(self, inquiry: Inquiry) -> Future[dict[str, Any]]:
+        future: Future[dict[str, Any]] = Future()
+        if inquiry.kind in ("steps", "slots", "requests"):
+            self._check_open()
+            future.set_result(self._engine.look(inquiry.kind))
+            return future
+        with self._reading():
+            future.set_result(answer(inquiry, self._vocab, self._template))
+        return future
+
+    @contextlib.contextmanager
+    def _reading(self) -> Iterator[None]:
+        """Keeps the vocabulary from being freed, without blocking other readers."""
+        with self._close_lock:
+            self._check_open()
+            self._num_readers += 1
+        try:
+            yield
+        finally:
+            with self._close_lock:
+                self._num_readers -= 1
+
+    def abort(self, request_id: str) -> None:
+        if not self._closed:
+            self._engine.abort(request_id)
+
+    def stats(self) -> EngineStats:
+        return self._engine.stats
+
+    def _free(self) -> None:
+        for model, runner in [(self._model, self._runner), *([self._draft] if self._draft else [])]:
+            runner.close()
+            model.close()
+
+    def _check_open(self) -> None:
+        if self._pid != os.getpid():
+            raise ModelUnloadedError(
+                "this model was loaded in the parent process before a fork; "
+                "load it again here, or reach it through its gateway."
+            )
+        if not self._closed and self._engine.failure is not None:
+            raise EngineGoneError(self._engine.failure)
+        if self._closed or self._engine.closed:
+            raise ModelUnloadedError(
+                f"the model {self._description.name!r} was unloaded; "
+                "load it again with llmkit.load()."
+            )
+
+    def close(self) -> None:
+        if self._pid != os.getpid():
+            return
+        with self._close_lock:
+            if self._closed:
+                return
+            self._closed = True
+            running.discard(self)
+            switching.relax()
+        end = time.monotonic() + READERS_S
+        while self._num_readers and time.monotonic() < end:
+            time.sleep(0.005)
+        with self._close_lock:
+            if self._engine.close() and not self._num_readers:
+                self._grammars.close()
+                self._free()
+            else:
+                warnings.warn(
+                    "the engine did not stop in time, so its memory was not freed",
+                    ResourceWarning,
+                    stacklevel=2,
+                )

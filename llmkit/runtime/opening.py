@@ -1,0 +1,76 @@
+"""The composition root: a model file becomes a running engine in this process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from llmkit.errors import InsufficientMemoryError
+from llmkit.models import gguf, memory
+from llmkit.models.registry import ModelSpec, resolve
+from llmkit.runtime.assembly import device_memory, estimate
+from llmkit.runtime.local import LocalEngine
+from llmkit.runtime.probing import probe
+from llmkit.runtime.running import running
+from llmkit.settings.options import EngineOptions
+
+if TYPE_CHECKING:
+    from llmkit.runtime.embedder import LocalEmbedder
+
+__all__ = ["open_model"]
+
+
+def open_model(
+    model: str | Path | ModelSpec,
+    options: EngineOptions,
+    *,
+    name: str | None = None,
+    force: bool = False,
+    on_progress: Callable[[float], None] = lambda _: None,
+) -> LocalEngine | LocalEmbedder:
+    """The engine that the file calls for: one that generates, or one that embeds.
+
+    Raises what `llmkit.load` documents.
+    """
+    spec = resolve(model)
+    info = gguf.read_header(spec.path)
+    _check_memory(info, options, force)
+    for path, lora in [
+        (spec.path, [Path(p) for p, _ in options.lora]),
+        *([(resolve(options.draft).path, [])] if options.draft else []),
+    ]:
+        probe(path, lora, on_wait=lambda: on_progress(0.0))
+    with running.opening:
+        return _open(spec, info, options, name, force, on_progress)
+
+
+def _open(
+    spec: ModelSpec,
+    info: gguf.ModelInfo,
+    options: EngineOptions,
+    name: str | None,
+    force: bool,
+    on_progress: Callable[[float], None],
+) -> LocalEngine | LocalEmbedder:
+    """Take the memory and load; one load at a time."""
+    _check_memory(info, options, force)
+    if info.value("pooling_type") not in (1, 2, 3, 4):
+        return LocalEngine(spec, options, name=name, force=force, on_progress=on_progress)
+    from llmkit.runtime.embedder import LocalEmbedder
+
+    need = memory.estimate(info, n_ctx=options.n_ctx or memory.default_context(info), n_slots=1)
+    if device_memory() is None and not (force or need.fits):
+        raise InsufficientMemoryError(f"{info.path.name}: {need.advice()}")
+    embedder = LocalEmbedder(spec, info, options, running.turns, name)
+    running.add(embedder)
+    return embedder
+
+
+def _check_memory(info: gguf.ModelInfo, options: EngineOptions, force: bool) -> None:
+    """Refuse what does not fit before anything is tried with it."""
+    if force or info.value("pooling_type") in (1, 2, 3, 4):
+        return
+    need = estimate(info, options)
+    if not need.fits:
+        raise InsufficientMemoryError(f"{info.path.name}: {need.advice()}")

@@ -1,0 +1,277 @@
+"""Prompts, tokens of texts and texts of tokens, by a model's vocabulary and chat template.
+
+Any thread; no model is run.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from llmkit.errors import ContextLengthError, InvalidRequestError
+from llmkit.protocol import MAX_CHARS_PER_TOKEN, GenerationRequest, Inquiry, Message, Tool
+
+if TYPE_CHECKING:
+    from llmkit.backend.vocab import Vocab
+    from llmkit.chat.template import ChatTemplate
+
+__all__ = ["answer", "request_tokens"]
+
+# Texts longer than the context may be tokenized, but not without limit.
+MAX_CHARS, MAX_BYTES = 1 << 20, 1 << 20
+MAX_TOKENS, MAX_PIECES = 1 << 18, 1 << 16
+
+
+def answer(inquiry: Inquiry, vocab: Vocab, template: ChatTemplate | None) -> dict[str, Any]:
+    """The answer to an `Inquiry`, JSON-ready. Raises `InvalidRequestError`."""
+    data = inquiry.data
+    match inquiry.kind:
+        case "tokenize":
+            return _tokenize(data["text"], data, vocab)
+        case "detokenize":
+            if len(data["tokens"]) > MAX_TOKENS:
+                raise InvalidRequestError(
+                    f"tokens: at most {MAX_TOKENS} at a time, not {len(data['tokens'])}.", "tokens"
+                )
+            return {
+                "text": b"".join(_piece(vocab, token) for token in data["tokens"]).decode(
+                    "utf-8", "replace"
+                )
+            }
+        case "render":
+            return {"text": _render(data, template)}
+        case "tokenize_chat":
+            return _described(
+                prompt_tokens(
+                    vocab, _known(template), *_conversation(data), _check_length, **_more(data)
+                ),
+                data,
+                vocab,
+            )
+        case "steps" | "slots" | "requests":
+            raise InvalidRequestError(
+                "an embedding model has no steps, slots or running requests to show.",
+                "model",
+            )
+        case "info":
+            spelled = {
+                "bos_token": vocab.token_text(vocab.bos),
+                "eos_token": vocab.token_text(vocab.eos),
+            }
+            return {
+                **spelled,
+                "chat_template": template.source if template is not None else None,
+                "adds_bos": vocab.adds_bos,
+            }
+
+
+def request_tokens(
+    request: GenerationRequest, vocab: Vocab, template: ChatTemplate, n_ctx: int
+) -> list[int]:
+    """The prompt of a request, short enough to leave room for one token.
+
+    Raises `InvalidRequestError` and `ContextLengthError`.
+    """
+    param = "prompt" if request.messages is None else "messages"
+
+    def check(text: str) -> None:
+        if len(text) > n_ctx * MAX_CHARS_PER_TOKEN:
+            raise ContextLengthError(len(text) // MAX_CHARS_PER_TOKEN, n_ctx, param)
+
+    if request.messages is not None:
+        refuse_media(request.messages)
+        more = {"continue_final": True} if request.continue_final else {}
+        tokens = prompt_tokens(
+            vocab,
+            template,
+            request.messages,
+            request.tools,
+            request.template_options,
+            check,
+            **more,
+        )
+    elif isinstance(request.prompt, tuple):
+        tokens = list(request.prompt)
+        for token in tokens:
+            if (
+                not isinstance(token, int)
+                or isinstance(token, bool)
+                or not 0 <= token < vocab.n_tokens
+            ):
+                raise InvalidRequestError(
+                    f"prompt: token id {token!r:.30} is out of range (0–{vocab.n_tokens - 1}).",
+                    "prompt",
+                )
+    else:
+        text = request.prompt or ""
+        check(text + (request.suffix or ""))
+        tokens = (
+            vocab.tokenize(text, parse_special=request.parse_special)
+            if request.suffix is None
+            else vocab.fill_in(text, request.suffix)
+        )
+    if not tokens:
+        raise InvalidRequestError("the prompt is empty; give at least one token.", param)
+    if len(tokens) >= n_ctx:
+        raise ContextLengthError(len(tokens), n_ctx, param)
+    return tokens
+
+
+def refuse_media(messages: Sequence[Message]) -> None:
+    """Raises `InvalidRequestError` for images and audio, which no model takes yet."""
+    for i, message in enumerate(messages):
+        if message.media:
+            kind = {"image": "an image", "audio": "audio"}[message.media[0].kind]
+            raise InvalidRequestError(
+                f"messages[{i}] contains {kind}; this model reads text only.", "messages"
+            )
+
+
+def prompt_tokens(
+    vocab: Vocab,
+    template: ChatTemplate,
+    messages: Sequence[Message],
+    tools: Sequence[Tool],
+    options: dict[str, Any],
+    check: Callable[[str], None],
+    **more: Any,
+) -> list[int]:
+    """The tokens of a conversation, rendered by the template.
+
+    Control tokens spelled out within a message stay plain text. ``check`` sees the text before it
+    is tokenized.
+    """
+    fence = f"[{secrets.token_hex(12)}]"
+    fenced = [_fenced_message(message, vocab, fence) for message in messages]
+    text = template.render(
+        fenced,
+        tools=_fenced(list(tools), vocab, fence),
+        options=_fenced(options, vocab, fence),
+        **more,
+    )
+    bos = vocab.token_text(vocab.bos)
+    text = text.removeprefix(bos) if bos and vocab.adds_bos else text
+    check(text)
+    first, *rest = text.split(fence)
+    if len(rest) % 2:
+        raise InvalidRequestError(
+            "messages: the chat template cuts in two what is spelled like a control token; "
+            "leave it out.",
+            "messages",
+        )
+    tokens = vocab.tokenize(first, parse_special=True)
+    for i, part in enumerate(rest):
+        tokens += vocab.tokenize(part, add_special=False, parse_special=i % 2 == 1) if part else []
+    return tokens
+
+
+def _fenced_message(message: Message, vocab: Vocab, fence: str) -> Message:
+    """The message with fences around text spelled like control tokens.
+
+    An assistant's content is exempt: a model may have written them.
+    """
+    names = (
+        ("name", "tool_call_id")
+        if message.role == "assistant"
+        else ("name", "tool_call_id", "content")
+    )
+    return replace(
+        message, **{name: _fenced(getattr(message, name), vocab, fence) for name in names}
+    )
+
+
+def _fenced(value: Any, vocab: Vocab, fence: str) -> Any:
+    """The same for all strings in a value."""
+    if isinstance(value, str):
+        return vocab.control_pattern.sub(lambda found: f"{fence}{found[0]}{fence}", value)
+    if isinstance(value, Tool):
+        return Tool(
+            value.name,
+            _fenced(value.description, vocab, fence),
+            _fenced(value.parameters, vocab, fence),
+        )
+    if isinstance(value, list):
+        return [_fenced(item, vocab, fence) for item in value]
+    if isinstance(value, dict):
+        return {
+            _fenced(key, vocab, fence): _fenced(item, vocab, fence) for key, item in value.items()
+        }
+    return value
+
+
+def _tokenize(text: str, data: dict[str, Any], vocab: Vocab) -> dict[str, Any]:
+    _check_length(text)
+    return _described(
+        vocab.tokenize(
+            text,
+            add_special=data.get("add_special", True),
+            parse_special=data.get("parse_special", True),
+        ),
+        data,
+        vocab,
+    )
+
+
+def _check_length(text: str) -> None:
+    if len(text) > MAX_CHARS:
+        raise InvalidRequestError(
+            f"the text has {len(text)} characters; at most {MAX_CHARS} are tokenized at a time.",
+            "prompt",
+        )
+    size = len(text.encode("utf-8", "surrogatepass"))
+    if size > MAX_BYTES:
+        raise InvalidRequestError(
+            f"the text has {size} bytes; at most {MAX_BYTES} are tokenized at a time.", "prompt"
+        )
+
+
+def _described(tokens: list[int], data: dict[str, Any], vocab: Vocab) -> dict[str, Any]:
+    if data.get("with_pieces") and len(tokens) > MAX_PIECES:
+        raise InvalidRequestError(
+            f"at most {MAX_PIECES} tokens are listed with pieces, and the text has {len(tokens)}; "
+            "leave the pieces out.",
+            "prompt",
+        )
+    return {
+        "tokens": tokens,
+        "pieces": [_piece(vocab, t).decode("latin-1") for t in tokens]
+        if data.get("with_pieces")
+        else None,
+    }
+
+
+def _piece(vocab: Vocab, token: int) -> bytes:
+    """A token's bytes; for a control token, its spelling."""
+    if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < vocab.n_tokens:
+        raise InvalidRequestError(
+            f"tokens: token id {token!r:.30} is out of range (0–{vocab.n_tokens - 1}).", "tokens"
+        )
+    return vocab.token_text(token).encode() if token in vocab.control_tokens else vocab.piece(token)
+
+
+def _render(data: dict[str, Any], template: ChatTemplate | None) -> str:
+    messages, tools, options = _conversation(data)
+    return _known(template).render(messages, tools=tools, options=options, **_more(data))
+
+
+def _more(data: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "add_generation_prompt": data.get("add_generation_prompt", True),
+        "continue_final": bool(data.get("continue_final")),
+    }
+
+
+def _known(template: ChatTemplate | None) -> ChatTemplate:
+    if template is None:
+        raise InvalidRequestError("this model has no chat template.", "messages")
+    return template
+
+
+def _conversation(data: dict[str, Any]) -> tuple[list[Message], list[Tool], dict[str, Any]]:
+    return (
+        [Message(**m) for m in data["messages"]],
+        [Tool(**tool) for tool in data.get("tools", ())],
+        data.get("template_options") or {},
+    )

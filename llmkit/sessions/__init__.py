@@ -1,0 +1,3 @@
+"""Conversations, tools, and the running requests of a handle."""
+
+__all__: list[str] = []

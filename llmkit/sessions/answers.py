@@ -1,0 +1,140 @@
+"""Answers of a handle's model: requests submitted, tools run, reasoning separated from the text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from llmkit.chat.reading import AnswerReader
+from llmkit.errors import InvalidRequestError
+from llmkit.protocol import (
+    Completion,
+    GenerationRequest,
+    Message,
+    ModelDescription,
+    SamplingParams,
+)
+from llmkit.protocol.client import EngineClient
+from llmkit.protocol.stream import Stream
+from llmkit.sessions.running import Runs, inquire, is_constrained, make_request, new_id
+from llmkit.sessions.session import Messages, as_messages
+
+__all__ = ["Answers"]
+
+
+class Answers:
+    """Submits a handle's requests, and reads the answers of models that reason.
+
+    The reader finds reasoning by its markers, so the chats of such a model run with ``show_marks``.
+    ``engine()`` returns the engine, ``count(text)`` the number of tokens of a text.
+    """
+
+    def __init__(
+        self,
+        engine: Callable[[], EngineClient],
+        model: ModelDescription,
+        count: Callable[[str], int],
+    ) -> None:
+        self._engine, self._model, self._count = engine, model, count
+        self.runs = Runs(engine, lambda done, held: self.reader(held).apart(done, count))
+
+    def reader(self, held: bool, request: GenerationRequest | None = None) -> AnswerReader:
+        """A reader of one answer; ``held``: a grammar constrains it."""
+        if not self._model.reasoning:
+            return AnswerReader.plain()
+        last = request.messages[-1] if request is not None and request.messages else None
+        continued = (
+            last.text
+            if last is not None and request is not None and request.continue_final
+            else None
+        )
+        return AnswerReader(
+            self._model,
+            held=held,
+            continued=continued,
+            after_results=last is not None and last.role == "tool",
+        )
+
+    def batch(self, prompts: Sequence[str], sampling: dict[str, Any]) -> list[Completion]:
+        """Continue texts in one batch. Raises `InvalidRequestError` if one is not a str."""
+        for i, text in enumerate(prompts):
+            if not isinstance(text, str):
+                raise InvalidRequestError(
+                    f"prompt {i} must be a str, not {type(text).__name__}.", "prompt"
+                )
+        first = make_request(sampling, prompt="")
+        return self.runs.complete(
+            replace(first, request_id=new_id(), prompt=text) for text in prompts
+        )
+
+    def submit(self, request: GenerationRequest) -> Stream:
+        """Submit a request; the answer of a chat keeps the markers that its reader needs."""
+        marked = request.messages is not None and bool(self._model.reasoning)
+        return self.runs.submit(replace(request, show_marks=marked))
+
+    def say(self, messages: Sequence[Message], sampling: dict[str, Any]) -> Stream:
+        """Submit the messages of a session."""
+        return self.submit(make_request(sampling, messages=tuple(messages)))
+
+    def num_tokens(self, messages: Sequence[Message]) -> int:
+        """Tokens of a chat, as its template renders it."""
+        dicts = [m.as_dict() for m in messages]
+        return len(inquire(self._engine(), "tokenize_chat", messages=dicts)["tokens"])
+
+    def save_prefix(self, **prompt: Any) -> int:
+        """Compute a ``prompt`` or ``messages`` and keep it on disk; its length in tokens."""
+        sampling = SamplingParams(max_tokens=0)
+        request = GenerationRequest(new_id(), sampling, keep_on_disk=True, **prompt)
+        return self.runs.complete([request])[0].usage.prompt_tokens
+
+    def chat(
+        self,
+        messages: Messages,
+        stream: bool,
+        tools: Sequence[Callable[..., Any]],
+        tool_choice: str,
+        max_rounds: int,
+        sampling: dict[str, Any],
+    ) -> Completion | Stream:
+        """Implements `LLM.chat`."""
+        if tools:
+            if is_constrained(sampling):
+                raise InvalidRequestError(
+                    "tools cannot be combined with a grammar, json_schema, regex or choice.",
+                    "tools",
+                )
+            if stream:
+                raise InvalidRequestError(
+                    "a chat with tools cannot be streamed here; leave out stream, or use an "
+                    "endpoint of llm.serve().",
+                    "stream",
+                )
+            return self._converse(messages, tools, tool_choice, max_rounds, sampling)
+        request = make_request(sampling, messages=as_messages(messages))
+        return self.runs.submit(request) if stream else self._complete(request)
+
+    def _complete(self, request: GenerationRequest) -> Completion:
+        """The answer of a chat, its reasoning apart from its text."""
+        if not self._model.reasoning:
+            return self.runs.complete([request])[0]
+        done = self.runs.complete([replace(request, show_marks=True)])[0]
+        return self.reader(request.sampling.grammar is not None, request).apart(done, self._count)
+
+    def _converse(
+        self,
+        messages: Messages,
+        tools: Sequence[Callable[..., Any]],
+        tool_choice: str,
+        max_rounds: int,
+        sampling: dict[str, Any],
+    ) -> Completion:
+        from llmkit.sessions.toolbox import converse
+
+        def ask(messages: list[Message], **options: Any) -> Completion:
+            more = {name: options.pop(name) for name in ("tools", "show_marks")}
+            request = make_request({**sampling, **options}, messages=tuple(messages))
+            return self.runs.complete([replace(request, **more)])[0]
+
+        chat = list(as_messages(messages))
+        return converse(ask, self._model, tools, chat, tool_choice, max_rounds)

@@ -1,0 +1,359 @@
+"""Conversations with memory: `llm.session()`.
+
+The engine caches the computed prefixes; a session holds only the messages.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+from llmkit.chat.parsers.events import Content, Event, Reasoning
+from llmkit.chat.reading import AnswerReader
+from llmkit.errors import ContextLengthError, InvalidRequestError
+from llmkit.protocol import Completion, Delta, FinishReason, Message, SamplingParams
+from llmkit.protocol.stream import Stream
+from llmkit.sessions.running import SHAPES, Interrupted, is_constrained, make_request
+
+__all__ = ["Messages", "Session", "as_messages"]
+
+Messages = str | Message | dict[str, Any] | Sequence[Message | dict[str, Any]]
+
+FORMAT = "llmkit-session"
+# Options restored from a file: sampling only; a file must not choose the caller or the adapters.
+SAVED = {f.name for f in fields(SamplingParams)}
+KEPT = ("role", "content", "name", "tool_call_id", "reasoning_content")
+
+
+class Session:
+    """A conversation over several turns.
+
+    ``say(text)`` adds a message and its answer; ``stream(text)`` yields the answer piece by piece.
+    ``messages`` is the whole conversation. ``fork()`` branches it, ``undo()`` removes the last
+    turn, ``trim()`` drops the oldest turns, ``save(path)`` and ``llm.session(path=...)`` save and
+    restore it.
+
+    An interrupted answer is kept as far as it got; a failed request changes nothing.
+    """
+
+    def __init__(
+        self,
+        submit: Callable[[Sequence[Message], dict[str, Any]], Stream],
+        count: Callable[[Sequence[Message]], int],
+        reader: Callable[[bool], AnswerReader],
+        n_ctx: int,
+        messages: Sequence[Message] = (),
+        **sampling: Any,
+    ) -> None:
+        self._submit, self._count, self._reader, self._n_ctx = submit, count, reader, n_ctx
+        self.sampling = sampling
+        self.messages = list(messages)
+
+    @property
+    def messages(self) -> list[Message]:
+        """The whole conversation; may be assigned, from dicts too."""
+        return self._messages
+
+    @messages.setter
+    def messages(self, messages: Sequence[Message | dict[str, Any]]) -> None:
+        self._messages = list(as_messages(messages)) if messages else []
+
+    @classmethod
+    def open(
+        cls,
+        submit: Callable[[Sequence[Message], dict[str, Any]], Stream],
+        count: Callable[[Sequence[Message]], int],
+        reader: Callable[[bool], AnswerReader],
+        n_ctx: int,
+        system: str | None,
+        path: str | Path | None,
+        sampling: dict[str, Any],
+    ) -> Session:
+        """A new conversation, or a saved one."""
+        messages, kept = cls.read(path) if path is not None else ([], {})
+        if system is not None:
+            messages = [Message("system", system), *(m for m in messages if m.role != "system")]
+        return cls(submit, count, reader, n_ctx, messages, **{**kept, **sampling})
+
+    def say(self, text: str, **sampling: Any) -> Completion:
+        """Send a message and wait for the answer. ■ stops it; the partial answer stays."""
+        return self._wait(self.stream(text, **sampling))
+
+    @staticmethod
+    def _wait(turn: Turn) -> Completion:
+        try:
+            for _ in turn:
+                pass
+        except KeyboardInterrupt:
+            raise Interrupted("stopped; the answer so far is in the session") from None
+        return turn.completion
+
+    def stream(self, text: str, **sampling: Any) -> Turn:
+        """Send a message; the answer piece by piece. Leaving the loop ends the answer there."""
+        if not isinstance(text, str) or not text.strip():
+            raise InvalidRequestError("the message must be a non-empty text.", "text")
+        return self._turn([Message("user", text)], sampling)
+
+    def regenerate(self, **sampling: Any) -> Completion:
+        """Another answer to the last message."""
+        previous = self.messages[:]
+        question = next((m for m in reversed(previous) if m.role == "user"), None)
+        if question is None:
+            raise InvalidRequestError("the conversation has no message yet.", "messages")
+        self.undo()
+        before = len(self.messages)
+        try:
+            return self._wait(self._turn([question], sampling))
+        except BaseException:
+            if len(self.messages) == before or not self.messages[-1].text:
+                self.messages = previous
+            raise
+
+    def _turn(self, new: list[Message], sampling: dict[str, Any]) -> Turn:
+        stream = self._submit([*self.messages, *new], {**self.sampling, **sampling})
+
+        def keep(text: str, reasoning: str) -> None:
+            self.messages.extend(
+                [*new, Message("assistant", text, reasoning_content=reasoning or None)]
+            )
+
+        constrained = is_constrained({**self.sampling, **sampling})
+        return Turn(stream, self._reader(constrained), keep)
+
+    @property
+    def num_turns(self) -> int:
+        """The number of user messages so far."""
+        return sum(m.role == "user" for m in self.messages)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the conversation so far."""
+        return self._count(self.messages) if self.messages else 0
+
+    def fork(self) -> Session:
+        """A copy to continue differently; the shared prefix is computed once."""
+        return Session(
+            self._submit, self._count, self._reader, self._n_ctx, self.messages, **self.sampling
+        )
+
+    def undo(self) -> None:
+        """Remove the last turn: the message and its answer."""
+        place = next(
+            (i for i in range(len(self.messages) - 1, -1, -1) if self.messages[i].role == "user"),
+            None,
+        )
+        if place is not None:
+            del self.messages[place:]
+
+    def trim(self, max_tokens: int | None = None) -> int:
+        """Drop the oldest turns until at most ``max_tokens`` remain (default: half the context).
+
+        System messages and the latest turn stay. Returns the number of dropped turns.
+        """
+        limit = self._n_ctx // 2 if max_tokens is None else max_tokens
+        dropped = 0
+        while self.num_turns > 1 and self._too_long(limit):
+            first = next(i for i, m in enumerate(self.messages) if m.role == "user")
+            end = next(i for i, m in enumerate(self.messages) if i > first and m.role == "user")
+            del self.messages[first:end]
+            dropped += 1
+        return dropped
+
+    def _too_long(self, limit: int) -> bool:
+        try:
+            return self._count(self.messages) > limit
+        except ContextLengthError:
+            return True
+
+    def save(self, path: str | Path) -> Path:
+        """Write the conversation as JSON; an existing file is replaced atomically."""
+        path = Path(path)
+        data = {
+            "format": FORMAT,
+            "version": 1,
+            "sampling": self.sampling,
+            "messages": [_as_json(m) for m in self.messages],
+        }
+        try:
+            text = json.dumps(data, indent=1, ensure_ascii=False)
+        except TypeError as error:
+            raise InvalidRequestError(
+                f"the session's options cannot be saved: {error}", "sampling"
+            ) from None
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with open(handle, "w", encoding="utf-8") as file:
+                file.write(text)
+            os.replace(temporary, path)
+        except BaseException:
+            os.unlink(temporary)
+            raise
+        return path
+
+    @staticmethod
+    def read(path: str | Path) -> tuple[list[Message], dict[str, Any]]:
+        """Messages and options of a saved conversation. Raises `InvalidRequestError` if invalid."""
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+            if data["format"] != FORMAT or data["version"] != 1:
+                raise ValueError("unknown format or version")
+            messages, sampling = [Message(**m) for m in data["messages"]], dict(data["sampling"])
+            if not all(isinstance(m.role, str) for m in messages):
+                raise ValueError("a message without a role")
+            options = {k: v for k, v in sampling.items() if k in SAVED or k in SHAPES}
+            make_request(options, prompt="")  # reports invalid options now, not at the first answer
+            return messages, options
+        except FileNotFoundError:
+            raise
+        except (ValueError, KeyError, TypeError, RecursionError, InvalidRequestError) as error:
+            raise InvalidRequestError(
+                f"{Path(path).name} is not a saved session: {error}", "path"
+            ) from None
+
+    def __len__(self) -> int:
+        return len(self.messages)
+
+    def __repr__(self) -> str:
+        return "\n".join(f"{m.role}: {m.text}" for m in self.messages) or "Session(no messages yet)"
+
+
+class Turn:
+    """The answer of a turn as it arrives: an iterable of text.
+
+    When it ends, or the loop is left, the answer is added to the conversation.
+    """
+
+    def __init__(
+        self, stream: Stream, reader: AnswerReader, keep: Callable[[str, str], None]
+    ) -> None:
+        self._stream, self._reader, self._keep = stream, reader, keep
+        self._kept = False
+        self.text = ""  # so far
+        self.reasoning = ""  # so far; not in the text
+
+    def __iter__(self) -> Iterator[str]:
+        failed = False
+        try:
+            for piece in self._stream:
+                yield from self._take(self._reader.read([Delta(piece, 0)]))
+            yield from self._take(self._reader.end(self.completion)[0])
+        except Exception:
+            failed = True
+            raise
+        finally:
+            self._stream.close()
+            if not failed:
+                self._finish()
+
+    def _take(self, events: list[Event]) -> Iterator[str]:
+        for event in events:
+            if isinstance(event, Content):
+                self.text += event.text
+                yield event.text
+            elif isinstance(event, Reasoning):
+                self.reasoning += event.text
+
+    def stop(self) -> None:
+        """End the answer, from any thread; its reader's loop then ends."""
+        self._stream.close()
+
+    def close(self) -> None:
+        """End the answer here."""
+        self._stream.close()
+        self._finish()
+
+    def _finish(self) -> None:
+        if not self._kept:
+            self._kept = True
+            self._keep(self.text, self.reasoning)
+
+    @property
+    def completion(self) -> Completion:
+        """The completion so far."""
+        result = self._stream.channel.result or Completion(
+            "", FinishReason.ABORT, request_id=self._stream.request_id
+        )
+        return replace(result, text=self.text, reasoning=self.reasoning)
+
+
+def _from_dict(message: dict[str, Any]) -> Message:
+    """Raises `InvalidRequestError`."""
+    fields_ = {k: v for k, v in message.items() if v is not None}
+    unknown = next((k for k in fields_ if k not in KNOWN and k not in ALSO), None)
+    if (
+        unknown is not None
+        or "role" not in fields_
+        or ("content" not in fields_ and fields_["role"] != "assistant")
+    ):
+        raise InvalidRequestError(
+            "a message needs the keys role and content (and may have name)."
+            + (f" {unknown!r} is not one of the keys." if unknown is not None else ""),
+            "messages",
+        )
+    fields_.setdefault("reasoning_content", fields_.get("reasoning") or fields_.get("thinking"))
+    content = fields_.get("content", fields_.get("refusal") or "")
+    return Message(**{k: v for k, v in fields_.items() if k in KNOWN} | {"content": _text(content)})
+
+
+def _text(content: Any) -> Any:
+    """Content in parts, joined. Raises `InvalidRequestError` for a part that is not text."""
+    if not isinstance(content, list | tuple):
+        return content
+    texts = []
+    for part in content:
+        text = (
+            part
+            if isinstance(part, str)
+            else part.get("text", part.get("refusal"))
+            if isinstance(part, dict)
+            else None
+        )
+        if not isinstance(text, str):
+            kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+            raise InvalidRequestError(
+                f"messages: only text is supported, not parts of type {kind!r:.40}.", "messages"
+            )
+        texts.append(text)
+    return "".join(texts)
+
+
+def _as_json(message: Message) -> dict[str, Any]:
+    data: dict[str, Any] = {k: v for k in KEPT if (v := getattr(message, k)) is not None}
+    if message.tool_calls:
+        data["tool_calls"] = message.as_json()["tool_calls"]
+    return data
+
+
+KNOWN = (*KEPT, "tool_calls")
+# Keys of other libraries' messages: accepted, mostly ignored.
+ALSO = ("refusal", "annotations", "audio", "function_call", "parsed", "reasoning", "thinking")
+
+
+def as_messages(messages: Messages) -> tuple[Message, ...]:
+    """Messages from a text, a message or a list of messages.
+
+    A message is a `Message`, an OpenAI dict (its content may be a list of parts), or an object with
+    ``model_dump``.
+    """
+    if isinstance(messages, str):
+        return (Message("user", messages),)
+    if isinstance(messages, Message | dict) or hasattr(messages, "model_dump"):
+        messages = [messages]  # type: ignore[list-item]
+    converted = []
+    for message in messages:
+        if hasattr(message, "model_dump"):
+            message = message.model_dump()
+        if isinstance(message, dict):
+            message = _from_dict(message)
+        if not isinstance(message, Message) or not isinstance(message.role, str):
+            raise InvalidRequestError(
+                "each message needs a role and a text: {'role': 'user', 'content': '…'}.",
+                "messages",
+            )
+        converted.append(message)
+    return tuple(converted)

@@ -1,0 +1,3 @@
+"""The foundation: files, threads and processes. Knows nothing of models."""
+
+__all__: list[str] = []

@@ -1,0 +1,3 @@
+"""Models in other processes."""
+
+__all__: list[str] = []

@@ -1,0 +1,167 @@
+"""Keeps a worker process alive: restarts it with growing delays, and gives up on a crash loop.
+
+It has its own thread; ``state`` and ``pid`` may be read by any.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+from llmkit.bridge.child import Child
+from llmkit.errors import LLMKitError, ModelLoadError
+from llmkit.protocol import READY, EngineState
+from llmkit.workers import engine
+
+__all__ = ["Supervisor"]
+
+FIRST_DELAY_S, MAX_DELAY_S = 0.5, 30.0
+MAX_CRASHES = 5  # in a row
+HEALTHY_S = 60.0  # a process that was ready for longer has not crashed in a row
+END_S = 15.0
+LOOK_S = 0.2
+
+
+class Supervisor:
+    """A worker for a task of `llmkit.workers.engine`.
+
+    A first load that fails is an error, not a crash: ``check`` raises it. ``on_ready`` is called
+    after each successful load.
+    """
+
+    def __init__(
+        self, task: dict[str, Any], *, on_ready: Callable[[], None] = lambda: None
+    ) -> None:
+        self._task, self._on_ready = task, on_ready
+        self._name = str(task.get("name") or task["file"])
+        self._state = EngineState("loading", f"The model {self._name!r} is being loaded.", 0.0)
+        self._child: Child | None = None
+        self._failure: LLMKitError | None = None
+        self._words: deque[str] = deque(maxlen=20)
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="llmkit-supervisor", daemon=True)
+        self._thread.start()
+
+    @property
+    def state(self) -> EngineState:
+        return self._state
+
+    @property
+    def pid(self) -> int | None:
+        """Process id of the running worker."""
+        child = self._child
+        return None if child is None else child.pid
+
+    def check(self) -> None:
+        """Raises the reason if the worker was given up."""
+        if self._failure is not None:
+            raise self._failure
+
+    def close(self) -> None:
+        """End the worker."""
+        self._stopping.set()
+        self._thread.join(END_S + 5)
+
+    def _run(self) -> None:
+        try:
+            self._keep_alive()
+        except Exception as error:  # this thread must not end in silence
+            self._give_up(ModelLoadError(f"the supervisor failed: {error!r:.300}"))
+
+    def _keep_alive(self) -> None:
+        was_ready, num_crashes, delay = False, 0, FIRST_DELAY_S
+        while not self._stopping.is_set():
+            self._ready_at: float | None = None
+            try:
+                self._live()
+                return  # it was told to
+            except LLMKitError as error:
+                failure = error
+            except Exception as error:  # such as no process can be started
+                failure = ModelLoadError(f"the model's process could not be started: {error}")
+            was_ready = was_ready or self._ready_at is not None
+            if not was_ready:
+                return self._give_up(failure)
+            if self._ready_at is not None and time.monotonic() - self._ready_at > HEALTHY_S:
+                num_crashes, delay = 0, FIRST_DELAY_S
+            num_crashes += 1
+            if num_crashes == MAX_CRASHES:
+                message = (
+                    f"the engine process of {self._name!r} has ended {MAX_CRASHES} times; "
+                    f"the last time: {failure}"
+                )
+                return self._give_up(ModelLoadError(message))
+            told = (
+                f"The engine process of {self._name!r} has ended ({failure}) "
+                "and is being started again."
+            )
+            self._state = EngineState("loading", told)
+            _say(f"llmkit: {told}")
+            self._stopping.wait(delay)
+            delay = min(2 * delay, MAX_DELAY_S)
+
+    def _give_up(self, error: LLMKitError) -> None:
+        self._state = EngineState("gone", str(error))
+        self._failure = error
+
+    def _live(self) -> None:
+        """Run one process to its end. Raises the reason, unless it was told to end."""
+        self._words.clear()
+        child = self._child = Child(engine.TARGET, self._task, errors=subprocess.PIPE)
+        reader = threading.Thread(target=self._read_words, args=(child,), daemon=True)
+        reader.start()
+        try:
+            self._await_ready(child)
+            while not self._stopping.wait(LOOK_S):
+                if child.status is not None:
+                    reader.join(1)
+                    raise ModelLoadError(self._why(child))
+        finally:
+            child.end(END_S)
+            self._child = None
+
+    def _await_ready(self, child: Child) -> None:
+        told = self._state.reason
+        while not self._stopping.is_set():
+            try:
+                line = child.read(LOOK_S)
+            except EOFError:
+                child.wait(1)
+                raise ModelLoadError(self._why(child)) from None
+            if line is None:
+                continue
+            if line.failure is not None:
+                error = line.failure.error()
+                raise error if isinstance(error, LLMKitError) else ModelLoadError(str(error))
+            if line.progress is not None:
+                self._state = EngineState("loading", told, line.progress)
+            if line.ready is not None:
+                self._state, self._ready_at = READY, time.monotonic()
+                with contextlib.suppress(Exception):  # whoever listened may be gone
+                    self._on_ready()
+                return
+
+    def _read_words(self, child: Child) -> None:
+        """Pass its standard error on to ours; the last lines may say why it ended."""
+        assert child.stderr is not None
+        with contextlib.suppress(ValueError, OSError), child.stderr:
+            for raw in child.stderr:
+                line = raw.decode("utf-8", "replace").rstrip()
+                self._words.append(line)
+                _say(line)
+
+    def _why(self, child: Child) -> str:
+        last = next((w for w in reversed(self._words) if w.strip()), "")
+        return f"exit status {child.status}{': ' + last if last else ''}"
+
+
+def _say(line: str) -> None:
+    """On standard error, which may be gone."""
+    with contextlib.suppress(OSError, ValueError):
+        print(line, file=sys.stderr, flush=True)

@@ -1,0 +1,150 @@
+"""Ollama's routes: strict shapes on the fake model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+from fakes import FakeClient
+from gateway_client import Api, serve
+from test_dialects import reference
+
+from llmkit.bridge.server import BridgeServer
+from llmkit.gateway.bodies import parse
+from llmkit.gateway.ollama.routes import OLLAMA_VERSION
+from llmkit.gateway.ollama.schemas import ChatBody
+from llmkit.protocol import ModelDescription
+
+
+@pytest.fixture
+async def api(fake: FakeClient) -> AsyncIterator[Api]:
+    bridge = BridgeServer(fake)
+    async for api in serve(None):
+        yield api
+    bridge.close()
+
+
+async def test_ollama_chat_in_lines_and_whole(api: Api, fake: FakeClient) -> None:
+    ask = {
+        "model": "fake:latest",
+        "messages": [{"role": "user", "content": "hi"}],
+        "options": {"num_predict": 8, "temperature": 0.0},
+    }
+    reply = await api.fetch("POST", "/api/chat", ask)
+    lines = [json.loads(line) for line in reply.body.decode().splitlines()]
+    assert reply.headers["Content-Type"] == "application/x-ndjson" and [
+        line["done"] for line in lines
+    ] == [False] * (len(lines) - 1) + [True]
+    assert (
+        "".join(line["message"]["content"] for line in lines) == reference(fake)
+        and lines[-1]["done_reason"] == "length"
+    )
+    assert (
+        lines[-1]["eval_count"] == 8
+        and lines[-1]["prompt_eval_count"] == 8
+        and lines[-1]["total_duration"] >= lines[-1]["eval_duration"] > 0
+    )
+    status, whole = await api.post("/api/chat", {**ask, "stream": False})
+    assert (
+        status == 200
+        and whole["message"] == {"role": "assistant", "content": reference(fake)}
+        and whole["done"] is True
+    )
+    _, text = await api.post(
+        "/api/generate",
+        {
+            "model": "fake",
+            "prompt": "hi",
+            "raw": True,
+            "stream": False,
+            "options": {"num_predict": 5},
+        },
+    )
+    assert text["response"] == reference(fake, b"hi", 5) and text["done_reason"] == "length"
+    _, load = await api.post("/api/generate", {"model": "fake", "stream": False})
+    assert load["done_reason"] == "load"
+
+
+async def test_ollama_negatives_and_nulls_are_defaults(api: Api) -> None:
+    options = {"seed": -1, "num_predict": 3, "repeat_last_n": -1, "temperature": None}
+    ask = {
+        "model": "fake",
+        "messages": [{"role": "user", "content": "x", "images": []}],
+        "options": options,
+        "stream": False,
+    }
+    assert (await api.post("/api/chat", ask))[0] == 200
+    refused = await api.fetch(
+        "POST", "/api/generate", {"model": "fake", "prompt": "x", "raw": True, "system": "y"}
+    )
+    assert refused.code == 400 and "raw" in json.loads(refused.body)["error"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_ctx": True},
+        {"num_ctx": 0},
+        {"num_predict": 0},
+        {"num_cores": 2},
+        {"temperature": "hot"},
+    ],
+)
+async def test_ollama_options_are_honoured_or_refused(api: Api, options: dict[str, Any]) -> None:
+    reply = await api.fetch(
+        "POST",
+        "/api/chat",
+        {"model": "fake", "messages": [{"role": "user", "content": "x"}], "options": options},
+    )
+    assert reply.code == 400 and next(iter(options)) in json.loads(reply.body)["error"]
+
+
+def test_ollama_words_are_translated() -> None:
+    given: dict[str, Any] = {
+        "model": "m",
+        "messages": [
+            {"role": "user", "content": "x"},
+            {
+                "role": "assistant",
+                "tool_calls": [{"function": {"name": "add", "arguments": {"a": 1}}}],
+            },
+            {"role": "tool", "content": "1", "tool_name": "add"},
+        ],
+        "format": {"type": "object"},
+        "options": {"num_predict": -1, "stop": ["x"], "repeat_penalty": 1.1, "num_ctx": 100},
+        "think": False,
+    }
+    request = parse(ChatBody, json.dumps(given).encode()).request(
+        ModelDescription("m", "m.gguf", n_ctx=200)
+    )
+    assert (
+        request.max_tokens is None
+        and request.stop == ["x"]
+        and request.repeat_penalty == 1.1
+        and request.json_schema == {"type": "object"}
+    )
+    assert (
+        request.messages[1].tool_calls
+        and request.messages[1].tool_calls[0].function.arguments == '{"a": 1}'
+    )
+
+
+async def test_what_ollama_lists(api: Api) -> None:
+    tags, ps = [
+        json.loads((await api.fetch("GET", f"/api/{what}")).body)["models"]
+        for what in ("tags", "ps")
+    ]
+    assert (
+        tags[0]["name"] == ps[0]["model"] == "fake"
+        and tags[0]["details"]["format"] == "gguf"
+        and ps[0]["size_vram"] == 0
+    )
+    assert json.loads((await api.fetch("GET", "/api/version")).body) == {"version": OLLAMA_VERSION}
+    status, show = await api.post("/api/show", {"model": "fake"})
+    assert (
+        status == 200
+        and "completion" in show["capabilities"]
+        and show["details"]["families"] is not None
+    )
