@@ -5,9 +5,10 @@ BIN := $(VENV)/bin
 LAB_ARGS ?=
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
+DEVICE_ARGS ?=
 ROOT_FLAG := $(shell [ "$$(id -u)" = 0 ] && echo --allow-root)
 
-.PHONY: setup lab test soak demo check bench measure notebooks clean
+.PHONY: setup lab test soak demo check bench measure device-check notebooks docs clean
 
 setup:
 	@PYTHON="$(PYTHON)" VENV="$(VENV)" bash .ci/setup
@@ -35,11 +36,17 @@ check: setup
 notebooks: setup
 	$(BIN)/python .ci/notebooks
 
+docs: setup
+	@VENV="$(VENV)" bash .ci/docs
+
 bench: setup
 	$(BIN)/python benchmarks/compare.py $(BENCH_ARGS)
 
 measure: setup
 	$(BIN)/python benchmarks/alone.py $(BENCH_ARGS)
+
+device-check:
+	@PYTHON="$(PYTHON)" VENV="$(VENV)" bash .ci/device-check $(DEVICE_ARGS)
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache
