@@ -20,6 +20,7 @@ from gateway_client import serve
 
 from llmkit.backend.gbnf import to_lark
 from llmkit.chat.bounds import Budget
+from llmkit.chat.telling import lost
 from llmkit.chat.template import CHATML, ChatTemplate
 from llmkit.errors import InvalidRequestError
 from llmkit.gateway.bodies import check_counts, parse_json
@@ -27,7 +28,15 @@ from llmkit.gateway.directory import EngineDirectory
 from llmkit.gateway.failures import ApiError
 from llmkit.gateway.openai.stored import Store
 from llmkit.notebook.frames import map_rows
-from llmkit.protocol import Completion, Delta, FinishReason, GenerationRequest, Message, Usage
+from llmkit.protocol import (
+    Completion,
+    Delta,
+    FinishReason,
+    GenerationRequest,
+    Message,
+    ToolCall,
+    Usage,
+)
 from llmkit.protocol.client import EngineClient
 from llmkit.protocol.schema import normalized
 from llmkit.protocol.stream import Channel, Stream
@@ -280,3 +289,28 @@ def test_each_row_of_a_table_costs_the_same() -> None:
 
     rows(10)
     assert count(lambda: rows(4000)) < 2.2 * count(lambda: rows(2000))
+
+
+def test_looking_for_what_a_template_left_out_costs_what_the_conversation_is_long() -> None:
+    """Each search that fails reads the whole prompt: there must not be one for each message."""
+    read = 0
+
+    class Prompt(str):
+        __slots__ = ()
+
+        def find(self, *_: Any) -> int:  # type: ignore[override]
+            nonlocal read
+            read += len(self)
+            return -1
+
+        def count(self, *_: Any) -> int:  # type: ignore[override]
+            nonlocal read
+            read += len(self)
+            return 1
+
+    calls = tuple(ToolCall(str(i), f"f{i}", "{}") for i in range(3000))
+    talk = [Message("user", f"number {i}") for i in range(20_000)]
+    text = "x" * 100_000
+    lost(Prompt(text), [*talk, Message("assistant", tool_calls=calls)], ())
+    assert read <= 1200 * len(text)
+    assert lost(text, talk, ()) == {"rest"} and lost("", talk[:1], ()) == {"rest"}

@@ -88,9 +88,14 @@ class Child:
         ).start()
         _children.add(self)
         assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.write(json.dumps(task).encode() + b"\n")
-            self._process.stdin.flush()
+        try:
+            with contextlib.suppress(BrokenPipeError):
+                self._process.stdin.write(json.dumps(task).encode() + b"\n")
+                self._process.stdin.flush()
+        except BaseException:  # the stop button: a child that nobody holds would never end
+            self.close_input()
+            self.kill()
+            raise
 
     @property
     def pid(self) -> int:

@@ -212,19 +212,24 @@ def _joined(messages: Sequence[Message]) -> list[Message]:
 
 
 Kind = Literal["system", "words", "tools", "rest"]
+MAX_SEARCHES = 256
 
 
 def lost(text: str, messages: Sequence[Message], tools: Sequence[Tool]) -> set[Kind]:
     """What of a conversation is missing from its prompt.
 
-    Templates may trim text and drop old reasoning.
+    Templates may trim text and drop old reasoning. A search that fails reads the whole prompt, so
+    there are at most `MAX_SEARCHES` of them: a conversation costs what its length is.
     """
     missing: set[Kind] = set()
-    place = 0
+    place, num_searches = 0, 0
     for message in messages:
         words = message.text.rpartition("</think>")[2].strip()
         at = text.find(words, place)
         if at < 0:  # in another order, or as JSON
+            num_searches += 1
+            if num_searches > MAX_SEARCHES:
+                return missing
             spellings = (words, _quoted(words, False), _quoted(words, True))
             at = next((i for s in spellings if (i := text.find(s)) >= 0), -1)
         if at < 0:
@@ -237,11 +242,10 @@ def lost(text: str, messages: Sequence[Message], tools: Sequence[Tool]) -> set[K
             )
         else:
             place = at
-    names = {tool.name for tool in tools}
+    names = {tool.name: 1 for tool in tools}
     called = Counter(call.name for message in messages for call in message.tool_calls)
-    if any(text.count(name) < count + (name in names) for name, count in called.items()) or any(
-        name not in text for name in names
-    ):
+    wanted = list((called + Counter(names)).items())[:MAX_SEARCHES]
+    if any(text.count(name) < count for name, count in wanted):
         missing.add("tools")
     return missing
 

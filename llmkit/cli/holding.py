@@ -30,9 +30,8 @@ def hold(model: str, options: dict[str, Any]) -> int:
     threading.Thread(target=watch, daemon=True).start()
     with load(model, **options) as llm:
         loaded.set()
-        sys.setswitchinterval(
-            0.005
-        )  # no cell is busy here: the engine finishes its step undisturbed
+        # No cell is busy here: with Python's default the engine finishes its step undisturbed.
+        sys.setswitchinterval(0.005)
         print(f"loaded {llm!r}", flush=True)
         while not ended.wait(LOOK_S):
             if llm.closed:
