@@ -6,12 +6,15 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
+from fake_runner import FakeRunner
 from fakes import FakeClient
+from gateway_client import Api, serve
 
+from llmkit.bridge.server import BridgeServer
 from llmkit.runtime.local import LocalEngine
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -47,6 +50,23 @@ def fake() -> Iterator[FakeClient]:
     client = FakeClient()
     yield client
     client.close()
+
+
+@pytest.fixture
+def model() -> Iterator[FakeClient]:
+    """A fake model behind a bridge, as a gateway finds it."""
+    client = FakeClient(runner=FakeRunner(n_ctx=5000))
+    bridge = BridgeServer(client)
+    yield client
+    bridge.close()
+    client.close()
+
+
+@pytest.fixture
+async def api(model: FakeClient) -> AsyncIterator[Api]:
+    """A gateway without a key in front of the fake model."""
+    async for api in serve(None):
+        yield api
 
 
 @pytest.fixture(scope="session")

@@ -4,30 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import pytest
-from fake_runner import FakeRunner
 from fakes import FakeClient, wait_for
-from gateway_client import CHAT, CHAT_TEXT, Api, serve
+from gateway_client import CHAT, CHAT_TEXT, Api
 
 from llmkit.bridge.server import BridgeServer
-
-
-@pytest.fixture
-def model() -> Iterator[FakeClient]:
-    client = FakeClient(runner=FakeRunner(n_ctx=5000))
-    bridge = BridgeServer(client)
-    yield client
-    bridge.close()
-    client.close()
-
-
-@pytest.fixture
-async def api(model: FakeClient) -> AsyncIterator[Api]:
-    async for api in serve(None):
-        yield api
 
 
 async def test_chat_whole(api: Api, model: FakeClient) -> None:

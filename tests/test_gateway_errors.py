@@ -4,31 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import pytest
-from fake_runner import FakeRunner
 from fakes import FakeClient
 from gateway_client import CHAT, Api, is_error, serve
 from tornado.httpclient import HTTPResponse
 
 from llmkit.bridge.server import BridgeServer
-
-
-@pytest.fixture
-def model() -> Iterator[FakeClient]:
-    client = FakeClient(runner=FakeRunner(n_ctx=5000))
-    bridge = BridgeServer(client)
-    yield client
-    bridge.close()
-    client.close()
-
-
-@pytest.fixture
-async def api(model: FakeClient) -> AsyncIterator[Api]:
-    async for api in serve(None):
-        yield api
 
 
 async def test_too_much_to_be_scored(api: Api) -> None:

@@ -3,33 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 
 import pytest
-from fake_runner import FakeRunner
 from fakes import FakeClient
 from gateway_client import CHAT, Api, is_error, serve
 
-from llmkit.bridge.server import BridgeServer
 from llmkit.errors import InvalidRequestError
 from llmkit.gateway.access.keys import Keys
 
 KEY = "secret-key"
-
-
-@pytest.fixture
-def model() -> Iterator[FakeClient]:
-    client = FakeClient(runner=FakeRunner(n_ctx=5000))
-    bridge = BridgeServer(client)
-    yield client
-    bridge.close()
-    client.close()
-
-
-@pytest.fixture
-async def api(model: FakeClient) -> AsyncIterator[Api]:
-    async for api in serve(None):
-        yield api
 
 
 @pytest.fixture
