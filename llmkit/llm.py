@@ -13,9 +13,10 @@ from llmkit.errors import InvalidRequestError, ModelUnloadedError
 from llmkit.notebook.sharing import Sharing
 from llmkit.protocol import Completion, EmbeddingRequest, Embeddings, EngineStats, ModelDescription
 from llmkit.protocol.client import EngineClient
+from llmkit.protocol.inquiries import Detokenize, ListSlots, ListSteps, Tokenize
 from llmkit.protocol.stream import Stream
 from llmkit.sessions.answers import Answers
-from llmkit.sessions.running import Interrupted, inquire, make_request
+from llmkit.sessions.running import Interrupted, ask, make_request
 from llmkit.sessions.session import Messages, as_messages
 from llmkit.settings.options import EngineOptions
 from llmkit.system.waiting import uninterrupted
@@ -257,11 +258,11 @@ class LLM:
 
     def tokenize(self, text: str) -> list[int]:
         """Token ids of a text, with the initial token (BOS) if the model wants one."""
-        return list(inquire(self.engine, "tokenize", text=text, parse_special=False)["tokens"])
+        return list(ask(self.engine, Tokenize(text, parse_special=False)).tokens)
 
     def detokenize(self, tokens: Sequence[int]) -> str:
         """The text of token ids, with control tokens spelled out."""
-        return str(inquire(self.engine, "detokenize", tokens=[int(t) for t in tokens])["text"])
+        return ask(self.engine, Detokenize(tuple(int(t) for t in tokens)))
 
     @overload
     def embed(self, texts: str | Sequence[str], *, normalize: bool = True) -> np.ndarray: ...
@@ -338,13 +339,13 @@ class LLM:
         """
         from llmkit.notebook.timeline import Timeline
 
-        return Timeline(self.name, inquire(self.engine, "steps")["steps"], seconds)
+        return Timeline(self.name, ask(self.engine, ListSteps()), seconds)
 
     def kv_map(self) -> KVMap:
         """The current contents of the engine's slots, and the prefixes that they share."""
         from llmkit.notebook.timeline import KVMap
 
-        return KVMap(self.name, inquire(self.engine, "slots")["slots"], self._description.n_ctx)
+        return KVMap(self.name, ask(self.engine, ListSlots()), self._description.n_ctx)
 
     def show_tokens(self, completion: Completion) -> Tokens:
         """The tokens of a completion made with ``logprobs=k``, coloured by their probability."""

@@ -19,17 +19,29 @@ from llmkit.engine.request import Request
 from llmkit.errors import ContextLengthError, InvalidRequestError
 from llmkit.llm import LLM
 from llmkit.protocol import (
+    DescribeVocabulary,
+    Detokenize,
     EmbeddingRequest,
     Embeddings,
     EngineState,
     EngineStats,
     GenerationRequest,
     Inquiry,
+    Message,
     ModelDescription,
     Origin,
+    RenderChat,
     SamplingParams,
+    Tokenize,
+    TokenizeChat,
+    Tokens,
+    Vocabulary,
 )
 from llmkit.protocol.stream import Channel, Stream
+
+
+def _rendered(messages: tuple[Message, ...]) -> str:
+    return "".join(f"[{m.role}]{m.text}" for m in messages)
 
 
 class FakeClient:
@@ -98,32 +110,27 @@ class FakeClient:
         future.set_result(Embeddings(b"".join(struct.pack("<ff", n, 1) for n in sizes), 2, sizes))
         return future
 
-    def inquire(self, inquiry: Inquiry) -> Future[dict[str, Any]]:
+    def inquire(self, inquiry: Inquiry[Any]) -> Future[Any]:
         """Bytes are tokens."""
-        future: Future[dict[str, Any]] = Future()
-        data = inquiry.data
-        text = data.get("text") or "".join(
-            f"[{m['role']}]{m['content']}" for m in data.get("messages", ())
-        )
-        if "tokens" in data:
-            if any(not 0 <= t < 256 for t in data["tokens"]):
-                raise InvalidRequestError("tokens: token ids go from 0 to 255.", "tokens")
-            future.set_result({"text": bytes(data["tokens"]).decode()})
-        elif inquiry.kind == "render":
-            future.set_result({"text": text})
-        elif inquiry.kind == "info":
-            future.set_result(
-                {"bos_token": "", "eos_token": "\0", "chat_template": "", "adds_bos": False}
-            )
-        else:
-            future.set_result(
-                {
-                    "tokens": list(text.encode()),
-                    "pieces": list(text.encode().decode("latin-1"))
-                    if data.get("with_pieces")
-                    else None,
-                }
-            )
+        future: Future[Any] = Future()
+        match inquiry.question:
+            case Detokenize(tokens):
+                if any(not 0 <= t < 256 for t in tokens):
+                    raise InvalidRequestError("tokens: token ids go from 0 to 255.", "tokens")
+                future.set_result(bytes(tokens).decode())
+            case RenderChat(messages):
+                future.set_result(_rendered(messages))
+            case DescribeVocabulary():
+                future.set_result(Vocabulary("", "\0", False, ""))
+            case (Tokenize() | TokenizeChat()) as question:
+                text = (
+                    question.text
+                    if isinstance(question, Tokenize)
+                    else _rendered(question.messages)
+                )
+                data = text.encode()
+                pieces = tuple(bytes([b]) for b in data) if question.with_pieces else None
+                future.set_result(Tokens(tuple(data), pieces))
         return future
 
     def abort(self, request_id: str) -> None:

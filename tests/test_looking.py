@@ -224,7 +224,7 @@ def test_the_monitor_shows_each_request(llm: llmkit.LLM) -> None:
     stream = llm.stream("Once upon a time", max_tokens=900, ignore_eos=True, caller="<me>")
     wait_for(lambda: bool(monitor.sample().requests))
     (request,) = monitor.sample().requests
-    assert request["caller"] == "<me>" and request["prompt_tokens"] == 4 and request["seconds"] > 0
+    assert (request.caller, request.prompt_tokens) == ("<me>", 4) and request.seconds > 0
     assert "&lt;me&gt;" in monitor.html() and "prompt cache" in monitor.html()
     stream.close()
     wait_for(lambda: not monitor.sample().requests)

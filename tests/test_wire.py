@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
+from concurrent.futures import Future
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -17,9 +18,33 @@ from fakes import FakeClient, ask, wait_for
 from llmkit.bridge import wire
 from llmkit.bridge.client import BridgeClient
 from llmkit.bridge.connection import Connection, find_connections
+from llmkit.bridge.inquiries import decode_answer, decode_inquiry, encode_answer, encode_inquiry
 from llmkit.bridge.server import BridgeServer
-from llmkit.errors import EngineGoneError, InvalidRequestError
-from llmkit.protocol import EngineStats, FinishReason, Media, Message
+from llmkit.errors import EngineError, EngineGoneError, InvalidRequestError
+from llmkit.protocol import (
+    DescribeVocabulary,
+    Detokenize,
+    EngineStats,
+    FinishReason,
+    Inquiry,
+    ListRequests,
+    ListSlots,
+    ListSteps,
+    Media,
+    Message,
+    Question,
+    RenderChat,
+    RunningRequest,
+    SlotContent,
+    Step,
+    StepChunk,
+    Tokenize,
+    TokenizeChat,
+    Tokens,
+    Tool,
+    ToolCall,
+    Vocabulary,
+)
 
 # What llmkit said and wrote before the wire had a version, as recorded.
 OLD_DESCRIPTION = {
@@ -200,6 +225,61 @@ def test_what_a_request_took_leaves_the_engine_as_data(
     assert (metrics.prompt_tokens, metrics.cached_tokens, metrics.completion_tokens) == (20, 0, 9)
     assert metrics.draft_tokens >= metrics.accepted_tokens >= 0
     assert metrics.queue_s <= metrics.ttft_s and metrics.tpot_s == metrics.decode_s / 8
+    remote.close()
+
+
+QUESTIONS = (
+    Tokenize("a", add_special=False, with_pieces=True),
+    Detokenize((1, 2)),
+    RenderChat((Message("user", "hi"),), (Tool("f", "does", {"type": "object"}),), {"x": [1]}),
+    TokenizeChat((Message("assistant", "", tool_calls=(ToolCall("1", "f", '{"a": '),)),)),
+    DescribeVocabulary(),
+    ListSteps(),
+    ListSlots(),
+    ListRequests(),
+)
+ANSWERS = (
+    Tokens((1, 2), (b"\xff", b"a")),
+    "text",
+    "text",
+    Tokens(()),
+    Vocabulary("<s>", "</s>", True, None),
+    (Step(-1.0, 0.5, (StepChunk(0, "r", 4, 1, False),)),),
+    (SlotContent(0, 5, 2), SlotContent(1, 5, 2, "r")),
+    (RunningRequest("r", "ann", None, 3, 2, 1, 0.5),),
+)
+
+
+@pytest.mark.parametrize(("question", "answer"), [*zip(QUESTIONS, ANSWERS, strict=True)])
+def test_a_question_and_its_answer_travel(question: Question[Any], answer: Any) -> None:
+    inquiry = Inquiry("1", question, "ann")
+    assert decode_inquiry(encode_inquiry(inquiry)) == inquiry
+    said = wire.decode(wire.encode(encode_answer("1", answer)), wire.Answer)
+    assert decode_answer(bytes(said.found), question) == answer
+
+
+def test_all_questions_are_tried() -> None:
+    tried = {type(question).__name__ for question in QUESTIONS}
+    assert tried == {kind.__name__ for kind in Question.__subclasses__()}
+
+
+def test_a_question_of_a_newer_version_is_refused_by_name() -> None:
+    body = json.dumps({"request_id": "1", "kind": "weigh", "question": {}}).encode()
+    with pytest.raises(InvalidRequestError, match="another version, cannot answer 'weigh'"):
+        decode_inquiry(body)
+
+
+def test_an_answer_that_cannot_be_read_fails_its_question_alone(
+    fake: FakeClient, server: BridgeServer
+) -> None:
+    remote = BridgeClient(server.connection)
+    done: Future[Any] = Future()
+    done.set_result({"tokens": "of a form to come"})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fake, "inquire", lambda _: done)
+        with pytest.raises(EngineError, match="could not be read"):
+            remote.inquire(Inquiry("1", Tokenize("a"))).result(5)
+    assert remote.inquire(Inquiry("2", Tokenize("ab"))).result(5) == Tokens((97, 98))
     remote.close()
 
 

@@ -11,15 +11,21 @@ import os
 import queue
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import Future
-from typing import Any
+from typing import Any, TypeVar
 
 import zmq
 
-from llmkit.bridge import wire
+from llmkit.bridge import inquiries, wire
 from llmkit.bridge.connection import Connection
 from llmkit.bridge.waker import Waker
-from llmkit.errors import ContextLengthError, EngineGoneError, InvalidRequestError
+from llmkit.errors import (
+    ContextLengthError,
+    EngineError,
+    EngineGoneError,
+    InvalidRequestError,
+)
 from llmkit.protocol import (
     MAX_CHARS_PER_TOKEN,
     EmbeddingRequest,
@@ -40,6 +46,8 @@ __all__ = ["BridgeClient"]
 
 logger = logging.getLogger("llmkit.bridge")
 
+Answer = TypeVar("Answer")
+
 PING_S = 0.5
 
 
@@ -57,7 +65,7 @@ class BridgeClient:
         self._description = connection.model
         self._stats = EngineStats(num_slots=connection.model.n_slots)
         self._channels: dict[str, Channel] = {}
-        self._futures: dict[str, Future[Any]] = {}
+        self._futures: dict[str, tuple[Future[Any], EmbeddingRequest | Inquiry[Any]]] = {}
         self._lock = threading.Lock()
         self._gone: str | None = None
         self._closed = False
@@ -109,10 +117,10 @@ class BridgeClient:
                 raise ContextLengthError(size, n_ctx, "input")
         return self._expect(wire.EMBED, request)
 
-    def inquire(self, inquiry: Inquiry) -> Future[dict[str, Any]]:
+    def inquire(self, inquiry: Inquiry[Answer]) -> Future[Answer]:
         return self._expect(wire.INQUIRE, inquiry)
 
-    def _expect(self, kind: bytes, request: EmbeddingRequest | Inquiry) -> Future[Any]:
+    def _expect(self, kind: bytes, request: EmbeddingRequest | Inquiry[Any]) -> Future[Any]:
         """Send a request that has a single answer."""
         request_id = request.request_id
         future: Future[Any] = Future()
@@ -120,7 +128,7 @@ class BridgeClient:
         with self._lock:
             if self._gone is not None:
                 raise EngineGoneError(self._gone)
-            self._futures[request_id] = future
+            self._futures[request_id] = future, request
             try:
                 self._post(kind, request)
             except BaseException:
@@ -153,11 +161,16 @@ class BridgeClient:
             self._thread.join(2)
 
     def _post(
-        self, kind: bytes, request: GenerationRequest | EmbeddingRequest | Inquiry, n: int = 1
+        self, kind: bytes, request: GenerationRequest | EmbeddingRequest | Inquiry[Any], n: int = 1
     ) -> None:
         try:  # encoded here: what cannot be sent fails its caller alone
             about = wire.About(request.request_id, request.caller, n)
-            self._outbox.put((kind, [wire.encode_request(request), wire.encode(about)]))
+            body = (
+                inquiries.encode_inquiry(request)
+                if isinstance(request, Inquiry)
+                else wire.encode_request(request)
+            )
+            self._outbox.put((kind, [body, wire.encode(about)]))
         except UnicodeEncodeError:
             raise InvalidRequestError(
                 "the text is not valid Unicode: it contains half of a surrogate pair."
@@ -257,12 +270,15 @@ class BridgeClient:
             self._stats = wire.unpack(body, kind)
         elif kind == wire.EMBEDDED:
             made = wire.decode(body, wire.Embedded)
-            self._deliver_answer(
-                made.id, made.embeddings(data) if made.failure is None else None, made.failure
-            )
+            self._deliver_answer(made.id, made.failure, lambda _: made.embeddings(data))
         elif kind == wire.ANSWER:
             answer = wire.decode(body, wire.Answer)
-            self._deliver_answer(answer.id, answer.found, answer.failure)
+            found = bytes(answer.found)
+            self._deliver_answer(
+                answer.id,
+                answer.failure,
+                lambda inquiry: inquiries.decode_answer(found, inquiry.question),
+            )
         elif kind == wire.WELCOME:
             welcome = wire.decode(body, wire.Welcome)
             self._greeting = False
@@ -288,18 +304,20 @@ class BridgeClient:
             )
             self._greet(sock)
 
-    def _deliver_answer(self, request_id: str, found: Any, failure: wire.Failure | None) -> None:
-        future = self._futures.pop(request_id, None)
+    def _deliver_answer(
+        self, request_id: str, failure: wire.Failure | None, read: Callable[[Any], Any]
+    ) -> None:
+        """Resolve a future; ``read`` makes the result, given its request."""
+        future, request = self._futures.pop(request_id, (None, None))
         if future is None or not future.set_running_or_notify_cancel():
             return
-        if found is not None:
-            future.set_result(found)
+        if failure is not None:
+            future.set_exception(failure.error())
         else:
-            future.set_exception(
-                failure.error()
-                if failure
-                else EngineGoneError("the engine ended this request without a result")
-            )
+            try:
+                future.set_result(read(request))
+            except Exception as error:  # the other end is another version
+                future.set_exception(EngineError(f"the answer could not be read: {error}"))
 
     def _deliver(self, events: wire.Events) -> None:
         touched: list[Channel] = []
@@ -332,7 +350,8 @@ class BridgeClient:
 
     def _fail_all(self, error: Exception) -> None:
         with self._lock:
-            channels, futures = list(self._channels.values()), list(self._futures.values())
+            channels = list(self._channels.values())
+            futures = [future for future, _ in self._futures.values()]
             self._channels.clear()
             self._futures.clear()
         for future in futures:

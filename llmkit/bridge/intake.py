@@ -15,10 +15,11 @@ from concurrent.futures import Future
 from typing import Protocol
 
 from llmkit.bridge import wire
+from llmkit.bridge.inquiries import decode_inquiry, encode_answer
 from llmkit.bridge.peers import Peer, Preparation
 from llmkit.bridge.waker import Waker
 from llmkit.errors import EngineError, InvalidRequestError, LLMKitError, QueueFullError
-from llmkit.protocol import Completion, EmbeddingRequest, Embeddings, FinishReason, Inquiry
+from llmkit.protocol import Completion, EmbeddingRequest, Embeddings, FinishReason
 from llmkit.protocol.client import EngineClient
 from llmkit.protocol.stream import Stream
 from llmkit.system.lanes import Lanes
@@ -126,8 +127,8 @@ class Intake:
     def inquire(self, peer: Peer, request_id: str, caller: str, payload: bytes) -> None:
         def work() -> None:
             try:
-                found = self._client.inquire(wire.decode(payload, Inquiry)).result()
-                self._answer(peer, wire.Answer(request_id, found))
+                found = self._client.inquire(decode_inquiry(payload)).result()
+                self._answer(peer, encode_answer(request_id, found))
             except BaseException as error:  # even a library's panic must reach the caller
                 self._answer(peer, wire.Answer(request_id, failure=_failure(error)))
 

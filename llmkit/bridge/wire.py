@@ -28,7 +28,6 @@ from llmkit.protocol import (
     EngineStats,
     FinishReason,
     GenerationRequest,
-    Inquiry,
     ModelDescription,
     RequestMetrics,
     SamplingParams,
@@ -64,8 +63,8 @@ WELCOME, DENIED, EVENTS, EMBEDDED, ANSWER, PONG, GOODBYE = (
     b"PONG",
     b"GOODBYE",
 )
-VERSION = 4  # of the protocol
-OLDEST = 4  # that is still understood
+VERSION = 5  # of the protocol
+OLDEST = 5  # that is still understood
 
 T = TypeVar("T")
 
@@ -222,7 +221,7 @@ class Answer(msgspec.Struct, omit_defaults=True):
     """The answer to an inquiry, or its failure."""
 
     id: str
-    found: dict[str, Any] | None = None
+    found: msgspec.Raw = msgspec.Raw(b"null")
     failure: Failure | None = None
 
 
@@ -252,7 +251,7 @@ def _plain(value: Any) -> Any:
 
 _json = msgspec.json.Encoder(enc_hook=_plain)
 _msgpack = msgspec.msgpack.Encoder(enc_hook=_plain)
-_decoders: dict[type, msgspec.json.Decoder[Any]] = {}
+_decoders: dict[Any, msgspec.json.Decoder[Any]] = {}
 _events, _stats = msgspec.msgpack.Decoder(Events), msgspec.msgpack.Decoder(EngineStats)
 _SAMPLING = {f.name for f in fields(SamplingParams)}
 
@@ -291,7 +290,7 @@ def choice_ids(request_id: str, n: int) -> list[str]:
     return [request_id] if n == 1 else [f"{request_id}-{i}" for i in range(n)]
 
 
-def encode_request(request: GenerationRequest | EmbeddingRequest | Inquiry) -> bytes:
+def encode_request(request: GenerationRequest | EmbeddingRequest) -> bytes:
     """A request as JSON.
 
     Default sampling parameters are left out, so that an older engine refuses only what it must.

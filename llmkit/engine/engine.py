@@ -10,7 +10,6 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any
 
 from llmkit.engine.admission import Admission, MakeWay
 from llmkit.engine.batch import Batch
@@ -24,7 +23,7 @@ from llmkit.engine.slots import PrefixCache
 from llmkit.engine.stats import StatsCounter
 from llmkit.engine.threads import ThreadGovernor
 from llmkit.errors import EngineError, InvalidRequestError, ModelUnloadedError, QueueFullError
-from llmkit.protocol import EngineStats, FinishReason
+from llmkit.protocol import EngineStats, FinishReason, RunningRequest, SlotContent, Step
 
 __all__ = ["Engine"]
 
@@ -133,13 +132,17 @@ class Engine:
             for request in requests:
                 self._inbox.put(request)
 
-    def look(self, kind: str) -> dict[str, Any]:
-        """The last ``steps``, the content of the ``slots``, or the running ``requests``;
-        JSON-ready."""
-        running = self._scheduler.running
-        if kind == "steps":
-            return {kind: self._journal.as_list()}
-        return {kind: slots_of(self._cache, running) if kind == "slots" else requests_of(running)}
+    def steps(self) -> tuple[Step, ...]:
+        """The last steps, oldest first."""
+        return self._journal.steps()
+
+    def slots(self) -> tuple[SlotContent, ...]:
+        """What each slot holds."""
+        return slots_of(self._cache, self._scheduler.running)
+
+    def requests(self) -> tuple[RunningRequest, ...]:
+        """The running requests."""
+        return requests_of(self._scheduler.running)
 
     def abort(self, request_id: str) -> None:
         """End a request early. A step is interrupted only if all its requests are aborted; tokens

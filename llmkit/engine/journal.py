@@ -5,11 +5,11 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Sequence
-from typing import Any
 
 from llmkit.engine.batch import Batch
 from llmkit.engine.request import Request
 from llmkit.engine.slots import PrefixCache, common_prefix
+from llmkit.protocol import RunningRequest, SlotContent, Step, StepChunk
 
 __all__ = ["Journal", "requests_of", "slots_of"]
 
@@ -48,41 +48,34 @@ class Journal:
         )
         self._steps.append((began, seconds, chunks))
 
-    def as_list(self) -> list[dict[str, Any]]:
-        """JSON-ready, oldest first; times in seconds, relative to now."""
+    def steps(self) -> tuple[Step, ...]:
+        """The recorded steps, oldest first."""
         steps, zero = list(self._steps), time.perf_counter()
-        names = ("slot", "request", "tokens", "draft", "is_prompt")
-        return [
-            {
-                "at": began - zero,
-                "seconds": seconds,
-                "chunks": [dict(zip(names, c, strict=True)) for c in chunks],
-            }
+        return tuple(
+            Step(began - zero, seconds, tuple(StepChunk(*chunk) for chunk in chunks))
             for began, seconds, chunks in steps
-        ]
+        )
 
 
-def requests_of(running: Sequence[Request]) -> list[dict[str, Any]]:
-    """The running requests, JSON-ready: prompt tokens (and how many of them were cached), output
-    tokens so far, and seconds since arrival."""
+def requests_of(running: Sequence[Request]) -> tuple[RunningRequest, ...]:
+    """The running requests."""
     now = time.perf_counter()
-    return [
-        {
-            "request": r.request_id,
-            "caller": r.caller,
-            "slot": r.slot,
-            "prompt_tokens": r.num_prompt_tokens,
-            "cached_tokens": r.num_cached_tokens,
-            "output_tokens": r.num_output_tokens,
-            "seconds": now - r.arrived_at,
-        }
+    return tuple(
+        RunningRequest(
+            request=r.request_id,
+            caller=r.caller,
+            slot=r.slot,
+            prompt_tokens=r.num_prompt_tokens,
+            cached_tokens=r.num_cached_tokens,
+            output_tokens=r.num_output_tokens,
+            seconds=now - r.arrived_at,
+        )
         for r in list(running)
-    ]
+    )
 
 
-def slots_of(cache: PrefixCache, running: Sequence[Request]) -> list[dict[str, Any]]:
-    """The content of each slot, JSON-ready: its tokens, the request that uses it, and how many
-    leading tokens it shares with an earlier slot."""
+def slots_of(cache: PrefixCache, running: Sequence[Request]) -> tuple[SlotContent, ...]:
+    """What each slot holds."""
     users = {r.slot: r.request_id for r in list(running)}
     contents = [(slot.index, slot.busy, slot.salt, list(slot.tokens)) for slot in cache.slots]
     rows = []
@@ -95,12 +88,5 @@ def slots_of(cache: PrefixCache, running: Sequence[Request]) -> list[dict[str, A
             ),
             default=0,
         )
-        rows.append(
-            {
-                "slot": index,
-                "tokens": len(tokens),
-                "request": users.get(index) if busy else None,
-                "shared": shared,
-            }
-        )
-    return rows
+        rows.append(SlotContent(index, len(tokens), shared, users.get(index) if busy else None))
+    return tuple(rows)

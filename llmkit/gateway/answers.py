@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 from llmkit.chat.parsers.events import Event
 from llmkit.chat.reading import AnswerReader
 from llmkit.gateway.exchange import Exchange
 from llmkit.gateway.openai.chat import ChatRequest
 from llmkit.gateway.streams import close_all, merge, submit_all
-from llmkit.protocol import Completion, Inquiry, check_size
+from llmkit.protocol import Completion, Inquiry, TokenizeChat, check_size
 from llmkit.protocol.client import EngineClient
 from llmkit.protocol.stream import Stream
 
@@ -114,13 +114,11 @@ async def count_tokens(
     """The number of prompt tokens of a request."""
     (generation,) = request.requests(request_id, engine.description)
     check_size(generation, engine.description.n_ctx)
-    data = {
-        "messages": [m.as_json() for m in generation.messages or ()],
-        "tools": [asdict(tool) for tool in generation.tools],
-        "template_options": generation.template_options,
-        "continue_final": generation.continue_final,
-    }
-    reply = await asyncio.wrap_future(
-        engine.inquire(Inquiry(request_id, "tokenize_chat", data, caller))
+    question = TokenizeChat(
+        generation.messages or (),
+        generation.tools,
+        generation.template_options,
+        continue_final=generation.continue_final,
     )
-    return len(reply["tokens"])
+    reply = await asyncio.wrap_future(engine.inquire(Inquiry(request_id, question, caller)))
+    return len(reply.tokens)

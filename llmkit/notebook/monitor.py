@@ -18,7 +18,7 @@ import psutil
 
 from llmkit.errors import EngineGoneError, LLMKitError
 from llmkit.notebook import charts
-from llmkit.protocol import EngineStats, Inquiry
+from llmkit.protocol import EngineStats, Inquiry, ListRequests, RunningRequest
 from llmkit.protocol.client import EngineClient
 
 __all__ = ["Monitor", "Sample", "watch"]
@@ -45,7 +45,7 @@ class Sample:
     rss_bytes: int
     total_ram_bytes: int
     vram: tuple[int, int] | None
-    requests: tuple[dict[str, Any], ...] = ()
+    requests: tuple[RunningRequest, ...] = ()
 
 
 class Monitor:
@@ -120,16 +120,13 @@ class Monitor:
             self._requests(stats),
         )
 
-    def _requests(self, stats: EngineStats) -> tuple[dict[str, Any], ...]:
+    def _requests(self, stats: EngineStats) -> tuple[RunningRequest, ...]:
         """The running requests; the engine is queried only if there are any."""
         if not stats.num_running:
             return ()
         try:
-            return tuple(
-                self._client.inquire(Inquiry(f"monitor-{id(self)}", "requests", {})).result(0.25)[
-                    "requests"
-                ]
-            )
+            inquiry = Inquiry(f"monitor-{id(self)}", ListRequests())
+            return self._client.inquire(inquiry).result(0.25)
         except (LLMKitError, TimeoutError):  # a busy cell, or an embedding model
             return ()
 
@@ -186,12 +183,12 @@ class Monitor:
         heads = ("slot", "from", "prompt", "cached", "made", "seconds")
         rows = [
             (
-                r["slot"],
-                r["caller"] or "this notebook",
-                r["prompt_tokens"],
-                r["cached_tokens"],
-                r["output_tokens"],
-                f"{r['seconds']:.1f}",
+                r.slot,
+                r.caller or "this notebook",
+                r.prompt_tokens,
+                r.cached_tokens,
+                r.output_tokens,
+                f"{r.seconds:.1f}",
             )
             for r in s.requests[:MAX_ROWS]
         ]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import io
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from llmkit.notebook import charts
+from llmkit.protocol import SlotContent, Step
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -23,11 +25,9 @@ class Timeline:
     bars above each other are streams that advance together.
     """
 
-    def __init__(
-        self, name: str, steps: list[dict[str, Any]], seconds: float | None = None
-    ) -> None:
+    def __init__(self, name: str, steps: Sequence[Step], seconds: float | None = None) -> None:
         if seconds is not None and steps:
-            steps = [s for s in steps if s["at"] >= -seconds]
+            steps = [s for s in steps if s.at >= -seconds]
         self.name, self._steps = name, steps
 
     @property
@@ -36,20 +36,20 @@ class Timeline:
         import pandas as pd
 
         columns = ["step", "at_s", "seconds", "slot", "request", "tokens", "draft", "is_prompt"]
-        zero = self._steps[0]["at"] if self._steps else 0.0
+        zero = self._steps[0].at if self._steps else 0.0
         rows = [
             (
                 i,
-                s["at"] - zero,
-                s["seconds"],
-                c["slot"],
-                c["request"],
-                c["tokens"],
-                c["draft"],
-                c["is_prompt"],
+                s.at - zero,
+                s.seconds,
+                c.slot,
+                c.request,
+                c.tokens,
+                c.draft,
+                c.is_prompt,
             )
             for i, s in enumerate(self._steps)
-            for c in s["chunks"]
+            for c in s.chunks
         ]
         return pd.DataFrame(rows, columns=columns)
 
@@ -66,21 +66,19 @@ class Timeline:
 
     @property
     def _num_slots(self) -> int:
-        return 1 + max((c["slot"] for s in self._steps for c in s["chunks"]), default=0)
+        return 1 + max((c.slot for s in self._steps for c in s.chunks), default=0)
 
     def _draw(self, axes: Axes) -> None:
-        zero = self._steps[0]["at"] if self._steps else 0.0
+        zero = self._steps[0].at if self._steps else 0.0
         for is_prompt, color, label in (
             (True, charts.ORANGE, "prompt"),
             (False, charts.BLUE, "decode"),
         ):
             bars: dict[int, list[tuple[float, float]]] = {}
             for step in self._steps:
-                for chunk in step["chunks"]:
-                    if chunk["is_prompt"] is is_prompt:
-                        bars.setdefault(chunk["slot"], []).append(
-                            (step["at"] - zero, step["seconds"])
-                        )
+                for chunk in step.chunks:
+                    if chunk.is_prompt is is_prompt:
+                        bars.setdefault(chunk.slot, []).append((step.at - zero, step.seconds))
             for i, (slot, spans) in enumerate(sorted(bars.items())):
                 axes.broken_barh(
                     spans,
@@ -107,7 +105,7 @@ class Timeline:
             return f"Timeline({self.name!r}: nothing computed yet)"
         prompts = int(frame.tokens[frame.is_prompt].sum())
         peak = int(frame.groupby("step").size().max())
-        seconds = self._steps[-1]["at"] + self._steps[-1]["seconds"] - self._steps[0]["at"]
+        seconds = self._steps[-1].at + self._steps[-1].seconds - self._steps[0].at
         return (
             f"Timeline({self.name!r}: {len(self._steps)} steps in {seconds:.2f} s, "
             f"{prompts} tokens of prompts, {peak} slots in a step at most)"
@@ -133,7 +131,7 @@ class KVMap:
     slots share.
     """
 
-    def __init__(self, name: str, slots: list[dict[str, Any]], n_ctx: int) -> None:
+    def __init__(self, name: str, slots: Sequence[SlotContent], n_ctx: int) -> None:
         self.name, self.slots, self._n_ctx = name, slots, n_ctx
 
     @property
@@ -145,27 +143,30 @@ class KVMap:
         """
         import pandas as pd
 
-        return pd.DataFrame(self.slots, columns=["slot", "request", "tokens", "shared"])
+        return pd.DataFrame(
+            [(s.slot, s.request, s.tokens, s.shared) for s in self.slots],
+            columns=["slot", "request", "tokens", "shared"],
+        )
 
-    def _state(self, slot: dict[str, Any]) -> str:
-        return "running" if slot["request"] else "cached" if slot["tokens"] else "empty"
+    def _state(self, slot: SlotContent) -> str:
+        return "running" if slot.request else "cached" if slot.tokens else "empty"
 
     def __repr__(self) -> str:
         lines = [f"KV of {self.name!r}, {self._n_ctx} tokens a slot"]
         for s in self.slots:
-            contents = f"{s['tokens']:6} tokens, {s['shared']} shared"
-            lines.append(f"  slot {s['slot']}: {self._state(s):7} {contents}")
+            contents = f"{s.tokens:6} tokens, {s.shared} shared"
+            lines.append(f"  slot {s.slot}: {self._state(s):7} {contents}")
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
         rows = []
         for s in self.slots:
-            color = charts.BLUE if s["request"] else charts.GREEN
-            shared, own = s["shared"] / self._n_ctx, (s["tokens"] - s["shared"]) / self._n_ctx
+            color = charts.BLUE if s.request else charts.GREEN
+            shared, own = s.shared / self._n_ctx, (s.tokens - s.shared) / self._n_ctx
             rows.append(
                 charts.bar(
-                    f"slot {s['slot']}: {self._state(s)}",
-                    f"{s['tokens']} tokens",
+                    f"slot {s.slot}: {self._state(s)}",
+                    f"{s.tokens} tokens",
                     [(shared, charts.PURPLE), (own, color)],
                 )
             )

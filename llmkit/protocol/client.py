@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import Future
-from typing import Any, Protocol
+from typing import Protocol, TypeVar
 
 from llmkit.protocol import (
     EmbeddingRequest,
@@ -18,6 +18,8 @@ from llmkit.protocol import (
 from llmkit.protocol.stream import Stream
 
 __all__ = ["EngineClient"]
+
+Answer = TypeVar("Answer")
 
 
 class EngineClient(Protocol):
@@ -57,8 +59,8 @@ class EngineClient(Protocol):
         """Embed texts. Raises as ``submit`` does, and for a model that generates text."""
         ...
 
-    def inquire(self, inquiry: Inquiry) -> Future[dict[str, Any]]:
-        """Query the vocabulary or the chat template.
+    def inquire(self, inquiry: Inquiry[Answer]) -> Future[Answer]:
+        """Ask about the vocabulary, the chat template or the engine.
 
         Raises as ``submit`` does; the future may hold an `InvalidRequestError`.
         """

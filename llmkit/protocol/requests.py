@@ -1,9 +1,9 @@
-"""Requests to a model: generation, embeddings, inquiries. Standard library only."""
+"""Requests to a model: generation and embeddings. Standard library only."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any
 
 from llmkit.errors import ContextLengthError
 from llmkit.protocol.messages import Message, Tool
@@ -14,8 +14,6 @@ __all__ = [
     "MAX_CHOICES",
     "EmbeddingRequest",
     "GenerationRequest",
-    "Inquiry",
-    "InquiryKind",
     "check_size",
 ]
 
@@ -135,25 +133,6 @@ class EmbeddingRequest:
             "input",
             "must hold texts or lists of token ids.",
         )
-
-
-InquiryKind = Literal[
-    "tokenize", "detokenize", "render", "tokenize_chat", "info", "steps", "slots", "requests"
-]
-
-
-@dataclass(frozen=True, slots=True)
-class Inquiry:
-    """A query about a model's vocabulary or chat template, or the engine's recent activity.
-
-    The latter are its last ``steps``, its ``slots`` and ``requests``. ``data`` is JSON-ready:
-    ``text``, ``tokens`` or ``messages``, and options.
-    """
-
-    request_id: str
-    kind: InquiryKind
-    data: dict[str, Any]
-    caller: str = ""
 
 
 def check_size(request: GenerationRequest, n_ctx: int) -> None:

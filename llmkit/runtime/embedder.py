@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import numpy as np
 
@@ -52,6 +52,7 @@ from llmkit.settings.options import EngineOptions
 __all__ = ["LocalEmbedder"]
 
 logger = logging.getLogger("llmkit.engine")
+Answer = TypeVar("Answer")
 
 MAX_BATCH_TOKENS = 2048
 READERS_S = 10.0  # for texts still being tokenized when the model is unloaded
@@ -178,10 +179,10 @@ class LocalEmbedder:
             self._inbox.put(job)
         return job.future
 
-    def inquire(self, inquiry: Inquiry) -> Future[dict[str, Any]]:
-        future: Future[dict[str, Any]] = Future()
+    def inquire(self, inquiry: Inquiry[Answer]) -> Future[Answer]:
+        future: Future[Answer] = Future()
         with self._reading():
-            future.set_result(answer(inquiry, self._model.vocab, None))
+            future.set_result(answer(inquiry.question, self._model.vocab, None))
         return future
 
     @contextlib.contextmanager

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from llmkit.chat.template import CHATML, ChatTemplate
 from llmkit.chat.tools import marks
@@ -38,6 +38,9 @@ from llmkit.protocol import (
     EngineStats,
     GenerationRequest,
     Inquiry,
+    ListRequests,
+    ListSlots,
+    ListSteps,
     ModelDescription,
     Origin,
 )
@@ -54,6 +57,8 @@ if TYPE_CHECKING:
     from llmkit.backend.model import LlamaModel
 
 __all__ = ["LocalEngine"]
+
+Answer = TypeVar("Answer")
 
 READERS_S = 10.0  # for inquiries still running when the model is unloaded
 
@@ -279,14 +284,21 @@ class LocalEngine:
             "model",
         )
 
-    def inquire(self, inquiry: Inquiry) -> Future[dict[str, Any]]:
-        future: Future[dict[str, Any]] = Future()
-        if inquiry.kind in ("steps", "slots", "requests"):
-            self._check_open()
-            future.set_result(self._engine.look(inquiry.kind))
-            return future
-        with self._reading():
-            future.set_result(answer(inquiry, self._vocab, self._template))
+    def inquire(self, inquiry: Inquiry[Answer]) -> Future[Answer]:
+        future: Future[Any] = Future()
+        match inquiry.question:
+            case ListSteps():
+                self._check_open()
+                future.set_result(self._engine.steps())
+            case ListSlots():
+                self._check_open()
+                future.set_result(self._engine.slots())
+            case ListRequests():
+                self._check_open()
+                future.set_result(self._engine.requests())
+            case question:
+                with self._reading():
+                    future.set_result(answer(question, self._vocab, self._template))
         return future
 
     @contextlib.contextmanager

@@ -8,10 +8,23 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from llmkit.errors import ContextLengthError, InvalidRequestError
-from llmkit.protocol import MAX_CHARS_PER_TOKEN, GenerationRequest, Inquiry, Message, Tool
+from llmkit.protocol import (
+    MAX_CHARS_PER_TOKEN,
+    DescribeVocabulary,
+    Detokenize,
+    GenerationRequest,
+    Message,
+    Question,
+    RenderChat,
+    Tokenize,
+    TokenizeChat,
+    Tokens,
+    Tool,
+    Vocabulary,
+)
 
 if TYPE_CHECKING:
     from llmkit.backend.vocab import Vocab
@@ -19,52 +32,64 @@ if TYPE_CHECKING:
 
 __all__ = ["answer", "request_tokens"]
 
+Answer = TypeVar("Answer")
+
 # Texts longer than the context may be tokenized, but not without limit.
 MAX_CHARS, MAX_BYTES = 1 << 20, 1 << 20
 MAX_TOKENS, MAX_PIECES = 1 << 18, 1 << 16
 
 
-def answer(inquiry: Inquiry, vocab: Vocab, template: ChatTemplate | None) -> dict[str, Any]:
-    """The answer to an `Inquiry`, JSON-ready. Raises `InvalidRequestError`."""
-    data = inquiry.data
-    match inquiry.kind:
-        case "tokenize":
-            return _tokenize(data["text"], data, vocab)
-        case "detokenize":
-            if len(data["tokens"]) > MAX_TOKENS:
+def answer(question: Question[Answer], vocab: Vocab, template: ChatTemplate | None) -> Answer:
+    """The answer to a question about the vocabulary or the template.
+
+    Raises `InvalidRequestError`, also for questions about an engine, which only that can answer.
+    """
+    found: Any = _answer(question, vocab, template)
+    return found  # type: ignore[no-any-return]
+
+
+def _answer(question: Question[Any], vocab: Vocab, template: ChatTemplate | None) -> Any:
+    match question:
+        case Tokenize():
+            return _tokenize(question, vocab)
+        case Detokenize():
+            if len(question.tokens) > MAX_TOKENS:
                 raise InvalidRequestError(
-                    f"tokens: at most {MAX_TOKENS} at a time, not {len(data['tokens'])}.", "tokens"
+                    f"tokens: at most {MAX_TOKENS} at a time, not {len(question.tokens)}.",
+                    "tokens",
                 )
-            return {
-                "text": b"".join(_piece(vocab, token) for token in data["tokens"]).decode(
-                    "utf-8", "replace"
-                )
-            }
-        case "render":
-            return {"text": _render(data, template)}
-        case "tokenize_chat":
-            return _described(
-                prompt_tokens(
-                    vocab, _known(template), *_conversation(data), _check_length, **_more(data)
-                ),
-                data,
+            pieces = b"".join(_piece(vocab, token) for token in question.tokens)
+            return pieces.decode("utf-8", "replace")
+        case RenderChat():
+            return _known(template).render(
+                question.messages,
+                tools=question.tools,
+                options=question.template_options,
+                add_generation_prompt=question.add_generation_prompt,
+                continue_final=question.continue_final,
+            )
+        case TokenizeChat():
+            tokens = prompt_tokens(
                 vocab,
+                _known(template),
+                question.messages,
+                question.tools,
+                question.template_options,
+                _check_length,
+                add_generation_prompt=question.add_generation_prompt,
+                continue_final=question.continue_final,
             )
-        case "steps" | "slots" | "requests":
-            raise InvalidRequestError(
-                "an embedding model has no steps, slots or running requests to show.",
-                "model",
+            return _described(tokens, question.with_pieces, vocab)
+        case DescribeVocabulary():
+            return Vocabulary(
+                bos_token=vocab.token_text(vocab.bos),
+                eos_token=vocab.token_text(vocab.eos),
+                adds_bos=vocab.adds_bos,
+                chat_template=None if template is None else template.source,
             )
-        case "info":
-            spelled = {
-                "bos_token": vocab.token_text(vocab.bos),
-                "eos_token": vocab.token_text(vocab.eos),
-            }
-            return {
-                **spelled,
-                "chat_template": template.source if template is not None else None,
-                "adds_bos": vocab.adds_bos,
-            }
+    raise InvalidRequestError(
+        "an embedding model has no steps, slots or running requests to show.", "model"
+    )
 
 
 def request_tokens(
@@ -201,17 +226,14 @@ def _fenced(value: Any, vocab: Vocab, fence: str) -> Any:
     return value
 
 
-def _tokenize(text: str, data: dict[str, Any], vocab: Vocab) -> dict[str, Any]:
-    _check_length(text)
-    return _described(
-        vocab.tokenize(
-            text,
-            add_special=data.get("add_special", True),
-            parse_special=data.get("parse_special", True),
-        ),
-        data,
-        vocab,
+def _tokenize(question: Tokenize, vocab: Vocab) -> Tokens:
+    _check_length(question.text)
+    tokens = vocab.tokenize(
+        question.text,
+        add_special=question.add_special,
+        parse_special=question.parse_special,
     )
+    return _described(tokens, question.with_pieces, vocab)
 
 
 def _check_length(text: str) -> None:
@@ -227,19 +249,15 @@ def _check_length(text: str) -> None:
         )
 
 
-def _described(tokens: list[int], data: dict[str, Any], vocab: Vocab) -> dict[str, Any]:
-    if data.get("with_pieces") and len(tokens) > MAX_PIECES:
+def _described(tokens: list[int], with_pieces: bool, vocab: Vocab) -> Tokens:
+    if with_pieces and len(tokens) > MAX_PIECES:
         raise InvalidRequestError(
             f"at most {MAX_PIECES} tokens are listed with pieces, and the text has {len(tokens)}; "
             "leave the pieces out.",
             "prompt",
         )
-    return {
-        "tokens": tokens,
-        "pieces": [_piece(vocab, t).decode("latin-1") for t in tokens]
-        if data.get("with_pieces")
-        else None,
-    }
+    pieces = tuple(_piece(vocab, token) for token in tokens) if with_pieces else None
+    return Tokens(tuple(tokens), pieces)
 
 
 def _piece(vocab: Vocab, token: int) -> bytes:
@@ -251,27 +269,7 @@ def _piece(vocab: Vocab, token: int) -> bytes:
     return vocab.token_text(token).encode() if token in vocab.control_tokens else vocab.piece(token)
 
 
-def _render(data: dict[str, Any], template: ChatTemplate | None) -> str:
-    messages, tools, options = _conversation(data)
-    return _known(template).render(messages, tools=tools, options=options, **_more(data))
-
-
-def _more(data: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "add_generation_prompt": data.get("add_generation_prompt", True),
-        "continue_final": bool(data.get("continue_final")),
-    }
-
-
 def _known(template: ChatTemplate | None) -> ChatTemplate:
     if template is None:
         raise InvalidRequestError("this model has no chat template.", "messages")
     return template
-
-
-def _conversation(data: dict[str, Any]) -> tuple[list[Message], list[Tool], dict[str, Any]]:
-    return (
-        [Message(**m) for m in data["messages"]],
-        [Tool(**tool) for tool in data.get("tools", ())],
-        data.get("template_options") or {},
-    )

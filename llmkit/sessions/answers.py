@@ -14,10 +14,11 @@ from llmkit.protocol import (
     Message,
     ModelDescription,
     SamplingParams,
+    TokenizeChat,
 )
 from llmkit.protocol.client import EngineClient
 from llmkit.protocol.stream import Stream
-from llmkit.sessions.running import Runs, inquire, is_constrained, make_request, new_id
+from llmkit.sessions.running import Runs, ask, is_constrained, make_request, new_id
 from llmkit.sessions.session import Messages, as_messages
 
 __all__ = ["Answers"]
@@ -79,8 +80,7 @@ class Answers:
 
     def num_tokens(self, messages: Sequence[Message]) -> int:
         """Tokens of a chat, as its template renders it."""
-        dicts = [m.as_dict() for m in messages]
-        return len(inquire(self._engine(), "tokenize_chat", messages=dicts)["tokens"])
+        return len(ask(self._engine(), TokenizeChat(tuple(messages))).tokens)
 
     def save_prefix(self, **prompt: Any) -> int:
         """Compute a ``prompt`` or ``messages`` and keep it on disk; its length in tokens."""

@@ -8,7 +8,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields
-from typing import Any
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 from llmkit.errors import InvalidRequestError
@@ -18,7 +18,7 @@ from llmkit.protocol import (
     GenerationRequest,
     Grammar,
     Inquiry,
-    InquiryKind,
+    Question,
     SamplingParams,
 )
 from llmkit.protocol.client import EngineClient
@@ -29,7 +29,7 @@ __all__ = [
     "SHAPES",
     "Interrupted",
     "Runs",
-    "inquire",
+    "ask",
     "is_constrained",
     "make_request",
     "new_id",
@@ -41,6 +41,7 @@ REQUEST_OPTIONS = ("priority", "caller", "cache_salt", "lora", "suffix", "parse_
 SHAPES = ("json_schema", "regex", "choice")
 ABORT_S = 0.3  # an abort takes effect after the current step
 _ids = itertools.count(1)
+Answer = TypeVar("Answer")
 
 
 class Interrupted(KeyboardInterrupt):
@@ -58,9 +59,9 @@ def new_id() -> str:
     return f"local-{os.getpid()}-{next(_ids)}"
 
 
-def inquire(engine: EngineClient, kind: InquiryKind, **data: Any) -> dict[str, Any]:
-    """The engine's answer to an `Inquiry`."""
-    return engine.inquire(Inquiry(new_id(), kind, data)).result()
+def ask(engine: EngineClient, question: Question[Answer]) -> Answer:
+    """The engine's answer to a question."""
+    return engine.inquire(Inquiry(new_id(), question)).result()
 
 
 def is_constrained(sampling: dict[str, Any]) -> bool:

@@ -6,8 +6,7 @@ The fields of a request tell the two apart. Tornado loop only; the engine answer
 from __future__ import annotations
 
 import asyncio
-from dataclasses import asdict
-from typing import Any
+from typing import Any, TypeVar
 
 from llmkit.errors import InvalidRequestError
 from llmkit.gateway.directory import EngineDirectory
@@ -15,9 +14,21 @@ from llmkit.gateway.exchange import Exchange
 from llmkit.gateway.openai.chat import ChatMessage, ToolBody
 from llmkit.gateway.openai.objects import new_id
 from llmkit.gateway.openai.schemas import Ignored
-from llmkit.protocol import Inquiry
+from llmkit.protocol import (
+    DescribeVocabulary,
+    Detokenize,
+    Inquiry,
+    Message,
+    Question,
+    RenderChat,
+    Tokenize,
+    TokenizeChat,
+    Tokens,
+)
 
 __all__ = ["DetokenizeBody", "TemplateBody", "TokenizeBody", "TokenizerRoutes"]
+
+Answer = TypeVar("Answer")
 
 
 class TokenizeBody(Ignored):
@@ -68,108 +79,88 @@ class TokenizerRoutes:
                 "prompt",
             )
         if body.content is not None:
-            options = {
-                "add_special": body.add_special,
-                "parse_special": body.parse_special,
-                "with_pieces": body.with_pieces,
-            }
-            reply = await self._inquire(
-                exchange, body.model, "tokenize", {"text": body.content, **options}
+            question: Question[Tokens] = Tokenize(
+                body.content, body.add_special, body.parse_special, body.with_pieces
             )
+            tokens = await self._ask(exchange, body.model, question)
+            pieces = zip(tokens.tokens, tokens.pieces or (), strict=True)
             exchange.send_json(
                 {
-                    "tokens": [
-                        _with_piece(*pair)
-                        for pair in zip(reply["tokens"], reply["pieces"], strict=True)
-                    ]
+                    "tokens": [_with_piece(*pair) for pair in pieces]
                     if body.with_pieces
-                    else reply["tokens"]
+                    else tokens.tokens
                 }
             )
             return
-        if body.messages is not None:
-            messages = {
-                "messages": _messages(body.messages),
-                "add_generation_prompt": body.add_generation_prompt,
-            }
-            reply = await self._inquire(
-                exchange,
-                body.model,
-                "tokenize_chat",
-                {**messages, "with_pieces": body.return_token_strs},
+        question = (
+            TokenizeChat(
+                _messages(body.messages),
+                add_generation_prompt=body.add_generation_prompt,
+                with_pieces=body.return_token_strs,
             )
-        else:
-            options = {
-                "add_special": body.add_special_tokens,
-                "parse_special": True,
-                "with_pieces": body.return_token_strs,
-            }
-            reply = await self._inquire(
-                exchange, body.model, "tokenize", {"text": body.prompt, **options}
+            if body.messages is not None
+            else Tokenize(
+                body.prompt or "",
+                body.add_special_tokens,
+                with_pieces=body.return_token_strs,
             )
-        pieces = reply["pieces"]
-        strings = (
-            None
-            if pieces is None
-            else [p.encode("latin-1").decode("utf-8", "replace") for p in pieces]
         )
+        tokens = await self._ask(exchange, body.model, question)
+        strings = tokens.pieces and [p.decode("utf-8", "replace") for p in tokens.pieces]
         n_ctx = self._directory.lookup(body.model).description.n_ctx
         exchange.send_json(
             {
-                "count": len(reply["tokens"]),
+                "count": len(tokens.tokens),
                 "max_model_len": n_ctx,
-                "tokens": reply["tokens"],
+                "tokens": tokens.tokens,
                 "token_strs": strings,
             }
         )
 
     async def detokenize(self, exchange: Exchange) -> None:
         body = await exchange.read(DetokenizeBody)
-        reply = await self._inquire(exchange, body.model, "detokenize", {"tokens": body.tokens})
-        exchange.send_json({"content": reply["text"], "prompt": reply["text"]})
+        text = await self._ask(exchange, body.model, Detokenize(tuple(body.tokens)))
+        exchange.send_json({"content": text, "prompt": text})
 
     async def apply_template(self, exchange: Exchange) -> None:
         body = await exchange.read(TemplateBody)
-        data = {
-            "messages": _messages(body.messages),
-            "add_generation_prompt": body.add_generation_prompt,
-            "tools": [asdict(tool.tool()) for tool in body.tools or ()],
-            "template_options": body.chat_template_kwargs or {},
-        }
-        reply = await self._inquire(exchange, body.model, "render", data)
-        exchange.send_json({"prompt": reply["text"]})
+        question = RenderChat(
+            _messages(body.messages),
+            tuple(tool.tool() for tool in body.tools or ()),
+            body.chat_template_kwargs or {},
+            body.add_generation_prompt,
+        )
+        exchange.send_json({"prompt": await self._ask(exchange, body.model, question)})
 
     async def tokenizer_info(self, exchange: Exchange) -> None:
-        info = await self._inquire(exchange, "default", "info", {})
-        adds_bos = info.pop("adds_bos")
+        vocabulary = await self._ask(exchange, "default", DescribeVocabulary())
         n_ctx = self._directory.lookup("default").description.n_ctx
         exchange.send_json(
             {
                 "tokenizer_class": "llama.cpp",
-                **info,
-                "pad_token": info["eos_token"],
-                "add_bos_token": adds_bos,
+                "bos_token": vocabulary.bos_token,
+                "eos_token": vocabulary.eos_token,
+                "chat_template": vocabulary.chat_template,
+                "pad_token": vocabulary.eos_token,
+                "add_bos_token": vocabulary.adds_bos,
                 "model_max_length": n_ctx,
             }
         )
 
-    async def _inquire(
-        self, exchange: Exchange, model: str, kind: Any, data: dict[str, Any]
-    ) -> dict[str, Any]:
+    async def _ask(self, exchange: Exchange, model: str, question: Question[Answer]) -> Answer:
         engine = self._directory.lookup(model)
         return await asyncio.wrap_future(
-            engine.inquire(Inquiry(new_id("ask"), kind, data, exchange.caller))
+            engine.inquire(Inquiry(new_id("ask"), question, exchange.caller))
         )
 
 
-def _messages(messages: list[ChatMessage]) -> list[dict[str, Any]]:
-    return [m.message().as_json() for m in messages]
+def _messages(messages: list[ChatMessage]) -> tuple[Message, ...]:
+    return tuple(m.message() for m in messages)
 
 
-def _with_piece(token: int, piece: str) -> dict[str, Any]:
+def _with_piece(token: int, piece: bytes) -> dict[str, Any]:
     """As llama-server does it: bytes that are not valid UTF-8 become numbers."""
-    data = piece.encode("latin-1")
     try:
-        return {"id": token, "piece": data.decode()}
+        return {"id": token, "piece": piece.decode()}
     except UnicodeDecodeError:
-        return {"id": token, "piece": list(data)}
+        return {"id": token, "piece": list(piece)}

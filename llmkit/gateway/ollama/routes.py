@@ -34,7 +34,13 @@ from llmkit.gateway.ollama.schemas import (
 from llmkit.gateway.openai.chat import ChatRequest
 from llmkit.gateway.openai.objects import new_id
 from llmkit.gateway.vectors import embed, json_vectors, vectors_of, with_list
-from llmkit.protocol import Completion, EmbeddingRequest, Inquiry
+from llmkit.protocol import (
+    Completion,
+    DescribeVocabulary,
+    EmbeddingRequest,
+    Inquiry,
+    Tokenize,
+)
 from llmkit.protocol.client import EngineClient
 
 __all__ = ["OLLAMA_VERSION", "OllamaRoutes"]
@@ -181,8 +187,8 @@ class OllamaRoutes:
         n_ctx = engine.description.n_ctx
         if len(text) <= n_ctx:  # a token has at least a character, but for the two at the ends
             return text
-        inquiry = Inquiry(new_id("cut"), "tokenize", {"text": text, "parse_special": False}, caller)
-        tokens = (await asyncio.wrap_future(engine.inquire(inquiry)))["tokens"]
+        inquiry = Inquiry(new_id("cut"), Tokenize(text, parse_special=False), caller)
+        tokens = (await asyncio.wrap_future(engine.inquire(inquiry))).tokens
         return text if len(tokens) <= n_ctx else (*tokens[: n_ctx - 1], tokens[-1])
 
     async def embeddings(self, exchange: Exchange) -> None:
@@ -219,7 +225,7 @@ class OllamaRoutes:
             raise InvalidRequestError("model is missing.", "model")
         engine = self._engine(name, None)
         info = await asyncio.wrap_future(
-            engine.inquire(Inquiry(new_id("show"), "info", {}, exchange.caller))
+            engine.inquire(Inquiry(new_id("show"), DescribeVocabulary(), exchange.caller))
         )
         model = engine.description
         embeds = bool(model.embedding_size)
@@ -239,7 +245,7 @@ class OllamaRoutes:
             {
                 "modelfile": f"FROM {name}",
                 "parameters": f"num_ctx {model.n_ctx}",
-                "template": info["chat_template"] or "",
+                "template": info.chat_template or "",
                 "details": model_details(model),
                 "model_info": facts,
                 "capabilities": capabilities,
