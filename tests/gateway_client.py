@@ -55,10 +55,15 @@ class Api:
 
 
 async def serve(
-    key: str | None, most: int = 1000, directory: EngineDirectory | None = None
+    key: str | None,
+    most: int = 1000,
+    directory: EngineDirectory | None = None,
+    **options: Any,
 ) -> AsyncIterator[Api]:
+    """``options`` are the `Gateway`'s."""
     directory = directory or EngineDirectory()
-    server = make_server(make_app(Gateway(directory), Keys(key, "127.0.0.1")), most)
+    gateway = Gateway(directory, **options)
+    server = make_server(make_app(gateway, Keys(key, "127.0.0.1")), most)
     sockets = bind_sockets(0, "127.0.0.1")
     server.add_sockets(sockets)
     yield Api(f"http://127.0.0.1:{sockets[0].getsockname()[1]}", key)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from functools import cached_property
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -22,10 +22,11 @@ from llmkit.gateway.directory import EngineDirectory
 from llmkit.gateway.exchange import ClientGoneError, Exchange
 from llmkit.gateway.failures import ApiError, api_error
 from llmkit.gateway.handler import GatewayHandler
-from llmkit.gateway.ops.openapi import describe, page
+from llmkit.gateway.ops.openapi import Route, describe, page
 from llmkit.gateway.ops.status import StatusRoutes
 from llmkit.gateway.pipeline import Stage, accepting, bounded
 from llmkit.gateway.reading import Reading
+from llmkit.gateway.record import recording
 from llmkit.gateway.routes import route_table
 from llmkit.gateway.server import MAX_CONNECTIONS, BoundedServer
 from llmkit.gateway.tolerance import Tolerance
@@ -43,8 +44,8 @@ class Gateway:
     """Answers an `Exchange` by the route table; every error becomes an error object.
 
     ``places`` gives notebooks by kernel id, for the page. ``strict`` refuses fields that are
-    otherwise accepted and ignored, see `Tolerance`. While ``draining``, running requests finish and
-    new ones are refused.
+    otherwise accepted and ignored, see `Tolerance`. ``stages`` and ``routes`` are added to its own.
+    While ``draining``, running requests finish and new ones are refused.
     """
 
     def __init__(
@@ -54,6 +55,8 @@ class Gateway:
         places: Callable[[], Awaitable[dict[str, str]]] | None = None,
         *,
         strict: bool = False,
+        stages: Sequence[Stage] = (),
+        routes: Sequence[Route] = (),
     ) -> None:
         self._directory = directory
         self.held = Held()
@@ -64,15 +67,17 @@ class Gateway:
         self._stages: list[Stage] = [
             accepting(lambda: self.draining),
             bounded(self.held),
+            *stages,
             status.watching,
         ]
-        self.routes = route_table(directory, _seldom(on_use), status, self)
+        self.routes = [*routes, *route_table(directory, _seldom(on_use), status, self)]
 
     async def dispatch(self, exchange: Exchange) -> None:
         """Run the request's route; it is answered whatever happens."""
         try:
             exchange.reading = Reading(self._lanes, self._tolerance)
-            await pipeline.run(self._stages, self._route(exchange), exchange)
+            with recording(exchange.record):
+                await pipeline.run(self._stages, self._route(exchange), exchange)
         except ClientGoneError:
             logger.info("client disconnected during %s", exchange.path)
             exchange.drop()

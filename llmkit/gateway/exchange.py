@@ -19,6 +19,7 @@ from tornado import gen, iostream, web
 from llmkit.gateway.access.held import Held
 from llmkit.gateway.access.identity import LOCAL, Identity
 from llmkit.gateway.failures import ApiError, dialect_of
+from llmkit.gateway.record import Record
 from llmkit.protocol import GenerationRequest
 
 if TYPE_CHECKING:
@@ -65,6 +66,7 @@ class Exchange:
             self.request_id = secrets.token_hex(16)
         self.streaming = False
         self.reading: Reading | None = None  # set by the gateway
+        self.record = Record()
         self.ignored: list[str] = []  # fields that are accepted but have no effect
         self._stream: iostream.IOStream | None = getattr(handler.request.connection, "stream", None)
         handler.set_header("x-request-id", self.request_id)
@@ -127,6 +129,7 @@ class Exchange:
     ) -> None:
         """Send a complete answer. A client that reads nothing for a minute is dropped."""
         self._handler.set_status(status)
+        self.record.status = status
         for name, text in (headers or {}).items():
             self._handler.set_header(name, text)
         self._say_ignored()
@@ -181,6 +184,7 @@ class Exchange:
 
     def send_error(self, error: ApiError) -> None:
         """Send an error object; in a stream as the last event, with no ``[DONE]`` after it."""
+        self.record.status, self.record.error = error.status, error.code or error.type
         dialect = dialect_of(self.path)
         body = error.body(dialect, self.request_id)
         if not self.streaming:
@@ -197,6 +201,7 @@ class Exchange:
 
     async def start_events(self, content_type: str = "text/event-stream") -> None:
         self.streaming = True
+        self.record.status = 200
         self._say_ignored()
         self._handler.set_header("Content-Type", content_type)
         self._handler.set_header("Cache-Control", "no-cache")

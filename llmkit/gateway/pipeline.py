@@ -2,32 +2,52 @@
 
 The order is identify, limit, trace, meter, run. The caller is already known: an adapter makes the
 `Exchange` with its `Identity`. To refuse, a stage raises `ApiError` before it yields; the route's
-exception is raised at the yield.
+exception is raised at the yield. What the route did is in `exchange.record`. A stage that waits (a
+database, say) is an asynchronous context manager.
 """
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractAsyncContextManager, AbstractContextManager
 
 from llmkit.gateway.access.held import Held
-from llmkit.gateway.exchange import Exchange
-from llmkit.gateway.failures import ApiError
+from llmkit.gateway.exchange import ClientGoneError, Exchange
+from llmkit.gateway.failures import ApiError, api_error
 
 __all__ = ["Stage", "accepting", "bounded", "run"]
 
-Stage = Callable[[Exchange], AbstractContextManager[None]]
+Stage = Callable[[Exchange], AbstractContextManager[None] | AbstractAsyncContextManager[None]]
 
 
 async def run(
     stages: Sequence[Stage], route: Callable[[Exchange], Awaitable[None]], exchange: Exchange
 ) -> None:
     """Run a route within the stages, the first outermost. Raises what they raise."""
-    with contextlib.ExitStack() as entered:
-        for stage in stages:
-            entered.enter_context(stage(exchange))
-        await route(exchange)
+    async with contextlib.AsyncExitStack() as entered:
+        try:
+            for stage in stages:
+                manager = stage(exchange)
+                if isinstance(manager, AbstractAsyncContextManager):
+                    await entered.enter_async_context(manager)
+                else:
+                    entered.enter_context(manager)
+            await route(exchange)
+        except BaseException as error:  # before the stages end, which read it
+            _note(exchange, error)
+            raise
+
+
+def _note(exchange: Exchange, error: BaseException) -> None:
+    """Record the status with which the request will be answered."""
+    record = exchange.record
+    if isinstance(error, ClientGoneError | asyncio.CancelledError):
+        record.status, record.error = 499, "client_gone"
+    elif isinstance(error, Exception):
+        answer = api_error(error)
+        record.status, record.error = answer.status, answer.code or answer.type
 
 
 def bounded(held: Held) -> Stage:

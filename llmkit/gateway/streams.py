@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from typing import ClassVar
 
 from llmkit.errors import EngineGoneError
+from llmkit.gateway import record
 from llmkit.protocol import Completion, Delta, FinishReason, GenerationRequest
 from llmkit.protocol.client import EngineClient
 from llmkit.protocol.stream import Stream
@@ -64,6 +65,8 @@ def submit_all(engine: EngineClient, requests: list[GenerationRequest]) -> list[
     except BaseException:
         close_all(streams)
         raise
+    if (kept := record.current()) is not None:
+        kept.begin(engine, requests)
     return streams
 
 
@@ -109,6 +112,7 @@ async def merge(streams: list[Stream]) -> AsyncIterator[StreamUpdate | None]:
     for stream in streams:
         stream.listen(lambda: bell.ring(arrived))
     waiting = dict(enumerate(streams))
+    kept = record.current()
     try:
         while waiting:
             await arrived.wait()
@@ -118,6 +122,8 @@ async def merge(streams: list[Stream]) -> AsyncIterator[StreamUpdate | None]:
                 yield None
             for update in _take(waiting):
                 last_update = loop.time()
+                if kept is not None and (update[2] is not None or kept.first_token_at is None):
+                    kept.progress(update[2])
                 yield update
     finally:
         timer.cancel()

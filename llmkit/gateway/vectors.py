@@ -9,6 +9,7 @@ import asyncio
 import json
 from typing import TYPE_CHECKING, Any
 
+from llmkit.gateway import record
 from llmkit.protocol import EmbeddingRequest, Embeddings
 from llmkit.protocol.client import EngineClient
 
@@ -22,8 +23,14 @@ MAX_INPUTS = 2048  # texts in one request
 
 async def embed(engine: EngineClient, request: EmbeddingRequest) -> Embeddings:
     """The vectors; when the client goes away, the request is aborted."""
+    kept = record.current()
+    if kept is not None:
+        kept.begin_embedding(engine)
     try:
-        return await asyncio.wrap_future(engine.embed(request))
+        embeddings = await asyncio.wrap_future(engine.embed(request))
+        if kept is not None:
+            kept.num_embedded_tokens += sum(embeddings.num_tokens)
+        return embeddings
     except asyncio.CancelledError:
         engine.abort(request.request_id)
         raise

@@ -229,11 +229,12 @@ class OllamaRoutes:
         )
         model = engine.description
         embeds = bool(model.embedding_size)
-        capabilities = (
-            ["embedding"]
-            if embeds
-            else ["completion", "tools", *(["thinking"] if model.reasoning else [])]
-        )
+        if model.ranks:  # for which Ollama has no word
+            capabilities = []
+        elif embeds:
+            capabilities = ["embedding"]
+        else:
+            capabilities = ["completion", "tools", *(["thinking"] if model.reasoning else [])]
         facts = {
             "general.architecture": model.architecture,
             "general.parameter_count": model.n_params,

@@ -1,0 +1,96 @@
+"""What an HTTP request asked of engines and what came of it, for the stages around its route.
+
+Limits, metrics, traces and logs read it; routes need not know. It follows the request's task, so
+`llmkit.gateway.streams` and `llmkit.gateway.vectors` fill it in wherever they are called from.
+Tornado loop only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Literal
+
+from llmkit.protocol import Completion, GenerationRequest, RequestMetrics, Usage
+from llmkit.protocol.client import EngineClient
+
+__all__ = ["Operation", "Record", "recording"]
+
+Operation = Literal["", "chat", "text_completion", "embeddings"]
+
+
+@dataclass(slots=True)
+class Record:
+    """One HTTP request; times are `time.monotonic()`, in seconds.
+
+    ``operation`` and ``model`` are empty until an engine is used. ``requests`` were submitted;
+    ``completions`` are the answers that have ended, with their `RequestMetrics`. ``status`` is the
+    HTTP status of the answer, ``error`` its code; 499 means that the client went away first.
+    """
+
+    operation: Operation = ""
+    model: str = ""
+    engine: EngineClient | None = None
+    requests: list[GenerationRequest] = field(default_factory=list)
+    completions: list[Completion] = field(default_factory=list)
+    num_embedded_tokens: int = 0
+    started_at: float = field(default_factory=time.monotonic)
+    first_token_at: float | None = None
+    status: int = 0
+    error: str = ""
+
+    @property
+    def usage(self) -> Usage:
+        """Tokens of all answers together; a prompt shared by several choices counts once each."""
+        usages = [c.usage for c in self.completions]
+        return Usage(
+            sum(u.prompt_tokens for u in usages) + self.num_embedded_tokens,
+            sum(u.completion_tokens for u in usages),
+            sum(u.cached_tokens for u in usages),
+            sum(u.reasoning_tokens for u in usages),
+        )
+
+    @property
+    def metrics(self) -> list[RequestMetrics]:
+        """Times of each answer, measured in the engine."""
+        return [c.metrics for c in self.completions]
+
+    def begin(self, engine: EngineClient, requests: list[GenerationRequest]) -> None:
+        """Requests were submitted to an engine."""
+        self.engine, self.model = engine, engine.description.name
+        is_chat = any(r.messages is not None for r in requests)
+        self.operation = "chat" if is_chat else "text_completion"
+        self.requests += requests
+
+    def begin_embedding(self, engine: EngineClient) -> None:
+        """Texts were submitted to an engine."""
+        self.engine, self.model = engine, engine.description.name
+        self.operation = "embeddings"
+
+    def progress(self, completion: Completion | None) -> None:
+        """New text arrived, or the end of an answer."""
+        if self.first_token_at is None:
+            self.first_token_at = time.monotonic()
+        if completion is not None:
+            self.completions.append(completion)
+
+
+_current: ContextVar[Record | None] = ContextVar("record", default=None)
+
+
+@contextlib.contextmanager
+def recording(record: Record) -> Iterator[None]:
+    """Within it, engines used by this task are recorded here."""
+    token = _current.set(record)
+    try:
+        yield
+    finally:
+        _current.reset(token)
+
+
+def current() -> Record | None:
+    """The record of this task's request; None outside one."""
+    return _current.get()
