@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -67,7 +68,10 @@ class EngineArm(Arm):
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=using(root)
         )
-        assert self.process.stdout is not None and self.process.stdout.readline() == "ready\n"
+        assert self.process.stdout is not None
+        if self.process.stdout.readline() != "ready\n":
+            self.process.kill()
+            raise RuntimeError(f"{label} did not start")
 
     def measure(self, job: Job) -> dict[str, Any]:
         assert self.process.stdin is not None and self.process.stdout is not None
@@ -94,18 +98,27 @@ class ServerArm(Arm):
     ) -> None:
         super().__init__(label)
         self.base_url, self.key, self.process = base_url, key, process
+        try:
+            self._wait()
+        except BaseException:
+            self.close()
+            raise
+
+    def _wait(self) -> None:
+        request = urllib.request.Request(
+            f"{self.base_url}/models", headers={"Authorization": f"Bearer {self.key}"}
+        )
         for _ in range(600):
             try:
-                request = urllib.request.Request(
-                    f"{base_url}/models", headers={"Authorization": f"Bearer {key}"}
-                )
                 with urllib.request.urlopen(request, timeout=5) as reply:
                     if json.load(reply)["data"]:
                         return
             except (OSError, ValueError):
                 pass
+            if self.process is not None and self.process.poll() is not None:
+                break
             time.sleep(0.1)
-        raise RuntimeError(f"{label} does not answer at {base_url}")
+        raise RuntimeError(f"{self.label} does not answer at {self.base_url}")
 
     def measure(self, job: Job) -> dict[str, Any]:
         command = [
@@ -178,18 +191,21 @@ class JupyterArm(ServerArm):
         from jupyter_client.blocking.client import BlockingKernelClient
 
         server, url, token, runtime = demo.start_server(folder)
-        kernel_id = demo.call(url, token, "/api/kernels", {"name": "python3"})["id"]
-        self.kernel = BlockingKernelClient(
-            connection_file=str(runtime / f"kernel-{kernel_id}.json")
-        )
-        self.kernel.load_connection_file()
-        self.kernel.start_channels()
-        self.kernel.wait_for_ready(timeout=60)
-        demo.evaluate(
-            self.kernel,
-            f"import llmkit; llm = llmkit.load({model!r}, n_ctx={n_ctx}, n_slots={n_slots}, "
-            f"threads={threads})",
-        )
+        with contextlib.ExitStack() as failed:
+            failed.callback(server.terminate)
+            kernel_id = demo.call(url, token, "/api/kernels", {"name": "python3"})["id"]
+            self.kernel = BlockingKernelClient(
+                connection_file=str(runtime / f"kernel-{kernel_id}.json")
+            )
+            self.kernel.load_connection_file()
+            self.kernel.start_channels()
+            self.kernel.wait_for_ready(timeout=60)
+            demo.evaluate(
+                self.kernel,
+                f"import llmkit; llm = llmkit.load({model!r}, n_ctx={n_ctx}, n_slots={n_slots}, "
+                f"threads={threads})",
+            )
+            failed.pop_all()
         super().__init__("llmkit in Jupyter", f"{url}/llmkit/v1", token, server)
 
     def close(self) -> None:

@@ -126,41 +126,32 @@ def run(workload: str, path: str, args: argparse.Namespace) -> int:
     if workload == "defaults":  # each started as its own guide recommends
         subprocess.run([sys.executable, "-m", "llmkit", "tune", path], check=True)
         theirs, ours, layouts = [], ["--tuned"], [[]]
-    if args.against:
-        with worktree(args.against) as before:
-            ours_now = [EngineArm(ENGINE, *place), gateway_arm(path, *ours)]
-            ours_then = [
-                EngineArm(f"before: {ENGINE}", *place, root=before),
-                gateway_arm(path, *ours, label=f"before: {GATEWAY}", root=before),
-            ]
-            return measure([*ours_then, *ours_now], workload, job, args)
-    with tempfile.TemporaryDirectory(prefix="llmkit-bench-") as folder:
-        arms: list[Arm] = (
-            []
-            if args.no_peer
-            else [
-                llama_arm(path, " ".join(layout) or "defaults", *theirs, *layout)
-                for layout in layouts
-            ]
-        )
-        if workload == "unique":  # the engine alone and in Jupyter: what the HTTP paths cost
-            arms += [EngineArm(ENGINE, *place)]
-            if args.unified:
-                arms += [EngineArm(f"{ENGINE}, unified", *place, kv_unified=True)]
-            arms += [JupyterArm(*place, Path(folder))]
-        return measure([*arms, gateway_arm(path, *ours)], workload, job, args)
+    arms: list[Arm] = []
+    with contextlib.ExitStack() as running:
 
+        def start(arm: Arm) -> None:
+            running.callback(arm.close)
+            arms.append(arm)
 
-def measure(arms: list[Arm], workload: str, job: Job, args: argparse.Namespace) -> int:
-    """Measure the arms at each client count, then close them; the number of failed requests."""
-    try:
+        if args.against:
+            before = running.enter_context(worktree(args.against))
+            start(EngineArm(f"before: {ENGINE}", *place, root=before))
+            start(gateway_arm(path, *ours, label=f"before: {GATEWAY}", root=before))
+            start(EngineArm(ENGINE, *place))
+        else:
+            for layout in [] if args.no_peer else layouts:
+                start(llama_arm(path, " ".join(layout) or "defaults", *theirs, *layout))
+            if workload == "unique":  # the engine alone and in Jupyter: what the HTTP paths cost
+                start(EngineArm(ENGINE, *place))
+                if args.unified:
+                    start(EngineArm(f"{ENGINE}, unified", *place, kv_unified=True))
+                folder = running.enter_context(tempfile.TemporaryDirectory(prefix="llmkit-bench-"))
+                start(JupyterArm(*place, Path(folder)))
+        start(gateway_arm(path, *ours))
         return sum(
             compare(arms, workload, clients, {"workload": workload, **job}, args)
             for clients in args.clients or CLIENTS[workload]
         )
-    finally:
-        for arm in arms:
-            arm.close()
 
 
 def compare(arms: list[Arm], name: str, clients: int, load: Job, args: argparse.Namespace) -> int:

@@ -318,7 +318,12 @@ def test_unloaded_says_so() -> None:
     from llmkit.settings.options import EngineOptions
 
     embedder = open_model("minilm", EngineOptions())
+    assert embedder.state.phase == "ready"
+    with pytest.raises(InvalidRequestError, match="without a break") as error:
+        embedder.embed(EmbeddingRequest("x", ("a" * 600_000,)))
+    assert error.value.param == "input"
     embedder.close()
     embedder.close()
     with pytest.raises(ModelUnloadedError):
         embedder.embed(EmbeddingRequest("x", ("a",)))
+    assert embedder.state.is_gone and "'minilm' was unloaded" in str(embedder.state.reason)

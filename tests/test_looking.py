@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import math
 import re
+import threading
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -19,8 +21,9 @@ from llmkit.bench.comparing import Comparison
 from llmkit.bench.quality import SAMPLE_TEXT
 from llmkit.errors import InvalidRequestError
 from llmkit.notebook import progress
-from llmkit.notebook.monitor import Monitor
+from llmkit.notebook.monitor import ELSEWHERE, Monitor, watch
 from llmkit.notebook.panel import ChatPanel, as_html
+from llmkit.protocol import Origin
 
 matplotlib.use("agg")
 pytestmark = pytest.mark.model
@@ -179,6 +182,36 @@ def test_a_panel_stops_edits_and_clears(panel: ChatPanel) -> None:
     ).value
 
 
+def test_a_panel_starts_over_without_waiting(fake: FakeClient) -> None:
+    gate, execute = threading.Event(), fake.runner.execute
+    gate.set()
+
+    def gated(batch: Any) -> Any:
+        gate.wait(10)
+        return execute(batch)
+
+    fake.runner.execute = gated  # type: ignore[method-assign]
+    llm = llmkit.LLM(fake)
+    expected = llm.session("Be brief.", temperature=0, max_tokens=20).say("two").text
+    panel = llm.chat_panel("Be brief.", temperature=0, max_tokens=200)
+    panel.send("one")
+    wait_for(lambda: panel._turn is not None and panel._turn.text)
+    gate.clear()  # a step that does not end
+    dropped, started = panel._thread, time.monotonic()
+    panel.clear()
+    assert time.monotonic() - started < 1 and not panel.busy
+    assert [m.role for m in panel.session.messages] == ["system"]
+    panel.session.sampling["max_tokens"] = 20
+    panel.send("two")
+    assert panel.busy
+    gate.set()
+    panel.wait(10)
+    assert dropped is not None
+    dropped.join(10)
+    assert not dropped.is_alive() and not panel.busy
+    assert [m.text for m in panel.session.messages] == ["Be brief.", "two", expected]
+
+
 def test_markdown_is_shown_and_html_is_not() -> None:
     shown = as_html(
         "**bold** <script>alert(1)</script> [x](javascript:alert(1))\n\n```python\na < b\n```"
@@ -257,3 +290,17 @@ def test_the_monitor_splits_the_memory_of_a_gpu(fake: FakeClient) -> None:
             "others 120 MiB",
         )
     )
+
+
+@pytest.mark.parametrize(
+    "origin", [Origin("url", url="https://elsewhere/llmkit"), Origin("host", 1, host="elsewhere")]
+)
+def test_the_monitor_leaves_out_the_memory_of_another_host(
+    monkeypatch: pytest.MonkeyPatch, fake: FakeClient, origin: Origin
+) -> None:
+    monkeypatch.setattr(FakeClient, "origin", origin)
+    monitor = watch(fake, 0.5)
+    monitor.stop()
+    assert monitor.sample().rss_bytes is None and monitor.sample().vram is None
+    for shown in (monitor.html(), repr(monitor)):
+        assert ELSEWHERE in shown and "RAM" not in shown and "CPU only" not in shown

@@ -12,7 +12,7 @@ from fakes import wait_for
 from llmkit.backend.library import Log
 from llmkit.backend.llama import LlamaRunner
 from llmkit.backend.model import LlamaModel
-from llmkit.backend.vocab import longest_run
+from llmkit.backend.vocab import longest_run, on_a_deep_stack
 from llmkit.engine.batch import Batch, Chunk, Fork, Open, Truncate
 from llmkit.errors import ContextLengthError, InvalidRequestError, ModelUnloadedError
 from llmkit.models.registry import resolve
@@ -287,8 +287,20 @@ def test_a_long_run_of_one_character_is_tokenized_on_a_deep_stack(model: LlamaMo
     )
     assert len(model.vocab.tokenize("a" * 20_000)) > 100
     assert model.vocab.tokenize(" " * 600_000), "a run of blanks is cut"
-    with pytest.raises(InvalidRequestError, match="without a break"):
-        model.vocab.tokenize("a" * 600_000)
+    with pytest.raises(InvalidRequestError, match="without a break") as error:
+        model.vocab.tokenize("a" * 600_000, param="input")
+    assert error.value.param == "input"
+
+
+def test_what_fails_on_a_deep_stack_names_its_field() -> None:
+    def refuse() -> None:
+        raise InvalidRequestError("no", "schema")
+
+    assert on_a_deep_stack(1 << 20, "tools", lambda: 5) == 5
+    for work, param in ((lambda: 1 // 0, "tools"), (refuse, "schema")):
+        with pytest.raises(InvalidRequestError) as error:
+            on_a_deep_stack(1 << 20, "tools", work)
+        assert error.value.param == param
 
 
 def test_stop_in_a_long_prefill_is_quick(model: LlamaModel) -> None:
@@ -325,6 +337,8 @@ def test_unload_gives_the_memory_back_under_live_references() -> None:
     assert sizes[-1] - sizes[1] < 20 << 20, sizes
     with pytest.raises(ModelUnloadedError):
         generate(kept[0][0], "a")
+    state = kept[0][0].state
+    assert state.is_gone and "'smollm2' was unloaded" in str(state.reason)
 
 
 def test_what_llama_cpp_put_on_a_gpu() -> None:

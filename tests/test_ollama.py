@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -148,3 +149,17 @@ async def test_what_ollama_lists(api: Api) -> None:
         and "completion" in show["capabilities"]
         and show["details"]["families"] is not None
     )
+
+
+@pytest.mark.parametrize(
+    ("kind", "capabilities"), [({"ranks": True}, []), ({"embedding_size": 2}, ["embedding"])]
+)
+async def test_what_does_not_complete_does_not_say_so(
+    fake: FakeClient, kind: dict[str, Any], capabilities: list[str]
+) -> None:
+    fake.description = replace(fake.description, **kind)
+    bridge = BridgeServer(fake)
+    async for api in serve(None):
+        _, show = await api.post("/api/show", {"model": "fake"})
+        assert show["capabilities"] == capabilities
+    bridge.close()

@@ -1,4 +1,4 @@
-"""The thread governor against a simulated machine, and the turns of two models."""
+"""The thread governor against a simulated machine, the turns of two models, and readers of one."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ import pytest
 from fakes import wait_for
 
 from llmkit.engine.threads import ThreadGovernor
+from llmkit.errors import ModelUnloadedError
+from llmkit.runtime.reading import Reading
 from llmkit.runtime.turns import Turns
 from llmkit.system.waiting import deferred, uninterrupted
 
@@ -184,3 +186,29 @@ def test_openmp_spins_shortly_unless_the_user_says_else(chosen: dict[str, str]) 
             if "OMP_WAIT_POLICY" not in chosen
             else count not in ("3000", "77")
         )
+
+
+def test_what_is_read_is_not_freed() -> None:
+    closed = threading.Event()
+
+    def check_open() -> None:
+        if closed.is_set():
+            raise ModelUnloadedError("unloaded")
+
+    reading, order = Reading(threading.Lock(), check_open), []
+
+    def close() -> None:
+        closed.set()
+        assert reading.ended()
+        order.append("freed")
+
+    with reading(), reading():
+        closing = threading.Thread(target=close)
+        closing.start()
+        wait_for(closed.is_set)
+        with pytest.raises(ModelUnloadedError), reading():
+            pytest.fail("nobody begins any more")
+        assert not reading.ended(0.05)
+        order.append("read")
+    closing.join()
+    assert order == ["read", "freed"] and reading.ended(0)

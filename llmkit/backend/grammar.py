@@ -92,7 +92,9 @@ class GrammarCompiler:
             try:
                 # llguidance recurses along chains of rules; without a deep stack a long chain kills
                 # the process.
-                work.set_result(on_a_deep_stack(STACK_BYTES, lambda: self._compile(grammar)))
+                work.set_result(
+                    on_a_deep_stack(STACK_BYTES, grammar.origin, lambda: self._compile(grammar))
+                )
             except BaseException as error:
                 # The stop button of one caller is no reason for another.
                 known = isinstance(error, Exception)

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from llmkit.backend.library import C, short
-from llmkit.errors import InvalidRequestError
+from llmkit.errors import InvalidRequestError, LLMKitError
 from llmkit.system.waiting import wait_through
 
 __all__ = ["Vocab"]
@@ -71,14 +71,20 @@ def longest_run(text: str) -> int:
     return max(longest, len(text) - start)
 
 
-def on_a_deep_stack(num_bytes: int, work: Callable[[], T]) -> T:
-    """Run ``work`` on a thread with that much stack; pages are allocated only as they are used."""
+def on_a_deep_stack(num_bytes: int, param: str, work: Callable[[], T]) -> T:
+    """Run ``work`` on a thread with that much stack; pages are allocated only as they are used.
+
+    Raises what ``work`` raises on purpose, and `InvalidRequestError` for ``param`` if it fails.
+    """
     result: list[T] = []
+    failures: list[Exception] = []
     ended = threading.Event()
 
     def run() -> None:
         try:
             result.append(work())
+        except Exception as error:
+            failures.append(error)
         finally:
             ended.set()
 
@@ -89,8 +95,11 @@ def on_a_deep_stack(num_bytes: int, work: Callable[[], T]) -> T:
         finally:
             threading.stack_size(before)
     wait_through(ended)  # the vocabulary must not be freed before this ends
+    if failures and isinstance(failures[0], LLMKitError):
+        raise failures[0]
     if not result:
-        raise InvalidRequestError("the text could not be processed.", "prompt")
+        reason = failures[0] if failures else None
+        raise InvalidRequestError(f"{param} could not be processed.", param) from reason
     return result[0]
 
 
@@ -145,7 +154,8 @@ class Vocab:
 
     def pair(self, query: str, document: str) -> list[int]:
         """Both texts in one sequence, as cross-encoders read them."""
-        first, second = self.tokenize(query), self.tokenize(document)
+        first = self.tokenize(query, param="query")
+        second = self.tokenize(document, param="input")
         # A word piece tokenizer has added the separator.
         if (
             C.llama_vocab_get_add_sep(self._vocab)
@@ -167,20 +177,26 @@ class Vocab:
                 "tokens for it).",
                 "suffix",
             )
-        first, second = (self.tokenize(text, add_special=False) for text in (prefix, suffix))
+        first = self.tokenize(prefix, add_special=False)
+        second = self.tokenize(suffix, add_special=False, param="suffix")
         return [*([self.bos] if self.adds_bos else []), before, *first, between, *second, after]
 
     def is_end(self, token: int) -> bool:
         return token in self.end_tokens
 
     def tokenize(
-        self, text: str, *, add_special: bool = True, parse_special: bool = False
+        self,
+        text: str,
+        *,
+        add_special: bool = True,
+        parse_special: bool = False,
+        param: str = "prompt",
     ) -> list[int]:
         """Token ids of a text. ``add_special`` adds what the model expects around a text (such as a
         beginning token); ``parse_special`` reads ``<|…|>`` in the text as control tokens: for
-        templates, not for user input."""
+        templates, not for user input. Raises `InvalidRequestError` for ``param``."""
         pieces = in_pieces(text) if self._has_byte_pairs else [text]
-        tokens = self._tokenize_piece(pieces[0], add_special, parse_special)
+        tokens = self._tokenize_piece(pieces[0], add_special, parse_special, param)
         if len(pieces) > 1:
             end = (
                 [tokens.pop()]
@@ -188,18 +204,22 @@ class Vocab:
                 else []
             )
             tokens += [
-                t for piece in pieces[1:] for t in self._tokenize_piece(piece, False, parse_special)
+                t
+                for piece in pieces[1:]
+                for t in self._tokenize_piece(piece, False, parse_special, param)
             ] + end
         return tokens
 
-    def _tokenize_piece(self, text: str, add_special: bool, parse_special: bool) -> list[int]:
+    def _tokenize_piece(
+        self, text: str, add_special: bool, parse_special: bool, param: str
+    ) -> list[int]:
         try:
             data = text.encode("utf-8")
         except UnicodeEncodeError as error:
             raise InvalidRequestError(
                 "the text is not valid Unicode: it contains a lone surrogate at character "
                 f"{error.start}.",
-                "prompt",
+                param,
             ) from None
         size = len(data) + 16
         line = longest_run(text)
@@ -207,17 +227,18 @@ class Vocab:
             raise InvalidRequestError(
                 f"the text contains {line} characters without a break; at most {MAX_LINE} can be "
                 "tokenized.",
-                "prompt",
+                param,
             )
         if line > SAFE_LINE:
             return on_a_deep_stack(
                 STACK_PER_CHARACTER * line,
-                lambda: self._tokenize(data, size, add_special, parse_special),
+                param,
+                lambda: self._tokenize(data, size, add_special, parse_special, param),
             )
-        return self._tokenize(data, size, add_special, parse_special)
+        return self._tokenize(data, size, add_special, parse_special, param)
 
     def _tokenize(
-        self, data: bytes, size: int, add_special: bool, parse_special: bool
+        self, data: bytes, size: int, add_special: bool, parse_special: bool, param: str
     ) -> list[int]:
         while True:
             tokens = (C.llama_token * size)()
@@ -227,7 +248,7 @@ class Vocab:
             if n >= 0:
                 return tokens[:n]
             if n == -(2**31):
-                raise InvalidRequestError("the text is too long to tokenize.", "prompt")
+                raise InvalidRequestError("the text is too long to tokenize.", param)
             size = -n
 
     def piece(self, token: int) -> bytes:

@@ -5,6 +5,7 @@ Takes about half a minute for a small model.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
@@ -14,13 +15,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmkit.bench.quality import SAMPLE_TEXT
-from llmkit.errors import InvalidRequestError, LLMKitError
+from llmkit.errors import EngineError, InvalidRequestError, LLMKitError
 from llmkit.models import gguf
 from llmkit.models.marks import file_mark, result_file
 from llmkit.models.registry import ModelSpec, cache_folder, resolve
 
 if TYPE_CHECKING:
     import pandas as pd
+
+    from llmkit.backend.llama import LlamaRunner
+    from llmkit.backend.model import LlamaModel
 
 __all__ = ["Tuning", "quantize", "tune", "tuned"]
 
@@ -66,16 +70,21 @@ class Tuning:
     ``df`` has every trial, ``options`` the options for `load`, ``file`` the prepared file if
     another quantization is much faster. ``agreement`` is the share of a text's tokens for which a
     prepared file has the same top token as the model; below 90 % it is shown, but not chosen.
+
+    Speeds are relative to the ``baseline``: the defaults, or the first trial where they do not run.
     """
 
     def __init__(self, model: str, trials: list[Trial]) -> None:
         self.model, self.trials = model, trials
+        self._faithful = [t for t in trials if t.agreement >= MIN_AGREEMENT] or trials[:1]
+        self.baseline = self._faithful[0]
 
     @property
     def best(self) -> Trial:
-        """The fastest trial; the defaults, unless another is at least 1.1 times as fast."""
-        faithful = [t for t in self.trials if t.agreement >= MIN_AGREEMENT]
-        return max(faithful, key=lambda t: t.load_tok_s * (1 if t is self.trials[0] else 1 / WORTH))
+        """The fastest trial; the baseline, unless another is at least 1.1 times as fast."""
+        return max(
+            self._faithful, key=lambda t: t.load_tok_s / (1 if t is self.baseline else WORTH)
+        )
 
     @property
     def options(self) -> dict[str, Any]:
@@ -89,20 +98,20 @@ class Tuning:
 
     @property
     def speedup(self) -> float:
-        """Throughput with eight clients, relative to the defaults."""
-        return self.best.load_tok_s / self.trials[0].load_tok_s
+        """Throughput with eight clients, relative to the baseline."""
+        return self.best.load_tok_s / self.baseline.load_tok_s
 
     @property
     def df(self) -> pd.DataFrame:
-        """One row per trial, rates in tokens per second; ``ratio`` to the defaults."""
+        """One row per trial, rates in tokens per second; ``ratio`` to the baseline."""
         import pandas as pd
 
-        first = self.trials[0].load_tok_s
+        base = self.baseline.load_tok_s
         columns = [
             {
                 "setting": t.label,
                 **{n: getattr(t, n) for n in RATES},
-                "ratio": t.load_tok_s / first,
+                "ratio": t.load_tok_s / base,
                 "agreement": t.agreement,
             }
             for t in self.trials
@@ -110,15 +119,19 @@ class Tuning:
         return pd.DataFrame(columns)
 
     def __repr__(self) -> str:
-        best = self.best
-        if best is self.trials[0]:
+        best, base = self.best, self.baseline
+        ran = base.label == DEFAULTS
+        if best is base and ran:
             verdict = "the defaults are best here"
         else:
-            verdict = (
-                f"best: {best.label}, {self.speedup:.2f}x the defaults with eight clients; "
-                f"llmkit.load({self.model!r}, tuned=True) uses it"
-            )
-            if best.file != self.trials[0].file:
+            verdict = f"best: {best.label}"
+            if best is not base:
+                name = "the defaults" if ran else base.label
+                verdict += f", {self.speedup:.2f}x {name} with eight clients"
+            verdict += f"; llmkit.load({self.model!r}, tuned=True) uses it"
+            if not ran:
+                verdict += "; the defaults do not run here"
+            if best.file != base.file:
                 verdict += f" (the prepared file agrees on {best.agreement:.0%} of the tokens)"
         return f"Tuning({self.model!r}: {verdict})\n{self.df.round(2).to_string(index=False)}"
 
@@ -129,6 +142,7 @@ class Tuning:
         return f"<p>{verdict}</p>{self.df.round(2).to_html(index=False)}"
 
 
+DEFAULTS = "defaults"
 RATES = ("prefill_tok_s", "decode_tok_s", "decode8_tok_s", "load_tok_s")
 
 
@@ -137,15 +151,15 @@ def tune(model: str | Path = "smollm2", *, prepare: bool = True) -> Tuning:
 
     ``prepare`` also tries the model in Q8_0 and Q4_0 if its own type is known to be slow on CPUs.
 
-    The result is saved for this machine and model. Raises what `load` raises for an invalid file.
-    ■ stops it; nothing is saved then.
+    The result is saved for this machine and model. Raises what `load` raises for an invalid file,
+    and `EngineError` when nothing runs here. ■ stops it; nothing is saved then.
     """
     from llmkit.backend.library import num_threads
 
     spec = resolve(model)
     info = gguf.read_header(spec.path)
     cores = num_threads()
-    candidates: list[tuple[str, dict[str, Any]]] = [("defaults", {})]
+    candidates: list[tuple[str, dict[str, Any]]] = [(DEFAULTS, {})]
     candidates += [
         (f"threads={n}", {"threads": n})
         for n in sorted({max(1, cores - 1), max(1, cores // 2)} - {cores}, reverse=True)
@@ -170,12 +184,11 @@ def tune(model: str | Path = "smollm2", *, prepare: bool = True) -> Tuning:
         for kind in FAST_TYPES:
             file = quantize(spec, kind)
             agreement = _agreement(spec.path, file, **best.options)
-            trials += [
-                replace(t, agreement=agreement)
-                for t in _measure(
-                    file, [(f"{best.label}, {kind}" if best.options else kind, best.options)]
-                )
-            ]
+            label = f"{best.label}, {kind}" if best.options else kind
+            with contextlib.suppress(EngineError):  # what does not run is not chosen
+                trials += [
+                    replace(t, agreement=agreement) for t in _measure(file, [(label, best.options)])
+                ]
     tuning = Tuning(str(model), trials)
     _save(spec, tuning)
     return tuning
@@ -238,32 +251,43 @@ def quantize(model: str | Path | ModelSpec, kind: str = "Q8_0") -> Path:
     return target
 
 
-def _measure(path: Path, candidates: list[tuple[str, dict[str, Any]]]) -> Iterator[Trial]:
+def _runner(
+    model: LlamaModel, n_slots: int, batch_tokens: int = 512, **options: Any
+) -> LlamaRunner:
     from llmkit.backend.llama import LlamaRunner
+
+    return LlamaRunner(model, n_ctx=512, n_slots=n_slots, max_batch_tokens=batch_tokens, **options)
+
+
+def _measure(path: Path, candidates: list[tuple[str, dict[str, Any]]]) -> Iterator[Trial]:
+    """The trials of the candidates that run here. Raises `EngineError` if none does."""
     from llmkit.backend.model import LlamaModel
 
     model = LlamaModel(path)
+    num_run = 0
+    failure: Exception | None = None
     try:
         for label, options in candidates:
             try:
-                settings = {k: v for k, v in options.items() if k != "batch_tokens"}
-                runner = LlamaRunner(
-                    model,
-                    n_ctx=512,
-                    n_slots=STREAMS,
-                    max_batch_tokens=options.get("batch_tokens", 512),
-                    **settings,
-                )
-            except LLMKitError:  # not supported by this model or device
+                runner = _runner(model, STREAMS, **options)
+            except LLMKitError as error:  # not supported by this model or device
+                failure = failure or error
                 continue
             try:
-                if label == "defaults":
+                if not num_run:
                     _time(runner)  # warm-up: the very first run is slow
-                yield replace(_time(runner), label=label, options=options, file=str(path))
+                trial = _time(runner)
+            except (LLMKitError, RuntimeError) as error:  # llama.cpp gave up
+                failure = failure or error
+                continue
             finally:
                 runner.close()
+            num_run += 1
+            yield replace(trial, label=label, options=options, file=str(path))
     finally:
         model.close()
+    if not num_run:
+        raise EngineError(f"{path.name} could not be measured here: {failure}") from failure
 
 
 def _time(runner: Any) -> Trial:
@@ -298,14 +322,13 @@ def _agreement(first: Path, second: Path, **options: Any) -> float:
 
     The second is loaded with ``options``.
     """
-    from llmkit.backend.llama import LlamaRunner
     from llmkit.backend.model import LlamaModel
 
     top_tokens = []
     for path, settings in ((first, {}), (second, options)):
         model = LlamaModel(path)
         try:
-            runner = LlamaRunner(model, n_ctx=512, n_slots=1, **settings)
+            runner = _runner(model, 1, **settings)
             try:
                 top_tokens.append(
                     runner.logits(model.vocab.tokenize(SAMPLE_TEXT)[:500]).argmax(axis=1)

@@ -42,7 +42,8 @@ class LoadResult:
     """One load run; rates in tokens per second, times in milliseconds.
 
     ``itl`` is the gap between text events of one stream. For the workload "long": the long prompt's
-    time to first token, and until then the streams' largest gap (``stall_ms``) and rate.
+    time to first token, and until then the streams' largest gap (``stall_ms``) and rate; it counts
+    among the requests and errors.
     """
 
     concurrency: int
@@ -204,13 +205,15 @@ def _summary(
     replies: list[Reply], concurrency: int, wall_s: float, long: Reply | None
 ) -> LoadResult:
     good = [r for r in replies if r.error is None]
+    every = [*replies, *([] if long is None else [long])]
+    failures = [r.error for r in every if r.error is not None]
     ttft = [1000 * (r.times[0] - r.start) for r in good]
     gaps = [1000 * (b - a) for r in good for a, b in zip(r.times, r.times[1:], strict=False)]
     tokens = sum(r.completion_tokens for r in good)
     return LoadResult(
         concurrency=concurrency,
-        requests=len(replies),
-        errors=len(replies) - len(good),
+        requests=len(every),
+        errors=len(failures),
         wall_s=wall_s,
         tok_s=tokens / wall_s,
         ttft_p50_ms=percentile(ttft, 0.5),
@@ -221,7 +224,7 @@ def _summary(
         completion_tokens=tokens,
         prompt_tokens=sum(r.prompt_tokens for r in good),
         cached_tokens=sum(r.cached_tokens for r in good),
-        error=next((r.error for r in [*replies, *([long] if long else [])] if r.error), None),
+        error=next(iter(failures), None),
         **(_beside(good, long) if long is not None and long.times else {}),
     )
 

@@ -25,6 +25,7 @@ __all__ = ["Monitor", "Sample", "watch"]
 
 HISTORY = 120
 MAX_ROWS = 8
+ELSEWHERE = "not measured: on another host"
 MEMORY_PARTS = (
     ("weights", "weights", charts.BLUE),
     ("kv", "KV", charts.PURPLE),
@@ -36,13 +37,14 @@ MEMORY_PARTS = (
 class Sample:
     """One sample of the engine and its process.
 
-    Rates in tokens per second since the last sample, running requests, memory in bytes (``vram`` is
-    used and total; None without a GPU).
+    Rates in tokens per second since the last sample, running requests, memory in bytes
+    (``rss_bytes`` is None for a model on another host; ``vram`` is used and total, None without a
+    GPU or for another process).
     """
 
     stats: EngineStats
     decode_tok_s: float
-    rss_bytes: int
+    rss_bytes: int | None
     total_ram_bytes: int
     vram: tuple[int, int] | None
     requests: tuple[RunningRequest, ...] = ()
@@ -61,13 +63,14 @@ class Monitor:
         *,
         interval: float = 0.5,
         device_memory: Callable[[], tuple[int, int] | None] = lambda: None,
-        pid: int | None = None,
     ) -> None:
         self._client = client
         self._interval = min(max(interval, 0.25), 60)
         self._device_memory = device_memory
+        origin = client.origin
+        is_here = origin.kind in ("kernel", "process") and origin.pid is not None
         try:
-            self._process = psutil.Process(pid)
+            self._process = psutil.Process(origin.pid) if is_here else None
         except psutil.Error:
             raise EngineGoneError(
                 f"the process of the model {client.description.name!r} has ended; load it again."
@@ -114,7 +117,7 @@ class Monitor:
         return Sample(
             stats,
             rate,
-            max(1, int(self._process.memory_info().rss)),
+            None if self._process is None else max(1, int(self._process.memory_info().rss)),
             self._total_ram,
             self._device_memory(),
             self._requests(stats),
@@ -164,10 +167,7 @@ class Monitor:
                 f"{stats.num_running} of {stats.num_slots} / {stats.num_waiting}",
                 [(stats.num_running / max(stats.num_slots, 1), charts.GREEN)],
             ),
-            self._memory_bar("RAM", s.rss_bytes, s.total_ram_bytes, self._in_ram(), "rest"),
-            charts.bar("VRAM", "none: CPU only", [])
-            if s.vram is None
-            else self._memory_bar("VRAM", *s.vram, d.device_bytes, "others"),
+            *self._memory(s),
             charts.bar(
                 "prompt cache",
                 f"{stats.cached_tokens_total} of {stats.prompt_tokens_total}",
@@ -195,6 +195,19 @@ class Monitor:
         more = f", {len(s.requests) - MAX_ROWS} more" if len(s.requests) > MAX_ROWS else ""
         return charts.table(f"running requests{more}", heads, rows, "none")
 
+    def _memory(self, s: Sample) -> list[str]:
+        """Bars of the memory in use, or why it is not known."""
+        d = self._client.description
+        if s.rss_bytes is None:
+            return [charts.bar("memory", ELSEWHERE, [])]
+        if s.vram is not None:
+            vram = self._memory_bar("VRAM", *s.vram, d.device_bytes, "others")
+        else:
+            why = "not measured" if d.device == "gpu" else "none: CPU only"
+            vram = charts.bar("VRAM", why, [])
+        ram = self._memory_bar("RAM", s.rss_bytes, s.total_ram_bytes, self._in_ram(), "rest")
+        return [ram, vram]
+
     def _in_ram(self) -> dict[str, int]:
         """Bytes per kind of memory that is not on a GPU."""
         d = self._client.description
@@ -217,17 +230,21 @@ class Monitor:
 
     def __repr__(self) -> str:
         s = self._last
-        vram = (
-            "CPU only"
-            if s.vram is None
-            else f"VRAM {charts.size_text(s.vram[0])} of {charts.size_text(s.vram[1])}"
+        if s.vram is not None:
+            vram = f"VRAM {charts.size_text(s.vram[0])} of {charts.size_text(s.vram[1])}"
+        else:
+            vram = "VRAM not measured" if self._client.description.device == "gpu" else "CPU only"
+        memory = (
+            f"memory {ELSEWHERE}"
+            if s.rss_bytes is None
+            else f"RAM {charts.size_text(s.rss_bytes)}, {vram}"
         )
         return (
             f"Monitor({self._client.description.name!r}, {'live' if self.running else 'stopped'}: "
             f"{s.decode_tok_s:.0f} tokens/s, "
             f"{s.stats.num_running} running, {s.stats.num_waiting} waiting, "
             f"KV {s.stats.kv_used_tokens} of {s.stats.kv_capacity_tokens} tokens, "
-            f"RAM {charts.size_text(s.rss_bytes)}, {vram})"
+            f"{memory})"
         )
 
     def _repr_mimebundle_(self, **_: Any) -> dict[str, Any]:
@@ -244,10 +261,9 @@ class Monitor:
 
 def watch(client: EngineClient, interval: float) -> Monitor:
     """A monitor of an engine, which may run in another process."""
-    pid = client.origin.pid
-    if pid != os.getpid():
+    if client.origin.pid != os.getpid():
         # The model uses no memory here; querying llama.cpp for devices would allocate on each.
-        return Monitor(client, interval=interval, pid=pid)
+        return Monitor(client, interval=interval)
     from llmkit.runtime.assembly import device_memory
 
-    return Monitor(client, interval=interval, pid=pid, device_memory=device_memory)
+    return Monitor(client, interval=interval, device_memory=device_memory)

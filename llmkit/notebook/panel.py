@@ -49,7 +49,8 @@ class ChatPanel:
                 return
             self._said, self._error = text, ""
             try:
-                self._turn = turn = self.session.stream(text)
+                branch = self.session.fork()  # joins the conversation at its end, unless cleared
+                self._turn = turn = branch.stream(text)
             except Exception as error:
                 self._fail(error)
                 # Put the message back, unless the next one is being typed: then "Edit last" does.
@@ -58,7 +59,7 @@ class ChatPanel:
                     box.value = self._said
             else:
                 self._thread = threading.Thread(
-                    target=self._read, args=(turn,), name="llmkit-chat-panel", daemon=True
+                    target=self._read, args=(turn, branch), name="llmkit-chat-panel", daemon=True
                 )
                 self._thread.start()
             self._show()
@@ -86,12 +87,10 @@ class ChatPanel:
             return message
 
     def clear(self) -> None:
-        """Start over; system messages stay."""
-        self.stop()
-        self.wait(5)
+        """Start over, at once; system messages stay, and a streaming answer is dropped."""
         with self._lock:
-            if self._turn is not None:
-                return  # the answer does not end: keep everything rather than half
+            self.stop()
+            self._turn = None
             self.session.messages[:] = [m for m in self.session.messages if m.role == "system"]
             self._error = ""
             self._show()
@@ -101,19 +100,23 @@ class ChatPanel:
         if self._thread is not None:
             self._thread.join(timeout)
 
-    def _read(self, turn: Turn) -> None:
-        shown = 0.0
+    def _read(self, turn: Turn, branch: Session) -> None:
+        shown, before = 0.0, len(branch)
         failure: Exception | None = None
         try:
             for _ in turn:
                 if time.monotonic() - shown >= INTERVAL_S:
                     shown = time.monotonic()
                     with self._lock:
-                        self._show(turn.text)
+                        if self._turn is turn:
+                            self._show(turn.text)
         except Exception as error:
             failure = error
         with self._lock:
+            if self._turn is not turn:
+                return  # cleared
             self._turn = None
+            self.session.messages.extend(branch.messages[before:])
             if failure is not None:
                 self._fail(failure)
             self._show()

@@ -18,6 +18,7 @@ import urllib.error
 import urllib.request
 from dataclasses import dataclass, field
 from html import escape
+from http.client import HTTPException
 from typing import IO
 from urllib.parse import urlsplit
 
@@ -124,7 +125,10 @@ def find_or_start(model: ModelDescription, origin: Origin, port: int) -> Endpoin
         endpoint = _in_jupyter(model)
         if endpoint is not None:
             return endpoint
-    assert origin.pid is not None
+    if origin.pid is None:
+        raise EngineError(
+            f"{model.name!r} is already behind an endpoint, {origin.label}; use that address."
+        )
     return _start(model, port, origin.pid)
 
 
@@ -153,7 +157,7 @@ def _in_jupyter(model: ModelDescription) -> Endpoint | None:
         if error.code == 404:
             print(NO_EXTENSION, file=sys.stderr)
         return None  # refused, so the token would not work for others either
-    except (OSError, ValueError):
+    except (OSError, ValueError, HTTPException):
         return None
     how = (
         "the token of this Jupyter server "

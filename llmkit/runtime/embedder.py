@@ -5,7 +5,6 @@ One thread computes; the texts of all callers are batched by tokens.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import queue
@@ -33,7 +32,6 @@ from llmkit.errors import (
 from llmkit.models import gguf
 from llmkit.models.registry import ModelSpec
 from llmkit.protocol import (
-    READY,
     EmbeddingRequest,
     Embeddings,
     EngineState,
@@ -46,6 +44,7 @@ from llmkit.protocol import (
 from llmkit.protocol.stream import Stream
 from llmkit.runtime.jobs import Job, JobQueue
 from llmkit.runtime.prompts import answer
+from llmkit.runtime.reading import Reading
 from llmkit.runtime.turns import Turns
 from llmkit.settings.options import EngineOptions
 
@@ -55,7 +54,6 @@ logger = logging.getLogger("llmkit.engine")
 Answer = TypeVar("Answer")
 
 MAX_BATCH_TOKENS = 2048
-READERS_S = 10.0  # for texts still being tokenized when the model is unloaded
 PLACES = re.compile(r"(\{query\}|\{document\})")
 
 
@@ -111,7 +109,7 @@ class LocalEmbedder:
         self._closed = False
         self._failure: str | None = None
         self._lock = threading.Lock()
-        self._num_readers = 0
+        self._reading = Reading(self._lock, self._check_open)
         self._requests = self._prompt_tokens = 0
         self._thread = threading.Thread(target=self._run, name="llmkit-embedder", daemon=True)
         self._thread.start()
@@ -122,7 +120,7 @@ class LocalEmbedder:
 
     @property
     def state(self) -> EngineState:
-        return READY if self._closed else EngineState.gone_for(self._failure)
+        return EngineState.gone_for(self._unloaded() if self._closed else self._failure)
 
     @property
     def origin(self) -> Origin:
@@ -185,26 +183,15 @@ class LocalEmbedder:
             future.set_result(answer(inquiry.question, self._model.vocab, None))
         return future
 
-    @contextlib.contextmanager
-    def _reading(self) -> Iterator[None]:
-        """Keeps the vocabulary from being freed, without blocking other readers."""
-        with self._lock:
-            self._check_open()
-            self._num_readers += 1
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._num_readers -= 1
-
     def _check_open(self) -> None:
         if self._failure is not None:
             raise EngineGoneError(self._failure)
         if self._closed or self._pid != os.getpid():
-            raise ModelUnloadedError(
-                f"the model {self.description.name!r} was unloaded; "
-                "load it again with llmkit.load()."
-            )
+            raise ModelUnloadedError(self._unloaded())
+
+    def _unloaded(self) -> str:
+        name = self.description.name
+        return f"the model {name!r} was unloaded; load it again with llmkit.load()."
 
     def _tokens(self, text: str | tuple[int, ...], query: str | None) -> list[int]:
         n_ctx, n_vocab, vocab = self.description.n_ctx, self.description.n_vocab, self._model.vocab
@@ -219,6 +206,7 @@ class LocalEmbedder:
                             given.get(part, part),
                             add_special=False,
                             parse_special=part not in given,
+                            param="query" if part == "{query}" else "input",
                         )
                         if part
                         else []
@@ -226,7 +214,7 @@ class LocalEmbedder:
             else:
                 tokens = vocab.pair(query, text)
         else:
-            tokens = vocab.tokenize(text) if isinstance(text, str) else list(text)
+            tokens = vocab.tokenize(text, param="input") if isinstance(text, str) else list(text)
         if not tokens:
             raise InvalidRequestError("texts to embed must not be empty.", "input")
         if len(tokens) > n_ctx:
@@ -357,9 +345,6 @@ class LocalEmbedder:
             self._closed = True
             self._inbox.put(None)
         self._thread.join()
-        end = time.monotonic() + READERS_S
-        while self._num_readers and time.monotonic() < end:
-            time.sleep(0.005)
-        if not self._num_readers:
+        if self._reading.ended():
             self._embedder.close()
             self._model.close()

@@ -5,12 +5,11 @@ With `opening` and `assembly` the only place that knows backend, chat, models an
 
 from __future__ import annotations
 
-import contextlib
 import os
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
@@ -31,7 +30,6 @@ from llmkit.errors import (
 from llmkit.models import gguf, memory
 from llmkit.models.registry import ModelSpec, resolve
 from llmkit.protocol import (
-    READY,
     EmbeddingRequest,
     Embeddings,
     EngineState,
@@ -47,6 +45,7 @@ from llmkit.protocol import (
 from llmkit.protocol.stream import Channel, Stream
 from llmkit.runtime.assembly import estimate, load_draft, load_target
 from llmkit.runtime.prompts import answer, request_tokens
+from llmkit.runtime.reading import Reading
 from llmkit.runtime.running import running
 from llmkit.runtime.switching import switching
 from llmkit.runtime.threads import best_threads
@@ -59,8 +58,6 @@ if TYPE_CHECKING:
 __all__ = ["LocalEngine"]
 
 Answer = TypeVar("Answer")
-
-READERS_S = 10.0  # for inquiries still running when the model is unloaded
 
 
 class LocalEngine:
@@ -81,8 +78,8 @@ class LocalEngine:
         **changes: Any,
     ) -> None:
         self._closed = False
-        self._num_readers = 0
         self._close_lock = threading.Lock()
+        self._reading = Reading(self._close_lock, self._check_open)
         self._pid = os.getpid()
         options = EngineOptions(**changes) if options is None else replace(options, **changes)
         spec = resolve(model)
@@ -183,8 +180,7 @@ class LocalEngine:
 
     def tokenize(self, text: str) -> list[int]:
         """Token ids of a text, with the model's leading tokens."""
-        with self._close_lock:  # the vocabulary must not be freed under us
-            self._check_open()
+        with self._reading():
             return self._vocab.tokenize(text)
 
     def render(self, request: GenerationRequest) -> list[int]:
@@ -197,7 +193,7 @@ class LocalEngine:
 
     @property
     def state(self) -> EngineState:
-        return READY if self._closed else EngineState.gone_for(self._engine.failure)
+        return EngineState.gone_for(self._unloaded() if self._closed else self._engine.failure)
 
     @property
     def origin(self) -> Origin:
@@ -301,18 +297,6 @@ class LocalEngine:
                     future.set_result(answer(question, self._vocab, self._template))
         return future
 
-    @contextlib.contextmanager
-    def _reading(self) -> Iterator[None]:
-        """Keeps the vocabulary from being freed, without blocking other readers."""
-        with self._close_lock:
-            self._check_open()
-            self._num_readers += 1
-        try:
-            yield
-        finally:
-            with self._close_lock:
-                self._num_readers -= 1
-
     def abort(self, request_id: str) -> None:
         if not self._closed:
             self._engine.abort(request_id)
@@ -334,10 +318,11 @@ class LocalEngine:
         if not self._closed and self._engine.failure is not None:
             raise EngineGoneError(self._engine.failure)
         if self._closed or self._engine.closed:
-            raise ModelUnloadedError(
-                f"the model {self._description.name!r} was unloaded; "
-                "load it again with llmkit.load()."
-            )
+            raise ModelUnloadedError(self._unloaded())
+
+    def _unloaded(self) -> str:
+        name = self._description.name
+        return f"the model {name!r} was unloaded; load it again with llmkit.load()."
 
     def close(self) -> None:
         if self._pid != os.getpid():
@@ -348,16 +333,13 @@ class LocalEngine:
             self._closed = True
             running.discard(self)
             switching.relax()
-        end = time.monotonic() + READERS_S
-        while self._num_readers and time.monotonic() < end:
-            time.sleep(0.005)
-        with self._close_lock:
-            if self._engine.close() and not self._num_readers:
-                self._grammars.close()
-                self._free()
-            else:
-                warnings.warn(
-                    "the engine did not stop in time, so its memory was not freed",
-                    ResourceWarning,
-                    stacklevel=2,
-                )
+        self._reading.ended()
+        if self._engine.close() and self._reading.ended(0):
+            self._grammars.close()
+            self._free()
+        else:
+            warnings.warn(
+                "the engine did not stop in time, so its memory was not freed",
+                ResourceWarning,
+                stacklevel=2,
+            )

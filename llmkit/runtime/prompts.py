@@ -186,9 +186,12 @@ def prompt_tokens(
             "leave it out.",
             "messages",
         )
-    tokens = vocab.tokenize(first, parse_special=True)
+    tokens = vocab.tokenize(first, parse_special=True, param="messages")
     for i, part in enumerate(rest):
-        tokens += vocab.tokenize(part, add_special=False, parse_special=i % 2 == 1) if part else []
+        if part:
+            tokens += vocab.tokenize(
+                part, add_special=False, parse_special=i % 2 == 1, param="messages"
+            )
     return tokens
 
 
