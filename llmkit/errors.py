@@ -6,11 +6,14 @@
     ├── ModelNotFoundError (LookupError)   no file, alias or running engine of that name
     ├── ModelLoadError                     the file exists but cannot be loaded
     │   ├── InvalidModelFileError          not GGUF, truncated, or an impossible header
-    │   └── InsufficientMemoryError        the model would not fit; says what would
+    │   ├── InsufficientMemoryError        the model would not fit; says what would
+    │   └── DownloadError                  the Hub has the file, but it did not arrive here
     ├── ModelUnloadedError                 the handle outlived its model
     ├── EngineError                        the engine failed while working on this request
     │   └── EngineGoneError                the process that held the model is gone or unreachable
-    └── QueueFullError                     too many requests are waiting
+    ├── QueueFullError                     too many requests are waiting
+    ├── ModelBusyError                     the model is in use, or there is no room for it now
+    └── StoreError                         the database cannot be opened, read or written
 
 A message says what happened and what to do next.
 """
@@ -19,16 +22,19 @@ from __future__ import annotations
 
 __all__ = [
     "ContextLengthError",
+    "DownloadError",
     "EngineError",
     "EngineGoneError",
     "InsufficientMemoryError",
     "InvalidModelFileError",
     "InvalidRequestError",
     "LLMKitError",
+    "ModelBusyError",
     "ModelLoadError",
     "ModelNotFoundError",
     "ModelUnloadedError",
     "QueueFullError",
+    "StoreError",
 ]
 
 
@@ -74,6 +80,13 @@ class InsufficientMemoryError(ModelLoadError):
     """By the estimate the model does not fit; ``force=True`` loads it anyway."""
 
 
+class DownloadError(ModelLoadError):
+    """A file of the Hub did not arrive whole: network, disk or checksum, or it was cancelled.
+
+    What did arrive is kept, and the next try goes on from there.
+    """
+
+
 class ModelUnloadedError(LLMKitError):
     """The model behind this handle was unloaded."""
 
@@ -88,3 +101,11 @@ class EngineGoneError(EngineError):
 
 class QueueFullError(LLMKitError):
     """The engine's queue is full; try again later."""
+
+
+class ModelBusyError(LLMKitError):
+    """The model is in use, or others in use leave no room for it; try again later."""
+
+
+class StoreError(LLMKitError):
+    """The database cannot be opened, read or written; what it holds is as it was."""

@@ -33,18 +33,12 @@ def serve(
     **given: Any,
 ) -> int:
     """Serve a model, or all running engines, at http://HOST:PORT/v1."""
+    from llmkit.cli.offering import offered
     from llmkit.gateway import standalone
     from llmkit.settings.serving import read_settings
 
     settings = read_settings(given if model is None else {**given, "model": model}, config)
-    options = settings.gateway
-    task = None
-    if options.model is not None:
-        from llmkit.loading import worker_task
-
-        named: dict[str, Any] = {"tuned": options.tuned, "force": options.force}
-        task = worker_task(options.model, name=options.name, **named, **settings.engine)
-    return standalone.serve(options, task, attach_pid=attach)
+    return standalone.serve(settings.gateway, offered(settings), attach_pid=attach)
 
 
 def engine(

@@ -25,7 +25,7 @@ from llmkit.gateway.handler import GatewayHandler
 from llmkit.gateway.ops.openapi import Route, describe, page
 from llmkit.gateway.ops.status import StatusRoutes
 from llmkit.gateway.pipeline import Stage, accepting, bounded
-from llmkit.gateway.reading import Reading
+from llmkit.gateway.reading import Admission, Reading
 from llmkit.gateway.record import recording
 from llmkit.gateway.routes import route_table
 from llmkit.gateway.server import MAX_CONNECTIONS, BoundedServer
@@ -45,6 +45,7 @@ class Gateway:
 
     ``places`` gives notebooks by kernel id, for the page. ``strict`` refuses fields that are
     otherwise accepted and ignored, see `Tolerance`. ``stages`` and ``routes`` are added to its own.
+    ``admissions`` are called when a body names a model, see `Reading`.
     While ``draining``, running requests finish and new ones are refused.
     """
 
@@ -57,12 +58,14 @@ class Gateway:
         strict: bool = False,
         stages: Sequence[Stage] = (),
         routes: Sequence[Route] = (),
+        admissions: Sequence[Admission] = (),
     ) -> None:
         self._directory = directory
         self.held = Held()
         self.draining = False
         self._lanes = Lanes(2, "llmkit-gateway")
         self._tolerance = Tolerance(strict)
+        self._admissions = admissions
         self._status = status = StatusRoutes(directory, places)
         self._stages: list[Stage] = [
             accepting(lambda: self.draining),
@@ -75,7 +78,7 @@ class Gateway:
     async def dispatch(self, exchange: Exchange) -> None:
         """Run the request's route; it is answered whatever happens."""
         try:
-            exchange.reading = Reading(self._lanes, self._tolerance)
+            exchange.reading = Reading(self._lanes, self._tolerance, self._admissions)
             with recording(exchange.record):
                 await pipeline.run(self._stages, self._route(exchange), exchange)
         except ClientGoneError:

@@ -30,20 +30,23 @@ class Entry:
 class EngineDirectory:
     """All engines of some sources, those of the first source first.
 
-    ``default`` is the model behind the name "default"; None means the newest. ``loading`` returns
-    a message while a model is being loaded.
+    ``default`` is the model behind the name "default"; None means the newest. ``names`` gives the
+    name of a model for an alias. ``absent`` says why a model that is offered is not here, because
+    it is being loaded say, and ``offered`` lists such models.
     """
 
     def __init__(
         self,
         sources: Sequence[EngineSource] | None = None,
         *,
-        default: str | None = None,
-        loading: Callable[[], str | None] = lambda: None,
+        default: str | Callable[[], str | None] | None = None,
+        names: Callable[[str], str | None] = lambda _: None,
+        absent: Callable[[str], str | None] = lambda _: None,
+        offered: Callable[[], Sequence[str]] = tuple,
     ) -> None:
         self._sources = [ConnectionFiles()] if sources is None else sources
-        self._default = default
-        self._loading = loading
+        self._default = default if callable(default) else lambda: default
+        self._names, self._absent, self._offered = names, absent, offered
         self._clients: dict[Hashable, EngineClient] = {}
         self._gone: dict[str, str] = {}
         self._refreshed = 0.0
@@ -60,6 +63,17 @@ class EngineDirectory:
             seen.add(name)
         return found
 
+    def engine_of(self, name: str) -> EngineClient | None:
+        """The engine that has this very name now. Any thread."""
+        clients = list(self._clients.values())
+        return next((c for c in clients if c.description.name == name), None)
+
+    @property
+    def unloaded(self) -> list[str]:
+        """Models that are offered but not loaded now."""
+        here = {entry.client.description.name for entry in self.entries()}
+        return [name for name in self._offered() if name not in here]
+
     @property
     def gone(self) -> dict[str, str]:
         """Models that are gone: names and reasons."""
@@ -73,15 +87,16 @@ class EngineDirectory:
         that is fit for ``use``. Raises `ModelNotFoundError` for an unknown name, `EngineGoneError`
         when nothing is loaded or the engine is gone.
         """
+        model = self._names(model) or model
         found = self._find(model, use)
         if found is None:
             self._refreshed = 0.0  # find a model loaded just now
             found = self._find(model, use)
         if found is not None:
             return found
-        loading = self._loading()
-        if loading:
-            raise EngineGoneError(loading)
+        reason = self._absent(model)
+        if reason:
+            raise EngineGoneError(reason)
         if model in self._gone:
             raise EngineGoneError(self._gone[model])
         if model == DEFAULT or not self._clients:
@@ -105,7 +120,7 @@ class EngineDirectory:
 
     def _find(self, model: str, use: Use | None) -> EngineClient | None:
         self._refresh()
-        wanted = self._default or DEFAULT if model == DEFAULT else model
+        wanted = self._default() or DEFAULT if model == DEFAULT else model
         clients = list(self._clients.values())
         for client, exact in zip(clients, _exact_names(clients), strict=True):
             name = client.description.name

@@ -67,6 +67,7 @@ class Exchange:
         self.streaming = False
         self.reading: Reading | None = None  # set by the gateway
         self.record = Record()
+        self.cleanup = contextlib.ExitStack()  # closed once the route has ended
         self.ignored: list[str] = []  # fields that are accepted but have no effect
         self._stream: iostream.IOStream | None = getattr(handler.request.connection, "stream", None)
         handler.set_header("x-request-id", self.request_id)

@@ -89,6 +89,12 @@ def api_error(error: BaseException) -> ApiError:
         return ApiError(
             429, message, "rate_limit_error", code="queue_full", headers={"Retry-After": "2"}
         )
+    if isinstance(error, errors.ModelBusyError):
+        return ApiError(
+            503, message, "server_error", code="model_busy", headers={"Retry-After": "5"}
+        )
+    if isinstance(error, errors.ModelLoadError):
+        return ApiError(503, message, "server_error", code="model_load_failed", headers=NO_RETRY)
     if isinstance(error, errors.EngineGoneError | errors.ModelUnloadedError):
         return ApiError(
             503, message, "server_error", code="model_unavailable", headers={"Retry-After": "5"}

@@ -34,7 +34,8 @@ async def run(
                     await entered.enter_async_context(manager)
                 else:
                     entered.enter_context(manager)
-            await route(exchange)
+            with exchange.cleanup:
+                await route(exchange)
         except BaseException as error:  # before the stages end, which read it
             _note(exchange, error)
             raise

@@ -6,6 +6,7 @@ Tornado loop only; large bodies are parsed on a lane. Knows no dialect: the rout
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
 from pydantic import BaseModel
@@ -17,22 +18,30 @@ from llmkit.system.lanes import Lanes
 if TYPE_CHECKING:
     from llmkit.gateway.exchange import Exchange
 
-__all__ = ["Reading"]
+__all__ = ["Admission", "Reading"]
 
 LARGE_BYTES = 128 << 10
 Schema = TypeVar("Schema", bound=BaseModel)
 
 
-class Reading:
-    """Reads the body of an exchange."""
+# Called when a body names a model, before the route looks for it: to refuse the model to this
+# caller, or to load it.
+Admission = Callable[["Exchange", str], Awaitable[None]]
 
-    def __init__(self, lanes: Lanes, tolerance: Tolerance) -> None:
-        self._lanes, self.tolerance = lanes, tolerance
+
+class Reading:
+    """Reads the body of an exchange; ``admissions`` are called with the model that it names."""
+
+    def __init__(
+        self, lanes: Lanes, tolerance: Tolerance, admissions: Sequence[Admission] = ()
+    ) -> None:
+        self._lanes, self.tolerance, self._admissions = lanes, tolerance, admissions
 
     async def read(self, exchange: Exchange, schema: type[Schema]) -> Schema:
         """The body as ``schema``. Fields without effect are added to ``exchange.ignored``.
 
-        Raises `InvalidRequestError`, which names the first invalid field.
+        Raises `InvalidRequestError`, which names the first invalid field, and what the admissions
+        raise.
         """
         body = exchange.body
         if len(body) <= LARGE_BYTES:
@@ -42,6 +51,10 @@ class Reading:
                 self._lanes.submit(exchange.caller, lambda: self._read(schema, body))
             )
         exchange.ignored += ignored
+        model = getattr(value, "model", None)
+        if isinstance(model, str) and getattr(schema, "uses_model", True):
+            for admit in self._admissions:
+                await admit(exchange, model)
         return value
 
     def _read(self, schema: type[Schema], body: bytes) -> tuple[Schema, list[str]]:

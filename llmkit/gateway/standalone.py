@@ -1,4 +1,4 @@
-"""`llmkit serve`: the gateway without Jupyter, and the supervised worker behind it."""
+"""`llmkit serve`: the gateway without Jupyter, and the supervised workers behind it."""
 
 from __future__ import annotations
 
@@ -8,53 +8,62 @@ import logging
 import signal
 import sys
 import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from llmkit.errors import InvalidRequestError
 from llmkit.gateway.access.keys import Keys
 from llmkit.gateway.app import Gateway, make_app, make_server
 from llmkit.gateway.directory import EngineDirectory
+from llmkit.gateway.ops.models import ModelRoutes
+from llmkit.gateway.served import Served
 from llmkit.gateway.server import MAX_CONNECTIONS, SPARE_DESCRIPTORS, raise_descriptors
 from llmkit.gateway.sources import ConnectionFiles
 from llmkit.protocol import Origin
 from llmkit.settings.gateway import GatewayOptions
 from llmkit.system.process import process_start_time
-from llmkit.workers.supervisor import Supervisor
+from llmkit.workers.models import ModelManager
+from llmkit.workers.place import ModelStatus, ServedModel
 
 __all__ = ["serve"]
 
 POLL_S = 0.5
 
+Offer = Callable[[str], ServedModel | None]
+
 
 def serve(
-    options: GatewayOptions, task: dict[str, Any] | None, *, attach_pid: int | None = None
+    options: GatewayOptions,
+    models: Sequence[ServedModel] = (),
+    *,
+    find: Offer | None = None,
+    attach_pid: int | None = None,
 ) -> int:
-    """Serve until a signal: the model of a `llmkit.workers.engine` ``task``, or all engines found.
+    """Serve until a signal: these ``models`` and those that ``find`` names, or, without any, all
+    engines found.
 
     With ``attach_pid`` only that process's engines, until it ends. Raises `InvalidRequestError`
-    (address, key) before anything is loaded, and `ModelLoadError` if the model cannot be loaded.
+    (address, key) before anything is loaded, and `ModelLoadError` if no model can be loaded.
     """
     logging.basicConfig(
         level=options.log_level.upper(),
         format="%(asctime)s %(levelname)s %(message)s",
         stream=sys.stderr,
     )
-    if attach_pid is not None and task is not None:
+    if attach_pid is not None and models:
         raise InvalidRequestError("name a model or --attach a process, not both.", "attach")
     raise_descriptors()
     keys = Keys(options.api_key, options.host)
-    return asyncio.run(_serve(options, keys, task, attach_pid))
+    return asyncio.run(_serve(options, keys, models, find, attach_pid))
 
 
 async def _drain(gateway: Gateway, at_once: asyncio.Event, most_s: float) -> None:
     """Let running requests finish, for ``most_s`` or until a second signal."""
     gateway.draining = True
     if gateway.num_running:
-        print(
+        _say(
             f"llmkit: finishing {gateway.num_running} requests, {most_s:.0f} s at most "
-            "(a second signal ends at once)",
-            file=sys.stderr,
-            flush=True,
+            "(a second signal ends at once)"
         )
     end = time.monotonic() + most_s
     while gateway.num_running and time.monotonic() < end and not at_once.is_set():
@@ -63,8 +72,57 @@ async def _drain(gateway: Gateway, at_once: asyncio.Event, most_s: float) -> Non
                 await at_once.wait()
 
 
+def _say(text: str, to: Any = None) -> None:
+    """On standard error, which may be gone."""
+    with contextlib.suppress(OSError, ValueError):
+        print(text, file=to or sys.stderr, flush=True)
+
+
+class _Workers:
+    """The models of this server, and the directory that finds their engines."""
+
+    def __init__(
+        self, options: GatewayOptions, models: Sequence[ServedModel], find: Offer | None
+    ) -> None:
+        self.manager = ModelManager(
+            models,
+            drain_s=options.drain_s,
+            find=find or (lambda _: None),
+            is_busy=self._is_busy,
+            on_change=self._changed,
+        )
+        self.served = served = Served(self.manager)
+        self.directory = EngineDirectory(
+            [ConnectionFiles(lambda origin: origin.pid in self.manager.pids())],
+            default=lambda: self.manager.default,
+            names=served.names,
+            absent=served.absent,
+            offered=served.offered,
+        )
+
+    def _is_busy(self, name: str) -> bool:
+        engine = self.directory.engine_of(name)
+        if engine is None:
+            return False
+        stats = engine.stats()
+        return stats.num_running + stats.num_waiting > 0
+
+    @staticmethod
+    def _changed(status: ModelStatus) -> None:
+        if status.phase == "ready":
+            _say(f"llmkit: the model {status.name!r} is ready", sys.stdout)
+        elif status.phase == "failed":
+            _say(f"llmkit: the model {status.name!r} cannot be served: {status.reason}")
+        elif status.phase == "unloaded" and status.loads:
+            _say(f"llmkit: the model {status.name!r} is unloaded")
+
+
 async def _serve(
-    options: GatewayOptions, keys: Keys, task: dict[str, Any] | None, attach_pid: int | None
+    options: GatewayOptions,
+    keys: Keys,
+    models: Sequence[ServedModel],
+    find: Offer | None,
+    attach_pid: int | None,
 ) -> int:
     started = process_start_time(attach_pid) if attach_pid is not None else None
     if attach_pid is not None and started is None:
@@ -82,23 +140,22 @@ async def _serve(
     from tornado.netutil import bind_sockets
 
     sockets = bind_sockets(options.port, options.host)
-    worker = (
-        Supervisor(task, on_ready=lambda: print("llmkit: the model is ready", flush=True))
-        if task is not None
-        else None
-    )
+    workers = _Workers(options, models, find) if models or find else None
+    if workers is not None:
+        directory = workers.directory
+        gateway = Gateway(
+            directory,
+            strict=options.strict,
+            routes=ModelRoutes(workers.served).routes(),
+            admissions=[workers.served.admit],
+        )
+    else:
 
-    def is_ours(origin: Origin) -> bool:
-        if worker is not None:
-            return origin.pid == worker.pid
-        return attach_pid is None or origin.pid == attach_pid
+        def is_ours(origin: Origin) -> bool:
+            return attach_pid is None or origin.pid == attach_pid
 
-    def loading() -> str | None:
-        state = None if worker is None else worker.state
-        return state.reason if state is not None and state.phase == "loading" else None
-
-    directory = EngineDirectory([ConnectionFiles(is_ours)], loading=loading)
-    gateway = Gateway(directory, strict=options.strict)
+        directory = EngineDirectory([ConnectionFiles(is_ours)])
+        gateway = Gateway(directory, strict=options.strict)
     server = make_server(
         make_app(gateway, keys),
         min(MAX_CONNECTIONS, max(16, raise_descriptors() - SPARE_DESCRIPTORS)),
@@ -108,8 +165,8 @@ async def _serve(
         host = f"[{options.host}]" if ":" in options.host else options.host
         print(f"llmkit gateway at http://{host}:{sockets[0].getsockname()[1]}/v1", flush=True)
         while not stop.is_set():
-            if worker is not None:
-                worker.check()
+            if workers is not None:
+                workers.manager.check()
             if attach_pid is not None and process_start_time(attach_pid) != started:
                 break
             with contextlib.suppress(TimeoutError):
@@ -121,7 +178,7 @@ async def _serve(
     finally:
         server.stop()
         directory.close()
-        if worker is not None:
-            await asyncio.to_thread(worker.close)
+        if workers is not None:
+            await asyncio.to_thread(workers.manager.close)
         await server.close_all_connections()
     return 0

@@ -6,6 +6,7 @@ It has its own thread; ``state`` and ``pid`` may be read by any.
 from __future__ import annotations
 
 import contextlib
+import signal
 import subprocess
 import sys
 import threading
@@ -26,6 +27,7 @@ MAX_CRASHES = 5  # in a row
 HEALTHY_S = 60.0  # a process that was ready for longer has not crashed in a row
 END_S = 15.0
 LOOK_S = 0.2
+LAST_LINES = 5  # of its log, shown when it is given up
 
 
 class Supervisor:
@@ -43,6 +45,7 @@ class Supervisor:
         self._state = EngineState("loading", f"The model {self._name!r} is being loaded.", 0.0)
         self._child: Child | None = None
         self._failure: LLMKitError | None = None
+        self.restarts = 0
         self._words: deque[str] = deque(maxlen=20)
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="llmkit-supervisor", daemon=True)
@@ -57,6 +60,11 @@ class Supervisor:
         """Process id of the running worker."""
         child = self._child
         return None if child is None else child.pid
+
+    @property
+    def failure(self) -> LLMKitError | None:
+        """Why the worker was given up."""
+        return self._failure
 
     def check(self) -> None:
         """Raises the reason if the worker was given up."""
@@ -96,7 +104,10 @@ class Supervisor:
                     f"the engine process of {self._name!r} has ended {MAX_CRASHES} times; "
                     f"the last time: {failure}"
                 )
+                last = [line for line in self._words if line.strip()][-LAST_LINES:]
+                message += "".join(f"\n  {line:.500}" for line in last)
                 return self._give_up(ModelLoadError(message))
+            self.restarts += 1
             told = (
                 f"The engine process of {self._name!r} has ended ({failure}) "
                 "and is being started again."
@@ -158,7 +169,14 @@ class Supervisor:
 
     def _why(self, child: Child) -> str:
         last = next((w for w in reversed(self._words) if w.strip()), "")
-        return f"exit status {child.status}{': ' + last if last else ''}"
+        status = child.status
+        ended = f"exit status {status}"
+        if status is not None and status < 0:
+            with contextlib.suppress(ValueError):
+                ended = f"killed by {signal.Signals(-status).name}"
+            if status == -signal.SIGKILL:
+                ended += ", perhaps because memory ran out"
+        return f"{ended}{': ' + last if last else ''}"
 
 
 def _say(line: str) -> None:

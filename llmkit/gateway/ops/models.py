@@ -1,0 +1,151 @@
+"""Routes for administrators: the server's models, and loading, unloading and switching them.
+
+Tornado loop only.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import asdict
+from typing import Any, ClassVar
+
+from llmkit.errors import ModelBusyError
+from llmkit.gateway.bodies import Strict
+from llmkit.gateway.exchange import Exchange
+from llmkit.gateway.failures import ApiError
+from llmkit.gateway.ops.openapi import Route
+from llmkit.gateway.served import Served
+from llmkit.workers.place import ModelStatus
+
+__all__ = ["ModelRoutes"]
+
+
+class ModelBody(Strict):
+    """The model to act on."""
+
+    uses_model: ClassVar[bool] = False
+
+    model: str
+    wait: bool = True
+
+
+class EndBody(ModelBody):
+    """``drain`` waits for its requests; ``force`` ends them; with neither, 409 if there are any."""
+
+    drain: bool = True
+    force: bool = False
+
+
+class ModelRoutes:
+    """`/admin/models` over a server's models."""
+
+    def __init__(self, served: Served) -> None:
+        self._served, self._manager = served, served.manager
+
+    def routes(self) -> list[Route]:
+        return [
+            Route("GET", "/admin/models", self.list, "The server's models", "Admin"),
+            Route("POST", "/admin/models/load", self.load, "Load a model", "Admin", ModelBody),
+            Route("POST", "/admin/models/unload", self.unload, "Unload a model", "Admin", EndBody),
+            Route("POST", "/admin/models/reload", self.reload, "Load it anew", "Admin", EndBody),
+            Route(
+                "POST",
+                "/admin/models/switch",
+                self.switch,
+                "Load a model in place of the default one",
+                "Admin",
+                EndBody,
+            ),
+            Route(
+                "POST",
+                "/admin/models/default",
+                self.default,
+                'Choose the model behind the name "default"',
+                "Admin",
+                ModelBody,
+            ),
+            Route("GET", "/admin/models/{id+}", self.show, "One of the models", "Admin"),
+        ]
+
+    async def list(self, exchange: Exchange) -> None:
+        models = [_object(status) for status in self._manager.statuses()]
+        exchange.send_json({"default": self._manager.default, "models": models})
+
+    async def show(self, exchange: Exchange) -> None:
+        self._send(exchange, exchange.args[0])
+
+    async def load(self, exchange: Exchange) -> None:
+        body = await exchange.read(ModelBody)
+        future = self._manager.load(body.model)
+        if body.wait:
+            await asyncio.wrap_future(future)
+        self._send(exchange, body.model, 200 if body.wait else 202)
+
+    async def unload(self, exchange: Exchange) -> None:
+        body = await exchange.read(EndBody)
+        await self._end(body)
+        self._send(exchange, body.model, 200 if body.wait else 202)
+
+    async def reload(self, exchange: Exchange) -> None:
+        body = await exchange.read(EndBody)
+        await self._end(body, again=True)
+        self._send(exchange, body.model, 200 if body.wait else 202)
+
+    async def switch(self, exchange: Exchange) -> None:
+        """Put this model in the place of the default one, which is unloaded.
+
+        If there is room for both, the old one serves until the new one is ready. If the new one
+        cannot be loaded, the old one stays, or is loaded again.
+        """
+        body = await exchange.read(EndBody)
+        before = self._manager.default
+        name = self._manager.status(body.model).name
+        if before is None or before == name:
+            self._manager.set_default(name)
+            await asyncio.wrap_future(self._manager.load(name))
+        else:
+            await self._replace(before, name, body)
+        self._send(exchange, name)
+
+    async def _replace(self, before: str, name: str, body: EndBody) -> None:
+        old = body.model_copy(update={"model": before})
+        if await asyncio.to_thread(self._manager.fits, name):
+            if not (body.drain or body.force):
+                self._refuse_if_used(before)
+            await asyncio.wrap_future(self._manager.load(name))
+            self._manager.set_default(name)
+            await self._end(old)
+            return
+        await self._end(old)
+        try:
+            await asyncio.wrap_future(self._manager.load(name))
+        except Exception:
+            self._manager.load(before)
+            raise
+        self._manager.set_default(name)
+
+    def _refuse_if_used(self, model: str) -> None:
+        if self._manager.in_use(model):
+            raise ApiError(409, f"{model!r} has requests; wait (drain).", code="model_busy")
+
+    async def default(self, exchange: Exchange) -> None:
+        body = await exchange.read(ModelBody)
+        self._manager.set_default(body.model)
+        self._send(exchange, body.model)
+
+    async def _end(self, body: EndBody, *, again: bool = False) -> None:
+        try:
+            future = self._manager.unload(
+                body.model, drain=body.drain, force=body.force, again=again
+            )
+        except ModelBusyError as error:
+            raise ApiError(409, str(error), code="model_busy") from None
+        if body.wait:
+            await asyncio.wrap_future(future)
+
+    def _send(self, exchange: Exchange, model: str, status: int = 200) -> None:
+        exchange.send_json(_object(self._manager.status(model)), status)
+
+
+def _object(status: ModelStatus) -> dict[str, Any]:
+    return {"id": status.name, **asdict(status)}

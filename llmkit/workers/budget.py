@@ -1,0 +1,108 @@
+"""How much memory models may take together, and how much one will take."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from llmkit.models import gguf, memory
+from llmkit.models.memory import free_ram
+from llmkit.models.registry import resolve
+from llmkit.runtime.assembly import estimate
+from llmkit.settings.options import EngineOptions
+
+__all__ = ["Budget", "Need", "need_of"]
+
+GIB = 1 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class Need:
+    """Memory in bytes: in RAM, and on GPUs. ``resident``: the part of ``ram_bytes`` that the
+    system counts as used already."""
+
+    ram_bytes: int
+    gpu_bytes: int = 0
+    resident_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """Limits in bytes; None means what is free.
+
+    >>> Budget(ram_bytes=8 * GIB).lacking(Need(5 * GIB), [Need(4 * GIB)])
+    '5.0 GiB of RAM needed, 4.0 of 8.0 free'
+    """
+
+    ram_bytes: int | None = None
+    gpu_bytes: int | None = None
+    free: Callable[[], int] = free_ram
+
+    def lacking(self, need: Need, held: Sequence[Need]) -> str:
+        """What is missing for a model beside those ``held``; empty if it fits."""
+        if self.ram_bytes is None:
+            # What loaded models will still take is spoken for.
+            spoken = sum(max(0, h.ram_bytes - h.resident_bytes) for h in held)
+            free = total = self.free() - spoken
+        else:
+            total = self.ram_bytes
+            free = total - sum(h.ram_bytes for h in held)
+        if need.ram_bytes > free:
+            return _said("RAM", need.ram_bytes, free, total)
+        if self.gpu_bytes is not None:
+            free = self.gpu_bytes - sum(h.gpu_bytes for h in held)
+            if need.gpu_bytes > free:
+                return _said("GPU memory", need.gpu_bytes, free, self.gpu_bytes)
+        return ""
+
+    def never(self, need: Need) -> str:
+        """Why a model cannot fit even alone; empty if it can, or if only the system knows."""
+        for what, size, limit in (
+            ("RAM", need.ram_bytes, self.ram_bytes),
+            ("GPU memory", need.gpu_bytes, self.gpu_bytes),
+        ):
+            if limit is not None and size > limit:
+                return (
+                    f"it needs {size / GIB:.1f} GiB of {what}, and the budget for all models is "
+                    f"{limit / GIB:.1f}. Try a smaller n_ctx, fewer slots, or a larger budget."
+                )
+        return ""
+
+
+def _said(what: str, need: int, free: int, total: int) -> str:
+    free = max(0, free)
+    return f"{need / GIB:.1f} GiB of {what} needed, {free / GIB:.1f} of {total / GIB:.1f} free"
+
+
+def need_of(task: dict[str, Any]) -> Need:
+    """The memory of a worker's task, estimated from the headers of its files; runs no llama.cpp.
+
+    Where there is a GPU, layers count as its own unless the options keep them off it. Raises what
+    `llmkit.models.gguf.read_header` raises.
+    """
+    options = EngineOptions(**task["options"])
+    need = _need(Path(task["path"]), options)
+    if options.draft is not None:
+        draft = _need(resolve(options.draft).path, replace(options, draft=None, lora=()))
+        need = Need(need.ram_bytes + draft.ram_bytes, need.gpu_bytes + draft.gpu_bytes)
+    return need
+
+
+def _need(path: Path, options: EngineOptions) -> Need:
+    info = gguf.read_header(path)
+    whole = estimate(info, replace(options, n_gpu_layers=0))
+    layers = -1 if options.n_gpu_layers == "auto" else options.n_gpu_layers
+    if not layers or not Path("/proc/driver/nvidia/version").exists():
+        return Need(whole.total_bytes)
+    split = memory.estimate(
+        info,
+        n_ctx=whole.n_ctx,
+        n_slots=whole.n_slots,
+        n_gpu_layers=layers,
+        kv_type=options.kv_type,
+        kv_tokens=options.kv_tokens,
+        gpu_free_bytes=1 << 62,
+    )
+    return Need(split.ram_bytes, split.gpu_bytes)

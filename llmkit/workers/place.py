@@ -1,0 +1,247 @@
+"""One model of a `ModelManager`: what it is, and where it is in its life. Not thread-safe."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import psutil
+
+from llmkit.errors import EngineGoneError
+from llmkit.workers.budget import Need
+from llmkit.workers.supervisor import Supervisor
+
+__all__ = ["ModelStatus", "Phase", "Place", "ServedModel"]
+
+Phase = Literal["unloaded", "loading", "ready", "restarting", "draining", "stopping", "failed"]
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """A model that a server offers.
+
+    ``task`` makes the task of its worker (`llmkit.workers.engine`), and may take long: a file may
+    have to be downloaded. ``need`` estimates the memory of a task. ``keep_s``: unload after so
+    many idle seconds; None leaves it to the server. ``pinned``: never unload it to make room.
+    """
+
+    name: str
+    task: Callable[[], dict[str, Any]]
+    need: Callable[[dict[str, Any]], Need] = lambda _: Need(0)
+    aliases: tuple[str, ...] = ()
+    lazy: bool = False
+    pinned: bool = False
+    force: bool = False
+    keep_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ModelStatus:
+    """What is known of a model: sizes in bytes, times in seconds; ``loaded`` is a share."""
+
+    name: str
+    phase: Phase
+    reason: str = ""
+    loaded: float = 0.0
+    is_default: bool = False
+    pinned: bool = False
+    aliases: tuple[str, ...] = ()
+    num_used: int = 0
+    idle_s: float | None = None
+    expires_s: float | None = None
+    ram_bytes: int = 0
+    gpu_bytes: int = 0
+    pid: int | None = None
+    restarts: int = 0
+    loads: int = 0
+    load_s: float = 0.0
+
+
+@dataclass(slots=True, eq=False)
+class Place:
+    """``waiters`` want the model; ``again``: load it once it is unloaded."""
+
+    model: ServedModel
+    phase: Phase = "unloaded"
+    reason: str = ""
+    failure: Exception | None = None
+    failed_at: float = 0.0
+    waiters: list[Future[None]] = field(default_factory=list)
+    wanted_at: float = 0.0
+    num_used: int = 0
+    last_used: float = field(default_factory=time.monotonic)
+    keep_s: float | None = None
+    has_keep: bool = False
+    worker: Supervisor | None = None
+    drain_until: float = 0.0
+    again: bool = False
+    loads: int = 0
+    load_s: float = 0.0
+    restarts: int = 0
+    _started: float = 0.0
+    _unloading: list[Future[None]] = field(default_factory=list)
+    _task: dict[str, Any] | None = None
+    _need: Need | None = None
+    _thread: threading.Thread | None = None
+    _fault: Exception | None = None
+
+    @property
+    def holds(self) -> bool:
+        """Whether it takes memory."""
+        return self.worker is not None
+
+    def want(self, future: Future[None]) -> None:
+        if not self.waiters:
+            self.wanted_at = time.monotonic()
+        self.waiters.append(future)
+
+    def need(self) -> Need | None:
+        """The estimate; None while the file is being fetched. Raises what that raised."""
+        if self._fault is not None:
+            fault, self._fault = self._fault, None
+            raise fault
+        if self._need is not None:
+            return self._need
+        if self._thread is None:
+            self.phase, self.reason = "loading", f"{self.model.name!r} is being prepared"
+            self._thread = threading.Thread(target=self._prepare, daemon=True)
+            self._thread.start()
+            self._thread.join(0.02)  # a file that is here needs no more
+        if self._thread.is_alive():
+            return None
+        self._thread = None
+        self.phase = "unloaded"
+        return self.need() if self._need is not None or self._fault is not None else None
+
+    def _prepare(self) -> None:
+        try:
+            self._task = self.model.task()
+            self._need = self.model.need(self._task)
+        except Exception as error:
+            self._fault = error
+
+    def holding(self) -> Need:
+        """What it takes, measured where it can be."""
+        need = self._need or Need(0)
+        pid = None if self.worker is None else self.worker.pid
+        try:
+            resident = int(psutil.Process(pid).memory_info().rss) if pid is not None else 0
+        except psutil.Error:
+            resident = 0
+        return Need(max(need.ram_bytes, resident), need.gpu_bytes, resident)
+
+    def start(self) -> None:
+        """Start its worker."""
+        assert self._task is not None
+        self.failure, self.reason, self.again = None, "", False
+        self.phase, self._started = "loading", time.monotonic()
+        self.worker = Supervisor(self._task)
+
+    def observe(self) -> None:
+        """Follow the worker's state, or that of the preparation."""
+        if self.phase == "loading" and self.worker is None:
+            if self._thread is not None and not self._thread.is_alive():
+                self.phase = "unloaded"  # prepared; it begins next
+            return
+        if self.phase == "stopping":
+            if self._thread is None or not self._thread.is_alive():
+                self._stopped()
+            return
+        if self.worker is None:
+            return
+        state = self.worker.state
+        self.restarts = self.worker.restarts
+        if state.is_gone:
+            self.fail(self.worker.failure or EngineGoneError(state.reason or "it has ended"))
+        elif state.phase == "ready" and self.phase in ("loading", "restarting"):
+            if self.phase == "loading":
+                self.loads += 1
+                self.load_s = time.monotonic() - self._started
+            self.phase, self.reason, self.last_used = "ready", "", time.monotonic()
+            self._answer(self.waiters)
+        elif state.phase == "loading" and self.phase == "ready":
+            self.phase, self.reason = "restarting", state.reason or ""
+
+    def drain(self, future: Future[None] | None, seconds: float, again: bool) -> None:
+        """Unload it once it is idle, or after ``seconds``."""
+        if future is not None:
+            (self.waiters if again else self._unloading).append(future)
+        self.again = self.again or again
+        if self.phase != "stopping":
+            self.phase, self.reason = "draining", f"{self.model.name!r} is being unloaded"
+            self.drain_until = time.monotonic() + seconds
+
+    def stop(self) -> None:
+        """End its worker, on a thread: that takes a while."""
+        if self.phase == "stopping" or self.worker is None:
+            if self.worker is None and self.phase == "draining":
+                self._stopped()
+            return
+        self.phase = "stopping"
+        self._thread = threading.Thread(target=self.worker.close, daemon=True)
+        self._thread.start()
+
+    def join(self) -> None:
+        if self.phase == "stopping" and self._thread is not None:
+            self._thread.join()
+
+    def _stopped(self) -> None:
+        self.worker = self._thread = self._need = self._task = None
+        self.phase, self.reason, self.has_keep, self.keep_s = "unloaded", "", False, None
+        self._answer(self._unloading)
+        if self.again:
+            self.wanted_at = time.monotonic()
+
+    def fail(self, error: Exception) -> None:
+        """It could not be loaded, or has crashed for good."""
+        self.phase, self.reason = "failed", str(error)
+        self.failure, self.failed_at = error, time.monotonic()
+        self._need = self._task = None
+        if self.worker is not None:
+            worker, self.worker = self.worker, None
+            threading.Thread(target=worker.close, daemon=True).start()
+        for future in (*self.waiters, *self._unloading):
+            if future.set_running_or_notify_cancel():
+                future.set_exception(error)
+        self.waiters, self._unloading = [], []
+
+    def forget_failure(self) -> None:
+        if self.phase == "failed":
+            self.phase, self.reason, self.failure = "unloaded", "", None
+
+    def _answer(self, futures: list[Future[None]]) -> None:
+        for future in futures:
+            if future.set_running_or_notify_cancel():
+                future.set_result(None)
+        futures.clear()
+
+    def status(self, is_default: bool) -> ModelStatus:
+        now = time.monotonic()
+        holding = self.holding() if self.holds else Need(0)
+        keep = self.keep_s if self.has_keep else self.model.keep_s
+        idle = now - self.last_used if self.phase == "ready" and not self.num_used else None
+        state = None if self.worker is None else self.worker.state
+        return ModelStatus(
+            name=self.model.name,
+            phase=self.phase,
+            reason=self.reason,
+            loaded=1.0
+            if self.phase == "ready"
+            else (state.share or 0.0 if state is not None else 0.0),
+            is_default=is_default,
+            pinned=self.model.pinned,
+            aliases=self.model.aliases,
+            num_used=self.num_used,
+            idle_s=idle,
+            expires_s=None if keep is None or idle is None else max(0.0, keep - idle),
+            ram_bytes=holding.resident_bytes or holding.ram_bytes,
+            gpu_bytes=holding.gpu_bytes,
+            pid=None if self.worker is None else self.worker.pid,
+            restarts=self.restarts,
+            loads=self.loads,
+            load_s=self.load_s,
+        )

@@ -1,0 +1,284 @@
+"""Several models in one server: loaded when asked for, within a budget, one evicted for another,
+and what happens when one crashes. Real workers, but for the budget's arithmetic."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from fakes import wait_for
+
+from llmkit.bridge.client import BridgeClient
+from llmkit.bridge.connection import find_connections
+from llmkit.errors import (
+    InsufficientMemoryError,
+    ModelBusyError,
+    ModelLoadError,
+    ModelNotFoundError,
+)
+from llmkit.loading import worker_task
+from llmkit.protocol import GenerationRequest, SamplingParams
+from llmkit.workers.budget import Budget, Need, need_of
+from llmkit.workers.models import ModelManager
+from llmkit.workers.place import ModelStatus, ServedModel
+
+MB = 1 << 20
+LOAD_S = 60
+
+
+def small(name: str, mb: int = 300, **options: Any) -> ServedModel:
+    """The embedded model under a name, said to need so much memory."""
+    return ServedModel(
+        name,
+        lambda: worker_task("smollm2", name=name, tuned=False, force=True, n_ctx=256, n_slots=1),
+        lambda _: Need(mb * MB),
+        **options,
+    )
+
+
+@pytest.fixture
+def manage() -> Iterator[Callable[..., ModelManager]]:
+    managers: list[ModelManager] = []
+
+    def make(*models: ServedModel, **options: Any) -> ModelManager:
+        managers.append(ModelManager(models, **options))
+        return managers[-1]
+
+    yield make
+    for manager in managers:
+        manager.close()
+
+
+def phases(manager: ModelManager) -> dict[str, str]:
+    return {status.name: status.phase for status in manager.statuses()}
+
+
+def test_a_model_is_loaded_when_first_asked_for_and_ends_with_its_manager(
+    manage: Callable[..., ModelManager],
+) -> None:
+    seen: list[tuple[str, str]] = []
+    manager = manage(
+        small("a"),
+        small("b", lazy=True, aliases=("bee",)),
+        on_change=lambda s: seen.append((s.name, s.phase)),
+    )
+    assert manager.default == "a"
+    wait_for(lambda: phases(manager) == {"a": "ready", "b": "unloaded"}, LOAD_S)
+    manager.load("bee").result(LOAD_S)
+    assert phases(manager) == {"a": "ready", "b": "ready"}
+    assert {c.model.name for c in find_connections() if c.pid in manager.pids()} == {"a", "b"}
+    status = manager.status("bee")
+    assert status.loads == 1 and status.load_s > 0 and status.ram_bytes > 50 * MB
+    with pytest.raises(ModelNotFoundError, match="there are: 'a', 'b'"):
+        manager.load("c")
+    pids = manager.pids()
+    manager.close()
+    assert not any(psutil.pid_exists(pid) for pid in pids) and not find_connections()
+    assert ("b", "loading") in seen and ("b", "ready") in seen
+
+
+def test_the_least_recently_used_model_makes_way_but_never_one_in_use(
+    manage: Callable[..., ModelManager],
+) -> None:
+    models = [small(name, lazy=True) for name in "abc"]
+    # Resident memory counts where it is more than the estimate.
+    manager = manage(*models, budget=Budget(ram_bytes=1200 * MB))
+    for place in manager._places.values():
+        place.model = small(place.model.name, 500, lazy=True)
+    manager.load("a").result(LOAD_S)
+    manager.load("b").result(LOAD_S)
+    manager.enter("a")  # now b is the older one, and a is in use
+    manager.load("c").result(LOAD_S)
+    assert phases(manager) == {"a": "ready", "b": "unloaded", "c": "ready"}
+    manager.enter("c")
+    waiting = manager.load("b")
+    time.sleep(1)
+    assert not waiting.done() and phases(manager)["a"] == phases(manager)["c"] == "ready"
+    manager.leave("c")
+    waiting.result(LOAD_S)
+    assert phases(manager) == {"a": "ready", "b": "ready", "c": "unloaded"}
+
+
+def test_a_pinned_model_stays_and_one_that_can_never_fit_is_refused(
+    manage: Callable[..., ModelManager], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llmkit.workers.models.WAIT_FOR_ROOM_S", 0.5)
+    manager = manage(
+        small("a", 800, pinned=True),
+        small("b", 800, lazy=True),
+        small("huge", 5000, lazy=True),
+        budget=Budget(ram_bytes=1000 * MB),
+    )
+    wait_for(lambda: phases(manager)["a"] == "ready", LOAD_S)
+    with pytest.raises(ModelBusyError, match=r"no room for 'b'.*'a' is in use or pinned"):
+        manager.load("b").result(LOAD_S)
+    with pytest.raises(InsufficientMemoryError, match=r"needs 4.9 GiB of RAM.*budget"):
+        manager.load("huge").result(LOAD_S)
+    assert phases(manager)["a"] == "ready"
+
+
+def test_an_idle_model_is_unloaded_and_comes_back(manage: Callable[..., ModelManager]) -> None:
+    manager = manage(small("a"), idle_unload_s=0.5)
+    manager.enter("a")
+    manager.load("a").result(LOAD_S)
+    time.sleep(1.2)
+    assert phases(manager)["a"] == "ready"  # in use
+    manager.leave("a")
+    wait_for(lambda: phases(manager)["a"] == "unloaded", 20)
+    assert not manager.pids()
+    manager.keep("a", None)  # never again
+    manager.load("a").result(LOAD_S)
+    time.sleep(1.2)
+    assert phases(manager)["a"] == "ready"
+    manager.keep("a", 0)
+    wait_for(lambda: phases(manager)["a"] == "unloaded", 20)
+
+
+def test_unloading_waits_for_requests_or_is_refused_or_ends_them(
+    manage: Callable[..., ModelManager],
+) -> None:
+    manager = manage(small("a"))
+    manager.load("a").result(LOAD_S)
+    manager.enter("a")
+    with pytest.raises(ModelBusyError, match="1 requests"):
+        manager.unload("a", drain=False)
+    done = manager.unload("a")
+    with pytest.raises(ModelBusyError, match="being unloaded"):
+        manager.enter("a")
+    time.sleep(0.6)
+    assert not done.done()
+    manager.leave("a")
+    done.result(30)
+    assert phases(manager)["a"] == "unloaded"
+    manager.load("a").result(LOAD_S)
+    (before,) = manager.pids()
+    manager.enter("a")
+    manager.unload("a", force=True, again=True).result(LOAD_S)
+    (after,) = manager.pids()
+    assert before != after and phases(manager)["a"] == "ready"
+
+
+def test_a_crash_is_one_models_alone(manage: Callable[..., ModelManager]) -> None:
+    manager = manage(small("a"), small("b"))
+    wait_for(lambda: set(phases(manager).values()) == {"ready"}, LOAD_S)
+    engines = {c.model.name: BridgeClient(c) for c in find_connections()}
+    streams = {
+        name: engine.submit(
+            GenerationRequest(name, SamplingParams(max_tokens=200, ignore_eos=True), prompt="One")
+        )
+        for name, engine in engines.items()
+    }
+    next(iter(streams["a"]))
+    pid = manager.status("a").pid
+    assert pid is not None
+    os.kill(pid, signal.SIGSEGV)
+    with pytest.raises(Exception, match="has ended"):
+        streams["a"].result(30)
+    assert streams["b"].result(60).usage.completion_tokens == 200
+    wait_for(lambda: manager.status("a").restarts == 1, 30)
+    wait_for(lambda: phases(manager)["a"] == "ready", LOAD_S)
+    assert manager.status("a").pid != pid
+    for engine in engines.values():
+        engine.close()
+
+
+def test_a_crash_loop_ends_with_the_last_lines_of_its_log(
+    manage: Callable[..., ModelManager], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llmkit.workers.supervisor.MAX_CRASHES", 2)
+    monkeypatch.setattr("llmkit.workers.supervisor.FIRST_DELAY_S", 0.05)
+    manager = manage(small("a"), small("b"))
+    wait_for(lambda: set(phases(manager).values()) == {"ready"}, LOAD_S)
+    for crash in range(2):
+        wait_for(lambda n=crash: manager.status("a").restarts == n, 30)
+        wait_for(lambda: phases(manager)["a"] == "ready", LOAD_S)
+        pid = manager.status("a").pid
+        assert pid is not None
+        os.kill(pid, signal.SIGKILL)
+        wait_for(lambda: phases(manager)["a"] != "ready", 30)
+    wait_for(lambda: phases(manager)["a"] == "failed", 30)
+    assert "ended 2 times" in manager.status("a").reason
+    assert "SIGKILL, perhaps because memory ran out" in manager.status("a").reason
+    assert phases(manager)["b"] == "ready"
+    manager.check()  # one of two may fail
+
+
+def test_a_file_that_cannot_be_loaded_fails_its_own_callers(
+    manage: Callable[..., ModelManager], tmp_path: Path
+) -> None:
+    (tmp_path / "bad.gguf").write_bytes(b"GGUF" + bytes(100))
+    bad = ServedModel(
+        "bad",
+        lambda: worker_task(tmp_path / "bad.gguf", name="bad", tuned=False, force=False),
+        need_of,
+        lazy=True,
+    )
+    manager = manage(bad, small("a", lazy=True))
+    first, second = manager.load("bad"), manager.load("bad")
+    for future in (first, second):
+        with pytest.raises(ModelLoadError):
+            future.result(LOAD_S)
+    with pytest.raises(ModelLoadError):  # at once, for a while
+        manager.load("bad").result(0.1)
+    manager.load("a").result(LOAD_S)
+    assert phases(manager) == {"bad": "failed", "a": "ready"}
+
+
+def test_models_that_are_found_later(manage: Callable[..., ModelManager]) -> None:
+    asked: list[str] = []
+
+    def find(name: str) -> ServedModel | None:
+        asked.append(name)
+        return small("found", lazy=True) if name.startswith("found") else None
+
+    manager = manage(find=find)
+    assert manager.default is None and manager.name_of("other") is None
+    assert manager.name_of("found:latest") == "found" and manager.name_of("found") == "found"
+    assert asked == ["other", "found:latest"]
+    manager.load("found").result(LOAD_S)
+    with pytest.raises(ModelBusyError, match="unload it first"):
+        manager.remove("found")
+    manager.unload("found").result(30)
+    manager.remove("found")
+    assert manager.statuses() == []
+
+
+def test_waiters_do_not_wait_forever(manage: Callable[..., ModelManager]) -> None:
+    manager = manage(small("a", lazy=True))
+    future = manager.load("a")
+    manager.close()
+    assert isinstance(future, Future) and future.done()
+
+
+def test_what_is_measured_counts_where_it_is_more_than_the_estimate() -> None:
+    budget = Budget(free=lambda: 10 * MB)
+    # 4 MB of its 6 are resident already, so only 2 more are spoken for.
+    assert budget.lacking(Need(8 * MB), [Need(6 * MB, resident_bytes=4 * MB)]) == ""
+    assert "needed" in budget.lacking(Need(9 * MB), [Need(6 * MB, resident_bytes=4 * MB)])
+    gpu = Budget(gpu_bytes=10 * MB, free=lambda: 1 << 40)
+    assert "GPU memory" in gpu.lacking(Need(0, 6 * MB), [Need(0, 5 * MB)])
+    assert gpu.lacking(Need(0, 5 * MB), [Need(0, 5 * MB)]) == ""
+
+
+def test_the_need_of_a_task_is_the_estimate_of_its_load() -> None:
+    import llmkit
+
+    task = worker_task("smollm2", name="a", tuned=False, force=False, n_ctx=1024, n_slots=4)
+    estimate = llmkit.estimate("smollm2", n_ctx=1024, n_slots=4)
+    assert need_of(task).ram_bytes == estimate.ram_bytes
+    with_draft = worker_task(
+        "smollm2", name="a", tuned=False, force=False, n_ctx=1024, n_slots=4, draft="smollm2"
+    )
+    assert need_of(with_draft).ram_bytes == 2 * estimate.ram_bytes
+
+
+def test_a_status_is_plain_data(manage: Callable[..., ModelManager]) -> None:
+    (status,) = manage(small("a", lazy=True, aliases=("x",), pinned=True)).statuses()
+    assert status == ModelStatus("a", "unloaded", is_default=True, pinned=True, aliases=("x",))
