@@ -126,6 +126,7 @@ async def test_what_runs_is_seen_and_escaped(api: Api, fake: FakeClient) -> None
                 "models": [],
                 "requests": [{"caller": "<b>", "route": "<i>", "seconds": 1}],
                 "callers": [],
+                "offered": [],
                 "gone": [],
                 "version": "1",
                 "up_s": 1,

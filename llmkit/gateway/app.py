@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 from tornado import web
@@ -33,6 +33,9 @@ from llmkit.gateway.tolerance import Tolerance
 from llmkit.protocol.client import EngineClient
 from llmkit.system.lanes import Lanes
 
+if TYPE_CHECKING:
+    from llmkit.workers.place import ModelStatus
+
 __all__ = ["Gateway", "make_app", "make_server"]
 
 logger = logging.getLogger("llmkit.gateway")
@@ -45,7 +48,8 @@ class Gateway:
 
     ``places`` gives notebooks by kernel id, for the page. ``strict`` refuses fields that are
     otherwise accepted and ignored, see `Tolerance`. ``stages`` and ``routes`` are added to its own.
-    ``admissions`` are called when a body names a model, see `Reading`.
+    ``admissions`` are called when a body names a model, see `Reading`. ``offered`` gives the
+    models of a `ModelManager`, for the page.
     While ``draining``, running requests finish and new ones are refused.
     """
 
@@ -59,6 +63,7 @@ class Gateway:
         stages: Sequence[Stage] = (),
         routes: Sequence[Route] = (),
         admissions: Sequence[Admission] = (),
+        offered: Callable[[], Sequence[ModelStatus]] = tuple,
     ) -> None:
         self._directory = directory
         self.held = Held()
@@ -66,7 +71,7 @@ class Gateway:
         self._lanes = Lanes(2, "llmkit-gateway")
         self._tolerance = Tolerance(strict)
         self._admissions = admissions
-        self._status = status = StatusRoutes(directory, places)
+        self._status = status = StatusRoutes(directory, places, offered)
         self._stages: list[Stage] = [
             accepting(lambda: self.draining),
             bounded(self.held),

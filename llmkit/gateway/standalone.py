@@ -25,7 +25,7 @@ from llmkit.system.process import process_start_time
 from llmkit.workers.models import ModelManager
 from llmkit.workers.place import ModelStatus, ServedModel
 
-__all__ = ["serve"]
+__all__ = ["Workers", "serve"]
 
 POLL_S = 0.5
 
@@ -78,7 +78,7 @@ def _say(text: str, to: Any = None) -> None:
         print(text, file=to or sys.stderr, flush=True)
 
 
-class _Workers:
+class Workers:
     """The models of this server, and the directory that finds their engines."""
 
     def __init__(
@@ -99,6 +99,18 @@ class _Workers:
             absent=served.absent,
             offered=served.offered,
         )
+
+    def gateway_options(self) -> dict[str, Any]:
+        """What the `Gateway` needs to know of them."""
+        return {
+            "routes": ModelRoutes(self.served).routes(),
+            "admissions": [self.served.admit],
+            "offered": self.manager.statuses,
+        }
+
+    def close(self) -> None:
+        """Unload all models."""
+        self.manager.close()
 
     def _is_busy(self, name: str) -> bool:
         engine = self.directory.engine_of(name)
@@ -140,15 +152,10 @@ async def _serve(
     from tornado.netutil import bind_sockets
 
     sockets = bind_sockets(options.port, options.host)
-    workers = _Workers(options, models, find) if models or find else None
+    workers = Workers(options, models, find) if models or find else None
     if workers is not None:
         directory = workers.directory
-        gateway = Gateway(
-            directory,
-            strict=options.strict,
-            routes=ModelRoutes(workers.served).routes(),
-            admissions=[workers.served.admit],
-        )
+        gateway = Gateway(directory, strict=options.strict, **workers.gateway_options())
     else:
 
         def is_ours(origin: Origin) -> bool:
@@ -179,6 +186,6 @@ async def _serve(
         server.stop()
         directory.close()
         if workers is not None:
-            await asyncio.to_thread(workers.manager.close)
+            await asyncio.to_thread(workers.close)
         await server.close_all_connections()
     return 0

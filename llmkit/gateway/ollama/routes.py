@@ -39,6 +39,7 @@ from llmkit.protocol import (
     DescribeVocabulary,
     EmbeddingRequest,
     Inquiry,
+    ModelDescription,
     Tokenize,
 )
 from llmkit.protocol.client import EngineClient
@@ -204,6 +205,9 @@ class OllamaRoutes:
 
     async def tags(self, exchange: Exchange) -> None:
         models = [model_entry(e.model_id, e.client.description) for e in self._directory.entries()]
+        models += [
+            model_entry(name, ModelDescription(name, "")) for name in self._directory.unloaded
+        ]
         exchange.send_json({"models": models})
 
     async def ps(self, exchange: Exchange) -> None:

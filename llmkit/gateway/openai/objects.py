@@ -17,6 +17,7 @@ __all__ = [
     "model_object",
     "new_id",
     "text_chunk",
+    "unloaded_object",
     "usage_object",
 ]
 
@@ -109,5 +110,17 @@ def model_object(model_id: str, description: ModelDescription) -> dict[str, Any]
         "object": "model",
         "created": description.created,
         "owned_by": "llmkit",
+        "status": {"value": "loaded"},
         "meta": meta,
+    }
+
+
+def unloaded_object(model_id: str) -> dict[str, Any]:
+    """A model that a request would load."""
+    return {
+        "id": model_id,
+        "object": "model",
+        "created": 0,
+        "owned_by": "llmkit",
+        "status": {"value": "unloaded"},
     }

@@ -42,6 +42,7 @@ class OpenAIRoutes:
             objects.model_object(e.model_id, e.client.description)
             for e in self._directory.entries()
         ]
+        data += [objects.unloaded_object(name) for name in self._directory.unloaded]
         gone = [
             {"id": name, "reason": reason}
             for name, reason in self._directory.gone.items()
@@ -53,6 +54,9 @@ class OpenAIRoutes:
 
     async def get_model(self, exchange: Exchange) -> None:
         model = exchange.args[0]
+        if model in self._directory.unloaded:
+            exchange.send_json(objects.unloaded_object(model))
+            return
         try:
             description = self._directory.lookup(model).description
         except EngineGoneError as error:  # on this route a missing model is always a 404

@@ -9,9 +9,9 @@ import contextlib
 import secrets
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
 
 import psutil
 
@@ -19,6 +19,9 @@ from llmkit.gateway.directory import EngineDirectory, Entry
 from llmkit.gateway.exchange import Exchange
 from llmkit.gateway.web import status_page, status_part
 from llmkit.version import __version__
+
+if TYPE_CHECKING:
+    from llmkit.workers.place import ModelStatus
 
 __all__ = ["StatusRoutes", "send_page"]
 
@@ -36,14 +39,18 @@ class Running:
 
 
 class StatusRoutes:
-    """Models, memory and requests of a gateway. ``places`` gives notebooks by kernel id."""
+    """Models, memory and requests of a gateway.
+
+    ``places`` gives notebooks by kernel id, ``offered`` the models of a `ModelManager`.
+    """
 
     def __init__(
         self,
         directory: EngineDirectory,
         places: Callable[[], Awaitable[dict[str, str]]] | None = None,
+        offered: Callable[[], Sequence[ModelStatus]] = tuple,
     ) -> None:
-        self._directory, self._places = directory, places
+        self._directory, self._places, self._offered = directory, places, offered
         self._running: dict[int, Running] = {}
         self._callers: Counter[str] = Counter()
         self._started = time.time()
@@ -75,6 +82,7 @@ class StatusRoutes:
             "version": __version__,
             "up_s": round(time.time() - self._started, 1),
             "models": [self._model(entry, places) for entry in self._directory.entries()],
+            "offered": [asdict(status) for status in self._offered()],
             "gone": [
                 {"id": name, "reason": reason}
                 for name, reason in self._directory.gone.items()
@@ -101,6 +109,7 @@ class StatusRoutes:
             "id": entry.model_id,
             "quantization": model.quantization,
             "device": model.device,
+            "gpus": model.gpu_bytes,
             "n_ctx": model.n_ctx,
             "kernel": origin.kernel_id,
             "place": places.get(origin.kernel_id or "", ""),

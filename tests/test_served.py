@@ -1,0 +1,147 @@
+"""Several models behind one gateway: loaded by a request, listed, switched, unloaded."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+
+import pytest
+from fakes import wait_for
+from gateway_client import Api, serve
+
+from llmkit.gateway.standalone import Workers
+from llmkit.loading import worker_task
+from llmkit.settings.gateway import GatewayOptions
+from llmkit.workers.budget import Need
+from llmkit.workers.place import ServedModel
+
+pytestmark = pytest.mark.model
+
+
+def served(name: str, model: str = "smollm2", **options: bool | tuple[str, ...]) -> ServedModel:
+    def task() -> dict[str, object]:
+        return worker_task(model, name=name, tuned=False, force=True, n_ctx=512, n_slots=2)
+
+    return ServedModel(name, task, lambda _: Need(1), **options)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+async def workers() -> AsyncIterator[Workers]:
+    models = [
+        served("first"),
+        served("second", lazy=True, aliases=("two",)),
+        served("vectors", "minilm", lazy=True),
+    ]
+    workers = Workers(GatewayOptions(), models, None)
+    await asyncio.to_thread(wait_for, lambda: phase(workers, "first") == "ready", 60)
+    yield workers
+    await asyncio.to_thread(workers.close)
+
+
+@pytest.fixture
+async def api(workers: Workers) -> AsyncIterator[Api]:
+    async for api in serve(None, directory=workers.directory, **workers.gateway_options()):
+        yield api
+
+
+def phase(workers: Workers, name: str) -> str:
+    return workers.manager.status(name).phase
+
+
+def chat(model: str, tokens: int = 4) -> dict[str, object]:
+    return {
+        "model": model,
+        "messages": [{"role": "user", "content": "Hello"}],
+        "max_tokens": tokens,
+        "ignore_eos": True,
+    }
+
+
+async def test_a_request_loads_the_model_it_names(api: Api, workers: Workers) -> None:
+    code, reply = await api.post("/v1/chat/completions", chat("two"))
+    assert code == 200 and reply["model"] == "second"
+    assert phase(workers, "second") == "ready" and phase(workers, "vectors") == "unloaded"
+    code, reply = await api.post("/v1/embeddings", {"model": "vectors", "input": "a"})
+    assert code == 200 and len(reply["data"][0]["embedding"]) == 384
+    code, reply = await api.post("/v1/chat/completions", chat("default"))
+    assert code == 200 and reply["model"] == "first"
+    code, reply = await api.post("/v1/chat/completions", chat("third"))
+    assert code == 404 and reply["error"]["code"] == "model_not_found"
+
+
+async def test_models_that_are_not_loaded_are_listed(api: Api) -> None:
+    reply = json.loads((await api.fetch("GET", "/v1/models")).body)
+    listed = {m["id"]: m.get("status", {}).get("value") for m in reply["data"]}
+    assert listed == {"first": "loaded", "second": "unloaded", "vectors": "unloaded"}
+    tags = json.loads((await api.fetch("GET", "/api/tags")).body)
+    assert {m["name"] for m in tags["models"]} == {"first", "second", "vectors"}
+    loaded = json.loads((await api.fetch("GET", "/api/ps")).body)
+    assert {m["name"] for m in loaded["models"]} == {"first"}
+    page = (await api.fetch("GET", "/status")).body
+    states = {m["name"]: m["phase"] for m in json.loads(page)["offered"]}
+    assert states == {"first": "ready", "second": "unloaded", "vectors": "unloaded"}
+
+
+async def test_switching_the_default_waits_for_its_requests(api: Api, workers: Workers) -> None:
+    running = asyncio.create_task(api.post("/v1/chat/completions", chat("default", 300)))
+    await asyncio.to_thread(wait_for, lambda: workers.manager.status("first").num_used == 1, 10)
+    code, reply = await api.post("/admin/models/switch", {"model": "second", "drain": False})
+    assert code == 409 and reply["error"]["code"] == "model_busy"
+    assert workers.manager.default == "first"
+    code, reply = await api.post("/admin/models/switch", {"model": "two"})
+    assert code == 200 and (reply["id"], reply["phase"]) == ("second", "ready")
+    code, reply = await running
+    assert code == 200 and reply["usage"]["completion_tokens"] > 100
+    assert workers.manager.default == "second" and phase(workers, "first") == "unloaded"
+    code, reply = await api.post("/v1/chat/completions", chat("default"))
+    assert reply["model"] == "second"
+
+
+async def test_a_switch_to_what_cannot_be_loaded_leaves_the_default(
+    api: Api, workers: Workers
+) -> None:
+    def broken() -> dict[str, object]:
+        return {**worker_task("smollm2", name="bad", tuned=False, force=True), "path": "/none"}
+
+    workers.manager.add(ServedModel("bad", broken, lambda _: Need(1), lazy=True))
+    code, reply = await api.post("/admin/models/switch", {"model": "bad"})
+    assert code == 503 and reply["error"]["code"] == "model_load_failed"
+    code, reply = await api.post("/v1/chat/completions", chat("default"))
+    assert code == 200 and reply["model"] == "first"
+
+
+async def test_unload_reload_and_bad_bodies(api: Api, workers: Workers) -> None:
+    code, reply = await api.post("/admin/models/unload", {"model": "first"})
+    assert code == 200 and reply["phase"] == "unloaded" and reply["ram_bytes"] == 0
+    code, reply = await api.post("/admin/models/load", {"model": "first", "wait": False})
+    assert code == 202
+    code, reply = await api.post("/admin/models/load", {"model": "first"})
+    assert code == 200 and reply["phase"] == "ready"
+    before = reply["pid"]
+    code, reply = await api.post("/admin/models/reload", {"model": "first"})
+    assert code == 200 and reply["pid"] not in (before, None)
+    code, reply = await api.post("/admin/models/load", {"model": "nothing"})
+    assert code == 404
+    code, reply = await api.post("/admin/models/unload", {"model": "first", "forse": True})
+    assert code == 400 and "force" in reply["error"]["message"]
+    listed = json.loads((await api.fetch("GET", "/admin/models")).body)
+    assert listed["default"] == "first" and len(listed["models"]) == 3
+    one = json.loads((await api.fetch("GET", "/admin/models/second")).body)
+    assert one["id"] == "second" and one["aliases"] == ["two"]
+
+
+async def test_a_client_that_leaves_while_its_model_loads_holds_nothing(
+    api: Api, workers: Workers
+) -> None:
+    from tornado.httpclient import AsyncHTTPClient
+
+    with pytest.raises(Exception, match=r"[Tt]imeout"):
+        await AsyncHTTPClient(force_instance=True).fetch(
+            api.url + "/v1/chat/completions",
+            method="POST",
+            body=json.dumps(chat("second")),
+            request_timeout=0.2,
+        )
+    await asyncio.to_thread(wait_for, lambda: workers.manager.status("second").num_used == 0, 10)
+    await asyncio.to_thread(wait_for, lambda: phase(workers, "second") == "ready", 60)
