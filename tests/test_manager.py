@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -282,3 +283,20 @@ def test_the_need_of_a_task_is_the_estimate_of_its_load() -> None:
 def test_a_status_is_plain_data(manage: Callable[..., ModelManager]) -> None:
     (status,) = manage(small("a", lazy=True, aliases=("x",), pinned=True)).statuses()
     assert status == ModelStatus("a", "unloaded", is_default=True, pinned=True, aliases=("x",))
+
+
+def test_killing_does_not_wait_for_a_worker_that_is_stuck(
+    manage: Callable[..., ModelManager],
+) -> None:
+    manager = manage(small("a"))
+    manager.load("a").result(LOAD_S)
+    pid = manager.status("a").pid
+    assert pid is not None
+    os.kill(pid, signal.SIGSTOP)
+    closing = threading.Thread(target=manager.close)
+    closing.start()
+    time.sleep(0.5)
+    assert psutil.pid_exists(pid)
+    manager.kill()
+    closing.join(10)
+    assert not closing.is_alive() and not psutil.pid_exists(pid)

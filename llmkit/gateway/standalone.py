@@ -72,6 +72,17 @@ async def _drain(gateway: Gateway, at_once: asyncio.Event, most_s: float) -> Non
                 await at_once.wait()
 
 
+async def _end(workers: Workers, at_once: asyncio.Event) -> None:
+    """Unload all models; a second signal kills their processes."""
+    closing = asyncio.ensure_future(asyncio.to_thread(workers.close))
+    hurry = asyncio.ensure_future(at_once.wait())
+    await asyncio.wait({closing, hurry}, return_when=asyncio.FIRST_COMPLETED)
+    hurry.cancel()
+    if not closing.done():
+        workers.manager.kill()
+    await closing
+
+
 def _say(text: str, to: Any = None) -> None:
     """On standard error, which may be gone."""
     with contextlib.suppress(OSError, ValueError):
@@ -186,6 +197,6 @@ async def _serve(
         server.stop()
         directory.close()
         if workers is not None:
-            await asyncio.to_thread(workers.close)
+            await _end(workers, at_once)
         await server.close_all_connections()
     return 0

@@ -29,7 +29,7 @@ class IsolatedEngine(BridgeClient):
 
     def __init__(self, connection: files.Connection, child: Child) -> None:
         self._child = child
-        super().__init__(connection)
+        super().__init__(connection, weighs=True)  # this end has checked them already
 
     @property
     def state(self) -> EngineState:

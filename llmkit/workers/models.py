@@ -243,6 +243,15 @@ class ModelManager:
         self._wake.set()
         self._thread.join()
 
+    def kill(self) -> None:
+        """End all workers at once, also while ``close`` waits for them."""
+        self._closing = True
+        for place in list(self._places.values()):
+            worker = place.worker
+            if worker is not None:
+                worker.kill()
+        self._wake.set()
+
     # The manager's thread
 
     def _run(self) -> None:

@@ -76,6 +76,13 @@ class Supervisor:
         self._stopping.set()
         self._thread.join(END_S + 5)
 
+    def kill(self) -> None:
+        """End the worker at once; idle prefixes are not saved."""
+        self._stopping.set()
+        child = self._child
+        if child is not None:
+            child.kill()
+
     def _run(self) -> None:
         try:
             self._keep_alive()
