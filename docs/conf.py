@@ -17,8 +17,11 @@ DOCS = Path(__file__).resolve().parent
 ROOT = DOCS.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "jupyter_ext")]
 
+from llmkit.settings.entries import KEY_OPTIONS, MODEL_OPTIONS  # noqa: E402
 from llmkit.settings.gateway import GATEWAY_OPTIONS  # noqa: E402
+from llmkit.settings.listing import as_toml  # noqa: E402
 from llmkit.settings.options import OPTIONS  # noqa: E402
+from llmkit.settings.sampling import SAMPLING_OPTIONS  # noqa: E402
 from llmkit.settings.table import Option  # noqa: E402
 from llmkit.version import __version__  # noqa: E402
 
@@ -114,32 +117,53 @@ def hide_constructor(
 
 
 class SettingsTable(SphinxDirective):
-    """A table of settings from the code: ``{settings} engine`` or ``{settings} gateway``."""
+    """A table of settings from the code: ``{settings} engine``, ``{settings} gateway`` and so on.
+
+    Those that can change while a server runs are marked.
+    """
 
     required_arguments = 1
 
     def run(self) -> list[nodes.Node]:
-        rows = OPTIONS if self.arguments[0] == "engine" else GATEWAY_OPTIONS
-        lines = ["| setting | what it does | values | default |", "|---|---|---|---|"]
-        lines += [_row(row) for row in rows.values()]
+        rows = SETTINGS[self.arguments[0]].values()
+        has_live = any(row.live for row in rows)
+        lines = ["| setting | what it does | values | default |" + " live |" * has_live]
+        lines += ["|---|---|---|---|" + "---|" * has_live]
+        lines += [_row(row, has_live) for row in rows]
         container = nodes.container()
         self.state.nested_parse(StringList(lines), 0, container)
         return container.children
 
 
-def _row(row: Option) -> str:
+def _row(row: Option, has_live: bool) -> str:
     values = f"{row.range} {row.unit}".strip() or KINDS.get(row.kind, row.kind)
-    default = "" if row.default in (None, (), False) else f"`{row.default}`"
-    return f"| `{row.name}` | {row.help} | {values} | {default} |"
+    default = "" if row.default in (None, (), "", False) else f"`{as_toml(row.default)}`"
+    live = f" {'yes' if row.live else ''} |" if has_live else ""
+    sentence = row.help.replace("|", "\\|")
+    return f"| `{row.name}` | {sentence} | {values} | {default} |{live}"
 
 
+SETTINGS = {
+    "gateway": GATEWAY_OPTIONS,
+    "engine": OPTIONS,
+    "sampling": SAMPLING_OPTIONS,
+    "models": MODEL_OPTIONS,
+    "keys": KEY_OPTIONS,
+}
 KINDS = {
     "flag": "true or false",
     "switch": "true or false",
     "layers": '`"auto"`, -1 or a number',
     "adapters": "paths",
+    "shares": "numbers",
     "path": "path",
     "secret": "text",
+    "texts": "list of texts",
+    "globs": "list of names or globs",
+    "origins": "list of origins",
+    "networks": "list of addresses or networks",
+    "url": "address",
+    "moment": "date or time",
 }
 
 

@@ -14,9 +14,15 @@ from llmkit.errors import InvalidRequestError
 from llmkit.settings import table
 from llmkit.settings.table import Option, option
 
-__all__ = ["KV_TYPES", "OPTIONS", "EngineOptions"]
+__all__ = ["KV_TYPES", "OPTIONS", "WEIGHT_TYPES", "EngineOptions"]
 
 KV_TYPES = ("f16", "q8_0", "q4_0")
+WEIGHT_TYPES = (
+    "Q2_K", "Q3_K_S", "Q3_K_M", "Q3_K_L", "IQ4_XS", "Q4_0", "IQ4_NL", "Q4_K_S", "Q4_K_M", "Q4_1",
+    "Q5_0", "Q5_K_S", "Q5_K_M", "Q5_1", "Q6_K", "Q8_0", "F16", "BF16",
+)  # fmt: skip
+SPLIT_MODES = ("none", "layer", "row")
+MAX_DEVICES = 16
 SPEED, MEMORY, PREFIXES, BEHAVIOUR = "Speed", "Memory", "Cached prefixes", "Behaviour"
 
 
@@ -50,6 +56,28 @@ class EngineOptions:
     n_gpu_layers: int | Literal["auto"] = option(
         "layers", "auto", "Layers on the GPU: auto (as many as fit), -1 (all), or a number.", MEMORY
     )
+    split_mode: str = option(
+        "choice",
+        "layer",
+        "Several GPUs: none (one holds the model), layer (each some layers), row (each part of "
+        "every matrix).",
+        MEMORY,
+        choices=SPLIT_MODES,
+    )
+    main_device: int = option(
+        "integer",
+        0,
+        "The GPU that split_mode none and row use, counted from 0 among those visible.",
+        MEMORY,
+        low=0,
+        high=MAX_DEVICES - 1,
+    )
+    tensor_split: Any = option(
+        "shares",
+        (),
+        "Each GPU's share of the model, such as 3,1; by default by their free memory.",
+        MEMORY,
+    )  # kept as numbers
     threads: int | None = option(
         "integer",
         None,
@@ -74,6 +102,13 @@ class EngineOptions:
         unit="tokens",
     )
     kv_type: str = option("choice", "f16", "Data type of the KV cache.", MEMORY, choices=KV_TYPES)
+    quantize: str | None = option(
+        "choice",
+        None,
+        "Load the weights in this smaller type; the copy is made once and kept.",
+        MEMORY,
+        choices=WEIGHT_TYPES,
+    )
     flash_attention: bool | None = option(
         "switch", None, "Flash attention; by default llama.cpp decides.", SPEED
     )
@@ -108,6 +143,26 @@ class EngineOptions:
         False,
         "Same request, same tokens, whatever else is running; slower.",
         BEHAVIOUR,
+    )
+    batching: bool = option(
+        "flag", True, "Compute requests together; without it, one at a time.", SPEED
+    )
+    batch_requests: int | None = option(
+        "integer",
+        None,
+        "Most requests computed together; by default one for each slot.",
+        SPEED,
+        low=1,
+        high=256,
+    )
+    batch_wait_ms: float = option(
+        "number",
+        0.0,
+        "How long an idle engine waits for more requests before it computes the first.",
+        SPEED,
+        low=0.0,
+        high=10_000.0,
+        unit="ms",
     )
     batch_tokens: int | None = option(
         "integer",
@@ -170,7 +225,25 @@ class EngineOptions:
                 "kv_tokens is the size of one shared KV buffer; it needs kv_unified=True.",
                 "kv_tokens",
             )
+        if not self.batching and (self.batch_requests or 1) > 1:
+            raise InvalidRequestError(
+                "batching=False computes one request at a time; leave batch_requests out.",
+                "batch_requests",
+            )
         object.__setattr__(self, "lora", _adapters(self.lora))
+        object.__setattr__(self, "tensor_split", _shares(self.tensor_split))
+        if self.tensor_split and self.split_mode == "none":
+            raise InvalidRequestError(
+                "tensor_split spreads a model over GPUs, and split_mode none does not; "
+                "leave one of them out.",
+                "tensor_split",
+            )
+        if self.main_device and self.split_mode == "layer":
+            raise InvalidRequestError(
+                "main_device is for split_mode none (the model on that GPU alone) or row; "
+                "layer uses all GPUs alike.",
+                "main_device",
+            )
         if self.draft is not None:
             if self.deterministic:
                 raise InvalidRequestError(
@@ -228,6 +301,24 @@ def _adapters(given: Any) -> tuple[tuple[str, float], ...]:
                 "lora",
             )
     return tuple(pairs)
+
+
+def _shares(given: Any) -> tuple[float, ...]:
+    """Numbers, or text such as "3,1"."""
+    try:
+        values = given.split(",") if isinstance(given, str) else given
+        shares = tuple(float(value) for value in values)
+    except (TypeError, ValueError):
+        shares = (math.nan,)
+    if len(shares) > MAX_DEVICES or not all(0 <= s < math.inf for s in shares):
+        shares = (math.nan,)
+    if shares and not 0 < sum(shares) < math.inf:
+        raise InvalidRequestError(
+            f"tensor_split must be shares of at most {MAX_DEVICES} GPUs, such as 3,1, none "
+            f"negative and not all 0, not {given!r:.60}.",
+            "tensor_split",
+        )
+    return shares
 
 
 OPTIONS: dict[str, Option] = table.table(EngineOptions)

@@ -6,134 +6,216 @@ They take precedence in that order. Unknown keys are errors. Rows come from the 
 from __future__ import annotations
 
 import difflib
+import hashlib
 import os
-import tomllib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, SecretStr, ValidationError, create_model
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
-
 from llmkit.errors import InvalidRequestError
+from llmkit.settings.document import open_document
+from llmkit.settings.entries import KEY_OPTIONS, MODEL_OPTIONS, KeyEntry, ModelEntry
 from llmkit.settings.gateway import GATEWAY_OPTIONS, GatewayOptions
-from llmkit.settings.options import OPTIONS, EngineOptions
-from llmkit.settings.table import Option, check
-from llmkit.system.files import open_plain
-from llmkit.system.reporting import report
+from llmkit.settings.options import EngineOptions
+from llmkit.settings.reading import ENGINE_OPTIONS, ENVIRONMENT, Fault, Reading
+from llmkit.settings.values import mask
 
-__all__ = ["ServeSettings", "read_settings"]
+__all__ = ["CONFIG", "ServeSettings", "faults_of", "read_settings"]
 
-ENVIRONMENT = "LLMKIT_"
-MAX_FILE_BYTES = 1 << 20
+CONFIG = "LLMKIT_CONFIG"
+AT_LINE = re.compile(r"\(at line ([0-9]+), column [0-9]+\)$")  # as tomllib says it
 
 
+@dataclass(frozen=True, slots=True)
 class ServeSettings:
-    """The options of the ``gateway``, and those of the ``engine`` that were set."""
+    """Everything that `llmkit serve` was told.
 
-    def __init__(self, values: dict[str, Any]) -> None:
-        self.gateway = GatewayOptions(**{k: v for k, v in values.items() if k in GATEWAY_OPTIONS})
-        self.engine = {k: v for k, v in values.items() if k in OPTIONS}
-        check(self.gateway)
-        EngineOptions(**self.engine)
+    ``engine`` holds the options for the engines of all models that were set, ``models`` those to
+    serve, the named ones first, ``sampling`` the defaults that were set. ``sources`` says where a
+    value came from, by its key (``models.small.n_ctx``): a file, ``$LLMKIT_PORT`` or "command
+    line"; what is missing there has its default.
+    """
 
-
-class _Sources(BaseSettings):
-    model_config = SettingsConfigDict(env_prefix=ENVIRONMENT, extra="forbid")
-
-    @classmethod
-    def settings_customise_sources(
-        cls,
-        settings_cls: type[BaseSettings],
-        init_settings: PydanticBaseSettingsSource,
-        env_settings: PydanticBaseSettingsSource,
-        dotenv_settings: PydanticBaseSettingsSource,
-        file_secret_settings: PydanticBaseSettingsSource,
-    ) -> tuple[PydanticBaseSettingsSource, ...]:
-        return init_settings, env_settings
+    gateway: GatewayOptions = field(default_factory=GatewayOptions)
+    engine: dict[str, Any] = field(default_factory=dict)
+    models: tuple[ModelEntry, ...] = ()
+    keys: tuple[KeyEntry, ...] = ()
+    sampling: dict[str, Any] = field(default_factory=dict)
+    sources: dict[str, str] = field(default_factory=dict)
+    file: Path | None = None
 
 
-def _row(row: Option) -> Any:
-    kind: Any = SecretStr if row.kind == "secret" else row.annotation
-    if row.kind == "adapters":
-        kind = list[str] | dict[str, float] | str
-    return (kind | None, Field(None, description=row.help))
-
-
-_ROWS = {name: _row(row) for name, row in {**GATEWAY_OPTIONS, **OPTIONS}.items()}
-_Settings: type[BaseSettings] = create_model("_Settings", __base__=_Sources, **_ROWS)
-
-
-def read_settings(given: dict[str, Any], file: Path | None = None) -> ServeSettings:
+def read_settings(
+    given: Mapping[str, Any],
+    file: Path | None = None,
+    environment: Mapping[str, str] | None = None,
+) -> ServeSettings:
     """Settings by precedence: ``given`` (the command line), environment, ``file``.
 
-    Raises `InvalidRequestError` naming the key.
+    The file is ``$LLMKIT_CONFIG`` if none is named. Raises `InvalidRequestError` naming the key.
     """
-    _check_environment()
+    environment = os.environ if environment is None else environment
+    if file is None and environment.get(CONFIG):
+        file = Path(environment[CONFIG])
+    reading = Reading()
+    if file is not None:
+        reading.take_document(open_document(file))
+    reading.take_environment(environment)
+    reading.take_given(given)
+    settings = _assembled(reading)
+    if reading.faults:
+        first, others = reading.faults[0], len(reading.faults) - 1
+        more = f" There are {others} more: `llmkit config check`." if others else ""
+        what = "" if first.key.startswith(ENVIRONMENT) else "setting "
+        raise InvalidRequestError(f"{what}{first}{more}", first.key)
+    if reading.document is not None and _holds_secret(reading):
+        reading.document.warn_if_readable()
+    return settings
+
+
+def faults_of(file: Path) -> list[Fault]:
+    """Everything that is wrong with a settings file, whatever the environment says."""
+    reading = Reading()
     try:
-        values: dict[str, Any] = {}
-        if file is not None:
-            _check_owner(file)
-            with open_plain(file) as opened:
-                values = tomllib.loads(opened.read(MAX_FILE_BYTES).decode("utf-8"))
-            values = _known(values)
-        values |= _known(given)
-        return ServeSettings(values)
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
-        raise InvalidRequestError(f"cannot read the settings file {file}: {error}") from None
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        key = str(first["loc"][0]) if first["loc"] else ""
-        hint = _near(key) if first["type"] == "extra_forbidden" else ""
-        raise InvalidRequestError(f"setting {key}: {first['msg']}{hint}", key) from None
+        reading.take_document(open_document(file))
     except InvalidRequestError as error:
-        raise InvalidRequestError(f"setting {error}", error.param) from None
+        line = AT_LINE.search(str(error))
+        return [Fault("", str(error), str(file), int(line[1]) if line else None)]
+    _assembled(reading)
+    if _holds_secret(reading) and reading.document is not None:
+        reading.document.warn_if_readable()
+    return sorted(reading.faults, key=lambda fault: fault.line or 0)
 
 
-def _known(given: dict[str, Any]) -> dict[str, Any]:
-    """The values that were set, by ``given`` or else the environment."""
-    values = _Settings(**given).model_dump(exclude_unset=True)
-    return {
-        name: value.get_secret_value() if isinstance(value, SecretStr) else value
-        for name, value in values.items()
-        if value is not None
+def _assembled(reading: Reading) -> ServeSettings:
+    """The settings; what does not fit together is noted as faults."""
+    faulty = ServeSettings()
+    top = reading.top
+    try:
+        gateway = GatewayOptions(**_fields(top, GATEWAY_OPTIONS))
+    except InvalidRequestError as error:
+        reading.fail((), error)
+        gateway = faulty.gateway
+    engine = {k: v for k, v in top.items() if k in ENGINE_OPTIONS}
+    try:
+        EngineOptions(**engine)
+    except InvalidRequestError as error:
+        reading.fail((), error)
+        engine = {}
+    return ServeSettings(
+        gateway,
+        engine,
+        _models(reading, gateway, engine),
+        _keys(reading),
+        reading.sampling,
+        reading.sources,
+        None if reading.document is None else reading.document.path,
+    )
+
+
+def _fields(values: Mapping[str, Any], rows: Mapping[str, Any]) -> dict[str, Any]:
+    return {row.attribute: values[key] for key, row in rows.items() if key in values}
+
+
+def _models(
+    reading: Reading, gateway: GatewayOptions, engine: dict[str, Any]
+) -> tuple[ModelEntry, ...]:
+    """Those that were listed, then the other tables."""
+    general: dict[str, Any] = {
+        "lazy": gateway.lazy,
+        "idle_unload_s": gateway.idle_unload_s,
+        "tuned": gateway.tuned,
+        "force": gateway.force,
     }
+    tables: dict[str, ModelEntry] = {}
+    for name, values in reading.models.items():
+        given = general | {"model": name} | _fields(values, MODEL_OPTIONS)
+        own = {k: v for k, v in values.items() if k in ENGINE_OPTIONS}
+        path = ("models", name)
+        try:
+            EngineOptions(**{**engine, **own})
+            tables[name] = ModelEntry(
+                name=name, engine={**engine, **own}, sampling=values.get("sampling", {}), **given
+            )
+        except InvalidRequestError as error:
+            reading.fail(path, error)
+    listed: dict[str, ModelEntry] = {}
+    for model in gateway.models:
+        if model in listed:
+            message = f"model names {model!r:.80} twice."
+            reading.fail((), InvalidRequestError(message, "model"))
+        elif model in reading.models:
+            if gateway.name is not None:
+                message = f"name is for a model without a table, and {model!r:.80} has one."
+                reading.fail((), InvalidRequestError(message, "name"))
+            if model in tables:
+                listed[model] = tables.pop(model)
+        else:
+            listed[model] = ModelEntry(name=gateway.name, engine=engine, model=model, **general)
+    models = (*listed.values(), *tables.values())
+    _check_names(reading, models)
+    _check_default(reading, gateway, models)
+    return models
 
 
-def _near(key: str) -> str:
-    near = difflib.get_close_matches(key, list(_ROWS), n=1)
-    return f"; did you mean {near[0]}?" if near else ""
+def _check_names(reading: Reading, models: tuple[ModelEntry, ...]) -> None:
+    """No name may stand for two models."""
+    owners: dict[str, ModelEntry] = {}
+    for model in models:
+        for name in (model.name, *model.aliases):
+            if name is None:
+                continue
+            if name in owners:
+                other = owners[name].name or owners[name].model
+                message = f"aliases: {name!r:.80} is a name of {other!r:.80} already."
+                path = ("models", model.name or model.model)
+                reading.fail(path, InvalidRequestError(message, "aliases"))
+            owners[name] = model
 
 
-def _check_owner(file: Path) -> None:
-    """Check that others cannot change the file, nor read a key in it.
-
-    Raises `InvalidRequestError` if everyone can write it; warns otherwise.
-    """
-    if not hasattr(os, "getuid"):
+def _check_default(
+    reading: Reading, gateway: GatewayOptions, models: tuple[ModelEntry, ...]
+) -> None:
+    """The default must be one of the models, where all of their names are known here."""
+    if gateway.default_model is None or gateway.models_dir is not None or not models:
         return
-    status = file.stat()
-    if status.st_mode & 0o002:
-        message = f"the settings file {file} is writable by everyone; run `chmod o-w {file}` first."
-        raise InvalidRequestError(message, "config")
-    if status.st_uid not in (os.getuid(), 0) or status.st_mode & 0o020:
-        report(f"the settings file {file} is writable by others.")
-    if status.st_mode & 0o044:
-        with open_plain(file) as opened:
-            holds_key = b"api_key" in opened.read(MAX_FILE_BYTES)
-        if holds_key:
-            report(
-                f"the settings file {file} contains the key and others can read it: "
-                f"chmod 600 {file}"
-            )
+    names = [name for model in models for name in (model.name, *model.aliases)]
+    known = [name for name in names if name is not None]
+    if len(known) < len(names) or gateway.default_model in known:
+        return
+    near = difflib.get_close_matches(gateway.default_model, known, n=1)
+    hint = f"; did you mean {near[0]!r:.80}?" if near else f": {', '.join(known):.200}."
+    message = f"default_model must be one of the models{hint}"
+    reading.fail((), InvalidRequestError(message, "default_model"))
 
 
-def _check_environment() -> None:
-    """Refuse unknown variables, which pydantic-settings ignores: typos must not be silent."""
-    known = {f"{ENVIRONMENT}{name.upper()}" for name in _ROWS}
-    for name in os.environ:
-        if name.upper().startswith(ENVIRONMENT) and name.upper() not in known:
-            near = difflib.get_close_matches(name.upper(), known, n=1)
-            hint = f" Did you mean {near[0]}?" if near else ""
-            raise InvalidRequestError(
-                f"the environment variable {name} is not a setting of llmkit.{hint}", name
-            )
+def _keys(reading: Reading) -> tuple[KeyEntry, ...]:
+    found: dict[str, KeyEntry] = {}
+    for name, values in reading.keys.items():
+        path = ("keys", name)
+        try:
+            entry = KeyEntry(name=name, **_fields(values, KEY_OPTIONS))
+        except InvalidRequestError as error:
+            reading.fail(path, error)
+            continue
+        sha256 = entry.key_sha256 or hashlib.sha256((entry.key or "").encode()).hexdigest()
+        other = found.setdefault(sha256.lower(), entry)
+        if other is not entry:
+            message = f"the key is that of {other.name!r} too; each needs its own."
+            reading.fail(path, InvalidRequestError(message, "key"))
+    return tuple(found.values())
+
+
+def _holds_secret(reading: Reading) -> bool:
+    """Whether the file holds what others may not read."""
+    document = reading.document
+    if document is None:
+        return False
+    urls = (document.values.get(key) for key, row in GATEWAY_OPTIONS.items() if row.kind == "url")
+    return (
+        "api_key" in document.values
+        or any(entry.get("key") is not None for entry in reading.keys.values())
+        or any(isinstance(url, str) and mask(url) != url for url in urls)
+    )
