@@ -1,0 +1,183 @@
+"""What callers used, by day (UTC) and model, and how much of it counts for budgets.
+
+Requests are counted in memory and written by one thread every few seconds, so no request waits for
+a disk. Any thread may use it.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from datetime import date
+
+import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.orm import Session
+
+from llmkit.errors import StoreError
+from llmkit.store.database import Database
+from llmkit.store.keys import KeyStore
+from llmkit.store.records import Spending
+from llmkit.store.tables import Usage
+
+__all__ = ["UsageStore", "UsageWriter"]
+
+logger = logging.getLogger("llmkit.gateway")
+
+FLUSH_S = 2.0
+COUNTS = ("requests", "prompt_tokens", "cached_tokens", "completion_tokens", "seconds")
+MAX_NAME = 255
+
+Entries = dict[str, dict[tuple[date, str], Spending]]  # by caller, then by day and model
+Totals = dict[str, dict[date, int]]  # tokens of each caller, by day
+
+
+class UsageStore:
+    """The table of usage. Raises `StoreError`."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    def add(self, entries: Entries) -> None:
+        """Add to what is there, all or nothing."""
+        with self._database.writing() as session:
+            for caller, spent in sorted(entries.items()):  # in order: two writers never lock up
+                for (day, model), spending in sorted(spent.items()):
+                    _add(session, caller[:MAX_NAME], day, model[:MAX_NAME], spending)
+
+    def tokens(self, since: date) -> Totals:
+        """The tokens of each caller in each day from ``since`` on."""
+        query = (
+            sa.select(
+                Usage.caller, Usage.day, sa.func.sum(Usage.prompt_tokens + Usage.completion_tokens)
+            )
+            .where(Usage.day >= since)
+            .group_by(Usage.caller, Usage.day)
+        )
+        found: Totals = {}
+        with self._database.reading() as session:
+            for caller, day, tokens in session.execute(query):
+                found.setdefault(caller, {})[day] = int(tokens)
+        return found
+
+
+def _add(session: Session, caller: str, day: date, model: str, spending: Spending) -> None:
+    dialect = session.get_bind().dialect.name
+    insert = postgresql.insert if dialect == "postgresql" else sqlite.insert
+    counts = {name: getattr(spending, name) for name in COUNTS}
+    statement = insert(Usage).values(caller=caller, day=day, model=model, **counts)
+    session.execute(
+        statement.on_conflict_do_update(
+            index_elements=["caller", "day", "model"],
+            set_={name: getattr(Usage, name) + statement.excluded[name] for name in COUNTS},
+        )
+    )
+
+
+class UsageWriter:
+    """Counts usage in memory and writes it down, on a thread of its own.
+
+    What other gateways wrote into the same database counts as well, some seconds later. While the
+    database cannot be written, nothing is forgotten, and that is said once. ``today`` gives the day
+    (UTC). Raises `StoreError` if the database cannot be read at the start.
+    """
+
+    def __init__(
+        self,
+        usage: UsageStore,
+        keys: KeyStore,
+        today: Callable[[], date],
+        every_s: float = FLUSH_S,
+    ) -> None:
+        self._usage, self._keys = usage, keys
+        self._today, self._every_s = today, every_s
+        self._lock = threading.Lock()
+        self._new: Entries = {}  # not yet being written
+        self._moving: Entries = {}  # being written
+        self._used: dict[str, float] = {}  # when keys were last used
+        self._written = usage.tokens(today().replace(day=1))
+        self._has_failed = False
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="llmkit-usage", daemon=True)
+        self._thread.start()
+
+    def add(self, caller: str, model: str, spending: Spending) -> None:
+        """Count a request of today."""
+        key = (self._today(), model)
+        with self._lock:
+            self._new.setdefault(caller, {}).setdefault(key, Spending()).add(spending)
+
+    def note_use(self, sha256: str, time: float) -> None:
+        """Note when a key was used, by `KeyRecord.sha256`."""
+        with self._lock:
+            self._used[sha256] = time
+
+    def tokens(self, caller: str, day: date) -> tuple[int, int]:
+        """A caller's tokens of this day, and of its month."""
+        with self._lock:
+            counts = list(self._written.get(caller, {}).items())
+            for entries in (self._moving, self._new):
+                if caller in entries:
+                    counts += [(d, s.total_tokens) for (d, _), s in entries[caller].items()]
+        month = (day.year, day.month)
+        return (
+            sum(number for d, number in counts if d == day),
+            sum(number for d, number in counts if (d.year, d.month) == month),
+        )
+
+    def flush(self) -> bool:
+        """Write what is new and read what others wrote. False if that failed; nothing is lost."""
+        with self._lock:
+            self._moving, self._new = self._new, {}
+            used, self._used = self._used, {}
+        try:
+            if self._moving:
+                self._usage.add(self._moving)
+                with self._lock:
+                    _merge(self._written, self._moving)
+                    self._moving = {}
+            if used:
+                self._keys.note_use(used)
+                used = {}
+            written = self._usage.tokens(self._today().replace(day=1))
+        except StoreError as error:
+            self._take_back(used)
+            if not self._has_failed:
+                logger.error("usage is only in memory until this is mended: %s", error)
+            self._has_failed = True
+            return False
+        with self._lock:
+            self._written = written
+        if self._has_failed:
+            logger.warning("usage is written down again")
+        self._has_failed = False
+        return True
+
+    def _take_back(self, used: dict[str, float]) -> None:
+        with self._lock:
+            for caller, spent in self._moving.items():
+                ours = self._new.setdefault(caller, {})
+                for key, spending in spent.items():
+                    ours.setdefault(key, Spending()).add(spending)
+            self._moving = {}
+            self._used = used | self._used
+
+    def _run(self) -> None:
+        while not self._end.wait(self._every_s):
+            self.flush()
+
+    def close(self) -> None:
+        """Write the rest, and end the thread."""
+        self._end.set()
+        self._thread.join()
+        if not self.flush():
+            tokens = sum(s.total_tokens for spent in self._new.values() for s in spent.values())
+            logger.error("the usage of the last requests (%d tokens) was not written down", tokens)
+
+
+def _merge(totals: Totals, entries: Entries) -> None:
+    for caller, spent in entries.items():
+        days = totals.setdefault(caller, {})
+        for (day, _), spending in spent.items():
+            days[day] = days.get(day, 0) + spending.total_tokens
