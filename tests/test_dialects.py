@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import Annotated, Any
 
 import anthropic
@@ -21,6 +22,7 @@ from llmkit.chat.parsers.events import Call, Content, Reasoning
 from llmkit.gateway.anthropic.blocks import BlockStream
 from llmkit.gateway.anthropic.schemas import MessagesBody
 from llmkit.gateway.bodies import parse
+from llmkit.protocol import ModelDescription, ToolCall
 from llmkit.runtime.local import LocalEngine
 
 ASK = {"model": "default", "max_tokens": 8, "messages": [{"role": "user", "content": "hi"}]}
@@ -142,19 +144,22 @@ def test_a_conversation_with_tools_is_translated() -> None:
         "tools": [tool],
         "tool_choice": {"type": "any", "disable_parallel_tool_use": True},
     }
-    request = parse(MessagesBody, json.dumps(body).encode()).request()
-    assert [m.role for m in request.messages] == ["system", "user", "assistant", "tool", "user"]
+    chat = parse(MessagesBody, json.dumps(body).encode()).chat(ModelDescription("m", "m.gguf"))
+    assert [m.role for m in chat.messages] == ["system", "user", "assistant", "tool", "user"]
     assert (
-        request.messages[2].tool_calls
-        and request.messages[2].reasoning_content == "hm"
-        and request.messages[3].tool_call_id == "t1"
+        chat.messages[2].tool_calls == (ToolCall("t1", "add", '{"a": 1}'),)
+        and chat.messages[2].reasoning_content == "hm"
+        and chat.messages[3].tool_call_id == "t1"
     )
     assert (
-        request.tool_choice == "required"
-        and request.parallel_tool_calls is False
-        and request.tools
-        and request.tools[0].function.name == "add"
+        chat.tool_choice == "required"
+        and not chat.parallel_calls
+        and chat.tools == (replace(ADD, description="adds"),)
     )
+
+
+ADD_TOOL = [{"name": "add", "input_schema": ADD.parameters}]
+ANYTHING = {"type": "json_schema", "schema": {}}
 
 
 @pytest.mark.parametrize(
@@ -165,6 +170,8 @@ def test_a_conversation_with_tools_is_translated() -> None:
         ({"temperature": 2}, "temperature"),
         ({"surprise": 1}, "surprise"),
         ({"tool_choice": {"type": "tool"}}, "tool_choice"),
+        ({"stop_sequences": [""]}, "stop_sequences"),
+        ({"tools": ADD_TOOL, "output_config": {"format": ANYTHING}}, "output_config.format"),
         ({"thinking": {"type": "enabled", "budget": 1000}}, "budget"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "messages"),
     ],

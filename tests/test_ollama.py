@@ -16,7 +16,7 @@ from llmkit.bridge.server import BridgeServer
 from llmkit.gateway.bodies import parse
 from llmkit.gateway.ollama.routes import OLLAMA_VERSION
 from llmkit.gateway.ollama.schemas import ChatBody
-from llmkit.protocol import ModelDescription
+from llmkit.protocol import Grammar, ModelDescription
 
 
 @pytest.fixture
@@ -91,6 +91,8 @@ async def test_ollama_negatives_and_nulls_are_defaults(api: Api) -> None:
         {"num_predict": 0},
         {"num_cores": 2},
         {"temperature": "hot"},
+        {"repeat_penalty": 0},
+        {"stop": [1]},
     ],
 )
 async def test_ollama_options_are_honoured_or_refused(api: Api, options: dict[str, Any]) -> None:
@@ -100,6 +102,25 @@ async def test_ollama_options_are_honoured_or_refused(api: Api, options: dict[st
         {"model": "fake", "messages": [{"role": "user", "content": "x"}], "options": options},
     )
     assert reply.code == 400 and next(iter(options)) in json.loads(reply.body)["error"]
+
+
+ADD = {"type": "function", "function": {"name": "add"}}
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"think": True}, "think"),
+        ({"tools": [ADD], "format": "json"}, "format"),
+        ({"tools": [ADD, ADD]}, "tools"),
+    ],
+)
+async def test_ollama_faults_are_named_as_the_caller_named_them(
+    api: Api, change: dict[str, Any], field: str
+) -> None:
+    asked = {"model": "fake", "messages": [{"role": "user", "content": "x"}], **change}
+    reply = await api.fetch("POST", "/api/chat", asked)
+    assert reply.code == 400 and field in json.loads(reply.body)["error"]
 
 
 def test_ollama_words_are_translated() -> None:
@@ -117,19 +138,17 @@ def test_ollama_words_are_translated() -> None:
         "options": {"num_predict": -1, "stop": ["x"], "repeat_penalty": 1.1, "num_ctx": 100},
         "think": False,
     }
-    request = parse(ChatBody, json.dumps(given).encode()).request(
+    chat = parse(ChatBody, json.dumps(given).encode()).chat(
         ModelDescription("m", "m.gguf", n_ctx=200)
     )
+    sampling = chat.sampling
     assert (
-        request.max_tokens is None
-        and request.stop == ["x"]
-        and request.repeat_penalty == 1.1
-        and request.json_schema == {"type": "object"}
+        sampling.max_tokens is None
+        and sampling.stop == ("x",)
+        and sampling.repetition_penalty == 1.1
+        and sampling.grammar == Grammar("json_schema", '{"type": "object"}', origin="format")
     )
-    assert (
-        request.messages[1].tool_calls
-        and request.messages[1].tool_calls[0].function.arguments == '{"a": 1}'
-    )
+    assert [c.arguments for c in chat.messages[1].tool_calls] == ['{"a": 1}']
 
 
 async def test_what_ollama_lists(api: Api) -> None:

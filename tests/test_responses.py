@@ -19,7 +19,8 @@ from llmkit.bridge.server import BridgeServer
 from llmkit.chat.parsers.events import Call, Content, Reasoning
 from llmkit.gateway.bodies import parse
 from llmkit.gateway.openai.event_stream import EventStream
-from llmkit.gateway.openai.responses import ResponsesBody
+from llmkit.gateway.openai.responses import ResponsesBody, input_items
+from llmkit.protocol import ModelDescription
 from llmkit.runtime.local import LocalEngine
 
 ASK: dict[str, Any] = {"input": "hi", "max_output_tokens": 6}
@@ -206,10 +207,12 @@ def kept_responses(monkeypatch: pytest.MonkeyPatch) -> None:
     ("change", "param"),
     [
         ({"input": [{"type": "message", "role": "king", "content": "x"}]}, "input"),
+        ({"input": []}, "input"),
         ({"max_output_tokens": 0}, "max_output_tokens"),
         ({"background": True}, "background"),
         ({"include": ["file_search_call.results"]}, "include"),
         ({"tools": [{"type": "teleport"}]}, "tools"),
+        ({"max_output_tokens": 1 << 40}, "max_output_tokens"),
         ({"tool_choice": "required"}, "tool_choice"),
         ({"text": {"format": {"type": "xml"}}}, "text"),
         ({"surprise": 1}, "surprise"),
@@ -241,10 +244,9 @@ def test_items_become_a_conversation() -> None:
             "content": [{"type": "output_text", "text": "3.", "annotations": []}],
         },
     ]
-    request = parse(
-        ResponsesBody, json.dumps({"input": items, "instructions": "Be kind."}).encode()
-    ).request([])
-    assert [m.role for m in request.messages] == [
+    body = parse(ResponsesBody, json.dumps({"input": items, "instructions": "Be kind."}).encode())
+    chat = body.chat(input_items(body), ModelDescription("m", "m.gguf"))
+    assert [m.role for m in chat.messages] == [
         "system",
         "user",
         "assistant",
@@ -252,9 +254,9 @@ def test_items_become_a_conversation() -> None:
         "assistant",
     ]
     assert (
-        request.messages[2].reasoning_content == "hm"
-        and request.messages[2].tool_calls
-        and request.messages[3].tool_call_id == "c1"
+        chat.messages[2].reasoning_content == "hm"
+        and chat.messages[2].tool_calls
+        and chat.messages[3].tool_call_id == "c1"
     )
 
 

@@ -358,7 +358,14 @@ class Letters:
     def token_text(self, token: int) -> str:
         return "<s>"
 
-    def tokenize(self, text: str, *, add_special: bool = True, parse_special: bool = True) -> Any:
+    def tokenize(
+        self,
+        text: str,
+        *,
+        add_special: bool = True,
+        parse_special: bool = True,
+        param: str = "prompt",
+    ) -> Any:
         return [(text, parse_special)]
 
 

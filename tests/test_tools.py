@@ -12,11 +12,13 @@ from fakes import FakeClient
 from gateway_client import Api, is_error, serve
 
 from llmkit.bridge.server import BridgeServer
+from llmkit.chat.conversation import message_dict, tool_dict
 from llmkit.chat.template import CHATML, ChatTemplate
 from llmkit.chat.tools import reasoning_form, tool_form
 from llmkit.errors import InvalidRequestError
 from llmkit.gateway.openai.chat import ChatRequest
 from llmkit.protocol import Message, ModelDescription, ToolCall
+from llmkit.sessions.messages import as_messages, from_json, to_json
 
 
 def test_forms_are_known_by_their_templates() -> None:
@@ -75,7 +77,7 @@ def test_a_template_without_tools_is_told_of_them() -> None:
     )
     assert (
         own.render(conversation, tools=[ADD])
-        == f"[{json.dumps(ADD.function())}]<Be kind.><1+2?><>adda=1;b=2;<3><tool_call>"
+        == f"[{json.dumps(tool_dict(ADD))}]<Be kind.><1+2?><>adda=1;b=2;<3><tool_call>"
     )
     assert (
         ChatTemplate("{{ messages | length }}{{ enable_thinking }}").render(
@@ -118,8 +120,8 @@ def test_roles_alternate_where_a_template_knows_no_tools() -> None:
 def test_calls_that_come_back_are_not_judged(arguments: str) -> None:
     """What a model wrote once, and was cut off in, must not spoil all that follows."""
     call = {"id": "c", "function": {"name": "add", "arguments": arguments}}
-    (message,) = [Message("assistant", tool_calls=(call,))]  # type: ignore[arg-type]
-    assert message.tool_calls[0].arguments == arguments and message.as_dict()["tool_calls"][0][
+    (message,) = as_messages({"role": "assistant", "tool_calls": [call]})
+    assert message.tool_calls[0].arguments == arguments and message_dict(message)["tool_calls"][0][
         "function"
     ]["arguments"] == {"arguments": arguments}
     text = ChatTemplate(CHATML).render(
@@ -128,10 +130,24 @@ def test_calls_that_come_back_are_not_judged(arguments: str) -> None:
     assert json.dumps({"arguments": arguments})[1:-1] in text or arguments in text
 
 
+@pytest.mark.parametrize("calls", [5, ["x"], [{"id": "c"}], [{"function": "f"}]])
+def test_what_is_no_call_is_refused(calls: Any) -> None:
+    with pytest.raises(InvalidRequestError, match="tool_calls"):
+        as_messages({"role": "assistant", "tool_calls": calls})
+    with pytest.raises(InvalidRequestError, match="ToolCall"):
+        Message("assistant", tool_calls=calls)
+
+
+def test_files_keep_what_a_model_wrote() -> None:
+    call = ToolCall("c", "add", '{"a": ')
+    message = Message("assistant", "Well.", tool_calls=(call,), reasoning_content="Hm.")
+    assert from_json(json.loads(json.dumps(to_json(message)))) == message
+
+
 def body(**more: Any) -> dict[str, Any]:
     return {
         "messages": [{"role": "user", "content": "hi"}],
-        "tools": [WEATHER.function(), ADD.function()],
+        "tools": [tool_dict(WEATHER), tool_dict(ADD)],
         **more,
     }
 
@@ -147,7 +163,7 @@ async def api(fake: FakeClient) -> AsyncIterator[Api]:
 @pytest.mark.parametrize(
     ("change", "param"),
     [
-        ({"tools": [WEATHER.function(), WEATHER.function()]}, "tools"),
+        ({"tools": [tool_dict(WEATHER), tool_dict(WEATHER)]}, "tools"),
         ({"tools": [{"type": "function", "function": {"name": "bad name"}}]}, "tools"),
         ({"tools": [{"type": "retrieval"}]}, "tools"),
         ({"tool_choice": {"type": "function", "function": {"name": "nobody"}}}, "tool_choice"),
@@ -195,7 +211,7 @@ def test_what_is_asked_of_the_engine() -> None:
     model = ModelDescription("m", "m.gguf")
 
     def asked(**more: Any) -> Any:
-        return ChatRequest.model_validate({**body(), **more}).requests("r", model)[0]
+        return ChatRequest.model_validate({**body(), **more}).chat(model).request("r", model)
 
     assert asked().sampling.grammar is not None and [t.name for t in asked().tools] == [
         "get_weather",

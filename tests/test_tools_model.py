@@ -15,6 +15,7 @@ from gateway_client import serve
 from pydantic import BaseModel
 
 from llmkit.bridge.server import BridgeServer
+from llmkit.chat.conversation import tool_dict
 from llmkit.chat.tools import call_grammar
 from llmkit.protocol import Tool
 from llmkit.runtime.local import LocalEngine
@@ -65,7 +66,7 @@ NESTED = {
 async def test_a_forced_call_always_validates(
     client: openai.AsyncOpenAI, choice: Any, temperature: float
 ) -> None:
-    tools: Any = [Tool("report", "A report", NESTED).function(), ADD.function()]
+    tools: Any = [tool_dict(Tool("report", "A report", NESTED)), tool_dict(ADD)]
     reply = await client.chat.completions.create(
         model="smollm2",
         messages=QUESTION,
@@ -100,16 +101,22 @@ async def test_schemas_beyond_the_grammar_are_left_to_the_parser(
     client: openai.AsyncOpenAI,
 ) -> None:
     odd: Any = [
-        Tool(
-            "odd",
-            "",
-            {
-                "type": "object",
-                "properties": {
-                    "a": {"type": "array", "uniqueItems": True, "items": {"not": {"type": "null"}}}
+        tool_dict(
+            Tool(
+                "odd",
+                "",
+                {
+                    "type": "object",
+                    "properties": {
+                        "a": {
+                            "type": "array",
+                            "uniqueItems": True,
+                            "items": {"not": {"type": "null"}},
+                        }
+                    },
                 },
-            },
-        ).function()
+            )
+        )
     ]
     free = await client.chat.completions.create(
         model="smollm2", messages=QUESTION, tools=odd, max_tokens=5, temperature=0
@@ -160,7 +167,7 @@ async def test_streamed_calls_are_what_the_accumulator_expects(client: openai.As
 
 @pytest.mark.model
 async def test_a_conversation_with_a_tool_goes_on(client: openai.AsyncOpenAI) -> None:
-    tools: Any = [ADD.function()]
+    tools: Any = [tool_dict(ADD)]
     messages = [*QUESTION]
     first = await client.chat.completions.create(
         model="smollm2",

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from llmkit.chat.conversation import message_dict
 from llmkit.protocol import Message, Tool, ToolCall
 
 __all__ = ["Manners", "Rendering", "as_dicts", "find_manners"]
@@ -175,7 +176,7 @@ def as_dicts(messages: Sequence[Message], manners: Manners) -> list[dict[str, An
     """Messages as a template sees them, with calls in the form it accepts."""
     entries = []
     for message in messages:
-        entry = message.as_dict()
+        entry = message_dict(message)
         if message.reasoning_content:
             entry.setdefault("thinking", message.reasoning_content)
         for made, call in zip(message.tool_calls, entry.get("tool_calls", ()), strict=True):

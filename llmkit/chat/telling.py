@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal
 
+from llmkit.chat.conversation import tool_dict
 from llmkit.chat.manners import Manners
 from llmkit.protocol import Message, Tool
 
@@ -60,7 +61,7 @@ def fitted(
         adapted = _with_prompt(
             adapted,
             TOOLS_PROMPT.format(
-                tools="\n".join(json.dumps(t.function(), ensure_ascii=False) for t in tools),
+                tools="\n".join(json.dumps(tool_dict(t), ensure_ascii=False) for t in tools),
                 how=FORMS.get(form, GENERAL),
             ),
         )

@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from llmkit.chat.bounds import MAX_OUTPUT, Budget, metered
+from llmkit.chat.conversation import tool_dict
 from llmkit.chat.manners import Manners, as_dicts, find_manners
 from llmkit.chat.sandbox import make_environment
 from llmkit.chat.telling import Kind, fitted, lost
@@ -134,7 +135,7 @@ class ChatTemplate:
         """Whether the prompt ends with the opening tag."""
         try:
             return (
-                self._run([Message("user", "?").as_dict()], True, (), options, self._trials)
+                self._run([{"role": "user", "content": "?"}], True, (), options, self._trials)
                 .rstrip()
                 .endswith("<think>")
             )
@@ -238,7 +239,7 @@ class ChatTemplate:
 
         values: dict[str, Any] = {
             **options,
-            **({"tools": [tool.function() for tool in tools]} if tools else {}),
+            **({"tools": [tool_dict(tool) for tool in tools]} if tools else {}),
             "messages": messages,
             "add_generation_prompt": add_generation_prompt,
             "bos_token": self._bos,

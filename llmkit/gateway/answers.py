@@ -1,6 +1,6 @@
-"""One chat answer for the dialects without choices. They write a `ChatRequest` and read events.
+"""One chat answer for the dialects without choices. They write a `Chat` and read events.
 
-Tornado loop only. Knows no dialect but OpenAI's chat, which is what the others translate to.
+Tornado loop only. Knows no dialect.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from dataclasses import replace
 
 from llmkit.chat.parsers.events import Event
 from llmkit.chat.reading import AnswerReader
+from llmkit.gateway.chats import Chat
 from llmkit.gateway.exchange import Exchange
-from llmkit.gateway.openai.chat import ChatRequest
 from llmkit.gateway.streams import close_all, merge, submit_all
 from llmkit.protocol import Completion, Inquiry, TokenizeChat, check_size
 from llmkit.protocol.client import EngineClient
@@ -24,7 +24,7 @@ AnswerUpdate = list[Event] | Completion | None
 
 
 class Answer:
-    """The answer to ``request``, as it is generated. ``close()`` aborts it.
+    """The answer to ``chat``, as it is generated. ``close()`` aborts it.
 
     A ``prompt`` is continued (up to a ``suffix``) as it is: no template is applied, and control
     tokens in it count.
@@ -33,7 +33,7 @@ class Answer:
     def __init__(
         self,
         engine: EngineClient,
-        request: ChatRequest,
+        chat: Chat,
         reply_id: str,
         exchange: Exchange,
         on_use: Callable[[EngineClient], None],
@@ -42,20 +42,14 @@ class Answer:
         suffix: str | None = None,
     ) -> None:
         self._engine, self._on_use = engine, on_use
-        self._reader = (
-            request.reader(engine.description) if prompt is None else AnswerReader.plain()
-        )
+        self._reader = chat.reader(engine.description) if prompt is None else AnswerReader.plain()
         on_use(engine)
-        requests = exchange.owned(request.requests(reply_id, engine.description))
-        self._streams = submit_all(
-            engine,
-            requests
-            if prompt is None
-            else [
-                replace(r, prompt=prompt, messages=None, parse_special=True, suffix=suffix)
-                for r in requests
-            ],
-        )
+        request = chat.request(reply_id, engine.description)
+        if prompt is not None:
+            request = replace(
+                request, prompt=prompt, messages=None, parse_special=True, suffix=suffix
+            )
+        self._streams = submit_all(engine, exchange.owned([request]))
 
     async def updates(self) -> AsyncIterator[AnswerUpdate]:
         """Events once they are certain, None after a silence, and finally the completion.
@@ -108,17 +102,15 @@ async def read_all(
     return [(events[i], done[i]) for i in range(len(streams))]
 
 
-async def count_tokens(
-    engine: EngineClient, request: ChatRequest, request_id: str, caller: str
-) -> int:
-    """The number of prompt tokens of a request."""
-    (generation,) = request.requests(request_id, engine.description)
-    check_size(generation, engine.description.n_ctx)
+async def count_tokens(engine: EngineClient, chat: Chat, request_id: str, caller: str) -> int:
+    """The number of prompt tokens of a chat."""
+    request = chat.request(request_id, engine.description)
+    check_size(request, engine.description.n_ctx)
     question = TokenizeChat(
-        generation.messages or (),
-        generation.tools,
-        generation.template_options,
-        continue_final=generation.continue_final,
+        chat.messages,
+        request.tools,
+        request.template_options,
+        continue_final=chat.continue_final,
     )
     reply = await asyncio.wrap_future(engine.inquire(Inquiry(request_id, question, caller)))
     return len(reply.tokens)

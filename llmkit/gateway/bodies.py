@@ -20,11 +20,9 @@ from pydantic import (
 from pydantic_core import CoreSchema, ErrorDetails
 
 from llmkit.errors import InvalidRequestError
-from llmkit.protocol import MAX_DEPTH, ModelDescription, depth_of
+from llmkit.protocol import MAX_DEPTH, depth_of
 
-__all__ = ["UNKNOWN", "Strict", "check_counts", "parse", "parse_json", "validated"]
-
-UNKNOWN = ModelDescription("", "")  # for translating a body whose model is not known yet
+__all__ = ["Strict", "check_counts", "parse", "parse_json", "validated"]
 
 MAX_KEYS = 5000
 MAX_DIGITS = 400  # the largest double has 309

@@ -18,8 +18,8 @@ from llmkit.notebook.progress import Progress
 from llmkit.protocol import Completion
 from llmkit.protocol.stream import Stream
 from llmkit.sessions.answers import Answers
+from llmkit.sessions.messages import as_messages
 from llmkit.sessions.running import BATCH_WINDOW, Interrupted, is_constrained, make_request
-from llmkit.sessions.session import as_messages
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -7,7 +7,6 @@ import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from llmkit.errors import InvalidRequestError
 from llmkit.protocol.sampling import check
 
 __all__ = ["MAX_DEPTH", "Media", "Message", "Part", "Tool", "ToolCall", "depth_of"]
@@ -37,14 +36,6 @@ class Tool:
                 "tools",
                 f"{self.name}: {place} must be an object.",
             )
-
-    def function(self) -> dict[str, Any]:
-        """As a chat template sees it, and as OpenAI clients send it."""
-        described = {"description": self.description} if self.description else {}
-        return {
-            "type": "function",
-            "function": {"name": self.name, **described, "parameters": self.parameters},
-        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,8 +81,8 @@ class Message:
     """One chat message.
 
     ``role`` is system, developer, user, assistant or tool. ``content`` is text, or a tuple of
-    parts if it holds more than text. An assistant message may hold ``tool_calls`` (OpenAI's dicts
-    are accepted too); a tool message names by ``tool_call_id`` the call it answers.
+    parts if it holds more than text. An assistant message may hold ``tool_calls``; a tool message
+    names by ``tool_call_id`` the call it answers.
 
     >>> Message("user", ("What is ", "this?")).content
     'What is this?'
@@ -120,9 +111,14 @@ class Message:
             object.__setattr__(
                 self, "content", parts if any(isinstance(p, Media) for p in parts) else plain
             )
-        calls = self.tool_calls is None or isinstance(self.tool_calls, list | tuple)
-        check(calls, "messages", "must have a list of calls as tool_calls.")
-        object.__setattr__(self, "tool_calls", tuple(_tool_call(c) for c in self.tool_calls or ()))
+        calls = () if self.tool_calls is None else self.tool_calls
+        right = isinstance(calls, list | tuple) and all(isinstance(c, ToolCall) for c in calls)
+        check(
+            right,
+            "messages",
+            "must have ToolCall objects as tool_calls; only in a dict may they be dicts too.",
+        )
+        object.__setattr__(self, "tool_calls", tuple(calls))
 
     @property
     def text(self) -> str:
@@ -146,69 +142,6 @@ class Message:
     def media(self) -> tuple[Media, ...]:
         """Images and sounds, in order."""
         return tuple(p for p in self.parts if isinstance(p, Media))
-
-    def as_json(self) -> dict[str, Any]:
-        """The message for another process or a file: `as_dict` with call arguments verbatim."""
-        message = self.as_dict()
-        if not isinstance(self.content, str):
-            message["content"] = [
-                _part(p) if isinstance(p, str) else {"type": p.kind, "digest": p.digest}
-                for p in self.content
-            ]
-        for call, entry in zip(self.tool_calls, message.get("tool_calls", ()), strict=True):
-            entry["function"]["arguments"] = call.arguments
-        return message
-
-    def as_dict(self) -> dict[str, Any]:
-        """The message as a chat template sees it."""
-        content = (
-            self.content if isinstance(self.content, str) else [_part(p) for p in self.content]
-        )
-        message: dict[str, Any] = {"role": self.role, "content": content}
-        message.update(
-            (key, value)
-            for key in ("name", "tool_call_id", "reasoning_content")
-            if (value := getattr(self, key))
-        )
-        if self.tool_calls:
-            message["tool_calls"] = [
-                {
-                    "id": c.call_id,
-                    "type": "function",
-                    "function": {"name": c.name, "arguments": c.as_object()},
-                }
-                for c in self.tool_calls
-            ]
-        return message
-
-
-def _part(part: Part) -> dict[str, Any]:
-    """A part as chat templates expect it."""
-    return {"type": "text", "text": part} if isinstance(part, str) else {"type": part.kind}
-
-
-def _tool_call(call: Any) -> ToolCall:
-    """A call from our form or OpenAI's.
-
-    What a model wrote is not judged: an old call that was cut off must not spoil what follows.
-    Raises `InvalidRequestError` for anything that is not a call.
-    """
-    if isinstance(call, dict):
-        function = call.get("function")
-        if not isinstance(function, dict):
-            raise InvalidRequestError(
-                "messages: tool_calls must hold an id and a function with name and arguments.",
-                "messages",
-            )
-        arguments = function.get("arguments") or "{}"
-        call = ToolCall(
-            str(call.get("id") or ""),
-            str(function.get("name") or ""),
-            arguments if isinstance(arguments, str) else json.dumps(arguments),
-        )
-    if not isinstance(call, ToolCall):
-        raise InvalidRequestError("messages: tool_calls must hold calls.", "messages")
-    return call
 
 
 def depth_of(value: Any) -> int:

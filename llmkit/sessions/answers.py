@@ -18,8 +18,8 @@ from llmkit.protocol import (
 )
 from llmkit.protocol.client import EngineClient
 from llmkit.protocol.stream import Stream
+from llmkit.sessions.messages import Messages, as_messages
 from llmkit.sessions.running import Runs, ask, is_constrained, make_request, new_id
-from llmkit.sessions.session import Messages, as_messages
 
 __all__ = ["Answers"]
 

@@ -5,10 +5,11 @@ The engine caches the computed prefixes; a session holds only the messages.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -18,16 +19,14 @@ from llmkit.chat.reading import AnswerReader
 from llmkit.errors import ContextLengthError, InvalidRequestError
 from llmkit.protocol import Completion, Delta, FinishReason, Message, SamplingParams
 from llmkit.protocol.stream import Stream
+from llmkit.sessions.messages import as_messages, from_json, to_json
 from llmkit.sessions.running import SHAPES, Interrupted, is_constrained, make_request
 
-__all__ = ["Messages", "Session", "as_messages"]
-
-Messages = str | Message | dict[str, Any] | Sequence[Message | dict[str, Any]]
+__all__ = ["Session"]
 
 FORMAT = "llmkit-session"
 # Options restored from a file: sampling only; a file must not choose the caller or the adapters.
 SAVED = {f.name for f in fields(SamplingParams)}
-KEPT = ("role", "content", "name", "tool_call_id", "reasoning_content")
 
 
 class Session:
@@ -172,12 +171,17 @@ class Session:
 
     def save(self, path: str | Path) -> Path:
         """Write the conversation as JSON; an existing file is replaced atomically."""
+        return self.write(path, self.messages, self.sampling)
+
+    @staticmethod
+    def write(path: str | Path, messages: Sequence[Message], sampling: dict[str, Any]) -> Path:
+        """Write any conversation as `save` does."""
         path = Path(path)
         data = {
             "format": FORMAT,
             "version": 1,
-            "sampling": self.sampling,
-            "messages": [_as_json(m) for m in self.messages],
+            "sampling": sampling,
+            "messages": [to_json(m) for m in messages],
         }
         try:
             text = json.dumps(data, indent=1, ensure_ascii=False)
@@ -202,7 +206,7 @@ class Session:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
             if data["format"] != FORMAT or data["version"] != 1:
                 raise ValueError("unknown format or version")
-            messages, sampling = [Message(**m) for m in data["messages"]], dict(data["sampling"])
+            messages, sampling = [from_json(m) for m in data["messages"]], dict(data["sampling"])
             if not all(isinstance(m.role, str) for m in messages):
                 raise ValueError("a message without a role")
             options = {k: v for k, v in sampling.items() if k in SAVED or k in SHAPES}
@@ -237,6 +241,11 @@ class Turn:
         self.reasoning = ""  # so far; not in the text
 
     def __iter__(self) -> Iterator[str]:
+        with contextlib.closing(self.events()) as events:
+            yield from (event.text for event in events if isinstance(event, Content))
+
+    def events(self) -> Generator[Content | Reasoning, None, None]:
+        """The answer as it arrives, with the reasoning before it."""
         failed = False
         try:
             for piece in self._stream:
@@ -250,13 +259,14 @@ class Turn:
             if not failed:
                 self._finish()
 
-    def _take(self, events: list[Event]) -> Iterator[str]:
+    def _take(self, events: list[Event]) -> Iterator[Content | Reasoning]:
         for event in events:
             if isinstance(event, Content):
                 self.text += event.text
-                yield event.text
+                yield event
             elif isinstance(event, Reasoning):
                 self.reasoning += event.text
+                yield event
 
     def stop(self) -> None:
         """End the answer, from any thread; its reader's loop then ends."""
@@ -279,81 +289,3 @@ class Turn:
             "", FinishReason.ABORT, request_id=self._stream.request_id
         )
         return replace(result, text=self.text, reasoning=self.reasoning)
-
-
-def _from_dict(message: dict[str, Any]) -> Message:
-    """Raises `InvalidRequestError`."""
-    fields_ = {k: v for k, v in message.items() if v is not None}
-    unknown = next((k for k in fields_ if k not in KNOWN and k not in ALSO), None)
-    if (
-        unknown is not None
-        or "role" not in fields_
-        or ("content" not in fields_ and fields_["role"] != "assistant")
-    ):
-        raise InvalidRequestError(
-            "a message needs the keys role and content (and may have name)."
-            + (f" {unknown!r} is not one of the keys." if unknown is not None else ""),
-            "messages",
-        )
-    fields_.setdefault("reasoning_content", fields_.get("reasoning") or fields_.get("thinking"))
-    content = fields_.get("content", fields_.get("refusal") or "")
-    return Message(**{k: v for k, v in fields_.items() if k in KNOWN} | {"content": _text(content)})
-
-
-def _text(content: Any) -> Any:
-    """Content in parts, joined. Raises `InvalidRequestError` for a part that is not text."""
-    if not isinstance(content, list | tuple):
-        return content
-    texts = []
-    for part in content:
-        text = (
-            part
-            if isinstance(part, str)
-            else part.get("text", part.get("refusal"))
-            if isinstance(part, dict)
-            else None
-        )
-        if not isinstance(text, str):
-            kind = part.get("type") if isinstance(part, dict) else type(part).__name__
-            raise InvalidRequestError(
-                f"messages: only text is supported, not parts of type {kind!r:.40}.", "messages"
-            )
-        texts.append(text)
-    return "".join(texts)
-
-
-def _as_json(message: Message) -> dict[str, Any]:
-    data: dict[str, Any] = {k: v for k in KEPT if (v := getattr(message, k)) is not None}
-    if message.tool_calls:
-        data["tool_calls"] = message.as_json()["tool_calls"]
-    return data
-
-
-KNOWN = (*KEPT, "tool_calls")
-# Keys of other libraries' messages: accepted, mostly ignored.
-ALSO = ("refusal", "annotations", "audio", "function_call", "parsed", "reasoning", "thinking")
-
-
-def as_messages(messages: Messages) -> tuple[Message, ...]:
-    """Messages from a text, a message or a list of messages.
-
-    A message is a `Message`, an OpenAI dict (its content may be a list of parts), or an object with
-    ``model_dump``.
-    """
-    if isinstance(messages, str):
-        return (Message("user", messages),)
-    if isinstance(messages, Message | dict) or hasattr(messages, "model_dump"):
-        messages = [messages]  # type: ignore[list-item]
-    converted = []
-    for message in messages:
-        if hasattr(message, "model_dump"):
-            message = message.model_dump()
-        if isinstance(message, dict):
-            message = _from_dict(message)
-        if not isinstance(message, Message) or not isinstance(message.role, str):
-            raise InvalidRequestError(
-                "each message needs a role and a text: {'role': 'user', 'content': '…'}.",
-                "messages",
-            )
-        converted.append(message)
-    return tuple(converted)

@@ -11,7 +11,7 @@ from llmkit.gateway.anthropic.blocks import BlockStream, content_blocks
 from llmkit.gateway.anthropic.schemas import CountBody, MessagesBody
 from llmkit.gateway.directory import EngineDirectory
 from llmkit.gateway.exchange import Exchange
-from llmkit.gateway.openai.objects import new_id
+from llmkit.gateway.ids import new_id
 from llmkit.protocol import Completion
 from llmkit.protocol.client import EngineClient
 
@@ -28,14 +28,14 @@ class AnthropicRoutes:
     async def count_tokens(self, exchange: Exchange) -> None:
         body = await exchange.read(CountBody)
         engine = self._directory.lookup(body.model, "generate")
-        request = body.chat(engine.description, exchange.ignore)
-        count = await count_tokens(engine, request, new_id("count"), exchange.caller)
+        chat = body.chat(engine.description, exchange.ignore)
+        count = await count_tokens(engine, chat, new_id("count"), exchange.caller)
         exchange.send_json({"input_tokens": count})
 
     async def messages(self, exchange: Exchange) -> None:
         body = await exchange.read(MessagesBody)
         engine = self._directory.lookup(body.model, "generate")
-        request = body.request(engine.description, exchange.ignore)
+        chat = body.chat(engine.description, exchange.ignore)
         reply_id = new_id("msg", "_")
         head = {
             "id": reply_id,
@@ -44,11 +44,11 @@ class AnthropicRoutes:
             "model": engine.description.name,
         }
         num_prompt = (
-            await count_tokens(engine, request, f"{reply_id}-count", exchange.caller)
+            await count_tokens(engine, chat, f"{reply_id}-count", exchange.caller)
             if body.stream
             else 0
         )
-        answer = Answer(engine, request, reply_id, exchange, self._on_use)
+        answer = Answer(engine, chat, reply_id, exchange, self._on_use)
         try:
             if body.stream:
                 await self._stream(exchange, answer, head, num_prompt)

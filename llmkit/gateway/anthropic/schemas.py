@@ -9,10 +9,10 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from llmkit.errors import InvalidRequestError
-from llmkit.gateway.bodies import UNKNOWN, Strict, validated
-from llmkit.gateway.openai.chat import ChatRequest
+from llmkit.gateway.bodies import Strict
+from llmkit.gateway.chats import Chat, Effort, NamedTool, ToolChoice, sampling_params
 from llmkit.gateway.tolerance import unnoticed
-from llmkit.protocol import ModelDescription
+from llmkit.protocol import Grammar, Message, ModelDescription, SamplingParams, Tool, ToolCall
 
 __all__ = ["CountBody", "MessagesBody"]
 
@@ -31,6 +31,9 @@ class ToolUseBlock(Strict):
     input: dict[str, Any]
     cache_control: Any = None
     caller: Any = None
+
+    def call(self) -> ToolCall:
+        return ToolCall(self.id, self.name, json.dumps(self.input))
 
 
 class ToolReferenceBlock(Strict):
@@ -90,6 +93,10 @@ class ToolResultBlock(Strict):
     is_error: bool | None = None
     cache_control: Any = None
 
+    def message(self) -> Message:
+        said = "Error: " if self.is_error else ""
+        return Message("tool", said + _text(self.content), tool_call_id=self.tool_use_id)
+
 
 class ThinkingBlock(Strict):
     type: Literal["thinking"]
@@ -114,40 +121,19 @@ class AnthropicMessage(Strict):
         ]
     )
 
-    def messages(self) -> list[dict[str, Any]]:
-        """The same as OpenAI's messages: first a message for each tool result, then the rest."""
+    def messages(self) -> list[Message]:
+        """As our messages: first one for each tool result, then one of the rest."""
         if isinstance(self.content, str):
-            return [{"role": self.role, "content": self.content}]
-        results = [
-            {
-                "role": "tool",
-                "tool_call_id": b.tool_use_id,
-                "content": ("Error: " if b.is_error else "") + _text(b.content),
-            }
-            for b in self.content
-            if isinstance(b, ToolResultBlock)
-        ]
-        text = "".join(
-            b.text
-            for b in self.content
-            if isinstance(b, TextBlock | SearchResultBlock | DocumentBlock)
-        )
-        calls = [
-            {
-                "id": b.id,
-                "type": "function",
-                "function": {"name": b.name, "arguments": json.dumps(b.input)},
-            }
-            for b in self.content
-            if isinstance(b, ToolUseBlock)
-        ]
+            return [Message(self.role, self.content)]
+        results = [b.message() for b in self.content if isinstance(b, ToolResultBlock)]
+        shown = TextBlock | SearchResultBlock | DocumentBlock
+        text = _text([b for b in self.content if isinstance(b, shown)])
+        calls = tuple(b.call() for b in self.content if isinstance(b, ToolUseBlock))
         thinking = "".join(b.thinking for b in self.content if isinstance(b, ThinkingBlock))
-        message: dict[str, Any] = {"role": self.role, "content": text}
-        if calls:
-            message["tool_calls"] = calls
-        if thinking:
-            message["reasoning_content"] = thinking
-        return [*results, *([message] if text or calls or not results else [])]
+        if results and not text and not calls:
+            return results
+        rest = Message(self.role, text, tool_calls=calls, reasoning_content=thinking or None)
+        return [*results, rest]
 
 
 class CustomTool(Strict):
@@ -159,11 +145,21 @@ class CustomTool(Strict):
     strict: bool | None = None
     eager_input_streaming: bool | None = None
 
+    def tool(self) -> Tool:
+        return Tool(self.name, self.description or "", self.input_schema)
 
-class ToolChoice(Strict):
+
+class AnthropicToolChoice(Strict):
     type: Literal["auto", "any", "tool", "none"]
     name: str | None = None
     disable_parallel_tool_use: bool | None = None
+
+    def choice(self) -> ToolChoice:
+        if self.type != "tool":
+            return "required" if self.type == "any" else self.type
+        if not self.name:
+            raise InvalidRequestError("tool_choice: name is missing.", "tool_choice")
+        return NamedTool(self.name)
 
 
 class ThinkingMode(Strict):
@@ -190,85 +186,60 @@ class CountBody(Strict):
     messages: Annotated[list[AnthropicMessage], Field(min_length=1)]
     system: str | list[TextBlock] | None = None
     tools: list[CustomTool] | None = None
-    tool_choice: ToolChoice | None = None
+    tool_choice: AnthropicToolChoice | None = None
     thinking: ThinkingMode | None = None
     cache_control: Any = None
     output_config: OutputConfig | None = None
     output_format: OutputFormat | None = None  # the old name of output_config.format
 
-    def chat(
-        self,
-        model: ModelDescription = UNKNOWN,
-        ignore: Callable[[str], None] = unnoticed,
-        **more: Any,
-    ) -> ChatRequest:
-        """The equivalent of OpenAI's request, with the fields in ``more``.
+    def chat(self, model: ModelDescription, ignore: Callable[[str], None] = unnoticed) -> Chat:
+        """The chat that it asks for. Raises `InvalidRequestError`.
 
         What ``model`` cannot honour and does not change the answer is passed to ``ignore``.
         """
-        system = [{"role": "system", "content": _text(self.system)}] if self.system else []
-        fields: dict[str, Any] = {
-            "model": self.model,
-            "messages": [*system, *(m for message in self.messages for m in message.messages())],
-            **more,
-        }
-        if self.tools:
-            fields["tools"] = [
-                {
-                    "type": "function",
-                    "function": {
-                        "name": t.name,
-                        "description": t.description or "",
-                        "parameters": t.input_schema,
-                    },
-                }
-                for t in self.tools
-            ]
-        if self.tool_choice is not None:
-            choice = self.tool_choice
-            if choice.type == "tool" and not choice.name:
-                raise InvalidRequestError("tool_choice: name is missing.", "tool_choice")
-            named = {"type": "function", "function": {"name": choice.name}}
-            fields["tool_choice"] = {
-                "auto": "auto",
-                "any": "required",
-                "none": "none",
-                "tool": named,
-            }[choice.type]
-            if choice.disable_parallel_tool_use:
-                fields["parallel_tool_calls"] = False
-        if self.thinking is not None:
-            if self.thinking.type == "adaptive":  # the model itself decides whether to reason
-                fields["chat_template_kwargs"] = {"enable_thinking": True}
-            elif self.thinking.type == "disabled" or model.reasoning:
-                is_disabled = self.thinking.type == "disabled"
-                fields["reasoning_effort"] = "none" if is_disabled else "medium"
-            else:
-                ignore("thinking")
-        self._add_output_config(fields, model, ignore)
-        if (
-            self.messages[-1].role == "assistant"
-            and fields["messages"][-1]["role"] == "assistant"
-            and not fields["messages"][-1].get("tool_calls")
-        ):
-            fields["continue_final_message"] = True  # the reply's prefill
-        return validated(ChatRequest, fields)
+        system = [Message("system", _text(self.system))] if self.system else []
+        messages = [*system, *(m for message in self.messages for m in message.messages())]
+        last, choice = messages[-1], self.tool_choice
+        thinking = self.thinking.type if self.thinking is not None else None
+        return Chat(
+            messages=tuple(messages),
+            sampling=self._sampling(),
+            tools=tuple(tool.tool() for tool in self.tools or ()),
+            tool_choice="auto" if choice is None else choice.choice(),
+            parallel_calls=choice is None or not choice.disable_parallel_tool_use,
+            reasoning_effort=self._effort(model, ignore),
+            # The model itself decides whether to reason.
+            template_options={"enable_thinking": True} if thinking == "adaptive" else {},
+            continue_final=last.role == "assistant" and not last.tool_calls,  # a prefill
+        )
 
-    def _add_output_config(
-        self, fields: dict[str, Any], model: ModelDescription, ignore: Callable[[str], None]
-    ) -> None:
-        """The format of the answer, and the effort spent on it."""
-        config = self.output_config or OutputConfig()
-        form = config.format or self.output_format
-        if form is not None:
-            fields["response_format"] = {
-                "type": "json_schema",
-                "json_schema": {"name": form.name or "answer", "schema": form.schema_},
-            }
-        if config.effort is not None and model.reasoning and "reasoning_effort" not in fields:
-            fields["reasoning_effort"] = "xhigh" if config.effort == "max" else config.effort
-        elif config.effort is not None:
+    def _effort(self, model: ModelDescription, ignore: Callable[[str], None]) -> Effort | None:
+        effort: Effort | None = None
+        match self.thinking:
+            case ThinkingMode(type="disabled"):
+                effort = "none"
+            case ThinkingMode(type="enabled") if model.reasoning:
+                effort = "medium"
+            case ThinkingMode(type="enabled"):
+                ignore("thinking")
+        wanted = self.output_config.effort if self.output_config is not None else None
+        if wanted is not None and model.reasoning and effort is None:
+            return "xhigh" if wanted == "max" else wanted
+        if wanted is not None:
             ignore("output_config.effort")
+        return effort
+
+    def _sampling(self) -> SamplingParams:
+        return sampling_params({}, grammar=self._grammar())
+
+    def _grammar(self) -> Grammar | None:
+        """The format of the answer."""
+        config = self.output_config.format if self.output_config is not None else None
+        form = config or self.output_format
+        if form is None:
+            return None
+        origin = "output_format" if config is None else "output_config.format"
+        return Grammar("json_schema", json.dumps(form.schema_), origin=origin)
 
 
 class MessagesBody(CountBody):
@@ -283,20 +254,15 @@ class MessagesBody(CountBody):
     metadata: dict[str, Any] | None = None
     service_tier: Literal["auto", "standard_only"] | None = None
 
-    def request(
-        self, model: ModelDescription = UNKNOWN, ignore: Callable[[str], None] = unnoticed
-    ) -> ChatRequest:
-        sampling = {
-            "max_tokens": self.max_tokens,
-            "temperature": self.temperature,
-            "top_p": self.top_p,
-            "top_k": self.top_k,
-        }
-        return self.chat(
-            model,
-            ignore,
-            **{k: v for k, v in sampling.items() if v is not None},
-            **({"stop": self.stop_sequences} if self.stop_sequences else {}),
+    def _sampling(self) -> SamplingParams:
+        return sampling_params(
+            {"stop": "stop_sequences"},
+            max_tokens=self.max_tokens,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            stop=self.stop_sequences,
+            grammar=self._grammar(),
         )
 
 

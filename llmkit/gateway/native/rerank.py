@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from llmkit.gateway.directory import EngineDirectory
 from llmkit.gateway.exchange import Exchange
-from llmkit.gateway.openai.objects import new_id
+from llmkit.gateway.ids import new_id
 from llmkit.gateway.openai.schemas import Ignored
 from llmkit.gateway.vectors import MAX_INPUTS, embed, vectors_of
 from llmkit.protocol import EmbeddingRequest, Embeddings

@@ -11,8 +11,8 @@ from typing import Any, TypeVar
 from llmkit.errors import InvalidRequestError
 from llmkit.gateway.directory import EngineDirectory
 from llmkit.gateway.exchange import Exchange
+from llmkit.gateway.ids import new_id
 from llmkit.gateway.openai.chat import ChatMessage, ToolBody
-from llmkit.gateway.openai.objects import new_id
 from llmkit.gateway.openai.schemas import Ignored
 from llmkit.protocol import (
     DescribeVocabulary,

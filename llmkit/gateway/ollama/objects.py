@@ -51,9 +51,9 @@ def answer_line(model: str, fields: dict[str, Any]) -> dict[str, Any]:
     return {"model": model, "created_at": now, **fields}
 
 
-def loaded_line(model: str, fields: dict[str, Any]) -> dict[str, Any]:
-    """The answer to a request without a prompt, with which clients load a model."""
-    return {**answer_line(model, fields), "done": True, "done_reason": "load"}
+def loaded_line(model: str, fields: dict[str, Any], *, ends: bool = False) -> dict[str, Any]:
+    """The answer to a request without a prompt, with which clients load a model, or end it."""
+    return {**answer_line(model, fields), "done": True, "done_reason": "unload" if ends else "load"}
 
 
 def ending(completion: Completion, started: float) -> dict[str, Any]:

@@ -11,8 +11,11 @@ from typing import Any, Literal
 from llmkit.chat.parsers.events import Call
 from llmkit.errors import InvalidRequestError
 from llmkit.gateway.answers import Answer, AnswerUpdate
+from llmkit.gateway.chats import Chat
 from llmkit.gateway.directory import EngineDirectory
 from llmkit.gateway.exchange import Exchange
+from llmkit.gateway.ids import new_id
+from llmkit.gateway.ollama.durations import read_keep_alive
 from llmkit.gateway.ollama.objects import (
     answer_line,
     ending,
@@ -31,8 +34,6 @@ from llmkit.gateway.ollama.schemas import (
     OldEmbedBody,
     ShowBody,
 )
-from llmkit.gateway.openai.chat import ChatRequest
-from llmkit.gateway.openai.objects import new_id
 from llmkit.gateway.vectors import embed, json_vectors, vectors_of, with_list
 from llmkit.protocol import (
     Completion,
@@ -65,22 +66,25 @@ class OllamaRoutes:
 
     async def chat(self, exchange: Exchange) -> None:
         body = await exchange.read(ChatBody)
-        engine = self._engine(body.model)
+        ends = _keep(exchange, body)
         if not body.messages:
+            if not ends:
+                self._engine(body.model)
             empty = {"message": {"role": "assistant", "content": ""}}
-            exchange.send_json(loaded_line(body.model, empty))
+            exchange.send_json(loaded_line(body.model, empty, ends=ends))
             return
+        engine = self._engine(body.model)
         await self._answer(
             exchange,
             body,
             engine,
-            body.request(engine.description, exchange.ignore),
+            body.chat(engine.description, exchange.ignore),
             lambda fields: {"message": {"role": "assistant", "content": "", **fields}},
         )
 
     async def generate(self, exchange: Exchange) -> None:
         body = await exchange.read(GenerateBody)
-        engine = self._engine(body.model)
+        ends = _keep(exchange, body)
         if body.raw and (body.system is not None or body.think is not None):
             raise InvalidRequestError(
                 "raw uses no template, so it cannot be combined with system or think.", "raw"
@@ -91,8 +95,11 @@ class OllamaRoutes:
                 "suffix",
             )
         if not body.prompt and body.suffix is None:
-            exchange.send_json(loaded_line(body.model, {"response": ""}))
+            if not ends:
+                self._engine(body.model)
+            exchange.send_json(loaded_line(body.model, {"response": ""}, ends=ends))
             return
+        engine = self._engine(body.model)
 
         def shape(fields: dict[str, Any]) -> dict[str, Any]:
             thinking = {"thinking": fields["thinking"]} if "thinking" in fields else {}
@@ -102,7 +109,7 @@ class OllamaRoutes:
             exchange,
             body,
             engine,
-            body.request(engine.description, exchange.ignore),
+            body.chat(engine.description, exchange.ignore),
             shape,
             prompt=body.prompt if body.raw or body.suffix is not None else None,
             suffix=body.suffix,
@@ -113,7 +120,7 @@ class OllamaRoutes:
         exchange: Exchange,
         body: GenerationBody,
         engine: EngineClient,
-        request: ChatRequest,
+        chat: Chat,
         shape: Callable[[dict[str, Any]], dict[str, Any]],
         prompt: str | None = None,
         suffix: str | None = None,
@@ -121,7 +128,7 @@ class OllamaRoutes:
         """Answer in lines, or whole. ``shape`` puts message fields where the endpoint has them."""
         started = time.perf_counter()
         answer = Answer(
-            engine, request, new_id("ollama"), exchange, self._on_use, prompt=prompt, suffix=suffix
+            engine, chat, new_id("ollama"), exchange, self._on_use, prompt=prompt, suffix=suffix
         )
         try:
             if body.stream:
@@ -155,6 +162,7 @@ class OllamaRoutes:
 
     async def embed(self, exchange: Exchange) -> None:
         body = await exchange.read(EmbedBody)
+        _keep(exchange, body)
         started = time.perf_counter()
         engine = self._engine(body.model, "embed")
         self._on_use(engine)
@@ -195,6 +203,7 @@ class OllamaRoutes:
     async def embeddings(self, exchange: Exchange) -> None:
         """The older form: one text, one vector."""
         body = await exchange.read(OldEmbedBody)
+        _keep(exchange, body)
         engine = self._engine(body.model, "embed")
         self._on_use(engine)
         text = await self._truncated(engine, body.prompt, exchange.caller)
@@ -259,3 +268,13 @@ class OllamaRoutes:
 
     async def version(self, exchange: Exchange) -> None:
         exchange.send_json({"version": OLLAMA_VERSION})
+
+
+def _keep(exchange: Exchange, body: GenerationBody | EmbedBody | OldEmbedBody) -> bool:
+    """Pass on how long the model is to stay; whether it is to go at once."""
+    if body.keep_alive is None:
+        return False
+    seconds = read_keep_alive(body.keep_alive)
+    if exchange.keeper is not None:
+        exchange.keeper.keep(exchange, body.model.removesuffix(":latest"), seconds)
+    return seconds == 0

@@ -10,18 +10,25 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 
 from llmkit.errors import InvalidRequestError
-from llmkit.gateway.bodies import Strict, validated
-from llmkit.gateway.openai.chat import ChatRequest, ToolBody
+from llmkit.gateway.bodies import Strict
+from llmkit.gateway.chats import Chat, Effort, check_reasons, sampling_params
+from llmkit.gateway.ollama.durations import read_keep_alive
 from llmkit.gateway.tolerance import unnoticed
-from llmkit.protocol import ModelDescription
+from llmkit.protocol import Grammar, Message, ModelDescription, SamplingParams, Tool, ToolCall
 
 __all__ = ["ChatBody", "EmbedBody", "GenerateBody", "GenerationBody", "OldEmbedBody", "ShowBody"]
 
-SAME_NAME = (  # options that OpenAI's request calls the same
-    "temperature", "top_k", "top_p", "min_p", "typical_p", "seed", "stop", "repeat_penalty",
-    "repeat_last_n", "presence_penalty", "frequency_penalty", "mirostat", "mirostat_tau",
-    "mirostat_eta",
+SAME_NAME = (  # options that the engine calls the same
+    "temperature", "top_k", "top_p", "min_p", "typical_p", "seed", "stop", "presence_penalty",
+    "frequency_penalty", "mirostat", "mirostat_tau", "mirostat_eta",
 )  # fmt: skip
+PARAMETERS = {  # by option, the engine's parameter
+    **{name: name for name in SAME_NAME},
+    "repeat_penalty": "repetition_penalty",
+    "repeat_last_n": "penalty_last_n",
+    "num_predict": "max_tokens",
+}
+OPTIONS = {parameter: f"options.{option}" for option, parameter in PARAMETERS.items()}
 INTEGERS = ("top_k", "seed", "repeat_last_n", "num_ctx", "num_predict", "mirostat")
 
 
@@ -36,6 +43,12 @@ class OllamaCall(Strict):
     id: str | None = None
     type: str | None = None
 
+    def call(self, call_id: str) -> ToolCall:
+        """As our call; ``call_id`` is its id if it has none."""
+        arguments = self.function.arguments
+        text = arguments if isinstance(arguments, str) else json.dumps(arguments)
+        return ToolCall(self.id or call_id, self.function.name, text or "{}")
+
 
 class OllamaMessage(Strict):
     role: Annotated[
@@ -49,31 +62,35 @@ class OllamaMessage(Strict):
     tool_call_id: str | None = None
     images: Annotated[list[str], Field(max_length=0)] | None = None
 
-    def message(self, index: int) -> dict[str, Any]:
-        """The same as OpenAI's message; ``index`` is its position in the chat."""
-        message: dict[str, Any] = {"role": self.role, "content": self.content or ""}
-        if self.tool_calls:
-            message["tool_calls"] = [
-                {
-                    "id": c.id or f"call_{index}_{i}",
-                    "type": "function",
-                    "function": {
-                        "name": c.function.name,
-                        "arguments": _arguments(c.function.arguments),
-                    },
-                }
-                for i, c in enumerate(self.tool_calls)
-            ]
-        optional = {
-            "reasoning_content": self.thinking,
-            "name": self.tool_name,
-            "tool_call_id": self.tool_call_id,
-        }
-        return {**message, **{k: v for k, v in optional.items() if v is not None}}
+    def message(self, index: int) -> Message:
+        """As our message; ``index`` is its position in the chat."""
+        calls = tuple(c.call(f"call_{index}_{i}") for i, c in enumerate(self.tool_calls or ()))
+        return Message(
+            self.role,
+            self.content or "",
+            self.tool_name,
+            calls,
+            self.tool_call_id,
+            self.thinking,
+        )
 
 
-def _arguments(arguments: dict[str, Any] | str) -> str:
-    return arguments if isinstance(arguments, str) else json.dumps(arguments)
+class OllamaToolFunction(Strict):
+    name: str
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class OllamaTool(Strict):
+    """A tool in OpenAI's shape, as Ollama itself defines it."""
+
+    type: Literal["function"] = "function"
+    function: OllamaToolFunction
+
+    def tool(self) -> Tool:
+        made = self.function
+        return Tool(made.name, made.description or "", made.parameters or {})
 
 
 class GenerationBody(Strict):
@@ -83,17 +100,34 @@ class GenerationBody(Strict):
     stream: bool = True
     format: Literal["", "json"] | dict[str, Any] | None = None
     options: dict[str, Any] = Field(default_factory=dict)
-    keep_alive: str | int | float | None = None  # ignored: whoever loads a model unloads it
+    keep_alive: str | int | float | None = None
     think: bool | Literal["low", "medium", "high", "max"] | None = None
 
-    def openai_fields(
-        self, model: ModelDescription, ignore: Callable[[str], None] = unnoticed
-    ) -> dict[str, Any]:
-        """The same as fields of OpenAI's request. Raises `InvalidRequestError`.
+    @property
+    def ends_model(self) -> bool:
+        """Whether the model is to be unloaded once this is answered."""
+        return self.keep_alive is not None and read_keep_alive(self.keep_alive) == 0
+
+    def _chat(
+        self,
+        messages: list[Message],
+        model: ModelDescription,
+        ignore: Callable[[str], None],
+        **more: Any,
+    ) -> Chat:
+        """A chat of these messages. Raises `InvalidRequestError`.
 
         What ``model`` cannot honour and does not change the answer is passed to ``ignore``.
         """
-        fields: dict[str, Any] = {"model": self.model}
+        return Chat(
+            messages=tuple(messages),
+            sampling=self._sampling(model, ignore),
+            reasoning_effort=self._effort(model),
+            **more,
+        )
+
+    def _sampling(self, model: ModelDescription, ignore: Callable[[str], None]) -> SamplingParams:
+        values: dict[str, Any] = {"grammar": self._grammar()}
         for name, value in self.options.items():
             if isinstance(value, float) and value.is_integer() and name in INTEGERS:
                 value = int(value)  # JavaScript has no integers
@@ -107,56 +141,59 @@ class GenerationBody(Strict):
                     )
                 if value > model.n_ctx:  # a prompt that does not fit is refused all the same
                     ignore("options.num_ctx")
-            elif name == "num_predict":
-                if not is_int or value == 0:
-                    raise InvalidRequestError(
-                        "options.num_predict must be a number of tokens, or negative for no limit.",
-                        "options",
-                    )
-                fields["max_tokens"] = value
-            elif name == "repeat_last_n" and is_int and value < 0:
-                fields[name] = model.n_ctx
-            elif name in SAME_NAME:
-                fields[name] = value
-            else:
-                known = (*SAME_NAME, "num_ctx", "num_predict")
-                near = difflib.get_close_matches(name[:60], known, n=1)
+                continue
+            if name not in PARAMETERS:
+                near = difflib.get_close_matches(name[:60], (*PARAMETERS, "num_ctx"), n=1)
                 hint = f" Did you mean {near[0]}?" if near else ""
                 raise InvalidRequestError(
                     f"options.{name:.60} is not supported for a loaded model.{hint}", "options"
                 )
-        if self.format == "json":
-            fields["response_format"] = {"type": "json_object"}
-        elif isinstance(self.format, dict):
-            fields["json_schema"] = self.format
-        if self.think is not None and (model.reasoning or self.think):
-            effort = (
-                "none"
-                if self.think is False
-                else self.think
-                if isinstance(self.think, str)
-                else "medium"
-            )
-            fields["reasoning_effort"] = "xhigh" if effort == "max" else effort
-        return {k: v for k, v in fields.items() if v is not None}
+            if name == "num_predict" and (not is_int or value == 0):
+                raise InvalidRequestError(
+                    "options.num_predict must be a number of tokens, or negative for no limit.",
+                    "options",
+                )
+            if name == "repeat_last_n" and is_int and value < 0:
+                value = model.n_ctx
+            values[PARAMETERS[name]] = value
+        return sampling_params(OPTIONS, **values)
+
+    def _grammar(self) -> Grammar | None:
+        if self.format is None or self.format == "":
+            return None
+        schema = {"type": "object"} if self.format == "json" else self.format
+        return Grammar("json_schema", json.dumps(schema), origin="format")
+
+    def _effort(self, model: ModelDescription) -> Effort | None:
+        if not self.think:
+            return None if self.think is None or not model.reasoning else "none"
+        check_reasons(model, "think")
+        if self.think is True:
+            return "medium"
+        return "xhigh" if self.think == "max" else self.think
 
 
 class ChatBody(GenerationBody):
     """POST /api/chat"""
 
     messages: list[OllamaMessage] = Field(default_factory=list)
-    tools: list[ToolBody] | None = None
+    tools: list[OllamaTool] | None = None
 
-    def request(
-        self, model: ModelDescription, ignore: Callable[[str], None] = unnoticed
-    ) -> ChatRequest:
-        fields = self.openai_fields(model, ignore)
-        fields["messages"] = [m.message(i) for i, m in enumerate(self.messages)]
-        if self.tools:
-            fields["tools"] = [t.model_dump() for t in self.tools]
-        if self.messages[-1].role == "assistant" and not self.messages[-1].tool_calls:
-            fields["continue_final_message"] = True  # the reply's prefill
-        return validated(ChatRequest, fields)
+    @property
+    def uses_model(self) -> bool:
+        """Whether the model must be loaded: not to be unloaded only."""
+        return bool(self.messages) or not self.ends_model
+
+    def chat(self, model: ModelDescription, ignore: Callable[[str], None] = unnoticed) -> Chat:
+        """The chat that it asks for, as in `_chat`."""
+        last = self.messages[-1]
+        return self._chat(
+            [m.message(i) for i, m in enumerate(self.messages)],
+            model,
+            ignore,
+            tools=tuple(tool.tool() for tool in self.tools or ()),
+            continue_final=last.role == "assistant" and not last.tool_calls,  # a prefill
+        )
 
 
 class GenerateBody(GenerationBody):
@@ -167,13 +204,15 @@ class GenerateBody(GenerationBody):
     system: str | None = None
     raw: bool = False
 
-    def request(
-        self, model: ModelDescription, ignore: Callable[[str], None] = unnoticed
-    ) -> ChatRequest:
-        fields = self.openai_fields(model, ignore)
-        system = [{"role": "system", "content": self.system}] if self.system else []
-        fields["messages"] = [*system, {"role": "user", "content": self.prompt}]
-        return validated(ChatRequest, fields)
+    @property
+    def uses_model(self) -> bool:
+        """Whether the model must be loaded: not to be unloaded only."""
+        return bool(self.prompt) or self.suffix is not None or not self.ends_model
+
+    def chat(self, model: ModelDescription, ignore: Callable[[str], None] = unnoticed) -> Chat:
+        """The chat that it asks for, as in `_chat`."""
+        system = [Message("system", self.system)] if self.system else []
+        return self._chat([*system, Message("user", self.prompt)], model, ignore)
 
 
 class EmbedBody(Strict):

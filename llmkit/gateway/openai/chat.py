@@ -1,12 +1,8 @@
-"""OpenAI's chat: the request schema, its translation for the engine, and the answer's objects.
-
-Pure. The other dialects translate to this one; it knows none of them.
-"""
+"""OpenAI's chat: the request schema, its translation, and the answer's objects. Pure."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
@@ -14,9 +10,9 @@ from pydantic import BeforeValidator, Field
 from llmkit.chat.parsers.events import Call, Content, Event, Reasoning
 from llmkit.chat.reading import AnswerReader
 from llmkit.chat.template import RESERVED
-from llmkit.chat.tools import call_grammar
 from llmkit.errors import InvalidRequestError
 from llmkit.gateway.bodies import Strict
+from llmkit.gateway.chats import MAX_TOOLS, Chat, Effort, NamedTool, check_reasons
 from llmkit.gateway.openai.logprobs import chat_logprobs
 from llmkit.gateway.openai.objects import Head, ending, usage_object
 from llmkit.gateway.openai.schemas import MAX_TOP_LOGPROBS, GenerationFields
@@ -24,17 +20,15 @@ from llmkit.protocol import (
     Completion,
     Delta,
     FinishReason,
-    GenerationRequest,
     Message,
     ModelDescription,
     TokenLogprob,
     Tool,
+    ToolCall,
     Usage,
 )
 
 __all__ = ["ChatChunks", "ChatMessage", "ChatRequest", "RefusalPart", "ToolBody", "chat_object"]
-
-MAX_TOOLS = 1024
 
 
 class TextPart(Strict):
@@ -62,6 +56,9 @@ class CalledTool(Strict):
     function: CalledFunction
     index: int | None = None
 
+    def call(self) -> ToolCall:
+        return ToolCall(self.id, self.function.name, self.function.arguments or "{}")
+
 
 class ChatMessage(Strict):
     role: Literal["system", "developer", "user", "assistant", "tool"]
@@ -84,12 +81,11 @@ class ChatMessage(Strict):
             if isinstance(self.content, str)
             else "".join(part.text for part in self.content or [])
         )
-        calls: Any = tuple(call.model_dump() for call in self.tool_calls or ())
         return Message(
             self.role,
             content,
             self.name,
-            calls,
+            tuple(call.call() for call in self.tool_calls or ()),
             self.tool_call_id,
             self.reasoning_content or self.reasoning,
         )
@@ -135,13 +131,13 @@ class ChatRequest(GenerationFields):
         BeforeValidator(lambda c: "required" if c == "any" else c),
     ] = None
     parallel_tool_calls: bool | None = None
-    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
+    reasoning_effort: Effort | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     continue_final_message: bool | None = None
     add_generation_prompt: bool | None = None
 
-    def requests(self, reply_id: str, model: ModelDescription) -> list[GenerationRequest]:
-        """A list with the one engine request for all choices."""
+    def chat(self, model: ModelDescription) -> Chat:
+        """The chat that it asks for. Raises `InvalidRequestError`."""
         limit = (
             self.max_completion_tokens
             if self.max_completion_tokens is not None
@@ -150,92 +146,27 @@ class ChatRequest(GenerationFields):
         if limit == 0:
             name = "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
             raise InvalidRequestError(f"{name} must be at least 1.", name)
-        messages = tuple(m.message() for m in self.messages)
-        options: dict[str, Any] = {
-            "messages": messages,
-            "tools": self.wanted_tools,
-            "template_options": self._template_options(model),
-            "show_marks": True,
-        }
-        if self.continue_final_message:
-            if self.add_generation_prompt:
-                raise InvalidRequestError(
-                    "continue_final_message cannot be combined with add_generation_prompt.",
-                    "continue_final_message",
-                )
-            if messages[-1].role != "assistant" or messages[-1].tool_calls:
-                raise InvalidRequestError(
-                    "continue_final_message: the last message must be an assistant message "
-                    "without tool calls.",
-                    "continue_final_message",
-                )
-            options["continue_final"] = True
-        elif self.add_generation_prompt is False:
-            raise InvalidRequestError(
-                "add_generation_prompt: false is only for /tokenize; to continue the last message, "
-                "set continue_final_message.",
-                "add_generation_prompt",
-            )
-        request = self._request(reply_id, self.n or 1, limit, **options)
-        grammar = self._call_grammar(model)
-        return [
-            request
-            if grammar is None
-            else replace(request, sampling=replace(request.sampling, grammar=grammar))
-        ]
-
-    @property
-    def wanted_tools(self) -> tuple[Tool, ...]:
-        """The tools that may be called.
-
-        Raises `InvalidRequestError` for a duplicate name, and for a choice without tools.
-        """
-        tools = tuple(tool.tool() for tool in self.tools or ())
-        names = [tool.name for tool in tools]
-        for name in names:
-            if names.count(name) > 1:
-                raise InvalidRequestError(f"tools: the name {name!r} is used twice.", "tools")
-        if not tools and self.tool_choice not in (None, "none", "auto"):
-            raise InvalidRequestError(
-                "tool_choice: there are no tools to choose from.", "tool_choice"
-            )
-        return () if self.tool_choice == "none" else tools
-
-    def _call_grammar(self, model: ModelDescription) -> Any:
-        tools = self.wanted_tools
-        if not tools:
-            return None
-        if self._grammar() is not None:
-            raise InvalidRequestError(
-                "tools cannot be combined with a response_format or grammar; "
-                "leave one of them out, or set tool_choice to none.",
-                "tools",
-            )
-        if self.ignore_eos:
-            if self.tool_choice not in (None, "auto"):
-                raise InvalidRequestError(
-                    "ignore_eos cannot be combined with a tool_choice that forces a call: "
-                    "the call determines where the text ends.",
-                    "ignore_eos",
-                )
-            return None
-        choice = (
-            self.tool_choice.function.name
-            if isinstance(self.tool_choice, NamedChoice)
-            else self.tool_choice or "auto"
-        )
-        if choice == "auto" and model.reasoning:
-            return None  # a tool call inside reasoning must not count
-        return call_grammar(
-            model.tool_form,
-            tools,
-            choice,
-            parallel=self.parallel_tool_calls is not False
-            and not isinstance(self.tool_choice, NamedChoice),
+        if self.reasoning_effort not in (None, "none"):
+            check_reasons(model, "reasoning_effort")
+        choice = self.tool_choice
+        return Chat(
+            messages=tuple(m.message() for m in self.messages),
+            sampling=self.sampling(limit),
+            tools=tuple(tool.tool() for tool in self.tools or ()),
+            tool_choice=NamedTool(choice.function.name)
+            if isinstance(choice, NamedChoice)
+            else choice or "auto",
+            parallel_calls=self.parallel_tool_calls is not False,
+            reasoning_effort=self.reasoning_effort,
+            template_options=self._template_options(),
+            continue_final=self._continues(),
+            n=self.n or 1,
+            priority=self.priority or 0,
+            cache_salt=self.cache_salt or "",
         )
 
-    def _template_options(self, model: ModelDescription) -> dict[str, Any]:
-        options = dict(self.chat_template_kwargs or {})
+    def _template_options(self) -> dict[str, Any]:
+        options = self.chat_template_kwargs or {}
         reserved = sorted(options.keys() & RESERVED)
         if reserved:
             raise InvalidRequestError(
@@ -243,32 +174,30 @@ class ChatRequest(GenerationFields):
                 "and cannot be overridden.",
                 "chat_template_kwargs",
             )
-        if self.reasoning_effort is not None:
-            if not model.reasoning and self.reasoning_effort != "none":
-                raise InvalidRequestError(
-                    f"reasoning_effort: {model.name!r} is not a reasoning model.",
-                    "reasoning_effort",
-                )
-            options.setdefault("reasoning_effort", self.reasoning_effort)
-            options.setdefault("enable_thinking", self.reasoning_effort != "none")
         return options
 
-    def reader(self, model: ModelDescription) -> AnswerReader:
-        """A reader for one answer."""
-        options = self._template_options(model)
-        thinks = options.get("enable_thinking", options.get("thinking"))
-        # A grammar leaves no room for reasoning.
-        forced = self.tool_choice == "required" or isinstance(self.tool_choice, NamedChoice)
-        continued = self.messages[-1].message().text if self.continue_final_message else None
-        return AnswerReader(
-            model,
-            self.wanted_tools,
-            thinks=None if thinks is None else bool(thinks),
-            forced=forced,
-            held=self._grammar() is not None,
-            continued=continued,
-            after_results=self.messages[-1].role == "tool",
-        )
+    def _continues(self) -> bool:
+        """Whether the last message is the beginning of the answer."""
+        if self.continue_final_message:
+            if self.add_generation_prompt:
+                raise InvalidRequestError(
+                    "continue_final_message cannot be combined with add_generation_prompt.",
+                    "continue_final_message",
+                )
+            if self.messages[-1].role != "assistant" or self.messages[-1].tool_calls:
+                raise InvalidRequestError(
+                    "continue_final_message: the last message must be an assistant message "
+                    "without tool calls.",
+                    "continue_final_message",
+                )
+            return True
+        if self.add_generation_prompt is False:
+            raise InvalidRequestError(
+                "add_generation_prompt: false is only for /tokenize; to continue the last message, "
+                "set continue_final_message.",
+                "add_generation_prompt",
+            )
+        return False
 
     def wanted_logprobs(self) -> dict[str, int | None]:
         if self.top_logprobs is not None and not self.logprobs:

@@ -13,7 +13,7 @@ from pydantic import Field
 from llmkit.errors import InvalidRequestError
 from llmkit.gateway.directory import EngineDirectory
 from llmkit.gateway.exchange import Exchange
-from llmkit.gateway.openai.objects import new_id
+from llmkit.gateway.ids import new_id
 from llmkit.gateway.openai.schemas import Ignored
 from llmkit.gateway.vectors import MAX_INPUTS, embed, json_vectors, vectors_of, with_list
 from llmkit.protocol import EmbeddingRequest, Embeddings

@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from llmkit.chat.parsers.events import Call, Content, Event, Reasoning
-from llmkit.gateway.openai.objects import new_id
+from llmkit.gateway.ids import new_id
 from llmkit.protocol import Completion
 
 __all__ = ["EventStream", "output_items"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,7 +14,6 @@ __all__ = [
     "completion_object",
     "ending",
     "model_object",
-    "new_id",
     "text_chunk",
     "unloaded_object",
     "usage_object",
@@ -29,10 +27,6 @@ FINISH_REASONS = {
     FinishReason.REPETITION: "length",  # the only value clients know for truncated text
 }
 Head = dict[str, Any]
-
-
-def new_id(prefix: str, separator: str = "-") -> str:
-    return f"{prefix}{separator}{secrets.token_hex(12)}"
 
 
 def usage_object(usages: list[Usage], num_prompts: int = 1) -> dict[str, Any]:

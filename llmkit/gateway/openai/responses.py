@@ -7,23 +7,25 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import groupby
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from llmkit.errors import InvalidRequestError
-from llmkit.gateway.bodies import UNKNOWN, Strict, validated
-from llmkit.gateway.openai.chat import ChatRequest
+from llmkit.gateway.bodies import Strict
+from llmkit.gateway.chats import Chat, Effort, NamedTool, sampling_params
+from llmkit.gateway.ids import new_id
 from llmkit.gateway.openai.items import InputItem, ItemReference
-from llmkit.gateway.openai.objects import new_id
 from llmkit.gateway.openai.schemas import Metadata
 from llmkit.gateway.tolerance import unnoticed
-from llmkit.protocol import Completion, ModelDescription
+from llmkit.protocol import Completion, Grammar, Message, ModelDescription, Tool, ToolCall
 
 __all__ = ["ResponsesBody", "finished", "input_items", "opened"]
 
 Item = dict[str, Any]
+CALLS = ("function_call", "custom_tool_call", "local_shell_call")
 
 
 class FunctionTool(Strict):
@@ -32,6 +34,9 @@ class FunctionTool(Strict):
     description: str | None = None
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
+
+    def tool(self) -> Tool:
+        return Tool(self.name, self.description or "", self.parameters or {})
 
 
 class FunctionChoice(Strict):
@@ -45,6 +50,14 @@ class TextFormat(Strict):
     description: str | None = None
     schema_: dict[str, Any] | None = Field(None, alias="schema")
     strict: bool | None = None
+
+    def grammar(self) -> Grammar | None:
+        if self.type == "text":
+            return None
+        schema = self.schema_ if self.type == "json_schema" else None
+        return Grammar(
+            "json_schema", json.dumps(schema or {"type": "object"}), origin="text.format"
+        )
 
 
 class TextOptions(Strict):
@@ -90,68 +103,52 @@ class ResponsesBody(Strict):
     prompt_cache_key: str | None = None
     prompt_cache_retention: str | None = None
 
-    def request(
+    def chat(
         self,
-        before: list[Item],
-        own: list[Item] | None = None,
-        model: ModelDescription = UNKNOWN,
+        items: list[Item],
+        model: ModelDescription,
         ignore: Callable[[str], None] = unnoticed,
-    ) -> ChatRequest:
-        """The equivalent chat; ``before`` are the items it continues, ``own`` its own items.
+    ) -> Chat:
+        """The chat that it asks for; ``items`` are those it continues, and its own.
 
-        What ``model`` cannot honour and does not change the answer is passed to ``ignore``.
+        What ``model`` cannot honour and does not change the answer is passed to ``ignore``. Raises
+        `InvalidRequestError`.
         """
-        items = [*before, *(input_items(self) if own is None else own)]
         if self.include:
             raise InvalidRequestError(
                 f"include: {self.include[0]:.60} is not supported.", "include"
             )
-        system = [{"role": "system", "content": self.instructions}] if self.instructions else []
-        fields: dict[str, Any] = {"model": self.model, "messages": [*system, *_messages(items)]}
-        sampling = {
-            "max_completion_tokens": self.max_output_tokens,
-            "temperature": self.temperature,
-            "top_p": self.top_p,
-        }
-        fields.update((k, v) for k, v in sampling.items() if v is not None)
-        if self.tools:
-            fields["tools"] = [
-                {
-                    "type": "function",
-                    "function": {
-                        "name": t.name,
-                        "description": t.description or "",
-                        "parameters": t.parameters or {},
-                    },
-                }
-                for t in self.tools
-            ]
-        if self.tool_choice is not None:
-            choice = self.tool_choice
-            fields["tool_choice"] = (
-                {"type": "function", "function": {"name": choice.name}}
-                if isinstance(choice, FunctionChoice)
-                else choice
-            )
-        if self.parallel_tool_calls is not None:
-            fields["parallel_tool_calls"] = self.parallel_tool_calls
+        system = [Message("system", self.instructions)] if self.instructions else []
+        messages = (*system, *_messages(items))
+        if not messages:
+            raise InvalidRequestError("input must hold at least one item.", "input")
         form = self.text.format if self.text is not None else None
-        if form is not None and form.type == "json_object":
-            fields["response_format"] = {"type": "json_object"}
-        if form is not None and form.type == "json_schema":
-            fields["response_format"] = {
-                "type": "json_schema",
-                "json_schema": {
-                    "name": form.name or "answer",
-                    "schema": form.schema_ or {"type": "object"},
-                },
-            }
+        choice = self.tool_choice
+        return Chat(
+            messages=messages,
+            sampling=sampling_params(
+                {"max_tokens": "max_output_tokens"},
+                max_tokens=self.max_output_tokens,
+                temperature=self.temperature,
+                top_p=self.top_p,
+                grammar=None if form is None else form.grammar(),
+            ),
+            tools=tuple(tool.tool() for tool in self.tools or ()),
+            tool_choice=NamedTool(choice.name)
+            if isinstance(choice, FunctionChoice)
+            else choice or "auto",
+            parallel_calls=self.parallel_tool_calls is not False,
+            reasoning_effort=self._effort(model, ignore),
+        )
+
+    def _effort(self, model: ModelDescription, ignore: Callable[[str], None]) -> Effort | None:
         effort = self.reasoning.effort if self.reasoning is not None else None
-        if effort is not None and (model.reasoning or effort == "none"):
-            fields["reasoning_effort"] = "xhigh" if effort in ("max", "ultra") else effort
-        elif effort is not None:
+        if effort is None:
+            return None
+        if not model.reasoning and effort != "none":
             ignore("reasoning.effort")
-        return validated(ChatRequest, fields)
+            return None
+        return "xhigh" if effort == "max" or effort == "ultra" else effort
 
 
 def _not_stored(item_id: str) -> Item:
@@ -191,45 +188,48 @@ def input_items(body: ResponsesBody, find: Callable[[str], Item] = _not_stored) 
     return items
 
 
-def _messages(items: list[Item]) -> list[dict[str, Any]]:
-    """Items as chat messages; calls and reasoning join the assistant message next to them."""
-    messages: list[dict[str, Any]] = []
+def _messages(items: list[Item]) -> Iterator[Message]:
+    """Items as messages; calls and reasoning join the assistant message next to them."""
+    for is_assistants, group in groupby(items, _is_assistants):
+        if is_assistants:
+            yield _assistant_message(group)
+        else:
+            yield from map(_message, group)
 
-    def assistant() -> dict[str, Any]:
-        if not messages or messages[-1]["role"] != "assistant":
-            messages.append({"role": "assistant", "content": ""})
-        return messages[-1]
 
-    def add_call(call_id: str, name: str, arguments: str) -> None:
-        function = {"name": name, "arguments": arguments}
-        assistant().setdefault("tool_calls", []).append(
-            {"id": call_id, "type": "function", "function": function}
-        )
+def _is_assistants(item: Item) -> bool:
+    return item.get("role") == "assistant" or item["type"] in ("reasoning", *CALLS)
 
+
+def _message(item: Item) -> Message:
+    if item["type"] == "message":
+        return Message(item["role"], _text(item["content"]))
+    call_id = item.get("call_id") or item["id"]
+    return Message("tool", _text(item["output"]), tool_call_id=call_id)
+
+
+def _assistant_message(items: Iterator[Item]) -> Message:
+    text, reasoning = "", ""
+    calls: list[ToolCall] = []
     for item in items:
         match item["type"]:
-            case "message" if item["role"] == "assistant":
-                assistant()["content"] += _text(item["content"])
             case "message":
-                messages.append({"role": item["role"], "content": _text(item["content"])})
-            case "function_call":
-                add_call(item["call_id"], item["name"], item["arguments"])
-            case "custom_tool_call":
-                add_call(item["call_id"], item["name"], json.dumps({"input": item["input"]}))
-            case "local_shell_call":
-                call_id = item.get("call_id") or item["id"]
-                add_call(call_id, "local_shell", json.dumps(item["action"]))
-            case "function_call_output" | "custom_tool_call_output" | "local_shell_call_output":
-                messages.append(
-                    {
-                        "role": "tool",
-                        "tool_call_id": item.get("call_id") or item["id"],
-                        "content": _text(item["output"]),
-                    }
-                )
+                text += _text(item["content"])
             case "reasoning":
-                assistant()["reasoning_content"] = _text(item.get("content") or [])
-    return messages
+                reasoning = _text(item.get("content") or [])
+            case _:
+                calls.append(_call(item))
+    return Message("assistant", text, tool_calls=tuple(calls), reasoning_content=reasoning or None)
+
+
+def _call(item: Item) -> ToolCall:
+    call_id = item.get("call_id") or item["id"]
+    match item["type"]:
+        case "custom_tool_call":
+            return ToolCall(call_id, item["name"], json.dumps({"input": item["input"]}))
+        case "local_shell_call":
+            return ToolCall(call_id, "local_shell", json.dumps(item["action"]))
+    return ToolCall(call_id, item["name"], item["arguments"] or "{}")
 
 
 def _text(content: str | list[Item]) -> str:

@@ -11,8 +11,8 @@ from llmkit.gateway.answers import Answer
 from llmkit.gateway.directory import EngineDirectory
 from llmkit.gateway.exchange import Exchange
 from llmkit.gateway.failures import ApiError
+from llmkit.gateway.ids import new_id
 from llmkit.gateway.openai.event_stream import EventStream, output_items
-from llmkit.gateway.openai.objects import new_id
 from llmkit.gateway.openai.responses import ResponsesBody, finished, input_items, opened
 from llmkit.gateway.openai.stored import Kept, Store
 from llmkit.protocol import Completion
@@ -65,13 +65,9 @@ class ResponsesRoutes:
         own_items = input_items(body, self.store.finder(owner))
         engine = self._directory.lookup(body.model, "generate")
         response_id = new_id("resp", "_")
-        request = body.request(
-            previous.history if previous is not None else [],
-            own_items,
-            engine.description,
-            exchange.ignore,
-        )
-        answer = Answer(engine, request, response_id, exchange, self._on_use)
+        before = previous.history if previous is not None else []
+        chat = body.chat([*before, *own_items], engine.description, exchange.ignore)
+        answer = Answer(engine, chat, response_id, exchange, self._on_use)
         run = Run(answer, opened(body, response_id, engine.description.name), owner)
         kept = (
             self.store.begin(owner, response_id, own_items, previous)

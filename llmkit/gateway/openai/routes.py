@@ -10,6 +10,7 @@ from llmkit.errors import EngineGoneError, ModelNotFoundError
 from llmkit.gateway.answers import read_all
 from llmkit.gateway.directory import EngineDirectory
 from llmkit.gateway.exchange import Exchange
+from llmkit.gateway.ids import new_id
 from llmkit.gateway.openai import objects
 from llmkit.gateway.openai.chat import ChatChunks, ChatRequest, chat_object
 from llmkit.gateway.openai.logprobs import Offsets
@@ -65,14 +66,15 @@ class OpenAIRoutes:
 
     async def chat_completions(self, exchange: Exchange) -> None:
         request = await exchange.read(ChatRequest)
-        reply_id = objects.new_id("chatcmpl")
+        reply_id = new_id("chatcmpl")
         engine = self._engine(request.model)
+        chat = request.chat(engine.description)
         head = self._head(
             reply_id, "chat.completion.chunk" if request.stream else "chat.completion", engine
         )
-        streams = submit_all(engine, exchange.owned(request.requests(reply_id, engine.description)))
+        streams = submit_all(engine, exchange.owned([chat.request(reply_id, engine.description)]))
         try:
-            readers = [request.reader(engine.description) for _ in streams]
+            readers = [chat.reader(engine.description) for _ in streams]
             if not request.stream:
                 answers = await read_all(streams, readers, lambda: self._on_use(engine))
                 exchange.send_json(chat_object(head, answers, bool(request.logprobs)))
@@ -91,7 +93,7 @@ class OpenAIRoutes:
 
     async def completions(self, exchange: Exchange) -> None:
         request = await exchange.read(CompletionRequest)
-        reply_id = objects.new_id("cmpl")
+        reply_id = new_id("cmpl")
         engine = self._engine(request.model)
         head = self._head(reply_id, "text_completion", engine)
         num_prompts = len(request.prompts)

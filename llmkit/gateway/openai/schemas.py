@@ -1,8 +1,8 @@
 """The schemas of OpenAI's completions, and of what chat shares with them.
 
-Pure. OpenAI's fields become engine parameters here and in `chat`, and nowhere else: a field is
-honoured or refused with a 400 that names it; only those without effect (`user`, `metadata`, …) are
-accepted and ignored.
+Pure. OpenAI's fields become engine parameters here and in `chat`: a field is honoured or refused
+with a 400 that names it; only those without effect (`user`, `metadata`, …) are accepted and
+ignored.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pydantic import Field
 
 from llmkit.errors import InvalidRequestError
 from llmkit.gateway.bodies import Strict
+from llmkit.gateway.chats import sampling_params
 from llmkit.gateway.openai.logprobs import text_logprobs
 from llmkit.protocol import Completion, GenerationRequest, Grammar, SamplingParams
 
@@ -152,11 +153,7 @@ class GenerationFields(Ignored):
             **{name: getattr(self, name) for name in SAME_NAME},
             **self.wanted_logprobs(),
         }
-        present = {k: v for k, v in values.items() if v is not None}
-        try:
-            return SamplingParams(**{"max_tokens": None, **present})
-        except InvalidRequestError as error:
-            raise self._with_callers_name(error) from None
+        return sampling_params(self._names(), **values)
 
     def wanted_logprobs(self) -> dict[str, int | None]:
         """The sampling parameters ``logprobs`` and ``prompt_logprobs``."""
@@ -165,7 +162,7 @@ class GenerationFields(Ignored):
     def _grammar(self) -> Grammar | None:
         """The requested constraint. Raises `InvalidRequestError` for two different ones."""
         grammars = {name: g for name, g in self._grammars().items() if g is not None}
-        if len(set(grammars.values())) > 1:
+        if len({(g.kind, g.text) for g in grammars.values()}) > 1:
             raise InvalidRequestError(
                 f"{' and '.join(grammars)} cannot be combined; give one of them.",
                 list(grammars)[-1],
@@ -182,46 +179,30 @@ class GenerationFields(Ignored):
         return {
             "response_format": None
             if form is None or form.type == "text"
-            else _schema(ANY_OBJECT if schema is None else schema),
-            "json_schema": None if self.json_schema is None else _schema(self.json_schema),
-            "regex": None if self.regex is None else Grammar("regex", self.regex),
-            "choice": None if self.choice is None else Grammar("choice", json.dumps(self.choice)),
+            else _schema(ANY_OBJECT if schema is None else schema, "response_format"),
+            "json_schema": None
+            if self.json_schema is None
+            else _schema(self.json_schema, "json_schema"),
+            "regex": None if self.regex is None else Grammar("regex", self.regex, origin="regex"),
+            "choice": None
+            if self.choice is None
+            else Grammar("choice", json.dumps(self.choice), origin="choice"),
             "grammar": None
             if self.grammar is None
             else Grammar("gbnf" if "::=" in self.grammar else "lark", self.grammar),
         }
 
-    def _request(
-        self, request_id: str, n: int, max_tokens: int | None, **prompt: Any
-    ) -> GenerationRequest:
-        return GenerationRequest(
-            request_id,
-            self.sampling(max_tokens),
-            priority=self.priority or 0,
-            cache_salt=self.cache_salt or "",
-            n=n,
-            **prompt,
-        )
-
-    def _with_callers_name(self, error: InvalidRequestError) -> InvalidRequestError:
-        """The same error, with the field named as in the request."""
-        name = next(
-            (
-                alias
-                for alias in ALIASES.get(error.param or "", ())
-                if getattr(self, alias, None) is not None
-            ),
-            None,
-        )
-        return (
-            InvalidRequestError(str(error).replace(error.param or "", name, 1), name)
-            if name
-            else error
-        )
+    def _names(self) -> dict[str, str]:
+        """What this request calls the engine's parameters."""
+        given = {
+            name: next((a for a in aliases if getattr(self, a, None) is not None), None)
+            for name, aliases in ALIASES.items()
+        }
+        return {name: alias for name, alias in given.items() if alias is not None}
 
 
-def _schema(schema: Any) -> Grammar:
-    return Grammar("json_schema", json.dumps(schema))
+def _schema(schema: Any, origin: str) -> Grammar:
+    return Grammar("json_schema", json.dumps(schema), origin=origin)
 
 
 def _logit_bias(bias: dict[str, float] | None) -> tuple[tuple[int, float], ...] | None:
@@ -285,12 +266,18 @@ class CompletionRequest(GenerationFields):
                 "echo",
             )
         limit = LEGACY_MAX_TOKENS if self.max_tokens is None else self.max_tokens
-        options: dict[str, Any] = {
-            "suffix": self.suffix,
-            "parse_special": self.parse_special is not False,
-        }
+        sampling = self.sampling(limit)
         return [
-            self._request(f"{reply_id}-{i}", n, limit, prompt=prompt, **options)
+            GenerationRequest(
+                f"{reply_id}-{i}",
+                sampling,
+                prompt=prompt,
+                suffix=self.suffix,
+                parse_special=self.parse_special is not False,
+                priority=self.priority or 0,
+                cache_salt=self.cache_salt or "",
+                n=n,
+            )
             for i, prompt in enumerate(prompts)
         ]
 

@@ -1,0 +1,101 @@
+"""Models on disk, for the gateway: downloaded and removed on threads. Tornado loop only."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from llmkit.errors import LLMKitError, ModelBusyError
+from llmkit.models.download import Downloaded, DownloadEvent, download
+from llmkit.models.library import Library, StoredModel
+from llmkit.models.removal import Removed, remove
+
+__all__ = ["Storage"]
+
+HUB_PREFIXES = ("hf.co/", "huggingface.co/", "https://huggingface.co/", "https://hf.co/")
+
+
+@dataclass(frozen=True, slots=True)
+class _End:
+    """What a download's thread says last."""
+
+    downloaded: Downloaded | None = None
+    error: BaseException | None = None
+
+
+class Storage:
+    """The models of a folder; without one, of Hugging Face's cache."""
+
+    def __init__(self, library: Library) -> None:
+        self._library = library
+
+    async def models(self) -> list[StoredModel]:
+        return list(await asyncio.to_thread(self._library.models))
+
+    async def pull(self, name: str) -> AsyncIterator[DownloadEvent | Downloaded]:
+        """Download a model: events, and last what was downloaded. Leaving the iteration ends it;
+        what arrived is kept.
+
+        Raises what `llmkit.models.download.download` raises.
+        """
+        for prefix in HUB_PREFIXES:
+            name = name.removeprefix(prefix)
+        loop = asyncio.get_running_loop()
+        events: asyncio.Queue[DownloadEvent | _End] = asyncio.Queue()
+        cancelled = threading.Event()
+
+        def put(event: DownloadEvent | _End) -> None:
+            loop.call_soon_threadsafe(events.put_nowait, event)
+
+        def run() -> None:
+            try:
+                done = download(
+                    name,
+                    models_dir=self._library.folder,
+                    on_event=put,
+                    cancelled=cancelled.is_set,
+                )
+                put(_End(done))
+            except BaseException as error:
+                put(_End(error=error))
+
+        threading.Thread(target=run, name="llmkit-download", daemon=True).start()
+        try:
+            looked: list[DownloadEvent] = []  # told once it is known that there is something
+            while True:
+                event = await events.get()
+                if isinstance(event, DownloadEvent) and event.phase == "looking":
+                    looked.append(event)
+                    continue
+                if isinstance(event, _End) and event.error is not None:
+                    raise event.error
+                while looked:
+                    yield looked.pop()
+                if isinstance(event, DownloadEvent):
+                    yield event
+                    continue
+                assert event.downloaded is not None
+                yield event.downloaded
+                return
+        finally:
+            cancelled.set()
+
+    async def remove(self, name: str, in_use: frozenset[Path]) -> Removed:
+        """Remove a model's files.
+
+        Raises `ModelNotFoundError`, `ModelBusyError` if it is loaded, `InvalidRequestError` for
+        one that is not to be removed, and `LLMKitError` if the disk refuses.
+        """
+        return await asyncio.to_thread(self._remove, name, in_use)
+
+    def _remove(self, name: str, in_use: frozenset[Path]) -> Removed:
+        model = self._library.find(name)
+        if in_use & {file.resolve() for file in model.files}:
+            raise ModelBusyError(f"the model {model.id!r} is loaded; unload it first.")
+        try:
+            return remove(self._library, model)
+        except OSError as error:
+            raise LLMKitError(f"{model.id} cannot be removed: {error.strerror}.") from error
