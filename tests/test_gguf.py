@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 import llmkit
+from llmkit.backend.library import Device
 from llmkit.errors import (
     InsufficientMemoryError,
     InvalidModelFileError,
@@ -181,19 +182,16 @@ def test_missing_files_and_directories(tmp_path: Path, monkeypatch: pytest.Monke
 def test_too_large_for_the_memory(real: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InsufficientMemoryError, match=r"n_ctx.*n_slots.*quantization.*force=True"):
         llmkit.load("smollm2", n_ctx=8_000_000, n_slots=64)
-    monkeypatch.setattr("llmkit.runtime.assembly.device_memory", lambda: None)
+    monkeypatch.setattr("llmkit.runtime.assembly.gpus", lambda: [])
     monkeypatch.setattr("llmkit.models.memory.free_ram", lambda: 50 << 20)
     with pytest.raises(InsufficientMemoryError, match=r"does not fit: 0\.05 GiB free"):
         llmkit.load("smollm2")
 
 
 def test_too_large_for_the_gpu(real: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        "llmkit.runtime.assembly.device_memory", lambda: (3 << 30, (3 << 30) + (512 << 20))
-    )
-    with pytest.raises(
-        InsufficientMemoryError, match=r"of 0\.50 GiB free on the GPU.*n_gpu_layers"
-    ):
+    gpu = Device("CUDA0", "a GPU", True, 512 << 20, 4 << 30)
+    monkeypatch.setattr("llmkit.runtime.assembly.gpus", lambda: [gpu])
+    with pytest.raises(InsufficientMemoryError, match=r"of 0\.50 GiB free on CUDA0.*n_gpu_layers"):
         llmkit.load("smollm2", n_gpu_layers=-1, n_slots=8)
     fitting = llmkit.estimate("smollm2", n_slots=8)
     assert fitting.fits and 0 < fitting.n_gpu_layers < 31 and fitting.gpu_bytes <= 512 << 20

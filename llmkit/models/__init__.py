@@ -1,17 +1,23 @@
 """Model files and their names.
 
 For users, ``llmkit.models`` is also the mapping of the models loaded in this process:
-``llmkit.models["smollm2"]``, with name completion.
+``llmkit.models["smollm2"]``, with name completion. Called, ``llmkit.models()``, it is the table of
+those on disk.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from types import ModuleType
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from llmkit.errors import ModelNotFoundError
+
+if TYPE_CHECKING:
+    from llmkit.models.library import Listing
 
 __all__ = ["show"]
 
@@ -36,6 +42,13 @@ class _Models(ModuleType):
     @staticmethod
     def _living() -> Mapping[str, Any]:
         return _tables[0].living() if _tables else {}
+
+    def __call__(self, models_dir: str | Path | None = None) -> Listing:
+        """The models on this machine: in a folder ($LLMKIT_MODELS_DIR), in Hugging Face's cache
+        and in packages. A broken file is listed with what is wrong with it."""
+        from llmkit.models.library import Library
+
+        return Library(models_dir or os.environ.get("LLMKIT_MODELS_DIR") or None).models()
 
     def __getitem__(self, name: str) -> Any:
         try:

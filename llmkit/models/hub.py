@@ -1,82 +1,257 @@
-"""Files on the Hugging Face Hub, named ``org/repo:file.gguf`` (also ``org/repo@revision:...``).
+"""Names of files on the Hugging Face Hub, and what the Hub says about them.
 
-huggingface_hub downloads, caches and resumes them.
+``org/repo:file.gguf`` is a file, ``org/repo:Q4_K_M`` the one with that type of weights,
+``org/repo`` a sensible one, and ``org/repo@revision:...`` all that at a branch, tag or commit.
+huggingface_hub asks, with its own settings (HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE).
 """
 
 from __future__ import annotations
 
+import contextlib
 import re
-from pathlib import Path
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import PurePosixPath
 
-from llmkit.errors import ModelNotFoundError
-from llmkit.models.splits import names_of
+from llmkit.errors import InvalidRequestError, ModelNotFoundError
+from llmkit.models.names import gigabytes, printable
+from llmkit.models.quantization import LABEL, label_of
+from llmkit.models.scanning import is_model, is_projector
+from llmkit.models.splits import first_of, names_of
+from llmkit.models.transfer import transport_errors
 
-__all__ = ["download", "is_hub_name"]
+__all__ = ["HubFile", "HubName", "Unreachable", "ask", "choose", "files_of", "is_hub_name"]
 
-NAME = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+?)(@(?P<revision>[\w./-]+))?:(?P<file>[\w./ -]+\.gguf)")
+NAME = re.compile(
+    r"(?:(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/)?"
+    r"(?P<repo>\w[\w.-]{0,95}/\w[\w.-]{0,95}?)(?:@(?P<revision>[\w./-]{1,200}))?"
+    r"(?::(?P<what>[^\0-\x1f\x7f\\:]{1,1000}))?",
+    re.ASCII,
+)
+PAGE = re.compile(r"/(?:blob|resolve)/(?P<revision>[^/]+)/(?P<file>.+?\.gguf)(?:\?.*)?$")
+# Without a type: what most people want first.
+USUAL = (
+    "Q4_K_M", "UD-Q4_K_XL", "Q4_K_S", "IQ4_XS", "Q4_0", "MXFP4", "Q5_K_M", "Q6_K", "Q8_0", "BF16",
+    "F16", "F32",
+)  # fmt: skip
+PROJECTORS = ("F16", "BF16", "Q8_0", "F32")
+SHOWN = 12
+
+
+class Unreachable(Exception):
+    """The Hub cannot be asked, or does not let us in; what is on this machine may do."""
+
+
+@dataclass(frozen=True, slots=True)
+class HubName:
+    """A name, taken apart: a ``file``, or the ``label`` of a type of weights, or neither."""
+
+    repo: str
+    revision: str | None = None
+    file: str | None = None
+    label: str | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> HubName:
+        """Raises `InvalidRequestError`.
+
+        >>> HubName.parse("org/repo:Q4_K_M").label
+        'Q4_K_M'
+        """
+        page = PAGE.search(text)
+        if page is not None and text.startswith(
+            ("http://", "https://", "hf.co/", "huggingface.co/")
+        ):
+            text = f"{text[: page.start()]}@{page['revision']}:{page['file']}"
+        match = NAME.fullmatch(text)
+        if match is None or "--" in match["repo"] or ".." in match["repo"] + (match[2] or ""):
+            raise InvalidRequestError(
+                f"{printable(text)!r:.200} is no name on the Hugging Face Hub: write "
+                "org/repo:file.gguf, org/repo:Q4_K_M or org/repo.",
+                "model",
+            )
+        what = match["what"]
+        if what is None:
+            return cls(match["repo"], match["revision"])
+        if what.endswith(".gguf"):
+            if any(part in ("", ".", "..") for part in what.split("/")):
+                raise InvalidRequestError(f"{what!r:.200} is no path in a repository.", "model")
+            return cls(match["repo"], match["revision"], file=what)
+        label = label_of(what)
+        if LABEL.fullmatch(what) is None or not label:
+            raise InvalidRequestError(
+                f"{what!r:.80} is neither a .gguf file nor a type of weights, such as Q4_K_M; "
+                f"`llmkit models pull {match['repo']}` takes a usual one.",
+                "model",
+            )
+        return cls(match["repo"], match["revision"], label=label)
+
+    def __str__(self) -> str:
+        revision = f"@{self.revision}" if self.revision else ""
+        what = self.file or self.label
+        return f"{self.repo}{revision}" + (f":{what}" if what else "")
 
 
 def is_hub_name(text: str) -> bool:
-    """Whether this is spelled like a file on the Hub."""
-    return NAME.fullmatch(text) is not None
+    """Whether this names a file on the Hub, or a type of weights in a repository.
 
-
-def download(name: str) -> Path:
-    """The local file, downloaded if missing; of a split model all files, and the first is returned.
-
-    Raises `ModelNotFoundError`: no such repository, revision or file, a gated repository without a
-    token, or the Hub cannot be reached.
+    ``org/repo`` alone may as well be a folder, so it counts only where the Hub is meant anyway.
     """
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import (
-        EntryNotFoundError,
-        GatedRepoError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    match = NAME.fullmatch(name)
-    assert match is not None
-    repo, revision, file = match["repo"], match["revision"], match["file"]
     try:
-        folder, _, last = file.rpartition("/")
-        files = [
-            Path(hf_hub_download(repo, f"{folder}/{part}" if folder else part, revision=revision))
-            for part in names_of(last)
-        ]
-        return files[0]
-    except GatedRepoError:
-        raise ModelNotFoundError(
-            f"{repo} is gated: accept its terms on the Hub, then log in with `hf auth login`."
+        name = HubName.parse(text)
+    except InvalidRequestError:
+        return False
+    return name.file is not None or name.label is not None
+
+
+@dataclass(frozen=True, slots=True)
+class HubFile:
+    """A file on the Hub. ``etag`` is its SHA-256 if it is stored by LFS, else git's SHA-1."""
+
+    repo: str
+    name: str
+    revision: str | None
+    commit: str
+    size: int
+    etag: str
+    url: str
+
+
+@contextlib.contextmanager
+def ask(name: HubName) -> Iterator[None]:
+    """Say what the Hub refused. Raises `ModelNotFoundError`, and `Unreachable` with the reason."""
+    from huggingface_hub import errors
+
+    failures: tuple[type[Exception], ...] = (ValueError, *transport_errors())
+    try:
+        yield
+    except errors.GatedRepoError:
+        raise Unreachable(
+            f"{name.repo} is gated: accept its terms on the Hub, then log in with `hf auth login`."
         ) from None
-    except RepositoryNotFoundError:
-        raise ModelNotFoundError(
-            f"there is no repository {repo} on the Hub, or it is private "
+    except errors.RepositoryNotFoundError:
+        raise Unreachable(
+            f"there is no repository {name.repo} on the Hub, or it is private "
             "(log in with `hf auth login`)."
         ) from None
-    except RevisionNotFoundError:
-        raise ModelNotFoundError(f"{repo} has no revision {revision!r}.") from None
-    except LocalEntryNotFoundError as error:
-        raise ModelNotFoundError(
-            f"{file} of {repo} is not on this machine, and the Hub cannot be reached: "
-            f"{error.__cause__ or error}"
-        ) from None
-    except EntryNotFoundError:
-        raise ModelNotFoundError(f"{repo} has no file {file!r}{_files(repo, revision)}") from None
-    except (OSError, ValueError) as error:
-        raise ModelNotFoundError(f"{name} could not be downloaded from the Hub: {error}") from None
+    except errors.RevisionNotFoundError:
+        raise ModelNotFoundError(f"{name.repo} has no revision {name.revision!r}.") from None
+    except errors.EntryNotFoundError as error:
+        if isinstance(error, errors.LocalEntryNotFoundError):
+            raise Unreachable(f"the Hub cannot be reached: {error.__cause__ or error}") from None
+        raise ModelNotFoundError(f"{name.repo} has no file {name.file!r}{_there(name)}") from None
+    except errors.OfflineModeIsEnabled:
+        raise Unreachable("HF_HUB_OFFLINE forbids to ask the Hub; unset it to download.") from None
+    except errors.HfHubHTTPError as error:
+        raise Unreachable(_status(error)) from None
+    except failures as error:
+        raise Unreachable(f"the Hub cannot be reached: {error}") from None
 
 
-def _files(repo: str, revision: str | None) -> str:
-    from huggingface_hub import model_info
-
+def _there(name: HubName) -> str:
+    """What a repository has instead of a file."""
     try:
-        names = [
-            f.rfilename
-            for f in model_info(repo, revision=revision).siblings or ()
-            if f.rfilename.endswith(".gguf")
-        ]
-    except Exception:  # the list only improves the message
+        files = list(files_of(HubName(name.repo, name.revision)))
+    except (ModelNotFoundError, Unreachable):  # the list only improves the message
         return "."
-    return f"; it has {', '.join(names[:10])}." if names else "; it has no GGUF file."
+    if not files:
+        return "; it has no GGUF file."
+    more = f" and {len(files) - SHOWN} more" if len(files) > SHOWN else ""
+    return f"; it has {', '.join(map(printable, files[:SHOWN]))}{more}."
+
+
+def _status(error: OSError) -> str:
+    response = getattr(error, "response", None)
+    code = getattr(response, "status_code", 0)
+    if code in (401, 403):
+        return (
+            f"the Hub does not let us in (status {code}): check the token in HF_TOKEN, or log in "
+            "with `hf auth login`."
+        )
+    if code == 429:
+        return "the Hub asks us to slow down (status 429): try again in some minutes."
+    return f"the Hub answered with status {code}: {str(error).splitlines()[0]:.200}"
+
+
+def files_of(name: HubName) -> dict[str, int | None]:
+    """The GGUF files of a repository, and their sizes. Raises as `ask` does."""
+    from huggingface_hub import HfApi
+
+    with ask(name):
+        info = HfApi().model_info(name.repo, revision=name.revision, files_metadata=True)
+    return {f.rfilename: f.size for f in info.siblings or () if f.rfilename.endswith(".gguf")}
+
+
+def about(name: HubName, file: str) -> HubFile:
+    """What the Hub knows of a file. Raises as `ask` does."""
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+
+    with ask(HubName(name.repo, name.revision, file=file)):
+        found = get_hf_file_metadata(hf_hub_url(name.repo, file, revision=name.revision))
+        if not (found.commit_hash and found.etag and found.size is not None):
+            raise Unreachable(f"the Hub does not say what {file} of {name.repo} is.")
+        if not re.fullmatch(r"[\w-]{1,128}", found.etag + found.commit_hash, re.ASCII):
+            raise Unreachable(f"the Hub's answer about {file} of {name.repo} makes no sense.")
+        url = hf_hub_url(name.repo, file, revision=found.commit_hash)
+    return HubFile(name.repo, file, name.revision, found.commit_hash, found.size, found.etag, url)
+
+
+def choose(name: HubName, files: Mapping[str, int | None]) -> list[str]:
+    """The file that a name means, with all its parts if it is split.
+
+    Raises `ModelNotFoundError` with what there is: no such file or type, or several of it.
+    """
+    if name.file is not None:
+        folder, _, last = name.file.rpartition("/")
+        return [f"{folder}/{part}" if folder else part for part in names_of(last)]
+    models: dict[str, int] = {}
+    for file in files:
+        path = PurePosixPath(file)
+        if is_model(path.name) and not is_projector(path.name):
+            first = str(path.with_name(first_of(path.name)))
+            models[first] = models.get(first, 0) + (files[file] or 0)
+    if not models:
+        raise ModelNotFoundError(f"{name.repo} has no GGUF model.")
+    labels: dict[str, list[str]] = {}
+    for first in models:
+        path = PurePosixPath(first)
+        labels.setdefault(label_of(path.name) or label_of(path.parent.name), []).append(first)
+    wanted = name.label
+    if wanted is None:
+        wanted = next((u for u in USUAL if u in labels), next(iter(labels)))
+        if wanted not in USUAL and len(labels) > 1:
+            raise ModelNotFoundError(f"{name.repo} has several models: {_shown(models)}.")
+    found = labels.get(wanted, [])
+    if not found:
+        raise ModelNotFoundError(f"{name.repo} has no {wanted}; it has {_shown(models)}.")
+    if len(found) > 1:
+        several = {f: models[f] for f in found}
+        raise ModelNotFoundError(
+            f"{name.repo} has several {wanted or 'models'}: {_shown(several)}. Name the file."
+        )
+    folder, _, last = found[0].rpartition("/")
+    return [f"{folder}/{part}" if folder else part for part in names_of(last)]
+
+
+def projector_of(name: HubName, model: str, files: Mapping[str, int | None]) -> str:
+    """The file that reads pictures for a model: in its folder or above, F16 if there are several.
+
+    Raises `ModelNotFoundError`.
+    """
+    folder = PurePosixPath(model).parent
+    order = {label: i for i, label in enumerate(PROJECTORS)}
+    found = [f for f in files if is_projector(PurePosixPath(f).name)]
+    near_by = [f for f in found if PurePosixPath(f).parent == folder] or found
+    if not near_by:
+        raise ModelNotFoundError(f"{name.repo} has no mmproj file beside its models.")
+    return min(near_by, key=lambda f: (order.get(label_of(PurePosixPath(f).name), 9), f))
+
+
+def _shown(models: Mapping[str, int]) -> str:
+    """The models of a repository as they can be named."""
+    texts = [
+        printable(first) + (f" ({gigabytes(size)})" if size else "")
+        for first, size in sorted(models.items())
+    ]
+    more = f" and {len(texts) - SHOWN} more" if len(texts) > SHOWN else ""
+    return ", ".join(texts[:SHOWN]) + more

