@@ -13,7 +13,7 @@ from jupyter_server.auth.identity import LegacyIdentityProvider
 from jupyter_server.base.handlers import APIHandler
 from tornado import web
 
-from llmkit.gateway.access.identity import Identity
+from llmkit.gateway.access.identity import SCOPES, Identity
 from llmkit.gateway.app import Gateway
 from llmkit.gateway.exchange import Exchange
 from llmkit.gateway.failures import ApiError
@@ -77,7 +77,7 @@ class JupyterGatewayHandler(APIHandler):
             "JUPYTERHUB_USER"
         )
         return (
-            Identity("jupyter", "user", cache_scope="")
+            Identity("jupyter", "user", scopes=frozenset(SCOPES), cache_scope="")
             if is_owner
             else Identity(f"jupyter {name}", "user")
         )
@@ -91,13 +91,14 @@ class JupyterGatewayHandler(APIHandler):
         if self._is_gone:  # disconnected during authorization
             return
         if not allowed:
-            exchange.send_error(
+            self._gateway.refuse(
+                exchange,
                 ApiError(
                     403,
                     f"You may not {action} on {RESOURCE} here.",
                     "permission_error",
                     code="forbidden",
-                )
+                ),
             )
             return
         self._task = asyncio.ensure_future(self._gateway.dispatch(exchange))
@@ -141,8 +142,8 @@ class JupyterGatewayHandler(APIHandler):
                 "No valid token: send the Jupyter token as `Authorization: Bearer TOKEN`, "
                 "or log in."
             )
-            exchange.send_error(
-                ApiError(401, message, "authentication_error", code="invalid_api_key")
+            self._gateway.refuse(
+                exchange, ApiError(401, message, "authentication_error", code="invalid_api_key")
             )
             return
         error = kwargs.get("exc_info", (None, None, None))[1]
@@ -154,4 +155,4 @@ class JupyterGatewayHandler(APIHandler):
             if status_code == 403
             else "invalid_request_error"
         )
-        exchange.send_error(ApiError(status_code, message, kind))
+        self._gateway.refuse(exchange, ApiError(status_code, message, kind))

@@ -5,9 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from llmkit.errors import EngineGoneError, ModelNotFoundError
+from llmkit.gateway.access.permission import may_use
 from llmkit.gateway.sources import ConnectionFiles, EngineSource
 from llmkit.protocol.client import EngineClient
 
@@ -32,7 +34,8 @@ class EngineDirectory:
 
     ``default`` is the model behind the name "default"; None means the newest. ``names`` gives the
     name of a model for an alias. ``absent`` says why a model that is offered is not here, because
-    it is being loaded say, and ``offered`` lists such models.
+    it is being loaded say, and ``offered`` lists such models. Models that a request's caller may
+    not use are not there for it, see `llmkit.gateway.access.permission`.
     """
 
     def __init__(
@@ -59,7 +62,8 @@ class EngineDirectory:
             self._clients.values(), _exact_names(list(self._clients.values())), strict=True
         ):
             name = client.description.name
-            found.append(Entry(exact if name in seen else name, client))
+            if may_use(name):
+                found.append(Entry(exact if name in seen else name, client))
             seen.add(name)
         return found
 
@@ -68,17 +72,21 @@ class EngineDirectory:
         clients = list(self._clients.values())
         return next((c for c in clients if c.description.name == name), None)
 
+    def files(self) -> frozenset[Path]:
+        """The files of all engines."""
+        return frozenset(Path(e.client.description.path).resolve() for e in self.entries())
+
     @property
     def unloaded(self) -> list[str]:
         """Models that are offered but not loaded now."""
         here = {entry.client.description.name for entry in self.entries()}
-        return [name for name in self._offered() if name not in here]
+        return [name for name in self._offered() if name not in here and may_use(name)]
 
     @property
     def gone(self) -> dict[str, str]:
         """Models that are gone: names and reasons."""
         self._refresh()
-        return dict(self._gone)
+        return {name: reason for name, reason in self._gone.items() if may_use(name)}
 
     def lookup(self, model: str, use: Use | None = None) -> EngineClient:
         """The engine for a model name.
@@ -88,6 +96,9 @@ class EngineDirectory:
         when nothing is loaded or the engine is gone.
         """
         model = self._names(model) or model
+        wanted = self._default() if model == DEFAULT else model
+        if wanted is not None and not may_use(wanted):
+            raise ModelNotFoundError(f"There is no model {model!r} here.{self._loaded()}")
         found = self._find(model, use)
         if found is None:
             self._refreshed = 0.0  # find a model loaded just now
@@ -97,12 +108,14 @@ class EngineDirectory:
         reason = self._absent(model)
         if reason:
             raise EngineGoneError(reason)
-        if model in self._gone:
-            raise EngineGoneError(self._gone[model])
-        if model == DEFAULT or not self._clients:
-            if model != DEFAULT and self._gone:
+        gone = self.gone
+        if model in gone:
+            raise EngineGoneError(gone[model])
+        here = self.entries()
+        if model == DEFAULT or not here:
+            if model != DEFAULT and gone:
                 raise ModelNotFoundError(f"There is no model {model!r} here.")
-            if use is not None and self._clients:
+            if use is not None and here:
                 raise ModelNotFoundError(
                     f"No loaded model can {use}. "
                     + (
@@ -111,12 +124,15 @@ class EngineDirectory:
                         else "Load one: llmkit.load(...)."
                     )
                 )
-            reason = next(reversed(self._gone.values()), None) if model == DEFAULT else None
+            reason = next(reversed(gone.values()), None) if model == DEFAULT else None
             raise EngineGoneError(
                 reason or "No model is loaded. Load one in a notebook: llm = llmkit.load(...)"
             )
+        raise ModelNotFoundError(f"There is no model {model!r} here.{self._loaded()}")
+
+    def _loaded(self) -> str:
         names = ", ".join(repr(e.model_id) for e in self.entries()[:20])
-        raise ModelNotFoundError(f"There is no model {model!r} here. Loaded: {names}.")
+        return f" Loaded: {names}." if names else ""
 
     def _find(self, model: str, use: Use | None) -> EngineClient | None:
         self._refresh()
@@ -124,6 +140,8 @@ class EngineDirectory:
         clients = list(self._clients.values())
         for client, exact in zip(clients, _exact_names(clients), strict=True):
             name = client.description.name
+            if not may_use(name):
+                continue
             embeds = bool(client.description.embedding_size or client.description.ranks)
             if wanted == DEFAULT and use is not None and embeds != (use == "embed"):
                 continue

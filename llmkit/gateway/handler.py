@@ -7,62 +7,91 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from tornado import web
 
+from llmkit.gateway.access.authenticator import Authenticator, Facts
+from llmkit.gateway.access.edge import SECURITY_HEADERS, Edge
+from llmkit.gateway.access.held import SMALL_BYTES
 from llmkit.gateway.access.identity import LOCAL
-from llmkit.gateway.access.keys import Keys
-from llmkit.gateway.exchange import MAX_BODY_BYTES, Exchange
+from llmkit.gateway.exchange import Exchange, body_too_large
 from llmkit.gateway.failures import ApiError
+from llmkit.gateway.heads import MAX_LINE_BYTES
 from llmkit.gateway.ops.status import send_page
 
 if TYPE_CHECKING:
     from llmkit.gateway.app import Gateway
 
-__all__ = ["GatewayHandler"]
+__all__ = ["ElsewhereHandler", "GatewayHandler"]
 
 
 @web.stream_request_body
 class GatewayHandler(web.RequestHandler):
-    """Checks the key and size of a request before its body is read, then runs its route."""
+    """Checks the caller and size of a request before its body is read, then runs its route."""
 
-    def initialize(self, gateway: Gateway, keys: Keys) -> None:
-        self._gateway, self._keys = gateway, keys
+    def initialize(self, gateway: Gateway, authenticator: Authenticator, edge: Edge) -> None:
+        self._gateway, self._authenticator, self._edge = gateway, authenticator, edge
         self._task: asyncio.Task[None] | None = None
         self._body: list[bytes] = []
         self._identity = LOCAL
         self._size = 0  # bytes of the body counted as held
+        self._is_gone = False
+        self._address = edge.proxies.client(str(self.request.remote_ip), self.request.headers)
 
-    def prepare(self) -> None:
-        exchange = Exchange(self, self.path_args[0])
-        headers = self.request.headers
-        for name, value in self._keys.cors(headers).items():
-            self.set_header(name, value)
-        if self.request.method == "OPTIONS" and "Access-Control-Request-Method" in headers:
-            answer = (
-                self._keys.preflight(headers, self._gateway.methods(exchange.path))
-                if _is_ours(self._keys, self.request.host_name)
-                else None
-            )
-            if answer is not None:
-                exchange.send_bytes(b"", 204, answer)
+    async def prepare(self) -> None:
+        exchange = self._exchange(self.path_args[0])
+        self._say_edge()
+        request = self.request
+        if len(request.uri or "") > MAX_LINE_BYTES:
+            self._refuse(ApiError(414, "The address is too long.", code="uri_too_long"))
+            return
+        facts = Facts(
+            str(request.method), exchange.path, request.host_name, self._address, request.headers
+        )
+        try:
+            if facts.method == "OPTIONS" and await self._answers_preflight(exchange, facts):
                 return
-        refusal = self._keys.refusal(exchange.path, headers, self.request.host_name)
-        if (
-            refusal is not None
-            and refusal.status == 401
-            and exchange.path == "/"
-            and exchange.wants_page
-        ):
-            send_page(exchange, None)
-        elif refusal is not None:
-            self._refuse(refusal)
-        else:
-            self._identity = self._keys.identify(headers)
-            announced = headers.get("Content-Length", "0")
-            if announced.isdecimal() and (len(announced) > 18 or int(announced) > MAX_BODY_BYTES):
-                self._refuse(_too_large(announced))
+            identity = await self._authenticator.identify(facts)
+        except ApiError as error:
+            if error.status == 401 and exchange.path == "/" and exchange.wants_page:
+                send_page(exchange, None)
+            elif not self._is_gone:
+                self._refuse(error)
+            return
+        self._identity = identity
+        announced = request.headers.get("Content-Length", "0")
+        most = self._gateway.max_body_bytes
+        if announced.isdecimal() and (len(announced) > 18 or int(announced) > most):
+            self._refuse(body_too_large(announced, most))
+            return
+        size = int(announced) if announced.isdecimal() else most
+        # A small body is read in any case, which keeps its connection.
+        if size > SMALL_BYTES or "Transfer-Encoding" in request.headers:
+            refusal = self._gateway.early(self._exchange(self.path_args[0]))
+            if refusal is not None:
+                self._refuse(refusal)
+
+    async def _answers_preflight(self, exchange: Exchange, facts: Facts) -> bool:
+        """Answer a preflight request, which has no key, if its page is allowed here."""
+        if "Access-Control-Request-Method" not in facts.headers:
+            return False
+        methods = self._gateway.methods(exchange.path)
+        answer = self._edge.cors.preflight(facts.headers, methods)
+        if answer is None:
+            return False
+        await self._authenticator.identify(replace(facts, path="/health"))  # is the host ours?
+        exchange.send_bytes(b"", 204, answer)
+        return True
+
+    def _say_edge(self) -> None:
+        headers = self._edge.headers(self.request.host_name, self.request.headers)
+        for name, value in headers.items():
+            self.set_header(name, value)
+
+    def _exchange(self, path: str) -> Exchange:
+        return Exchange(self, path, self._identity, self._gateway.held, self._address)
 
     def _refuse(self, error: ApiError) -> None:
         """Answer before the body is read, and discard the rest."""
@@ -71,31 +100,30 @@ class GatewayHandler(web.RequestHandler):
             or "Transfer-Encoding" in self.request.headers
         ):
             self.set_header("Connection", "close")
-        Exchange(self, self.path_args[0]).send_error(error)
+        self._gateway.refuse(self._exchange(self.path_args[0]), error)
 
     def data_received(self, chunk: bytes) -> None:
         if self._finished:
             return
-        if self._size + len(chunk) > MAX_BODY_BYTES:
+        size, most = self._size + len(chunk), self._gateway.max_body_bytes
+        if size > most:
             self._body.clear()
-            self._refuse(_too_large(str(self._size + len(chunk))))
+            self._refuse(body_too_large(str(size), most))
             return
         try:
-            self._gateway.held.add(self._identity.name, len(chunk), body=self._size + len(chunk))
+            self._gateway.held.add(self._identity.name, len(chunk), body=size)
         except ApiError as error:
             self._body.clear()
             self._refuse(error)
             return
-        self._size += len(chunk)
+        self._size = size
         self._body.append(chunk)
 
     async def _run(self, path: str) -> None:
         self.request.body = b"".join(self._body)
         self._body.clear()
         self._let_go()  # from here on the gateway counts it
-        self._task = asyncio.ensure_future(
-            self._gateway.dispatch(Exchange(self, path, self._identity, self._gateway.held))
-        )
+        self._task = asyncio.ensure_future(self._gateway.dispatch(self._exchange(path)))
         with contextlib.suppress(asyncio.CancelledError):
             await self._task
 
@@ -109,6 +137,7 @@ class GatewayHandler(web.RequestHandler):
     get = post = put = delete = patch = head = options = _run
 
     def on_connection_close(self) -> None:
+        self._is_gone = True
         self._let_go()
         if self._task is not None:
             self._task.cancel()
@@ -118,25 +147,32 @@ class GatewayHandler(web.RequestHandler):
 
     def set_default_headers(self) -> None:
         self.set_header("Server", "llmkit")
+        for name, value in SECURITY_HEADERS.items():
+            self.set_header(name, value)
 
     def write_error(self, status_code: int, **kwargs: object) -> None:
-        Exchange(self, self.request.path).send_error(
+        self._say_edge()  # Tornado has cleared the headers
+        self._gateway.refuse(
+            self._exchange(self.request.path),
             ApiError(
                 status_code,
                 self._reason,
                 "server_error" if status_code >= 500 else "invalid_request_error",
-            )
+            ),
         )
 
 
-def _is_ours(keys: Keys, host: str) -> bool:
-    """Whether a preflight request, which has no key, may be answered for this host name."""
-    return keys.refusal("/health", {}, host) is None
+class ElsewhereHandler(web.RequestHandler):
+    """Answers what is not under the gateway's base path."""
 
+    def initialize(self, base_path: str) -> None:
+        self._base_path = base_path
 
-def _too_large(size: str) -> ApiError:
-    return ApiError(
-        413,
-        f"The body has {size:.20} bytes; at most {MAX_BODY_BYTES} are accepted.",
-        code="request_too_large",
-    )
+    def prepare(self) -> None:
+        for name, value in SECURITY_HEADERS.items():
+            self.set_header(name, value)
+        message = f"There is nothing here; this server's routes are under {self._base_path}/."
+        Exchange(self, self.request.path).send_error(ApiError(404, message, code="not_found"))
+
+    def set_default_headers(self) -> None:
+        self.set_header("Server", "llmkit")

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import ipaddress
 import logging
 import os
 import socket
+import ssl
 import sys
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable
@@ -19,6 +19,9 @@ from typing import Any
 
 from tornado import httpserver, httputil, ioloop, iostream, web
 from tornado.http1connection import HTTP1ServerConnection
+
+from llmkit.gateway.access.proxies import OURSELVES, place
+from llmkit.gateway.heads import MAX_HEAD_BYTES, bound_head
 
 __all__ = ["MAX_CONNECTIONS", "SPARE_DESCRIPTORS", "BoundedServer", "place_of", "raise_descriptors"]
 
@@ -31,7 +34,6 @@ PAUSE_S = 1.0
 EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 ACCEPTS = 64  # connections accepted per turn of the loop
 EVICTED = 16  # idle connections closed when no descriptor is free
-OURSELVES = "local"
 
 
 def raise_descriptors() -> int:
@@ -52,15 +54,30 @@ def raise_descriptors() -> int:
 class BoundedServer(httpserver.HTTPServer):
     """Accepts at most ``most`` connections, and half of that per address other than our own.
 
+    ``is_shared`` tells addresses of proxies, which bring many clients and may have all. With
+    ``ssl_options`` it speaks TLS; other ones count for the connections that follow.
+
     At the limit it closes the longest idle connection, from the address with the most; if none is
     idle, the new one. A connection is idle until its whole request has arrived.
     """
 
-    def initialize(self, app: web.Application, *, most: int, max_body_size: int) -> None:  # type: ignore[override]
+    def initialize(  # type: ignore[override]
+        self,
+        app: web.Application,
+        *,
+        most: int,
+        ssl_options: ssl.SSLContext | None = None,
+        is_shared: Callable[[str], bool] = lambda address: False,
+    ) -> None:
         super().initialize(
-            app, max_body_size=max_body_size, idle_connection_timeout=HEADER_S, body_timeout=BODY_S
+            app,
+            max_header_size=MAX_HEAD_BYTES,
+            max_body_size=1 << 60,  # the handler bounds bodies, since it can answer with an error
+            idle_connection_timeout=HEADER_S,
+            body_timeout=BODY_S,
+            ssl_options=ssl_options,
         )
-        self._most = most
+        self._most, self._is_shared = most, is_shared
         self._places: dict[iostream.IOStream, str] = {}
         # By address, longest idle first.
         self._idle: dict[str, OrderedDict[iostream.IOStream, None]] = {}
@@ -117,7 +134,8 @@ class BoundedServer(httpserver.HTTPServer):
 
     def handle_stream(self, stream: iostream.IOStream, address: Any) -> None:
         place = place_of(address)
-        most = self._most if place == OURSELVES else max(1, self._most // 2)
+        is_many = place == OURSELVES or self._is_shared(str(address[0]))
+        most = self._most if is_many else max(1, self._most // 2)
         if self._counts[place] >= most:
             self._make_way(place)
         elif len(self._places) >= self._most:
@@ -128,6 +146,7 @@ class BoundedServer(httpserver.HTTPServer):
         self._places[stream] = place
         self._counts[place] += 1
         self._note(stream, idle=True)
+        bound_head(stream)
         super().handle_stream(stream, address)
 
     def start_request(self, server_conn: object, request_conn: Any) -> Any:
@@ -191,16 +210,5 @@ class _Watched(httputil.HTTPMessageDelegate):
 
 
 def place_of(address: Any) -> str:
-    """What an address counts as: this machine, an IPv4 address, or an IPv6 host's /64."""
-    if not isinstance(address, tuple) or not address:
-        return OURSELVES
-    ip = ipaddress.ip_address(str(address[0]).partition("%")[0])
-    if isinstance(ip, ipaddress.IPv6Address):
-        ip = ip.ipv4_mapped or ip
-    if ip.is_loopback:
-        return OURSELVES
-    return (
-        str(ip)
-        if isinstance(ip, ipaddress.IPv4Address)
-        else str(ipaddress.ip_network((ip, 64), strict=False))
-    )
+    """What a socket's address counts as, see `place`."""
+    return place(str(address[0])) if isinstance(address, tuple) and address else OURSELVES

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from llmkit.gateway.failures import ApiError
 
-__all__ = ["Held"]
+__all__ = ["MAX_HELD_BYTES", "Held"]
 
 SMALL_BYTES = 64 << 10
 MAX_HELD_BYTES = 64 << 20  # per caller; a request may have 16 MiB

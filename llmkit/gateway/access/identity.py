@@ -1,11 +1,30 @@
-"""The identity of a caller. Pure."""
+"""The identity of a caller, and what it may do. Pure."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["LOCAL", "Identity"]
+__all__ = ["ADMIN", "INFERENCE", "LOCAL", "SCOPES", "Allowance", "Identity"]
+
+INFERENCE, ADMIN = "inference", "admin"
+SCOPES = (INFERENCE, ADMIN)
+
+
+@dataclass(frozen=True, slots=True)
+class Allowance:
+    """How much a caller may use. None means without a limit.
+
+    ``models`` are globs of model names, ``rate`` is "60/minute", ``concurrent`` counts requests at
+    once, ``weight`` is the share of a busy engine. Budgets count tokens of prompts and answers.
+    """
+
+    models: tuple[str, ...] = ("*",)
+    rate: str | None = None
+    concurrent: int | None = None
+    tokens_per_day: int | None = None
+    tokens_per_month: int | None = None
+    weight: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,7 +34,8 @@ class Identity:
     These are fairness, limits, quotas, stored objects, cached prefixes, status, logs. ``kind`` says
     what vouches for the ``name``: only the machine (``local``), a ``key``, a ``user`` of Jupyter or
     a hub, or a ``service``. ``groups`` and ``scopes`` are its memberships and permissions.
-    ``cache_scope`` names the cached prefixes that it shares; None means its own.
+    ``cache_scope`` names the cached prefixes that it shares; None means its own. Callers without a
+    key are one identity, whose rate alone counts for each address.
 
     >>> Identity("ann", "user", groups=frozenset({"students"})).name
     'ann'
@@ -24,8 +44,9 @@ class Identity:
     name: str
     kind: Literal["local", "key", "user", "service"] = "local"
     groups: frozenset[str] = frozenset()
-    scopes: frozenset[str] = frozenset()
+    scopes: frozenset[str] = frozenset({INFERENCE})
     cache_scope: str | None = None
+    allowance: Allowance = Allowance()
 
 
 LOCAL = Identity("local")  # anyone on this machine, without a key

@@ -1,140 +1,195 @@
-"""Authenticates callers of a gateway that runs without Jupyter. Pure."""
+"""Authenticates callers of a gateway that runs without Jupyter, by their keys. Tornado loop only.
+
+Keys are known by the SHA-256 of their secrets. How long a look-up takes tells nothing of a secret,
+since nobody can choose what a hash begins with.
+"""
 
 from __future__ import annotations
 
-import hashlib
-import ipaddress
-import re
-from collections.abc import Mapping
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
 from hmac import compare_digest
 
 from llmkit.errors import InvalidRequestError
-from llmkit.gateway.access.identity import LOCAL, Identity
+from llmkit.gateway.access.authenticator import ANONYMOUS, OPEN_PATHS, Facts
+from llmkit.gateway.access.cors import Cors
+from llmkit.gateway.access.grants import Grant
+from llmkit.gateway.access.identity import SCOPES, Allowance, Identity
+from llmkit.gateway.access.proxies import is_loopback
+from llmkit.gateway.access.throttle import Throttle
 from llmkit.gateway.failures import ApiError
+from llmkit.settings.entries import KeyEntry
+from llmkit.store.records import KeyRecord, digest, is_generated
 
 __all__ = ["Keys", "is_loopback"]
 
-OPEN_PATHS = (
-    "/health",
-    "/docs",
-    "/swagger-ui",
-    "/openapi.json",
-)  # reveal only the version and the API
-ORIGIN = re.compile(r"https?://(?P<host>\[[0-9a-fA-F:.]+\]|[A-Za-z0-9._-]+)(:[0-9]{1,5})?")
-ALLOWED_HEADERS = (
-    "authorization, content-type, x-api-key, x-request-id, anthropic-version, anthropic-beta, "
-    "anthropic-dangerous-direct-browser-access, openai-beta"
-)
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach ``host``."""
-    if host == "localhost" or host.endswith(".localhost"):
-        return True
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return False
+MAX_GIVEN = 1000
+UNLIMITED = Allowance()
 
 
 class Keys:
-    """One key, or none on a loopback address.
+    """The keys of a server: ``key`` alone, ``entries`` of the settings file, ``stored`` ones.
+
+    Without any, callers on this machine need none, on a loopback ``host``; ``keyless`` is what each
+    of their addresses may use. Once there was a key, every caller needs one. ``on_use`` hears of
+    stored keys that are used.
 
     Raises `InvalidRequestError` for a host that others can reach without a key.
     """
 
-    def __init__(self, key: str | None, host: str) -> None:
-        if key is not None and (not key or not key.isascii() or not key.isprintable()):
-            raise InvalidRequestError(
-                "the API key must be printable ASCII and not empty.", "api_key"
+    def __init__(
+        self,
+        key: str | None,
+        host: str,
+        *,
+        entries: Sequence[KeyEntry] = (),
+        stored: Sequence[KeyRecord] = (),
+        keyless: Allowance = UNLIMITED,
+        cors: Cors | None = None,
+        now: Callable[[], float] = time.time,
+        on_use: Callable[[str, float], None] = lambda sha256, now: None,
+        throttle: Throttle | None = None,
+    ) -> None:
+        self._host, self._now, self._on_use = host, now, on_use
+        self._throttle = throttle or Throttle()
+        self._records = tuple(stored)
+        self._is_closed = bool(stored)
+        self.replace(key, entries, keyless=keyless, cors=cors)
+
+    def replace(
+        self,
+        key: str | None,
+        entries: Sequence[KeyEntry],
+        *,
+        keyless: Allowance = UNLIMITED,
+        cors: Cors | None = None,
+    ) -> None:
+        """Other settings in place of those before. Raises `InvalidRequestError`, unchanged."""
+        now = self._now()
+        grants = [Grant.of_entry(entry, now) for entry in entries]
+        if key is not None:
+            grants.append(Grant.of_owner(key))
+        cors = cors or Cors(local=True)
+        if not (grants or self._is_closed):
+            _check_keyless(self._host, cors)
+        self._given = {grant.sha256: grant for grant in grants}
+        self._is_closed |= bool(grants)
+        self._cors = cors
+        self._local = Identity("local", allowance=keyless)
+        self._owner = Identity("local", scopes=frozenset(SCOPES), allowance=keyless)
+        self.take_stored(self._records)
+
+    def take_stored(self, records: Sequence[KeyRecord]) -> None:
+        """Other keys in place of those of the database. Any thread."""
+        self._records = tuple(records)
+        self._stored = {r.sha256: Grant.of_record(r) for r in records}
+        self._is_closed |= bool(records)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether callers on this machine need no key."""
+        return not self._is_closed
+
+    async def identify(self, facts: Facts) -> Identity:
+        """The caller. Raises `ApiError`."""
+        if not self._is_closed:
+            return self._keyless(facts)
+        given = given_key(facts.headers)
+        if facts.path in OPEN_PATHS and not given:
+            return ANONYMOUS
+        try:
+            return self._holder(given, facts.address)
+        except ApiError:
+            if facts.path in OPEN_PATHS:
+                return ANONYMOUS
+            raise
+
+    def _holder(self, given: str, address: str) -> Identity:
+        if not given:
+            raise _refusal("No API key provided: send it as `Authorization: Bearer KEY`.")
+        wait_s = self._throttle.wait_s(address)
+        # Nobody guesses a generated key: its holders are not kept out by a neighbour who tries.
+        if wait_s and not is_generated(given):
+            raise _throttled(wait_s)
+        sha256 = digest(given[:MAX_GIVEN])
+        grant = self._given.get(sha256) or self._stored.get(sha256)
+        now = self._now()
+        if grant is not None and compare_digest(grant.sha256, sha256):
+            ending = grant.ending(now)
+            if not ending:
+                if grant.is_stored:
+                    self._on_use(sha256, now)
+                return grant.identity
+            raise _refusal(f"This API key {ending}. Ask whoever runs this server for another one.")
+        self._throttle.note(address)
+        if wait_s:
+            raise _throttled(wait_s)
+        raise _refusal("Incorrect API key provided.")
+
+    def _keyless(self, facts: Facts) -> Identity:
+        """Anyone on this machine, but no web page.
+
+        A page may point its own name to 127.0.0.1 (DNS rebinding) or post to it blindly.
+        """
+        if not is_loopback(facts.host):
+            raise ApiError(
+                403,
+                f"The host {facts.host!r:.100} is not this server's. "
+                "Use 127.0.0.1, or start the server with a key.",
+                code="forbidden_host",
             )
-        if key is None and not is_loopback(host):
-            raise InvalidRequestError(
-                f"refusing to serve on {host} without a key: anyone who can reach this machine "
-                "could use the model. Give one with --api-key or in $LLMKIT_API_KEY, or stay on "
-                "--host 127.0.0.1.",
-                "api_key",
+        origin = facts.headers.get("Origin")
+        if origin and not self._cors.allows(origin):
+            raise ApiError(
+                403,
+                "Requests from other websites are refused; name them in cors_origins "
+                "to allow them.",
+                code="forbidden_origin",
             )
-        self._key = key
+        # Whom a proxy lets in from elsewhere is a caller, but not the owner of this machine.
+        return self._owner if is_loopback(facts.address) else self._local
 
-    def identify(self, headers: Mapping[str, str]) -> Identity:
-        """The caller of a request that was not refused."""
-        if self._key is None or not compare_digest(_given(headers).encode(), self._key.encode()):
-            return LOCAL
-        return Identity(f"key {hashlib.sha256(self._key.encode()).hexdigest()[:8]}", "key")
 
-    def refusal(self, path: str, headers: Mapping[str, str], host: str) -> ApiError | None:
-        """The reason to refuse a request; None to accept it."""
-        if self._key is None:
-            # A web page may point its own name to 127.0.0.1 (DNS rebinding) or post to it blindly:
-            # neither may use the model.
-            if not is_loopback(host):
-                return ApiError(
-                    403,
-                    f"The host {host!r:.100} is not this server's. "
-                    "Use 127.0.0.1, or start the server with a key.",
-                    code="forbidden_host",
-                )
-            if headers.get("Origin") and self.allowed_origin(headers) is None:
-                return ApiError(
-                    403,
-                    "Requests from other websites are refused; "
-                    "start the server with a key to allow them.",
-                    code="forbidden_origin",
-                )
-            return None
-        if path in OPEN_PATHS:
-            return None
-        given = _given(headers)
-        if compare_digest(given.encode(), self._key.encode()):
-            return None
-        message = (
-            "Incorrect API key provided."
-            if given
-            else "No API key provided: send it as `Authorization: Bearer KEY`."
+def _check_keyless(host: str, cors: Cors) -> None:
+    if not is_loopback(host):
+        raise InvalidRequestError(
+            f"refusing to serve on {host} without a key: anyone who can reach this machine "
+            "could use the model. Make one with `llmkit keys add NAME`, or give one in "
+            "$LLMKIT_API_KEY, or stay on --host 127.0.0.1.",
+            "api_key",
         )
-        return ApiError(
-            401,
-            message,
-            "authentication_error",
-            code="invalid_api_key",
-            headers={"WWW-Authenticate": "Bearer"},
+    if cors.is_any:
+        raise InvalidRequestError(
+            "refusing to let every website in without a key: any page that you open could use "
+            "the model. Name origins in cors_origins, or use keys.",
+            "cors_origins",
         )
 
-    def allowed_origin(self, headers: Mapping[str, str]) -> str | None:
-        """The origin, if its pages may read answers: any with a key, else this machine's only."""
-        origin = headers.get("Origin") or ""
-        match = ORIGIN.fullmatch(origin)
-        if match is None:
-            return None
-        return origin if self._key is not None or is_loopback(match["host"]) else None
 
-    def cors(self, headers: Mapping[str, str]) -> dict[str, str]:
-        """The headers that let an allowed page read an answer."""
-        origin = self.allowed_origin(headers)
-        if origin is None:
-            return {"Vary": "Origin"} if headers.get("Origin") else {}
-        exposed = "x-request-id, x-llmkit-ignored, retry-after, x-should-retry"
-        return {
-            "Access-Control-Allow-Origin": origin,
-            "Vary": "Origin",
-            "Access-Control-Expose-Headers": exposed,
-        }
-
-    def preflight(self, headers: Mapping[str, str], methods: str) -> dict[str, str] | None:
-        """The answer to a preflight request, which has no key; None if the page is not allowed."""
-        if self.allowed_origin(headers) is None:
-            return None
-        asked = headers.get("Access-Control-Request-Headers", "")
-        names = asked if re.fullmatch(r"[A-Za-z0-9, _-]{1,1000}", asked) else ALLOWED_HEADERS
-        return {
-            "Access-Control-Allow-Methods": methods,
-            "Access-Control-Allow-Headers": names,
-            "Access-Control-Max-Age": "600",
-        }
-
-
-def _given(headers: Mapping[str, str]) -> str:
-    """The key sent with a request."""
+def given_key(headers: Mapping[str, str]) -> str:
+    """The key sent with a request; empty if there is none."""
     scheme, _, token = headers.get("Authorization", "").partition(" ")
-    return token.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")
+    if scheme.lower() == "bearer":
+        return token.strip()
+    return headers.get("x-api-key", "").strip()
+
+
+def _refusal(message: str) -> ApiError:
+    return ApiError(
+        401,
+        message,
+        "authentication_error",
+        code="invalid_api_key",
+        headers={"WWW-Authenticate": "Bearer"},
+    )
+
+
+def _throttled(wait_s: float) -> ApiError:
+    return ApiError(
+        429,
+        "Too many wrong API keys came from this address; try again later.",
+        "rate_limit_error",
+        code="too_many_attempts",
+        headers={"Retry-After": str(math.ceil(wait_s))},
+    )

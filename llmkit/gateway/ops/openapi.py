@@ -15,6 +15,7 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
+from llmkit.gateway.access.identity import ADMIN, INFERENCE
 from llmkit.gateway.exchange import Exchange
 from llmkit.gateway.failures import dialect_of
 from llmkit.gateway.web import docs_page
@@ -64,7 +65,8 @@ class Route:
     """A method and a path, and what runs for it.
 
     ``path`` has parameters in braces; only ``{name+}`` matches slashes. ``also`` are further paths,
-    ``body`` is the schema of the request, ``tag`` the dialect.
+    ``body`` is the schema of the request, ``tag`` the dialect. ``scope`` is what callers need; by
+    default ``admin`` below /admin, else ``inference`` for what computes and nothing for a look.
     """
 
     method: str
@@ -74,6 +76,16 @@ class Route:
     tag: str = "llmkit"
     body: type[BaseModel] | None = None
     also: tuple[str, ...] = ()
+    scope: str | None = None
+
+    @property
+    def needs(self) -> str:
+        """The scope that callers need; empty means any."""
+        if self.scope is not None:
+            return self.scope
+        if self.path.startswith("/admin/"):
+            return ADMIN
+        return "" if self.method == "GET" else INFERENCE
 
     @cached_property
     def pattern(self) -> re.Pattern[str]:

@@ -1,0 +1,48 @@
+"""Who is asking: the question that keys, and later a hub, answer. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from llmkit.gateway.access.identity import Identity
+
+__all__ = ["ANONYMOUS", "OPEN_PATHS", "Authenticator", "Facts"]
+
+# These reveal only the version, the API, and whether a model is there.
+OPEN_PATHS = frozenset(
+    {
+        "/health",
+        "/v1/health",
+        "/health/live",
+        "/health/ready",
+        "/readiness",
+        "/docs",
+        "/swagger-ui",
+        "/openapi.json",
+    }
+)
+ANONYMOUS = Identity("anonymous", scopes=frozenset())  # only for open paths
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What is known of a request before its body is read.
+
+    ``host`` is the name it was sent to, without a port; ``address`` is the client's, see `Proxies`.
+    """
+
+    method: str
+    path: str
+    host: str
+    address: str
+    headers: Mapping[str, str]
+
+
+class Authenticator(Protocol):
+    """Tells callers apart."""
+
+    async def identify(self, facts: Facts) -> Identity:
+        """The caller. Raises `ApiError` to refuse the request."""
+        ...

@@ -1,0 +1,100 @@
+"""What a caller may see and do: its scopes, and the models that are there for it.
+
+A model that a caller may not use does not exist for it: names are looked up and listed by those
+that `may_use` lets through. Tornado loop only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextvars import ContextVar
+from fnmatch import translate
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+from llmkit.errors import ModelNotFoundError
+from llmkit.gateway.access.authenticator import OPEN_PATHS
+from llmkit.gateway.failures import ApiError
+
+if TYPE_CHECKING:
+    from llmkit.gateway.exchange import Exchange
+    from llmkit.gateway.pipeline import Stage
+    from llmkit.gateway.reading import Admission
+
+__all__ = ["admitting", "may_use", "permitting"]
+
+ALL = ("*",)
+_visible: ContextVar[tuple[tuple[str, ...], ...]] = ContextVar("visible", default=())
+
+
+def may_use(model: str) -> bool:
+    """Whether the caller of this task's request may use a model; anyone may outside one.
+
+    ``name@kernel`` is ``name``.
+    """
+    lists = _visible.get()
+    return not lists or all(_matches(globs, model) for globs in lists)
+
+
+@lru_cache(4096)
+def _matches(globs: tuple[str, ...], model: str) -> bool:
+    names = {model, model.rpartition("@")[0] or model}
+    return any(re.fullmatch(_pattern(glob), name) for glob in globs for name in names)
+
+
+@lru_cache(1024)
+def _pattern(glob: str) -> re.Pattern[str]:
+    return re.compile(translate(glob))
+
+
+def permitting(everybody: Callable[[], Sequence[str]] = tuple) -> Stage:
+    """Refuses what a caller's scopes do not cover, and hides other models than its own.
+
+    ``everybody`` gives the globs of models that anyone may use; none means all.
+    """
+
+    @contextlib.contextmanager
+    def stage(exchange: Exchange) -> Iterator[None]:
+        identity = exchange.identity
+        if exchange.path not in OPEN_PATHS:
+            _check(exchange.scope, identity.scopes)
+        globs = (identity.allowance.models, tuple(everybody()) or ALL)
+        lists = tuple(g for g in globs if g != ALL)
+        if not lists:
+            yield
+            return
+        token = _visible.set(lists)
+        try:
+            yield
+        finally:
+            _visible.reset(token)
+
+    return stage
+
+
+def _check(needed: str, scopes: frozenset[str]) -> None:
+    """``needed`` is a scope; empty means any."""
+    if needed in scopes or (not needed and scopes):
+        return
+    message = (
+        f"This needs the scope {needed!r}, which the key does not have."
+        if needed
+        else "This key has no scope."
+    )
+    raise ApiError(403, message, "permission_error", code="insufficient_scope")
+
+
+def admitting(name_of: Callable[[str], Awaitable[str | None]]) -> Admission:
+    """Refuses a model to whoever may not use it, before it is loaded for the request.
+
+    ``name_of`` gives the name of a model that is known here, by whatever a request calls it.
+    """
+
+    async def admit(exchange: Exchange, model: str) -> None:
+        name = await name_of(model)
+        if name is not None and not may_use(name):
+            raise ModelNotFoundError(f"There is no model {model!r} here.")
+
+    return admit
