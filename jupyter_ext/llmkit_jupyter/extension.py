@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
-from typing import Any
+import asyncio
+import contextlib
+from typing import TYPE_CHECKING, Any
 
 from jupyter_core.utils import ensure_async
 from jupyter_server._tz import utcnow
 from jupyter_server.extension.application import ExtensionApp
 from jupyter_server.serverapp import ServerApp
-from traitlets import Bool, Unicode
+from prometheus_client import REGISTRY
+from traitlets import Bool, Float, Int, Unicode
 
+from llmkit.gateway.access.deadlines import Deadlines
+from llmkit.gateway.access.overload import Overload
 from llmkit.gateway.app import Gateway
 from llmkit.gateway.directory import EngineDirectory
+from llmkit.gateway.ops.metrics import Metrics
+from llmkit.gateway.ops.telemetry import start_telemetry
+from llmkit.gateway.pipeline import Observer, Stage
+from llmkit.gateway.rules import Rules
 from llmkit.gateway.sources import ConnectionFiles
 from llmkit.protocol import Origin
 from llmkit.protocol.client import EngineClient
 from llmkit_jupyter.handler import JupyterGatewayHandler
+
+if TYPE_CHECKING:
+    from llmkit.gateway.ops.tracing import Tracer
 
 __all__ = ["LLMKitExtension"]
 
@@ -37,12 +49,70 @@ class LLMKitExtension(ExtensionApp):
         config=True
     )
 
+    max_queue = Int(
+        None,
+        allow_none=True,
+        help="Requests that may wait, of all users together. None: as many as each model takes.",
+    ).tag(config=True)
+
+    max_concurrent = Int(
+        None, allow_none=True, help="Requests at once of each user. None: without a limit."
+    ).tag(config=True)
+
+    request_timeout_s = Float(
+        None, allow_none=True, help="Longest time for a request, in seconds. None: without end."
+    ).tag(config=True)
+
+    metrics = Bool(
+        True, help="Count requests and tokens for Prometheus, at /llmkit/metrics and /metrics."
+    ).tag(config=True)
+
+    otlp_endpoint = Unicode(
+        None,
+        allow_none=True,
+        help="Collector of OpenTelemetry to send traces to, such as http://localhost:4318. "
+        "None: as the OTEL_ variables say.",
+    ).tag(config=True)
+
+    _metrics: Metrics | None = None
+    _tracer: Tracer | None = None
+
     def initialize_handlers(self) -> None:
         self._directory = EngineDirectory(
             [ConnectionFiles(self._is_ours)], default=self.default_model
         )
-        gateway = Gateway(self._directory, self._note_use, self._places, strict=self.strict)
+        gateway = Gateway(
+            self._directory,
+            self._note_use,
+            self._places,
+            strict=self.strict,
+            stages=self._bounds(),
+            observers=[*self._measuring(), *self._tracing()],
+            routes=self._metrics.routes() if self._metrics is not None else (),
+        )
         self.handlers.append((r"/llmkit(?:/(.*))?", JupyterGatewayHandler, {"gateway": gateway}))
+
+    def _bounds(self) -> list[Stage]:
+        overload = Overload(
+            self._directory, max_queue=self.max_queue, max_concurrent=self.max_concurrent
+        )
+        deadlines = Deadlines(self.request_timeout_s, overload.retry_after)
+        return [deadlines.stage, overload.stage, Rules(overload=overload).stage]
+
+    def _measuring(self) -> list[Observer]:
+        """Metrics at this mount, and in Jupyter's own registry, which it serves at ``/metrics``."""
+        if not self.metrics:
+            return []
+        self._metrics = Metrics(self._directory)
+        try:
+            REGISTRY.register(self._metrics)
+        except ValueError as error:  # another server in this process has them there
+            self.log.warning("the metrics of llmkit are not in Jupyter's /metrics: %s", error)
+        return [self._metrics.observer]
+
+    def _tracing(self) -> list[Observer]:
+        self._tracer = start_telemetry(self.otlp_endpoint)
+        return [] if self._tracer is None else [self._tracer.observer]
 
     @property
     def _server(self) -> ServerApp:
@@ -76,3 +146,8 @@ class LLMKitExtension(ExtensionApp):
 
     async def stop_extension(self) -> None:
         self._directory.close()
+        if self._metrics is not None:
+            with contextlib.suppress(KeyError):  # never registered
+                REGISTRY.unregister(self._metrics)
+        if self._tracer is not None:
+            await asyncio.to_thread(self._tracer.close)

@@ -15,8 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
+from llmkit.gateway.access.identity import ADMIN
+from llmkit.gateway.access.permission import may_use
 from llmkit.gateway.directory import EngineDirectory, Entry
 from llmkit.gateway.exchange import Exchange
+from llmkit.gateway.ops.health import PATHS
 from llmkit.gateway.web import status_page, status_part
 from llmkit.version import __version__
 
@@ -25,8 +28,8 @@ if TYPE_CHECKING:
 
 __all__ = ["StatusRoutes", "send_page"]
 
-QUIET = ("/", "/status", "/health", "/docs", "/swagger-ui", "/openapi.json")
-MAX_CALLERS, MAX_GONE = 200, 20
+QUIET = ("/", "/status", "/metrics", "/docs", "/swagger-ui", "/openapi.json", *PATHS)
+MAX_CALLERS, MAX_SHOWN, MAX_GONE = 200, 50, 20
 
 
 @dataclass(slots=True)
@@ -41,7 +44,8 @@ class Running:
 class StatusRoutes:
     """Models, memory and requests of a gateway.
 
-    ``places`` gives notebooks by kernel id, ``offered`` the models of a `ModelManager`.
+    ``places`` gives notebooks by kernel id, ``offered`` the models of a `ModelManager`. Callers
+    without the scope ``admin`` see the requests of nobody else.
     """
 
     def __init__(
@@ -75,14 +79,17 @@ class StatusRoutes:
         finally:
             del self._running[id(exchange)]
 
-    async def _state(self) -> dict[str, Any]:
+    async def _state(self, exchange: Exchange) -> dict[str, Any]:
+        def is_seen(caller: str) -> bool:
+            return ADMIN in exchange.identity.scopes or caller == exchange.caller
+
         places = await self._places() if self._places is not None else {}
         now = time.monotonic()
         return {
             "version": __version__,
             "up_s": round(time.time() - self._started, 1),
             "models": [self._model(entry, places) for entry in self._directory.entries()],
-            "offered": [asdict(status) for status in self._offered()],
+            "offered": [asdict(each) for each in self._offered() if may_use(each.name)],
             "gone": [
                 {"id": name, "reason": reason}
                 for name, reason in self._directory.gone.items()
@@ -91,11 +98,13 @@ class StatusRoutes:
             "requests": [
                 {"caller": r.caller, "route": r.route, "seconds": round(now - r.started, 1)}
                 for r in self._running.values()
+                if is_seen(r.caller)
             ],
             "callers": [
                 {"caller": caller, "requests": count}
-                for caller, count in self._callers.most_common(50)
-            ],
+                for caller, count in self._callers.most_common(MAX_CALLERS)
+                if is_seen(caller)
+            ][:MAX_SHOWN],
         }
 
     @staticmethod
@@ -128,14 +137,14 @@ class StatusRoutes:
         }
 
     async def status(self, exchange: Exchange) -> None:
-        state = await self._state()
+        state = await self._state(exchange)
         if exchange.query("part"):
             exchange.send_page(fragment(state))
         else:
             exchange.send_json(state)
 
     async def page(self, exchange: Exchange) -> None:
-        send_page(exchange, await self._state())
+        send_page(exchange, await self._state(exchange))
 
 
 def send_page(exchange: Exchange, state: dict[str, Any] | None) -> None:
