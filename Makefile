@@ -8,10 +8,14 @@ BENCH_ARGS ?=
 DEVICE_ARGS ?=
 ROOT_FLAG := $(shell [ "$$(id -u)" = 0 ] && echo --allow-root)
 
-.PHONY: setup lab test soak demo check bench measure device-check notebooks docs clean
+.PHONY: setup cpu cuda metal vulkan lab test soak demo check bench measure device-check notebooks docs clean
 
 setup:
 	@PYTHON="$(PYTHON)" VENV="$(VENV)" bash .ci/setup
+
+# llama.cpp for one kind of device, from now on; `LLMKIT_BACKEND=auto make setup` goes back to what suits the machine.
+cpu cuda metal vulkan:
+	@LLMKIT_BACKEND=$@ PYTHON="$(PYTHON)" VENV="$(VENV)" bash .ci/setup
 
 lab: setup
 	$(BIN)/jupyter lab $(ROOT_FLAG) notebooks/01_quickstart.ipynb $(LAB_ARGS)
@@ -22,6 +26,7 @@ test: setup
 
 soak: setup
 	SOAK=2000 $(BIN)/python -m pytest tests/test_soak.py $(PYTEST_ARGS)
+	$(BIN)/python benchmarks/overload.py
 
 demo: setup
 	$(BIN)/python notebooks/demo.py

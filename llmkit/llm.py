@@ -16,8 +16,8 @@ from llmkit.protocol.client import EngineClient
 from llmkit.protocol.inquiries import Detokenize, ListSlots, ListSteps, Tokenize
 from llmkit.protocol.stream import Stream
 from llmkit.sessions.answers import Answers
+from llmkit.sessions.messages import Messages, as_messages
 from llmkit.sessions.running import Interrupted, ask, make_request
-from llmkit.sessions.session import Messages, as_messages
 from llmkit.settings.options import EngineOptions
 from llmkit.system.waiting import uninterrupted
 
@@ -141,7 +141,7 @@ class LLM:
             return f"LLM({d.name!r}, unloaded)"
         return (
             f"LLM({d.name!r}, {d.quantization}, {d.n_params / 1e6:.0f}M parameters, "
-            f"n_ctx={d.n_ctx}, n_slots={d.n_slots}, {d.device})"
+            f"n_ctx={d.n_ctx}, n_slots={d.n_slots}, {', '.join(d.gpu_bytes) or d.device})"
         )
 
     @overload

@@ -1,4 +1,4 @@
-"""`load`, `attach`, `estimate` and `compare`. A file is loaded at most once per process."""
+"""`load` and what else takes the name of a model. A file is loaded at most once per process."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from llmkit import models
 from llmkit.errors import InvalidRequestError, ModelNotFoundError
 from llmkit.llm import LLM
-from llmkit.notebook.progress import Progress
+from llmkit.notebook.progress import Progress, shown_download
 from llmkit.runtime.loaded import loaded
 from llmkit.sessions.running import Interrupted
 from llmkit.settings.options import OPTIONS, EngineOptions
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from llmkit.models.registry import ModelSpec
     from llmkit.protocol.client import EngineClient
 
-__all__ = ["attach", "compare", "estimate", "load"]
+__all__ = ["attach", "compare", "download", "estimate", "load", "quantize"]
 
 models.show(loaded)
 
@@ -43,7 +43,8 @@ def load(
 
     A file is loaded once: a second call returns the same model. The stop button ends a load.
 
-    model: an alias ("smollm2"), a path, or ``org/repo:file.gguf`` on the Hugging Face Hub.
+    model: an alias ("smollm2"), a path, a name in ``$LLMKIT_MODELS_DIR``, or on the Hugging Face
+        Hub ``org/repo:file.gguf`` or ``org/repo:Q4_K_M``, downloaded once.
     name: model name for callers; by default the file's name.
     share: False hides it from the gateway and your other processes, which can otherwise use it.
     force: load a model even if it is not expected to fit into memory.
@@ -54,9 +55,7 @@ def load(
     Raises `ModelNotFoundError`, `InvalidModelFileError`, `InsufficientMemoryError`,
     `ModelLoadError`, and `InvalidRequestError` for invalid options.
     """
-    from llmkit.models.registry import resolve
-
-    spec = resolve(model)
+    spec = _resolved(model)
     if tuned:
         spec, options = _with_tuning(spec, options)
     options = {k: v for k, v in options.items() if v is not None}
@@ -140,6 +139,58 @@ def _remember(path: Path, llm: LLM) -> LLM:
     return llm
 
 
+def _resolved(model: str | Path | ModelSpec) -> ModelSpec:
+    """The file of a name; shows a download. Raises `Interrupted` when it is stopped."""
+    from llmkit.models.registry import resolve
+
+    with shown_download(str(model)) as on_event:
+        return resolve(model, on_event=on_event)
+
+
+def download(name: str, *, models_dir: str | Path | None = None, mmproj: bool = False) -> Path:
+    """Download a model of the Hugging Face Hub; returns its file, of a split one the first.
+
+    name: ``org/repo:file.gguf``, ``org/repo:Q4_K_M`` (the file with that type of weights), or
+        ``org/repo`` (a usual type). With ``org/repo@revision`` at a branch, tag or commit.
+    models_dir: the folder to put it in, as ``org/repo/file.gguf``; by default it goes to Hugging
+        Face's cache ($HF_HOME).
+    mmproj: also fetch the file that reads pictures.
+
+    What was interrupted goes on where it stopped, and the checksum is compared. Raises
+    `InvalidRequestError`, `ModelNotFoundError`, and `DownloadError` (disk, network, checksum).
+    """
+    from llmkit.models.download import download as fetch
+
+    folder = None if models_dir is None else Path(models_dir)
+    with shown_download(name) as on_event:
+        return fetch(name, models_dir=folder, mmproj=mmproj, on_event=on_event).path
+
+
+def quantize(model: str | Path | ModelSpec = "smollm2", kind: str = "Q8_0") -> Path:
+    """The model's file with its weights in another type, such as "Q4_K_M" or "Q8_0".
+
+    Made once: kept beside the model, or in llmkit's cache where that folder is not the user's.
+    A larger type than the file's restores no precision, and from a quantized file a smaller one
+    loses it twice: start from F16 where you can. ■ stops it.
+
+    Raises what `load` raises for an invalid model, `InvalidRequestError` for other types, and
+    `ModelLoadError` when there is no room.
+    """
+    from llmkit.runtime.quantizing import quantized
+
+    spec = _resolved(model)
+    progress = Progress(f"quantizing {spec.name}", 1.0, keep=False)
+    finished = False
+    try:
+        path = quantized(spec, kind, upward=True, on_progress=progress.update).path
+        finished = True
+    except KeyboardInterrupt:
+        raise Interrupted("quantizing was stopped; no file is left") from None
+    finally:
+        progress.close(finished=finished)
+    return path
+
+
 def attach(model: str | None = None) -> LLM:
     """Use a model that another of your processes has loaded; it takes no memory here.
 
@@ -175,10 +226,9 @@ def worker_task(
 
     Raises what `load` raises for a missing model and for invalid options.
     """
-    from llmkit.models.registry import resolve
     from llmkit.workers import engine
 
-    spec = resolve(model)
+    spec = _resolved(model)
     if tuned:
         spec, options = _with_tuning(spec, options)
     return engine.task(spec, _options(**options), name=name, force=force)
@@ -190,10 +240,9 @@ def estimate(model: str | Path = "smollm2", **options: Any) -> MemoryEstimate:
     Reads the file's header only. Raises what `load` raises for invalid files and options.
     """
     from llmkit.models import gguf
-    from llmkit.models.registry import resolve
     from llmkit.runtime import assembly
 
-    return assembly.estimate(gguf.read_header(resolve(model).path), _options(**options))
+    return assembly.estimate(gguf.read_header(_resolved(model).path), _options(**options))
 
 
 def compare(
@@ -230,7 +279,9 @@ def _with_tuning(spec: ModelSpec, options: dict[str, Any]) -> tuple[ModelSpec, d
     best = dict(found[1])
     if options.get("context_shift") or options.get("deterministic"):
         best.pop("kv_unified", None)
-    return replace(spec, path=found[0]), {**best, **options}
+    if options.get("quantize") is None:  # else of the model's own file
+        spec = replace(spec, path=found[0])
+    return spec, {**best, **options}
 
 
 def _options(**options: Any) -> EngineOptions:

@@ -6,7 +6,6 @@ Only `llmkit.backend` imports llama_cpp, and always through this module.
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import os
 import re
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from llmkit.backend.openmp import short_spins
+from llmkit.system.resources import usable_cores
 
 with short_spins():
     import llama_cpp
@@ -28,8 +28,11 @@ __all__ = [
     "C",
     "Device",
     "Log",
+    "backends",
     "devices",
     "gpu_backend",
+    "gpus",
+    "keep_log",
     "log",
     "num_threads",
     "short",
@@ -39,6 +42,7 @@ __all__ = [
 
 VERSION = str(llama_cpp.__version__)
 LOG_LEVEL_ERROR = 3
+GPU, INTEGRATED_GPU = 1, 2
 BUFFER = re.compile(r"\b(\S+) +(model|KV|RS|compute|output) buffer size *= *([\d.]+) MiB")
 BUFFER_KINDS = {
     "model": "weights",
@@ -51,14 +55,7 @@ BUFFER_KINDS = {
 
 def num_threads() -> int:
     """Cores this process may use: affinity and cgroup quota, at least 1."""
-    count = (
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    )
-    with contextlib.suppress(OSError, ValueError):
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        if quota != "max":
-            count = min(count, max(1, int(quota) // int(period)))
-    return count
+    return usable_cores()
 
 
 class Log:
@@ -68,7 +65,7 @@ class Log:
         self._lines: deque[tuple[int, str]] = deque(maxlen=size)
         self._lock = threading.Lock()
         self._open = False
-        self._device_bytes: dict[str, int] = {}
+        self._device_bytes: dict[tuple[str, str], int] = {}  # by device and kind
 
     def add(self, level: int, text: str) -> None:
         with self._lock:
@@ -80,8 +77,8 @@ class Log:
             self._open = not text.endswith("\n")
             match = None if self._open else BUFFER.search(self._lines[-1][1])
             if match and not match[1].startswith(("CPU", "AMX")) and not match[1].endswith("_Host"):
-                kind = BUFFER_KINDS[match[2]]
-                self._device_bytes[kind] = self._device_bytes.get(kind, 0) + int(
+                where = match[1].replace("_Split", " (by rows)"), BUFFER_KINDS[match[2]]
+                self._device_bytes[where] = self._device_bytes.get(where, 0) + int(
                     float(match[3]) * (1 << 20)
                 )
 
@@ -93,8 +90,18 @@ class Log:
     def device_bytes(self) -> dict[str, int]:
         """GPU buffers that llama.cpp has reported since ``clear``: bytes of "weights", "kv" and
         "compute"."""
+        return self._sums(1)
+
+    def gpu_bytes(self) -> dict[str, int]:
+        """The same by GPU: bytes of "CUDA0" and so on."""
+        return self._sums(0)
+
+    def _sums(self, part: int) -> dict[str, int]:
+        sums: dict[str, int] = {}
         with self._lock:
-            return dict(self._device_bytes)
+            for where, size in self._device_bytes.items():
+                sums[where[part]] = sums.get(where[part], 0) + size
+        return sums
 
     def errors(self, count: int = 4) -> list[str]:
         """The latest error lines, oldest first; any lines if none is an error."""
@@ -113,10 +120,15 @@ def _keep_log(level: int, text: bytes, _: Any) -> None:
     log.add(level, text.decode("utf-8", "replace"))
 
 
+def keep_log() -> None:
+    """Have llama.cpp log to ``log``, also after another callback took its place."""
+    C.llama_log_set(_keep_log, ctypes.c_void_p(0))
+
+
 @cache
 def start() -> None:
     """Initialise the backend; later calls do nothing."""
-    C.llama_log_set(_keep_log, ctypes.c_void_p(0))
+    keep_log()
     with short_spins():
         if not _ggml("ggml_backend_dev_count", ctypes.c_size_t)():
             # A build with one library per type of CPU, selected here. Wheels differ in its folder.
@@ -167,6 +179,7 @@ class Device(NamedTuple):
     is_gpu: bool
     free_bytes: int
     total_bytes: int
+    is_integrated: bool = False
 
 
 def devices() -> list[Device]:
@@ -190,12 +203,30 @@ def devices() -> list[Device]:
             Device(
                 name_of(device).decode(),
                 description_of(device).decode(),
-                type_of(device) in (1, 2),
+                type_of(device) in (GPU, INTEGRATED_GPU),
                 free.value,
                 total.value,
+                type_of(device) == INTEGRATED_GPU,
             )
         )
     return result
+
+
+def gpus() -> list[Device]:
+    """The GPUs that models are put on, in llama.cpp's order: those of this build that the system
+    lets it see (``CUDA_VISIBLE_DEVICES``). An integrated one counts only where it is alone."""
+    found = [device for device in devices() if device.is_gpu]
+    return [device for device in found if not device.is_integrated] or found[:1]
+
+
+def backends() -> list[str]:
+    """The backends of this build, such as "CUDA" and "CPU", whether or not they have a device."""
+    start()
+    get = _ggml("ggml_backend_reg_get", ctypes.c_void_p)
+    get.argtypes = [ctypes.c_size_t]
+    name_of = _ggml("ggml_backend_reg_name", ctypes.c_char_p)
+    count = _ggml("ggml_backend_reg_count", ctypes.c_size_t)()
+    return [name_of(ctypes.c_void_p(get(i))).decode() for i in range(count)]
 
 
 def gpu_backend() -> bool:

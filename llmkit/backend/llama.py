@@ -105,6 +105,11 @@ class LlamaRunner:
                 + "; ".join(library.log.errors())
             )
         self.device_bytes = model.device_bytes | library.log.device_bytes()
+        mine = library.log.gpu_bytes()
+        self.gpu_bytes = {
+            name: model.gpu_bytes.get(name, 0) + mine.get(name, 0)
+            for name in sorted(model.gpu_bytes | mine)
+        }
         self._memory = C.llama_get_memory(self._context)
         if not self._memory:
             C.llama_free(self._context)

@@ -13,19 +13,20 @@ from typing import Any
 
 from llmkit.backend import library
 from llmkit.backend.library import C
+from llmkit.backend.placement import Placement
 from llmkit.backend.vocab import Vocab
 from llmkit.errors import ModelLoadError
 from llmkit.system.waiting import wait_through
 
-__all__ = ["LlamaModel", "requantize"]
+__all__ = ["LlamaModel"]
 
 VOCAB_TYPE_NONE = 0
-FTYPES = {"Q4_0": 2, "Q8_0": 7}
 
 
 class LlamaModel:
     """The weights of one file, read-only once loaded; contexts share them.
 
+    ``placement`` spreads it over several GPUs.
     ``on_progress`` receives the share loaded (0 to 1) ten times a second, on the caller's thread.
     Raises `ModelLoadError` with llama.cpp's last error lines. A KeyboardInterrupt cancels the load.
     """
@@ -35,6 +36,7 @@ class LlamaModel:
         path: Path,
         *,
         n_gpu_layers: int = -1,
+        placement: Placement | None = None,
         on_progress: Callable[[float], None] = lambda _: None,
     ) -> None:
         library.start()
@@ -48,9 +50,11 @@ class LlamaModel:
 
         params = C.llama_model_default_params()
         params.n_gpu_layers = n_gpu_layers
+        (placement or Placement()).apply(params, int(C.llama_max_devices()))
         params.progress_callback = progress
         self.handle: Any = None
         self.device_bytes: dict[str, int] = {}
+        self.gpu_bytes: dict[str, int] = {}
         self.on_gpu = n_gpu_layers != 0 and library.gpu_backend()
         self.path = path
         self.vocab: Vocab
@@ -83,6 +87,7 @@ class LlamaModel:
             )
         try:
             self.device_bytes = library.log.device_bytes()
+            self.gpu_bytes = library.log.gpu_bytes()
             self.vocab = Vocab(self.handle)
         except BaseException:
             self.close()
@@ -135,18 +140,3 @@ def _return_free_memory() -> None:
     if sys.platform == "linux":
         with contextlib.suppress(AttributeError, OSError):
             ctypes.CDLL(None).malloc_trim(0)
-
-
-def requantize(source: Path, target: Path, quantization: str) -> None:
-    """Write a model's weights in another type, "Q8_0" or "Q4_0". Raises `ModelLoadError`, and then
-    leaves no file behind."""
-    library.start()
-    library.log.clear()
-    params = C.llama_model_quantize_default_params()
-    params.ftype = FTYPES[quantization]
-    params.allow_requantize = True
-    if C.llama_model_quantize(os.fsencode(source), os.fsencode(target), ctypes.byref(params)):
-        target.unlink(missing_ok=True)
-        raise ModelLoadError(
-            f"llama.cpp could not quantize {source}: " + "; ".join(library.log.errors())
-        )

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -15,10 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmkit.bench.quality import SAMPLE_TEXT
-from llmkit.errors import EngineError, InvalidRequestError, LLMKitError
+from llmkit.errors import EngineError, LLMKitError
 from llmkit.models import gguf
-from llmkit.models.marks import file_mark, result_file
-from llmkit.models.registry import ModelSpec, cache_folder, resolve
+from llmkit.models.marks import result_file
+from llmkit.models.registry import ModelSpec, resolve
+from llmkit.runtime.quantizing import quantized
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from llmkit.backend.llama import LlamaRunner
     from llmkit.backend.model import LlamaModel
 
-__all__ = ["Tuning", "quantize", "tune", "tuned"]
+__all__ = ["Tuning", "tune", "tuned"]
 
 PROMPT_TOKENS, STREAMS, STEPS = 256, 8, 12
 OUTPUT_TOKENS = 128
@@ -182,7 +182,7 @@ def tune(model: str | Path = "smollm2", *, prepare: bool = True) -> Tuning:
     if prepare and info.quantization in SLOW_TYPES:
         best = Tuning(str(model), trials).best
         for kind in FAST_TYPES:
-            file = quantize(spec, kind)
+            file = quantized(spec, kind, upward=True).path
             agreement = _agreement(spec.path, file, **best.options)
             label = f"{best.label}, {kind}" if best.options else kind
             with contextlib.suppress(EngineError):  # what does not run is not chosen
@@ -226,29 +226,6 @@ def _save(spec: ModelSpec, tuning: Tuning) -> None:
             }
         )
     )
-
-
-def quantize(model: str | Path | ModelSpec, kind: str = "Q8_0") -> Path:
-    """The model's file with its weights converted to "Q8_0" or "Q4_0".
-
-    Made once and kept in llmkit's cache. Converting to a larger type restores no precision.
-
-    Raises what `load` raises for an invalid model, and `InvalidRequestError` for other types.
-    """
-    from llmkit.backend.model import FTYPES, requantize
-
-    if kind not in FTYPES:
-        raise InvalidRequestError(
-            f"kind must be one of {', '.join(FTYPES)}, not {kind!r:.30}.", "kind"
-        )
-    spec = resolve(model)
-    target = cache_folder() / f"{spec.name}-{file_mark(spec.path)}-{kind}.gguf"
-    if not target.exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        part = target.with_suffix(f".{os.getpid()}.part")
-        requantize(spec.path, part, kind)
-        os.replace(part, target)
-    return target
 
 
 def _runner(

@@ -5,13 +5,28 @@ Nothing heavy is imported before a command runs, so that help and completion are
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from typing import Annotated
 
 import typer
 
-from llmkit.cli import measuring, models, serving
+from llmkit.cli import (
+    chatting,
+    completing,
+    configuring,
+    doctor,
+    keys,
+    measuring,
+    models,
+    serving,
+    smoke,
+    storage,
+)
+from llmkit.cli.help import HelpGroup, use_everywhere
 from llmkit.errors import LLMKitError
 from llmkit.version import __version__
 
@@ -20,6 +35,8 @@ __all__ = ["main"]
 app = typer.Typer(
     name="llmkit",
     help="Run a GGUF model, and let programs use it through an OpenAI-compatible endpoint.",
+    cls=HelpGroup,
+    rich_markup_mode=None,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -40,17 +57,35 @@ def root(
 ) -> None: ...
 
 
-for group in (serving, models, measuring):
+for group in (
+    chatting, serving, configuring, keys, models, storage, measuring, doctor, smoke, completing,
+):  # fmt: skip
     group.register(app)
+use_everywhere(app)
+
+
+@contextlib.contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """Warnings as one line, without the line of source that gave them."""
+    before = warnings.formatwarning
+    warnings.formatwarning = lambda message, *_, **__: f"llmkit: {message}\n"
+    try:
+        yield
+    finally:
+        warnings.formatwarning = before
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; 0 on success, 1 for an error (one clear line on standard error), 2 for wrong
     usage, 130 after Ctrl-C."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the shell: `>&-`
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
     try:
-        code = app(
-            args=None if argv is None else list(argv), prog_name="llmkit", standalone_mode=False
-        )
+        with _plain_warnings():
+            code = app(
+                args=None if argv is None else list(argv), prog_name="llmkit", standalone_mode=False
+            )
     except typer.Abort:
         return 130
     except LLMKitError as error:

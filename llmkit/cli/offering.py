@@ -2,42 +2,117 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Any
 
+from llmkit.errors import InvalidRequestError, ModelNotFoundError
 from llmkit.loading import worker_task
 from llmkit.models.hub import is_hub_name
+from llmkit.models.library import Library, check_folder
+from llmkit.settings.entries import ModelEntry
 from llmkit.settings.serving import ServeSettings
-from llmkit.workers.budget import need_of
+from llmkit.workers.budget import Budget, need_of
 from llmkit.workers.place import ServedModel
 
-__all__ = ["offered"]
+__all__ = ["budget", "finder", "offered"]
+
+GB = 1e9
 
 
 def offered(settings: ServeSettings) -> list[ServedModel]:
-    """The models named on the command line.
+    """The models of the command line and of the settings file.
 
     A missing file or invalid options are found at once: raises what `llmkit.load` raises for them.
     """
-    options = settings.gateway
-    if options.model is None:
-        return []
-    return [
-        _served(
-            options.model,
-            options.name,
-            settings.engine,
-            tuned=options.tuned,
-            force=options.force,
+    library = _library(settings)
+    models = [_served(entry, library) for entry in settings.models]
+    names = [name for model in models for name in (model.name, *model.aliases)]
+    for name in names:
+        if names.count(name) > 1:
+            raise InvalidRequestError(
+                f"two models are called {name!r:.80}; give them names by tables [models.NAME].",
+                "model",
+            )
+    return models
+
+
+def finder(settings: ServeSettings) -> Callable[[str], ServedModel | None] | None:
+    """Finds models of ``models_dir`` by name; None without such a folder.
+
+    Raises `InvalidRequestError` if the folder cannot be read.
+    """
+    library = _library(settings)
+    if library is None:
+        return None
+
+    def find(name: str) -> ServedModel | None:
+        try:
+            stored = library.find(name)
+        except (ModelNotFoundError, InvalidRequestError):
+            return None
+        if stored.fault or stored.source != "folder" or not _allowed(settings, stored.id):
+            return None
+        entry = ModelEntry(
+            name=None,
+            model=stored.id,
+            engine=settings.engine,
+            lazy=True,
+            idle_unload_s=settings.gateway.idle_unload_s,
+            force=settings.gateway.force,
         )
-    ]
+        return _served(entry, library, stored.id)
+
+    return find
 
 
-def _served(
-    model: str, name: str | None, engine: dict[str, Any], *, tuned: bool, force: bool, **more: Any
-) -> ServedModel:
+def budget(settings: ServeSettings) -> Budget:
+    """How much memory all models may take."""
+    ram, gpu = settings.gateway.memory_budget_gb, settings.gateway.gpu_budget_gb
+    return Budget(
+        None if ram is None else int(ram * GB),
+        None if gpu is None else int(gpu * GB),
+    )
+
+
+def _library(settings: ServeSettings) -> Library | None:
+    folder = settings.gateway.models_dir
+    if folder is None:
+        return None
+    check_folder(Path(folder).expanduser())
+    return Library(Path(folder).expanduser(), keep_s=1.0)
+
+
+def _allowed(settings: ServeSettings, name: str) -> bool:
+    globs = settings.gateway.allowed_models
+    return not globs or any(fnmatchcase(name, glob) for glob in globs)
+
+
+def _served(entry: ModelEntry, library: Library | None, name: str | None = None) -> ServedModel:
+    name = name or entry.name
+
     def task() -> dict[str, Any]:
-        made = worker_task(model, name=name, tuned=tuned, force=force, **engine)
+        source: Any = entry.model
+        if library is not None:
+            try:
+                source = library.resolve(entry.model)
+            except ModelNotFoundError:
+                source = entry.model
+        made = worker_task(
+            source, name=name, tuned=entry.tuned, force=entry.force, **dict(entry.engine)
+        )
         return {**made, "name": name or made["file"]}
 
-    known = name if is_hub_name(model) and name is not None else task()["name"]
-    return ServedModel(known, task, need_of, force=force, **more)
+    # A file of the Hub may have to be downloaded, which must not hold up the others.
+    waits = name is not None and (entry.lazy or is_hub_name(entry.model))
+    return ServedModel(
+        name=name if waits and name is not None else task()["name"],
+        task=task,
+        need=need_of,
+        aliases=entry.aliases,
+        lazy=entry.lazy,
+        pinned=entry.pinned,
+        force=entry.force,
+        keep_s=entry.idle_unload_s,
+    )

@@ -24,21 +24,39 @@ def register(app: typer.Typer) -> None:
 
 
 def serve(
-    model: Annotated[str | None, typer.Argument(help=GATEWAY_OPTIONS["model"].help)] = None,
-    config: Annotated[Path | None, typer.Option(help="TOML file of settings.")] = None,
+    model: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="MODEL", help=GATEWAY_OPTIONS["model"].help),
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="TOML file of settings; else $LLMKIT_CONFIG.")
+    ] = None,
     attach: Annotated[
         int | None,
         typer.Option(metavar="PID", help="Serve only the engines of this process; end with it."),
     ] = None,
     **given: Any,
 ) -> int:
-    """Serve a model, or all running engines, at http://HOST:PORT/v1."""
-    from llmkit.cli.offering import offered
-    from llmkit.gateway import standalone
-    from llmkit.settings.serving import read_settings
+    """Serve models, or all your running engines, over HTTP.
 
-    settings = read_settings(given if model is None else {**given, "model": model}, config)
-    return standalone.serve(settings.gateway, offered(settings), attach_pid=attach)
+    OpenAI's routes are at http://HOST:PORT/v1.
+    """
+    from llmkit.cli.offering import budget, finder, offered
+    from llmkit.gateway import standalone
+    from llmkit.settings.serving import ServeSettings, read_settings
+
+    def read() -> ServeSettings:
+        return read_settings({**given, "model": model} if model else given, config)
+
+    settings = read()
+    return standalone.serve(
+        settings,
+        offered(settings),
+        find=finder(settings),
+        budget=budget(settings),
+        read=read,
+        attach_pid=attach,
+    )
 
 
 def engine(

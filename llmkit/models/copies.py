@@ -8,21 +8,23 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from llmkit.models.quantization import TYPES
 from llmkit.models.registry import cache_folder
 from llmkit.models.scanning import OWN, hub_cache
 from llmkit.models.splits import stem_of
 
-__all__ = ["copies_of", "places_for"]
+__all__ = ["copies_of", "former_copies_of", "places_for"]
 
 MAX_STEM = 120  # bytes of a name: the whole must not pass what file systems allow
 
 
 def places_for(files: Sequence[Path], kind: str) -> list[Path]:
     """The files that a copy in type ``kind`` may be, the best place first."""
-    name = f"{_start(files)}-{kind}-{_mark(files, kind)}.gguf"
+    name = f"{_start(files)}-{_mark(files, kind)}-{kind}.gguf"
     beside = files[0].parent / OWN / name
     cached = cache_folder() / name
     return [cached] if _is_foreign(files[0]) else [beside, cached]
@@ -30,9 +32,21 @@ def places_for(files: Sequence[Path], kind: str) -> list[Path]:
 
 def copies_of(files: Sequence[Path]) -> list[Path]:
     """The copies of a model that are on disk."""
-    from llmkit.models.quantization import TYPES
+    return [p for kind in TYPES for p in places_for(files, kind) if os.path.isfile(p)]
 
-    return [p for kind in TYPES for p in places_for(files, kind) if p.is_file()]
+
+def former_copies_of(files: Sequence[Path]) -> list[Path]:
+    """Copies beside a model that were made of an earlier version of its file."""
+    made = re.compile(rf"{re.escape(_start(files))}-[0-9a-f]{{12}}-({'|'.join(TYPES)})\.gguf")
+    folder = files[0].parent / OWN
+    if _is_foreign(files[0]) or not os.path.isdir(folder):
+        return []
+    present = set(copies_of(files))
+    return [
+        folder / name
+        for name in sorted(os.listdir(folder))
+        if made.fullmatch(name) and folder / name not in present
+    ]
 
 
 def _start(files: Sequence[Path]) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from llmkit.errors import InvalidRequestError
 from llmkit.models import scanning
-from llmkit.models.copies import copies_of
+from llmkit.models.copies import copies_of, former_copies_of
 from llmkit.models.library import Library, StoredModel
 from llmkit.models.names import printable
 
@@ -73,7 +73,9 @@ def remove(library: Library, model: StoredModel) -> Removed:
 
 def _copies(model: StoredModel) -> list[Path]:
     """The model in other types; none of one whose files are not all there."""
-    return copies_of(model.files) if all(f.is_file() for f in model.files) else []
+    if not all(f.is_file() for f in model.files):
+        return []
+    return [*copies_of(model.files), *former_copies_of(model.files)]
 
 
 def _remove_empty(folder: Path, root: Path) -> None:

@@ -10,7 +10,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ from llmkit.notebook import charts
 from llmkit.protocol import EngineStats, Inquiry, ListRequests, RunningRequest
 from llmkit.protocol.client import EngineClient
 
-__all__ = ["Monitor", "Sample", "watch"]
+__all__ = ["GpuMemory", "Monitor", "Sample", "watch"]
 
 HISTORY = 120
 MAX_ROWS = 8
@@ -34,20 +34,36 @@ MEMORY_PARTS = (
 
 
 @dataclass(frozen=True, slots=True)
+class GpuMemory:
+    """The memory of one GPU, in bytes."""
+
+    name: str
+    used_bytes: int
+    total_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class Sample:
     """One sample of the engine and its process.
 
     Rates in tokens per second since the last sample, running requests, memory in bytes
-    (``rss_bytes`` is None for a model on another host; ``vram`` is used and total, None without a
-    GPU or for another process).
+    (``rss_bytes`` is None for a model on another host; ``gpus`` is empty without a GPU or for
+    another process).
     """
 
     stats: EngineStats
     decode_tok_s: float
     rss_bytes: int | None
     total_ram_bytes: int
-    vram: tuple[int, int] | None
+    gpus: tuple[GpuMemory, ...] = ()
     requests: tuple[RunningRequest, ...] = ()
+
+    @property
+    def vram(self) -> tuple[int, int] | None:
+        """Used and total bytes of all GPUs; None without one."""
+        if not self.gpus:
+            return None
+        return sum(g.used_bytes for g in self.gpus), sum(g.total_bytes for g in self.gpus)
 
 
 class Monitor:
@@ -62,11 +78,11 @@ class Monitor:
         client: EngineClient,
         *,
         interval: float = 0.5,
-        device_memory: Callable[[], tuple[int, int] | None] = lambda: None,
+        gpus: Callable[[], Sequence[GpuMemory]] = tuple,
     ) -> None:
         self._client = client
         self._interval = min(max(interval, 0.25), 60)
-        self._device_memory = device_memory
+        self._gpus = gpus
         origin = client.origin
         is_here = origin.kind in ("kernel", "process") and origin.pid is not None
         try:
@@ -119,7 +135,7 @@ class Monitor:
             rate,
             None if self._process is None else max(1, int(self._process.memory_info().rss)),
             self._total_ram,
-            self._device_memory(),
+            tuple(self._gpus()),
             self._requests(stats),
         )
 
@@ -206,7 +222,20 @@ class Monitor:
             why = "not measured" if d.device == "gpu" else "none: CPU only"
             vram = charts.bar("VRAM", why, [])
         ram = self._memory_bar("RAM", s.rss_bytes, s.total_ram_bytes, self._in_ram(), "rest")
-        return [ram, vram]
+        return [ram, vram, *(self._gpu_bar(gpu) for gpu in s.gpus if len(s.gpus) > 1)]
+
+    def _gpu_bar(self, gpu: GpuMemory) -> str:
+        """One of several GPUs: this model's part of what is used."""
+        mine = self._client.description.gpu_bytes.get(gpu.name, 0)
+        return charts.bar(
+            gpu.name,
+            f"{charts.size_text(gpu.used_bytes)} of {charts.size_text(gpu.total_bytes)}",
+            [
+                (mine / max(gpu.used_bytes, 1), charts.BLUE),
+                (max(0, gpu.used_bytes - mine) / max(gpu.used_bytes, 1), charts.ORANGE),
+            ],
+            legend=[(f"this model {charts.size_text(mine)}", charts.BLUE)],
+        )
 
     def _in_ram(self) -> dict[str, int]:
         """Bytes per kind of memory that is not on a GPU."""
@@ -232,6 +261,8 @@ class Monitor:
         s = self._last
         if s.vram is not None:
             vram = f"VRAM {charts.size_text(s.vram[0])} of {charts.size_text(s.vram[1])}"
+            if len(s.gpus) > 1:
+                vram += f" on {len(s.gpus)} GPUs"
         else:
             vram = "VRAM not measured" if self._client.description.device == "gpu" else "CPU only"
         memory = (
@@ -264,6 +295,12 @@ def watch(client: EngineClient, interval: float) -> Monitor:
     if client.origin.pid != os.getpid():
         # The model uses no memory here; querying llama.cpp for devices would allocate on each.
         return Monitor(client, interval=interval)
-    from llmkit.runtime.assembly import device_memory
+    from llmkit.runtime import assembly
 
-    return Monitor(client, interval=interval, device_memory=device_memory)
+    def gpus() -> list[GpuMemory]:
+        return [
+            GpuMemory(gpu.name, gpu.total_bytes - gpu.free_bytes, gpu.total_bytes)
+            for gpu in assembly.gpus()
+        ]
+
+    return Monitor(client, interval=interval, gpus=gpus)

@@ -8,12 +8,17 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
+from collections.abc import Callable, Iterator
 from html import escape
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llmkit.notebook import charts
+from llmkit.sessions.running import Interrupted
 
-__all__ = ["Progress"]
+if TYPE_CHECKING:
+    from llmkit.models.download import DownloadEvent
+
+__all__ = ["Progress", "shown_download"]
 
 INTERVAL_S = 0.1
 PATIENCE_S = 0.5  # shorter work needs no bar
@@ -85,3 +90,31 @@ class Progress:
                 )
             if self._line:
                 print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def shown_download(name: str) -> Iterator[Callable[[DownloadEvent], None]]:
+    """A progress bar for the events of a download, if there are any.
+
+    Raises `Interrupted` when it is stopped.
+    """
+    bars: list[Progress] = []
+
+    def show(event: DownloadEvent) -> None:
+        if event.phase in ("waiting", "downloading", "verifying"):
+            if not bars:
+                bars.append(Progress(f"downloading {name}", event.total, keep=False))
+            bars[0].update(event.done, str(event))
+
+    finished = False
+    try:
+        yield show
+        finished = True
+    except KeyboardInterrupt:
+        if not bars:
+            raise
+        message = "the download was stopped; the next one goes on from there"
+        raise Interrupted(message) from None
+    finally:
+        for bar in bars:
+            bar.close(finished=finished)

@@ -68,7 +68,11 @@ class Origin:
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
-    """A snapshot of one engine. Counters only grow; KV is in tokens (cells), times in seconds."""
+    """A snapshot of one engine. Counters only grow; KV is in tokens (cells), times in seconds.
+
+    ``busy_slots_total`` adds up, over all steps, the slots that were computed in each; ``drafts``
+    are guesses of ``draft_tokens`` together.
+    """
 
     num_running: int = 0
     num_waiting: int = 0
@@ -87,6 +91,8 @@ class EngineStats:
     accepted_tokens_total: int = 0
     host_cached_tokens: int = 0
     backend_seconds_total: float = 0.0
+    busy_slots_total: int = 0
+    drafts_total: int = 0
 
     @property
     def kv_usage(self) -> float:
@@ -112,6 +118,8 @@ class ModelDescription:
     compute_bytes: int = 0  # approximate: vocabulary tables and one step's activations
     # Of these, the bytes on GPUs: "weights", "kv", "compute"; empty without a GPU.
     device_bytes: dict[str, int] = field(default_factory=dict, hash=False)
+    # The same by GPU: "CUDA0" and so on.
+    gpu_bytes: dict[str, int] = field(default_factory=dict, hash=False)
     embedding_size: int = 0
     ranks: bool = False  # scores pairs of texts
     tool_form: str = "general"  # how it writes tool calls, see llmkit.chat.tools

@@ -7,26 +7,27 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llmkit.backend.advice import faster
+from llmkit.backend.placement import Placement, chosen
 from llmkit.engine.prefill import ALIGNMENT
 from llmkit.errors import InsufficientMemoryError, InvalidRequestError, ModelLoadError
 from llmkit.models import gguf, memory
+from llmkit.models.devices import Gpu
+from llmkit.models.quantization import scaled
 from llmkit.models.registry import ModelSpec, cache_folder, resolve
 from llmkit.settings.options import EngineOptions
+from llmkit.system.accelerators import accelerators
 
 if TYPE_CHECKING:
+    from llmkit.backend.library import Device
     from llmkit.backend.llama import LlamaRunner
     from llmkit.backend.model import LlamaModel
 
-__all__ = ["device_memory", "estimate", "load_draft", "load_target"]
-
-GPU_HINT = (
-    "there is a GPU, but this build of llama.cpp is CPU only. Install the GPU build with\n"
-    '    CMAKE_ARGS="-DGGML_CUDA=on" pip install --force-reinstall '
-    "--no-cache-dir --no-deps llama-cpp-python"
-)
+__all__ = ["estimate", "gpus", "load_draft", "load_target", "placement_of"]
 
 
 def estimate(info: gguf.ModelInfo, options: EngineOptions) -> memory.MemoryEstimate:
@@ -34,6 +35,8 @@ def estimate(info: gguf.ModelInfo, options: EngineOptions) -> memory.MemoryEstim
 
     Raises `InvalidRequestError` for options that this model cannot honour.
     """
+    if options.quantize is not None:
+        info = scaled(info, options.quantize)
     n_ctx = options.n_ctx or memory.default_context(info)
     if info.max_positions is not None and n_ctx > info.max_positions:
         raise InvalidRequestError(
@@ -41,8 +44,12 @@ def estimate(info: gguf.ModelInfo, options: EngineOptions) -> memory.MemoryEstim
             "n_ctx",
         )
     n_ctx = -(-n_ctx // 256) * 256  # llama.cpp's cells come in blocks of 256
-    device = device_memory() if options.n_gpu_layers != 0 else None
-    free = None if device is None else device[1] - device[0]
+    there = gpus() if options.n_gpu_layers != 0 else []
+    used = [
+        Gpu(there[i].name, there[i].free_bytes)
+        for i in chosen(placement_of(options), [gpu.name for gpu in there])
+    ]
+    free = sum(gpu.free_bytes for gpu in used) if used else None
     n_slots = options.n_slots or memory.default_slots(info, n_ctx, free)
     sizes: dict[str, Any] = {
         "n_ctx": n_ctx,
@@ -50,23 +57,37 @@ def estimate(info: gguf.ModelInfo, options: EngineOptions) -> memory.MemoryEstim
         "kv_type": options.kv_type,
         "kv_tokens": options.kv_tokens,
         "batch_tokens": options.batch_tokens or memory.BATCH_TOKENS,
+        "tensor_split": options.tensor_split,
+        "gpus": used,
     }
     layers = options.n_gpu_layers
     if layers == "auto":
-        layers = 0 if free is None else memory.layers_that_fit(info, gpu_free_bytes=free, **sizes)
-    return memory.estimate(info, n_gpu_layers=layers, gpu_free_bytes=free, **sizes)
+        layers = memory.layers_that_fit(info, **sizes) if used else 0
+    need = memory.estimate(info, n_gpu_layers=layers, **sizes)
+    return replace(need, hint=_hint(options, there) or "")
 
 
-def device_memory() -> tuple[int, int] | None:
-    """Used and total bytes of all GPUs that llama.cpp can use; None without one."""
+def _hint(options: EngineOptions, there: list[Device], *, sure: bool = False) -> str | None:
+    """What would be faster; None for whoever wants no layer on a GPU."""
+    if options.n_gpu_layers == 0:
+        return None
     from llmkit.backend import library
 
-    gpus = [d for d in library.devices() if d.is_gpu]
-    return (
-        (sum(d.total_bytes - d.free_bytes for d in gpus), sum(d.total_bytes for d in gpus))
-        if gpus
-        else None
-    )
+    present = accelerators()
+    built = library.backends() if present else []
+    return faster(built, [gpu.name for gpu in there], present, sure=sure)
+
+
+def placement_of(options: EngineOptions) -> Placement:
+    """Where the options want the model."""
+    return Placement(options.split_mode, options.main_device, options.tensor_split)
+
+
+def gpus() -> list[Device]:
+    """The GPUs that llama.cpp can use; querying them takes some memory on each."""
+    from llmkit.backend import library
+
+    return library.gpus()
 
 
 def load_target(
@@ -76,13 +97,18 @@ def load_target(
     on_progress: Callable[[float], None],
 ) -> tuple[LlamaModel, LlamaRunner]:
     """The model that generates. Raises `ModelLoadError`, leaving nothing in memory."""
-    from llmkit.backend import library
     from llmkit.backend.llama import LlamaRunner
     from llmkit.backend.model import LlamaModel
 
-    if not library.gpu_backend() and Path("/proc/driver/nvidia/version").exists():
-        warnings.warn(GPU_HINT, RuntimeWarning, stacklevel=4)
-    model = LlamaModel(spec.path, n_gpu_layers=need.n_gpu_layers, on_progress=on_progress)
+    better = _hint(options, gpus(), sure=True)
+    if better is not None:
+        warnings.warn(better, RuntimeWarning, stacklevel=4)
+    model = LlamaModel(
+        spec.path,
+        n_gpu_layers=need.n_gpu_layers,
+        placement=placement_of(options),
+        on_progress=on_progress,
+    )
     try:
         if not model.can_generate:
             raise ModelLoadError(
@@ -136,13 +162,19 @@ def load_draft(
     layout: dict[str, Any] = (
         {"kv_unified": True, "kv_tokens": need.kv_tokens} if options.kv_unified else {}
     )
-    its_options = EngineOptions(
-        n_ctx=need.n_ctx, n_slots=need.n_slots, n_gpu_layers=options.n_gpu_layers, **layout
+    its_options = replace(
+        EngineOptions(n_ctx=need.n_ctx, n_slots=need.n_slots, **layout),
+        n_gpu_layers=options.n_gpu_layers,
+        split_mode=options.split_mode,
+        main_device=options.main_device,
+        tensor_split=options.tensor_split,
     )
     its_need = estimate(gguf.read_header(spec.path), its_options)
     if not (force or its_need.fits):
         raise InsufficientMemoryError(f"the draft model {spec.path.name}: {its_need.advice()}")
-    model = LlamaModel(spec.path, n_gpu_layers=its_need.n_gpu_layers)
+    model = LlamaModel(
+        spec.path, n_gpu_layers=its_need.n_gpu_layers, placement=placement_of(options)
+    )
     try:
         if not model.can_generate or not model.vocab.is_same(target.vocab):
             raise InvalidRequestError(

@@ -42,6 +42,7 @@ from llmkit.protocol import (
     Origin,
 )
 from llmkit.protocol.stream import Stream
+from llmkit.runtime.assembly import placement_of
 from llmkit.runtime.jobs import Job, JobQueue
 from llmkit.runtime.prompts import answer
 from llmkit.runtime.reading import Reading
@@ -73,6 +74,7 @@ class LocalEmbedder:
         self._model = LlamaModel(
             Path(spec.path),
             n_gpu_layers=-1 if options.n_gpu_layers == "auto" else options.n_gpu_layers,
+            placement=placement_of(options),
         )
         longest = min(options.n_ctx or MAX_BATCH_TOKENS, info.n_ctx_train or 512)
         try:
@@ -98,6 +100,8 @@ class LocalEmbedder:
             n_vocab=self._model.vocab.n_tokens,
             weights_bytes=self._model.size_bytes,
             device_bytes=self._model.device_bytes,
+            gpu_bytes=self._model.gpu_bytes,
+            device="gpu" if self._model.gpu_bytes else "cpu",
             embedding_size=0 if self._embedder.ranks else self._embedder.size,
             ranks=self._embedder.ranks,
             created=int(time.time()),
@@ -169,6 +173,7 @@ class LocalEmbedder:
                 request.normalize and not self._embedder.ranks,
                 Future(),
                 vectors,
+                request.weight,
             )
         with self._lock:
             self._check_open()

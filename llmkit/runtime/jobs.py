@@ -24,6 +24,7 @@ class Job:
     normalize: bool
     future: Future[Embeddings]
     vectors: np.ndarray
+    weight: float = 1.0
     num_done: int = 0
     num_taken: int = 0
 
@@ -42,10 +43,11 @@ class Job:
 
 
 class JobQueue:
-    """The jobs of all callers. Callers take turns, and so do the jobs of each."""
+    """The jobs of all callers. Callers take turns by their weight, and so do the jobs of each."""
 
     def __init__(self) -> None:
         self._callers: OrderedDict[str, deque[Job]] = OrderedDict()
+        self._turns: dict[str, float] = {}  # what each caller has saved up of its next turn
 
     def __len__(self) -> int:
         return sum(map(len, self._callers.values()))
@@ -61,16 +63,22 @@ class JobQueue:
         jobs.remove(job)
         if not jobs:
             del self._callers[job.caller]
+            self._turns.pop(job.caller, None)
 
     def take(self, room: int, most: int) -> list[tuple[Job, int]]:
         """A batch of at most ``room`` tokens and ``most`` sequences, as (job, sequence index)."""
         batch: list[tuple[Job, int]] = []
-        able = list(self._callers.values())
+        able = dict(self._callers)
         while able and len(batch) < most:
-            for jobs in list(able):
+            heaviest = max(jobs[0].weight for jobs in able.values())
+            for caller, jobs in list(able.items()):
+                turns = self._turns.get(caller, 0.0) + jobs[0].weight / heaviest
+                self._turns[caller] = turns % 1
+                if turns < 1:
+                    continue
                 job = self._next(jobs, room)
                 if job is None or len(batch) == most:
-                    able.remove(jobs)
+                    del able[caller]
                     continue
                 batch.append((job, job.num_taken))
                 room -= job.next_size

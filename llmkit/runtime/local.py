@@ -44,6 +44,7 @@ from llmkit.protocol import (
 )
 from llmkit.protocol.stream import Channel, Stream
 from llmkit.runtime.assembly import estimate, load_draft, load_target
+from llmkit.runtime.preparing import Preparing
 from llmkit.runtime.prompts import answer, request_tokens
 from llmkit.runtime.reading import Reading
 from llmkit.runtime.running import running
@@ -80,6 +81,7 @@ class LocalEngine:
         self._closed = False
         self._close_lock = threading.Lock()
         self._reading = Reading(self._close_lock, self._check_open)
+        self._preparing = Preparing()
         self._pid = os.getpid()
         options = EngineOptions(**changes) if options is None else replace(options, **changes)
         spec = resolve(model)
@@ -148,6 +150,7 @@ class LocalEngine:
             kv_bytes=need.kv_bytes,
             compute_bytes=need.compute_bytes,
             device_bytes=self._runner.device_bytes,
+            gpu_bytes=self._runner.gpu_bytes,
             device="gpu" if need.n_gpu_layers else "cpu",
             created=int(time.time()),
             tool_form=self._template.tool_form,
@@ -166,6 +169,8 @@ class LocalEngine:
             if self._draft
             else None,
             context_shift=options.context_shift,
+            max_running=options.batch_requests if options.batching else 1,
+            batch_wait_s=options.batch_wait_ms / 1000,
         )
         running.add(self)
         switching.quicken()
@@ -210,16 +215,17 @@ class LocalEngine:
                     f"logit_bias: token id {token} is out of range (0–{n_vocab - 1}).", "logit_bias"
                 )
         adapters = self._adapters(request.lora)
-        with self._reading():
+        choices = request.choices()
+        with self._reading(), self._preparing(c.request_id for c in choices) as check_wanted:
             tokens = request_tokens(request, self._vocab, self._template, self._description.n_ctx)
             room = self._description.n_ctx - len(tokens)
             wanted = request.sampling.max_tokens
             max_tokens = (
                 room if wanted is None else wanted if self._context_shift else min(wanted, room)
             )
-            made = [
-                self._request(choice, tokens, max_tokens, adapters) for choice in request.choices()
-            ]
+            check_wanted()
+            made = [self._request(choice, tokens, max_tokens, adapters) for choice in choices]
+            check_wanted()
             self._check_open()
             self._engine.submit(*made)
         return [Stream(r.channel) for r in made]
@@ -248,6 +254,7 @@ class LocalEngine:
             Channel(request.request_id, self.abort),
             priority=request.priority,
             caller=request.caller,
+            weight=request.weight,
             cache_salt=request.cache_salt if self._shares_prefixes else request.salt,
             constraint=constraint,
             sampler=self._runner.sampler(params, tokens, constraint),
@@ -298,6 +305,7 @@ class LocalEngine:
         return future
 
     def abort(self, request_id: str) -> None:
+        self._preparing.abort(request_id)
         if not self._closed:
             self._engine.abort(request_id)
 

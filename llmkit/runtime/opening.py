@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from llmkit.backend.placement import chosen
 from llmkit.errors import InsufficientMemoryError
 from llmkit.models import gguf, memory
 from llmkit.models.registry import ModelSpec, resolve
-from llmkit.runtime.assembly import device_memory, estimate
+from llmkit.runtime import assembly
+from llmkit.runtime.assembly import estimate, placement_of
 from llmkit.runtime.local import LocalEngine
 from llmkit.runtime.probing import probe
+from llmkit.runtime.quantizing import quantized
 from llmkit.runtime.running import running
 from llmkit.settings.options import EngineOptions
+from llmkit.system.reporting import report
 
 if TYPE_CHECKING:
     from llmkit.runtime.embedder import LocalEmbedder
 
 __all__ = ["open_model"]
+
+MAKING = 0.9  # of the progress, when a copy has to be made first
+logger = logging.getLogger("llmkit")
 
 
 def open_model(
@@ -36,6 +45,9 @@ def open_model(
     spec = resolve(model)
     info = gguf.read_header(spec.path)
     _check_memory(info, options, force)
+    if options.quantize is not None:
+        spec, on_progress = _quantized(spec, options.quantize, on_progress)
+        info = gguf.read_header(spec.path)
     for path, lora in [
         (spec.path, [Path(p) for p, _ in options.lora]),
         *([(resolve(options.draft).path, [])] if options.draft else []),
@@ -43,6 +55,20 @@ def open_model(
         probe(path, lora, on_wait=lambda: on_progress(0.0))
     with running.opening:
         return _open(spec, info, options, name, force, on_progress)
+
+
+def _quantized(
+    spec: ModelSpec, kind: str, on_progress: Callable[[float], None]
+) -> tuple[ModelSpec, Callable[[float], None]]:
+    """The model in another type, and what reports the rest of the work."""
+    done = quantized(spec, kind, on_progress=lambda share: on_progress(MAKING * share))
+    for note in filter(None, (done.note, done.detail)):
+        if done.made and note is done.note:
+            report(note)
+        else:
+            logger.info("%s", note)
+    rest = (lambda share: on_progress(MAKING + (1 - MAKING) * share)) if done.made else on_progress
+    return replace(spec, path=done.path), rest
 
 
 def _open(
@@ -59,8 +85,10 @@ def _open(
         return LocalEngine(spec, options, name=name, force=force, on_progress=on_progress)
     from llmkit.runtime.embedder import LocalEmbedder
 
+    there = assembly.gpus() if options.n_gpu_layers != 0 else []
+    chosen(placement_of(options), [gpu.name for gpu in there])
     need = memory.estimate(info, n_ctx=options.n_ctx or memory.default_context(info), n_slots=1)
-    if device_memory() is None and not (force or need.fits):
+    if not there and not (force or need.fits):
         raise InsufficientMemoryError(f"{info.path.name}: {need.advice()}")
     embedder = LocalEmbedder(spec, info, options, running.turns, name)
     running.add(embedder)

@@ -21,7 +21,7 @@ import msgspec
 from llmkit.bridge.child import Child, Line, Owner
 from llmkit.errors import InvalidRequestError, ModelLoadError
 from llmkit.models import gguf
-from llmkit.models.copies import places_for
+from llmkit.models.copies import former_copies_of, places_for
 from llmkit.models.disk import lack_of_room
 from llmkit.models.names import gigabytes, printable
 from llmkit.models.quantization import TYPES, kind_of, scaled, step_to, type_of
@@ -162,6 +162,9 @@ def _make(
             os.fsync(file.fileno())
         gguf.read_header(part)
         os.replace(part, place)
+        for former in former_copies_of(info.files):
+            with contextlib.suppress(OSError):
+                former.unlink()
     finally:
         with contextlib.suppress(OSError):
             part.unlink(missing_ok=True)

@@ -1,0 +1,208 @@
+"""Whom `llmkit chat` talks to: a model of this machine, or any endpoint; one conversation each."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Generator, Mapping
+from contextlib import closing
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from llmkit.chat.parsers.events import Content, Reasoning
+from llmkit.cli.endpoint import Endpoint, EndpointError, checked, events_of
+from llmkit.errors import InvalidRequestError
+from llmkit.protocol import Message
+
+if TYPE_CHECKING:
+    from llmkit.llm import LLM
+
+__all__ = ["LocalPartner", "Partner", "RemotePartner", "Summary", "Told"]
+
+Told = Content | Reasoning
+
+
+@dataclass(slots=True)
+class Summary:
+    """What one answer was; times in seconds, ``decode_s`` from the first token to the last."""
+
+    text: str = ""
+    reasoning: str = ""
+    finish_reason: str = ""
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    seconds: float = 0.0
+    decode_s: float = 0.0
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        steps = self.completion_tokens - 1
+        return steps / self.decode_s if steps > 0 and self.decode_s > 0 else None
+
+
+class Partner(Protocol):
+    """A conversation. ``messages`` may be changed between answers."""
+
+    name: str
+    messages: list[Message]
+    last: Summary
+
+    def answer(self, text: str) -> Generator[Told, None, None]:
+        """Say something; the answer as it arrives.
+
+        Both are added to ``messages`` at its end, or where the loop is left; a failed answer
+        changes nothing. ``last`` tells about it.
+        """
+        ...
+
+    def close(self) -> None:
+        """Give back what it holds."""
+        ...
+
+
+class LocalPartner:
+    """A model that is loaded here or attached. ``sampling`` are keywords of `LLM.chat`."""
+
+    def __init__(self, llm: LLM, sampling: Mapping[str, Any]) -> None:
+        if llm.model.embedding_size or llm.model.ranks:
+            llm.unload()
+            raise InvalidRequestError(
+                f"{llm.name!r} makes vectors of texts; it cannot chat.", "model"
+            )
+        self.name, self._llm = llm.name, llm
+        self.last = Summary()
+        self._session = llm.session(**sampling)
+
+    @property
+    def messages(self) -> list[Message]:
+        return self._session.messages
+
+    @messages.setter
+    def messages(self, messages: list[Message]) -> None:
+        self._session.messages = messages
+
+    def answer(self, text: str) -> Generator[Told, None, None]:
+        began = time.monotonic()
+        turn = self._session.stream(text)
+        try:
+            with closing(turn.events()) as events:
+                yield from events
+        finally:
+            done = turn.completion
+            self.last = Summary(
+                turn.text,
+                turn.reasoning,
+                done.finish_reason.value,
+                done.usage.prompt_tokens,
+                done.usage.completion_tokens,
+                time.monotonic() - began,
+                done.metrics.decode_s,
+            )
+
+    def close(self) -> None:
+        self._llm.unload()
+
+
+class RemotePartner:
+    """A model behind an endpoint. ``model`` empty: the one that the endpoint would choose."""
+
+    def __init__(self, endpoint: Endpoint, model: str, sampling: Mapping[str, Any]) -> None:
+        self._endpoint, self._sampling = endpoint, dict(sampling)
+        self.name = model or _first_model(endpoint)
+        self.messages: list[Message] = []
+        self.last = Summary()
+
+    def answer(self, text: str) -> Generator[Told, None, None]:
+        question = Message("user", text)
+        body = {
+            "model": self.name,
+            "messages": [{"role": m.role, "content": m.text} for m in [*self.messages, question]],
+            "stream": True,
+            "stream_options": {"include_usage": True},
+            **self._sampling,
+        }
+        answer = _Answer()
+        failed = False
+        try:
+            with self._endpoint.open("POST", "/chat/completions", body) as response:
+                for event in events_of(response):
+                    yield from answer.take(event)
+            if not answer.summary.finish_reason:
+                raise EndpointError("the connection ended before the answer did.")
+        except Exception:
+            failed = True
+            raise
+        finally:
+            self.last = answer.finish()
+            if not failed and (self.last.text or self.last.finish_reason):
+                said = Message(
+                    "assistant", self.last.text, reasoning_content=self.last.reasoning or None
+                )
+                self.messages = [*self.messages, question, said]
+
+    def close(self) -> None:
+        """It holds nothing between answers."""
+
+
+class _Answer:
+    """Reads the chunks of one answer; tolerant of what other servers leave out."""
+
+    def __init__(self) -> None:
+        self.summary = Summary()
+        self._began = time.monotonic()
+        self._first = self._latest = 0.0
+        self._pieces = 0
+
+    def take(self, event: Any) -> Generator[Told, None, None]:
+        usage = event.get("usage") if isinstance(event, dict) else None
+        if isinstance(usage, dict):
+            self.summary.prompt_tokens = _count(usage.get("prompt_tokens"))
+            self.summary.completion_tokens = _count(usage.get("completion_tokens"))
+        choices = event.get("choices") if isinstance(event, dict) else None
+        choice = choices[0] if isinstance(choices, list) and choices else None
+        if not isinstance(choice, dict):
+            return
+        if isinstance(choice.get("finish_reason"), str):
+            self.summary.finish_reason = choice["finish_reason"]
+        said = choice.get("delta") or choice.get("message")
+        if not isinstance(said, dict):
+            return
+        for names, kind in (
+            (("reasoning_content", "reasoning"), Reasoning),
+            (("content",), Content),
+        ):
+            text = next((said[n] for n in names if isinstance(said.get(n), str) and said[n]), "")
+            if text:
+                yield self._told(kind(text))
+
+    def _told(self, event: Told) -> Told:
+        self._latest = time.monotonic()
+        self._first = self._first or self._latest
+        self._pieces += 1
+        if isinstance(event, Content):
+            self.summary.text += event.text
+        else:
+            self.summary.reasoning += event.text
+        return event
+
+    def finish(self) -> Summary:
+        self.summary.seconds = time.monotonic() - self._began
+        self.summary.decode_s = self._latest - self._first
+        self.summary.completion_tokens = self.summary.completion_tokens or self._pieces
+        return self.summary
+
+
+def _count(value: Any) -> int:
+    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else 0
+
+
+def _first_model(endpoint: Endpoint) -> str:
+    """``default`` where that is a model's name, else the first that is listed."""
+    listed = checked(endpoint.call("GET", "/models", timeout_s=30)).json()
+    data = listed.get("data") if isinstance(listed, dict) else None
+    models = [m for m in data if isinstance(m, dict)] if isinstance(data, list) else []
+    if any(m.get("owned_by") == "llmkit" for m in models):
+        return "default"
+    names = [m["id"] for m in models if isinstance(m.get("id"), str)]
+    if not names:
+        raise EndpointError(f"{endpoint.base} lists no model; name one with --model.")
+    return str(names[0])
