@@ -15,16 +15,19 @@ from typing import TYPE_CHECKING, Any
 
 from llmkit.errors import (
     ContextLengthError,
+    DownloadError,
     EngineError,
     EngineGoneError,
     InsufficientMemoryError,
     InvalidModelFileError,
     InvalidRequestError,
     LLMKitError,
+    ModelBusyError,
     ModelLoadError,
     ModelNotFoundError,
     ModelUnloadedError,
     QueueFullError,
+    StoreError,
 )
 from llmkit.protocol import (
     Completion,
@@ -35,20 +38,22 @@ from llmkit.protocol import (
     RequestMetrics,
     SamplingParams,
     TokenLogprob,
+    ToolCall,
     Usage,
 )
 from llmkit.version import __version__
 
 if TYPE_CHECKING:
-    from llmkit.bench.tuner import quantize, tune
+    from llmkit.bench.tuner import tune
     from llmkit.llm import LLM
-    from llmkit.loading import attach, compare, estimate, load
+    from llmkit.loading import attach, compare, download, estimate, load, quantize
     from llmkit.protocol.stream import Stream
 
 __all__ = [
     "LLM",
     "Completion",
     "ContextLengthError",
+    "DownloadError",
     "EngineError",
     "EngineGoneError",
     "EngineStats",
@@ -59,18 +64,22 @@ __all__ = [
     "InvalidRequestError",
     "LLMKitError",
     "Message",
+    "ModelBusyError",
     "ModelLoadError",
     "ModelNotFoundError",
     "ModelUnloadedError",
     "QueueFullError",
     "RequestMetrics",
     "SamplingParams",
+    "StoreError",
     "Stream",
     "TokenLogprob",
+    "ToolCall",
     "Usage",
     "__version__",
     "attach",
     "compare",
+    "download",
     "estimate",
     "load",
     "quantize",
@@ -83,7 +92,8 @@ _LATE = {
     "attach": "llmkit.loading",
     "estimate": "llmkit.loading",
     "compare": "llmkit.loading",
-    "quantize": "llmkit.bench.tuner",
+    "download": "llmkit.loading",
+    "quantize": "llmkit.loading",
     "tune": "llmkit.bench.tuner",
     "Stream": "llmkit.protocol.stream",
 }

@@ -16,6 +16,8 @@ from gateway_client import Api, serve
 
 from llmkit.bridge.server import BridgeServer
 from llmkit.runtime.local import LocalEngine
+from llmkit.store.database import Database, open_database
+from llmkit.store.keys import KeyStore
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = "smollm2"
@@ -60,6 +62,18 @@ def model() -> Iterator[FakeClient]:
     yield client
     bridge.close()
     client.close()
+
+
+@pytest.fixture
+def database(tmp_path: Path) -> Iterator[Database]:
+    opened = open_database(f"sqlite:///{tmp_path}/llmkit.db")
+    yield opened
+    opened.close()
+
+
+@pytest.fixture
+def keys(database: Database) -> KeyStore:
+    return KeyStore(database)
 
 
 @pytest.fixture

@@ -48,10 +48,17 @@ class FakeClient:
     """An `EngineClient` over a real `Engine` on a `FakeRunner`."""
 
     def __init__(
-        self, name: str = "fake", runner: FakeRunner | None = None, max_waiting: int = 1024
+        self,
+        name: str = "fake",
+        runner: FakeRunner | None = None,
+        max_waiting: int = 1024,
+        **options: Any,
     ) -> None:
+        """``options`` are the `Engine`'s."""
         self.runner = runner or FakeRunner()
-        self.engine = Engine(self.runner, is_end=lambda t: t == END, max_waiting=max_waiting)
+        self.engine = Engine(
+            self.runner, is_end=lambda t: t == END, max_waiting=max_waiting, **options
+        )
         self.description = ModelDescription(
             name,
             f"{name}.gguf",
@@ -89,6 +96,7 @@ class FakeClient:
         detokenizer = Detokenizer(piece, request.sampling.stop)
         wanted = request.sampling.max_tokens
         who = {"priority": request.priority, "caller": request.caller, "cache_salt": request.salt}
+        who["weight"] = request.weight
         self.engine.submit(
             Request(
                 prompt,

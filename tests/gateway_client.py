@@ -9,6 +9,8 @@ from typing import Any
 from tornado.httpclient import AsyncHTTPClient, HTTPResponse
 from tornado.netutil import bind_sockets
 
+from llmkit.gateway.access.cors import Cors
+from llmkit.gateway.access.edge import Edge
 from llmkit.gateway.access.keys import Keys
 from llmkit.gateway.app import Gateway, make_app, make_server
 from llmkit.gateway.directory import EngineDirectory
@@ -63,7 +65,8 @@ async def serve(
     """``options`` are the `Gateway`'s."""
     directory = directory or EngineDirectory()
     gateway = Gateway(directory, **options)
-    server = make_server(make_app(gateway, Keys(key, "127.0.0.1")), most)
+    edge = Edge(Cors(local=key is None))
+    server = make_server(make_app(gateway, Keys(key, "127.0.0.1"), edge), most)
     sockets = bind_sockets(0, "127.0.0.1")
     server.add_sockets(sockets)
     yield Api(f"http://127.0.0.1:{sockets[0].getsockname()[1]}", key)

@@ -29,6 +29,7 @@ class Bench:
         target_s: float | None = None,
         deterministic: bool = False,
         shifts: bool = False,
+        max_running: int | None = None,
     ) -> None:
         self.runner = runner
         self.shifts = shifts
@@ -51,6 +52,7 @@ class Bench:
             can_draft=runner.can_truncate,
             deterministic=deterministic,
             context_shift=shifts,
+            max_running=max_running,
         )
         self.ended: list[Request] = []
 
@@ -70,6 +72,7 @@ class Bench:
 
     def step(self) -> list[Request]:
         batch = self.scheduler.schedule()
+        assert len(self.scheduler.running) <= self.scheduler.max_running
         news = self.scheduler.update(batch, self.runner.execute(batch))
         self.note(news)
         return news

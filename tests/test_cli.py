@@ -165,7 +165,7 @@ def test_whatever_load_takes_serve_takes() -> None:
     assert set(OPTIONS) == {f.name for f in fields(EngineOptions)} <= set(loads)
     values = {
         "number": "2.5", "layers": "-1", "adapters": "a.gguf", "text": "x",
-        "path": "x", "choice": "q8_0",
+        "path": "x", "shares": "3,1",
     }  # fmt: skip
     asked = {"kv_unified": True, "deterministic": False, "context_shift": False}
     for name, row in OPTIONS.items():
@@ -175,7 +175,9 @@ def test_whatever_load_takes_serve_takes() -> None:
         if row.kind in ("flag", "switch"):
             given = {name: asked.get(name, True)}
         else:
-            value: object = values.get(row.kind) or str(int(row.low))
+            value: object = values.get(row.kind) or (
+                row.choices[0] if row.choices else str(int(row.low))
+            )
             given = {name: [value] if row.kind == "adapters" else value}
         more = {"kv_unified": True} if name == "kv_tokens" else {}
         assert name in read_settings({**given, **more}).engine

@@ -113,6 +113,20 @@ def test_the_token_opens_it(server: JupyterServer, how: str) -> None:
     )
 
 
+def test_requests_have_deadlines_here_too(server: JupyterServer) -> None:
+    auth = {"Authorization": f"Bearer {server.token}"}
+    body = {"messages": [{"role": "user", "content": "hi"}]}
+    for timeout, headers, status, code in [
+        (5, {}, 503, "model_unavailable"),
+        ("soon", {}, 400, None),
+        (5, {"x-request-timeout": "soon"}, 400, None),
+    ]:
+        data = json.dumps({**body, "timeout": timeout}).encode()
+        got, reply, _ = fetch(server, "POST", "/v1/chat/completions", {**auth, **headers}, data)
+        assert got == status, reply
+        check_error(reply, code)
+
+
 def test_errors_have_openais_shape(server: JupyterServer) -> None:
     auth = {"Authorization": f"Bearer {server.token}"}
     for method, path, status, code in [

@@ -254,14 +254,10 @@ def test_unloaded(tmp_path: object) -> None:
 
 def test_a_gpu_with_a_cpu_only_build_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     from llmkit.runtime import local
+    from llmkit.system.accelerators import Accelerator
 
-    monkeypatch.setattr("llmkit.backend.library.gpu_backend", lambda: False)
-    exists = local.Path.exists
-    monkeypatch.setattr(
-        local.Path,
-        "exists",
-        lambda path: str(path) == "/proc/driver/nvidia/version" or exists(path),
-    )
-    with pytest.warns(RuntimeWarning, match=r"CPU only.*\n.*DGGML_CUDA=on.*pip install"):
+    found = [Accelerator("nvidia", "NVIDIA H100")]
+    monkeypatch.setattr("llmkit.runtime.assembly.accelerators", lambda: found)
+    with pytest.warns(RuntimeWarning, match=r"H100.*make cuda.*\n.*DGGML_CUDA=on.*pip install"):
         engine = local.LocalEngine("smollm2", n_ctx=256, n_slots=1)
     engine.close()

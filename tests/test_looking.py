@@ -21,7 +21,7 @@ from llmkit.bench.comparing import Comparison
 from llmkit.bench.quality import SAMPLE_TEXT
 from llmkit.errors import InvalidRequestError
 from llmkit.notebook import progress
-from llmkit.notebook.monitor import ELSEWHERE, Monitor, watch
+from llmkit.notebook.monitor import ELSEWHERE, GpuMemory, Monitor, watch
 from llmkit.notebook.panel import ChatPanel, as_html
 from llmkit.protocol import Origin
 
@@ -274,7 +274,7 @@ def test_the_monitor_splits_the_memory_of_a_gpu(fake: FakeClient) -> None:
         compute_bytes=100 * mib,
         device_bytes=sizes,
     )
-    monitor = Monitor(fake, device_memory=lambda: (400 * mib, 1000 * mib))
+    monitor = Monitor(fake, gpus=lambda: [GpuMemory("CUDA0", 400 * mib, 1000 * mib)])
     monitor.stop()
     ram, vram = monitor.html().split("VRAM", 1)
     assert (

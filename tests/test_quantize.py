@@ -91,6 +91,7 @@ def test_it_is_made_once(tiny: ModelSpec, monkeypatch: pytest.MonkeyPatch) -> No
     tiny_models.write(tiny.path, "llama", seed=1)
     newer = quantized(tiny, "Q8_0")
     assert newer.made and newer.path != done.path, "the file has changed"
+    assert not done.path.exists(), "nobody would find the former one again"
 
 
 def test_where_copies_are_kept(tiny: ModelSpec, tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ ARRIVAL = st.tuples(
     st.sampled_from([(), (), (), (("french", 1.0),), (("french", 0.5),)]),  # adapters
     st.sampled_from([None, None, None, 1]),  # prompt_logprobs
     st.sampled_from([False, False, False, True]),  # keep_on_disk: it computes its prompt only
+    st.sampled_from([1.0, 1.0, 0.01, 0.5, 3.0, 100.0]),  # weight
 )
 
 
@@ -52,6 +53,7 @@ EVENT = st.one_of(
     deterministic=st.booleans(),
     n_ctx=st.sampled_from([100, 200]),
     shifts=st.booleans(),
+    most=st.sampled_from([None, None, 1, 2]),
 )
 def test_any_order_of_events_ends_well(
     events: list[Any],
@@ -63,22 +65,27 @@ def test_any_order_of_events_ends_well(
     deterministic: bool,
     n_ctx: int,
     shifts: bool,
+    most: int | None,
 ) -> None:
     runner = FakeRunner(
         n_slots=n_slots, n_ctx=n_ctx, capacity=capacity, host_tokens=host_tokens, letters=letters
     )
     runner.can_truncate = runner.can_fork = truncate  # type: ignore[misc]
     bench = Bench(
-        runner, deterministic=deterministic, shifts=shifts and truncate and not deterministic
+        runner,
+        deterministic=deterministic,
+        shifts=shifts and truncate and not deterministic,
+        max_running=most,
     )
     requests: list[tuple[Request, bytes]] = []
     aborted: set[str] = set()
     for kind, value in events:
         if kind == "add":
-            prefix, rest, max_tokens, priority, caller, salt, adapters, scores, disk = value
+            prefix, rest, max_tokens, priority, caller, salt, adapters, scores, disk, weight = value
             who: dict[str, Any] = {
                 "priority": priority,
                 "caller": caller,
+                "weight": weight,
                 "cache_salt": salt,
                 "adapters": adapters,
             }

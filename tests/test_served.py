@@ -8,11 +8,15 @@ from collections.abc import AsyncIterator
 
 import pytest
 from fakes import wait_for
-from gateway_client import Api, serve
+from gateway_client import Api
+from tornado.netutil import bind_sockets
 
-from llmkit.gateway.standalone import Workers
+from llmkit.gateway.app import make_server
+from llmkit.gateway.composition import Composition
+from llmkit.gateway.workers import Workers
 from llmkit.loading import worker_task
 from llmkit.settings.gateway import GatewayOptions
+from llmkit.settings.serving import ServeSettings
 from llmkit.workers.budget import Need
 from llmkit.workers.place import ServedModel
 
@@ -41,8 +45,16 @@ async def workers() -> AsyncIterator[Workers]:
 
 @pytest.fixture
 async def api(workers: Workers) -> AsyncIterator[Api]:
-    async for api in serve(None, directory=workers.directory, **workers.gateway_options()):
-        yield api
+    settings = ServeSettings(GatewayOptions(admin=True))
+    parts = Composition(settings, workers.directory, workers)
+    server = make_server(parts.app(), edge=parts.access.edge)
+    sockets = bind_sockets(0, "127.0.0.1")
+    server.add_sockets(sockets)
+    yield Api(f"http://127.0.0.1:{sockets[0].getsockname()[1]}")
+    server.stop()
+    await server.close_all_connections()
+    workers.directory.close()
+    await parts.close()
 
 
 def phase(workers: Workers, name: str) -> str:
@@ -145,3 +157,21 @@ async def test_a_client_that_leaves_while_its_model_loads_holds_nothing(
         )
     await asyncio.to_thread(wait_for, lambda: workers.manager.status("second").num_used == 0, 10)
     await asyncio.to_thread(wait_for, lambda: phase(workers, "second") == "ready", 60)
+
+
+async def test_ollamas_keep_alive_pins_and_unloads(api: Api, workers: Workers) -> None:
+    body = {"model": "second:latest", "prompt": "Hi", "options": {"num_predict": 2}}
+    code, reply = await api.post("/api/generate", {**body, "stream": False, "keep_alive": "10m"})
+    assert code == 200 and reply["done_reason"] in ("length", "stop")
+    expires = workers.manager.status("second").expires_s
+    assert expires is not None and 500 < expires <= 600
+    code, reply = await api.post("/api/generate", {**body, "stream": False, "keep_alive": -1})
+    assert code == 200 and workers.manager.status("second").expires_s is None
+    code, reply = await api.post("/api/generate", {"model": "second", "keep_alive": 0})
+    assert code == 200 and reply["done_reason"] == "unload"
+    await asyncio.to_thread(wait_for, lambda: phase(workers, "second") == "unloaded", 30)
+    # What is not loaded is not loaded to be unloaded.
+    code, reply = await api.post("/api/chat", {"model": "second", "keep_alive": "0s"})
+    assert code == 200 and workers.manager.status("second").loads == 1
+    code, reply = await api.post("/api/generate", {**body, "keep_alive": "soon"})
+    assert code == 400 and "keep_alive" in reply["error"]

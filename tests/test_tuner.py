@@ -59,7 +59,7 @@ def test_a_prepared_file(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
     monkeypatch.setattr(tuner, "_measure", measure)
     found = llmkit.tune("smollm2")
     assert (
-        found.file == tuner.quantize(spec, "Q8_0") and found.speedup > 2 and "Q8_0" in repr(found)
+        found.file == llmkit.quantize(spec, "Q8_0") and found.speedup > 2 and "Q8_0" in repr(found)
     )
     rough = found.trials[-1]
     assert rough.label == "Q4_0" and rough.agreement < 0.9 <= found.best.agreement, (

@@ -56,11 +56,13 @@ class BridgeClient:
 
     A busy kernel (a cell in C code that holds the GIL) only delays answers. The engine is gone when
     its process has ended or said goodbye; then every request ends with `EngineGoneError`. The other
-    end treats us the same: the greeting names our process.
+    end treats us the same: the greeting names our process. Only with ``weighs`` may requests have
+    weights above 1: for gateways, which know their callers.
     """
 
-    def __init__(self, connection: Connection) -> None:
+    def __init__(self, connection: Connection, *, weighs: bool = False) -> None:
         self.connection = connection
+        self._weighs = weighs
         self._pid = os.getpid()
         self._description = connection.model
         self._stats = EngineStats(num_slots=connection.model.n_slots)
@@ -124,6 +126,7 @@ class BridgeClient:
         """Send a request that has a single answer."""
         request_id = request.request_id
         future: Future[Any] = Future()
+        future.add_done_callback(lambda f: self._forget(request_id) if f.cancelled() else None)
         self._check_process()
         with self._lock:
             if self._gone is not None:
@@ -135,6 +138,11 @@ class BridgeClient:
                 del self._futures[request_id]
                 raise
         return future
+
+    def _forget(self, request_id: str) -> None:
+        """Nobody waits for this answer any more."""
+        if self._futures.pop(request_id, None) is not None:
+            self.abort(request_id)
 
     def _check_process(self) -> None:
         if self._pid != os.getpid():
@@ -244,7 +252,9 @@ class BridgeClient:
         self._send(
             sock,
             wire.HELLO,
-            wire.encode(wire.Hello(self.connection.key, owner, wire.VERSION, __version__)),
+            wire.encode(
+                wire.Hello(self.connection.key, owner, wire.VERSION, __version__, self._weighs)
+            ),
         )
 
     @staticmethod

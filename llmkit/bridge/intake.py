@@ -12,14 +12,21 @@ import logging
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import Protocol
+from dataclasses import replace
+from typing import Protocol, TypeVar
 
 from llmkit.bridge import wire
 from llmkit.bridge.inquiries import decode_inquiry, encode_answer
 from llmkit.bridge.peers import Peer, Preparation
 from llmkit.bridge.waker import Waker
 from llmkit.errors import EngineError, InvalidRequestError, LLMKitError, QueueFullError
-from llmkit.protocol import Completion, EmbeddingRequest, Embeddings, FinishReason
+from llmkit.protocol import (
+    Completion,
+    EmbeddingRequest,
+    Embeddings,
+    FinishReason,
+    GenerationRequest,
+)
 from llmkit.protocol.client import EngineClient
 from llmkit.protocol.stream import Stream
 from llmkit.system.lanes import Lanes
@@ -27,6 +34,8 @@ from llmkit.system.lanes import Lanes
 __all__ = ["Intake", "Send"]
 
 logger = logging.getLogger("llmkit.bridge")
+
+Asked = TypeVar("Asked", GenerationRequest, EmbeddingRequest)
 
 MAX_PREPARING = 1024  # requests per caller being read, rendered and tokenized
 MAX_ASKED = 64  # inquiries per caller
@@ -82,7 +91,7 @@ class Intake:
                 self._later(lambda: self._refuse(peer, ids, ABORTED))
                 return
             try:
-                request = wire.decode_request(payload)
+                request = _weighed(peer, wire.decode_request(payload))
                 if (request.request_id, request.n) != (request_id, n):
                     raise InvalidRequestError("the request and its header differ.")
                 streams = (
@@ -96,7 +105,10 @@ class Intake:
                     if isinstance(error, LLMKitError)
                     else EngineError(f"the request could not be read: {error!r:.500}")
                 )
-                self._later(lambda: self._refuse(peer, ids, None, failure))
+                if preparation.ids:
+                    self._later(lambda: self._refuse(peer, ids, None, failure))
+                else:
+                    self._later(lambda: self._refuse(peer, ids, ABORTED))
                 return
             self._later(lambda: self._submitted(peer, preparation, streams))
 
@@ -107,24 +119,26 @@ class Intake:
             self._refuse(peer, ids, None, error)
 
     def embed(self, peer: Peer, request_id: str, caller: str, payload: bytes) -> None:
-        peer.embedding.add(request_id)
+        preparation = peer.asking[request_id] = Preparation({request_id})
 
         def work() -> None:
-            if request_id not in peer.embedding:
-                return
             try:
-                future = self._client.embed(wire.decode(payload, EmbeddingRequest))
+                future = self._client.embed(_weighed(peer, wire.decode(payload, EmbeddingRequest)))
             except BaseException as error:  # even a library's panic must reach the caller
                 self._answer(peer, wire.Embedded(request_id, failure=_failure(error)))
                 return
             future.add_done_callback(lambda f: self._embedded(peer, request_id, caller, f))
+            if not preparation.ids and not future.cancel():  # aborted in the meantime
+                self._client.abort(request_id)
 
         try:
-            self._prepare(peer, caller, MAX_PREPARING, work)
+            preparation.future = self._prepare(peer, caller, MAX_PREPARING, work)
         except QueueFullError as error:
             self._answer(peer, wire.Embedded(request_id, failure=_failure(error)))
 
     def inquire(self, peer: Peer, request_id: str, caller: str, payload: bytes) -> None:
+        preparation = peer.asking[request_id] = Preparation({request_id})
+
         def work() -> None:
             try:
                 found = self._client.inquire(decode_inquiry(payload)).result()
@@ -133,7 +147,7 @@ class Intake:
                 self._answer(peer, wire.Answer(request_id, failure=_failure(error)))
 
         try:
-            self._prepare(peer, f"? {caller}", MAX_ASKED, work)
+            preparation.future = self._prepare(peer, f"? {caller}", MAX_ASKED, work)
         except QueueFullError as error:
             self._answer(peer, wire.Answer(request_id, failure=_failure(error)))
 
@@ -149,7 +163,20 @@ class Intake:
                 self._refuse(
                     peer, [i for i, p in peer.preparing.items() if p is preparation], ABORTED
                 )
-        elif request_id in peer.streams or request_id in peer.embedding:
+            else:
+                self._client.abort(request_id)  # it may still be read
+        elif request_id in peer.streams:
+            self._client.abort(request_id)
+        elif request_id in peer.asking:
+            self._stop_asking(peer, request_id)
+
+    def _stop_asking(self, peer: Peer, request_id: str) -> None:
+        """Skip vectors or an inquiry that nobody waits for any more."""
+        preparation = peer.asking[request_id]
+        preparation.ids.clear()
+        if preparation.future is not None and preparation.future.cancel():
+            self._answer(peer, wire.Answer(request_id, failure=_failure(_aborted())))
+        else:
             self._client.abort(request_id)
 
     def abort_all(self, peer: Peer) -> None:
@@ -158,8 +185,9 @@ class Intake:
             preparation.ids.clear()
             if preparation.future is not None:
                 preparation.future.cancel()
-        embedding, peer.embedding = peer.embedding, set()
-        for request_id in (*peer.streams, *embedding):
+        for request_id in list(peer.asking):
+            self._stop_asking(peer, request_id)
+        for request_id in (*peer.preparing, *peer.streams):
             self._client.abort(request_id)
 
     def _prepare(
@@ -214,7 +242,7 @@ class Intake:
         """On the engine's thread, so the megabytes of vectors are packed on a lane."""
 
         def work() -> None:
-            error = future.exception()
+            error = _aborted() if future.cancelled() else future.exception()
             if error is not None:
                 self._answer(peer, wire.Embedded(request_id, failure=_failure(error)))
             else:
@@ -235,10 +263,19 @@ class Intake:
             frames = [wire.encode(type(answer)(answer.id, failure=failure))]
 
         def send() -> None:
-            peer.embedding.discard(answer.id)
+            peer.asking.pop(answer.id, None)
             self._send(peer.identity, kind, *frames)
 
         self._later(send)
+
+
+def _weighed(peer: Peer, request: Asked) -> Asked:
+    """The request, with no more than the usual weight unless its peer knows its callers."""
+    return request if peer.weighs or request.weight <= 1 else replace(request, weight=1.0)
+
+
+def _aborted() -> EngineError:
+    return EngineError("this request was aborted")
 
 
 def _lane(peer: Peer, caller: str) -> str:

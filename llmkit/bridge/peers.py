@@ -12,7 +12,10 @@ __all__ = ["Peer", "Preparation"]
 
 @dataclass(slots=True)
 class Preparation:
-    """A request on its way to the engine: the ids of its answers, minus the aborted ones."""
+    """A request on its way to the engine: the ids of its answers, minus the aborted ones.
+
+    ``future`` is its work on a lane.
+    """
 
     ids: set[str]
     future: Future[None] | None = None
@@ -29,5 +32,6 @@ class Peer:
     stopped_since: float | None = None
     streams: dict[str, Stream] = field(default_factory=dict)
     preparing: dict[str, Preparation] = field(default_factory=dict)  # by answer id
-    embedding: set[str] = field(default_factory=set)
+    asking: dict[str, Preparation] = field(default_factory=dict)  # for vectors or by inquiry
+    weighs: bool = False  # its requests may have more than the usual weight
     num_preparing: dict[str, int] = field(default_factory=dict)  # by caller

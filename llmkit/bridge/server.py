@@ -176,7 +176,7 @@ class BridgeServer:
         why = wire.stranger(hello.version, hello.llmkit)
         if why is not None:
             return self._send(identity, wire.GOODBYE, wire.encode(wire.Goodbye(why)))
-        self._peers[identity] = Peer(identity, time.monotonic(), hello.owner)
+        self._peers[identity] = Peer(identity, time.monotonic(), hello.owner, weighs=hello.weighs)
         self._send(
             identity,
             wire.WELCOME,

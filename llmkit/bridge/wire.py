@@ -72,13 +72,15 @@ T = TypeVar("T")
 class Hello(msgspec.Struct, omit_defaults=True):
     """A client's greeting: the connection file's key, and its own process (pid, start time).
 
-    Version 0 is older than this field.
+    Version 0 is older than this field. ``weighs``: its requests may have weights above 1, because
+    it knows its callers, as a gateway does.
     """
 
     key: str
     owner: tuple[int, float] | None = None
     version: int = 0
     llmkit: str = ""
+    weighs: bool = False
 
 
 class Welcome(msgspec.Struct):

@@ -1,8 +1,9 @@
 """The order of waiting requests: priority, then fairness, then arrival. Engine thread only.
 
 Each caller has a counter of the service it got (prompt tokens computed, plus generated tokens at
-twice the price). The caller with the lowest counter goes first, so one with a hundred requests gets
-no more than one with a few. A caller that returns is raised to the lowest counter among active
+twice the price), divided by its weight. The caller with the lowest counter goes first, so one with
+a hundred requests gets no more than one with a few, and one of twice the weight twice as much. A
+caller that returns is raised to the lowest counter among active
 callers: idling earns no credit. A lead over the others halves every 30 seconds, so that nobody pays
 in the afternoon for the morning; when no caller is active, all counters reset. Based on the virtual
 token counter of Sheng et al., "Fairness in Serving Large Language Models", 2024.
@@ -84,12 +85,13 @@ class Backlog:
 
     def charge(self, request: Request, num_prompt: int = 0, num_output: int = 0) -> None:
         """Charge the caller for this much service, in tokens."""
+        tokens = num_prompt + OUTPUT_PRICE * num_output
         self._service[request.caller] = (
-            self._service.get(request.caller, 0.0) + num_prompt + OUTPUT_PRICE * num_output
+            self._service.get(request.caller, 0.0) + tokens / request.weight
         )
 
     def service(self, caller: str) -> float:
-        """The service a caller got, in prompt tokens; it decays over time."""
+        """The service a caller got for each unit of weight, in prompt tokens; decays over time."""
         return self._service.get(caller, 0.0)
 
     def leave(self, request: Request) -> None:

@@ -40,7 +40,8 @@ class Engine:
     ``is_end`` identifies end-of-generation tokens. ``n_ctx`` (at most the runner's) ends a request
     that reaches it. ``max_waiting`` bounds the queue, which callers share (see `Admission`).
     ``target_itl_s`` is the inter-token latency that others' prompts must not exceed.
-    ``deterministic``: see `Scheduler`. ``turns`` is held while a step computes.
+    ``deterministic`` and ``max_running``: see `Scheduler`. ``turns`` is held while a step computes.
+    When idle, the first request waits ``batch_wait_s`` for others, to be computed with them.
     """
 
     def __init__(
@@ -55,8 +56,11 @@ class Engine:
         turns: AbstractContextManager[None] | None = None,
         drafter: ModelDrafter | None = None,
         context_shift: bool = False,
+        max_running: int | None = None,
+        batch_wait_s: float = 0.0,
     ) -> None:
         self._runner = runner
+        self._batch_wait_s = batch_wait_s
         self._admission = Admission(max_waiting)
         self._turns = turns or contextlib.nullcontext()
         cache = PrefixCache(
@@ -82,8 +86,10 @@ class Engine:
             deterministic=deterministic,
             drafter=drafter,
             context_shift=context_shift,
+            max_running=max_running,
             on_leave=lambda request: self._admission.leave(request.caller),
         )
+        self._most = self._scheduler.max_running
         self._cache, self._journal = cache, Journal()
         self._drafter = drafter
         self._drafted_s = 0.0  # drafter seconds already counted
@@ -192,11 +198,17 @@ class Engine:
             self._runner.clear_interrupt()
         aborted: list[str] = []
         refused: list[Request] = []
+        is_idle = not self._scheduler.has_work
+        begin_at = 0.0  # how long the first request of an idle engine waits for others
         while True:
             try:
-                message = self._inbox.get(
-                    block=not (self._scheduler.has_work or aborted or refused)
-                )
+                if not (self._scheduler.has_work or aborted or refused):
+                    message = self._inbox.get()
+                elif aborted or refused or len(self._scheduler.waiting) >= self._most:
+                    message = self._inbox.get_nowait()
+                else:
+                    left = begin_at - time.monotonic() if begin_at else 0.0
+                    message = self._inbox.get(left > 0, max(left, 0.0))
             except queue.Empty:
                 break
             if message is None:
@@ -212,6 +224,8 @@ class Engine:
             else:
                 self._stats.requests += 1
                 self._scheduler.add(message)
+                if is_idle and self._batch_wait_s and not begin_at:
+                    begin_at = time.monotonic() + self._batch_wait_s
         if refused:
             self._publish(
                 refused,
@@ -251,6 +265,7 @@ class Engine:
         stats = self._stats
         stats.generation_tokens += sum(map(len, output.tokens))
         stats.steps += 1
+        stats.busy_slots += len(batch.chunks)
         stats.backend_s += output.backend_s + drafting
         error = output.error or ("the context has no room left" if output.no_room else None)
         self._publish(

@@ -81,6 +81,7 @@ class Request:
         "unsent",
         "unsent_logprobs",
         "waits_for",
+        "weight",
     )
 
     def __init__(
@@ -93,6 +94,7 @@ class Request:
         *,
         priority: int = 0,
         caller: str = "",
+        weight: float = 1.0,
         cache_salt: str = "",
         keep_on_disk: bool = False,
         constraint: Constraint | None = None,
@@ -120,7 +122,7 @@ class Request:
         self.first_token_at: float | None = None
         self.last_token_at: float | None = None
         self.max_itl_s = 0.0
-        self.priority, self.caller = priority, caller
+        self.priority, self.caller, self.weight = priority, caller, weight
         # What one adapter computed is useless with another.
         self.cache_salt = f"{cache_salt}\0{adapters}" if adapters else cache_salt
         self.adapters = adapters

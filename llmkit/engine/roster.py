@@ -42,6 +42,7 @@ class Roster:
         """Back to waiting. What it computed is parked outside the context if there is room (a copy
         of 35 MB takes 4 ms, its 1,500 tokens some seconds), else it will be recomputed."""
         slot = self.slot(request)
+        self._refund(request)
         if self._deterministic:
             ops = self._cut_inexact(request, slot)
         elif request.is_shifted:
@@ -74,6 +75,7 @@ class Roster:
             self.waiting.remove(request)
         else:
             slot = self.slot(request)
+            self._refund(request)
             if self._deterministic:
                 self.pending += self._cut_inexact(request, slot)
             if request.is_shifted:
@@ -83,6 +85,10 @@ class Roster:
                 self.saving.remove(request)
             self.cache.release(slot)
         self.waiting.leave(request)
+
+    def _refund(self, request: Request) -> None:
+        """Its prompt was charged when it got its slot: take back what was not computed."""
+        self.waiting.charge(request, num_prompt=-max(0, request.num_uncomputed_tokens - 1))
 
     def _cut_inexact(self, request: Request, slot: Slot) -> list[SlotOp]:
         """Others would compute exactly the same only in whole chunks: cut off the rest."""

@@ -35,7 +35,8 @@ class Scheduler:
     """Continuous batching over the slots of one context.
 
     ``capacity``: tokens that all slots together can hold (None: each slot has its own ``n_ctx``).
-    ``deterministic``: every chunk's place and size depend on its request alone.
+    ``deterministic``: every chunk's place and size depend on its request alone. ``max_running``:
+    requests computed at once, where that is less than the slots.
     """
 
     def __init__(
@@ -53,9 +54,11 @@ class Scheduler:
         deterministic: bool = False,
         drafter: ModelDrafter | None = None,
         context_shift: bool = False,
+        max_running: int | None = None,
         on_leave: Callable[[Request], None] = lambda _: None,
     ) -> None:
         self.cache = cache
+        self.max_running = min(max_running or len(cache.slots), len(cache.slots))
         self._max_batch_tokens = max_batch_tokens
         self._clock = clock
         self._capacity = capacity
@@ -85,6 +88,10 @@ class Scheduler:
     @property
     def num_preemptions(self) -> int:
         return self._roster.num_preemptions
+
+    @property
+    def num_drafts(self) -> int:
+        return self._speculation.num_drafts
 
     @property
     def num_drafted(self) -> int:
@@ -150,7 +157,7 @@ class Scheduler:
     def _admit(self) -> list[SlotOp]:
         ops: list[SlotOp] = []
         while len(self.waiting):
-            if self.cache.num_free or self._may_preempt():
+            if self._has_slot or self._may_preempt():
                 request = self.waiting.first(self._ready)
             elif (shares := victims.shares(self.running)) and max(shares.values()) > 1:
                 request = self.waiting.first(partial(self._ready_without, shares))
@@ -159,9 +166,9 @@ class Scheduler:
             if request is None:
                 break
             # Victims give way to this request, not to whichever is first afterwards.
-            while not self.cache.num_free or not self._has_room(request):
+            while not self._has_slot or not self._has_room(request):
                 victim = self._roster.victim(above=request.priority) or victims.of_a_larger_share(
-                    self.running, request, self._saving
+                    self.running, request, self.waiting.service, self._saving
                 )
                 if victim is None:
                     return ops
@@ -194,7 +201,16 @@ class Scheduler:
         return ops
 
     def _ready_without(self, shares: dict[str, int], request: Request) -> bool:
-        return request.caller not in shares and self._ready(request)
+        if request.caller in shares:
+            return False
+        return any(
+            shares[r.caller] > 1 and victims.is_due(request, r, self.waiting.service)
+            for r in self.running
+        ) and self._ready(request)
+
+    @property
+    def _has_slot(self) -> bool:
+        return bool(self.cache.num_free) and len(self.running) < self.max_running
 
     def _ready(self, request: Request) -> bool:
         """False while a running request computes a good part of this one's prompt, which can be

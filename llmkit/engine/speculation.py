@@ -20,7 +20,7 @@ class Speculation:
         self._clock = clock
         self._n_ctx = n_ctx
         self._drafter = drafter
-        self.num_drafted = self.num_accepted = 0
+        self.num_drafts = self.num_drafted = self.num_accepted = 0
 
     def guess(self, decoding: list[Request], most: int) -> dict[int, list[int]]:
         """At most ``most`` tokens that may come next in each stream, by slot."""
@@ -63,6 +63,7 @@ class Speculation:
         """Record how many of a request's drafted tokens were accepted."""
         request.num_drafted += num_drafted
         request.num_accepted += num_accepted
+        self.num_drafts += 1
         self.num_drafted += num_drafted
         self.num_accepted += num_accepted
         if request.guessed_by is not None:

@@ -18,7 +18,7 @@ class StatsCounter:
         self._capacity = capacity
         self.prompt_tokens = self.cached_tokens = self.generation_tokens = self.requests = (
             self.steps
-        ) = 0
+        ) = self.busy_slots = 0
         self.step_s = self.backend_s = 0.0
         self.snapshot = self._take()
 
@@ -35,7 +35,7 @@ class StatsCounter:
             kv_used_tokens=used,
             kv_cached_tokens=sum(len(s.tokens) for s in slots) - used,
             kv_capacity_tokens=self._capacity,
-            num_slots=len(slots),
+            num_slots=self._scheduler.max_running,
             prompt_tokens_total=self.prompt_tokens,
             cached_tokens_total=self.cached_tokens,
             generation_tokens_total=self.generation_tokens,
@@ -47,4 +47,6 @@ class StatsCounter:
             steps_total=self.steps,
             step_seconds_total=self.step_s,
             backend_seconds_total=self.backend_s,
+            busy_slots_total=self.busy_slots,
+            drafts_total=self._scheduler.num_drafts,
         )

@@ -5,8 +5,11 @@ Also composes the server that runs without Jupyter.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
+import re
+import ssl
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from functools import cached_property
@@ -16,15 +19,19 @@ from weakref import WeakKeyDictionary
 from tornado import web
 
 from llmkit.gateway import pipeline
-from llmkit.gateway.access.held import Held
-from llmkit.gateway.access.keys import Keys
+from llmkit.gateway.access.authenticator import Authenticator
+from llmkit.gateway.access.edge import Edge
+from llmkit.gateway.access.held import MAX_HELD_BYTES, Held
+from llmkit.gateway.access.identity import ADMIN
+from llmkit.gateway.access.permission import permitting
 from llmkit.gateway.directory import EngineDirectory
-from llmkit.gateway.exchange import ClientGoneError, Exchange
+from llmkit.gateway.exchange import MAX_BODY_BYTES, ClientGoneError, Exchange, Keeper
 from llmkit.gateway.failures import ApiError, api_error
-from llmkit.gateway.handler import GatewayHandler
+from llmkit.gateway.handler import ElsewhereHandler, GatewayHandler
+from llmkit.gateway.ops.health import HealthRoutes
 from llmkit.gateway.ops.openapi import Route, describe, page
 from llmkit.gateway.ops.status import StatusRoutes
-from llmkit.gateway.pipeline import Stage, accepting, bounded
+from llmkit.gateway.pipeline import Observer, Stage, accepting, bounded
 from llmkit.gateway.reading import Admission, Reading
 from llmkit.gateway.record import recording
 from llmkit.gateway.routes import route_table
@@ -41,6 +48,7 @@ __all__ = ["Gateway", "make_app", "make_server"]
 logger = logging.getLogger("llmkit.gateway")
 
 NOTE_S = 1.0
+HELD_BODIES = 4  # largest bodies that one caller may have pending
 
 
 class Gateway:
@@ -48,9 +56,13 @@ class Gateway:
 
     ``places`` gives notebooks by kernel id, for the page. ``strict`` refuses fields that are
     otherwise accepted and ignored, see `Tolerance`. ``stages`` and ``routes`` are added to its own.
+    ``observers`` are stages round all others, and also see what is refused before it is read.
     ``admissions`` are called when a body names a model, see `Reading`. ``offered`` gives the
-    models of a `ModelManager`, for the page.
-    While ``draining``, running requests finish and new ones are refused.
+    models of a `ModelManager`, for the page. Without ``admin`` the routes that need that scope are
+    not there. ``allowed_models`` gives globs of the models that anyone may use; none means all.
+    ``early`` may refuse a request whose body is large before it is read, see `Overload.early`.
+    ``keeper`` decides how long models stay loaded. While ``draining``, running requests finish and
+    new ones are refused.
     """
 
     def __init__(
@@ -61,39 +73,68 @@ class Gateway:
         *,
         strict: bool = False,
         stages: Sequence[Stage] = (),
+        observers: Sequence[Observer] = (),
         routes: Sequence[Route] = (),
         admissions: Sequence[Admission] = (),
         offered: Callable[[], Sequence[ModelStatus]] = tuple,
+        admin: bool = False,
+        allowed_models: Callable[[], Sequence[str]] = tuple,
+        max_body_bytes: int = MAX_BODY_BYTES,
+        early: Callable[[Exchange], ApiError | None] = lambda _: None,
+        keeper: Keeper | None = None,
     ) -> None:
-        self._directory = directory
-        self.held = Held()
+        self.max_body_bytes = max_body_bytes
+        self.held = Held(max(MAX_HELD_BYTES, HELD_BODIES * max_body_bytes))
         self.draining = False
         self._lanes = Lanes(2, "llmkit-gateway")
         self._tolerance = Tolerance(strict)
-        self._admissions = admissions
+        self._admissions, self._early, self._keeper = admissions, early, keeper
         self._status = status = StatusRoutes(directory, places, offered)
+        self._observers = observers
         self._stages: list[Stage] = [
+            *observers,
             accepting(lambda: self.draining),
+            permitting(allowed_models),
             bounded(self.held),
             *stages,
             status.watching,
         ]
-        self.routes = [*routes, *route_table(directory, _seldom(on_use), status, self)]
+        every = [
+            *routes,
+            *route_table(directory, _seldom(on_use), status, self),
+            *HealthRoutes(directory, lambda: self.draining, offered).routes(),
+        ]
+        self.routes = [route for route in every if admin or route.needs != ADMIN]
 
     async def dispatch(self, exchange: Exchange) -> None:
         """Run the request's route; it is answered whatever happens."""
-        try:
-            exchange.reading = Reading(self._lanes, self._tolerance, self._admissions)
-            with recording(exchange.record):
+        with recording(exchange.record):
+            try:
+                exchange.max_body_bytes = self.max_body_bytes
+                exchange.keeper = self._keeper
+                exchange.reading = Reading(self._lanes, self._tolerance, self._admissions)
                 await pipeline.run(self._stages, self._route(exchange), exchange)
-        except ClientGoneError:
-            logger.info("client disconnected during %s", exchange.path)
-            exchange.drop()
-        except Exception as error:
-            answer = api_error(error)
-            if answer.code == "internal_error":
-                logger.exception("%s %s failed", exchange.method, exchange.path)
-            exchange.send_error(answer)
+            except ClientGoneError:
+                logger.info("client disconnected during %s", exchange.path)
+                exchange.drop()
+            except Exception as error:
+                answer = api_error(error)
+                if answer.code == "internal_error":
+                    logger.exception("%s %s failed", exchange.method, exchange.path)
+                exchange.send_error(answer)
+
+    def refuse(self, exchange: Exchange, error: ApiError) -> None:
+        """Answer a request that is refused before it is read."""
+        self._route(exchange)
+        with recording(exchange.record), contextlib.ExitStack() as entered:
+            for observer in self._observers:
+                entered.enter_context(observer(exchange))
+            exchange.send_error(error)
+
+    def early(self, exchange: Exchange) -> ApiError | None:
+        """Why a request need not be read; None if it is to be read."""
+        self._route(exchange)
+        return self._early(exchange)
 
     @property
     def num_running(self) -> int:
@@ -101,6 +142,7 @@ class Gateway:
         return self._status.num_running
 
     def _route(self, exchange: Exchange) -> Callable[[Exchange], Awaitable[None]]:
+        """What runs for a request; without a route, what raises the reason."""
         allowed = []
         for route in self.routes:
             match = route.pattern.fullmatch(exchange.path)
@@ -111,6 +153,7 @@ class Gateway:
             ):
                 # Tornado has already unquoted the path.
                 exchange.args = tuple(a for a in match.groups() if a is not None)
+                exchange.route, exchange.scope = route.template, route.needs
                 return route.run
             allowed.append(route.method)
         if allowed:
@@ -120,12 +163,13 @@ class Gateway:
                 f"{exchange.method} is not allowed for {exchange.path:.200}; "
                 f"use {' or '.join(allowed)}."
             )
-            raise ApiError(
-                405, message, code="method_not_allowed", headers={"Allow": ", ".join(allowed)}
+            return _raising(
+                ApiError(
+                    405, message, code="method_not_allowed", headers={"Allow": ", ".join(allowed)}
+                )
             )
-        raise ApiError(
-            404, f"There is no route {exchange.method} {exchange.path:.200}.", code="not_found"
-        )
+        message = f"There is no route {exchange.method} {exchange.path:.200}."
+        return _raising(ApiError(404, message, code="not_found"))
 
     @staticmethod
     def _options(methods: str) -> Callable[[Exchange], Awaitable[None]]:
@@ -137,11 +181,6 @@ class Gateway:
     def methods(self, path: str) -> str:
         """The methods allowed for a path, for CORS preflight."""
         return ", ".join([*(r.method for r in self.routes if r.pattern.fullmatch(path)), "OPTIONS"])
-
-    async def health(self, exchange: Exchange) -> None:
-        """200 if a model is loaded, else 503 with the reason."""
-        self._directory.lookup("default")
-        exchange.send_json({"status": "ok"})
 
     async def openapi(self, exchange: Exchange) -> None:
         exchange.send_json(self._description)
@@ -158,6 +197,13 @@ class Gateway:
         return page(self.routes)
 
 
+def _raising(error: ApiError) -> Callable[[Exchange], Awaitable[None]]:
+    async def answer(exchange: Exchange) -> None:
+        raise error
+
+    return answer
+
+
 def _seldom(on_use: Callable[[EngineClient], None]) -> Callable[[EngineClient], None]:
     """Call ``on_use`` at most once a second per engine: streams report each token."""
     said: WeakKeyDictionary[EngineClient, float] = WeakKeyDictionary()
@@ -171,25 +217,30 @@ def _seldom(on_use: Callable[[EngineClient], None]) -> Callable[[EngineClient], 
     return note
 
 
-def make_app(gateway: Gateway, keys: Keys) -> web.Application:
+def make_app(
+    gateway: Gateway,
+    authenticator: Authenticator,
+    edge: Edge | None = None,
+    *,
+    base_path: str = "",
+) -> web.Application:
+    """The gateway's routes under ``base_path``, such as /llm."""
+    parts = {"gateway": gateway, "authenticator": authenticator, "edge": edge or Edge()}
     return web.Application(
-        [(r"/(.*)", GatewayHandler, {"gateway": gateway, "keys": keys})], log_function=_log
+        [(re.escape(base_path) + r"/(.*)", GatewayHandler, parts)],
+        default_handler_class=ElsewhereHandler,
+        default_handler_args={"base_path": base_path},
+        log_function=lambda _: None,  # an observer writes the access log
     )
 
 
-def make_server(app: web.Application, most: int = MAX_CONNECTIONS) -> BoundedServer:
-    """A server of at most ``most`` connections, see `BoundedServer`.
-
-    The handler bounds bodies, since it can answer with an error.
-    """
-    return BoundedServer(app, most=most, max_body_size=1 << 60)
-
-
-def _log(handler: web.RequestHandler) -> None:
-    logger.info(
-        "%d %s %.200s %.1fms",
-        handler.get_status(),
-        handler.request.method,
-        handler.request.path,
-        1000 * handler.request.request_time(),
-    )
+def make_server(
+    app: web.Application,
+    most: int = MAX_CONNECTIONS,
+    *,
+    edge: Edge | None = None,
+    tls: ssl.SSLContext | None = None,
+) -> BoundedServer:
+    """A server of at most ``most`` connections, see `BoundedServer`."""
+    is_shared = (edge or Edge()).proxies.trusts
+    return BoundedServer(app, most=most, ssl_options=tls, is_shared=is_shared)

@@ -11,7 +11,7 @@ import json
 import secrets
 from dataclasses import replace
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from pydantic import BaseModel
 from tornado import gen, iostream, web
@@ -25,13 +25,21 @@ from llmkit.protocol import GenerationRequest
 if TYPE_CHECKING:
     from llmkit.gateway.reading import Reading
 
-__all__ = ["ClientGoneError", "Exchange"]
+__all__ = ["MAX_BODY_BYTES", "ClientGoneError", "Exchange", "body_too_large"]
 
 Schema = TypeVar("Schema", bound=BaseModel)
 
 WRITE_TIMEOUT_S = 60
 _unread: set[asyncio.Task[None]] = set()  # asyncio itself keeps no task alive
 MAX_BODY_BYTES = 16 << 20
+
+
+class Keeper(Protocol):
+    """Decides how long a model stays loaded."""
+
+    def keep(self, exchange: Exchange, model: str, seconds: float | None) -> None:
+        """A caller wants a model unloaded after so many idle seconds; None is never."""
+        ...
 
 
 class ClientGoneError(Exception):
@@ -41,8 +49,8 @@ class ClientGoneError(Exception):
 class Exchange:
     """A request to a route: ``method``, ``path`` (under the mount) and ``body``.
 
-    It is answered once, by ``send_json`` or as events. ``identity`` is the caller's; ``held``
-    counts the bytes of the answer until they are read.
+    It is answered once, by ``send_json`` or as events. ``identity`` is the caller's, ``address``
+    the client's; ``held`` counts the bytes of the answer until they are read.
     """
 
     def __init__(
@@ -51,9 +59,13 @@ class Exchange:
         path: str,
         identity: Identity = LOCAL,
         held: Held | None = None,
+        address: str | None = None,
     ) -> None:
         self._handler = handler
         self.identity = identity
+        self.address = str(handler.request.remote_ip) if address is None else address
+        self.scope = ""  # what its route needs, set by the gateway
+        self.max_body_bytes = MAX_BODY_BYTES
         self._held = held or Held()
         self.method = str(handler.request.method)
         self.path = "/" + path.strip("/")
@@ -66,8 +78,11 @@ class Exchange:
             self.request_id = secrets.token_hex(16)
         self.streaming = False
         self.reading: Reading | None = None  # set by the gateway
-        self.record = Record()
+        self.keeper: Keeper | None = None  # the same
+        self.record = Record(request_id=self.request_id)
+        self.route = ""  # the pattern of its path, set by the gateway
         self.cleanup = contextlib.ExitStack()  # closed once the route has ended
+        self.given: frozenset[str] = frozenset()  # names of the fields that the caller sent
         self.ignored: list[str] = []  # fields that are accepted but have no effect
         self._stream: iostream.IOStream | None = getattr(handler.request.connection, "stream", None)
         handler.set_header("x-request-id", self.request_id)
@@ -80,7 +95,13 @@ class Exchange:
     def owned(self, requests: list[GenerationRequest]) -> list[GenerationRequest]:
         """The requests as this caller's."""
         return [
-            replace(r, caller=self.caller, cache_scope=self.identity.cache_scope) for r in requests
+            replace(
+                r,
+                caller=self.caller,
+                cache_scope=self.identity.cache_scope,
+                weight=self.identity.allowance.weight,
+            )
+            for r in requests
         ]
 
     def ignore(self, name: str) -> None:
@@ -92,12 +113,8 @@ class Exchange:
     @property
     def body(self) -> bytes:
         body = self._handler.request.body
-        if len(body) > MAX_BODY_BYTES:
-            raise ApiError(
-                413,
-                f"The body has {len(body)} bytes; at most {MAX_BODY_BYTES} are accepted.",
-                code="request_too_large",
-            )
+        if len(body) > self.max_body_bytes:
+            raise body_too_large(str(len(body)), self.max_body_bytes)
         return body
 
     async def read(self, schema: type[Schema]) -> Schema:
@@ -111,6 +128,14 @@ class Exchange:
         return self.method == "GET" and "text/html" in self._handler.request.headers.get(
             "Accept", ""
         )
+
+    def header(self, name: str) -> str | None:
+        """A header of the request."""
+        return self._handler.request.headers.get(name)
+
+    def set_header(self, name: str, value: str) -> None:
+        """A header of the answer, before it begins."""
+        self._handler.set_header(name, value)
 
     def query(self, name: str) -> str | None:
         """A query parameter."""
@@ -202,6 +227,8 @@ class Exchange:
 
     async def start_events(self, content_type: str = "text/event-stream") -> None:
         self.streaming = True
+        if self.record.deadline is not None:
+            self.record.deadline.begin_stream()
         self.record.status = 200
         self._say_ignored()
         self._handler.set_header("Content-Type", content_type)
@@ -247,3 +274,11 @@ class Exchange:
         if mark:
             self._handler.write(mark)
         self._handler.finish()
+
+
+def body_too_large(size: str, most: int) -> ApiError:
+    return ApiError(
+        413,
+        f"The body has {size:.20} bytes; at most {most} are accepted.",
+        code="request_too_large",
+    )

@@ -9,7 +9,7 @@ from tornado import web
 
 from llmkit import errors
 
-__all__ = ["NO_RETRY", "ApiError", "Dialect", "api_error", "dialect_of"]
+__all__ = ["NO_RETRY", "ApiError", "DeadlineError", "Dialect", "api_error", "dialect_of"]
 
 Dialect = Literal["openai", "anthropic", "ollama"]
 ANTHROPIC_TYPES = {
@@ -18,9 +18,11 @@ ANTHROPIC_TYPES = {
     403: "permission_error",
     404: "not_found_error",
     405: "invalid_request_error",
+    408: "timeout_error",
     413: "request_too_large",
     429: "rate_limit_error",
     503: "overloaded_error",
+    504: "timeout_error",
 }
 NO_RETRY = {"x-should-retry": "false"}
 
@@ -70,6 +72,19 @@ class ApiError(Exception):
         }
 
 
+class DeadlineError(errors.LLMKitError):
+    """The request did not end in the time that its caller, or the server, gives it.
+
+    ``retry_after``: seconds after which one that never began may be sent again.
+    """
+
+    def __init__(
+        self, message: str, *, is_callers: bool = False, retry_after: int | None = None
+    ) -> None:
+        super().__init__(message)
+        self.is_callers, self.retry_after = is_callers, retry_after
+
+
 def api_error(error: BaseException) -> ApiError:
     """The response for an exception; an unexpected one is a 500 that reveals no internals."""
     if isinstance(error, ApiError):
@@ -89,10 +104,21 @@ def api_error(error: BaseException) -> ApiError:
         return ApiError(
             429, message, "rate_limit_error", code="queue_full", headers={"Retry-After": "2"}
         )
+    if isinstance(error, DeadlineError):
+        retry = error.retry_after
+        return ApiError(
+            408 if error.is_callers else 504,
+            message,
+            "timeout_error",
+            code="timeout",
+            headers=NO_RETRY if retry is None else {"Retry-After": str(retry)},
+        )
     if isinstance(error, errors.ModelBusyError):
         return ApiError(
             503, message, "server_error", code="model_busy", headers={"Retry-After": "5"}
         )
+    if isinstance(error, errors.DownloadError):
+        return ApiError(502, message, "server_error", code="download_failed")
     if isinstance(error, errors.ModelLoadError):
         return ApiError(503, message, "server_error", code="model_load_failed", headers=NO_RETRY)
     if isinstance(error, errors.EngineGoneError | errors.ModelUnloadedError):

@@ -17,9 +17,10 @@ from llmkit.gateway.access.held import Held
 from llmkit.gateway.exchange import ClientGoneError, Exchange
 from llmkit.gateway.failures import ApiError, api_error
 
-__all__ = ["Stage", "accepting", "bounded", "run"]
+__all__ = ["Observer", "Stage", "accepting", "bounded", "run"]
 
 Stage = Callable[[Exchange], AbstractContextManager[None] | AbstractAsyncContextManager[None]]
+Observer = Callable[[Exchange], AbstractContextManager[None]]  # a stage that refuses nothing
 
 
 async def run(

@@ -7,26 +7,39 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
-from typing import TYPE_CHECKING, TypeVar
+from contextvars import copy_context
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from pydantic import BaseModel
 
+from llmkit.gateway.access.deadlines import seconds_of
 from llmkit.gateway.bodies import check_counts, parse_json, validated
 from llmkit.gateway.tolerance import Tolerance
 from llmkit.system.lanes import Lanes
 
 if TYPE_CHECKING:
+    from llmkit.gateway.access.deadlines import Deadline
     from llmkit.gateway.exchange import Exchange
 
 __all__ = ["Admission", "Reading"]
 
 LARGE_BYTES = 128 << 10
+TIMEOUT = "timeout"  # a field that every body may have
 Schema = TypeVar("Schema", bound=BaseModel)
 
 
 # Called when a body names a model, before the route looks for it: to refuse the model to this
 # caller, or to load it.
 Admission = Callable[["Exchange", str], Awaitable[None]]
+
+
+class Found(NamedTuple):
+    """What else a body says: the fields it has, those without effect, and its time in seconds."""
+
+    given: frozenset[str]
+    ignored: list[str]
+    timeout: float | None
 
 
 class Reading:
@@ -43,22 +56,40 @@ class Reading:
         Raises `InvalidRequestError`, which names the first invalid field, and what the admissions
         raise.
         """
-        body = exchange.body
+        body, deadline = exchange.body, exchange.record.deadline
         if len(body) <= LARGE_BYTES:
-            value, ignored = self._read(schema, body)
+            value, found = self._read(schema, body, deadline)
         else:
-            value, ignored = await asyncio.wrap_future(
-                self._lanes.submit(exchange.caller, lambda: self._read(schema, body))
-            )
-        exchange.ignored += ignored
+            read = partial(copy_context().run, self._read, schema, body, deadline)
+            value, found = await asyncio.wrap_future(self._lanes.submit(exchange.caller, read))
+        exchange.ignored += found.ignored
+        exchange.given = found.given
+        if deadline is not None and found.timeout is not None:
+            deadline.shorten(found.timeout)
         model = getattr(value, "model", None)
-        if isinstance(model, str) and getattr(schema, "uses_model", True):
+        if isinstance(model, str) and getattr(value, "uses_model", True):
             for admit in self._admissions:
                 await admit(exchange, model)
         return value
 
-    def _read(self, schema: type[Schema], body: bytes) -> tuple[Schema, list[str]]:
+    def _read(
+        self, schema: type[Schema], body: bytes, deadline: Deadline | None
+    ) -> tuple[Schema, Found]:
         check_counts(body)
         data = parse_json(body)
+        timeout = None
+        if deadline is not None and TIMEOUT in data and TIMEOUT not in schema.model_fields:
+            value = data.pop(TIMEOUT)
+            timeout = None if value is None else seconds_of(value, TIMEOUT)
+        given = _given(data)
         ignored = self.tolerance.strip(schema, data)
-        return validated(schema, data), ignored
+        return validated(schema, data), Found(given, ignored, timeout)
+
+
+def _given(data: dict[str, Any]) -> frozenset[str]:
+    """The fields that have a value, those of Ollama's options included."""
+    options = data.get("options")
+    names = {name for name, value in data.items() if value is not None}
+    if isinstance(options, dict):
+        names |= {name for name, value in options.items() if value is not None}
+    return frozenset(names)

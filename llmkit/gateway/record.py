@@ -12,10 +12,13 @@ import time
 from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from llmkit.protocol import Completion, GenerationRequest, RequestMetrics, Usage
 from llmkit.protocol.client import EngineClient
+
+if TYPE_CHECKING:
+    from llmkit.gateway.access.deadlines import Deadline
 
 __all__ = ["Operation", "Record", "recording"]
 
@@ -29,6 +32,8 @@ class Record:
     ``operation`` and ``model`` are empty until an engine is used. ``requests`` were submitted;
     ``completions`` are the answers that have ended, with their `RequestMetrics`. ``status`` is the
     HTTP status of the answer, ``error`` its code; 499 means that the client went away first.
+    ``num_unfinished_tokens`` have arrived of answers that have not ended. ``cache`` says whether
+    the answer was a stored one ("hit"), where one could be. ``deadline`` is when it must be over.
     """
 
     operation: Operation = ""
@@ -37,10 +42,15 @@ class Record:
     requests: list[GenerationRequest] = field(default_factory=list)
     completions: list[Completion] = field(default_factory=list)
     num_embedded_tokens: int = 0
+    num_unfinished_tokens: int = 0
     started_at: float = field(default_factory=time.monotonic)
+    submitted_at: float | None = None
     first_token_at: float | None = None
     status: int = 0
     error: str = ""
+    request_id: str = ""
+    cache: Literal["", "hit", "miss"] = ""
+    deadline: Deadline | None = None
 
     @property
     def usage(self) -> Usage:
@@ -60,18 +70,24 @@ class Record:
 
     def begin(self, engine: EngineClient, requests: list[GenerationRequest]) -> None:
         """Requests were submitted to an engine."""
-        self.engine, self.model = engine, engine.description.name
+        self._use(engine)
         is_chat = any(r.messages is not None for r in requests)
         self.operation = "chat" if is_chat else "text_completion"
         self.requests += requests
 
     def begin_embedding(self, engine: EngineClient) -> None:
         """Texts were submitted to an engine."""
-        self.engine, self.model = engine, engine.description.name
+        self._use(engine)
         self.operation = "embeddings"
 
-    def progress(self, completion: Completion | None) -> None:
-        """New text arrived, or the end of an answer."""
+    def _use(self, engine: EngineClient) -> None:
+        self.engine, self.model = engine, engine.description.name
+        if self.submitted_at is None:
+            self.submitted_at = time.monotonic()
+
+    def progress(self, completion: Completion | None, num_tokens: int) -> None:
+        """New text arrived, or the end of an answer, whose tokens are then taken back."""
+        self.num_unfinished_tokens += num_tokens
         if self.first_token_at is None:
             self.first_token_at = time.monotonic()
         if completion is not None:

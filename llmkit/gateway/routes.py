@@ -45,9 +45,6 @@ class OwnRoutes(Protocol):
     """The routes that describe the gateway itself."""
 
     @property
-    def health(self) -> Callable[[Exchange], Awaitable[None]]: ...
-
-    @property
     def openapi(self) -> Callable[[Exchange], Awaitable[None]]: ...
 
     @property
@@ -184,7 +181,6 @@ def route_table(
         ),
         Route("GET", "/", status.page, "Models and requests, as a page"),
         Route("GET", "/status", status.status, "Models and requests"),
-        Route("GET", "/health", own.health, "Whether a model is loaded"),
         Route("GET", "/openapi.json", own.openapi, "This description"),
         Route("GET", "/docs", own.docs, "This description as a page", also=("/swagger-ui",)),
     ]

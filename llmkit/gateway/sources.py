@@ -34,4 +34,4 @@ class ConnectionFiles:
 
 
 def _reach(connection: Connection) -> Callable[[], EngineClient]:
-    return lambda: BridgeClient(connection)
+    return lambda: BridgeClient(connection, weighs=True)

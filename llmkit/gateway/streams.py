@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from typing import ClassVar
 
 from llmkit.errors import EngineGoneError
-from llmkit.gateway import record
+from llmkit.gateway import record, rules
 from llmkit.protocol import Completion, Delta, FinishReason, GenerationRequest
 from llmkit.protocol.client import EngineClient
 from llmkit.protocol.stream import Stream
@@ -55,13 +55,16 @@ class Bell:
 
 
 def submit_all(engine: EngineClient, requests: list[GenerationRequest]) -> list[Stream]:
-    """Submit all requests, or none if one is refused."""
+    """Submit all requests within the gateway's rules, or none if one is refused."""
     streams: list[Stream] = []
+    visit = rules.current()
     try:
-        for request in requests:
-            streams += (
-                [engine.submit(request)] if request.n == 1 else engine.submit_choices(request)
-            )
+        if visit is not None:
+            requests = visit.checked(engine, requests)
+            streams = visit.submit(engine, requests)
+        else:
+            for request in requests:
+                streams += rules.submitted(engine, request)
     except BaseException:
         close_all(streams)
         raise
@@ -91,7 +94,7 @@ async def gather(streams: list[Stream], on_wait: Callable[[], None]) -> list[Com
 async def merge(streams: list[Stream]) -> AsyncIterator[StreamUpdate | None]:
     """The updates of all streams as they come; None after 15 s of silence.
 
-    Raises the error of a failed stream.
+    Raises the error of a failed stream, and `DeadlineError` when the request's time is over.
     """
     loop, arrived = asyncio.get_running_loop(), asyncio.Event()
     bell = Bell.of(loop)
@@ -112,7 +115,10 @@ async def merge(streams: list[Stream]) -> AsyncIterator[StreamUpdate | None]:
     for stream in streams:
         stream.listen(lambda: bell.ring(arrived))
     waiting = dict(enumerate(streams))
-    kept = record.current()
+    kept, counts = record.current(), [0] * len(streams)
+    deadline = None if kept is None else kept.deadline
+    at = None if deadline is None else deadline.at
+    end = None if at is None else loop.call_at(at, arrived.set)
     try:
         while waiting:
             await arrived.wait()
@@ -122,11 +128,18 @@ async def merge(streams: list[Stream]) -> AsyncIterator[StreamUpdate | None]:
                 yield None
             for update in _take(waiting):
                 last_update = loop.time()
-                if kept is not None and (update[2] is not None or kept.first_token_at is None):
-                    kept.progress(update[2])
+                if kept is not None:
+                    index, deltas, completion = update
+                    new = sum([delta.num_tokens for delta in deltas])
+                    counts[index] += new
+                    kept.progress(completion, new if completion is None else new - counts[index])
                 yield update
+            if waiting and kept is not None and deadline is not None and deadline.is_over:
+                raise deadline.error(kept)
     finally:
         timer.cancel()
+        if end is not None:
+            end.cancel()
 
 
 def _take(waiting: dict[int, Stream]) -> Iterator[StreamUpdate]:

@@ -9,7 +9,7 @@ import asyncio
 import json
 from typing import TYPE_CHECKING, Any
 
-from llmkit.gateway import record
+from llmkit.gateway import record, rules
 from llmkit.protocol import EmbeddingRequest, Embeddings
 from llmkit.protocol.client import EngineClient
 
@@ -22,17 +22,19 @@ MAX_INPUTS = 2048  # texts in one request
 
 
 async def embed(engine: EngineClient, request: EmbeddingRequest) -> Embeddings:
-    """The vectors; when the client goes away, the request is aborted."""
-    kept = record.current()
+    """The vectors, within the gateway's rules; if the client goes away, the request is aborted."""
+    kept, visit = record.current(), rules.current()
+    future = engine.embed(request) if visit is None else visit.embed(engine, request)
     if kept is not None:
         kept.begin_embedding(engine)
     try:
-        embeddings = await asyncio.wrap_future(engine.embed(request))
+        embeddings = await asyncio.wrap_future(future)
         if kept is not None:
             kept.num_embedded_tokens += sum(embeddings.num_tokens)
         return embeddings
     except asyncio.CancelledError:
-        engine.abort(request.request_id)
+        if not future.cancelled():  # it runs in this process
+            engine.abort(request.request_id)
         raise
 
 

@@ -12,6 +12,8 @@ from llmkit.protocol.sampling import SamplingParams, check, check_integer, check
 __all__ = [
     "MAX_CHARS_PER_TOKEN",
     "MAX_CHOICES",
+    "MAX_WEIGHT",
+    "MIN_WEIGHT",
     "EmbeddingRequest",
     "GenerationRequest",
     "check_size",
@@ -19,6 +21,7 @@ __all__ = [
 
 MAX_INPUTS = 100_000
 MAX_CHOICES = 1024
+MIN_WEIGHT, MAX_WEIGHT = 0.01, 100.0
 # At most so many characters per token on average: longer text cannot fit, and is refused before
 # it is tokenized.
 MAX_CHARS_PER_TOKEN = 64
@@ -31,14 +34,15 @@ class GenerationRequest:
     Lower ``priority`` goes first (0 is the default). ``caller`` identifies the requester: callers
     share the engine fairly, however many requests each has. Cached prefixes are shared only among
     requests of one caller and one ``cache_salt``, so that nobody learns of others' prompts from
-    timing or counts; callers of one ``cache_scope`` share theirs. ``n`` answers come from one
-    prompt, rendered and tokenized once. ``lora`` names adapters loaded with the model, and their
-    scales (None: as loaded, (): none). ``keep_on_disk`` (with ``max_tokens=0``) saves the computed
-    prompt for later processes. ``tools`` and ``template_options`` go to the chat template.
-    ``suffix``: the answer fills in the text between ``prompt`` and it, on models trained for that.
-    ``show_marks`` keeps the model's markers of tool calls and reasoning in the text, for
-    `llmkit.chat.reading`. ``continue_final``: the last message, an assistant's, is the beginning
-    of the answer.
+    timing or counts; callers of one ``cache_scope`` share theirs. A caller of twice the ``weight``
+    gets twice the service; only a gateway may give more than 1, since it knows its callers. ``n``
+    answers come from one prompt, rendered and tokenized once. ``lora`` names adapters loaded with
+    the model, and their scales (None: as loaded, (): none). ``keep_on_disk`` (with
+    ``max_tokens=0``) saves the computed prompt for later processes. ``tools`` and
+    ``template_options`` go to the chat template. ``suffix``: the answer fills in the text between
+    ``prompt`` and it, on models trained for that. ``show_marks`` keeps the model's markers of tool
+    calls and reasoning in the text, for `llmkit.chat.reading`. ``continue_final``: the last
+    message, an assistant's, is the beginning of the answer.
     """
 
     request_id: str
@@ -58,6 +62,7 @@ class GenerationRequest:
     continue_final: bool = False
     n: int = 1
     cache_scope: str | None = None
+    weight: float = 1.0
 
     @property
     def salt(self) -> str:
@@ -84,6 +89,7 @@ class GenerationRequest:
 
     def __post_init__(self) -> None:
         check_integer(self.n, "n", 1, MAX_CHOICES)
+        check_number(self.weight, "weight", MIN_WEIGHT, MAX_WEIGHT)
         check(
             self.cache_scope is None
             or (isinstance(self.cache_scope, str) and len(self.cache_scope) <= 1000),
@@ -117,7 +123,8 @@ class GenerationRequest:
 class EmbeddingRequest:
     """Texts (or their token ids) to embed, as unit vectors unless ``normalize`` is False.
 
-    With a ``query`` they are documents to score. ``caller`` identifies the requester.
+    With a ``query`` they are documents to score. ``caller`` identifies the requester, ``weight`` is
+    its share, as in `GenerationRequest`.
     """
 
     request_id: str
@@ -125,8 +132,10 @@ class EmbeddingRequest:
     normalize: bool = True
     query: str | None = None
     caller: str = ""
+    weight: float = 1.0
 
     def __post_init__(self) -> None:
+        check_number(self.weight, "weight", MIN_WEIGHT, MAX_WEIGHT)
         check(0 < len(self.inputs) <= MAX_INPUTS, "input", f"must hold 1 to {MAX_INPUTS} texts.")
         check(
             all(isinstance(i, str | tuple) for i in self.inputs),
