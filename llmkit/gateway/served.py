@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 
+from llmkit.gateway.access.identity import ADMIN
 from llmkit.gateway.exchange import Exchange
 from llmkit.workers.models import ModelManager
 
@@ -34,12 +35,22 @@ class Served:
             return
         self.manager.enter(name)
         exchange.cleanup.callback(self.manager.leave, name)
-        if self.manager.status(name).phase in AWAITED:
+        if self.manager.phase(name) in AWAITED:
             await asyncio.wrap_future(self.manager.load(name))
+
+    def keep(self, exchange: Exchange, model: str, seconds: float | None) -> None:
+        """A `Keeper`: others use the model too, so only an administrator decides, or whoever is
+        on this machine where there are no keys."""
+        name = self.manager.known(model)
+        identity = exchange.identity
+        if identity.kind != "local" and ADMIN not in identity.scopes:
+            exchange.ignored.append("keep_alive")
+        elif name is not None:
+            self.manager.keep(name, seconds)
 
     async def name_of(self, model: str) -> str | None:
         """The name of a model, or None; one that was never asked for may be looked for on disk."""
-        name = self.manager.known(model)
+        name = self.manager.known(model) or self.manager.known(model.removesuffix(":latest"))
         return name or await asyncio.to_thread(self.manager.name_of, model)
 
     def names(self, model: str) -> str | None:

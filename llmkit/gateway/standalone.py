@@ -1,202 +1,196 @@
-"""`llmkit serve`: the gateway without Jupyter, and the supervised workers behind it."""
+"""`llmkit serve`: the gateway without Jupyter, from start to end."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import signal
-import sys
 import time
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from socket import socket
 
 from llmkit.errors import InvalidRequestError
-from llmkit.gateway.access.keys import Keys
-from llmkit.gateway.app import Gateway, make_app, make_server
+from llmkit.gateway.app import Gateway, make_server
+from llmkit.gateway.composition import Composition
 from llmkit.gateway.directory import EngineDirectory
-from llmkit.gateway.ops.models import ModelRoutes
-from llmkit.gateway.served import Served
+from llmkit.gateway.ops.logs import log_to
 from llmkit.gateway.server import MAX_CONNECTIONS, SPARE_DESCRIPTORS, raise_descriptors
 from llmkit.gateway.sources import ConnectionFiles
+from llmkit.gateway.workers import Finder, Workers, say
 from llmkit.protocol import Origin
-from llmkit.settings.gateway import GatewayOptions
+from llmkit.settings.reload import reload
+from llmkit.settings.serving import ServeSettings
+from llmkit.system.notify import Notifier
 from llmkit.system.process import process_start_time
-from llmkit.workers.models import ModelManager
-from llmkit.workers.place import ModelStatus, ServedModel
+from llmkit.workers.budget import Budget
+from llmkit.workers.place import ServedModel
 
-__all__ = ["Workers", "serve"]
+__all__ = ["serve"]
 
 POLL_S = 0.5
 
-Offer = Callable[[str], ServedModel | None]
-
 
 def serve(
-    options: GatewayOptions,
+    settings: ServeSettings,
     models: Sequence[ServedModel] = (),
     *,
-    find: Offer | None = None,
+    find: Finder | None = None,
+    budget: Budget | None = None,
+    read: Callable[[], ServeSettings] | None = None,
     attach_pid: int | None = None,
 ) -> int:
-    """Serve until a signal: these ``models`` and those that ``find`` names, or, without any, all
-    engines found.
+    """Serve until a signal: these ``models`` and those that ``find`` names, within a ``budget``,
+    or, without any, all engines found.
 
-    With ``attach_pid`` only that process's engines, until it ends. Raises `InvalidRequestError`
-    (address, key) before anything is loaded, and `ModelLoadError` if no model can be loaded.
+    ``read`` reads the settings again, at SIGHUP. With ``attach_pid`` only that process's engines,
+    until it ends. Raises `InvalidRequestError` (address, key, certificate) before anything is
+    loaded, and `ModelLoadError` if no model can be loaded.
     """
-    logging.basicConfig(
-        level=options.log_level.upper(),
-        format="%(asctime)s %(levelname)s %(message)s",
-        stream=sys.stderr,
-    )
+    options = settings.gateway
+    log_to(options.log_format, options.log_level)
     if attach_pid is not None and models:
         raise InvalidRequestError("name a model or --attach a process, not both.", "attach")
-    raise_descriptors()
-    keys = Keys(options.api_key, options.host)
-    return asyncio.run(_serve(options, keys, models, find, attach_pid))
-
-
-async def _drain(gateway: Gateway, at_once: asyncio.Event, most_s: float) -> None:
-    """Let running requests finish, for ``most_s`` or until a second signal."""
-    gateway.draining = True
-    if gateway.num_running:
-        _say(
-            f"llmkit: finishing {gateway.num_running} requests, {most_s:.0f} s at most "
-            "(a second signal ends at once)"
-        )
-    end = time.monotonic() + most_s
-    while gateway.num_running and time.monotonic() < end and not at_once.is_set():
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(0.05):
-                await at_once.wait()
-
-
-async def _end(workers: Workers, at_once: asyncio.Event) -> None:
-    """Unload all models; a second signal kills their processes."""
-    closing = asyncio.ensure_future(asyncio.to_thread(workers.close))
-    hurry = asyncio.ensure_future(at_once.wait())
-    await asyncio.wait({closing, hurry}, return_when=asyncio.FIRST_COMPLETED)
-    hurry.cancel()
-    if not closing.done():
-        workers.manager.kill()
-    await closing
-
-
-def _say(text: str, to: Any = None) -> None:
-    """On standard error, which may be gone."""
-    with contextlib.suppress(OSError, ValueError):
-        print(text, file=to or sys.stderr, flush=True)
-
-
-class Workers:
-    """The models of this server, and the directory that finds their engines."""
-
-    def __init__(
-        self, options: GatewayOptions, models: Sequence[ServedModel], find: Offer | None
-    ) -> None:
-        self.manager = ModelManager(
-            models,
-            drain_s=options.drain_s,
-            find=find or (lambda _: None),
-            is_busy=self._is_busy,
-            on_change=self._changed,
-        )
-        self.served = served = Served(self.manager)
-        self.directory = EngineDirectory(
-            [ConnectionFiles(lambda origin: origin.pid in self.manager.pids())],
-            default=lambda: self.manager.default,
-            names=served.names,
-            absent=served.absent,
-            offered=served.offered,
-        )
-
-    def gateway_options(self) -> dict[str, Any]:
-        """What the `Gateway` needs to know of them."""
-        return {
-            "routes": ModelRoutes(self.served).routes(),
-            "admissions": [self.served.admit],
-            "offered": self.manager.statuses,
-        }
-
-    def close(self) -> None:
-        """Unload all models."""
-        self.manager.close()
-
-    def _is_busy(self, name: str) -> bool:
-        engine = self.directory.engine_of(name)
-        if engine is None:
-            return False
-        stats = engine.stats()
-        return stats.num_running + stats.num_waiting > 0
-
-    @staticmethod
-    def _changed(status: ModelStatus) -> None:
-        if status.phase == "ready":
-            _say(f"llmkit: the model {status.name!r} is ready", sys.stdout)
-        elif status.phase == "failed":
-            _say(f"llmkit: the model {status.name!r} cannot be served: {status.reason}")
-        elif status.phase == "unloaded" and status.loads:
-            _say(f"llmkit: the model {status.name!r} is unloaded")
-
-
-async def _serve(
-    options: GatewayOptions,
-    keys: Keys,
-    models: Sequence[ServedModel],
-    find: Offer | None,
-    attach_pid: int | None,
-) -> int:
     started = process_start_time(attach_pid) if attach_pid is not None else None
     if attach_pid is not None and started is None:
         raise InvalidRequestError(f"there is no process {attach_pid} to attach to.", "attach")
-    stop, at_once = asyncio.Event(), asyncio.Event()
-    loop = asyncio.get_running_loop()
+    raise_descriptors()
 
-    def asked_to_end() -> None:
-        (at_once if stop.is_set() else stop).set()
+    def is_attached() -> bool:
+        return attach_pid is None or process_start_time(attach_pid) == started
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        with contextlib.suppress(NotImplementedError):
-            loop.add_signal_handler(number, asked_to_end)
+    def accepts(origin: Origin) -> bool:
+        return attach_pid is None or origin.pid == attach_pid
+
     # Bind first: do not load a model only to find the port taken.
     from tornado.netutil import bind_sockets
 
     sockets = bind_sockets(options.port, options.host)
-    workers = Workers(options, models, find) if models or find else None
-    if workers is not None:
-        directory = workers.directory
-        gateway = Gateway(directory, strict=options.strict, **workers.gateway_options())
-    else:
-
-        def is_ours(origin: Origin) -> bool:
-            return attach_pid is None or origin.pid == attach_pid
-
-        directory = EngineDirectory([ConnectionFiles(is_ours)])
-        gateway = Gateway(directory, strict=options.strict)
-    server = make_server(
-        make_app(gateway, keys),
-        min(MAX_CONNECTIONS, max(16, raise_descriptors() - SPARE_DESCRIPTORS)),
-    )
+    workers = Workers(options, models, find, budget, start=False) if models or find else None
     try:
-        server.add_sockets(sockets)
-        host = f"[{options.host}]" if ":" in options.host else options.host
-        print(f"llmkit gateway at http://{host}:{sockets[0].getsockname()[1]}/v1", flush=True)
-        while not stop.is_set():
-            if workers is not None:
-                workers.manager.check()
-            if attach_pid is not None and process_start_time(attach_pid) != started:
-                break
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(POLL_S):
-                    await stop.wait()
-        if stop.is_set():
-            server.stop()
-            await _drain(gateway, at_once, options.drain_s)
+        directory = EngineDirectory([ConnectionFiles(accepts)]) if workers is None else None
+        server = _Server(settings, read, sockets, workers, directory, shared=attach_pid is None)
+        return asyncio.run(server.run(is_attached))
     finally:
-        server.stop()
-        directory.close()
         if workers is not None:
-            await _end(workers, at_once)
-        await server.close_all_connections()
-    return 0
+            workers.close()
+
+
+class _Server:
+    """One run of the gateway, on its loop."""
+
+    def __init__(
+        self,
+        settings: ServeSettings,
+        read: Callable[[], ServeSettings] | None,
+        sockets: list[socket],
+        workers: Workers | None,
+        directory: EngineDirectory | None,
+        *,
+        shared: bool,
+    ) -> None:
+        self._settings, self._read, self._sockets = settings, read, sockets
+        self._shared = shared
+        self._workers = workers
+        self._directory = directory or (workers.directory if workers is not None else None)
+        self._notifier = Notifier()
+
+    async def run(self, is_attached: Callable[[], bool]) -> int:
+        assert self._directory is not None
+        self._stop, self._at_once = asyncio.Event(), asyncio.Event()
+        parts = Composition(self._settings, self._directory, self._workers, shared=self._shared)
+        if self._workers is not None:
+            self._workers.on_change = parts.changed
+            self._workers.manager.start()
+        most = min(MAX_CONNECTIONS, max(16, raise_descriptors() - SPARE_DESCRIPTORS))
+        server = make_server(parts.app(), most, edge=parts.access.edge, tls=parts.tls)
+        beside = [
+            asyncio.ensure_future(parts.keep(server)),
+            asyncio.ensure_future(self._notifier.watch()),
+        ]
+        try:
+            with self._signals(parts):
+                server.add_sockets(self._sockets)
+                self._announce()
+                while not self._stop.is_set() and is_attached():
+                    if self._workers is not None:
+                        self._workers.manager.check()
+                    with contextlib.suppress(TimeoutError):
+                        async with asyncio.timeout(POLL_S):
+                            await self._stop.wait()
+                self._notifier.stopping()
+                server.stop()
+                if self._stop.is_set():
+                    await self._drain(parts.gateway)
+                await self._end()
+        finally:
+            server.stop()
+            for task in beside:
+                task.cancel()
+            self._directory.close()
+            await parts.close()
+            await server.close_all_connections()
+            self._notifier.close()
+        return 0
+
+    @contextlib.contextmanager
+    def _signals(self, parts: Composition) -> Iterator[None]:
+        """SIGTERM and SIGINT end the server, a second one at once; SIGHUP reads the settings."""
+        loop = asyncio.get_running_loop()
+
+        def ends() -> None:
+            (self._at_once if self._stop.is_set() else self._stop).set()
+
+        def reads() -> None:
+            if self._read is not None:
+                self._notifier.reloading()
+                self._settings = reload(self._settings, self._read, parts.apply)
+                self._notifier.ready()
+
+        numbers = {signal.SIGINT: ends, signal.SIGTERM: ends}
+        if hasattr(signal, "SIGHUP"):
+            numbers[signal.SIGHUP] = reads
+        for number, action in numbers.items():
+            with contextlib.suppress(NotImplementedError):
+                loop.add_signal_handler(number, action)
+        try:
+            yield
+        finally:
+            for number in numbers:
+                with contextlib.suppress(NotImplementedError):
+                    loop.remove_signal_handler(number)
+
+    def _announce(self) -> None:
+        options = self._settings.gateway
+        host = f"[{options.host}]" if ":" in options.host else options.host
+        scheme = "http" if options.tls_cert is None else "https"
+        port = self._sockets[0].getsockname()[1]
+        address = f"{scheme}://{host}:{port}{options.base_path}/v1"
+        print(f"llmkit gateway at {address}", flush=True)
+        self._notifier.ready(address)
+
+    async def _drain(self, gateway: Gateway) -> None:
+        """Let running requests finish, until ``drain_s`` are over or a second signal."""
+        gateway.draining = True
+        most_s = self._settings.gateway.drain_s
+        if gateway.num_running:
+            say(
+                f"llmkit: finishing {gateway.num_running} requests, {most_s:.0f} s at most "
+                "(a second signal ends at once)"
+            )
+        end = time.monotonic() + most_s
+        while gateway.num_running and time.monotonic() < end and not self._at_once.is_set():
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(0.05):
+                    await self._at_once.wait()
+
+    async def _end(self) -> None:
+        """Unload all models; a second signal kills their processes."""
+        if self._workers is None:
+            return
+        closing = asyncio.ensure_future(asyncio.to_thread(self._workers.close))
+        hurry = asyncio.ensure_future(self._at_once.wait())
+        await asyncio.wait({closing, hurry}, return_when=asyncio.FIRST_COMPLETED)
+        hurry.cancel()
+        if not closing.done():
+            self._workers.manager.kill()
+        await closing

@@ -15,8 +15,6 @@ from llmkit.models.removal import Removed, remove
 
 __all__ = ["Storage"]
 
-HUB_PREFIXES = ("hf.co/", "huggingface.co/", "https://huggingface.co/", "https://hf.co/")
-
 
 @dataclass(frozen=True, slots=True)
 class _End:
@@ -41,8 +39,6 @@ class Storage:
 
         Raises what `llmkit.models.download.download` raises.
         """
-        for prefix in HUB_PREFIXES:
-            name = name.removeprefix(prefix)
         loop = asyncio.get_running_loop()
         events: asyncio.Queue[DownloadEvent | _End] = asyncio.Queue()
         cancelled = threading.Event()

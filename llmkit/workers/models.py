@@ -21,7 +21,7 @@ from llmkit.errors import (
     ModelNotFoundError,
 )
 from llmkit.workers.budget import Budget
-from llmkit.workers.place import ModelStatus, Place, ServedModel
+from llmkit.workers.place import ModelStatus, Phase, Place, ServedModel
 
 __all__ = ["ModelManager"]
 
@@ -35,7 +35,8 @@ class ModelManager:
 
     ``find`` names a model that is not in ``models``, one on disk say; None if there is none.
     ``is_busy`` says whether an engine has requests that did not come through ``enter``.
-    ``on_change`` is called after each change, on the manager's thread.
+    ``on_change`` is called after each change, on the manager's thread. With ``start`` False nothing
+    is loaded before `start`.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class ModelManager:
         find: Callable[[str], ServedModel | None] = lambda _: None,
         is_busy: Callable[[str], bool] = lambda _: False,
         on_change: Callable[[ModelStatus], None] = lambda _: None,
+        start: bool = True,
     ) -> None:
         self._lock = threading.RLock()
         self._places: dict[str, Place] = {}
@@ -65,9 +67,14 @@ class ModelManager:
             if not model.lazy:
                 self._places[model.name].want(Future())
         self._thread = threading.Thread(target=self._run, name="llmkit-models", daemon=True)
-        self._thread.start()
+        if start:
+            self.start()
 
     # What there is
+
+    def start(self) -> None:
+        """Begin to load what is to be loaded at the start."""
+        self._thread.start()
 
     @property
     def default(self) -> str | None:
@@ -94,6 +101,11 @@ class ModelManager:
         with self._lock:
             name = self._default if model == "default" else self._aliases.get(model, model)
             return name if name in self._places else None
+
+    def phase(self, model: str) -> Phase:
+        """Where a model is in its life. Raises `ModelNotFoundError`."""
+        with self._lock:
+            return self._place(model).phase
 
     def name_of(self, model: str) -> str | None:
         """As ``known``, and looks for other models with ``find``, which may take a while."""
@@ -241,7 +253,8 @@ class ModelManager:
         """Unload all models."""
         self._closing = True
         self._wake.set()
-        self._thread.join()
+        if self._thread.ident is not None:
+            self._thread.join()
 
     def kill(self) -> None:
         """End all workers at once, also while ``close`` waits for them."""
@@ -350,12 +363,11 @@ class ModelManager:
         return self._places[name]
 
     def _tell(self, place: Place) -> None:
-        status = place.status(self._is_default(place))
-        seen = status.phase, status.restarts
-        if self._seen.get(status.name) != seen:
-            self._seen[status.name] = seen
+        name, seen = place.model.name, (place.phase, place.restarts)
+        if self._seen.get(name) != seen:
+            self._seen[name] = seen
             with contextlib.suppress(Exception):
-                self._on_change(status)
+                self._on_change(place.status(self._is_default(place)))
 
     def _fail_waiting(self, error: Exception) -> None:
         with self._lock:

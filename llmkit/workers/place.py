@@ -225,9 +225,10 @@ class Place:
         keep = self.keep_s if self.has_keep else self.model.keep_s
         idle = now - self.last_used if self.phase == "ready" and not self.num_used else None
         state = None if self.worker is None else self.worker.state
+        is_next = self.phase == "unloaded" and bool(self.waiters)
         return ModelStatus(
             name=self.model.name,
-            phase=self.phase,
+            phase="loading" if is_next else self.phase,
             reason=self.reason,
             loaded=1.0
             if self.phase == "ready"

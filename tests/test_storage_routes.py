@@ -1,0 +1,117 @@
+"""Downloading and deleting models through the gateway, from a hub on loopback."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+import tiny_models
+from gateway_client import Api
+from loopback_hub import Hub, serving, use
+from tornado.netutil import bind_sockets
+
+from llmkit.gateway.app import make_server
+from llmkit.gateway.composition import Composition
+from llmkit.gateway.directory import EngineDirectory
+from llmkit.settings.gateway import GatewayOptions
+from llmkit.settings.serving import ServeSettings
+
+
+@pytest.fixture
+def models_dir(tmp_path: Path) -> Path:
+    folder = tmp_path / "models"
+    folder.mkdir()
+    return folder
+
+
+async def gateway(models_dir: Path, **options: bool) -> AsyncIterator[Api]:
+    settings = ServeSettings(GatewayOptions(models_dir=str(models_dir), **options))
+    directory = EngineDirectory([])
+    parts = Composition(settings, directory)
+    server = make_server(parts.app(), edge=parts.access.edge)
+    sockets = bind_sockets(0, "127.0.0.1")
+    server.add_sockets(sockets)
+    yield Api(f"http://127.0.0.1:{sockets[0].getsockname()[1]}")
+    server.stop()
+    await server.close_all_connections()
+    await parts.close()
+
+
+@pytest.fixture
+async def api(models_dir: Path) -> AsyncIterator[Api]:
+    async for api in gateway(models_dir, admin=True):
+        yield api
+
+
+@pytest.fixture
+def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[bytes]:
+    """The bytes of a model that the hub has."""
+    data = tiny_models.write(tmp_path / "tiny.gguf", "llama").read_bytes()
+    with serving(hub := Hub({"org/tiny": {"tiny-Q8_0.gguf": data}})):
+        use(hub.url, tmp_path / "hf", monkeypatch)
+        yield data
+
+
+async def test_a_model_is_pulled_listed_and_deleted(
+    api: Api, tiny: bytes, models_dir: Path
+) -> None:
+    events = await api.events("/admin/storage/pull", {"model": "org/tiny:tiny-Q8_0.gguf"})
+    assert events[-1] == "[DONE]" and events[-2]["phase"] == "done"
+    (file,) = models_dir.rglob("*.gguf")
+    assert file.read_bytes() == tiny
+    stored = json.loads((await api.fetch("GET", "/admin/storage")).body)["models"]
+    (mine,) = [m for m in stored if m["source"] == "folder"]
+    assert mine["architecture"] == "llama" and mine["size_bytes"] == len(tiny)
+    reply = await api.fetch("DELETE", f"/admin/storage/{mine['id']}")
+    assert reply.code == 200 and json.loads(reply.body)["size_bytes"] == len(tiny)
+    assert not list(models_dir.rglob("*.gguf"))
+    assert (await api.fetch("DELETE", f"/admin/storage/{mine['id']}")).code == 404
+
+
+async def test_ollamas_pull_and_delete(api: Api, tiny: bytes, models_dir: Path) -> None:
+    reply = await api.fetch("POST", "/api/pull", {"model": "hf.co/org/tiny:tiny-Q8_0.gguf"})
+    lines = [json.loads(line) for line in reply.body.splitlines()]
+    assert reply.code == 200 and lines[0]["status"] == "pulling manifest"
+    assert lines[-1] == {"status": "success"}
+    (file,) = models_dir.rglob("*.gguf")
+    name = str(file.relative_to(models_dir).with_suffix(""))
+    code, again = await api.post("/api/pull", {"name": "org/tiny:tiny-Q8_0.gguf", "stream": False})
+    assert code == 200 and again == {"status": "success"}
+    assert (await api.fetch("DELETE", "/api/delete", {"model": name})).code == 200
+    assert not file.exists()
+    assert (await api.fetch("DELETE", "/api/delete", {"model": name})).code == 404
+
+
+@pytest.mark.parametrize("name", ["org/none:Q4_K_M", "../../etc/passwd", "org/tiny:none.gguf", ""])
+async def test_what_is_not_there_is_an_error_before_the_first_byte(
+    api: Api, tiny: bytes, name: str
+) -> None:
+    for path in ("/admin/storage/pull", "/api/pull"):
+        reply = await api.fetch("POST", path, {"model": name})
+        assert reply.code in (400, 404) and json.loads(reply.body)["error"]
+
+
+async def test_nothing_outside_the_folder_is_deleted(
+    api: Api, models_dir: Path, tmp_path: Path
+) -> None:
+    outside = tiny_models.write(tmp_path / "outside.gguf", "llama")
+    (models_dir / "link.gguf").symlink_to(outside)
+    for name in ("../outside", "../outside.gguf", str(outside), "link"):
+        await api.fetch("DELETE", f"/admin/storage/{name}")
+        await api.fetch("DELETE", "/api/delete", {"model": name})
+    assert outside.exists()
+
+
+async def test_without_admin_the_routes_are_not_there(models_dir: Path, tiny: bytes) -> None:
+    async for api in gateway(models_dir):
+        for method, path in (
+            ("GET", "/admin/storage"),
+            ("POST", "/admin/storage/pull"),
+            ("POST", "/api/pull"),
+            ("DELETE", "/api/delete"),
+        ):
+            body = None if method == "GET" else {"model": "org/tiny:tiny-Q8_0.gguf"}
+            assert (await api.fetch(method, path, body)).code == 404
+        assert not list(models_dir.rglob("*.gguf"))
