@@ -5,19 +5,22 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator
+from dataclasses import replace
 
 import pytest
 from fakes import wait_for
-from gateway_client import Api
+from gateway_client import Api, serve
 from tornado.netutil import bind_sockets
 
+from llmkit.errors import InvalidRequestError
 from llmkit.gateway.app import make_server
 from llmkit.gateway.composition import Composition
+from llmkit.gateway.ops.models import ModelRoutes
 from llmkit.gateway.workers import Workers
 from llmkit.loading import worker_task
 from llmkit.settings.gateway import GatewayOptions
 from llmkit.settings.serving import ServeSettings
-from llmkit.workers.budget import Need
+from llmkit.workers.budget import Budget, Need
 from llmkit.workers.place import ServedModel
 
 pytestmark = pytest.mark.model
@@ -175,3 +178,42 @@ async def test_ollamas_keep_alive_pins_and_unloads(api: Api, workers: Workers) -
     assert code == 200 and workers.manager.status("second").loads == 1
     code, reply = await api.post("/api/generate", {**body, "keep_alive": "soon"})
     assert code == 400 and "keep_alive" in reply["error"]
+
+
+async def test_a_switch_without_room_serves_the_new_one() -> None:
+    def big(name: str, **options: bool) -> ServedModel:
+        return replace(served(name, **options), need=lambda _: Need(500 << 20))
+
+    workers = Workers(
+        GatewayOptions(), [big("old"), big("new", lazy=True)], budget=Budget(800 << 20)
+    )
+    await asyncio.to_thread(wait_for, lambda: phase(workers, "old") == "ready", 60)
+    routes = ModelRoutes(workers.served)
+    async for api in serve(None, directory=workers.directory, routes=routes.routes(), admin=True):
+        switching = asyncio.create_task(api.post("/admin/models/switch", {"model": "new"}))
+        await asyncio.sleep(0.2)
+        workers.manager.load("default")  # somebody asks for the default meanwhile
+        code, reply = await switching
+        assert code == 200 and (reply["id"], reply["phase"]) == ("new", "ready")
+        assert workers.manager.default == "new" and phase(workers, "old") == "unloaded"
+    await asyncio.to_thread(workers.close)
+
+
+@pytest.mark.parametrize("name", ["Found", "found.gguf", "./found", "nothing"])
+async def test_another_spelling_loads_nothing(name: str) -> None:
+    workers = Workers(
+        GatewayOptions(), [], lambda asked: served("found", lazy=True) if asked == "found" else None
+    )
+    assert await workers.served.name_of(name) is None
+    assert await workers.served.name_of("found:latest") == "found"
+    assert workers.served.names("found:latest") == "found"
+    await asyncio.to_thread(workers.close)
+
+
+def test_the_default_model_is_found_at_the_start() -> None:
+    models = [served("first", lazy=True), served("second", lazy=True, aliases=("two",))]
+    workers = Workers(GatewayOptions(default_model="two"), models)
+    assert workers.manager.default == "second"
+    workers.close()
+    with pytest.raises(InvalidRequestError, match="there are first, second"):
+        Workers(GatewayOptions(default_model="thrid"), models, start=False)

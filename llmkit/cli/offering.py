@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +51,8 @@ def finder(settings: ServeSettings) -> Callable[[str], ServedModel | None] | Non
             stored = library.find(name)
         except (ModelNotFoundError, InvalidRequestError):
             return None
-        if stored.fault or stored.source != "folder" or not _allowed(settings, stored.id):
+        # Other spellings are not served: each would be a name of its own.
+        if stored.fault or stored.source != "folder" or stored.id != name:
             return None
         entry = ModelEntry(
             name=None,
@@ -84,13 +84,8 @@ def _library(settings: ServeSettings) -> Library | None:
     return Library(Path(folder).expanduser(), keep_s=1.0)
 
 
-def _allowed(settings: ServeSettings, name: str) -> bool:
-    globs = settings.gateway.allowed_models
-    return not globs or any(fnmatchcase(name, glob) for glob in globs)
-
-
-def _served(entry: ModelEntry, library: Library | None, name: str | None = None) -> ServedModel:
-    name = name or entry.name
+def _served(entry: ModelEntry, library: Library | None, found: str | None = None) -> ServedModel:
+    name, is_found = found or entry.name, found is not None
 
     def task() -> dict[str, Any]:
         source: Any = entry.model
@@ -98,13 +93,14 @@ def _served(entry: ModelEntry, library: Library | None, name: str | None = None)
             try:
                 source = library.resolve(entry.model)
             except ModelNotFoundError:
-                source = entry.model
+                if is_found:  # and is gone: nothing else may take its place
+                    raise
         made = worker_task(
             source, name=name, tuned=entry.tuned, force=entry.force, **dict(entry.engine)
         )
         return {**made, "name": name or made["file"]}
 
-    # A file of the Hub may have to be downloaded, which must not hold up the others.
+    # A file on the Hub may have to be downloaded, which must not hold up the others.
     waits = name is not None and (entry.lazy or is_hub_name(entry.model))
     return ServedModel(
         name=name if waits and name is not None else task()["name"],

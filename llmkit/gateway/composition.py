@@ -164,11 +164,14 @@ class Composition:
         options = settings.gateway
         guards = guards_of(settings)
         manager = None if self._workers is None else self._workers.manager
-        if manager is not None and options.default_model is not None:
-            manager.status(options.default_model)  # it must be there
+        default = options.default_model
+        if default == self._settings.gateway.default_model:
+            default = None  # an administrator may have chosen another since
+        if manager is not None and default is not None:
+            manager.phase(default)  # it must be there
         self.access.apply(options, settings.keys)
-        if manager is not None and options.default_model is not None:
-            manager.set_default(options.default_model)
+        if manager is not None and default is not None:
+            manager.set_default(default)
         self._rules.guards = guards
         self._overload.max_queue = options.max_queue
         self._overload.max_concurrent = options.max_concurrent

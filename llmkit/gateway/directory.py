@@ -73,8 +73,9 @@ class EngineDirectory:
         return next((c for c in clients if c.description.name == name), None)
 
     def files(self) -> frozenset[Path]:
-        """The files of all engines."""
-        return frozenset(Path(e.client.description.path).resolve() for e in self.entries())
+        """The files of all engines, whoever asks."""
+        self._refresh()
+        return frozenset(Path(c.description.path).resolve() for c in self._clients.values())
 
     @property
     def unloaded(self) -> list[str]:
@@ -165,9 +166,9 @@ class EngineDirectory:
                 client.close()
                 del self._clients[key]
                 found.pop(key, None)
-        known, self._clients = self._clients, {}
-        for key, reach in found.items():
-            self._clients[key] = known.get(key) or reach()
+        known = self._clients
+        # At once: another thread may look.
+        self._clients = {key: known.get(key) or reach() for key, reach in found.items()}
         for client in self._clients.values():
             for name in _names(client):
                 self._gone.pop(name, None)

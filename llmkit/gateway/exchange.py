@@ -37,8 +37,11 @@ MAX_BODY_BYTES = 16 << 20
 class Keeper(Protocol):
     """Decides how long a model stays loaded."""
 
-    def keep(self, exchange: Exchange, model: str, seconds: float | None) -> None:
-        """A caller wants a model unloaded after so many idle seconds; None is never."""
+    def keep(self, exchange: Exchange, model: str, seconds: float | None) -> bool:
+        """A caller wants a model unloaded after so many idle seconds; None is never.
+
+        Whether it is done. Raises `ModelNotFoundError`.
+        """
         ...
 
 

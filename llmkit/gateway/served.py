@@ -6,7 +6,9 @@ Tornado loop only.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 from llmkit.gateway.access.identity import ADMIN
 from llmkit.gateway.exchange import Exchange
@@ -18,11 +20,22 @@ __all__ = ["Served"]
 AWAITED = ("unloaded", "loading", "draining", "stopping", "failed")
 
 
+MISSED_S, MAX_MISSED = 1.0, 1000
+
+
+def _bare(model: str) -> str:
+    """Without the tag that Ollama's clients add."""
+    return model.removesuffix(":latest")
+
+
 class Served:
     """What the gateway's parts need to know of a manager's models."""
 
     def __init__(self, manager: ModelManager) -> None:
         self.manager = manager
+        self._missed: dict[str, float] = {}
+        # A thread of its own: a slow disk must not hold up what else runs on threads.
+        self._looking = ThreadPoolExecutor(1, "llmkit-models-dir")
 
     async def admit(self, exchange: Exchange, model: str) -> None:
         """An `Admission`: the model is loaded if need be, and stays while the request runs.
@@ -33,29 +46,42 @@ class Served:
         name = await self.name_of(model)
         if name is None:
             return
-        self.manager.enter(name)
-        exchange.cleanup.callback(self.manager.leave, name)
+        exchange.cleanup.callback(self.manager.leave, name, self.manager.enter(name))
         if self.manager.phase(name) in AWAITED:
             await asyncio.wrap_future(self.manager.load(name))
 
-    def keep(self, exchange: Exchange, model: str, seconds: float | None) -> None:
-        """A `Keeper`: others use the model too, so only an administrator decides, or whoever is
-        on this machine where there are no keys."""
-        name = self.manager.known(model)
-        identity = exchange.identity
-        if identity.kind != "local" and ADMIN not in identity.scopes:
-            exchange.ignored.append("keep_alive")
-        elif name is not None:
-            self.manager.keep(name, seconds)
+    def keep(self, exchange: Exchange, model: str, seconds: float | None) -> bool:
+        """A `Keeper`. Others use the model too, so only administrators decide; without keys,
+        whoever is on this machine is one."""
+        if ADMIN not in exchange.identity.scopes:
+            exchange.ignore("keep_alive")
+            return False
+        self.manager.keep(self.names(model) or model, seconds)
+        return True
 
     async def name_of(self, model: str) -> str | None:
-        """The name of a model, or None; one that was never asked for may be looked for on disk."""
-        name = self.manager.known(model) or self.manager.known(model.removesuffix(":latest"))
-        return name or await asyncio.to_thread(self.manager.name_of, model)
+        """The name of a model, or None; one that was never asked for is looked for on disk."""
+        name = self.manager.known(model) or self.manager.known(_bare(model))
+        if name is not None or not self._may_look(model):
+            return name
+        loop = asyncio.get_running_loop()
+        name = await loop.run_in_executor(self._looking, self.manager.name_of, _bare(model))
+        if name is None:
+            self._missed[model] = time.monotonic()
+        return name
+
+    def _may_look(self, model: str) -> bool:
+        """Whether it was not looked for just now: unknown names must not keep the disk busy."""
+        now = time.monotonic()
+        if len(self._missed) > MAX_MISSED:
+            self._missed = {m: at for m, at in self._missed.items() if now - at < MISSED_S}
+        return now - self._missed.get(model, -MISSED_S) >= MISSED_S
 
     def names(self, model: str) -> str | None:
         """For the directory: the name behind an alias."""
-        return None if model == "default" else self.manager.known(model)
+        if model == "default":
+            return None
+        return self.manager.known(model) or self.manager.known(_bare(model))
 
     def absent(self, model: str) -> str | None:
         """For the directory: why a model has no engine now."""
@@ -75,5 +101,5 @@ class Served:
                 return status.reason or f"The model {name!r} is {status.phase}."
 
     def offered(self) -> Sequence[str]:
-        """For the directory: the models that a request could use."""
-        return [status.name for status in self.manager.statuses() if status.phase != "failed"]
+        """For the directory: all models, of which some may be loaded."""
+        return self.manager.names()

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from llmkit.errors import InvalidRequestError
 from llmkit.gateway.directory import EngineDirectory
 from llmkit.gateway.served import Served
 from llmkit.gateway.sources import ConnectionFiles
@@ -51,13 +52,21 @@ class Workers:
             budget=budget,
             idle_unload_s=options.idle_unload_s,
             drain_s=options.drain_s,
-            default=options.default_model,
-            find=find or (lambda _: None),
+            find=find,
             is_busy=self._is_busy,
             on_change=self._changed,
             start=start,
         )
         self.served = Served(self.manager)
+        if options.default_model is not None:
+            if self.manager.name_of(options.default_model) is None:
+                names = ", ".join(self.manager.names())
+                raise InvalidRequestError(
+                    f"default_model: there is no model {options.default_model!r:.80}; there are "
+                    f"{names:.300}.",
+                    "default_model",
+                )
+            self.manager.set_default(options.default_model)
 
     def _is_busy(self, name: str) -> bool:
         engine = self.directory.engine_of(name)

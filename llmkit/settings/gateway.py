@@ -123,7 +123,7 @@ class GatewayOptions:
         low=0.01, high=1e6, unit="GB",
     )  # fmt: skip
     gpu_budget_gb: float | None = option(
-        "number", None, "Memory for all models on each GPU; by default what it has left.", MODELS,
+        "number", None, "GPU memory for all models together; by default not bounded.", MODELS,
         low=0.01, high=1e6, unit="GB",
     )  # fmt: skip
     idle_unload_s: float | None = option(

@@ -20,7 +20,7 @@ from llmkit.errors import (
     ModelBusyError,
     ModelNotFoundError,
 )
-from llmkit.workers.budget import Budget
+from llmkit.workers.budget import Budget, Need
 from llmkit.workers.place import ModelStatus, Phase, Place, ServedModel
 
 __all__ = ["ModelManager"]
@@ -47,7 +47,7 @@ class ModelManager:
         idle_unload_s: float | None = None,
         drain_s: float = 30.0,
         default: str | None = None,
-        find: Callable[[str], ServedModel | None] = lambda _: None,
+        find: Callable[[str], ServedModel | None] | None = None,
         is_busy: Callable[[str], bool] = lambda _: False,
         on_change: Callable[[ModelStatus], None] = lambda _: None,
         start: bool = True,
@@ -57,7 +57,7 @@ class ModelManager:
         self._aliases: dict[str, str] = {}
         self._budget = budget or Budget()
         self._idle_unload_s, self._drain_s = idle_unload_s, drain_s
-        self._find, self._is_busy, self._on_change = find, is_busy, on_change
+        self._find, self._busy, self._on_change = find, is_busy, on_change
         self._wake, self._closing = threading.Event(), False
         self._seen: dict[str, tuple[str, int]] = {}
         for model in models:
@@ -65,12 +65,10 @@ class ModelManager:
         self._default = default or (models[0].name if models else None)
         for model in models:
             if not model.lazy:
-                self._places[model.name].want(Future())
+                self._places[model.name].want(Future(), evicts=False)
         self._thread = threading.Thread(target=self._run, name="llmkit-models", daemon=True)
         if start:
             self.start()
-
-    # What there is
 
     def start(self) -> None:
         """Begin to load what is to be loaded at the start."""
@@ -85,16 +83,21 @@ class ModelManager:
         """Raises `ModelNotFoundError`."""
         self._default = self._place(model).model.name
 
+    def names(self) -> list[str]:
+        """The names of all models."""
+        with self._lock:
+            return list(self._places)
+
     def statuses(self) -> list[ModelStatus]:
         """All models, loaded or not."""
         with self._lock:
-            return [place.status(self._is_default(place)) for place in self._places.values()]
+            return [self._status(place) for place in self._places.values()]
 
     def status(self, model: str) -> ModelStatus:
         """Raises `ModelNotFoundError`."""
         with self._lock:
             place = self._place(model)
-            return place.status(self._is_default(place))
+            return self._status(place)
 
     def known(self, model: str) -> str | None:
         """The name of a model, given that, an alias or "default"; None if it is not known yet."""
@@ -110,15 +113,15 @@ class ModelManager:
     def name_of(self, model: str) -> str | None:
         """As ``known``, and looks for other models with ``find``, which may take a while."""
         name = self.known(model)
-        if name is not None or model == "default":
+        if name is not None or model == "default" or self._find is None:
             return name
         found = self._find(model)
-        if found is None:
+        if found is None or found.name == "default":
             return None
         with self._lock:
-            if found.name not in self._places:
+            if found.name not in self._places and found.name not in self._aliases:
                 self.add(found)
-        return found.name
+            return self.known(found.name)
 
     def pids(self) -> frozenset[int]:
         """Process ids of the workers."""
@@ -138,37 +141,27 @@ class ModelManager:
             self._places[model.name] = Place(model)
             self._aliases.update(dict.fromkeys(model.aliases, model.name))
 
-    def remove(self, model: str) -> None:
-        """Offer a model no longer. Raises `ModelBusyError` while it is loaded."""
-        with self._lock:
-            place = self._place(model)
-            if place.phase not in ("unloaded", "failed"):
-                raise ModelBusyError(f"{place.model.name!r} is loaded; unload it first.")
-            del self._places[place.model.name]
-            self._aliases = {a: n for a, n in self._aliases.items() if n != place.model.name}
+    def enter(self, model: str) -> int:
+        """A request begins; while it runs the model is not unloaded. Returns what ``leave`` needs.
 
-    # Use
-
-    def enter(self, model: str) -> None:
-        """A request begins; while it runs the model is not unloaded. Raises
-        `ModelNotFoundError`, and `ModelBusyError` while the model is being unloaded for good."""
+        Raises `ModelNotFoundError`, and `ModelBusyError` while the model is being unloaded for
+        good.
+        """
         with self._lock:
             place = self._place(model)
             if place.phase == "draining" and not place.again:
                 raise ModelBusyError(
                     f"the model {place.model.name!r} is being unloaded; try again in a moment."
                 )
-            place.num_used += 1
-            place.last_used = time.monotonic()
+            return place.enter()
 
-    def leave(self, model: str) -> None:
+    def leave(self, model: str, entered: int) -> None:
         """A request has ended."""
         with self._lock:
             place = self._places.get(model)
             if place is not None:
-                place.num_used = max(0, place.num_used - 1)
-                place.last_used = time.monotonic()
-                if place.num_used == 0 and (place.phase == "draining" or place.keep_s == 0):
+                place.leave(entered)
+                if place.phase == "draining" or place.keep_s == 0:
                     self._wake.set()
 
     def keep(self, model: str, seconds: float | None) -> None:
@@ -187,6 +180,9 @@ class ModelManager:
         with self._lock:
             place = self._place(model)
             future: Future[None] = Future()
+            if self._closing:
+                future.set_exception(EngineGoneError("the server is shutting down"))
+                return future
             if place.phase == "ready":
                 future.set_result(None)
                 return future
@@ -208,17 +204,21 @@ class ModelManager:
             place = self._place(model)
             name = place.model.name
             future: Future[None] = Future()
+            if self._closing:
+                future.set_exception(EngineGoneError("the server is shutting down"))
+                return future
             if place.phase in ("unloaded", "failed"):
                 place.forget_failure()
                 if again:
                     place.want(future)
                 else:
+                    place.refuse_waiters()
                     future.set_result(None)
             else:
                 if not (drain or force) and self._in_use(place):
                     raise ModelBusyError(
-                        f"{name!r} has {place.num_used or 'other'} requests; wait for them "
-                        "(drain), or end them (force)."
+                        f"{name!r} is answering requests; wait for them (drain), or end them "
+                        "(force)."
                     )
                 place.drain(future, self._drain_s if not force else 0.0, again)
         self._wake.set()
@@ -240,14 +240,16 @@ class ModelManager:
         need = place.model.need(place.model.task())
         with self._lock:
             held = [p.holding() for p in self._places.values() if p.holds]
-        return not self._budget.lacking(need, held)
+        return place.model.force or not self._budget.lacking(need, held)
 
     def check(self) -> None:
-        """Raises the reason if every model has failed."""
-        statuses = self.statuses()
-        if statuses and all(status.phase == "failed" for status in statuses):
-            failure = self._places[statuses[0].name].failure
-            raise failure or EngineGoneError(statuses[0].reason)
+        """Raises the reason if all models have failed and none could be loaded by a request."""
+        with self._lock:
+            places = list(self._places.values())
+        if self._find is not None or not places or any(p.model.lazy for p in places):
+            return
+        if all(place.phase == "failed" for place in places):
+            raise places[0].failure or EngineGoneError(places[0].reason)
 
     def close(self) -> None:
         """Unload all models."""
@@ -265,49 +267,59 @@ class ModelManager:
                 worker.kill()
         self._wake.set()
 
-    # The manager's thread
-
     def _run(self) -> None:
         while not self._closing:
             self._wake.wait(TICK_S)
             self._wake.clear()
-            try:
-                self._look()
-            except Exception as error:  # a fault here must not end all models
-                self._fail_waiting(error)
+            self._look()
         with self._lock:
             places = list(self._places.values())
-        for place in places:
-            place.stop()
+            for place in places:
+                place.stop()
         for place in places:
             place.join()
-            place.fail(EngineGoneError("the server is shutting down"))
+        with self._lock:
+            for place in places:
+                place.fail(EngineGoneError("the server is shutting down"))
 
     def _look(self) -> None:
         with self._lock:
             places = list(self._places.values())
+            for place in places:
+                self._guarded(self._advance, place)
+            # Whoever waited longest first; what it needs is kept for it.
+            reserved: list[Need] = []
+            for place in sorted(places, key=lambda p: p.wanted_at):
+                if place.is_wanted:
+                    self._guarded(self._begin, place, reserved)
         for place in places:
-            with self._lock:
-                self._advance(place)
             self._tell(place)
+
+    @staticmethod
+    def _guarded(action: Callable[..., None], place: Place, *more: list[Need]) -> None:
+        """A fault with one model is that model's alone."""
+        try:
+            action(place, *more)
+        except Exception as error:
+            place.fail(EngineGoneError(f"the model manager failed: {error!r:.300}"))
 
     def _advance(self, place: Place) -> None:
         place.observe()
         now = time.monotonic()
         if place.phase == "ready":
-            keep = place.keep_s if place.has_keep else place.model.keep_s
-            if keep is None and not place.has_keep:
-                keep = self._idle_unload_s
+            keep = place.keep(self._idle_unload_s)
             is_old = keep is not None and now - place.last_used >= keep
-            if is_old and not place.model.pinned and not self._in_use(place):
+            if is_old and not self._in_use(place):
                 place.drain(None, 0.0, False)
-        if place.phase == "draining" and (not self._in_use(place) or now >= place.drain_until):
-            place.stop()
-        if place.phase in ("unloaded", "failed") and place.waiters:
-            self._begin(place, now)
+        if place.phase == "draining":
+            # Those that came since wait for the drain, so it does not wait for them.
+            is_used = place.num_old > 0 or self._is_busy(place)
+            if not is_used or now >= place.drain_until:
+                place.stop()
 
-    def _begin(self, place: Place, now: float) -> None:
-        """Load a model that is wanted, once there is room."""
+    def _begin(self, place: Place, reserved: list[Need]) -> None:
+        """Load a model that is wanted, once there is room beside what is ``reserved``."""
+        now = time.monotonic()
         try:
             need = place.need()
         except Exception as error:
@@ -316,27 +328,37 @@ class ModelManager:
         if need is None:
             return  # its file is being fetched
         others = [p for p in self._places.values() if p is not place]
-        lacking = self._budget.lacking(need, [p.holding() for p in others if p.holds])
+        held = [*reserved, *(p.holding() for p in others if p.holds)]
+        lacking = self._budget.lacking(need, held)
         if place.model.force or not lacking:
             place.start()
             return
         if self._budget.never(need):
             place.fail(InsufficientMemoryError(f"{place.model.name!r}: {self._budget.never(need)}"))
             return
+        users = ", ".join(repr(p.model.name) for p in others if p.holds)
+        if not place.evicts and users:
+            place.fail(
+                InsufficientMemoryError(
+                    f"there is no room for {place.model.name!r} beside {users} ({lacking}); make "
+                    "it lazy, or raise memory_budget_gb."
+                )
+            )
+            return
+        reserved.append(need)
         if any(p.phase in ("draining", "stopping") for p in others):
             return  # room is being made
         victim = self._victim(others)
         if victim is not None:
             victim.drain(None, 0.0, False)
             victim.stop()
-        elif not any(p.holds for p in others):
+        elif not users and len(reserved) == 1:
             place.start()  # nobody can make way; the worker says whether it fits
         elif now - place.wanted_at > WAIT_FOR_ROOM_S:
-            users = ", ".join(repr(p.model.name) for p in others if p.holds)
-            place.fail(
+            place.refuse(
                 ModelBusyError(
-                    f"there is no room for {place.model.name!r} ({lacking}) while {users} "
-                    "is in use or pinned; try again later."
+                    f"there is no room for {place.model.name!r} ({lacking}): {users} must stay, "
+                    "in use or pinned; try again later."
                 )
             )
 
@@ -350,27 +372,29 @@ class ModelManager:
         return min(idle, key=lambda p: p.last_used, default=None)
 
     def _in_use(self, place: Place) -> bool:
-        return place.num_used > 0 or self._is_busy(place.model.name)
+        return place.num_used + place.num_old > 0 or self._is_busy(place)
 
-    def _is_default(self, place: Place) -> bool:
-        return place.model.name == self._default
+    def _is_busy(self, place: Place) -> bool:
+        try:
+            return self._busy(place.model.name)
+        except Exception:
+            return True  # who knows
+
+    def _status(self, place: Place) -> ModelStatus:
+        return place.status(place.model.name == self._default, self._idle_unload_s)
 
     def _place(self, model: str) -> Place:
-        name = self.name_of(model)
-        if name is None or name not in self._places:
-            names = ", ".join(repr(n) for n in list(self._places)[:20]) or "none"
-            raise ModelNotFoundError(f"there is no model {model!r:.200} here; there are: {names}.")
-        return self._places[name]
+        with self._lock:
+            name = self.known(model)
+            if name is not None:
+                return self._places[name]
+            names = ", ".join(repr(n) for n in list(self._places)[:20])
+        offered = f"there are: {names}" if names else "none is offered"
+        raise ModelNotFoundError(f"there is no model {model!r:.200} here; {offered}.")
 
     def _tell(self, place: Place) -> None:
         name, seen = place.model.name, (place.phase, place.restarts)
         if self._seen.get(name) != seen:
             self._seen[name] = seen
             with contextlib.suppress(Exception):
-                self._on_change(place.status(self._is_default(place)))
-
-    def _fail_waiting(self, error: Exception) -> None:
-        with self._lock:
-            for place in self._places.values():
-                if place.waiters:
-                    place.fail(EngineGoneError(f"the model manager failed: {error!r:.300}"))
+                self._on_change(self._status(place))

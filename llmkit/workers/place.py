@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import psutil
 
-from llmkit.errors import EngineGoneError
+from llmkit.errors import EngineGoneError, ModelBusyError
 from llmkit.workers.budget import Need
 from llmkit.workers.supervisor import Supervisor
 
@@ -61,6 +61,33 @@ class ModelStatus:
     load_s: float = 0.0
 
 
+class _Preparation:
+    """Makes a model's task, and estimates its memory, on a thread of its own."""
+
+    def __init__(self, model: ServedModel) -> None:
+        self._model = model
+        self.task: dict[str, Any] | None = None
+        self.need: Need | None = None
+        self.fault: Exception | None = None
+        self.ended_at = 0.0
+        self._thread = threading.Thread(target=self._run, name="llmkit-prepare", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            task = self._model.task()
+            self.task, self.need = task, self._model.need(task)
+        except Exception as error:
+            self.fault = error
+        self.ended_at = time.monotonic()
+
+    def join(self, timeout_s: float) -> None:
+        self._thread.join(timeout_s)
+
+    def is_alive(self) -> bool:
+        return self._thread.is_alive()
+
+
 @dataclass(slots=True, eq=False)
 class Place:
     """``waiters`` want the model; ``again``: load it once it is unloaded."""
@@ -72,7 +99,9 @@ class Place:
     failed_at: float = 0.0
     waiters: list[Future[None]] = field(default_factory=list)
     wanted_at: float = 0.0
+    evicts: bool = True  # whether others make way for it
     num_used: int = 0
+    num_old: int = 0  # of requests from before the model is unloaded
     last_used: float = field(default_factory=time.monotonic)
     keep_s: float | None = None
     has_keep: bool = False
@@ -84,49 +113,72 @@ class Place:
     restarts: int = 0
     _started: float = 0.0
     _unloading: list[Future[None]] = field(default_factory=list)
-    _task: dict[str, Any] | None = None
-    _need: Need | None = None
+    _epoch: int = 0
+    _prepared: _Preparation | None = None
     _thread: threading.Thread | None = None
-    _fault: Exception | None = None
 
     @property
     def holds(self) -> bool:
         """Whether it takes memory."""
         return self.worker is not None
 
-    def want(self, future: Future[None]) -> None:
+    @property
+    def is_wanted(self) -> bool:
+        """Whether somebody still waits for it to be loaded."""
+        if self.phase not in ("unloaded", "failed"):
+            return False
+        self.waiters = [f for f in self.waiters if not f.cancelled()]
+        return bool(self.waiters)
+
+    def want(self, future: Future[None], *, evicts: bool = True) -> None:
+        """Have it loaded."""
         if not self.waiters:
             self.wanted_at = time.monotonic()
+        self.evicts = evicts
         self.waiters.append(future)
+
+    def enter(self) -> int:
+        """A request begins; returns what ``leave`` needs."""
+        self.num_used += 1
+        self.last_used = time.monotonic()
+        return self._epoch
+
+    def leave(self, entered: int) -> None:
+        """A request has ended."""
+        if entered == self._epoch:
+            self.num_used = max(0, self.num_used - 1)
+        else:
+            self.num_old = max(0, self.num_old - 1)
+        self.last_used = time.monotonic()
+
+    def keep(self, general: float | None) -> float | None:
+        """Idle seconds after which it is unloaded; None is never."""
+        if self.model.pinned:
+            return None
+        if self.has_keep:
+            return self.keep_s
+        return general if self.model.keep_s is None else self.model.keep_s
 
     def need(self) -> Need | None:
         """The estimate; None while the file is being fetched. Raises what that raised."""
-        if self._fault is not None:
-            fault, self._fault = self._fault, None
-            raise fault
-        if self._need is not None:
-            return self._need
-        if self._thread is None:
+        if self._prepared is None:
             self.phase, self.reason = "loading", f"{self.model.name!r} is being prepared"
-            self._thread = threading.Thread(target=self._prepare, daemon=True)
-            self._thread.start()
-            self._thread.join(0.02)  # a file that is here needs no more
-        if self._thread.is_alive():
+            self._prepared = prepared = _Preparation(self.model)
+            prepared.join(0.02)  # a file that is here needs no more
+        if self._prepared.is_alive():
             return None
-        self._thread = None
-        self.phase = "unloaded"
-        return self.need() if self._need is not None or self._fault is not None else None
-
-    def _prepare(self) -> None:
-        try:
-            self._task = self.model.task()
-            self._need = self.model.need(self._task)
-        except Exception as error:
-            self._fault = error
+        if self._prepared.fault is not None:
+            fault, self._prepared = self._prepared.fault, None
+            raise fault
+        if self.phase == "loading":
+            self.phase, self.reason = "unloaded", ""
+            self.wanted_at = max(self.wanted_at, self._prepared.ended_at)
+        return self._prepared.need
 
     def holding(self) -> Need:
         """What it takes, measured where it can be."""
-        need = self._need or Need(0)
+        prepared = self._prepared
+        need = Need(0) if prepared is None or prepared.need is None else prepared.need
         pid = None if self.worker is None else self.worker.pid
         try:
             resident = int(psutil.Process(pid).memory_info().rss) if pid is not None else 0
@@ -136,16 +188,17 @@ class Place:
 
     def start(self) -> None:
         """Start its worker."""
-        assert self._task is not None
+        assert self._prepared is not None and self._prepared.task is not None
         self.failure, self.reason, self.again = None, "", False
         self.phase, self._started = "loading", time.monotonic()
-        self.worker = Supervisor(self._task)
+        self.worker = Supervisor(self._prepared.task)
 
     def observe(self) -> None:
         """Follow the worker's state, or that of the preparation."""
         if self.phase == "loading" and self.worker is None:
-            if self._thread is not None and not self._thread.is_alive():
+            if self._prepared is None or not self._prepared.is_alive():
                 self.phase = "unloaded"  # prepared; it begins next
+                self.wanted_at = time.monotonic()
             return
         if self.phase == "stopping":
             if self._thread is None or not self._thread.is_alive():
@@ -170,7 +223,12 @@ class Place:
         """Unload it once it is idle, or after ``seconds``."""
         if future is not None:
             (self.waiters if again else self._unloading).append(future)
+        if not again and self.phase == "loading":
+            self.refuse_waiters()
         self.again = self.again or again
+        if self.phase not in ("draining", "stopping"):
+            self._epoch += 1
+            self.num_old, self.num_used = self.num_old + self.num_used, 0
         if self.phase != "stopping":
             self.phase, self.reason = "draining", f"{self.model.name!r} is being unloaded"
             self.drain_until = time.monotonic() + seconds
@@ -181,16 +239,16 @@ class Place:
             if self.worker is None and self.phase == "draining":
                 self._stopped()
             return
-        self.phase = "stopping"
-        self._thread = threading.Thread(target=self.worker.close, daemon=True)
-        self._thread.start()
+        thread = threading.Thread(target=self.worker.close, daemon=True)
+        thread.start()
+        self.phase, self._thread = "stopping", thread
 
     def join(self) -> None:
         if self.phase == "stopping" and self._thread is not None:
             self._thread.join()
 
     def _stopped(self) -> None:
-        self.worker = self._thread = self._need = self._task = None
+        self.worker = self._thread = self._prepared = None
         self.phase, self.reason, self.has_keep, self.keep_s = "unloaded", "", False, None
         self._answer(self._unloading)
         if self.again:
@@ -200,14 +258,28 @@ class Place:
         """It could not be loaded, or has crashed for good."""
         self.phase, self.reason = "failed", str(error)
         self.failure, self.failed_at = error, time.monotonic()
-        self._need = self._task = None
+        self._prepared = None
         if self.worker is not None:
             worker, self.worker = self.worker, None
             threading.Thread(target=worker.close, daemon=True).start()
-        for future in (*self.waiters, *self._unloading):
+        self.refuse_waiters(error)
+        for future in self._unloading:
             if future.set_running_or_notify_cancel():
                 future.set_exception(error)
-        self.waiters, self._unloading = [], []
+        self._unloading = []
+
+    def refuse(self, error: Exception) -> None:
+        """It cannot be loaded now, but perhaps later."""
+        self.phase, self.reason, self._prepared = "unloaded", "", None
+        self.refuse_waiters(error)
+
+    def refuse_waiters(self, error: Exception | None = None) -> None:
+        """Whoever waits for it waits no longer; by default because it is unloaded."""
+        error = error or ModelBusyError(f"the model {self.model.name!r} is being unloaded.")
+        waiters, self.waiters = self.waiters, []
+        for future in waiters:
+            if future.set_running_or_notify_cancel():
+                future.set_exception(error)
 
     def forget_failure(self) -> None:
         if self.phase == "failed":
@@ -219,10 +291,10 @@ class Place:
                 future.set_result(None)
         futures.clear()
 
-    def status(self, is_default: bool) -> ModelStatus:
+    def status(self, is_default: bool, idle_unload_s: float | None = None) -> ModelStatus:
         now = time.monotonic()
         holding = self.holding() if self.holds else Need(0)
-        keep = self.keep_s if self.has_keep else self.model.keep_s
+        keep = self.keep(idle_unload_s)
         idle = now - self.last_used if self.phase == "ready" and not self.num_used else None
         state = None if self.worker is None else self.worker.state
         is_next = self.phase == "unloaded" and bool(self.waiters)
@@ -236,7 +308,7 @@ class Place:
             is_default=is_default,
             pinned=self.model.pinned,
             aliases=self.model.aliases,
-            num_used=self.num_used,
+            num_used=self.num_used + self.num_old,
             idle_s=idle,
             expires_s=None if keep is None or idle is None else max(0.0, keep - idle),
             ram_bytes=holding.resident_bytes or holding.ram_bytes,

@@ -125,8 +125,8 @@ class Supervisor:
             delay = min(2 * delay, MAX_DELAY_S)
 
     def _give_up(self, error: LLMKitError) -> None:
-        self._state = EngineState("gone", str(error))
         self._failure = error
+        self._state = EngineState("gone", str(error))
 
     def _live(self) -> None:
         """Run one process to its end. Raises the reason, unless it was told to end."""

@@ -271,10 +271,13 @@ class OllamaRoutes:
 
 
 def _keep(exchange: Exchange, body: GenerationBody | EmbedBody | OldEmbedBody) -> bool:
-    """Pass on how long the model is to stay; whether it is to go at once."""
+    """Pass on how long the model is to stay; whether it goes at once."""
     if body.keep_alive is None:
         return False
     seconds = read_keep_alive(body.keep_alive)
-    if exchange.keeper is not None:
-        exchange.keeper.keep(exchange, body.model.removesuffix(":latest"), seconds)
-    return seconds == 0
+    if exchange.keeper is None:  # whoever loaded it unloads it
+        exchange.ignore("keep_alive")
+        return False
+    return exchange.keeper.keep(exchange, body.model.removesuffix(":latest"), seconds) and not (
+        seconds is None or seconds > 0
+    )

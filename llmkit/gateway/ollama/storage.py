@@ -97,6 +97,8 @@ def _line(event: DownloadEvent) -> dict[str, Any]:
         case "verifying":
             return {"status": "verifying sha256 digest"}
         case "waiting":
-            return {"status": "another process downloads it"}
+            return {"status": "another process is downloading it"}
+        case "done":
+            return {"status": "writing manifest"}
         case _:
             return {"status": "pulling manifest"}

@@ -41,13 +41,15 @@ class ModelRoutes:
 
     def __init__(self, served: Served) -> None:
         self._served, self._manager = served, served.manager
+        self._switching = asyncio.Lock()
+        self._tasks: set[asyncio.Task[None]] = set()
 
     def routes(self) -> list[Route]:
         return [
             Route("GET", "/admin/models", self.list, "The server's models", "Admin"),
             Route("POST", "/admin/models/load", self.load, "Load a model", "Admin", ModelBody),
             Route("POST", "/admin/models/unload", self.unload, "Unload a model", "Admin", EndBody),
-            Route("POST", "/admin/models/reload", self.reload, "Load it anew", "Admin", EndBody),
+            Route("POST", "/admin/models/reload", self.reload, "Reload a model", "Admin", EndBody),
             Route(
                 "POST",
                 "/admin/models/switch",
@@ -72,14 +74,15 @@ class ModelRoutes:
         exchange.send_json({"default": self._manager.default, "models": models})
 
     async def show(self, exchange: Exchange) -> None:
-        self._send(exchange, exchange.args[0])
+        self._send(exchange, await self._known(exchange.args[0]))
 
     async def load(self, exchange: Exchange) -> None:
         body = await exchange.read(ModelBody)
-        future = self._manager.load(body.model)
+        name = await self._known(body.model)
+        future = self._manager.load(name)
         if body.wait:
             await asyncio.wrap_future(future)
-        self._send(exchange, body.model, 200 if body.wait else 202)
+        self._send(exchange, name, 200 if body.wait else 202)
 
     async def unload(self, exchange: Exchange) -> None:
         body = await exchange.read(EndBody)
@@ -98,40 +101,50 @@ class ModelRoutes:
         cannot be loaded, the old one stays, or is loaded again.
         """
         body = await exchange.read(EndBody)
-        before = self._manager.default
-        name = self._manager.status(body.model).name
-        if before is None or before == name:
-            self._manager.set_default(name)
-            await asyncio.wrap_future(self._manager.load(name))
-        else:
-            await self._replace(before, name, body)
+        name = await self._known(body.model)
+        # A client that leaves must not leave it half done.
+        task = asyncio.ensure_future(self._switch(name, body))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        await asyncio.shield(task)
         self._send(exchange, name)
 
-    async def _replace(self, before: str, name: str, body: EndBody) -> None:
-        old = body.model_copy(update={"model": before})
-        if await asyncio.to_thread(self._manager.fits, name):
-            if not (body.drain or body.force):
-                self._refuse_if_used(before)
-            await asyncio.wrap_future(self._manager.load(name))
-            self._manager.set_default(name)
-            await self._end(old)
-            return
-        await self._end(old)
-        try:
-            await asyncio.wrap_future(self._manager.load(name))
-        except Exception:
-            self._manager.load(before)
-            raise
-        self._manager.set_default(name)
-
-    def _refuse_if_used(self, model: str) -> None:
-        if self._manager.in_use(model):
-            raise ApiError(409, f"{model!r} has requests; wait (drain).", code="model_busy")
+    async def _switch(self, name: str, body: EndBody) -> None:
+        async with self._switching:
+            before = self._manager.default
+            if before is None or before == name:
+                self._manager.set_default(name)
+                await asyncio.wrap_future(self._manager.load(name))
+                return
+            old = body.model_copy(update={"model": before, "wait": True})
+            if not (body.drain or body.force) and self._manager.in_use(before):
+                message = (
+                    f"{before!r} is answering requests; wait for them (drain) or end them (force)."
+                )
+                raise ApiError(409, message, code="model_busy")
+            if await asyncio.to_thread(self._manager.fits, name):
+                await asyncio.wrap_future(self._manager.load(name))
+                self._manager.set_default(name)
+                await self._end(old)
+                return
+            self._manager.set_default(name)  # who asks for the default from now on waits for it
+            try:
+                await self._end(old)
+                await asyncio.wrap_future(self._manager.load(name))
+            except BaseException:
+                self._manager.set_default(before)
+                self._manager.load(before)
+                raise
 
     async def default(self, exchange: Exchange) -> None:
         body = await exchange.read(ModelBody)
-        self._manager.set_default(body.model)
-        self._send(exchange, body.model)
+        name = await self._known(body.model)
+        self._manager.set_default(name)
+        self._send(exchange, name)
+
+    async def _known(self, model: str) -> str:
+        """The model's name. Raises `ModelNotFoundError`."""
+        return await self._served.name_of(model) or self._manager.status(model).name
 
     async def _end(self, body: EndBody, *, again: bool = False) -> None:
         try:
