@@ -269,6 +269,8 @@ def test_the_need_of_a_task_is_the_estimate_of_its_load() -> None:
     task = worker_task("smollm2", name="a", tuned=False, force=False, n_ctx=1024, n_slots=4)
     estimate = llmkit.estimate("smollm2", n_ctx=1024, n_slots=4)
     assert need_of(task).ram_bytes == estimate.ram_bytes
+    beyond = worker_task("minilm", name="m", tuned=False, force=False, n_ctx=1024, n_slots=4)
+    assert 0 < need_of(beyond).ram_bytes < 500 * MB  # an embedder takes less than it is told
     with_draft = worker_task(
         "smollm2", name="a", tuned=False, force=False, n_ctx=1024, n_slots=4, draft="smollm2"
     )

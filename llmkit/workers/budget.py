@@ -92,6 +92,8 @@ def need_of(task: dict[str, Any]) -> Need:
 
 def _need(path: Path, options: EngineOptions) -> Need:
     info = gguf.read_header(path)
+    if info.max_positions is not None and (options.n_ctx or 0) > info.max_positions:
+        options = replace(options, n_ctx=None)  # the worker says whether that will do
     whole = estimate(info, replace(options, n_gpu_layers=0))
     layers = -1 if options.n_gpu_layers == "auto" else options.n_gpu_layers
     if not layers or not Path("/proc/driver/nvidia/version").exists():
