@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import sys
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -20,6 +21,9 @@ from llmkit.store.database import Database, open_database
 from llmkit.store.keys import KeyStore
 
 ROOT = Path(__file__).resolve().parents[1]
+# A run in the background of a script ignores SIGINT, and its children would: ■ would do nothing.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 MODEL = "smollm2"
 
 
