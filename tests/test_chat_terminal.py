@@ -175,7 +175,9 @@ def test_a_failed_answer_leaves_the_conversation(running: FakeClient) -> None:
         shown.send("/undo\n")
         shown.expect(">>> ")
         shown.send("z\n")
-        shown.expect(r"\(5 tokens.*>>> ")
+        answer = shown.expect(r"\(5 tokens.*>>> ")
+        assert "context is" not in answer[0]
+    assert running.stats().requests_total == 3, "the one that was too long was not computed"
 
 
 def test_reasoning_is_dimmed_and_only_for_people() -> None:

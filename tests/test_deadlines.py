@@ -222,6 +222,8 @@ async def test_a_reader_that_stops_reading_does_not_outlive_its_time() -> None:
         async with gate.connection("/v1/chat/completions", body):
             await until(lambda: gate.model.stats().num_running == 1)
             await at_rest(gate)
+        (record,) = gate.records
+        assert (record.status, record.error) == (504, "timeout")
 
 
 def test_times_are_capped_not_overflown() -> None:

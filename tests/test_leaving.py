@@ -188,6 +188,8 @@ async def test_while_a_single_answer_is_computed(path: str) -> None:
         await until(lambda: len(model.aborted) == 1, 3)
         for future in model.futures:
             future.set_exception(RuntimeError("over"))
+        (record,) = gate.records
+        assert record.status == 499 and len(model.futures) == 1
 
 
 async def test_many_who_leave_at_any_time_leave_nothing() -> None:

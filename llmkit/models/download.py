@@ -220,7 +220,7 @@ def _turn(path: Path, progress: Progress[Phase]) -> BaseFileLock:
             return lock
         except Timeout:
             progress.tell("waiting", 0)
-        except NotImplementedError:
+        except NotImplementedError:  # what filelock raises on such a disk
             lock = SoftFileLock(path)
 
 
