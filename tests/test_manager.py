@@ -149,14 +149,14 @@ def test_unloading_waits_for_requests_or_is_refused_or_ends_them(
     with pytest.raises(ModelBusyError, match="is answering requests"):
         manager.unload("a", drain=False)
     done = manager.unload("a")
-    with pytest.raises(ModelBusyError, match="being unloaded"):
-        manager.enter("a")
+    late = manager.enter("a")  # it comes in time to have the model loaded again
+    again = manager.load("a")
     time.sleep(0.6)
-    assert not done.done()
+    assert not done.done() and not again.done()
     manager.leave("a", entered)
     done.result(30)
-    assert phases(manager)["a"] == "unloaded"
-    manager.load("a").result(LOAD_S)
+    again.result(LOAD_S)
+    manager.leave("a", late)
     (before,) = manager.pids()
     manager.enter("a")
     manager.unload("a", force=True, again=True).result(LOAD_S)

@@ -18,9 +18,10 @@ __all__ = ["Served"]
 
 # A model in one of these phases is waited for; one that crashed and restarts is not.
 AWAITED = ("unloaded", "loading", "draining", "stopping", "failed")
-
-
-MISSED_S, MAX_MISSED = 1.0, 1000
+MISSED_S, MAX_MISSED = (
+    1.0,
+    1000,
+)  # how long, and of how many names, it is known that nothing is there
 
 
 def _bare(model: str) -> str:
@@ -40,8 +41,8 @@ class Served:
     async def admit(self, exchange: Exchange, model: str) -> None:
         """An `Admission`: the model is loaded if need be, and stays while the request runs.
 
-        A model that nobody knows is the directory's to refuse. Raises what `ModelManager.enter`
-        and `ModelManager.load` raise.
+        A model that nobody knows is the directory's to refuse. Raises what `ModelManager.load`
+        raises.
         """
         name = await self.name_of(model)
         if name is None:

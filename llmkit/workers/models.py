@@ -46,7 +46,6 @@ class ModelManager:
         budget: Budget | None = None,
         idle_unload_s: float | None = None,
         drain_s: float = 30.0,
-        default: str | None = None,
         find: Callable[[str], ServedModel | None] | None = None,
         is_busy: Callable[[str], bool] = lambda _: False,
         on_change: Callable[[ModelStatus], None] = lambda _: None,
@@ -62,7 +61,7 @@ class ModelManager:
         self._seen: dict[str, tuple[str, int]] = {}
         for model in models:
             self.add(model)
-        self._default = default or (models[0].name if models else None)
+        self._default = models[0].name if models else None
         for model in models:
             if not model.lazy:
                 self._places[model.name].want(Future(), evicts=False)
@@ -138,22 +137,17 @@ class ModelManager:
             for name in (model.name, *model.aliases):
                 if name in self._places or name in self._aliases or name == "default":
                     raise ModelBusyError(f"there is a model {name!r} already.")
-            self._places[model.name] = Place(model)
+            self._places[model.name] = Place(model, self._wake.set)
             self._aliases.update(dict.fromkeys(model.aliases, model.name))
 
     def enter(self, model: str) -> int:
         """A request begins; while it runs the model is not unloaded. Returns what ``leave`` needs.
 
-        Raises `ModelNotFoundError`, and `ModelBusyError` while the model is being unloaded for
-        good.
+        One that comes while the model is being unloaded is no reason to wait with that: it has the
+        model loaded again. Raises `ModelNotFoundError`.
         """
         with self._lock:
-            place = self._place(model)
-            if place.phase == "draining" and not place.again:
-                raise ModelBusyError(
-                    f"the model {place.model.name!r} is being unloaded; try again in a moment."
-                )
-            return place.enter()
+            return self._place(model).enter()
 
     def leave(self, model: str, entered: int) -> None:
         """A request has ended."""

@@ -64,8 +64,8 @@ class ModelStatus:
 class _Preparation:
     """Makes a model's task, and estimates its memory, on a thread of its own."""
 
-    def __init__(self, model: ServedModel) -> None:
-        self._model = model
+    def __init__(self, model: ServedModel, on_end: Callable[[], None]) -> None:
+        self._model, self._on_end = model, on_end
         self.task: dict[str, Any] | None = None
         self.need: Need | None = None
         self.fault: Exception | None = None
@@ -80,19 +80,22 @@ class _Preparation:
         except Exception as error:
             self.fault = error
         self.ended_at = time.monotonic()
+        self._on_end()
 
-    def join(self, timeout_s: float) -> None:
-        self._thread.join(timeout_s)
-
-    def is_alive(self) -> bool:
-        return self._thread.is_alive()
+    @property
+    def has_ended(self) -> bool:
+        return self.ended_at > 0
 
 
 @dataclass(slots=True, eq=False)
 class Place:
-    """``waiters`` want the model; ``again``: load it once it is unloaded."""
+    """``waiters`` want the model; ``again``: load it once it is unloaded.
+
+    ``wake`` is called, on any thread, when there is something to observe.
+    """
 
     model: ServedModel
+    wake: Callable[[], None]
     phase: Phase = "unloaded"
     reason: str = ""
     failure: Exception | None = None
@@ -116,6 +119,7 @@ class Place:
     _epoch: int = 0
     _prepared: _Preparation | None = None
     _thread: threading.Thread | None = None
+    _has_ended: bool = False
 
     @property
     def holds(self) -> bool:
@@ -163,9 +167,8 @@ class Place:
         """The estimate; None while the file is being fetched. Raises what that raised."""
         if self._prepared is None:
             self.phase, self.reason = "loading", f"{self.model.name!r} is being prepared"
-            self._prepared = prepared = _Preparation(self.model)
-            prepared.join(0.02)  # a file that is here needs no more
-        if self._prepared.is_alive():
+            self._prepared = _Preparation(self.model, self.wake)
+        if not self._prepared.has_ended:
             return None
         if self._prepared.fault is not None:
             fault, self._prepared = self._prepared.fault, None
@@ -191,17 +194,17 @@ class Place:
         assert self._prepared is not None and self._prepared.task is not None
         self.failure, self.reason, self.again = None, "", False
         self.phase, self._started = "loading", time.monotonic()
-        self.worker = Supervisor(self._prepared.task)
+        self.worker = Supervisor(self._prepared.task, on_ready=self.wake)
 
     def observe(self) -> None:
         """Follow the worker's state, or that of the preparation."""
         if self.phase == "loading" and self.worker is None:
-            if self._prepared is None or not self._prepared.is_alive():
+            if self._prepared is None or self._prepared.has_ended:
                 self.phase = "unloaded"  # prepared; it begins next
                 self.wanted_at = time.monotonic()
             return
         if self.phase == "stopping":
-            if self._thread is None or not self._thread.is_alive():
+            if self._has_ended:
                 self._stopped()
             return
         if self.worker is None:
@@ -239,7 +242,15 @@ class Place:
             if self.worker is None and self.phase == "draining":
                 self._stopped()
             return
-        thread = threading.Thread(target=self.worker.close, daemon=True)
+        worker = self.worker
+
+        def end() -> None:
+            worker.close()
+            self._has_ended = True
+            self.wake()
+
+        self._has_ended = False
+        thread = threading.Thread(target=end, name="llmkit-unload", daemon=True)
         thread.start()
         self.phase, self._thread = "stopping", thread
 

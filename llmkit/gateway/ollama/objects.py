@@ -11,6 +11,7 @@ from llmkit.chat.parsers.events import Call, Content, Event, Reasoning
 from llmkit.protocol import Completion, ModelDescription
 
 __all__ = [
+    "NDJSON",
     "answer_line",
     "ending",
     "loaded_line",
@@ -20,6 +21,8 @@ __all__ = [
     "model_sizes",
     "nanoseconds",
 ]
+
+NDJSON = "application/x-ndjson"
 
 
 def message_fields(events: list[Event], num_calls: int = 0) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from llmkit.gateway.exchange import Exchange
 from llmkit.gateway.ids import new_id
 from llmkit.gateway.ollama.durations import read_keep_alive
 from llmkit.gateway.ollama.objects import (
+    NDJSON,
     answer_line,
     ending,
     loaded_line,
@@ -47,7 +48,6 @@ from llmkit.protocol.client import EngineClient
 
 __all__ = ["OLLAMA_VERSION", "OllamaRoutes"]
 
-NDJSON = "application/x-ndjson"
 # Clients require a minimum: VS Code 0.6.4, Codex 0.13.4, Ollama's own tools 0.14.
 OLLAMA_VERSION = "0.14.2"
 

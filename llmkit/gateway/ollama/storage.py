@@ -10,13 +10,12 @@ from llmkit.gateway.bodies import Strict
 from llmkit.gateway.directory import EngineDirectory
 from llmkit.gateway.exchange import Exchange
 from llmkit.gateway.failures import ApiError
+from llmkit.gateway.ollama.objects import NDJSON
 from llmkit.gateway.ops.openapi import Route
 from llmkit.gateway.storage import Storage
 from llmkit.models.download import Downloaded, DownloadEvent
 
 __all__ = ["OllamaStorageRoutes"]
-
-NDJSON = "application/x-ndjson"
 
 
 class NameBody(Strict):
