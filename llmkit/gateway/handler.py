@@ -162,17 +162,22 @@ class GatewayHandler(web.RequestHandler):
         )
 
 
+@web.stream_request_body  # which is discarded as it comes
 class ElsewhereHandler(web.RequestHandler):
-    """Answers what is not under the gateway's base path."""
+    """Answers what is not under the gateway's base path, without reading its body."""
 
     def initialize(self, base_path: str) -> None:
         self._base_path = base_path
 
     def prepare(self) -> None:
-        for name, value in SECURITY_HEADERS.items():
-            self.set_header(name, value)
+        self.set_header("Connection", "close")
         message = f"There is nothing here; this server's routes are under {self._base_path}/."
-        Exchange(self, self.request.path).send_error(ApiError(404, message, code="not_found"))
+        Exchange(self, "").send_error(ApiError(404, message, code="not_found"))
+
+    def data_received(self, chunk: bytes) -> None:
+        """Nobody wants it."""
 
     def set_default_headers(self) -> None:
         self.set_header("Server", "llmkit")
+        for name, value in SECURITY_HEADERS.items():
+            self.set_header(name, value)
