@@ -211,6 +211,37 @@ def test_service_counts_from_now_on_for_those_who_come_back() -> None:
     assert backlog.first(lambda _: True) is idle and len(backlog) == 1
 
 
+def test_a_refund_brings_nobody_below_those_who_came_since() -> None:
+    backlog = Backlog(clock=lambda: 0.0)
+
+    def add(caller: str) -> Request:
+        channel = Channel(f"r{next(_ids)}", lambda _: None)
+        request = Request(
+            [1], SamplingParams(), 1, Detokenizer(piece), channel, caller=caller, weight=2.0
+        )
+        backlog.add(request)
+        return request
+
+    many = [add("ann") for _ in range(9)]
+    for request in many:
+        backlog.charge(request, num_prompt=8000)
+    alone = backlog.service("ann")
+    backlog.refund(many[0], 7000)
+    assert backlog.service("ann") == alone - 3500, "nobody else is there"
+    add("bob")
+    came_with = backlog.service("bob")
+    assert came_with == backlog.service("ann")
+    for request in many[1:]:
+        backlog.refund(request, 7000)
+        backlog.leave(request)
+    assert backlog.service("ann") == came_with, "not served before him for what was not computed"
+    backlog.charge(many[0], num_prompt=1000)
+    backlog.refund(many[0], 600)
+    assert backlog.service("ann") == came_with + 200
+    backlog.refund(many[0], 0)
+    assert backlog.service("ann") == came_with + 200
+
+
 @pytest.mark.parametrize("truncate", [True, False])
 def test_a_prefix_that_lost_its_slot_comes_back_from_ram(truncate: bool) -> None:
     runner = FakeRunner(n_slots=1, n_ctx=400, host_tokens=1000)

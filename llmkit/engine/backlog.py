@@ -3,10 +3,10 @@
 Each caller has a counter of the service it got (prompt tokens computed, plus generated tokens at
 twice the price), divided by its weight. The caller with the lowest counter goes first, so one with
 a hundred requests gets no more than one with a few, and one of twice the weight twice as much. A
-caller that returns is raised to the lowest counter among active
-callers: idling earns no credit. A lead over the others halves every 30 seconds, so that nobody pays
-in the afternoon for the morning; when no caller is active, all counters reset. Based on the virtual
-token counter of Sheng et al., "Fairness in Serving Large Language Models", 2024.
+caller that returns is raised to the lowest counter among active callers: idling earns no credit. A
+lead over the others halves every 30 seconds, so that nobody pays in the afternoon for the morning;
+when no caller is active, all counters reset. Based on the virtual token counter of Sheng et al.,
+"Fairness in Serving Large Language Models", 2024.
 """
 
 from __future__ import annotations
@@ -89,6 +89,19 @@ class Backlog:
         self._service[request.caller] = (
             self._service.get(request.caller, 0.0) + tokens / request.weight
         )
+
+    def refund(self, request: Request, num_prompt: int) -> None:
+        """Take back a charge for prompt tokens that were not computed.
+
+        It brings nobody below the least served of the other active callers: those that came in the
+        meantime were raised to a counter that had the charge in it.
+        """
+        if not num_prompt:
+            return
+        mine = self._service.get(request.caller, 0.0)
+        others = [self._service[c] for c in self._active if c != request.caller]
+        floor = min(mine, min(others)) if others else 0.0
+        self._service[request.caller] = max(mine - num_prompt / request.weight, floor)
 
     def service(self, caller: str) -> float:
         """The service a caller got for each unit of weight, in prompt tokens; decays over time."""

@@ -88,7 +88,7 @@ class Roster:
 
     def _refund(self, request: Request) -> None:
         """Its prompt was charged when it got its slot: take back what was not computed."""
-        self.waiting.charge(request, num_prompt=-max(0, request.num_uncomputed_tokens - 1))
+        self.waiting.refund(request, max(0, request.num_uncomputed_tokens - 1))
 
     def _cut_inexact(self, request: Request, slot: Slot) -> list[SlotOp]:
         """Others would compute exactly the same only in whole chunks: cut off the rest."""

@@ -160,7 +160,7 @@ class Scheduler:
             if self._has_slot or self._may_preempt():
                 request = self.waiting.first(self._ready)
             elif (shares := victims.shares(self.running)) and max(shares.values()) > 1:
-                request = self.waiting.first(partial(self._ready_without, shares))
+                request = self.waiting.first(partial(self._ready_without, shares, {}))
             else:
                 break
             if request is None:
@@ -200,13 +200,20 @@ class Scheduler:
             self.running.append(request)
         return ops
 
-    def _ready_without(self, shares: dict[str, int], request: Request) -> bool:
+    def _ready_without(
+        self, shares: dict[str, int], due: dict[tuple[str, float], bool], request: Request
+    ) -> bool:
+        """Whether a request may take a slot of another caller; ``due`` is for each caller and
+        weight, since a caller may have thousands that wait."""
         if request.caller in shares:
             return False
-        return any(
-            shares[r.caller] > 1 and victims.is_due(request, r, self.waiting.service)
-            for r in self.running
-        ) and self._ready(request)
+        key = request.caller, request.weight
+        if key not in due:
+            due[key] = any(
+                shares[r.caller] > 1 and victims.is_due(request, r, self.waiting.service)
+                for r in self.running
+            )
+        return due[key] and self._ready(request)
 
     @property
     def _has_slot(self) -> bool:
