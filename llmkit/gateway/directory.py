@@ -67,6 +67,11 @@ class EngineDirectory:
             seen.add(name)
         return found
 
+    def clients(self) -> list[EngineClient]:
+        """All engines, whoever asks."""
+        self._refresh()
+        return list(self._clients.values())
+
     def engine_of(self, name: str) -> EngineClient | None:
         """The engine that has this very name now. Any thread."""
         clients = list(self._clients.values())

@@ -23,7 +23,7 @@ from llmkit.protocol import (
 )
 from llmkit.protocol.stream import Channel, Stream
 
-__all__ = ["Answer", "Flight", "VectorFlight", "replay"]
+__all__ = ["Answer", "Flight", "VectorFlight", "computation", "replay"]
 
 Lock = AbstractContextManager[Any]
 Answer = tuple[tuple[tuple[Delta, ...], Completion], ...]  # of each choice: the deltas, the end
@@ -32,7 +32,9 @@ Answer = tuple[tuple[tuple[Delta, ...], Completion], ...]  # of each choice: the
 class Ended(Protocol):
     """Called once when a flight is over: with its result if it is worth keeping."""
 
-    def __call__(self, result: Answer | Embeddings | None) -> None: ...
+    def __call__(
+        self, flight: Flight | VectorFlight, result: Answer | Embeddings | None
+    ) -> None: ...
 
 
 def replay(answer: Answer, request: GenerationRequest) -> list[Stream]:
@@ -45,6 +47,32 @@ def replay(answer: Answer, request: GenerationRequest) -> list[Stream]:
         channel.finish(_again(completion, choice.request_id))
         streams.append(Stream(channel))
     return streams
+
+
+class Reader(Channel):
+    """What one of several reads; ``computed`` is the channel that the engine writes to."""
+
+    __slots__ = ("computed",)
+
+    def __init__(
+        self, request_id: str, abort_request: Callable[[str], None], computed: Channel
+    ) -> None:
+        super().__init__(request_id, abort_request)
+        self.computed = computed
+
+
+class Waiter(Future[Embeddings]):
+    """What one of several awaits; ``computed`` is the future that the engine ends."""
+
+    def __init__(self, computed: Future[Embeddings]) -> None:
+        super().__init__()
+        self.computed = computed
+
+
+def computation(answer: Stream | Future[Embeddings]) -> Channel | Future[Embeddings]:
+    """The engine's work for an answer; one for all that share it."""
+    given = answer.channel if isinstance(answer, Stream) else answer
+    return given.computed if isinstance(given, Reader | Waiter) else given
 
 
 def _again(completion: Completion, request_id: str) -> Completion:
@@ -90,7 +118,8 @@ class Flight:
             if self._is_over:
                 return None
             for index, choice in enumerate(request.choices()):
-                channel = Channel(choice.request_id, partial(self._leave, index))
+                computed = self._streams[index].channel
+                channel = Reader(choice.request_id, partial(self._leave, index), computed)
                 for delta in self._deltas[index]:
                     channel.push(delta)
                 end = self._ends[index]
@@ -116,14 +145,13 @@ class Flight:
             if completion is not None:
                 end = completion, self._streams[index].failure
                 self._ends[index] = end
+                if self._ends_now():  # kept before anybody has read it: the next one finds it
+                    self._on_end(self, self._result())
                 for reader in readers:
                     self._finish(reader, *end)
                 self._readers[index].clear()
-            over = self._ends_now()
         for reader in readers:
             reader.wake()
-        if over:
-            self._on_end(self._result())
 
     def _ends_now(self) -> bool:
         """Whether the last choice has ended just now."""
@@ -144,7 +172,7 @@ class Flight:
                 return None
             if end[0].finish_reason in (FinishReason.ERROR, FinishReason.ABORT):
                 return None
-            parts.append((tuple(deltas), end[0]))
+            parts.append((_joined(deltas), end[0]))
         return tuple(parts)
 
     def _leave(self, index: int, request_id: str) -> None:
@@ -162,7 +190,20 @@ class Flight:
         if deserted:
             for stream in self._streams:
                 stream.close()
-            self._on_end(None)
+            self._on_end(self, None)
+
+
+def _joined(deltas: Sequence[Delta]) -> tuple[Delta, ...]:
+    """All deltas as one, which takes a fraction of the memory."""
+    if len(deltas) < 2:
+        return tuple(deltas)
+    return (
+        Delta(
+            "".join(delta.text for delta in deltas),
+            sum(delta.num_tokens for delta in deltas),
+            tuple(entry for delta in deltas for entry in delta.logprobs),
+        ),
+    )
 
 
 class VectorFlight:
@@ -184,9 +225,9 @@ class VectorFlight:
         """Begin to wait for the engine; after the first waiter has joined."""
         self._future.add_done_callback(self._done)
 
-    def join(self) -> Future[Embeddings] | None:
+    def join(self) -> Waiter | None:
         """A future for one more waiter, who may cancel it; None if the flight is over."""
-        waiter: Future[Embeddings] = Future()
+        waiter = Waiter(self._future)
         with self._lock:
             if self._is_over:
                 return None
@@ -202,6 +243,7 @@ class VectorFlight:
             waiters = list(self._waiters)
         error = future.exception() if not future.cancelled() else None
         result = None if future.cancelled() or error is not None else future.result()
+        self._on_end(self, result)
         for waiter in waiters:
             if not waiter.set_running_or_notify_cancel():
                 continue
@@ -209,7 +251,6 @@ class VectorFlight:
                 waiter.set_result(result)
             else:
                 waiter.set_exception(error or RuntimeError("the request was cancelled"))
-        self._on_end(result)
 
     def _leave(self, waiter: Future[Embeddings]) -> None:
         if not waiter.cancelled():
@@ -221,4 +262,4 @@ class VectorFlight:
         if deserted:
             if not self._future.cancel():
                 self._abort()
-            self._on_end(None)
+            self._on_end(self, None)

@@ -28,8 +28,8 @@ MAX_TOKENS = "max_tokens"
 class Terms:
     """The lengths and the default sampling for all models, or for one.
 
-    ``sampling`` has the names of the settings. Raises `InvalidRequestError` naming the first that
-    is unknown or out of range.
+    ``sampling`` has the names of the settings, ``params`` the engine's. Raises
+    `InvalidRequestError` naming the first that is unknown or out of range.
 
     >>> Terms(max_tokens_limit=100).over(Terms(sampling={"temperature": 0})).max_tokens_limit
     100
@@ -38,19 +38,17 @@ class Terms:
     default_max_tokens: int | None = None
     max_tokens_limit: int | None = None
     sampling: Mapping[str, Any] = field(default_factory=dict)
+    params: Mapping[str, Any] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         for name in self.sampling:
             if name not in SAMPLING_OPTIONS:
                 known = ", ".join(SAMPLING_OPTIONS)
-                message = f"sampling.{name:.60} has no default to set; {known} do."
+                message = f"sampling.{name:.60} is not a setting; the known ones are {known}."
                 raise InvalidRequestError(message, name)
-        SamplingParams(**self.params)
-
-    @property
-    def params(self) -> dict[str, Any]:
-        """The default sampling in the engine's words."""
-        return {ENGINES.get(k, k): v for k, v in self.sampling.items() if v is not None}
+        params = {ENGINES.get(k, k): v for k, v in self.sampling.items() if v is not None}
+        SamplingParams(**params)
+        object.__setattr__(self, "params", params)
 
     def over(self, general: Terms) -> Terms:
         """These, and what ``general`` says where they do not."""
@@ -109,8 +107,10 @@ class Guards:
                     raise self._too_many(wanted, limit, given)
                 changes[MAX_TOKENS] = limit
                 clamped = limit if is_given else clamped
+            sampling = request.sampling
+            changes = {k: v for k, v in changes.items() if getattr(sampling, k) != v}
             if changes:
-                request = replace(request, sampling=replace(request.sampling, **changes))
+                request = replace(request, sampling=replace(sampling, **changes))
             result.append(request)
         return result, clamped
 

@@ -81,15 +81,15 @@ class Reading:
         if deadline is not None and TIMEOUT in data and TIMEOUT not in schema.model_fields:
             value = data.pop(TIMEOUT)
             timeout = None if value is None else seconds_of(value, TIMEOUT)
-        given = _given(data)
         ignored = self.tolerance.strip(schema, data)
+        given = _given(schema, data)
         return validated(schema, data), Found(given, ignored, timeout)
 
 
-def _given(data: dict[str, Any]) -> frozenset[str]:
-    """The fields that have a value, those of Ollama's options included."""
-    options = data.get("options")
-    names = {name for name, value in data.items() if value is not None}
+def _given(schema: type[BaseModel], data: dict[str, Any]) -> frozenset[str]:
+    """The schema's fields that have a value, those of Ollama's options included."""
+    names = {name for name in schema.model_fields if data.get(name) is not None}
+    options = data.get("options") if "options" in names else None
     if isinstance(options, dict):
         names |= {name for name, value in options.items() if value is not None}
     return frozenset(names)

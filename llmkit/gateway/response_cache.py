@@ -33,7 +33,7 @@ BASE_BYTES, DELTA_BYTES, TOKEN_BYTES, LOGPROB_BYTES = 3000, 270, 40, 300
 # Not part of what is asked: whose it is, and how it goes.
 BESIDE = frozenset({"request_id", "caller", "priority", "weight", "cache_scope"})
 Key = tuple[str, bytes]  # whose it is, and a digest of all that matters
-Place = tuple[Key, int]  # of a computation under way: with its priority
+Place = tuple[Key, str, int]  # of a computation under way: its caller's, with its priority
 
 
 @dataclass(slots=True)
@@ -48,9 +48,10 @@ class Kept:
 class ResponseCache:
     """At most ``max_bytes`` of answers, none older than ``max_age_s``.
 
-    Each caller has its own unless they are ``shared``. When it is full, whoever has most in it
-    loses what it used least recently. ``hits`` are requests answered by it (``joined`` of them by a
-    computation under way), ``misses`` those that had to be computed.
+    Each caller has its own unless they are ``shared``. Computations under way are joined by their
+    own caller only: they have its weight. When it is full, whoever has most in it loses what it
+    used least recently. ``hits`` are requests answered by it (``joined`` of them by a computation
+    under way), ``misses`` those that had to be computed.
     """
 
     def __init__(
@@ -109,7 +110,7 @@ class ResponseCache:
     def has(self, key: Key, request: GenerationRequest | EmbeddingRequest) -> bool:
         """Whether nothing need be computed."""
         with self._lock:
-            return self._find(key) is not None or (key, _priority(request)) in self._flights
+            return self._find(key) is not None or _place(key, request) in self._flights
 
     def streams(
         self, key: Key, engine: EngineClient, request: GenerationRequest, *, fresh: bool = False
@@ -123,7 +124,7 @@ class ResponseCache:
             if isinstance(found, tuple):
                 self.hits += 1
                 return replay(found, request), True
-            place = key, request.priority
+            place = _place(key, request)
             flight = None if fresh else self._flights.get(place)
             joined = flight.join(request) if isinstance(flight, Flight) else None
             if joined is not None:
@@ -149,7 +150,7 @@ class ResponseCache:
                 done: Future[Embeddings] = Future()
                 done.set_result(found)
                 return done, True
-            place = key, 0
+            place = _place(key, request)
             flight = None if fresh else self._flights.get(place)
             joined = flight.join() if isinstance(flight, VectorFlight) else None
             if joined is not None:
@@ -193,11 +194,17 @@ class ResponseCache:
         return kept.value
 
     def _ended(
-        self, place: Place, engine: EngineClient, result: Answer | Embeddings | None
+        self,
+        place: Place,
+        engine: EngineClient,
+        flight: Flight | VectorFlight,
+        result: Answer | Embeddings | None,
     ) -> None:
-        """A computation is over; keep its result."""
+        """A computation is over; keep its result, unless a fresh one was begun since."""
         with self._lock:
-            self._flights.pop(place, None)
+            if self._flights.get(place) is not flight:
+                return
+            del self._flights[place]
             if result is None:
                 return
             size = _size(result)
@@ -234,8 +241,9 @@ def _is_reproducible(request: GenerationRequest) -> bool:
     return (params.greedy or params.seed is not None) and not request.keep_on_disk
 
 
-def _priority(request: GenerationRequest | EmbeddingRequest) -> int:
-    return request.priority if isinstance(request, GenerationRequest) else 0
+def _place(key: Key, request: GenerationRequest | EmbeddingRequest) -> Place:
+    priority = request.priority if isinstance(request, GenerationRequest) else 0
+    return key, request.caller, priority
 
 
 def _is_orphan(kept: Kept) -> bool:

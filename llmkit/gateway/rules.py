@@ -7,13 +7,14 @@ task, so that no dialect knows of it. Tornado loop only.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
 from contextvars import ContextVar
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
 from llmkit.gateway.access.overload import Overload
+from llmkit.gateway.flights import computation
 from llmkit.gateway.guards import Guards
 from llmkit.gateway.response_cache import ResponseCache
 from llmkit.protocol import EmbeddingRequest, Embeddings, GenerationRequest
@@ -78,9 +79,8 @@ class Visit:
             cache is not None and key is not None and not fresh and cache.has(key, request)
             for key, request in zip(keys, requests, strict=True)
         ]
-        self._admit(
-            engine, sum(r.n for r, is_known in zip(requests, known, strict=True) if not is_known)
-        )
+        new = (r.n for r, is_known in zip(requests, known, strict=True) if not is_known)
+        self._admit(engine, sum(new))
         streams: list[Stream] = []
         hits = []
         try:
@@ -95,6 +95,7 @@ class Visit:
             for stream in streams:
                 stream.close()
             raise
+        self._submitted(streams)
         self._say_cache(hits, len(requests))
         return streams
 
@@ -109,11 +110,13 @@ class Visit:
         key = cache.key_of(engine, request) if cache is not None else None
         if cache is None or key is None:
             self._admit(engine, 1)
-            return engine.embed(request)
-        if self._fresh or not cache.has(key, request):
-            self._admit(engine, 1)
-        future, is_hit = cache.embed(key, engine, request, fresh=self._fresh)
-        self._say_cache([is_hit], 1)
+            future = engine.embed(request)
+        else:
+            is_known = not self._fresh and cache.has(key, request)
+            self._admit(engine, 0 if is_known else 1)
+            future, is_hit = cache.embed(key, engine, request, fresh=self._fresh)
+            self._say_cache([is_hit], 1)
+        self._submitted([future])
         return future
 
     @property
@@ -121,8 +124,13 @@ class Visit:
         return None if self._bypass else self._rules.cache
 
     def _admit(self, engine: EngineClient, count: int) -> None:
-        if count and self._rules.overload is not None:
+        if self._rules.overload is not None:
             self._rules.overload.admit(self._exchange, engine, count)
+
+    def _submitted(self, answers: Iterable[Stream | Future[Embeddings]]) -> None:
+        if self._rules.overload is not None:
+            works = [computation(answer) for answer in answers]
+            self._rules.overload.submitted(self._exchange, works)
 
     def _say_cache(self, hits: list[bool], num_requests: int) -> None:
         """A hit is an answer for which nothing was computed."""

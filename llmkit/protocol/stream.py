@@ -57,7 +57,7 @@ class Channel:
         self._deltas: deque[Delta] = deque()
         self._result: Completion | None = None
         self._failure: Exception | None = None
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # the garbage collector may close its stream within
         self._wakers: list[Callable[[], object]] = []
 
     def push(self, delta: Delta) -> None:

@@ -16,7 +16,7 @@ from collections.abc import AsyncIterator, Callable
 from typing import TYPE_CHECKING
 
 from llmkit.errors import InvalidRequestError
-from llmkit.gateway.access.overload import GENERATING, VECTORS
+from llmkit.gateway.access.computing import BOUNDED
 from llmkit.gateway.failures import DeadlineError, api_error
 
 if TYPE_CHECKING:
@@ -26,10 +26,6 @@ if TYPE_CHECKING:
 __all__ = ["Deadline", "Deadlines", "seconds_of"]
 
 HEADERS = ("x-llmkit-timeout", "x-request-timeout")
-ASKING = frozenset(
-    {"/v1/messages/count_tokens", "/tokenize", "/detokenize", "/apply-template", "/api/show"}
-)
-BOUNDED = GENERATING | VECTORS | ASKING
 NUMBER = re.compile(r"[0-9]{1,9}(\.[0-9]{0,9})?|\.[0-9]{1,9}")
 EARLY_S = 0.001  # by which a loop's timer may be early
 LATE_S = 5.0  # for a stream that has begun to say that its time is over

@@ -43,14 +43,11 @@ class AnthropicRoutes:
             "role": "assistant",
             "model": engine.description.name,
         }
-        num_prompt = (
-            await count_tokens(engine, chat, f"{reply_id}-count", exchange.caller)
-            if body.stream
-            else 0
-        )
         answer = Answer(engine, chat, reply_id, exchange, self._on_use)
         try:
-            if body.stream:
+            if body.stream:  # its beginning says how long the prompt is, the engine only its end
+                count_id = f"{reply_id}-count"
+                num_prompt = await count_tokens(engine, chat, count_id, exchange.caller)
                 await self._stream(exchange, answer, head, num_prompt)
                 return
             events, completion = await answer.whole()
