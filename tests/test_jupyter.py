@@ -13,8 +13,11 @@ from typing import Any
 import pytest
 from jupyter_client_http import JupyterServer
 
+from llmkit.errors import InvalidRequestError
 from llmkit.gateway.app import Gateway
 from llmkit.gateway.directory import EngineDirectory
+from llmkit.settings.gateway import GATEWAY_OPTIONS, GatewayOptions
+from llmkit_jupyter.extension import LLMKitExtension
 
 ROUTES = {
     re.sub(r"\{\w+\+?\}", "x", path)
@@ -144,6 +147,21 @@ def test_errors_have_openais_shape(server: JupyterServer) -> None:
 
 def test_the_extension_is_enabled_by_installing_and_says_where(server: JupyterServer) -> None:
     assert "llmkit gateway at http" in server.output() and "/user/ann/llmkit/v1" in server.output()
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [("max_queue", 0), ("request_timeout_s", -1.0), ("default_model", ""), ("otlp_endpoint", "x")],
+)
+def test_what_is_no_option_is_an_error(name: str, wrong: Any) -> None:
+    with pytest.raises(InvalidRequestError, match=f"^{name} must be"):
+        LLMKitExtension(**{name: wrong})._options()
+
+
+def test_options_are_those_of_the_table() -> None:
+    assert LLMKitExtension()._options() == GatewayOptions()
+    trait = LLMKitExtension.class_own_traits(config=True)["max_queue"]
+    assert trait.help == GATEWAY_OPTIONS["max_queue"].help
 
 
 def test_pages_are_pages(server: JupyterServer) -> None:

@@ -7,7 +7,7 @@ import json
 import logging
 import sqlite3
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import date
 from typing import Any
 
@@ -22,12 +22,13 @@ from llmkit.errors import InvalidRequestError
 from llmkit.gateway.access.authenticator import Facts
 from llmkit.gateway.access.keys import Keys
 from llmkit.gateway.access.permission import admitting
+from llmkit.gateway.access.watching import KeyWatch
 from llmkit.gateway.failures import ApiError
 from llmkit.gateway.ops.openapi import Route
 from llmkit.settings.entries import KeyEntry
 from llmkit.store.database import Database
 from llmkit.store.keys import KeyStore
-from llmkit.store.records import digest, new_secret
+from llmkit.store.records import KeyRecord, digest, new_secret
 
 
 async def status(api: Served, key: str | None, path: str = "/v1/models") -> int:
@@ -56,7 +57,7 @@ async def test_a_stored_key_opens_and_is_revoked_within_a_second(
         fresh = await asyncio.to_thread(add_key, keys, "carl")
         assert await takes(fresh, 200) < 1
         rotated = new_secret()
-        await asyncio.to_thread(keys.rotate, "bob", digest(rotated))
+        await asyncio.to_thread(keys.rotate, "bob", digest(rotated), time.time())
         assert await takes(rotated, 200) < 1 and await status(api, bob) == 401
     used = {record.name: record.last_used_at for record in keys.all()}
     assert used["carl"] is not None and abs(used["carl"] - time.time()) < 60
@@ -302,6 +303,54 @@ async def test_without_keys_only_this_machine_administers(model: FakeClient) -> 
         away = {"X-Forwarded-For": "203.0.113.9"}
         assert (await api.fetch("POST", "/admin/thing", b"{}", away)).code == 403
         assert (await api.fetch("POST", "/v1/chat/completions", CHAT, away)).code == 200
+
+
+@pytest.mark.parametrize("header", ["X-Forwarded-For", "forwarded", "X-Real-IP"])
+async def test_who_comes_through_a_proxy_that_nobody_named_is_not_the_owner(
+    model: FakeClient, header: str
+) -> None:
+    async with served(admin=True, gateway={"routes": ADMIN_ROUTES}) as api:
+        for value in ("203.0.113.9", "for=127.0.0.1", ""):
+            assert (await api.fetch("POST", "/admin/thing", b"{}", {header: value})).code == 403
+            reply = await api.fetch("POST", "/v1/chat/completions", CHAT, {header: value})
+            assert reply.code == 200
+        assert (await api.fetch("POST", "/admin/thing", b"{}")).code == 200
+
+
+async def test_keyless_callers_hold_bytes_by_address(model: FakeClient) -> None:
+    async def look(exchange: Any) -> None:
+        who = exchange.counted_as
+        exchange.send_json([exchange.caller, who, exchange._held.of(who)])
+
+    gateway = {"routes": [Route("POST", "/look", look, "What is held")]}
+    for entries, key, who in (
+        ([], None, "address 203.0.113.9"),
+        ([KeyEntry(name="ann", key="ann")], "ann", "key ann"),
+    ):
+        async with served(entries, trusted_proxies=("127.0.0.1",), gateway=gateway) as api:
+            away = {"X-Forwarded-For": "203.0.113.9"}
+            reply = await api.by(key).fetch("POST", "/look", b"x" * 100_000, away)
+            assert json.loads(reply.body) == ["local" if key is None else who, who, 100_000]
+
+
+def test_whatever_goes_wrong_the_keys_are_watched_on(
+    keys: KeyStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    seen: list[int] = []
+
+    def take(records: Sequence[KeyRecord]) -> None:
+        seen.append(len(records))
+        if len(seen) < 3:
+            raise ZeroDivisionError("nobody thought of this")
+
+    watch = KeyWatch(keys, 0.02)
+    with caplog.at_level(logging.WARNING):
+        watch.start(take)
+        add_key(keys, "ann")
+        wait_for(lambda: "can be read again" in caplog.text)
+    watch.close()
+    assert seen == [1, 1, 1] and caplog.text.count("keys stay as they were") == 1
+    assert "Traceback" in caplog.text, "which a database that is gone does not need"
 
 
 async def test_a_key_sees_no_requests_of_others(model: FakeClient) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,20 @@ class TestCommand:
     def test_what_is_wrong_is_one_line(self, run: Any, words: list[str]) -> None:
         code, out, err = run(*words)
         assert (code, out, err.count("\n")) == (1, "", 1) and err.startswith("llmkit: ")
+
+    def test_a_key_that_expired_gets_a_later_end(
+        self, run: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        run("add", "ann", "--expires", "1h")
+        later = time.time() + 7200
+        monkeypatch.setattr("llmkit.cli.keys.time.time", lambda: later)
+        code, out, err = run("rotate", "ann")
+        assert (code, out) == (1, "") and "--expires" in err
+        assert run("rotate", "ann", "--expires", "2020-01-01")[0] == 1
+        code, out, _ = run("rotate", "ann", "--expires", "9d")
+        assert code == 0 and is_generated(out.strip())
+        later += 10 * 86_400
+        assert is_generated(run("add", "ann")[1].strip()), "its name is free"
 
     def test_it_finds_the_gateways_database(
         self, run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

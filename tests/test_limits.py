@@ -158,6 +158,30 @@ def test_a_jump_of_the_clock_counts_once_it_lasts(caplog: pytest.LogCaptureFixtu
     assert clock.now() == hands.wall
 
 
+def test_the_clock_is_read_by_several_threads() -> None:
+    """What one doubts may be believed by another in the middle."""
+
+    class Watched(SteadyClock):
+        doubts: Any = None
+        looks = 0
+
+        @property
+        def _doubted(self) -> Any:
+            self.looks += 1
+            return self.doubts if self.looks == 1 else None
+
+        @_doubted.setter
+        def _doubted(self, value: Any) -> None:
+            self.doubts = value
+
+    hands = Hands()
+    clock = Watched(lambda: hands.wall, lambda: hands.steady)
+    hands.jump(1e6)
+    clock.doubts = (hands.wall - hands.steady, hands.steady)
+    hands.pass_time(BELIEVED_S)
+    assert clock.now() == hands.wall
+
+
 @pytest.mark.parametrize(
     ("now", "day", "month"),
     [
@@ -193,6 +217,18 @@ async def test_a_rate_is_held_and_said(model: FakeClient) -> None:
             assert shape in (await ann.post(path, body))[1], "each dialect has its own error"
         streamed = await ann.fetch("POST", "/v1/completions", {**COMPLETION, "stream": True})
         assert streamed.code == 429
+
+
+async def test_only_what_computes_counts(model: FakeClient) -> None:
+    async with served([entry(rate="1/hour")]) as api:
+        ann = api.by("secret-ann")
+        assert (await ann.post("/api/show", {"model": "fake"}))[0] == 200
+        assert (await ann.post("/v1/completions", COMPLETION))[0] == 200
+        assert (await ann.post("/v1/completions", COMPLETION))[0] == 429
+        reply = await ann.fetch("POST", "/v1/responses/resp_1/cancel", b"{}")
+        assert reply.code == 404, "an answer can be ended whatever else was used up"
+        assert "x-ratelimit-limit-requests" not in reply.headers
+        assert (await ann.post("/api/show", {"model": "fake"}))[0] == 200
 
 
 async def test_requests_at_once(model: FakeClient) -> None:
@@ -346,9 +382,9 @@ async def test_the_stage_is_cheap(database: Database) -> None:
     exchange: Any = SimpleNamespace(
         identity=Identity("key ann", "key", allowance=allowance),
         method="POST",
-        scope="inference",
+        route="/v1/completions",
         record=Record(model="m"),
-        address="203.0.113.9",
+        counted_as="key ann",
         set_header=lambda name, value: None,
     )
     took = []

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import socket
 import time
 
 import pytest
@@ -12,11 +14,12 @@ from fakes import FakeClient
 from gateway_client import CHAT, Api, is_error
 from hypothesis import given
 from hypothesis import strategies as st
+from tornado.iostream import IOStream, UnsatisfiableReadError
 
 from llmkit.errors import InvalidRequestError
 from llmkit.gateway.access.cors import Cors
 from llmkit.gateway.access.proxies import Proxies, is_loopback, place
-from llmkit.gateway.heads import MAX_HEAD_BYTES, MAX_LINE_BYTES
+from llmkit.gateway.heads import MAX_HEAD_BYTES, MAX_LINE_BYTES, Heads
 from llmkit.gateway.server import BoundedServer
 from llmkit.settings.entries import KeyEntry
 
@@ -237,6 +240,24 @@ async def test_every_answer_has_security_headers(model: FakeClient) -> None:
             assert "default-src 'none'" in reply.headers["Content-Security-Policy"]
             assert reply.headers["Cross-Origin-Resource-Policy"] == "same-origin"
             assert "Strict-Transport-Security" not in reply.headers, "that is for TLS"
+
+
+async def test_so_many_heads_that_are_too_long_are_drained() -> None:
+    """Beyond that a connection is closed at once, so they cost no more descriptors than that."""
+    heads, pairs = Heads(most=2), [socket.socketpair() for _ in range(5)]
+    before = len(os.listdir("/proc/self/fd"))
+    for ours, _ in pairs:
+        stream = IOStream(ours)
+        heads.bound(stream)
+        stream.close(UnsatisfiableReadError(f"more than {MAX_HEAD_BYTES} bytes"))  # type: ignore[arg-type]
+    assert len(os.listdir("/proc/self/fd")) == before - 5 + 2
+    for _, theirs in pairs:
+        assert theirs.recv(1000).startswith(b"HTTP/1.1 414 ")
+        theirs.close()
+    async with asyncio.timeout(5):
+        while len(os.listdir("/proc/self/fd")) > before - 10:
+            await asyncio.sleep(0.02)
+    assert heads._num_drained == 0
 
 
 def _head(answer: bytes) -> tuple[int, dict[str, object]]:

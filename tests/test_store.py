@@ -1,37 +1,27 @@
-"""The database: what can be wrong with it, what is not lost, SQLite and a real PostgreSQL."""
+"""The database: what can be wrong with it, and what is not lost."""
 
 from __future__ import annotations
 
-import asyncio
-import logging
 import os
 import re
-import shutil
 import sqlite3
 import stat
 import subprocess
 import sys
-import tempfile
 import threading
-import time
-from collections.abc import Iterator
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 import pytest
 import sqlalchemy as sa
-from access_client import add_key, served
-from fakes import FakeClient, wait_for
-from gateway_client import CHAT
+from access_client import add_key
 
 from llmkit.errors import InvalidRequestError, StoreError
 from llmkit.store.database import Database, default_path, open_database
 from llmkit.store.keys import KeyStore
 from llmkit.store.migrations import HEAD
-from llmkit.store.records import Spending, digest, is_generated, new_secret
+from llmkit.store.records import KeyRecord, digest, is_generated, new_secret
 from llmkit.store.tables import Table
-from llmkit.store.usage import UsageStore, UsageWriter
 
 
 def url_of(folder: Path) -> str:
@@ -60,6 +50,10 @@ class TestDatabase:
         for table in Table.metadata.tables.values():
             columns = {c["name"]: c["nullable"] for c in inspector.get_columns(table.name)}
             assert columns == {c.name: bool(c.nullable) for c in table.columns}
+            indexes = {i["name"]: i["column_names"] for i in inspector.get_indexes(table.name)}
+            assert {n: c for n, c in indexes.items() if "autoindex" not in str(n)} == {
+                index.name: [c.name for c in index.columns] for index in table.indexes
+            }
 
     def test_the_newest_step_is_named(self) -> None:
         from alembic.config import Config
@@ -211,23 +205,35 @@ class TestStoredKeys:
         for action in (
             lambda: add_key(keys, "ann"),
             lambda: keys.revoke("bob", 1.0),
-            lambda: keys.rotate("bob", "0" * 64),
+            lambda: keys.rotate("bob", "0" * 64, 1.0),
         ):
             with pytest.raises(InvalidRequestError):
                 action()
         keys.revoke("ann", 2.0)
-        for action in (lambda: keys.revoke("ann", 3.0), lambda: keys.rotate("ann", "0" * 64)):
+        for action in (lambda: keys.revoke("ann", 3.0), lambda: keys.rotate("ann", "0" * 64, 3.0)):
             with pytest.raises(InvalidRequestError, match="was revoked before"):
                 action()
         assert keys.all()[0].state(9.0) == "revoked"
         add_key(keys, "ann", rate="5/s")
         assert keys.all()[0].state(9.0) == "active" and keys.all()[0].rate == "5/s"
 
+    def test_a_key_that_expired(self, keys: KeyStore) -> None:
+        add_key(keys, "ann", expires_at=5.0)
+        with pytest.raises(InvalidRequestError, match="has expired; give the new one a later end"):
+            keys.rotate("ann", "0" * 64, 9.0)
+        with pytest.raises(InvalidRequestError, match="has expired"):
+            keys.rotate("ann", "0" * 64, 9.0, 8.0)
+        assert keys.all()[0].expires_at == 5.0, "a refusal changes nothing"
+        assert keys.rotate("ann", "0" * 64, 9.0, 20.0).state(9.0) == "active"
+        assert keys.all()[0].expires_at == 20.0
+        keys.add(KeyRecord("ann", "1" * 64, created_at=30.0))
+        assert keys.all()[0].sha256 == "1" * 64, "its name is free"
+
     def test_each_change_is_seen(self, keys: KeyStore) -> None:
         seen = [keys.version()]
         for change in (
             lambda: add_key(keys, "ann"),
-            lambda: keys.rotate("ann", "1" * 64),
+            lambda: keys.rotate("ann", "1" * 64, 1.0),
             lambda: keys.revoke("ann", 1.0),
         ):
             change()
@@ -235,133 +241,3 @@ class TestStoredKeys:
         assert len(set(seen)) == 4
         keys.note_use({"1" * 64: 5.0})
         assert keys.version() == seen[-1] and keys.all()[0].last_used_at == 5.0
-
-
-class TestUsage:
-    """What is written down, and what is not lost when it cannot be."""
-
-    def test_two_gateways_share_a_database(self, database: Database) -> None:
-        day = date(2026, 11, 28)
-        both = [
-            UsageWriter(UsageStore(database), KeyStore(database), lambda: day, 3600)
-            for _ in range(2)
-        ]
-        for writer in both:
-            writer.add("ann", "m", Spending(1, 10, 0, 5, 0.5))
-            assert writer.flush()
-        assert both[1].tokens("ann", day) == (30, 30)
-        assert both[0].tokens("ann", day) == (15, 15)
-        both[0].flush()
-        assert both[0].tokens("ann", day) == (30, 30)
-        for writer in both:
-            writer.close()
-
-    def test_months_and_days(self, database: Database) -> None:
-        today = [date(2026, 11, 30)]
-        writer = UsageWriter(UsageStore(database), KeyStore(database), lambda: today[0], 3600)
-        for day in (date(2026, 11, 29), date(2026, 11, 30), date(2026, 12, 1)):
-            today[0] = day
-            writer.add("ann", "m", Spending(1, 1, 0, 0, 0.1))
-            writer.add("ann", "n", Spending(1, 2, 0, 0, 0.1))
-        assert writer.tokens("ann", date(2026, 11, 30)) == (3, 6)
-        assert writer.tokens("ann", date(2026, 12, 1)) == (3, 3)
-        today[0] = date(2026, 11, 30)
-        writer.flush()
-        assert writer.tokens("ann", date(2026, 11, 30)) == (3, 6)
-        writer.close()
-
-    def test_a_full_disk_loses_nothing(
-        self, database: Database, caplog: pytest.LogCaptureFixture
-    ) -> None:
-        day = date(2026, 11, 28)
-        writer = UsageWriter(UsageStore(database), KeyStore(database), lambda: day, 3600)
-        with database.engine.connect() as connection:
-            pages = connection.exec_driver_sql("PRAGMA page_count").scalar()
-            connection.exec_driver_sql(f"PRAGMA max_page_count={pages}")  # for this connection
-        with caplog.at_level(logging.WARNING):
-            for i in range(300):
-                writer.add(f"caller {i:0200d}", "m", Spending(1, 10, 0, 5, 0.5))
-            assert not writer.flush() and not writer.flush()
-            assert caplog.text.count("its disk is full") == 1
-            assert writer.tokens(f"caller {7:0200d}", day) == (15, 15)
-            with database.engine.connect() as connection:
-                connection.exec_driver_sql("PRAGMA max_page_count=100000")
-            assert writer.flush()
-            assert "written down again" in caplog.text
-        writer.close()
-        assert len(UsageStore(database).tokens(day)) == 300
-
-    def test_it_is_written_within_seconds(self, database: Database) -> None:
-        day = date(2026, 11, 28)
-        writer = UsageWriter(UsageStore(database), KeyStore(database), lambda: day, 0.05)
-        writer.add("ann", "m", Spending(1, 10, 0, 5, 0.5))
-        wait_for(lambda: UsageStore(database).tokens(day) == {"ann": {day: 15}})
-        writer.close()
-
-
-@pytest.fixture(scope="module")
-def postgres() -> Iterator[str]:
-    """A server that listens on a socket in a folder; its URL."""
-    found = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
-    if not found:
-        pytest.skip("PostgreSQL is not installed")
-    with tempfile.TemporaryDirectory(prefix="llmkit-") as folder:
-        options: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.STDOUT}
-        if os.getuid() == 0:  # which PostgreSQL refuses to run as
-            shutil.chown(folder, "postgres")
-            options["user"] = "postgres"
-        programs, data = found[-1].parent, f"{folder}/data"
-        initdb = f"{programs}/initdb -D {data} -A trust -U llmkit -N"
-        subprocess.run(initdb.split(), check=True, **options)
-        command = f"{programs}/postgres -D {data} -k {folder} -c listen_addresses="
-        server = subprocess.Popen(command.split(), **options)
-        try:
-            url = f"postgresql://llmkit@/postgres?host={folder}"
-            wait_for(lambda: _opens(url), 30)
-            yield url
-        finally:
-            server.terminate()
-            server.wait(20)
-
-
-class TestPostgres:
-    """The same tables in a real PostgreSQL, where several gateways share them."""
-
-    def test_keys_and_usage(self, postgres: str) -> None:
-        database = open_database(postgres)
-        keys, usage = KeyStore(database), UsageStore(database)
-        secret = add_key(keys, "ann", models=("q*",), tokens_per_day=10**12, expires_at=1e9 + 0.25)
-        (record,) = keys.all()
-        assert record.sha256 == digest(secret) and record.models == ("q*",)
-        assert record.tokens_per_day == 10**12 and record.expires_at == 1e9 + 0.25
-        day = date(2026, 11, 28)
-        for _ in range(2):
-            usage.add({"key ann": {(day, "m"): Spending(1, 10**10, 0, 5, 0.5)}})
-        assert usage.tokens(day) == {"key ann": {day: 2 * (10**10 + 5)}}
-        threads = [threading.Thread(target=add_key, args=(keys, f"key{i}")) for i in range(8)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert keys.version() == len(keys.all()) == 9
-        database.close()
-
-    async def test_a_gateway(self, postgres: str, model: FakeClient) -> None:
-        database = await asyncio.to_thread(open_database, postgres)
-        keys = KeyStore(database)
-        secret = await asyncio.to_thread(add_key, keys, "gateway", tokens_per_day=14)
-        async with served(database=database) as api:
-            codes = [(await api.by(secret).post("/v1/chat/completions", CHAT))[0] for _ in "ab"]
-            assert codes == [200, 429]
-            await asyncio.to_thread(keys.revoke, "gateway", time.time())
-            while (await api.by(secret).fetch("GET", "/v1/models")).code != 401:
-                await asyncio.sleep(0.05)
-        database.close()
-
-
-def _opens(url: str) -> bool:
-    try:
-        open_database(url).close()
-        return True
-    except StoreError:
-        return False

@@ -71,7 +71,7 @@ GET = b"GET /health HTTP/1.1\r\nHost: llm.example.org\r\nConnection: close\r\n\r
 
 async def test_answers_come_by_https(model: FakeClient, pairs: dict[str, tuple[str, str]]) -> None:
     cert, key = pairs["one"]
-    async with served(tls_cert=cert, tls_key=key) as api:
+    async with served(tls_cert=cert, tls_key=key, port=443) as api:
         assert api.url.startswith("https://")
         answer = await exchange_raw(api.port, GET, tls=trusting(cert))
         head = answer.partition(b"\r\n\r\n")[0].lower()
@@ -85,6 +85,9 @@ async def test_answers_come_by_https(model: FakeClient, pairs: dict[str, tuple[s
         assert api.access.tls.minimum_version == ssl.TLSVersion.TLSv1_2
         with contextlib.suppress(ConnectionResetError):
             assert await exchange_raw(api.port, GET) == b"", "plain HTTP gets nothing"
+    async with served(tls_cert=cert, tls_key=key, port=8443) as api:
+        answer = await exchange_raw(api.port, GET, tls=trusting(cert))
+        assert b"strict-transport-security" not in answer.lower(), "nor other ports of a host"
 
 
 async def test_a_handshake_that_never_ends_is_let_go(

@@ -11,7 +11,7 @@ from jupyter_server._tz import utcnow
 from jupyter_server.extension.application import ExtensionApp
 from jupyter_server.serverapp import ServerApp
 from prometheus_client import REGISTRY
-from traitlets import Bool, Float, Int, Unicode
+from traitlets import Bool, Float, Int, TraitType, Unicode
 
 from llmkit.gateway.access.deadlines import Deadlines
 from llmkit.gateway.access.overload import Overload
@@ -24,6 +24,7 @@ from llmkit.gateway.rules import Rules
 from llmkit.gateway.sources import ConnectionFiles
 from llmkit.protocol import Origin
 from llmkit.protocol.client import EngineClient
+from llmkit.settings.gateway import GATEWAY_OPTIONS, GatewayOptions
 from llmkit_jupyter.handler import JupyterGatewayHandler
 
 if TYPE_CHECKING:
@@ -32,76 +33,67 @@ if TYPE_CHECKING:
 __all__ = ["LLMKitExtension"]
 
 
+def _trait(kind: type[TraitType[Any, Any]], name: str, more: str = "") -> Any:
+    """A trait for an option of gateways, with its default and sentence, and what is so here."""
+    row = GATEWAY_OPTIONS[name]
+    words = f"{row.help} {more}".strip()
+    return kind(row.default, allow_none=row.default is None, help=words).tag(config=True)
+
+
 class LLMKitExtension(ExtensionApp):
-    """Serves the models of this server's kernels to other programs."""
+    """Serves the models of this server's kernels to other programs.
+
+    Raises `InvalidRequestError` naming an option that is wrong.
+    """
 
     name = "llmkit_jupyter"
     default_url = "/lab"
     load_other_extensions = True
 
-    default_model = Unicode(
-        None,
-        allow_none=True,
-        help='The model behind the name "default". None: the most recently loaded.',
-    ).tag(config=True)
-
-    strict = Bool(False, help="Refuse request fields that are otherwise accepted and ignored.").tag(
-        config=True
-    )
-
-    max_queue = Int(
-        None,
-        allow_none=True,
-        help="Requests that may wait, of all users together. None: as many as each model takes.",
-    ).tag(config=True)
-
-    max_concurrent = Int(
-        None, allow_none=True, help="Requests at once of each user. None: without a limit."
-    ).tag(config=True)
-
-    request_timeout_s = Float(
-        None, allow_none=True, help="Longest time for a request, in seconds. None: without end."
-    ).tag(config=True)
-
-    metrics = Bool(
-        True, help="Count requests and tokens for Prometheus, at /llmkit/metrics and /metrics."
-    ).tag(config=True)
-
-    otlp_endpoint = Unicode(
-        None,
-        allow_none=True,
-        help="Collector of OpenTelemetry to send traces to, such as http://localhost:4318. "
-        "None: as the OTEL_ variables say.",
-    ).tag(config=True)
+    default_model = _trait(Unicode, "default_model", "The first is the one loaded last.")
+    strict = _trait(Bool, "strict")
+    max_queue = _trait(Int, "max_queue")
+    max_concurrent = _trait(Int, "max_concurrent")
+    request_timeout_s = _trait(Float, "request_timeout_s")
+    metrics = _trait(Bool, "metrics", "Jupyter's own /metrics has them too.")
+    otlp_endpoint = _trait(Unicode, "otlp_endpoint", "By default as the OTEL_ variables say.")
 
     _metrics: Metrics | None = None
     _tracer: Tracer | None = None
 
+    def _options(self) -> GatewayOptions:
+        """What the traits say, checked."""
+        names = self.class_own_traits(config=True)
+        return GatewayOptions(**{name: getattr(self, name) for name in names})
+
     def initialize_handlers(self) -> None:
+        options = self._options()
         self._directory = EngineDirectory(
-            [ConnectionFiles(self._is_ours)], default=self.default_model
+            [ConnectionFiles(self._is_ours)], default=options.default_model
         )
         gateway = Gateway(
             self._directory,
             self._note_use,
             self._places,
-            strict=self.strict,
-            stages=self._bounds(),
-            observers=[*self._measuring(), *self._tracing()],
+            strict=options.strict,
+            stages=self._bounds(options),
+            observers=[*self._measuring(options), *self._tracing(options)],
             routes=self._metrics.routes() if self._metrics is not None else (),
         )
         self.handlers.append((r"/llmkit(?:/(.*))?", JupyterGatewayHandler, {"gateway": gateway}))
 
-    def _bounds(self) -> list[Stage]:
+    def _bounds(self, options: GatewayOptions) -> list[Stage]:
         overload = Overload(
-            self._directory, max_queue=self.max_queue, max_concurrent=self.max_concurrent
+            self._directory,
+            max_queue=options.max_queue,
+            max_concurrent=options.max_concurrent,
         )
-        deadlines = Deadlines(self.request_timeout_s, overload.retry_after)
+        deadlines = Deadlines(options.request_timeout_s, overload.retry_after)
         return [deadlines.stage, overload.stage, Rules(overload=overload).stage]
 
-    def _measuring(self) -> list[Observer]:
+    def _measuring(self, options: GatewayOptions) -> list[Observer]:
         """Metrics at this mount, and in Jupyter's own registry, which it serves at ``/metrics``."""
-        if not self.metrics:
+        if not options.metrics:
             return []
         self._metrics = Metrics(self._directory)
         try:
@@ -110,8 +102,8 @@ class LLMKitExtension(ExtensionApp):
             self.log.warning("the metrics of llmkit are not in Jupyter's /metrics: %s", error)
         return [self._metrics.observer]
 
-    def _tracing(self) -> list[Observer]:
-        self._tracer = start_telemetry(self.otlp_endpoint)
+    def _tracing(self, options: GatewayOptions) -> list[Observer]:
+        self._tracer = start_telemetry(options.otlp_endpoint)
         return [] if self._tracer is None else [self._tracer.observer]
 
     @property

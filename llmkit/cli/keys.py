@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 __all__ = ["register"]
 
 Name = Annotated[str, typer.Argument(help="Whose key it is; stands in logs and tables.")]
+Expires = Annotated[
+    str | None, typer.Option(help="Its last day (2027-01-31, UTC), a time, or a span (90d).")
+]
 DbUrl = Annotated[
     str | None,
     typer.Option(
@@ -82,9 +85,7 @@ def add(
         list[str] | None,
         typer.Option(help="A model it may use, or a glob such as qwen*; once for each."),
     ] = None,
-    expires: Annotated[
-        str | None, typer.Option(help="Its last day (2027-01-31, UTC), a time, or a span (90d).")
-    ] = None,
+    expires: Expires = None,
     rate: Annotated[str | None, typer.Option(help="Requests, such as 60/minute.")] = None,
     concurrent: Annotated[int | None, typer.Option(help="Requests at once.")] = None,
     tokens_per_day: Annotated[int | None, typer.Option(help="Tokens a day (UTC).")] = None,
@@ -95,7 +96,6 @@ def add(
     json: Json = False,
 ) -> int:
     """Make a key and print it: this once, since only its SHA-256 is kept."""
-    from llmkit.settings.allowances import read_expiry
     from llmkit.settings.entries import KeyEntry
     from llmkit.store.records import KeyRecord, digest, new_secret
 
@@ -111,9 +111,6 @@ def add(
         tokens_per_month=tokens_per_month,
         weight=weight,
     )
-    ends = read_expiry(expires, now)
-    if ends is not None and ends <= now:
-        raise InvalidRequestError(f"--expires {expires} is in the past.", "expires")
     record = KeyRecord(
         name,
         digest(secret),
@@ -125,7 +122,7 @@ def add(
         tokens_per_month=tokens_per_month,
         weight=weight,
         created_at=now,
-        expires_at=ends,
+        expires_at=_end(expires, now),
     )
     with _keys(db_url, config, create=True) as keys:
         keys.add(record)
@@ -168,14 +165,31 @@ def revoke(name: Name, db_url: DbUrl = None, config: Config = None, json: Json =
     return 0
 
 
-def rotate(name: Name, db_url: DbUrl = None, config: Config = None, json: Json = False) -> int:
+def rotate(
+    name: Name,
+    expires: Expires = None,
+    db_url: DbUrl = None,
+    config: Config = None,
+    json: Json = False,
+) -> int:
     """Replace a key by a new one with the same name and limits, and print it this once."""
     from llmkit.store.records import digest, new_secret
 
-    secret = new_secret()
+    secret, now = new_secret(), time.time()
+    ends = _end(expires, now)
     with _keys(db_url, config) as keys:
-        record = keys.rotate(name, digest(secret))
+        record = keys.rotate(name, digest(secret), now, ends)
     return _show_secret(record, secret, json)
+
+
+def _end(expires: str | None, now: float) -> float | None:
+    """When a key ends. Raises `InvalidRequestError` for what is no time to come."""
+    from llmkit.settings.allowances import read_expiry
+
+    end = read_expiry(expires, now)
+    if end is not None and end <= now:
+        raise InvalidRequestError(f"--expires {expires} is in the past.", "expires")
+    return end
 
 
 def _show_secret(record: KeyRecord, secret: str, json: bool) -> int:

@@ -17,7 +17,7 @@ from pydantic import BaseModel
 from tornado import gen, iostream, web
 
 from llmkit.gateway.access.held import Held
-from llmkit.gateway.access.identity import LOCAL, Identity
+from llmkit.gateway.access.identity import LOCAL, Identity, counted_as
 from llmkit.gateway.failures import ApiError, dialect_of
 from llmkit.gateway.record import Record
 from llmkit.protocol import GenerationRequest
@@ -67,6 +67,7 @@ class Exchange:
         self._handler = handler
         self.identity = identity
         self.address = str(handler.request.remote_ip) if address is None else address
+        self.counted_as = counted_as(identity, self.address)  # whose limits it counts for
         self.scope = ""  # what its route needs, set by the gateway
         self.max_body_bytes = MAX_BODY_BYTES
         self._held = held or Held()
@@ -172,7 +173,7 @@ class Exchange:
     async def _watch(self, sent: Any, size: int) -> None:
         """Count an unread answer as held for its caller."""
         try:
-            self._held.add(self.caller, size)
+            self._held.add(self.counted_as, size)
         except ApiError:
             size = 0
             self.drop()
@@ -186,7 +187,7 @@ class Exchange:
         except (iostream.StreamClosedError, TimeoutError):
             self.drop()
         finally:
-            self._held.add(self.caller, -size)
+            self._held.add(self.counted_as, -size)
 
     def _say_ignored(self) -> None:
         if self.ignored:

@@ -15,7 +15,7 @@ from tornado import web
 from llmkit.gateway.access.authenticator import Authenticator, Facts
 from llmkit.gateway.access.edge import SECURITY_HEADERS, Edge
 from llmkit.gateway.access.held import SMALL_BYTES
-from llmkit.gateway.access.identity import LOCAL
+from llmkit.gateway.access.identity import LOCAL, counted_as
 from llmkit.gateway.exchange import Exchange, body_too_large
 from llmkit.gateway.failures import ApiError
 from llmkit.gateway.heads import MAX_LINE_BYTES
@@ -39,6 +39,7 @@ class GatewayHandler(web.RequestHandler):
         self._size = 0  # bytes of the body counted as held
         self._is_gone = False
         self._address = edge.proxies.client(str(self.request.remote_ip), self.request.headers)
+        self._counted_as = counted_as(LOCAL, self._address)
 
     async def prepare(self) -> None:
         exchange = self._exchange(self.path_args[0])
@@ -60,7 +61,7 @@ class GatewayHandler(web.RequestHandler):
             elif not self._is_gone:
                 self._refuse(error)
             return
-        self._identity = identity
+        self._identity, self._counted_as = identity, counted_as(identity, self._address)
         announced = request.headers.get("Content-Length", "0")
         most = self._gateway.max_body_bytes
         if announced.isdecimal() and (len(announced) > 18 or int(announced) > most):
@@ -111,7 +112,7 @@ class GatewayHandler(web.RequestHandler):
             self._refuse(body_too_large(str(size), most))
             return
         try:
-            self._gateway.held.add(self._identity.name, len(chunk), body=size)
+            self._gateway.held.add(self._counted_as, len(chunk), body=size)
         except ApiError as error:
             self._body.clear()
             self._refuse(error)
@@ -129,7 +130,7 @@ class GatewayHandler(web.RequestHandler):
 
     def _let_go(self) -> None:
         size, self._size = self._size, 0
-        self._gateway.held.add(self._identity.name, -size)
+        self._gateway.held.add(self._counted_as, -size)
 
     def on_finish(self) -> None:
         self._let_go()

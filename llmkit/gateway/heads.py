@@ -13,24 +13,58 @@ from typing import Any
 
 from tornado import ioloop, iostream
 
-__all__ = ["MAX_HEAD_BYTES", "MAX_LINE_BYTES", "bound_head"]
+__all__ = ["MAX_HEAD_BYTES", "MAX_LINE_BYTES", "Heads"]
 
 MAX_LINE_BYTES, MAX_HEAD_BYTES = 8 << 10, 32 << 10
 READ_S, TIMES = 0.05, 40  # how long what still comes is read and thrown away
+MAX_DRAINED = 32  # connections at once, each with a descriptor that no other bound counts
 
 
-def bound_head(stream: iostream.IOStream) -> None:
-    """Have a connection that sends too long a head answered 414 or 431 before it is closed."""
-    close = stream.close
+class Heads:
+    """The heads of a server's connections, of which so many are drained at once."""
 
-    def tell_and_close(exc_info: Any = False) -> None:
-        if isinstance(exc_info, iostream.UnsatisfiableReadError) and not stream.closed():
-            with contextlib.suppress(OSError):
-                stream.socket.send(_answer(stream, exc_info))
-                _drain(stream.socket)
-        close(exc_info)
+    def __init__(self, most: int = MAX_DRAINED) -> None:
+        self._most = most
+        self._num_drained = 0
 
-    stream.close = tell_and_close  # type: ignore[method-assign]
+    def bound(self, stream: iostream.IOStream) -> None:
+        """Have a connection that sends too long a head answered 414 or 431 before it is closed."""
+        close = stream.close
+
+        def tell_and_close(exc_info: Any = False) -> None:
+            if isinstance(exc_info, iostream.UnsatisfiableReadError) and not stream.closed():
+                with contextlib.suppress(OSError):
+                    stream.socket.send(_answer(stream, exc_info))
+                    if self._num_drained < self._most:
+                        self._drain(stream.socket)
+            close(exc_info)
+
+        stream.close = tell_and_close  # type: ignore[method-assign]
+
+    def _drain(self, connection: socket.socket) -> None:
+        """Read on for two seconds: closing on unread bytes would reset the connection, and take the
+        answer with it."""
+        rest = socket.socket(fileno=os.dup(connection.fileno()))
+        rest.setblocking(False)
+        with contextlib.suppress(OSError):
+            rest.shutdown(socket.SHUT_WR)
+        loop = ioloop.IOLoop.current()
+        self._num_drained += 1
+
+        def read(times: int) -> None:
+            try:
+                if times and rest.recv(1 << 16):
+                    loop.call_later(READ_S, read, times - 1)
+                    return
+            except BlockingIOError:
+                loop.call_later(READ_S, read, times - 1)
+                return
+            except OSError:
+                pass
+            self._num_drained -= 1
+            rest.close()
+
+        read(TIMES)
 
 
 def _answer(stream: iostream.IOStream, error: Exception) -> bytes:
@@ -55,27 +89,3 @@ def _response(status: int, reason: str, message: str, code: str) -> bytes:
         f"Content-Length: {len(body)}\r\nX-Content-Type-Options: nosniff\r\n"
         "Connection: close\r\n\r\n"
     ).encode() + body
-
-
-def _drain(connection: socket.socket) -> None:
-    """Read on for two seconds: closing on unread bytes would reset the connection, and take the
-    answer with it."""
-    rest = socket.socket(fileno=os.dup(connection.fileno()))
-    rest.setblocking(False)
-    with contextlib.suppress(OSError):
-        rest.shutdown(socket.SHUT_WR)
-    loop = ioloop.IOLoop.current()
-
-    def read(times: int) -> None:
-        try:
-            if times and rest.recv(1 << 16):
-                loop.call_later(READ_S, read, times - 1)
-                return
-        except BlockingIOError:
-            loop.call_later(READ_S, read, times - 1)
-            return
-        except OSError:
-            pass
-        rest.close()
-
-    read(TIMES)

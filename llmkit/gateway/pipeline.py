@@ -58,11 +58,11 @@ def bounded(held: Held) -> Stage:
     @contextlib.contextmanager
     def stage(exchange: Exchange) -> Iterator[None]:
         size = len(exchange.body)
-        held.add(exchange.caller, size, body=size)
+        held.add(exchange.counted_as, size, body=size)
         try:
             yield
         finally:
-            held.add(exchange.caller, -size)
+            held.add(exchange.counted_as, -size)
 
     return stage
 

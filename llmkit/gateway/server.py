@@ -21,7 +21,7 @@ from tornado import httpserver, httputil, ioloop, iostream, web
 from tornado.http1connection import HTTP1ServerConnection
 
 from llmkit.gateway.access.proxies import OURSELVES, place
-from llmkit.gateway.heads import MAX_HEAD_BYTES, bound_head
+from llmkit.gateway.heads import MAX_HEAD_BYTES, Heads
 
 __all__ = ["MAX_CONNECTIONS", "SPARE_DESCRIPTORS", "BoundedServer", "place_of", "raise_descriptors"]
 
@@ -78,6 +78,7 @@ class BoundedServer(httpserver.HTTPServer):
             ssl_options=ssl_options,
         )
         self._most, self._is_shared = most, is_shared
+        self._heads = Heads()
         self._places: dict[iostream.IOStream, str] = {}
         # By address, longest idle first.
         self._idle: dict[str, OrderedDict[iostream.IOStream, None]] = {}
@@ -146,7 +147,7 @@ class BoundedServer(httpserver.HTTPServer):
         self._places[stream] = place
         self._counts[place] += 1
         self._note(stream, idle=True)
-        bound_head(stream)
+        self._heads.bound(stream)
         super().handle_stream(stream, address)
 
     def start_request(self, server_conn: object, request_conn: Any) -> Any:

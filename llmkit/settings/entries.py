@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from dataclasses import dataclass, field
 from datetime import date
@@ -132,6 +133,13 @@ class KeyEntry:
                     f"{listed} must name at least one; to keep a key out, set enabled = false.",
                     listed,
                 )
+
+    @property
+    def sha256(self) -> str:
+        """Of its secret, in lower case."""
+        if self.key is not None:
+            return hashlib.sha256(self.key.encode()).hexdigest()
+        return str(self.key_sha256).lower()
 
 
 MODEL_OPTIONS: dict[str, Option] = table.table(ModelEntry)

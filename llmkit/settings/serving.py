@@ -6,7 +6,6 @@ They take precedence in that order. Unknown keys are errors. Rows come from the 
 from __future__ import annotations
 
 import difflib
-import hashlib
 import os
 import re
 from collections.abc import Mapping
@@ -200,8 +199,7 @@ def _keys(reading: Reading) -> tuple[KeyEntry, ...]:
         except InvalidRequestError as error:
             reading.fail(path, error)
             continue
-        sha256 = entry.key_sha256 or hashlib.sha256((entry.key or "").encode()).hexdigest()
-        other = found.setdefault(sha256.lower(), entry)
+        other = found.setdefault(entry.sha256, entry)
         if other is not entry:
             message = f"the key is that of {other.name!r} too; each needs its own."
             reading.fail(path, InvalidRequestError(message, "key"))

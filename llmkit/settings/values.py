@@ -15,6 +15,7 @@ from llmkit.settings.allowances import SPAN
 
 __all__ = [
     "MASK",
+    "ORIGIN",
     "brief",
     "check_tokens",
     "from_text",
@@ -30,7 +31,9 @@ __all__ = [
 
 MAX_TEXT, MAX_GLOB, MAX_SECRET = 4096, 200, 512
 ORIGIN = re.compile(
-    r"[a-z][a-z0-9+.-]*://(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(:(?P<port>[0-9]{1,5}))?", re.A
+    r"(?P<scheme>[a-z][a-z0-9+.-]*)://(?P<host>\[[0-9a-f:.]+\]|[a-z0-9._-]+)"
+    r"(:(?P<port>[0-9]{1,5}))?",
+    re.A,
 )
 PASSWORD = re.compile(r"(?<=://)([^:@/?#]*):.*@", re.S)
 PARAMETER = re.compile(r"([?&][^=&]*(?:pass|secret|token|key)[^=&]*=)[^&#]*", re.I)

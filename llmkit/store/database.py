@@ -30,6 +30,15 @@ __all__ = ["Database", "open_database"]
 
 BUSY_S, MIGRATION_S = 10.0, 120.0
 ADVISORY_LOCK = 0x6C6C6D6B  # of PostgreSQL, while the tables are made
+# Of PostgreSQL's client, unless the URL says otherwise: when a server counts as gone.
+PATIENCE = {
+    "connect_timeout": round(BUSY_S),
+    "tcp_user_timeout": round(BUSY_S * 1000),
+    "keepalives": 1,
+    "keepalives_idle": 5,
+    "keepalives_interval": 2,
+    "keepalives_count": 3,
+}
 EXAMPLES = "sqlite:////path/to/llmkit.db or postgresql://user@host/name"
 # What SQLite and PostgreSQL say, and what to do about it.
 CAUSES = {
@@ -41,6 +50,7 @@ CAUSES = {
     "locked": "another program holds it; try again, or end that program",
     "not a database": "it is damaged, or no database; move it away or restore a backup",
     "malformed": "it is damaged; move it away or restore a backup",
+    "statement timeout": "it took too long to answer; try again, or look at its load and locks",
     "no such table": "tables are missing; move it away or restore a backup",
 }
 
@@ -77,6 +87,7 @@ class Database:
                 return
             with self._writing.begin() as connection:
                 if connection.dialect.name == "postgresql":
+                    connection.exec_driver_sql("SET LOCAL statement_timeout = 0")
                     connection.execute(sa.select(sa.func.pg_advisory_xact_lock(ADVISORY_LOCK)))
                 version = self._version(connection)
                 if version != HEAD:
@@ -175,16 +186,24 @@ def _parse(url: str) -> URL:
 
 
 def _postgresql(url: URL) -> Database:
+    """A server that is gone, or a network that swallows packets, is an error after ten seconds."""
     place = url.render_as_string(hide_password=True)
+    own = {name: value for name, value in PATIENCE.items() if name not in url.query}
     try:
         engine = sa.create_engine(
             url.set(drivername="postgresql+psycopg"),
             pool_pre_ping=True,
-            connect_args={"connect_timeout": int(BUSY_S), "application_name": "llmkit"},
+            connect_args={"application_name": "llmkit", **own},
         )
     except ImportError:
         message = "PostgreSQL needs a driver: pip install 'llmkit[postgres]'."
         raise InvalidRequestError(message, "db_url") from None
+
+    @sa.event.listens_for(engine, "begin")
+    def begin(connection: Connection) -> None:
+        # Not when connecting: PgBouncer refuses that, and hands connections on after each commit.
+        connection.exec_driver_sql(f"SET LOCAL statement_timeout = {round(BUSY_S * 1000)}")
+
     return Database(engine, place)
 
 

@@ -35,10 +35,10 @@ class KeyStore:
             return [_record(row) for row in session.scalars(sa.select(Keys).order_by(Keys.name))]
 
     def add(self, record: KeyRecord) -> None:
-        """Keep a new key. The name of a revoked one may be used again."""
+        """Keep a new key. The name of one that was revoked or has expired may be used again."""
         with self._database.writing() as session:
             known = session.get(Keys, record.name)
-            if known is not None and known.revoked_at is None:
+            if known is not None and _record(known).state(record.created_at) == "active":
                 raise InvalidRequestError(
                     f"there is a key {record.name!r} already; rotate or revoke it, or take "
                     "another name.",
@@ -55,10 +55,20 @@ class KeyStore:
             _count(session)
             return _record(row)
 
-    def rotate(self, name: str, sha256: str) -> KeyRecord:
-        """Another secret for a key, in place of the old one; the rest stays."""
+    def rotate(
+        self, name: str, sha256: str, now: float, expires_at: float | None = None
+    ) -> KeyRecord:
+        """Another secret for a key, in place of the old one; the rest stays, unless it gets another
+        end. One that has expired needs that."""
         with self._database.writing() as session:
             row = _find(session, name)
+            row.expires_at = row.expires_at if expires_at is None else expires_at
+            if _record(row).state(now) == "expired":
+                raise InvalidRequestError(
+                    f"the key {name!r:.80} has expired; give the new one a later end with "
+                    f"--expires, or make another with `llmkit keys add {name:.80}`.",
+                    "expires",
+                )
             row.sha256, row.last_used_at = sha256, None
             _count(session)
             return _record(row)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import date
 from typing import Any, ClassVar
 
-from sqlalchemy import JSON, BigInteger, String
+from sqlalchemy import JSON, BigInteger, Index, String
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 __all__ = ["Change", "Keys", "Table", "Usage"]
@@ -38,9 +38,10 @@ class Keys(Table):
 
 
 class Usage(Table):
-    """What a caller used of a model in one day (UTC)."""
+    """What a caller used of a model in one day (UTC). Rows stay; gateways read those of a month."""
 
     __tablename__ = "llmkit_usage"
+    __table_args__ = (Index("llmkit_usage_day", "day"),)
 
     caller: Mapped[str] = mapped_column(String(255), primary_key=True)
     day: Mapped[date] = mapped_column(primary_key=True)

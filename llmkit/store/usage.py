@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable
 from datetime import date
 
@@ -26,6 +27,7 @@ __all__ = ["UsageStore", "UsageWriter"]
 logger = logging.getLogger("llmkit.gateway")
 
 FLUSH_S = 2.0
+READ_S = 10.0  # between looks at what others wrote, while there is nothing to write
 COUNTS = ("requests", "prompt_tokens", "cached_tokens", "completion_tokens", "seconds")
 MAX_NAME = 255
 
@@ -97,6 +99,7 @@ class UsageWriter:
         self._moving: Entries = {}  # being written
         self._used: dict[str, float] = {}  # when keys were last used
         self._written = usage.tokens(today().replace(day=1))
+        self._read_at = time.monotonic()
         self._has_failed = False
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._run, name="llmkit-usage", daemon=True)
@@ -141,14 +144,18 @@ class UsageWriter:
                 self._keys.note_use(used)
                 used = {}
             written = self._usage.tokens(self._today().replace(day=1))
-        except StoreError as error:
+        except Exception as error:  # whatever it is, nothing is lost and the thread goes on
             self._take_back(used)
             if not self._has_failed:
-                logger.error("usage is only in memory until this is mended: %s", error)
+                logger.error(
+                    "usage is only in memory until this is mended: %s",
+                    error,
+                    exc_info=not isinstance(error, StoreError),
+                )
             self._has_failed = True
             return False
         with self._lock:
-            self._written = written
+            self._written, self._read_at = written, time.monotonic()
         if self._has_failed:
             logger.warning("usage is written down again")
         self._has_failed = False
@@ -165,7 +172,8 @@ class UsageWriter:
 
     def _run(self) -> None:
         while not self._end.wait(self._every_s):
-            self.flush()
+            if self._new or self._used or time.monotonic() - self._read_at >= READ_S:
+                self.flush()
 
     def close(self) -> None:
         """Write the rest, and end the thread."""

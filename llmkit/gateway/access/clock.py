@@ -39,16 +39,17 @@ class SteadyClock:
     def now(self) -> float:
         ticks = self._steady()
         offset = self._wall() - ticks
+        doubted = self._doubted  # once: another thread may set it meanwhile
         if abs(offset - self._offset) <= JUMP_S:
             self._offset, self._doubted = offset, None
-        elif self._doubted is None or abs(offset - self._doubted[0]) > JUMP_S:
+        elif doubted is None or abs(offset - doubted[0]) > JUMP_S:
             self._doubted = (offset, ticks)
             logger.warning(
                 "the clock jumped by %+.0f s; that counts once it has lasted %.0f minutes",
                 offset - self._offset,
                 BELIEVED_S / 60,
             )
-        elif ticks - self._doubted[1] >= BELIEVED_S:
+        elif ticks - doubted[1] >= BELIEVED_S:
             self._offset, self._doubted = offset, None
             logger.warning("the clock's new time counts from now on")
         return ticks + self._offset

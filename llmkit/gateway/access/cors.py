@@ -5,15 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 
-from llmkit.errors import InvalidRequestError
 from llmkit.gateway.access.proxies import is_loopback
+from llmkit.settings.gateway import GATEWAY_OPTIONS
+from llmkit.settings.values import ORIGIN
 
 __all__ = ["Cors"]
 
 ANY = "*"
-ORIGIN = re.compile(
-    r"(?P<scheme>[a-z][a-z0-9+.-]*)://(?P<host>\[[0-9a-f:.]+\]|[a-z0-9._-]+)(:[0-9]{1,5})?", re.A
-)
 ALLOWED_HEADERS = (
     "authorization, content-type, x-api-key, x-request-id, anthropic-version, anthropic-beta, "
     "anthropic-dangerous-direct-browser-access, openai-beta"
@@ -37,6 +35,7 @@ class Cors:
     """
 
     def __init__(self, origins: Sequence[str] = (), *, local: bool = False) -> None:
+        GATEWAY_OPTIONS["cors_origins"].check(tuple(origins))
         self.is_any = ANY in origins
         self._origins = frozenset(_origin(text) for text in origins if text != ANY)
         self._local = local
@@ -84,12 +83,6 @@ class Cors:
 def _origin(text: str) -> str:
     """An origin as browsers send it."""
     origin = text.strip().lower()
-    if ORIGIN.fullmatch(origin) is None:
-        raise InvalidRequestError(
-            "cors_origins must be origins such as https://chat.example.org, without a path or "
-            f"a slash at the end, or * for every website, not {text!r:.80}.",
-            "cors_origins",
-        )
     for scheme, port in (("http", ":80"), ("https", ":443")):
         if origin.startswith(f"{scheme}://"):
             origin = origin.removesuffix(port)

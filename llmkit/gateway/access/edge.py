@@ -23,16 +23,19 @@ HSTS = "max-age=31536000"
 
 @dataclass(slots=True)
 class Edge:
-    """The same for all requests of a server. ``is_tls``: it is reached by HTTPS."""
+    """The same for all requests of a server.
+
+    ``is_https``: it has TLS, on the port of HTTPS.
+    """
 
     cors: Cors = field(default_factory=Cors)
     proxies: Proxies = field(default_factory=Proxies)
-    is_tls: bool = False
+    is_https: bool = False
 
     def headers(self, host: str, given: Mapping[str, str]) -> dict[str, str]:
         """Headers of an answer that depend on the request."""
         headers = self.cors.headers(given)
-        # Browsers apply it to all ports of a host: on localhost it would break other servers.
-        if self.is_tls and not is_loopback(host):
+        # Browsers apply it to all ports of a host: it would break plain servers beside this one.
+        if self.is_https and not is_loopback(host):
             headers["Strict-Transport-Security"] = HSTS
         return headers

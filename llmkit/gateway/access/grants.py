@@ -38,9 +38,8 @@ class Grant:
     @classmethod
     def of_entry(cls, entry: KeyEntry, now: float) -> Grant:
         """A key of the settings file."""
-        sha256 = digest(entry.key) if entry.key is not None else str(entry.key_sha256).lower()
         return cls(
-            sha256,
+            entry.sha256,
             _identity(entry),
             read_expiry(entry.expires, now),
             "" if entry.enabled else "is switched off",
@@ -55,8 +54,7 @@ class Grant:
         wanted = secret_fault(secret)
         if wanted:
             raise InvalidRequestError(f"the API key must be {wanted}.", "api_key")
-        sha256 = digest(secret)
-        return cls(sha256, Identity(f"key {sha256[:8]}", "key", scopes=frozenset(SCOPES)))
+        return cls(digest(secret), Identity("owner", "key", scopes=frozenset(SCOPES)))
 
     def ending(self, now: float) -> str:
         """Why the key opens nothing now; empty if it does."""

@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["ADMIN", "INFERENCE", "LOCAL", "SCOPES", "Allowance", "Identity"]
+from llmkit.gateway.access.proxies import place
+
+__all__ = ["ADMIN", "INFERENCE", "LOCAL", "SCOPES", "Allowance", "Identity", "counted_as"]
 
 INFERENCE, ADMIN = "inference", "admin"
 SCOPES = (INFERENCE, ADMIN)
@@ -29,13 +31,14 @@ class Allowance:
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """A caller. Everything per caller is keyed by it, never by address.
+    """A caller. Everything per caller is keyed by it.
 
     These are fairness, limits, quotas, stored objects, cached prefixes, status, logs. ``kind`` says
     what vouches for the ``name``: only the machine (``local``), a ``key``, a ``user`` of Jupyter or
     a hub, or a ``service``. ``groups`` and ``scopes`` are its memberships and permissions.
     ``cache_scope`` names the cached prefixes that it shares; None means its own. Callers without a
-    key are one identity, whose rate alone counts for each address.
+    key are one identity; its rate, requests at once, places in the queue and held bytes are counted
+    for each address, see `counted_as`.
 
     >>> Identity("ann", "user", groups=frozenset({"students"})).name
     'ann'
@@ -50,3 +53,12 @@ class Identity:
 
 
 LOCAL = Identity("local")  # anyone on this machine, without a key
+
+
+def counted_as(identity: Identity, address: str) -> str:
+    """Whose limits count: the identity's; without a key, the address's.
+
+    >>> counted_as(LOCAL, "203.0.113.9"), counted_as(Identity("key ann", "key"), "203.0.113.9")
+    ('address 203.0.113.9', 'key ann')
+    """
+    return identity.name if identity.kind != "local" else f"address {place(address)}"

@@ -16,7 +16,7 @@ from llmkit.gateway.access.authenticator import ANONYMOUS, OPEN_PATHS, Facts
 from llmkit.gateway.access.cors import Cors
 from llmkit.gateway.access.grants import Grant
 from llmkit.gateway.access.identity import SCOPES, Allowance, Identity
-from llmkit.gateway.access.proxies import is_loopback
+from llmkit.gateway.access.proxies import FORWARDING, is_loopback
 from llmkit.gateway.access.throttle import Throttle
 from llmkit.gateway.failures import ApiError
 from llmkit.settings.entries import KeyEntry
@@ -53,8 +53,8 @@ class Keys:
     ) -> None:
         self._host, self._now, self._on_use = host, now, on_use
         self._throttle = throttle or Throttle()
-        self._records = tuple(stored)
-        self._is_closed = bool(stored)
+        self._is_closed = False
+        self.take_stored(stored)
         self.replace(key, entries, keyless=keyless, cors=cors)
 
     def replace(
@@ -74,17 +74,17 @@ class Keys:
         if not (grants or self._is_closed):
             _check_keyless(self._host, cors)
         self._given = {grant.sha256: grant for grant in grants}
-        self._is_closed |= bool(grants)
+        if grants:  # never set to what was read before: the other thread may have closed it since
+            self._is_closed = True
         self._cors = cors
         self._local = Identity("local", allowance=keyless)
         self._owner = Identity("local", scopes=frozenset(SCOPES), allowance=keyless)
-        self.take_stored(self._records)
 
     def take_stored(self, records: Sequence[KeyRecord]) -> None:
         """Other keys in place of those of the database. Any thread."""
-        self._records = tuple(records)
         self._stored = {r.sha256: Grant.of_record(r) for r in records}
-        self._is_closed |= bool(records)
+        if records:
+            self._is_closed = True
 
     @property
     def is_open(self) -> bool:
@@ -147,8 +147,10 @@ class Keys:
                 "to allow them.",
                 code="forbidden_origin",
             )
-        # Whom a proxy lets in from elsewhere is a caller, but not the owner of this machine.
-        return self._owner if is_loopback(facts.address) else self._local
+        # Whom a proxy lets in is a caller, but not the owner of this machine; nor is whoever comes
+        # through one on it that nobody named, whose address is the machine's own.
+        is_owner = is_loopback(facts.address) and not any(n in facts.headers for n in FORWARDING)
+        return self._owner if is_owner else self._local
 
 
 def _check_keyless(host: str, cors: Cors) -> None:

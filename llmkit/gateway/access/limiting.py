@@ -1,7 +1,7 @@
 """The stage that holds callers to their rates and budgets. Tornado loop only.
 
-Requests that compute count; a look at models or status does not. Requests at once are bounded by
-`llmkit.gateway.access.overload`, which knows how long they take.
+Requests that compute count; a look at models or status does not, nor does cancelling an answer.
+Requests at once are bounded by `llmkit.gateway.access.overload`, which knows how long they take.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from llmkit.gateway.access.clock import SteadyClock
-from llmkit.gateway.access.identity import INFERENCE, Allowance
-from llmkit.gateway.access.proxies import place
+from llmkit.gateway.access.computing import COMPUTING
+from llmkit.gateway.access.identity import Allowance
 from llmkit.gateway.access.windows import Standing, Windows, rate_of
 from llmkit.gateway.failures import NO_RETRY, ApiError
 from llmkit.store.records import Spending
@@ -45,14 +45,14 @@ def limiting(
 
     @contextlib.asynccontextmanager
     async def stage(exchange: Exchange) -> AsyncIterator[None]:
-        if exchange.method != "POST" or exchange.scope != INFERENCE:
+        if exchange.method != "POST" or exchange.route not in COMPUTING:
             yield
             return
-        allowance, who = exchange.identity.allowance, _who(exchange)
+        allowance = exchange.identity.allowance
         if usage is not None:
             _check_budget(exchange, allowance, usage, time_of_day)
         if allowance.rate is not None:
-            standing = await windows.take(rate_of(allowance.rate), who)
+            standing = await windows.take(rate_of(allowance.rate), exchange.counted_as)
             _say_requests(exchange, standing)
         try:
             yield
@@ -62,12 +62,6 @@ def limiting(
                 usage.add(exchange.identity.name, exchange.record.model, spending)
 
     return stage
-
-
-def _who(exchange: Exchange) -> str:
-    """Who is counted: the identity; without a key, the address."""
-    identity = exchange.identity
-    return identity.name if identity.kind != "local" else f"address {place(exchange.address)}"
 
 
 def _say_requests(exchange: Exchange, standing: Standing) -> None:

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 __all__ = ["Access"]
 
 CERTIFICATES_S = 2.0
+HTTPS = 443
 
 
 class Access:
@@ -67,7 +68,8 @@ class Access:
             on_use=self._note_use,
         )
         proxies = Proxies(options.trusted_proxies)
-        self.edge = Edge(self._cors(options), proxies, self._certificates is not None)
+        is_https = self._certificates is not None and options.port == HTTPS
+        self.edge = Edge(self._cors(options), proxies, is_https)
         self._usage = None if database is None else _usage(database, self._clock)
         self._keys_watch = watch
         if watch is not None:

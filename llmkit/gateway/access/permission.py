@@ -79,9 +79,9 @@ def _check(needed: str, scopes: frozenset[str]) -> None:
     if needed in scopes or (not needed and scopes):
         return
     message = (
-        f"This needs the scope {needed!r}, which the key does not have."
+        f"This needs the scope {needed!r}, which this caller does not have."
         if needed
-        else "This key has no scope."
+        else "This caller has no scope."
     )
     raise ApiError(403, message, "permission_error", code="insufficient_scope")
 

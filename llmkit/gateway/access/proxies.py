@@ -6,12 +6,13 @@ import ipaddress
 from collections.abc import Mapping, Sequence
 from ipaddress import IPv4Address, IPv6Address
 
-from llmkit.errors import InvalidRequestError
+from llmkit.settings.gateway import GATEWAY_OPTIONS
 
-__all__ = ["OURSELVES", "Proxies", "is_loopback", "place"]
+__all__ = ["FORWARDING", "OURSELVES", "Proxies", "is_loopback", "place"]
 
 OURSELVES = "local"
 MAX_HOPS, MAX_HEADER = 32, 4096
+FORWARDING = ("X-Forwarded-For", "Forwarded", "X-Real-IP")  # headers of proxies, the first counts
 Address = IPv4Address | IPv6Address
 
 
@@ -59,7 +60,8 @@ class Proxies:
     """
 
     def __init__(self, trusted: Sequence[str] = ()) -> None:
-        self._networks = [_network(text) for text in trusted]
+        GATEWAY_OPTIONS["trusted_proxies"].check(tuple(trusted))
+        self._networks = [ipaddress.ip_network(text.strip()) for text in trusted]
 
     def trusts(self, address: str) -> bool:
         """Whether this is a proxy's address."""
@@ -84,21 +86,6 @@ class Proxies:
             if not self.trusts(client):
                 break
         return client
-
-
-def _network(text: str) -> ipaddress.IPv4Network | ipaddress.IPv6Network:
-    param = "trusted_proxies"
-    try:
-        return ipaddress.ip_network(text.strip())
-    except ValueError as error:
-        near = ""
-        if "host bits" in str(error):
-            near = f" Did you mean {ipaddress.ip_network(text.strip(), strict=False)}?"
-        raise InvalidRequestError(
-            f"{param} must be addresses or networks, such as 10.0.0.1 or 10.0.0.0/8, "
-            f"not {text!r:.60}.{near}",
-            param,
-        ) from None
 
 
 def _hops(headers: Mapping[str, str]) -> list[str]:

@@ -50,10 +50,14 @@ class KeyWatch:
                 if self._has_failed:
                     self._has_failed = False
                     logger.warning("the keys can be read again")
-            except StoreError as error:
+            except Exception as error:  # whatever it is, the thread goes on and tries again
                 if not self._has_failed:
                     self._has_failed = True
-                    logger.error("keys stay as they were until this is mended: %s", error)
+                    logger.error(
+                        "keys stay as they were until this is mended: %s",
+                        error,
+                        exc_info=not isinstance(error, StoreError),
+                    )
 
     def close(self) -> None:
         self._end.set()

@@ -23,6 +23,7 @@ from limits.strategies import SlidingWindowCounterRateLimiter
 from llmkit.errors import InvalidRequestError
 from llmkit.gateway.access.clock import steady
 from llmkit.settings.allowances import Rate, read_rate
+from llmkit.settings.gateway import GATEWAY_OPTIONS
 
 __all__ = ["Redis", "Standing", "SteadyMemory", "Windows", "item_of", "rate_of"]
 
@@ -237,7 +238,8 @@ class Redis:
 
 def _address(url: str) -> tuple[str, str]:
     """How messages name it, without a password; and how `limits` does."""
-    scheme, found, rest = url.partition("://")
+    GATEWAY_OPTIONS["redis_url"].check(url)
+    scheme, _, rest = url.partition("://")
     known = {
         "redis": "async+redis",
         "rediss": "async+rediss",
@@ -245,10 +247,6 @@ def _address(url: str) -> tuple[str, str]:
         "valkeys": "async+rediss",
         "unix": "async+redis+unix",
     }
-    if not found or not rest or scheme not in known:
-        raise InvalidRequestError(
-            f"redis_url must begin with one of {', '.join(f'{s}://' for s in known)}.", "redis_url"
-        )
     return rest.rpartition("@")[2], f"{known[scheme]}://{rest}"
 
 

@@ -38,6 +38,7 @@ def upgrade() -> None:
         sa.Column("completion_tokens", sa.BigInteger, nullable=False),
         sa.Column("seconds", sa.Float(53), nullable=False),
     )
+    op.create_index("llmkit_usage_day", "llmkit_usage", ["day"])
     op.create_table(
         "llmkit_changes",
         sa.Column("what", sa.String(64), primary_key=True),
