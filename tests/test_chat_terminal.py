@@ -14,7 +14,7 @@ from fakes import FakeClient, wait_for
 from terminal import Script, chat, forever, said, shared_model, terminal
 
 import llmkit
-from llmkit.cli.terminal import printable
+from llmkit.cli.terminal import stripped
 
 
 @pytest.fixture
@@ -203,7 +203,7 @@ def test_a_model_cannot_write_elsewhere_on_the_screen() -> None:
             assert shown.ended() == 0
             assert "a]52;c;ZXZpbA==b[2Jc1Ad" in shown.text
             assert not set(shown.text) & {"\x1b", "\x07", "\x9b", "\x7f"}
-    assert printable("\x00a\nb") == "a\nb"
+    assert stripped("\x00a\nb") == "a\nb"
 
 
 @pytest.mark.parametrize("columns", [1, 10, 40])

@@ -108,12 +108,24 @@ def test_files_and_pipes_go_with_the_question(tmp_path: Path) -> None:
             text="piped\n",
         )
     assert (done.returncode, done.stdout) == (0, "ok\n"), done.stderr
+    assert f"with a.py (10 characters) from {tmp_path}" in done.stderr
+    assert f"with b c.txt (11 characters) from {tmp_path}" in done.stderr
     (message,) = endpoint.asked[0]["messages"]
     code = "a.py:\n````\nx = 1\n```\n````"
     assert message["content"] == (
         "What is a.py, and b c.txt? Ask @me or @nobody.\n\n"
         f"{code}\n\n{code}\n\nb c.txt:\n```\nhello\nthere\n```\n\npiped"
     )
+
+
+def test_a_path_that_is_not_meant_is_text(tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("secret")
+    text = f"@{tmp_path}/secret"
+    with Script(said("ok")) as endpoint:
+        for args, piped in ((("--no-paths", text), None), ((), text)):
+            done = chat(*args, "--base-url", endpoint.url, text=piped)
+            assert (done.stdout, done.stderr) == ("ok\n", "")
+            assert endpoint.asked[-1]["messages"][0]["content"] == text
 
 
 def test_a_pipe_alone_is_the_question() -> None:
@@ -132,9 +144,9 @@ def test_a_pipe_alone_is_the_question() -> None:
 def test_what_is_no_text_is_refused(tmp_path: Path, data: bytes) -> None:
     (tmp_path / "x").write_bytes(data)
     done = chat("hi", "--file", str(tmp_path / "x"), "--base-url", "http://127.0.0.1:9")
-    assert done.returncode == 1 and "no text in UTF-8" in done.stderr
+    assert done.returncode == 1 and "is not UTF-8 text" in done.stderr
     done = subprocess.run([*LLMKIT, "chat", "hi"], input=data, capture_output=True)
-    assert done.returncode == 1 and b"standard input is no text" in done.stderr
+    assert done.returncode == 1 and b"standard input is not UTF-8 text" in done.stderr
 
 
 def test_endless_input_is_bounded() -> None:
@@ -191,9 +203,9 @@ def test_the_model_of_an_endpoint(models: list[dict[str, Any]], name: str) -> No
         ((500, {}, b"<html>"), r"status 500"),
         ((429, {}, b'{"error": "slow down"}'), r"slow down"),
         ((400, {}, b'{"detail": "no"}'), r"status 400|no"),
-        ((200, {}, b"not json"), r"is no JSON: 'not json'"),
+        ((200, {}, b"not json"), r"is not JSON: 'not json'"),
         ([chunk("a"), 'data: {"error": {"message": "it broke"}}\n\n'], r"it broke"),
-        ([chunk("a"), "data: {nonsense\n\n"], r"no JSON"),
+        ([chunk("a"), "data: {nonsense\n\n"], r"not JSON"),
         ([chunk("a")], r"ended before the answer"),
         ([], r"ended before the answer"),
     ],

@@ -45,6 +45,9 @@ def test_the_convert_command(
         main(["convert", str(folder), "-o", str(out)]) == 1
         and "exists already" in capsys.readouterr().err
     )
+    again = tmp_path / "again.gguf"
+    assert main(["convert", str(folder), "-o", str(again), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"path": str(again), "type": "F16"}
     other = tmp_path / "other"
     other.mkdir()
     assert main(["convert", str(other)]) == 1 and "no config.json" in capsys.readouterr().err

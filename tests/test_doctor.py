@@ -3,19 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import stat
-import subprocess
-from collections.abc import Iterable
+import sys
 from pathlib import Path
 
 import pytest
-from fakes import FakeClient
-from gateway_client import Api
-from terminal import LLMKIT, Script, terminal
+from doctor_run import levels, only, run
+from terminal import terminal
 
-from llmkit.bridge.server import BridgeServer
 from llmkit.cli import doctor, machine, main, surroundings
 from llmkit.cli.findings import Finding, as_json, shown
 from llmkit.cli.machine import Llama
@@ -24,26 +18,6 @@ from llmkit.system import resources
 from llmkit.system.accelerators import Accelerator
 
 GIB = 1 << 30
-
-
-def only(findings: Iterable[Finding], topic: str = "") -> Finding:
-    """The one finding of this topic."""
-    (found,) = [f for f in findings if topic in f.topic]
-    return found
-
-
-def levels(findings: Iterable[Finding]) -> list[str]:
-    return [f.level for f in findings]
-
-
-def run(*args: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [*LLMKIT, "doctor", *args],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env={**os.environ, **environment},
-    )
 
 
 # The whole
@@ -264,113 +238,28 @@ def test_limits(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def test_disks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "huggingface_hub.constants", raising=False)
     monkeypatch.setenv("HF_HOME", str(tmp_path / "not" / "there" / "yet"))
-    monkeypatch.delenv("HF_HUB_CACHE", raising=False)
+    for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
+        monkeypatch.delenv(name, raising=False)
     for free, level in ((100 << 20, "bad"), (GIB, "warn"), (99 * GIB, "ok")):
         monkeypatch.setattr(resources, "free_disk", lambda path, free=free: (tmp_path, free))
         assert levels(machine.disks()) == [level] * 3
     assert str(tmp_path / "not/there/yet/hub") in only(machine.disks(), "downloads").text
+    monkeypatch.setenv("HUGGINGFACE_HUB_CACHE", str(tmp_path / "older"))
+    assert str(tmp_path / "older") in only(machine.disks(), "downloads").text
     monkeypatch.undo()
     assert resources.free_disk(tmp_path / "a" / "b")[0] == tmp_path
 
 
-# Around it
-
-
-def test_the_runtime_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    place = tmp_path / "here"
-    monkeypatch.setenv("JUPYTER_RUNTIME_DIR", str(place))
-    assert only(surroundings.runtime_folder()).level == "ok"
-    assert stat.S_IMODE(place.stat().st_mode) == 0o700
-    place.chmod(0o777)
-    found = only(surroundings.runtime_folder())
-    assert found.level == "warn" and "chmod 700" in found.advice
-    monkeypatch.setattr("os.getuid", lambda: 12345)
-    assert only(surroundings.runtime_folder()).level == "warn"
-    monkeypatch.setattr("os.access", lambda *_: False)
-    assert only(surroundings.runtime_folder()).level == "bad"
-    (tmp_path / "file").touch()
-    monkeypatch.setenv("JUPYTER_RUNTIME_DIR", str(tmp_path / "file" / "below"))
-    found = only(surroundings.runtime_folder())
-    assert found.level == "bad" and "JUPYTER_RUNTIME_DIR" in found.advice
-
-
-def test_the_models_that_run(fake: FakeClient) -> None:
-    assert only(surroundings.models(), "running").level == "none"
-    bridge = BridgeServer(fake)
-    found = only(surroundings.models(), "running")
-    assert found.level == "ok" and f"fake (process {os.getpid()}, cpu)" in found.text
-    bridge.close()
-
-
-@pytest.fixture
-def jupyter_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    folder = tmp_path / "config"
-    (folder / "jupyter_server_config.d").mkdir(parents=True)
-    monkeypatch.setattr("jupyter_core.paths.jupyter_config_path", lambda: [str(folder)])
-    return folder
-
-
-@pytest.mark.parametrize(
-    "texts, level, words",
-    [
-        ({}, "warn", "not enabled"),
-        ({"d/llmkit.json": '{"ServerApp": {"jpserver_extensions": {"llmkit_jupyter": true}}}'},
-         "ok", "enabled by"),
-        ({"json": '{"ServerApp": {"jpserver_extensions": {"llmkit_jupyter": false}}}',
-          "d/llmkit.json": '{"ServerApp": {"jpserver_extensions": {"llmkit_jupyter": true}}}'},
-         "warn", "disabled by"),
-        ({"json": "nonsense", "d/a.json": "[]", "d/b.json": '{"ServerApp": 3}'},
-         "warn", "not enabled"),
-    ],
-)  # fmt: skip
-def test_the_extension(jupyter_config: Path, texts: dict[str, str], level: str, words: str) -> None:
-    for name, text in texts.items():
-        (jupyter_config / f"jupyter_server_config.{name}").write_text(text)
-    found = only(surroundings.extension())
-    assert found.level == level and words in found.text
-    assert level == "ok" or "jupyter server extension enable llmkit_jupyter" in found.advice
-
-
-def test_the_servers_that_run(private_runtime: Path) -> None:
-    assert only(surroundings.servers()).level == "none"
-    with Script((200, {}, b"{}")) as server:
-        url = server.url.removesuffix("v1")
-        file = private_runtime / "jpserver-1.json"
-        alive = {"url": url, "pid": os.getpid(), "token": "secret"}
-        file.write_text(json.dumps(alive))
-        found = only(surroundings.servers())
-        assert found.level == "ok" and f"{url}llmkit/v1" in found.text
-        assert "secret" not in found.text
-        method, path, head = server.heads[-1]
-        assert (method, path) == ("GET", "/llmkit/v1/models")
-        assert head["authorization"] == "Bearer secret"
-        for other in ({**alive, "pid": 2**30}, {**alive, "pid": "x"}, [], 3, {}):
-            file.write_text(json.dumps(other))
-            assert only(surroundings.servers()).level == "none"
-        for url in ("", "javascript:x", "http://127.0.0.1:9/", "http://h\n/"):
-            file.write_text(json.dumps({**alive, "url": url}))
-            assert only(surroundings.servers()).level == "warn"
-        file.write_text("x" * (2 << 20))
-        assert only(surroundings.servers()).level == "none"
-
-
-async def test_the_port(api: Api) -> None:
-    import asyncio
-
-    number = int(api.url.rsplit(":", 1)[1])
-    found = only(await asyncio.to_thread(lambda: list(surroundings.port(number=number))))
-    assert found.level == "warn" and "by a gateway of llmkit" in found.text
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        free = taken.getsockname()[1]
-    assert only(surroundings.port(number=free)).level == "ok"
-    assert only(surroundings.port(number=0)).level == "ok"
-    with Script((404, {}, b"{}")) as other:
-        number = int(other.url.split(":")[2].split("/")[0])
-        found = only(surroundings.port(number=number))
-        assert "another program" in found.text and "--port" in found.advice
-    assert only(surroundings.port("192.0.2.1", 3000)).level == "warn"  # not an address of ours
+def test_the_models_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not list(surroundings.models_dir())
+    monkeypatch.setenv("LLMKIT_MODELS_DIR", str(tmp_path))
+    found = only(surroundings.models_dir())
+    assert found.level == "ok" and str(tmp_path) in found.text
+    monkeypatch.setenv("LLMKIT_MODELS_DIR", str(tmp_path / "none"))
+    found = only(surroundings.models_dir())
+    assert found.level == "bad" and "does not exist" in found.text and found.advice
 
 
 # How it looks

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -142,9 +143,9 @@ def test_a_process_that_is_killed_loses_nothing(hub: Hub, tmp_path: Path) -> Non
 def test_the_disk_is_looked_at_first(
     hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = disk.shutil.disk_usage
+    real = shutil.disk_usage
     free = [len(DATA) + (1 << 20)]
-    monkeypatch.setattr(disk.shutil, "disk_usage", lambda p: real(p)._replace(free=free[0]))
+    monkeypatch.setattr(shutil, "disk_usage", lambda p: real(p)._replace(free=free[0]))
     with pytest.raises(DownloadError, match=r"has 1\.65 MB free, and 67\.7 MB are needed"):
         fetch()
     assert not hub.gets() and not parts(tmp_path)

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import queue
 import shutil
 import subprocess
+import time
 from pathlib import Path
 
+import pytest
+
+from llmkit.system import gpu_memory
 from llmkit.system.gpu_memory import GpuMemory, Gpus
 
 NVML = """
@@ -51,11 +56,39 @@ def test_amds_memory_and_none(tmp_path: Path) -> None:
     device = tmp_path / "sys/class/drm/card1/device"
     device.mkdir(parents=True)
     (tmp_path / "sys/class/drm/card1-DP-1").mkdir()
-    assert Gpus("no-such-library.so", tmp_path).read() == []
+    assert seen("no-such-library.so", tmp_path) == []
     (device / "mem_info_vram_used").write_text("1048576\n")
     (device / "mem_info_vram_total").write_text("17163091968\n")
     (device / "gpu_busy_percent").write_text("7\n")
     (device / "product_name").write_text("Instinct MI300X\n")
-    assert Gpus("no-such-library.so", tmp_path).read() == [
+    assert seen("no-such-library.so", tmp_path) == [
         GpuMemory("card1", "Instinct MI300X", 1048576, 17163091968, 0.07)
     ]
+
+
+def seen(library: str, root: Path) -> list[GpuMemory]:
+    gpus = Gpus(library, root)
+    gpus.wait(10)
+    return gpus.read()
+
+
+def test_a_slow_driver_holds_up_no_reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, two = (GpuMemory("nvidia0", "x", used, 8) for used in (1, 2))
+    looks: queue.SimpleQueue[GpuMemory] = queue.SimpleQueue()
+    monkeypatch.setattr(Gpus, "_nvidia", lambda _: [looks.get()])
+    gpus = Gpus("no-such-library.so", tmp_path)
+    began = time.monotonic()
+    assert gpus.read() == [], "not yet seen"
+    looks.put(one)
+    gpus.wait(10)
+    assert gpus.read() == gpus.read() == [one] and looks.empty()
+    monkeypatch.setattr(gpu_memory, "FRESH_S", 0.0)
+    assert gpus.read() == [one], "the driver hangs: what was seen last"
+    monkeypatch.setattr(gpu_memory, "LOST_S", 0.0)
+    assert gpus.read() == gpus.read() == []
+    assert time.monotonic() - began < 5
+    monkeypatch.setattr(gpu_memory, "LOST_S", 60.0)
+    looks.put(two)
+    gpus.wait(10)
+    monkeypatch.setattr(gpu_memory, "FRESH_S", 60.0)
+    assert gpus.read() == [two]

@@ -7,6 +7,7 @@ import json
 import os
 import struct
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,8 @@ from llmkit.cli import main
 from llmkit.errors import InvalidModelFileError, InvalidRequestError, ModelNotFoundError
 from llmkit.models import gguf, library, scanning
 from llmkit.models.library import Library, StoredModel, check_folder
-from llmkit.models.names import near, printable
+from llmkit.models.names import near
+from llmkit.system.text import printable
 
 
 @pytest.fixture
@@ -309,6 +311,27 @@ def test_a_server_looks_at_the_disk_once_a_second(
     assert shelf.find("a").id == "a" and len(looks) == 1
     write(root / "b.gguf")
     assert len(shelf.models()) > 2 and shelf.find("b").id == "b", "a list is always fresh"
+    looked = len(looks)
+    found = shelf.get("b")
+    assert found is not None and found.path == root / "b.gguf" and shelf.get("B") is None
+    assert shelf.get("b.gguf") is None and shelf.get(str(root / "b.gguf")) is None
+    assert len(looks) == looked
+    write(root / "smollm2.gguf")
+    shelf.models()
+    own = shelf.get("smollm2")
+    assert own is not None and own.source == "folder", "the user's own comes first"
+
+
+def test_copies_that_are_being_made(root: Path, shelf: Library) -> None:
+    part = root / scanning.OWN / ".0123456789abcdef-0.making"
+    part.parent.mkdir()
+    part.write_bytes(b"x" * 2_000_000)
+    assert not shelf.models().problems
+    old = time.time() - 2 * scanning.STALE_S
+    os.utime(part, (old, old))
+    (problem,) = shelf.models().problems
+    assert "2 MB" in problem and part.name in problem and "killed" in problem
+    assert "download" not in problem
 
 
 def test_headers_are_read_once(root: Path, shelf: Library, monkeypatch: pytest.MonkeyPatch) -> None:

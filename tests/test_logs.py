@@ -99,7 +99,7 @@ async def test_each_request_is_one_line(api: Api, sink: Sink) -> None:
     whole, stream, vectors, refused, nowhere, stranger = await entries(sink, 6)
     assert whole["message"] == "POST /v1/chat/completions 200" and whole["level"] == "info"
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", whole["time"])
-    assert whole["request_id"] == "mine-1" and whole["identity"].startswith("key ")
+    assert whole["request_id"] == "mine-1" and whole["identity"] == "owner"
     assert whole["address"] == "127.0.0.1" and whole["method"] == "POST"
     assert (whole["model"], whole["operation"], whole["status"]) == ("fake", "chat", 200)
     assert (whole["prompt_tokens"], whole["completion_tokens"]) == (8, 6)

@@ -8,8 +8,10 @@ import random
 import re
 import string
 import urllib.request
+from collections import defaultdict
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,13 +24,17 @@ from shelf import Shelf
 
 from llmkit.gateway.directory import EngineDirectory
 from llmkit.gateway.exchange import Exchange
+from llmkit.gateway.ops import llamacpp
 from llmkit.gateway.ops.after import after
+from llmkit.gateway.ops.llamacpp import LlamaCppMetrics
 from llmkit.gateway.ops.metrics import Metrics
+from llmkit.gateway.ops.totals import ModelTotals
 from llmkit.protocol import (
     EngineState,
     EngineStats,
     ModelDescription,
     Origin,
+    RequestMetrics,
 )
 from llmkit.system.gpu_memory import GpuMemory
 
@@ -70,6 +76,27 @@ async def measured(model: FakeClient) -> AsyncIterator[Api]:
     _, options = metrics_of(directory)
     async for api in serve(None, directory=directory, **options):
         yield api
+
+
+def test_speeds_are_not_taken_by_another_reader(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr(llamacpp, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    speeds = LlamaCppMetrics()
+    model = ModelTotals(defaultdict(float), defaultdict(float), is_here=True)
+
+    def speed() -> float:
+        families = {f.name: f for f in speeds.families({"m": model})}
+        (sample,) = families["llamacpp:predicted_tokens_seconds"].samples
+        return sample.value
+
+    assert speed() == 0
+    speeds.note_answer("m", RequestMetrics(completion_tokens=11, decode_s=2.0))
+    now[0] += 15
+    assert speed() == 5
+    now[0] += 9
+    assert speed() == 5, "to the second reader too"
+    now[0] += 6
+    assert speed() == 0, "nothing since"
 
 
 NAMES = set(re.findall(r"\S+", """

@@ -40,7 +40,7 @@ def tiny(tmp_path: Path) -> ModelSpec:
 
 
 def leftovers(tmp_path: Path) -> list[Path]:
-    return [p for p in tmp_path.rglob("*") if p.suffix == ".part"]
+    return [p for p in tmp_path.rglob("*") if p.suffix in (".part", ".making")]
 
 
 def values(path: Path) -> dict[str, np.ndarray]:
@@ -117,9 +117,9 @@ def test_what_gains_nothing(tiny: ModelSpec) -> None:
     q8 = ModelSpec("q8", quantized(tiny, "Q8_0").path)
     same = quantized(q8, "Q8_0")
     assert same.path == q8.path and not same.made and same.note == "q8 is Q8_0 already."
-    with pytest.raises(InvalidRequestError, match="q8 is Q8_0: F16 is larger and gains no prec"):
+    with pytest.raises(InvalidRequestError, match="q8 is Q8_0: F16 is larger and cannot restore"):
         quantized(q8, "F16")
-    assert "gains no precision" in quantized(q8, "F16", upward=True).note
+    assert "cannot restore the precision" in quantized(q8, "F16", upward=True).note
     assert "a second time" in quantized(q8, "Q4_0").note
     assert quantized(tiny, "Q4_0").note == ""
     assert quantized(ModelSpec("f16", quantized(tiny, "F16").path), "BF16").note == ""
@@ -160,7 +160,7 @@ def test_load_in_a_smaller_type(tiny: ModelSpec, capfd: pytest.CaptureFixture[st
     with llmkit.load(tiny.path, quantize="Q8_0", isolated=True, **options) as llm:
         assert llm.generate("abc", max_tokens=8, temperature=0, ignore_eos=True).text == first
     assert copies_of([tiny.path]) == [copy]
-    with pytest.raises(InvalidRequestError, match="gains no precision"):
+    with pytest.raises(InvalidRequestError, match="cannot restore the precision"):
         llmkit.load(copy, quantize="F16", **options)
     with (
         pytest.warns(RuntimeWarning, match="a second time"),
@@ -191,7 +191,7 @@ def test_the_command(tiny: ModelSpec, tmp_path: Path, capsys: pytest.CaptureFixt
     told = json.loads(capsys.readouterr().out)
     assert told["made"] and told["type"] == "Q4_K_M" and "29 of 39 tensors" in told["notes"][0]
     assert main(["quantize", str(out), "F16"]) == 0
-    assert "gains no precision" in capsys.readouterr().err
+    assert "cannot restore the precision" in capsys.readouterr().err
     assert main(["quantize", str(tiny.path), "Q4_K_N"]) == 1
     assert "did you mean 'Q4_K_S' or 'Q4_K_M'" in capsys.readouterr().err
     assert main(["quantize", str(tmp_path / "none.gguf"), "Q8_0"]) == 1

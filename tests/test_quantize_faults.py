@@ -38,12 +38,12 @@ def tiny(tmp_path: Path) -> ModelSpec:
 
 
 def leftovers(tmp_path: Path) -> list[Path]:
-    return [p for p in tmp_path.rglob("*") if p.suffix == ".part"]
+    return [p for p in tmp_path.rglob("*") if p.suffix in (".part", ".making")]
 
 
 def test_what_is_no_model(tmp_path: Path, tiny: ModelSpec) -> None:
     adapter = tiny_models.write_lora(tmp_path / "lora.gguf")
-    with pytest.raises(InvalidRequestError, match="no model but 'adapter'"):
+    with pytest.raises(InvalidRequestError, match="not a model but 'adapter'"):
         quantized(resolve(adapter), "Q8_0")
     broken = tmp_path / "broken.gguf"
     broken.write_bytes(tiny.path.read_bytes()[:-1000])
@@ -160,10 +160,8 @@ def test_two_want_the_same(
 def test_the_disk_is_looked_at_first(
     tiny: ModelSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from llmkit.models import disk
-
     real = shutil.disk_usage
-    monkeypatch.setattr(disk.shutil, "disk_usage", lambda p: real(p)._replace(free=1 << 20))
+    monkeypatch.setattr(shutil, "disk_usage", lambda p: real(p)._replace(free=1 << 20))
     with pytest.raises(ModelLoadError, match=r"no place for .* has 1\.05 MB free, and 67"):
         quantized(tiny, "Q8_0")
     assert not leftovers(tmp_path)

@@ -113,8 +113,16 @@ async def test_switching_the_default_waits_for_its_requests(api: Api, workers: W
     assert reply["model"] == "second"
 
 
+async def test_a_switch_need_not_be_waited_for(api: Api, workers: Workers) -> None:
+    code, reply = await api.post("/admin/models/switch", {"model": "two", "wait": False})
+    assert code == 202 and reply["id"] == "second" and reply["phase"] != "ready"
+    await asyncio.to_thread(wait_for, lambda: workers.manager.default == "second", 60)
+    await asyncio.to_thread(wait_for, lambda: phase(workers, "first") == "unloaded", 60)
+    assert phase(workers, "second") == "ready"
+
+
 async def test_a_switch_to_what_cannot_be_loaded_leaves_the_default(
-    api: Api, workers: Workers
+    api: Api, workers: Workers, caplog: pytest.LogCaptureFixture
 ) -> None:
     def broken() -> dict[str, object]:
         return {**worker_task("smollm2", name="bad", tuned=False, force=True), "path": "/none"}
@@ -122,6 +130,7 @@ async def test_a_switch_to_what_cannot_be_loaded_leaves_the_default(
     workers.manager.add(ServedModel("bad", broken, lambda _: Need(1), lazy=True))
     code, reply = await api.post("/admin/models/switch", {"model": "bad"})
     assert code == 503 and reply["error"]["code"] == "model_load_failed"
+    assert "could not switch to the model 'bad'" in caplog.text
     code, reply = await api.post("/v1/chat/completions", chat("default"))
     assert code == 200 and reply["model"] == "first"
 

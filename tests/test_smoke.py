@@ -204,7 +204,7 @@ def long_answer(body: Any) -> Answer:
     [
         ("health", "health", as_answer(500, {}), "status 500"),
         ("models", "models", as_answer(200, {"object": "list", "data": []}), "no model is listed"),
-        ("models", "models", as_answer(200, b"<html>"), "no JSON"),
+        ("models", "models", as_answer(200, b"<html>"), "not JSON"),
         ("models", "models", as_answer(200, []), "another form"),
         ("models", "model", as_answer(200, {"id": "other"}), "another id"),
         ("chat", "chat", bad_usage, "does not add up"),
@@ -220,7 +220,7 @@ def long_answer(body: Any) -> Answer:
         ("chat, streamed", "chat_stream", stream(usages=2), "usage"),
         ("chat, streamed", "chat_stream", [{"error": {"message": "it broke"}}], "it broke"),
         ("metrics", "metrics", as_answer(200, b"# TYPE a counter\n", "text/html"), "text/html"),
-        ("metrics", "metrics", as_answer(200, b"nothing", "text/plain"), "none"),
+        ("metrics", "metrics", as_answer(200, b"nothing", "text/plain"), "no metrics"),
     ],
 )  # fmt: skip
 def test_a_fault_is_found(topic: str, name: str, answer: Any, words: str) -> None:

@@ -268,7 +268,10 @@ async def test_models_of_a_gateway_that_may_be_administered(
         asked.append(json.loads(exchange.body))
         if asked[-1]["model"] == "none":
             raise ApiError(404, "there is no model 'none' here.", code="model_not_found")
-        exchange.send_json({"id": asked[-1]["model"]})
+        if asked[-1]["model"] == "evil":
+            raise ApiError(404, "no\x1b]52;c;x\x07pe", code="model_not_found")
+        name = "evil\x1b[2J" if asked[-1]["model"] == "odd" else asked[-1]["model"]
+        exchange.send_json({"id": name})
 
     routes = [
         Route("GET", "/admin/models", admin, "Models", "Admin"),
@@ -293,4 +296,9 @@ async def test_models_of_a_gateway_that_may_be_administered(
         )
         code, _, err = await command(capsys, "unload", "none", *url)
         assert code == 1 and "no model 'none'" in err
+        code, _, err = await command(capsys, "load", "evil", *url)
+        assert code == 1 and err.startswith("llmkit: no]52;c;xpe ("), (
+            "nothing for the terminal to obey"
+        )
+        assert await command(capsys, "load", "odd", *url) == (0, "loaded evil\\x1b[2J\n", "")
     assert asked[:2] == [{"model": "other"}, {"model": "fake", "force": True}]

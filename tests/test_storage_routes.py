@@ -12,9 +12,13 @@ from gateway_client import Api
 from loopback_hub import Hub, serving, use
 from tornado.netutil import bind_sockets
 
+from llmkit.errors import ModelBusyError
 from llmkit.gateway.app import make_server
 from llmkit.gateway.composition import Composition
 from llmkit.gateway.directory import EngineDirectory
+from llmkit.gateway.storage import Storage
+from llmkit.models.copies import places_for
+from llmkit.models.library import Library
 from llmkit.settings.gateway import GatewayOptions
 from llmkit.settings.serving import ServeSettings
 
@@ -102,6 +106,22 @@ async def test_nothing_outside_the_folder_is_deleted(
         await api.fetch("DELETE", f"/admin/storage/{name}")
         await api.fetch("DELETE", "/api/delete", {"model": name})
     assert outside.exists()
+
+
+async def test_the_model_of_a_loaded_copy_stays(
+    models_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    file = tiny_models.write(models_dir / "tiny.gguf", "llama")
+    place = places_for([file], "Q8_0")[0]
+    place.parent.mkdir()
+    copy = tiny_models.write(place, "llama")
+    storage = Storage(Library(models_dir, cache=tmp_path / "hub"))
+    with pytest.raises(ModelBusyError, match="'tiny' is loaded"):
+        await storage.remove("tiny", frozenset({copy.resolve()}))
+    assert file.exists() and copy.exists()
+    await storage.remove("tiny", frozenset())
+    assert not file.exists() and not copy.exists()
 
 
 async def test_without_admin_the_routes_are_not_there(models_dir: Path, tiny: bytes) -> None:

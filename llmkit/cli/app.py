@@ -27,6 +27,7 @@ from llmkit.cli import (
     storage,
 )
 from llmkit.cli.help import HelpGroup, use_everywhere
+from llmkit.cli.terminal import stripped
 from llmkit.errors import LLMKitError
 from llmkit.version import __version__
 
@@ -68,7 +69,7 @@ use_everywhere(app)
 def _plain_warnings() -> Iterator[None]:
     """Warnings as one line, without the line of source that gave them."""
     before = warnings.formatwarning
-    warnings.formatwarning = lambda message, *_, **__: f"llmkit: {message}\n"
+    warnings.formatwarning = lambda message, *_, **__: f"llmkit: {stripped(str(message))}\n"
     try:
         yield
     finally:
@@ -89,11 +90,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except typer.Abort:
         return 130
     except LLMKitError as error:
-        print(f"llmkit: {error}", file=sys.stderr)
+        print(f"llmkit: {stripped(str(error))}", file=sys.stderr)  # it may be an endpoint's text
         return 1
     except OSError as error:
         message = f"llmkit: {error.strerror or error}: {error.filename or ''}".rstrip(": ")
-        print(message, file=sys.stderr)
+        print(stripped(message), file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130

@@ -16,7 +16,7 @@ __all__ = ["piped_text", "question_of", "read_text", "taken_apart"]
 
 MAX_BYTES = 16 << 20  # more than any context holds
 PATIENCE_S = 2.0
-# @path or @"a path with blanks", at the beginning of a word; \@ is no path.
+# @path or @"a path with spaces", at the beginning of a word; \@ is no path.
 WORD = re.compile(r'(?<!\S)@(?:"([^"]+)"|(\S+))')
 ESCAPED = re.compile(r"(?<!\S)\\@")
 ENDINGS = ".,;:!?)]}'\""
@@ -38,12 +38,16 @@ def question_of(text: str, files: Sequence[tuple[str, str]], piped: str = "") ->
 
 
 def taken_apart(
-    text: str, note: Callable[[str], None] = lambda _: None
+    text: str,
+    note: Callable[[str], None] = lambda _: None,
+    warn: Callable[[str], None] | None = None,
 ) -> tuple[str, list[tuple[str, str]]]:
     """A question without its ``@path`` words, and the files that these name.
 
-    Words that name no file stay. Raises `InvalidRequestError` for a file that cannot be read.
+    Words that name no file stay. ``warn`` hears of each file that is taken, by default ``note``.
+    Raises `InvalidRequestError` for a file that cannot be read.
     """
+    warn = warn or note
     files: list[tuple[str, str]] = []
 
     def take(match: re.Match[str]) -> str:
@@ -55,7 +59,8 @@ def taken_apart(
             return match[0]
         content = read_text(path)
         files.append((path.name, content))
-        note(f"with {path.name} ({len(content):,} characters)")
+        place = "" if path.parent == Path() else f" from {path.parent}"
+        warn(f"with {path.name} ({len(content):,} characters){place}")
         return path.name + (word[len(word.rstrip(ENDINGS)) :] if match[2] else "")
 
     return ESCAPED.sub("@", WORD.sub(take, text)), files
@@ -108,5 +113,5 @@ def _decoded(data: bytes, name: str) -> str:
     except UnicodeDecodeError:
         text = "\0"
     if "\0" in text:
-        raise InvalidRequestError(f"{name} is no text in UTF-8.", "file")
+        raise InvalidRequestError(f"{name} is not UTF-8 text.", "file")
     return text.replace("\r\n", "\n")

@@ -34,6 +34,9 @@ Files = Annotated[
     list[Path] | None,
     typer.Option("--file", "-f", metavar="PATH", help="Text file that goes with the question."),
 ]
+NoPaths = Annotated[
+    bool, typer.Option("--no-paths", help="Take @path as text: send no file that it names.")
+]
 Temperature = Annotated[float | None, typer.Option(help="0 is the likeliest answer.")]
 MaxTokens = Annotated[int | None, typer.Option(help="Longest answer, in tokens.")]
 Seed = Annotated[int | None, typer.Option(help="Same seed, same answer.")]
@@ -57,6 +60,7 @@ def chat(
     ] = "",
     system: System = "",
     file: Files = None,
+    no_paths: NoPaths = False,
     temperature: Temperature = None,
     max_tokens: MaxTokens = None,
     seed: Seed = None,
@@ -77,7 +81,7 @@ def chat(
             return RemotePartner(Endpoint(base_url, api_key), model, sampling)
         return LocalPartner(_running(model, screen), sampling)
 
-    return _talk(open_partner, " ".join(question or []), system, file, json)
+    return _talk(open_partner, " ".join(question or []), system, file, json, not no_paths)
 
 
 def run(
@@ -87,6 +91,7 @@ def run(
     question: Prompt = None,
     system: System = "",
     file: Files = None,
+    no_paths: NoPaths = False,
     temperature: Temperature = None,
     max_tokens: MaxTokens = None,
     seed: Seed = None,
@@ -102,7 +107,7 @@ def run(
     def open_partner(_: Screen) -> Partner:
         return LocalPartner(load(model, **given), sampling)
 
-    return _talk(open_partner, " ".join(question or []), system, file, json)
+    return _talk(open_partner, " ".join(question or []), system, file, json, not no_paths)
 
 
 def _sampling(**given: Any) -> dict[str, Any]:
@@ -139,6 +144,7 @@ def _talk(
     system: str,
     files: list[Path] | None,
     as_json: bool,
+    paths: bool,
 ) -> int:
     from llmkit.cli.attachments import piped_text, question_of, read_text, taken_apart
     from llmkit.cli.conversing import Chat, answer_once, told
@@ -146,7 +152,11 @@ def _talk(
     from llmkit.protocol import Message
 
     screen = Screen()
-    question, named = taken_apart(question, screen.note)
+    named: list[tuple[str, str]] = []
+    if paths:
+        # Also in a log: an argument may hold text of others, and then they chose the file.
+        say = lambda text: screen.warn(f"llmkit: {text}")  # noqa: E731
+        question, named = taken_apart(question, screen.note, say)
     read = [(path.name, read_text(path)) for path in files or []]
     piped = piped_text(screen.note)
     text = sendable(question_of(question, [*read, *named], piped))
@@ -157,7 +167,7 @@ def _talk(
         if system:
             partner.messages = [Message("system", sendable(system))]
         if not text:
-            return Chat(partner, screen).run()
+            return Chat(partner, screen, paths=paths).run()
         if as_json:
             for _ in partner.answer(text):
                 pass

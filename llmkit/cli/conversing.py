@@ -25,9 +25,9 @@ HELP = '''\
 /save FILE      keep the conversation; llm.session(path=FILE) and /load go on with it
 /load FILE      go on with a saved conversation
 /exit           end, as does Ctrl-D; Ctrl-C stops an answer
-@path           in a question: the text of that file (@"a b.txt" with blanks; \\@ is no path)
+@path           in a question: the text of that file (@"a b.txt" with spaces; \\@ is no path)
 """             begins a text of several lines, and ends it
-A line that shall not be a command begins with a blank.'''
+Start a line with a space to send it as a question.'''
 QUOTES = '"""'
 COMMAND = re.compile(r"/([a-z?]+)(?:\s+(.*))?", re.DOTALL)
 
@@ -54,15 +54,18 @@ def told(summary: Summary) -> str:
 
 
 class Chat:
-    """Reads lines until ``/exit`` or Ctrl-D."""
+    """Reads lines until ``/exit`` or Ctrl-D. Without ``paths``, ``@path`` is text as any other."""
 
     def __init__(
         self,
         partner: Partner,
         screen: Screen,
         read: Callable[[str], str] = read_line,
+        *,
+        paths: bool = True,
     ) -> None:
         self._partner, self._screen, self._read = partner, screen, read
+        self._paths = paths
         self._ended = False
         self._commands: dict[str, Callable[[str], None]] = {
             "help": self._help,
@@ -125,7 +128,7 @@ class Chat:
             self._command(command[1], (command[2] or "").strip())
             return
         text, files = line.strip(), list[tuple[str, str]]()
-        if is_typed:
+        if is_typed and self._paths:
             text, files = taken_apart(text, self._screen.note)
         self._screen.note(told(answer_once(self._partner, question_of(text, files), self._screen)))
 
@@ -135,7 +138,7 @@ class Chat:
             near = difflib.get_close_matches(name, self._commands, n=1)
             hint = f"did you mean /{near[0]}?" if near else "/help lists them"
             raise InvalidRequestError(
-                f"there is no command /{name}; {hint} (a blank in front makes it a question)"
+                f"there is no command /{name}; {hint} (a space in front makes it a question)"
             )
         run(rest)
 

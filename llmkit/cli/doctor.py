@@ -53,6 +53,7 @@ def findings() -> Iterator[Finding]:
         ("GPU", lambda: machine.gpus(known or machine.Llama())),
         ("llama.cpp", lambda: machine.llama(known or machine.Llama())),
         ("settings", surroundings.settings),
+        ("models dir", surroundings.models_dir),
         ("runtime folder", surroundings.runtime_folder),
         ("running models", surroundings.models),
         ("Jupyter extension", surroundings.extension),

@@ -47,13 +47,13 @@ class Reply:
     body: bytes
 
     def json(self) -> Any:
-        """Raises `EndpointError` if the body is no JSON."""
+        """Raises `EndpointError` if the body is not JSON."""
         try:
             return json.loads(self.body)
         except (ValueError, RecursionError):
             shown = self.body[:80].decode(errors="replace")
             raise EndpointError(
-                f"the reply (status {self.status}) is no JSON: {shown!r}", self.status
+                f"the reply (status {self.status}) is not JSON: {shown!r}", self.status
             ) from None
 
 
@@ -65,10 +65,13 @@ class Endpoint:
     ('http://127.0.0.1:3000/v1', 'http://127.0.0.1:3000')
 
     ``base`` is where OpenAI's routes are, ``root`` what is above its ``/v1``. Without a key, that
-    of the environment is sent. Raises `InvalidRequestError` for what is no address.
+    of the environment is sent, unless ``from_environment`` is false: for an address that the user
+    did not name. Raises `InvalidRequestError` for what is no address.
     """
 
-    def __init__(self, base_url: str, api_key: str | None = None) -> None:
+    def __init__(
+        self, base_url: str, api_key: str | None = None, *, from_environment: bool = True
+    ) -> None:
         try:
             url = urlsplit(base_url)
             port = url.port
@@ -91,7 +94,7 @@ class Endpoint:
         path = quote(url.path.rstrip("/") or "/v1", safe=UNRESERVED)
         self.base, self.root = place + path, place + path.removesuffix("/v1")
         self._paths = {self.base: path, self.root: path.removesuffix("/v1")}
-        key = api_key or _environment_key()
+        key = api_key or (_environment_key() if from_environment else "")
         if any(not " " < c < "\x7f" for c in key):
             raise InvalidRequestError("the key holds characters that no key has.", "api_key")
         self._headers = {"Authorization": f"Bearer {key}"} if key else {}
@@ -205,7 +208,7 @@ def checked(reply: Reply) -> Reply:
 def events_of(response: http.client.HTTPResponse) -> Iterator[Any]:
     """The events of a stream (SSE); or the one object of an endpoint that does not stream.
 
-    Raises `EndpointError` for a refusal, an event that is an error, or no JSON.
+    Raises `EndpointError` for a refusal, an event that is an error or is not JSON.
     """
     if response.status != 200:
         checked(_whole(response))

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from llmkit.cli.terminal import printable
+from llmkit.cli.terminal import stripped
 
 __all__ = ["Finding", "Level", "as_json", "print_findings", "shown"]
 
@@ -53,8 +53,8 @@ def shown(finding: Finding, topics: int, *, styled: bool, width: int) -> str:
         word = f"{COLORS[finding.level]}{word}{PLAIN}"
     time = "" if finding.seconds is None else f"{finding.seconds:6.2f} s  "
     indent = " " * (4 + 2 + topics + 2 + len(time))
-    lines = _wrapped(printable(finding.text), width - len(indent))
-    for paragraph in printable(finding.advice).split("\n"):
+    lines = _wrapped(stripped(finding.text), width - len(indent))
+    for paragraph in stripped(finding.advice).split("\n"):
         if paragraph.startswith(" "):
             lines.append(paragraph)  # a command, to be copied
         elif paragraph:

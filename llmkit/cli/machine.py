@@ -253,14 +253,12 @@ def disks() -> Iterator[Finding]:
     """The room where models, their copies and downloads are kept."""
     import tempfile
 
-    import platformdirs
+    from llmkit.models.registry import cache_folder
+    from llmkit.models.scanning import hub_cache
 
-    given = os.environ.get
-    home = given("HF_HOME") or os.path.join(given("XDG_CACHE_HOME") or "~/.cache", "huggingface")
-    hub = given("HF_HUB_CACHE") or os.path.join(home, "hub")
     places = {
-        "cache": platformdirs.user_cache_path("llmkit", appauthor=False),
-        "downloads": Path(hub).expanduser(),
+        "cache": cache_folder(),
+        "downloads": hub_cache(),
         "temporary files": Path(tempfile.gettempdir()),
     }
     for name, path in places.items():

@@ -46,11 +46,19 @@ def convert(
     type: Annotated[
         Literal["f16", "f32", "bf16", "q8_0", "auto"], typer.Option(help="Type of the weights.")
     ] = "f16",
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> int:
     """Write a model folder (config.json, safetensors) as a GGUF file."""
     from llmkit.models.convert import convert_folder
+    from llmkit.models.gguf import read_header
+    from llmkit.models.quantization import type_of
 
-    print(convert_folder(folder, output, type))
+    path = convert_folder(folder, output, type)
+    if json:
+        facts = {"path": str(path), "type": type_of(read_header(path))}
+        print(json_module.dumps(facts, indent=2))
+    else:
+        print(path)
     return 0
 
 

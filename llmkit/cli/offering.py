@@ -47,12 +47,9 @@ def finder(settings: ServeSettings) -> Callable[[str], ServedModel | None] | Non
         return None
 
     def find(name: str) -> ServedModel | None:
-        try:
-            stored = library.find(name)
-        except (ModelNotFoundError, InvalidRequestError):
-            return None
         # Other spellings are not served: each would be a name of its own.
-        if stored.fault or stored.source != "folder" or stored.id != name:
+        stored = library.get(name)
+        if stored is None or stored.fault or stored.source != "folder":
             return None
         entry = ModelEntry(
             name=None,

@@ -150,7 +150,8 @@ class _Answer:
         self.summary = Summary()
         self._began = time.monotonic()
         self._first = self._latest = 0.0
-        self._pieces = 0
+        self._text: list[str] = []
+        self._reasoning: list[str] = []
 
     def take(self, event: Any) -> Generator[Told, None, None]:
         usage = event.get("usage") if isinstance(event, dict) else None
@@ -177,17 +178,15 @@ class _Answer:
     def _told(self, event: Told) -> Told:
         self._latest = time.monotonic()
         self._first = self._first or self._latest
-        self._pieces += 1
-        if isinstance(event, Content):
-            self.summary.text += event.text
-        else:
-            self.summary.reasoning += event.text
+        (self._text if isinstance(event, Content) else self._reasoning).append(event.text)
         return event
 
     def finish(self) -> Summary:
         self.summary.seconds = time.monotonic() - self._began
         self.summary.decode_s = self._latest - self._first
-        self.summary.completion_tokens = self.summary.completion_tokens or self._pieces
+        self.summary.text, self.summary.reasoning = "".join(self._text), "".join(self._reasoning)
+        num_pieces = len(self._text) + len(self._reasoning)
+        self.summary.completion_tokens = self.summary.completion_tokens or num_pieces
         return self.summary
 
 

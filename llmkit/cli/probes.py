@@ -180,7 +180,7 @@ class Probes:
         expect(said[0]["delta"].get("role") == "assistant", "the first event has no role")
         expect(said[-1]["finish_reason"] in ("stop", "length"), "it does not say why it ended")
         usages = [chunk for chunk in chunks if chunk.get("usage")]
-        expect(len(usages) == 1, "the usage came not once")
+        expect(len(usages) == 1, "usage must come exactly once")
         return f"{len(chunks)} events, the first token after {first or 0.0:.2f} s"
 
     def _completions(self) -> str:
@@ -204,7 +204,7 @@ class Probes:
             if reply.status != 200:
                 continue
             vectors = [entry["embedding"] for entry in reply.json()["data"]]
-            expect(len(vectors) == 2, "two texts have not two vectors")
+            expect(len(vectors) == 2, "two texts did not give two vectors")
             coded = self._ask("/embeddings", {**body, "encoding_format": "base64"})["data"][0]
             data = base64.b64decode(coded["embedding"])
             numbers = struct.unpack(f"<{len(data) // 4}f", data)
@@ -237,7 +237,7 @@ class Probes:
         form = {"name": "answer", "schema": SCHEMA, "strict": True}
         body = {
             "model": self.model,
-            "messages": [{"role": "user", "content": "Which color has grass? Answer in JSON."}],
+            "messages": [{"role": "user", "content": "What color is grass? Answer in JSON."}],
             "response_format": {"type": "json_schema", "json_schema": form},
             "max_tokens": 64,
             "temperature": 0,
@@ -361,7 +361,7 @@ class Probes:
             for line in reply.body.decode().splitlines()
             if line.startswith("# TYPE")
         }
-        expect(names, "there is none")
+        expect(names, "there are no metrics")
         if self._is_ours and self._model:
             wanted = {"vllm:num_requests_running", "llamacpp:requests_processing"}
             missing = sorted(w for w in wanted if w not in names)

@@ -96,7 +96,8 @@ SHOWN = (
 
 def _text(name: str, value: Any) -> str:
     """A value for people; nothing for what is not so."""
-    from llmkit.models.names import gigabytes, printable
+    from llmkit.models.names import gigabytes
+    from llmkit.system.text import printable
 
     if value in (None, "", [], 0, False):
         return ""
@@ -201,10 +202,12 @@ def rm(
 ) -> int:
     """Remove a model's files.
 
-    From the models dir or Hugging Face's cache, never from elsewhere.
+    From the models dir or Hugging Face's cache, with the copies that llmkit made of it; nothing
+    else.
     """
-    from llmkit.models.names import gigabytes, printable
+    from llmkit.models.names import gigabytes
     from llmkit.models.removal import files_to_remove, remove
+    from llmkit.system.text import printable
 
     library = _library(models_dir)
     stored = library.find(model)
@@ -247,10 +250,11 @@ def unload(
 
 def _act(what: str, model: str, base_url: str, api_key: str, json: bool, **more: Any) -> int:
     from llmkit.cli.remote import act
+    from llmkit.system.text import printable
 
     done = act(base_url, api_key, what, {"model": model, **more})
     if json:
         _print_json(done)
     else:
-        print(f"{what}ed {done.get('id', model)}")
+        print(f"{what}ed {printable(str(done.get('id', model)))}")
     return 0

@@ -16,8 +16,9 @@ from llmkit.cli.endpoint import Endpoint
 from llmkit.cli.findings import Finding
 from llmkit.errors import InvalidRequestError, LLMKitError
 from llmkit.system.files import read_json
+from llmkit.system.resources import free_disk
 
-__all__ = ["extension", "models", "port", "runtime_folder", "servers", "settings"]
+__all__ = ["extension", "models", "models_dir", "port", "runtime_folder", "servers", "settings"]
 
 EXTENSION = "llmkit_jupyter"
 MAX_FILE = 1 << 20
@@ -35,6 +36,28 @@ def settings() -> Iterator[Finding]:
         yield Finding("settings", "bad", str(error), "`llmkit config show` prints them all")
         return
     yield Finding("settings", "ok", f"from {', '.join(names)}" if names else "the defaults")
+
+
+def models_dir() -> Iterator[Finding]:
+    """The folder of models in the settings, if there is one."""
+    from llmkit.models.library import check_folder
+    from llmkit.settings.serving import read_settings
+
+    try:
+        folder = read_settings({}).gateway.models_dir
+    except InvalidRequestError:  # said by `settings`
+        return
+    if folder is None:
+        return
+    path = Path(folder).expanduser()
+    try:
+        check_folder(path)
+        free = free_disk(path)[1] / (1 << 30)
+    except (InvalidRequestError, OSError) as error:
+        advice = "or name another folder in LLMKIT_MODELS_DIR or the settings file"
+        yield Finding("models dir", "bad", str(error), advice)
+        return
+    yield Finding("models dir", "ok", f"{free:.1f} GiB free in {path}")
 
 
 def runtime_folder() -> Iterator[Finding]:
@@ -144,7 +167,8 @@ def _lives(pid: Any) -> bool:
 def _server(said: dict[str, Any]) -> Finding:
     url, topic = str(said.get("url")), "Jupyter server"
     try:
-        endpoint = Endpoint(f"{url.rstrip('/')}/llmkit/v1", str(said.get("token") or "") or None)
+        base, token = f"{url.rstrip('/')}/llmkit/v1", str(said.get("token") or "")
+        endpoint = Endpoint(base, token, from_environment=False)
         status = endpoint.call("GET", "/models", timeout_s=PATIENCE_S).status
     except LLMKitError as error:
         return Finding(topic, "warn", f"{url}: {error}")
@@ -186,7 +210,8 @@ def _holder(host: str, number: int) -> str:
     shown = f"[{host}]" if ":" in host else host
     shown = "127.0.0.1" if host in ("0.0.0.0", "") else shown
     with contextlib.suppress(LLMKitError):
-        endpoint = Endpoint(f"http://{shown}:{number}/v1")
+        # Any program may be there: it gets no key.
+        endpoint = Endpoint(f"http://{shown}:{number}/v1", from_environment=False)
         reply = endpoint.call("GET", "/openapi.json", at_root=True, timeout_s=PATIENCE_S)
         if reply.status == 401 or b"llmkit" in reply.body:
             return "a gateway of llmkit" if b"llmkit" in reply.body else "a server with a key"

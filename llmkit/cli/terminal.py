@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator
 from typing import TextIO
 
-__all__ = ["Screen", "printable", "read_line", "sendable"]
+__all__ = ["Screen", "read_line", "sendable", "stripped"]
 
 DIM, PLAIN = "\x1b[2m", "\x1b[0m"
 CONTROLS = {c: None for c in (*range(32), *range(127, 160)) if c not in (9, 10)}
@@ -24,10 +24,10 @@ READLINE = (
 )
 
 
-def printable(text: str) -> str:
+def stripped(text: str) -> str:
     """Text without control characters, but for tabs and newlines.
 
-    >>> printable("a\\x1b]0;title\\x07b")
+    >>> stripped("a\\x1b]0;title\\x07b")
     'a]0;titleb'
     """
     return text.translate(CONTROLS)
@@ -81,7 +81,7 @@ class Screen:
         sys.stdout.flush()
         styled = self._notes and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
         before, after = (DIM, PLAIN) if styled else ("", "")
-        _print(f"{before}{printable(text)}{after}\n", sys.stderr)
+        _print(f"{before}{stripped(text)}{after}\n", sys.stderr)
 
     def _dim(self, on: bool) -> None:
         if on == self._dimmed:
@@ -94,7 +94,7 @@ class Screen:
 
     def _write(self, text: str) -> None:
         if self.is_terminal:
-            text = printable(text)
+            text = stripped(text)
         if text:
             self._column_0 = text.endswith("\n")
             _print(text, sys.stdout)
@@ -129,7 +129,7 @@ def read_line(prompt: str) -> str:
 
 
 def sendable(text: str) -> str:
-    """Text that was typed or an argument; what was no UTF-8 in it becomes question marks."""
+    """Text that was typed or an argument; what is not UTF-8 in it becomes question marks."""
     return text.encode("utf-8", "replace").decode("utf-8")
 
 

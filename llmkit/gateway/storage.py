@@ -12,7 +12,7 @@ from pathlib import Path
 from llmkit.errors import LLMKitError, ModelBusyError
 from llmkit.models.download import Downloaded, DownloadEvent, download
 from llmkit.models.library import Library, StoredModel
-from llmkit.models.removal import Removed, remove
+from llmkit.models.removal import Removed, files_to_remove, remove
 
 __all__ = ["Storage"]
 
@@ -91,7 +91,8 @@ class Storage:
 
     def _remove(self, name: str, in_use: frozenset[Path]) -> Removed:
         model = self._library.find(name)
-        if in_use & {file.resolve() for file in model.files}:
+        # It may be a copy in another type that is loaded.
+        if in_use & {file.resolve() for file in files_to_remove(self._library, model)}:
             raise ModelBusyError(f"the model {model.id!r} is loaded; unload it first.")
         try:
             return remove(self._library, model)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import errno
-import shutil
 from pathlib import Path
 
-from llmkit.models.names import gigabytes, printable
+from llmkit.models.names import gigabytes
+from llmkit.system.resources import free_disk
+from llmkit.system.text import printable
 
 __all__ = ["is_full", "lack_of_room"]
 
@@ -15,9 +16,7 @@ MIN_MARGIN, MARGIN = 64 << 20, 0.02  # what stays free: for the rest of the mach
 
 def lack_of_room(folder: Path, need: int) -> str:
     """Why ``need`` bytes do not fit on a folder's disk; empty if they do, with a margin."""
-    while not folder.exists() and folder != folder.parent:
-        folder = folder.parent
-    free = shutil.disk_usage(folder).free
+    folder, free = free_disk(folder)
     margin = max(MIN_MARGIN, int(need * MARGIN))
     if need + margin <= free or not need:
         return ""

@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Literal
 from llmkit.errors import DownloadError, ModelNotFoundError
 from llmkit.models import hub, scanning
 from llmkit.models.hub import HubFile, HubName, Unreachable
-from llmkit.models.names import gigabytes, printable
+from llmkit.models.names import gigabytes
 from llmkit.models.transfer import Part, Progress, check_room
+from llmkit.system.text import printable
 
 if TYPE_CHECKING:
     from filelock import BaseFileLock

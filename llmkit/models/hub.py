@@ -14,11 +14,12 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 
 from llmkit.errors import InvalidRequestError, ModelNotFoundError
-from llmkit.models.names import gigabytes, printable
-from llmkit.models.quantization import LABEL, label_of
+from llmkit.models.names import gigabytes
+from llmkit.models.quantization import LABEL, PROJECTOR_ORDER, label_of
 from llmkit.models.scanning import is_model, is_projector
 from llmkit.models.splits import first_of, names_of
 from llmkit.models.transfer import transport_errors
+from llmkit.system.text import printable
 
 __all__ = ["HubFile", "HubName", "Unreachable", "ask", "choose", "files_of", "is_hub_name"]
 
@@ -34,7 +35,6 @@ USUAL = (
     "Q4_K_M", "UD-Q4_K_XL", "Q4_K_S", "IQ4_XS", "Q4_0", "MXFP4", "Q5_K_M", "Q6_K", "Q8_0", "BF16",
     "F16", "F32",
 )  # fmt: skip
-PROJECTORS = ("F16", "BF16", "Q8_0", "F32")
 SHOWN = 12
 
 
@@ -141,7 +141,7 @@ def ask(name: HubName) -> Iterator[None]:
             raise Unreachable(f"the Hub cannot be reached: {error.__cause__ or error}") from None
         raise ModelNotFoundError(f"{name.repo} has no file {name.file!r}{_there(name)}") from None
     except errors.OfflineModeIsEnabled:
-        raise Unreachable("HF_HUB_OFFLINE forbids to ask the Hub; unset it to download.") from None
+        raise Unreachable("HF_HUB_OFFLINE forbids asking the Hub; unset it to download.") from None
     except errors.HfHubHTTPError as error:
         raise Unreachable(_status(error)) from None
     except failures as error:
@@ -239,7 +239,7 @@ def projector_of(name: HubName, model: str, files: Mapping[str, int | None]) -> 
     Raises `ModelNotFoundError`.
     """
     folder = PurePosixPath(model).parent
-    order = {label: i for i, label in enumerate(PROJECTORS)}
+    order = {label: i for i, label in enumerate(PROJECTOR_ORDER)}
     found = [f for f in files if is_projector(PurePosixPath(f).name)]
     near_by = [f for f in found if PurePosixPath(f).parent == folder] or found
     if not near_by:

@@ -23,11 +23,12 @@ from llmkit.errors import (
     ModelNotFoundError,
 )
 from llmkit.models import gguf, registry, scanning
-from llmkit.models.names import folded, gigabytes, near, printable
-from llmkit.models.quantization import label_of, type_of
+from llmkit.models.names import folded, gigabytes, near
+from llmkit.models.quantization import PROJECTOR_ORDER, label_of, type_of
 from llmkit.models.registry import ModelSpec
 from llmkit.models.scanning import Found, Source
 from llmkit.models.splits import stem_of
+from llmkit.system.text import printable
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
 __all__ = ["Library", "Listing", "StoredModel", "check_folder", "table_of"]
 
 MAX_WORD = 64  # characters of what a header says about itself
-PROJECTOR_ORDER = ("F16", "BF16", "Q8_0", "F32")
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,7 +186,7 @@ class Library:
     ) -> None:
         self.folder = None if folder is None else Path(os.path.abspath(Path(folder).expanduser()))
         self._cache, self._keep_s = cache, keep_s
-        self._seen: tuple[float, Listing] | None = None
+        self._seen: tuple[float, Listing, dict[str, StoredModel]] | None = None
 
     @property
     def cache(self) -> Path:
@@ -212,14 +212,19 @@ class Library:
             except (OSError, ImportError, ValueError) as error:
                 faults.append(f"the package of {alias} cannot be read: {error}.")
         listing = Listing(models, [*problems, *faults])
-        self._seen = time.monotonic(), listing
+        self._seen = time.monotonic(), listing, {m.id: m for m in reversed(models)}
         return listing
 
-    def _recent(self) -> Listing:
-        seen = self._seen
-        if seen is not None and time.monotonic() - seen[0] < self._keep_s:
-            return seen[1]
-        return self.models()
+    def _recent(self) -> tuple[Listing, Mapping[str, StoredModel]]:
+        """What was seen last if that is recent, else what is there now; in order, and by id."""
+        if self._seen is None or time.monotonic() - self._seen[0] >= self._keep_s:
+            self.models()
+        assert self._seen is not None
+        return self._seen[1:]
+
+    def get(self, name: str) -> StoredModel | None:
+        """The model of exactly that name. Compares with no other name, so it costs little."""
+        return self._recent()[1].get(name)
 
     def find(self, name: str) -> StoredModel:
         """The model of that name: exactly, else in any case if only one is meant.
@@ -227,7 +232,7 @@ class Library:
         A path counts if it leads to a file in the models dir. Raises `ModelNotFoundError` with
         similar names, or saying why the file is not served.
         """
-        models = list(self._recent())
+        models = list(self._recent()[0])
         text = str(name)
         for same in (
             [m for m in models if m.id == text],
@@ -362,7 +367,7 @@ def _paired(entries: list[StoredModel]) -> Iterator[StoredModel]:
 
 def _projector(model: StoredModel, candidates: list[StoredModel]) -> Path | None:
     """The projector of a model in its folder: the one named like it, or the only one that names no
-    model. Of several types F16 is what llama.cpp's authors publish for use."""
+    model."""
     wanted = _bare(model.path)
     same = [c for c in candidates if _bare(c.path) == wanted] or [
         c for c in candidates if not _bare(c.path) or wanted.startswith(_bare(c.path))

@@ -1,4 +1,4 @@
-"""Names of models as people type and see them: compared, suggested, and safe to print. Pure."""
+"""Names of models as people type and see them: compared and suggested. Pure."""
 
 from __future__ import annotations
 
@@ -6,23 +6,9 @@ import difflib
 import unicodedata
 from collections.abc import Iterable
 
-__all__ = ["folded", "gigabytes", "near", "printable"]
+__all__ = ["folded", "gigabytes", "near"]
 
 MAX_TYPED = 512  # characters; comparing longer ones would cost more than it helps
-
-
-def printable(text: str) -> str:
-    """The text with everything escaped that is no visible character or space.
-
-    Names of files may hold anything: line ends, control sequences of terminals, bytes that are no
-    UTF-8.
-
-    >>> printable("a\\nb\\x1b[1m")
-    'a\\\\nb\\\\x1b[1m'
-    """
-    return "".join(
-        c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text
-    )
 
 
 def folded(text: str) -> str:

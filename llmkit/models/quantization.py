@@ -12,7 +12,11 @@ from llmkit.errors import InvalidRequestError
 from llmkit.models.gguf import ModelInfo, TensorInfo
 from llmkit.models.names import near
 
-__all__ = ["TYPES", "Step", "bits_of", "kind_of", "label_of", "scaled", "step_to", "type_of"]
+__all__ = ["PROJECTOR_ORDER", "TYPES", "Step", "bits_of", "kind_of", "label_of", "scaled",
+           "step_to", "type_of"]  # fmt: skip
+
+# Of a projector (mmproj) in several types: F16 is what llama.cpp's authors publish for use.
+PROJECTOR_ORDER = ("F16", "BF16", "Q8_0", "F32")
 
 
 class FileType(NamedTuple):

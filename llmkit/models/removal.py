@@ -11,7 +11,7 @@ from llmkit.errors import InvalidRequestError
 from llmkit.models import scanning
 from llmkit.models.copies import copies_of, former_copies_of
 from llmkit.models.library import Library, StoredModel
-from llmkit.models.names import printable
+from llmkit.system.text import printable
 
 __all__ = ["Removed", "files_to_remove", "remove"]
 

@@ -10,18 +10,22 @@ import os
 import re
 import stat
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from llmkit.models.names import gigabytes, printable
+from llmkit.models.names import gigabytes
 from llmkit.models.splits import names_of, stem_of
+from llmkit.system.text import printable
 
 __all__ = ["OWN", "Found", "Source", "hub_cache", "is_projector", "scan_folder", "scan_hub"]
 
 OWN = ".llmkit"  # a folder beside models, for what llmkit makes or has not yet finished
+MAKING = ".making"  # ends the names of copies that are being made
+STALE_S = 600.0  # nothing was written for so long: it is not being made any more
 MAX_DEPTH, MAX_FILES = 12, 20_000
 MAIN = "main"
 PROJECTOR = re.compile(r"(^|[-_. ])mmproj([-_. ]|$)", re.IGNORECASE)
@@ -92,6 +96,7 @@ def scan_folder(root: Path) -> tuple[list[Found], list[str]]:
     found: list[Found] = []
     for folder, names in _folders(root, problems, strict=True):
         problems += _unfinished(folder / OWN, ".part")
+        problems += _left_over(folder / OWN)
         place = folder.relative_to(root)
         found += _grouped(folder, names, root, "folder", partial(_joined, *place.parts))
     return found, problems
@@ -156,6 +161,22 @@ def _unfinished(folder: Path, suffix: str) -> Iterator[str]:
             f"{size} of an unfinished download are in {_joined(str(part))}: pull the model again "
             "to go on, or remove the file."
         )
+
+
+def _left_over(folder: Path) -> Iterator[str]:
+    """Copies in another type whose making was killed."""
+    for part in _listed(folder, []):
+        if part.suffix != MAKING:
+            continue
+        try:
+            status = part.stat()
+        except OSError:  # it was finished, or removed
+            continue
+        if time.time() - status.st_mtime > STALE_S:
+            yield (
+                f"{gigabytes(status.st_size)} of an unfinished copy in another type are in "
+                f"{_joined(str(part))}: what made it was killed; remove the file."
+            )
 
 
 def _grouped(

@@ -16,7 +16,8 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from llmkit.errors import DownloadError
 from llmkit.models.disk import is_full, lack_of_room
-from llmkit.models.names import gigabytes, printable
+from llmkit.models.names import gigabytes
+from llmkit.system.text import printable
 
 __all__ = ["Part", "Progress", "Remote", "check_room", "transport_errors"]
 

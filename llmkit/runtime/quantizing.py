@@ -23,9 +23,11 @@ from llmkit.errors import InvalidRequestError, ModelLoadError
 from llmkit.models import gguf
 from llmkit.models.copies import former_copies_of, places_for
 from llmkit.models.disk import lack_of_room
-from llmkit.models.names import gigabytes, printable
+from llmkit.models.names import gigabytes
 from llmkit.models.quantization import TYPES, kind_of, scaled, step_to, type_of
 from llmkit.models.registry import ModelSpec, cache_folder
+from llmkit.models.scanning import MAKING
+from llmkit.system.text import printable
 
 __all__ = ["Quantized", "child", "quantized"]
 
@@ -65,7 +67,7 @@ def quantized(
     info = gguf.read_header(spec.path)
     what = info.metadata.get("general.type", "model")
     if what != "model" or info.architecture == "clip":
-        raise InvalidRequestError(f"{spec.name} is no model but {what!r:.40}.", "quantize")
+        raise InvalidRequestError(f"{spec.name} is not a model but {what!r:.40}.", "quantize")
     if target is not None and target.exists():
         raise InvalidRequestError(
             f"{printable(str(target))} exists already; remove it, or choose another name.", "out"
@@ -87,13 +89,16 @@ def _judge(spec: ModelSpec, info: gguf.ModelInfo, kind: str, upward: bool) -> st
     if step == "same":
         return f"{spec.name} is {kind} already."
     if step == "up":
+        larger = (
+            f"{spec.name} is {have}: {kind} is larger and cannot restore the precision already "
+            "lost."
+        )
         if not upward:
             raise InvalidRequestError(
-                f"{spec.name} is {have}: {kind} is larger and gains no precision, which is lost. "
-                "Leave quantize out, name a smaller type, or start from the F16 file.",
+                f"{larger} Leave quantize out, name a smaller type, or start from the F16 file.",
                 "quantize",
             )
-        return f"{spec.name} is {have}: {kind} is larger and gains no precision, which is lost."
+        return larger
     if step == "again":
         return (
             f"{spec.name} is {have}, and loses precision a second time as {kind}; a {kind} file "
@@ -145,7 +150,7 @@ def _make(
     locks.mkdir(parents=True, exist_ok=True)
     mark = hashlib.sha256(os.fsencode(place)).hexdigest()[:16]
     lock = FileLock(locks / f"quantize-{mark}.lock")
-    part = place.with_name(f".{mark}-{getattr(os, 'getuid', int)()}.part")
+    part = place.with_name(f".{mark}-{getattr(os, 'getuid', int)()}{MAKING}")
     while True:
         _check(spec, cancelled)
         try:

@@ -1,15 +1,18 @@
 """How much memory the GPUs of this machine have and use: NVIDIA's by NVML, AMD's by sysfs.
 
-Any thread. NVML comes with the driver and is loaded only where it is installed; it neither computes
-nor takes GPU memory.
+Any thread; drivers are asked on one of their own, since they may take seconds. NVML comes with the
+driver and is loaded only where it is installed; it neither computes nor takes GPU memory.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import logging
+import math
 import re
 import threading
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +20,9 @@ __all__ = ["GpuMemory", "Gpus"]
 
 NVML = "libnvidia-ml.so.1"
 MAX_DEVICES = 64
+FRESH_S, LOST_S, WAIT_S = 2.0, 60.0, 0.05
+
+logger = logging.getLogger("llmkit.gpus")
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,27 +37,57 @@ class GpuMemory:
 
 
 class Gpus:
-    """Reads the memory of all GPUs.
+    """The memory of all GPUs, as it was seen last: a slow driver holds up no reader.
 
-    NVML may take seconds to start, so a thread does that; until then its GPUs are missing.
     ``library`` and ``root`` are others than the system's, for tests.
     """
 
     def __init__(self, library: str = NVML, root: Path = Path("/")) -> None:
-        self._root = root
+        self._library, self._root = library, root
         self._nvml: ctypes.CDLL | None = None
-        self._starting = threading.Thread(
-            target=self._start, args=(library,), name="llmkit-nvml", daemon=True
-        )
-        self._starting.start()
+        self._seen: list[GpuMemory] | None = None
+        self._at = -math.inf
+        self._changed = threading.Condition()
+        self._looks = False
+        with self._changed:
+            self._look()
 
     def wait(self, timeout_s: float) -> None:
-        """Wait until NVML has started, if there is one."""
-        self._starting.join(timeout_s)
+        """Wait until a look that has begun is done."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._looks, timeout_s)
 
     def read(self) -> list[GpuMemory]:
-        """All GPUs now; empty where there are none or their driver does not say."""
-        return [*self._nvidia(), *self._amd()]
+        """All GPUs as they were seen last; has them looked at again if that is seconds ago.
+
+        Empty where there are none, or their driver has not answered for a minute. After a minute
+        without a reader this waits for the look, for 50 ms at most.
+        """
+        with self._changed:
+            age = time.monotonic() - self._at
+            if age > FRESH_S and not self._looks:
+                self._look()
+                if age > LOST_S:
+                    self._changed.wait_for(lambda: not self._looks, WAIT_S)
+            is_lost = time.monotonic() - self._at > LOST_S
+            return [] if is_lost else list(self._seen or ())
+
+    def _look(self) -> None:
+        """Look at all GPUs, on a thread that ends then."""
+        threading.Thread(target=self._run, name="llmkit-gpus", daemon=True).start()
+        self._looks = True
+
+    def _run(self) -> None:
+        found = []
+        try:
+            if self._seen is None:
+                self._start(self._library)
+            found = [*self._nvidia(), *self._amd()]
+        except Exception:
+            logger.exception("the memory of the GPUs cannot be read")
+        with self._changed:
+            self._seen, self._at, self._looks = found, time.monotonic(), False
+            self._changed.notify_all()
 
     def _start(self, library: str) -> None:
         with contextlib.suppress(OSError, AttributeError):

@@ -17,9 +17,11 @@ from llmkit.gateway.ops.openapi import Route
 if TYPE_CHECKING:
     from llmkit.workers.place import ModelStatus
 
-__all__ = ["PATHS", "HealthRoutes"]
+__all__ = ["PATHS", "QUIET", "HealthRoutes"]
 
 PATHS = ("/health", "/v1/health", "/health/live", "/health/ready", "/readiness")
+# Asked for all the time by those who look: logged at the level "debug", neither traced nor shown.
+QUIET = frozenset((*PATHS, "/", "/metrics", "/status", "/docs", "/swagger-ui", "/openapi.json"))
 REASONS = {
     "draining": "The server is shutting down.",
     "loading": "A model is being loaded.",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
@@ -13,6 +15,7 @@ from llmkit.protocol import RequestMetrics
 __all__ = ["LlamaCppMetrics"]
 
 LABELS = ("model",)
+KEEP_S = 10.0
 COUNTERS = (
     (
         "prompt_tokens_cached",
@@ -39,11 +42,17 @@ class Phases:
 
 
 class LlamaCppMetrics:
-    """``llamacpp:`` metrics. The two speeds are averages since the last scrape, as llama.cpp's."""
+    """``llamacpp:`` metrics. The two speeds are averages since the last scrape, as llama.cpp's.
+
+    A scrape within ten seconds of another gets the same speeds, so that several readers do not take
+    them from each other.
+    """
 
     def __init__(self) -> None:
         self._phases: dict[str, Phases] = {}
         self._before: dict[str, Phases] = {}
+        self._speeds: dict[str, tuple[float, float]] = {}
+        self._at = -math.inf
 
     def note_answer(self, model: str, times: RequestMetrics) -> None:
         phases = self._phases.setdefault(model, Phases())
@@ -95,28 +104,38 @@ class LlamaCppMetrics:
             "Number of requests deferred.",
             {m: now["num_waiting"] for m, now in here.items()},
         )
-        last = {model: self._before.get(model, Phases()) for model in here}
+        self._measure()
+        speeds = {model: self._speeds.get(model, (0.0, 0.0)) for model in here}
         yield _gauge(
             "prompt_tokens_seconds",
             "Average prompt throughput in tokens/s, since the last scrape.",
-            {
-                m: _ratio(
-                    phases[m].prompt_tokens - b.prompt_tokens, phases[m].prompt_s - b.prompt_s
-                )
-                for m, b in last.items()
-            },
+            {model: prompt for model, (prompt, _) in speeds.items()},
         )
         yield _gauge(
             "predicted_tokens_seconds",
             "Average generation throughput in tokens/s, since the last scrape.",
-            {
-                m: _ratio(
-                    phases[m].decode_tokens - b.decode_tokens, phases[m].decode_s - b.decode_s
-                )
-                for m, b in last.items()
-            },
+            {model: decode for model, (_, decode) in speeds.items()},
         )
+
+    def _measure(self) -> None:
+        """The speeds since they were measured last, unless that was just now."""
+        now = time.monotonic()
+        if now - self._at < KEEP_S:
+            return
+        self._at, before = now, self._before
         self._before = {model: replace(kept) for model, kept in self._phases.items()}
+        self._speeds = {
+            model: _speeds(kept, before.get(model, Phases()))
+            for model, kept in self._before.items()
+        }
+
+
+def _speeds(now: Phases, before: Phases) -> tuple[float, float]:
+    """Tokens/s of prefill and decode between two counts."""
+    return (
+        _ratio(now.prompt_tokens - before.prompt_tokens, now.prompt_s - before.prompt_s),
+        _ratio(now.decode_tokens - before.decode_tokens, now.decode_s - before.decode_s),
+    )
 
 
 def _ratio(amount: float, per: float) -> float:

@@ -25,8 +25,9 @@ from typing import Any
 from llmkit.gateway import record
 from llmkit.gateway.exchange import Exchange
 from llmkit.gateway.ops.after import after
-from llmkit.gateway.ops.health import PATHS
+from llmkit.gateway.ops.health import QUIET
 from llmkit.gateway.pipeline import Observer
+from llmkit.system.text import printable
 
 __all__ = ["LogHandler", "access_log", "log_to", "note_access", "set_level"]
 
@@ -36,7 +37,6 @@ MAX_WAITING = 8 << 20  # characters that wait to be written
 MAX_MESSAGE, MAX_TRACEBACK = 8_000, 32_000
 END_S = 1.0
 WORD = re.compile(r'[^\s"=]+')
-QUIET = frozenset((*PATHS, "/metrics"))  # asked for all the time; logged at the level "debug"
 
 
 class TextFormatter(logging.Formatter):
@@ -47,10 +47,10 @@ class TextFormatter(logging.Formatter):
         fields = " ".join(f"{name}={_word(value)}" for name, value in _fields(entry).items())
         line = (
             f"{now}.{int(entry.msecs):03d} {entry.levelname:<7} {entry.name}: "
-            f"{_plain(_message(entry))}{' ' * bool(fields)}{fields}"
+            f"{printable(_message(entry))}{' ' * bool(fields)}{fields}"
         )
         lines = _traceback(self, entry).splitlines()
-        return "\n".join([line, *(f"  | {_plain(text)}" for text in lines)])
+        return "\n".join([line, *(f"  | {printable(text)}" for text in lines)])
 
 
 class JsonFormatter(logging.Formatter):
@@ -102,16 +102,9 @@ def _traceback(formatter: logging.Formatter, entry: logging.LogRecord) -> str:
     return text if len(text) <= MAX_TRACEBACK else f"[...] {text[-MAX_TRACEBACK:]}"
 
 
-def _plain(text: str) -> str:
-    """Without what could end a line, colour it or turn it round."""
-    if text.isprintable():  # a fast look: nearly all is
-        return text
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
 def _word(value: object) -> str:
     """A value of a field, in quotes where it could be taken for several."""
-    text = _plain(str(value))
+    text = printable(str(value))
     return text if WORD.fullmatch(text) else json.dumps(text)
 
 

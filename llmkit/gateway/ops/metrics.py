@@ -63,8 +63,9 @@ class Metrics(Collector):
     True
 
     ``offered`` gives the models of a `ModelManager`, whose changes `changed` must be told;
-    ``response_cache`` is the gateway's; ``gpus`` reads the GPUs' memory. `observer` has requests
-    counted, `routes` serve the text; in another server's registry, register the object itself.
+    ``response_cache`` is the gateway's; ``gpus`` tells the GPUs' memory, and must not wait for it.
+    `observer` has requests counted, `routes` serve the text; in another server's registry, register
+    the object itself.
     """
 
     def __init__(

@@ -6,7 +6,9 @@ Tornado loop only.
 from __future__ import annotations
 
 import asyncio
+import logging
 from dataclasses import asdict
+from functools import partial
 from typing import Any, ClassVar
 
 from llmkit.errors import ModelBusyError
@@ -18,6 +20,8 @@ from llmkit.gateway.served import Served
 from llmkit.workers.place import ModelStatus
 
 __all__ = ["ModelRoutes"]
+
+logger = logging.getLogger(__name__)
 
 
 class ModelBody(Strict):
@@ -102,12 +106,27 @@ class ModelRoutes:
         """
         body = await exchange.read(EndBody)
         name = await self._known(body.model)
+        self._check_end(self._manager.default, name, body)
         # A client that leaves must not leave it half done.
         task = asyncio.ensure_future(self._switch(name, body))
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        await asyncio.shield(task)
-        self._send(exchange, name)
+        task.add_done_callback(partial(self._switched, name))
+        if body.wait:
+            await asyncio.shield(task)
+        self._send(exchange, name, 200 if body.wait else 202)
+
+    def _switched(self, name: str, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        error = None if task.cancelled() else task.exception()
+        if error is not None:  # nobody may have waited for it
+            logger.error("could not switch to the model %r: %s", name, error)
+
+    def _check_end(self, before: str | None, name: str, body: EndBody) -> None:
+        """Raise `ApiError` if requests are in the way of a switch."""
+        if before in (None, name) or body.drain or body.force or not self._manager.in_use(before):
+            return
+        message = f"{before!r} is answering requests; wait for them (drain) or end them (force)."
+        raise ApiError(409, message, code="model_busy")
 
     async def _switch(self, name: str, body: EndBody) -> None:
         async with self._switching:
@@ -117,11 +136,7 @@ class ModelRoutes:
                 await asyncio.wrap_future(self._manager.load(name))
                 return
             old = body.model_copy(update={"model": before, "wait": True})
-            if not (body.drain or body.force) and self._manager.in_use(before):
-                message = (
-                    f"{before!r} is answering requests; wait for them (drain) or end them (force)."
-                )
-                raise ApiError(409, message, code="model_busy")
+            self._check_end(before, name, body)
             if await asyncio.to_thread(self._manager.fits, name):
                 await asyncio.wrap_future(self._manager.load(name))
                 self._manager.set_default(name)

@@ -19,7 +19,7 @@ from llmkit.gateway.access.identity import ADMIN
 from llmkit.gateway.access.permission import may_use
 from llmkit.gateway.directory import EngineDirectory, Entry
 from llmkit.gateway.exchange import Exchange
-from llmkit.gateway.ops.health import PATHS
+from llmkit.gateway.ops.health import QUIET
 from llmkit.gateway.web import status_page, status_part
 from llmkit.version import __version__
 
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
 __all__ = ["StatusRoutes", "send_page"]
 
-QUIET = ("/", "/status", "/metrics", "/docs", "/swagger-ui", "/openapi.json", *PATHS)
 MAX_CALLERS, MAX_SHOWN, MAX_GONE = 200, 50, 20
 
 

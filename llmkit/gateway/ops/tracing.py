@@ -22,7 +22,7 @@ from opentelemetry.trace import SpanContext, SpanKind, Status, StatusCode, Trace
 
 from llmkit.gateway.exchange import Exchange
 from llmkit.gateway.ops.after import after
-from llmkit.gateway.ops.health import PATHS
+from llmkit.gateway.ops.health import QUIET
 from llmkit.gateway.ops.otlp import Export
 from llmkit.gateway.ops.series import Names
 from llmkit.gateway.pipeline import Observer
@@ -32,7 +32,6 @@ from llmkit.version import __version__
 __all__ = ["Tracer", "tracing"]
 
 PROVIDER = "llmkit"
-QUIET = frozenset((*PATHS, "/", "/metrics", "/status", "/docs", "/swagger-ui", "/openapi.json"))
 MAX_ANSWERS = 16  # of a request, that get spans of their own
 MAX_STOP = 100  # characters of a stop string
 SAMPLED = TraceFlags(TraceFlags.SAMPLED)
