@@ -11,11 +11,15 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
+import tiny_models
 from fake_runner import FakeRunner
 from fakes import FakeClient
 from gateway_client import Api, serve
+from loopback_hub import DATA, FILE, Hub, serving, use
 
 from llmkit.bridge.server import BridgeServer
+from llmkit.models import transfer
+from llmkit.models.registry import ModelSpec, resolve
 from llmkit.runtime.local import LocalEngine
 from llmkit.store.database import Database, open_database
 from llmkit.store.keys import KeyStore
@@ -113,3 +117,26 @@ def chromium() -> str:
 @pytest.fixture(scope="session")
 def python() -> str:
     return sys.executable
+
+
+@pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> ModelSpec:
+    """A tiny model in a folder of models."""
+    folder = tmp_path / "models"
+    folder.mkdir()
+    return resolve(tiny_models.write(folder / "tiny.gguf", "llama"))
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """A hub with one repository, which this process's huggingface_hub asks."""
+    made = Hub({"org/m": {FILE: DATA, "m-Q8_0.gguf": DATA[::-1]}})
+    with serving(made):
+        use(made.url, tmp_path / "hf", monkeypatch)
+        monkeypatch.setattr(transfer, "FIRST_DELAY_S", 0.01)
+        yield made

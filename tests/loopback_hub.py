@@ -6,16 +6,22 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
 import pytest
 
+from llmkit.models import download
+
+DATA = os.urandom(600_000)  # the model's file
+FILE = "m-Q4_K_M.gguf"
 COMMIT = "a" * 40
 CHUNK = 1 << 14
 
@@ -200,3 +206,12 @@ def forget_session() -> None:
 
     forget: Any = getattr(utils, "close_session", None) or utils.reset_sessions  # below 1.0
     forget()
+
+
+def fetch(name: str = f"org/m:{FILE}", **more: Any) -> Path:
+    return download.download(name, **more).path
+
+
+def parts(tmp_path: Path) -> list[Path]:
+    """Files that are not fetched whole."""
+    return [p for p in tmp_path.rglob("*") if p.suffix in (".incomplete", ".part")]

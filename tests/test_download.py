@@ -7,12 +7,10 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-from loopback_hub import COMMIT, Hub, forget_session, serving, use
+from loopback_hub import COMMIT, DATA, FILE, Hub, fetch, forget_session, parts
 
 import llmkit
 from llmkit.cli import main
@@ -21,27 +19,6 @@ from llmkit.models import download, transfer
 from llmkit.models.download import DownloadEvent
 from llmkit.models.hub import HubName, is_hub_name
 from llmkit.models.library import Library
-
-DATA = os.urandom(600_000)
-FILE = "m-Q4_K_M.gguf"
-
-
-@pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    """A hub with one repository, which this process's huggingface_hub asks."""
-    made = Hub({"org/m": {FILE: DATA, "m-Q8_0.gguf": DATA[::-1]}})
-    with serving(made):
-        use(made.url, tmp_path / "hf", monkeypatch)
-        monkeypatch.setattr(transfer, "FIRST_DELAY_S", 0.01)
-        yield made
-
-
-def fetch(name: str = f"org/m:{FILE}", **more: Any) -> Path:
-    return download.download(name, **more).path
-
-
-def parts(tmp_path: Path) -> list[Path]:
-    return [p for p in tmp_path.rglob("*") if p.suffix in (".incomplete", ".part")]
 
 
 def test_into_the_cache_of_hugging_face(hub: Hub, tmp_path: Path) -> None:

@@ -9,37 +9,14 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-from loopback_hub import Hub, serving, use
+from loopback_hub import DATA, FILE, Hub, fetch, parts, serving
 
 from llmkit.errors import DownloadError, ModelNotFoundError
 from llmkit.models import disk, download, transfer
 from llmkit.models import hub as hub_names
-
-DATA = os.urandom(600_000)
-FILE = "m-Q4_K_M.gguf"
-
-
-@pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    """A hub with one repository, which this process's huggingface_hub asks."""
-    made = Hub({"org/m": {FILE: DATA, "m-Q8_0.gguf": DATA[::-1]}})
-    with serving(made):
-        use(made.url, tmp_path / "hf", monkeypatch)
-        monkeypatch.setattr(transfer, "FIRST_DELAY_S", 0.01)
-        yield made
-
-
-def fetch(name: str = f"org/m:{FILE}", **more: Any) -> Path:
-    return download.download(name, **more).path
-
-
-def parts(tmp_path: Path) -> list[Path]:
-    return [p for p in tmp_path.rglob("*") if p.suffix in (".incomplete", ".part")]
 
 
 def test_a_damaged_beginning_is_fetched_again(hub: Hub, tmp_path: Path) -> None:

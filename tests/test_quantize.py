@@ -24,23 +24,7 @@ from llmkit.models.registry import ModelSpec, cache_folder, resolve
 from llmkit.runtime import quantizing
 from llmkit.runtime.quantizing import Quantized, quantized
 
-pytestmark = pytest.mark.model
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-
-
-@pytest.fixture
-def tiny(tmp_path: Path) -> ModelSpec:
-    folder = tmp_path / "models"
-    folder.mkdir()
-    return resolve(tiny_models.write(folder / "tiny.gguf", "llama"))
-
-
-def leftovers(tmp_path: Path) -> list[Path]:
-    return [p for p in tmp_path.rglob("*") if p.suffix in (".part", ".making")]
+pytestmark = [pytest.mark.model, pytest.mark.usefixtures("own_cache")]
 
 
 def values(path: Path) -> dict[str, np.ndarray]:

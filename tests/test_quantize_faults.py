@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import tiny_models
+from tiny_models import leftovers
 
 from llmkit.bridge.child import Owner
 from llmkit.errors import InvalidModelFileError, InvalidRequestError, ModelLoadError
@@ -22,23 +23,7 @@ from llmkit.models.registry import ModelSpec, resolve
 from llmkit.runtime import quantizing
 from llmkit.runtime.quantizing import Quantized, quantized
 
-pytestmark = pytest.mark.model
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-
-
-@pytest.fixture
-def tiny(tmp_path: Path) -> ModelSpec:
-    folder = tmp_path / "models"
-    folder.mkdir()
-    return resolve(tiny_models.write(folder / "tiny.gguf", "llama"))
-
-
-def leftovers(tmp_path: Path) -> list[Path]:
-    return [p for p in tmp_path.rglob("*") if p.suffix in (".part", ".making")]
+pytestmark = [pytest.mark.model, pytest.mark.usefixtures("own_cache")]
 
 
 def test_what_is_no_model(tmp_path: Path, tiny: ModelSpec) -> None:

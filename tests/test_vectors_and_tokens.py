@@ -12,23 +12,12 @@ from typing import Any
 import numpy as np
 import openai
 import pytest
-from fake_runner import FakeRunner
 from fakes import FakeClient
 from gateway_client import Api, is_error, serve
 
 import llmkit
 from llmkit.bridge.server import BridgeServer
 from llmkit.runtime.local import LocalEngine
-
-
-@pytest.fixture
-def model() -> Iterator[FakeClient]:
-    """It generates; `vectors` embeds."""
-    client = FakeClient(runner=FakeRunner(n_ctx=500))
-    bridge = BridgeServer(client)
-    yield client
-    bridge.close()
-    client.close()
 
 
 @pytest.fixture
@@ -155,7 +144,7 @@ async def test_tokenize_in_both_dialects(api: Api) -> None:
     )
     assert (status, body) == (
         200,
-        {"count": 2, "max_model_len": 500, "tokens": [104, 105], "token_strs": ["h", "i"]},
+        {"count": 2, "max_model_len": 5000, "tokens": [104, 105], "token_strs": ["h", "i"]},
     )
     _, chat = await api.post("/v1/tokenize", {"messages": [{"role": "user", "content": "hi"}]})
     assert chat["count"] == len("[user]hi") and chat["token_strs"] is None

@@ -165,3 +165,8 @@ def _finish(writer: gguf.GGUFWriter) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def leftovers(tmp_path: Path) -> list[Path]:
+    """What is left of models that were being made or fetched."""
+    return [p for p in tmp_path.rglob("*") if p.suffix in (".part", ".making")]
