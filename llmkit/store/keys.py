@@ -7,6 +7,7 @@ from sqlalchemy.orm import Session
 
 from llmkit.errors import InvalidRequestError
 from llmkit.store.database import Database
+from llmkit.store.noticing import Notice
 from llmkit.store.records import KeyRecord
 from llmkit.store.tables import Change, Keys
 
@@ -23,6 +24,10 @@ class KeyStore:
 
     def __init__(self, database: Database) -> None:
         self._database = database
+
+    def notice(self) -> Notice:
+        """Whether there may be another version, for a watcher that looks often."""
+        return Notice(self._database)
 
     def version(self) -> int:
         """Another number after each change, by whichever process."""

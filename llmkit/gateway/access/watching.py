@@ -26,6 +26,7 @@ class KeyWatch:
 
     def __init__(self, store: KeyStore, every_s: float = POLL_S) -> None:
         self._store, self._every_s = store, every_s
+        self._notice = store.notice()
         self._version = store.version()
         self.records: Sequence[KeyRecord] = store.all()
         self._has_failed = False
@@ -41,6 +42,8 @@ class KeyWatch:
 
     def _run(self, on_change: Callable[[Sequence[KeyRecord]], None]) -> None:
         while not self._end.wait(self._every_s):
+            if not self._notice.changed() and not self._has_failed:
+                continue
             try:
                 version = self._store.version()
                 if version != self._version:
@@ -63,3 +66,4 @@ class KeyWatch:
         self._end.set()
         if self._thread is not None:
             self._thread.join()
+        self._notice.close()
