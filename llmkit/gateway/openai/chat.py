@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
@@ -29,6 +30,8 @@ from llmkit.protocol import (
 )
 
 __all__ = ["ChatChunks", "ChatMessage", "ChatRequest", "RefusalPart", "ToolBody", "chat_object"]
+
+MARK = "\0"  # in no name or text of ours
 
 
 class TextPart(Strict):
@@ -208,19 +211,25 @@ class ChatRequest(GenerationFields):
 
 
 class ChatChunks:
-    """The chunks of a streamed chat, with one reader per choice."""
+    """The chunks of a streamed chat as JSON, with one reader per choice."""
 
     def __init__(self, readers: Sequence[AnswerReader]) -> None:
         self._readers = readers
         self._num_calls = [0] * len(readers)
+        self._frames: dict[int, tuple[str, str]] = {}  # by choice, what stands round mere text
         self.usages: dict[int, Usage] = {}
 
     def __call__(
         self, head: Head, index: int, deltas: Sequence[Delta], completion: Completion | None
-    ) -> list[Head]:
+    ) -> list[str]:
         reader = self._readers[index]
         events = reader.read(deltas)
         entries = [e for d in deltas for e in d.logprobs]
+        if completion is None and not entries and len(events) == 1:
+            (event,) = events
+            if isinstance(event, Content):  # as nearly all are
+                before, after = self._frames.get(index) or self._frame(head, index)
+                return [f"{before}{json.dumps(event.text)}{after}"]
         if completion is not None:
             rest, completion = reader.end(completion)
             events += rest
@@ -236,11 +245,19 @@ class ChatChunks:
             chunks.append(
                 self._chunk(head, index, {}, finish_reason(completion, self._num_calls[index]))
             )
-        return chunks
+        return [json.dumps(chunk) for chunk in chunks]
 
-    def first(self, head: Head, index: int) -> Head:
+    def first(self, head: Head, index: int) -> str:
         """The first chunk of a choice."""
-        return self._chunk(head, index, {"role": "assistant", "content": ""})
+        return json.dumps(self._chunk(head, index, {"role": "assistant", "content": ""}))
+
+    def _frame(self, head: Head, index: int) -> tuple[str, str]:
+        """A chunk of mere text, before and after the text: written once, it costs little more than
+        the text."""
+        chunk = json.dumps(self._chunk(head, index, {"content": MARK}))
+        before, _, after = chunk.rpartition(json.dumps(MARK))
+        self._frames[index] = before, after
+        return before, after
 
     def _parts(self, index: int, event: Event) -> list[dict[str, Any]]:
         match event:

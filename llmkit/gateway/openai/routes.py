@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
@@ -83,8 +84,8 @@ class OpenAIRoutes:
             update = await anext(updates)  # an error before the first byte keeps its HTTP status
             await self._start(exchange, head, request.include_usage)
             chunks = ChatChunks(readers)
-            for i in range(len(streams)):
-                await exchange.send_event(chunks.first(head, i))
+            first = [chunks.first(head, i) for i in range(len(streams))]
+            await exchange.send_text(as_events(first))
             await self._relay(
                 exchange, engine, head, update, updates, request.include_usage, 1, chunks
             )
@@ -133,8 +134,12 @@ class OpenAIRoutes:
             "object": kind,
             "created": int(time.time()),
             "model": engine.description.name,
-            "system_fingerprint": self._fingerprint,
+            "system_fingerprint": self._fingerprint_of(engine),
         }
+
+    def _fingerprint_of(self, engine: EngineClient) -> str:
+        is_echo = engine.description.architecture == "echo"  # no model has answered
+        return f"{self._fingerprint}-echo" if is_echo else self._fingerprint
 
     @staticmethod
     async def _start(exchange: Exchange, head: dict[str, Any], include_usage: bool) -> None:
@@ -160,8 +165,9 @@ class OpenAIRoutes:
                 await exchange.send_text(": ping\n\n")
             else:
                 index, deltas, completion = update
-                for chunk in chunks(head, index, deltas, completion):
-                    await exchange.send_event(chunk)
+                text = as_events(chunks(head, index, deltas, completion))
+                if text:
+                    await exchange.send_text(text)
             try:
                 update = await anext(updates)
             except StopAsyncIteration:
@@ -175,8 +181,12 @@ class OpenAIRoutes:
         exchange.end_events()
 
 
+def as_events(chunks: Sequence[str]) -> str:
+    return "".join([f"data: {chunk}\n\n" for chunk in chunks])
+
+
 class TextChunks:
-    """The chunks of streamed completions; keeps the text offset of each choice."""
+    """The chunks of streamed completions as JSON; keeps the text offset of each choice."""
 
     def __init__(self) -> None:
         self._offsets: dict[int, Offsets] = {}
@@ -188,7 +198,7 @@ class TextChunks:
         index: int,
         deltas: Sequence[Delta],
         completion: Completion | None,
-    ) -> list[dict[str, Any]]:
+    ) -> list[str]:
         text = "".join(d.text for d in deltas)
         entries = [e for d in deltas for e in d.logprobs]
         chunks = []
@@ -201,4 +211,4 @@ class TextChunks:
         if completion is not None:
             chunks.append(objects.text_chunk(head, index, "", completion.finish_reason))
             self.usages[index] = completion.usage
-        return chunks
+        return [json.dumps(chunk) for chunk in chunks]
