@@ -15,7 +15,7 @@ import json
 import logging
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -25,11 +25,14 @@ from llmkit.errors import InvalidRequestError
 
 __all__ = ["Tolerance", "unnoticed"]
 
+Segments = list[re.Match[str]]  # a path taken apart
 logger = logging.getLogger("llmkit.gateway")
 
 CHAT_EXTRAS = (  # added by proxies and aggregators to OpenAI's chat
     "store=true", "prediction", "web_search_options", "usage", "snippy", "keep_alive",
-    "cache_prompt", "timings_per_token", "id_slot", "verbosity=low|high",
+    "cache_prompt", "id_slot", "return_progress", "sse_ping_interval", "reasoning_control",
+    "thinking_budget_tokens", "reasoning_format=auto|deepseek", "backend_sampling=false",
+    "dynatemp_range=0|0.0", "dynatemp_exponent=1|1.0", "typ_p=1|1.0", "verbosity=low|high",
     "service_tier=flex|priority|scale", "thinking_budget", "prompt_cache_options", "functions=[]",
     "messages[].cache_control", "messages[].content[].cache_control",
     "messages[].copilot_cache_control", "messages[].reasoning_details",
@@ -90,7 +93,6 @@ TABLE: dict[str, tuple[str, ...]] = {  # by the schema of the body
     "ChatRequest": CHAT_EXTRAS,
     "CompletionRequest": (
         "cache_prompt",
-        "timings_per_token",
         "id_slot",
         "store=true",
         "service_tier=flex|priority|scale",
@@ -114,9 +116,7 @@ class Tolerance:
         self._strict = strict
         self._logged: set[str] = set()
         self._lock = threading.Lock()
-        self._rules = {
-            schema: [_segments(path) for path in paths] for schema, paths in TABLE.items()
-        }
+        self._rules = {schema: _by_name(paths) for schema, paths in TABLE.items()}
 
     def strip(self, schema: type[BaseModel], data: dict[str, Any]) -> list[str]:
         """Remove fields from ``data``; returns their paths.
@@ -124,7 +124,9 @@ class Tolerance:
         With ``strict``, raises `InvalidRequestError` instead of returning any.
         """
         removed: list[str] = []
-        for segments in self._rules.get(schema.__name__, ()):
+        names, patterns = self._rules.get(schema.__name__, ({}, []))
+        rules = [rule for name in data for rule in names.get(name, ())]
+        for segments in (*rules, *patterns):
             removed += dict.fromkeys(_take(data, segments, ""))
         for name in removed:
             self.note(name)
@@ -150,13 +152,27 @@ def unnoticed(_: str) -> None:
     """Discards the name of an ignored field."""
 
 
-def _segments(path: str) -> list[re.Match[str]]:
+def _by_name(paths: Iterable[str]) -> tuple[dict[str, list[Segments]], list[Segments]]:
+    """Paths by the field that they begin with, and those that begin with a pattern."""
+    names: dict[str, list[Segments]] = {}
+    patterns = []
+    for path in paths:
+        segments = _segments(path)
+        name = segments[0]["name"]
+        if "|" in name or "*" in name:
+            patterns.append(segments)
+        else:
+            names.setdefault(name, []).append(segments)
+    return names, patterns
+
+
+def _segments(path: str) -> Segments:
     """The parts of a path. Dots inside brackets and values do not separate."""
     parts = re.findall(r"(?:[^.\[=]|\[[^\]]*\]|=.*$)+", path)
     return [match for part in parts if (match := SEGMENT.fullmatch(part)) is not None]
 
 
-def _take(place: Any, segments: list[re.Match[str]], where: str) -> Iterator[str]:
+def _take(place: Any, segments: Segments, where: str) -> Iterator[str]:
     """Remove what the path matches below ``place``; yields the paths of what was removed."""
     if not isinstance(place, dict):
         return
@@ -218,7 +234,7 @@ def _is_one_of(value: Any, values: str | None) -> bool:
         value
         if isinstance(value, str)
         else json.dumps(value)
-        if isinstance(value, bool | int)
+        if isinstance(value, bool | int | float)
         else None
     )
     return text in values.split("|")

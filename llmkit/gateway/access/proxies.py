@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from ipaddress import IPv4Address, IPv6Address
 
 from llmkit.settings.gateway import GATEWAY_OPTIONS
@@ -26,6 +27,7 @@ def is_loopback(host: str) -> bool:
         return False
 
 
+@lru_cache(4096)
 def place(address: str) -> str:
     """What an address counts as: this machine, an IPv4 address, or an IPv6 host's /64.
 
@@ -45,6 +47,7 @@ def place(address: str) -> str:
     return str(ipaddress.ip_network((ip, 64), strict=False))
 
 
+@lru_cache(4096)
 def _plain(text: str) -> Address:
     """An address without its zone; an IPv4 one in IPv6's form as IPv4. Raises `ValueError`."""
     ip = ipaddress.ip_address(text.partition("%")[0])

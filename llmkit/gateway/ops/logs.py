@@ -35,6 +35,7 @@ access = logging.getLogger("llmkit.access")
 
 MAX_WAITING = 8 << 20  # characters that wait to be written
 MAX_MESSAGE, MAX_TRACEBACK = 8_000, 32_000
+LINGER_S = 0.05  # after writing: many lines at once wake the thread but once
 END_S = 1.0
 WORD = re.compile(r'[^\s"=]+')
 
@@ -126,6 +127,7 @@ class LogHandler(logging.Handler):
         self._lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         # Each is changed by one thread at a time: the first two under the handler's own lock.
         self._put = self._dropped = self._taken = self._failed = self._said = 0
+        self._end = threading.Event()
         self._thread = threading.Thread(target=self._run, name="llmkit-log", daemon=True)
         self._thread.start()
 
@@ -148,6 +150,7 @@ class LogHandler(logging.Handler):
     def close(self) -> None:
         """Write what waits, for a second at most."""
         if self._thread.is_alive():
+            self._end.set()
             self._lines.put(None)
             self._thread.join(END_S)
         super().close()
@@ -155,6 +158,7 @@ class LogHandler(logging.Handler):
     def _run(self) -> None:
         ended = False
         while not ended:
+            self._end.wait(LINGER_S)
             lines = [self._lines.get()]
             with contextlib.suppress(queue.Empty):
                 while len(lines) < 256:
