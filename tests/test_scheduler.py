@@ -226,20 +226,22 @@ def test_a_refund_brings_nobody_below_those_who_came_since() -> None:
     for request in many:
         backlog.charge(request, num_prompt=8000)
     alone = backlog.service("ann")
-    backlog.refund(many[0], 7000)
+    backlog.refund(many[0], 7000, ended=True)
     assert backlog.service("ann") == alone - 3500, "nobody else is there"
     add("bob")
     came_with = backlog.service("bob")
     assert came_with == backlog.service("ann")
     for request in many[1:]:
-        backlog.refund(request, 7000)
+        backlog.refund(request, 7000, ended=True)
         backlog.leave(request)
     assert backlog.service("ann") == came_with, "not served before him for what was not computed"
     backlog.charge(many[0], num_prompt=1000)
-    backlog.refund(many[0], 600)
+    backlog.refund(many[0], 600, ended=True)
     assert backlog.service("ann") == came_with + 200
-    backlog.refund(many[0], 0)
+    backlog.refund(many[0], 0, ended=True)
     assert backlog.service("ann") == came_with + 200
+    backlog.refund(many[0], 800, ended=False)
+    assert backlog.service("ann") == came_with - 200, "it is charged again when its turn comes"
 
 
 @pytest.mark.parametrize("truncate", [True, False])

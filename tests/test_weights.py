@@ -53,6 +53,11 @@ def test_twice_the_weight_is_twice_the_service(n_slots: int) -> None:
     assert 1.8 <= tokens["heavy"] / tokens["light"] <= 2.2
 
 
+def test_unequal_weights_are_not_lost_with_a_slot_for_each() -> None:
+    tokens = served(2, {"a": 2.0, "b": 3.0})
+    assert tokens["b"] / tokens["a"] == pytest.approx(1.5, rel=0.1)
+
+
 @pytest.mark.parametrize("n_slots", [2, 6])
 def test_three_callers_share_by_weight(n_slots: int) -> None:
     tokens = served(n_slots, {"a": 4.0, "b": 2.0, "c": 1.0}, 3000)

@@ -90,16 +90,17 @@ class Backlog:
             self._service.get(request.caller, 0.0) + tokens / request.weight
         )
 
-    def refund(self, request: Request, num_prompt: int) -> None:
+    def refund(self, request: Request, num_prompt: int, *, ended: bool) -> None:
         """Take back a charge for prompt tokens that were not computed.
 
-        It brings nobody below the least served of the other active callers: those that came in the
-        meantime were raised to a counter that had the charge in it.
+        For a request that has ``ended`` it brings nobody below the least served of the other active
+        callers: those that came in the meantime were raised to a counter that had the charge in it.
+        One that was preempted is charged again when its turn comes.
         """
         if not num_prompt:
             return
         mine = self._service.get(request.caller, 0.0)
-        others = [self._service[c] for c in self._active if c != request.caller]
+        others = [self._service[c] for c in self._active if c != request.caller] if ended else []
         floor = min(mine, min(others)) if others else 0.0
         self._service[request.caller] = max(mine - num_prompt / request.weight, floor)
 

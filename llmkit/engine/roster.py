@@ -42,7 +42,7 @@ class Roster:
         """Back to waiting. What it computed is parked outside the context if there is room (a copy
         of 35 MB takes 4 ms, its 1,500 tokens some seconds), else it will be recomputed."""
         slot = self.slot(request)
-        self._refund(request)
+        self._refund(request, ended=False)
         if self._deterministic:
             ops = self._cut_inexact(request, slot)
         elif request.is_shifted:
@@ -75,7 +75,7 @@ class Roster:
             self.waiting.remove(request)
         else:
             slot = self.slot(request)
-            self._refund(request)
+            self._refund(request, ended=True)
             if self._deterministic:
                 self.pending += self._cut_inexact(request, slot)
             if request.is_shifted:
@@ -86,9 +86,9 @@ class Roster:
             self.cache.release(slot)
         self.waiting.leave(request)
 
-    def _refund(self, request: Request) -> None:
+    def _refund(self, request: Request, *, ended: bool) -> None:
         """Its prompt was charged when it got its slot: take back what was not computed."""
-        self.waiting.refund(request, max(0, request.num_uncomputed_tokens - 1))
+        self.waiting.refund(request, max(0, request.num_uncomputed_tokens - 1), ended=ended)
 
     def _cut_inexact(self, request: Request, slot: Slot) -> list[SlotOp]:
         """Others would compute exactly the same only in whole chunks: cut off the rest."""
