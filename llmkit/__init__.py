@@ -14,6 +14,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from llmkit.errors import (
+    ConflictError,
     ContextLengthError,
     DownloadError,
     EngineError,
@@ -26,6 +27,7 @@ from llmkit.errors import (
     ModelLoadError,
     ModelNotFoundError,
     ModelUnloadedError,
+    NotFoundError,
     QueueFullError,
     StoreError,
 )
@@ -52,6 +54,7 @@ if TYPE_CHECKING:
 __all__ = [
     "LLM",
     "Completion",
+    "ConflictError",
     "ContextLengthError",
     "DownloadError",
     "EngineError",
@@ -68,6 +71,7 @@ __all__ = [
     "ModelLoadError",
     "ModelNotFoundError",
     "ModelUnloadedError",
+    "NotFoundError",
     "QueueFullError",
     "RequestMetrics",
     "SamplingParams",

@@ -13,6 +13,8 @@
     │   └── EngineGoneError                the process that held the model is gone or unreachable
     ├── QueueFullError                     too many requests are waiting
     ├── ModelBusyError                     the model is in use, or there is no room for it now
+    ├── NotFoundError (LookupError)        no stored conversation, message or response of that id
+    ├── ConflictError                      what was to be changed has changed meanwhile
     └── StoreError                         the database cannot be opened, read or written
 
 A message says what happened and what to do next.
@@ -21,6 +23,7 @@ A message says what happened and what to do next.
 from __future__ import annotations
 
 __all__ = [
+    "ConflictError",
     "ContextLengthError",
     "DownloadError",
     "EngineError",
@@ -33,6 +36,7 @@ __all__ = [
     "ModelLoadError",
     "ModelNotFoundError",
     "ModelUnloadedError",
+    "NotFoundError",
     "QueueFullError",
     "StoreError",
 ]
@@ -105,6 +109,14 @@ class QueueFullError(LLMKitError):
 
 class ModelBusyError(LLMKitError):
     """The model is in use, or others in use leave no room for it; try again later."""
+
+
+class NotFoundError(LLMKitError, LookupError):
+    """There is no conversation, message or response of this id, or it is somebody else's."""
+
+
+class ConflictError(LLMKitError):
+    """Somebody else changed this conversation meanwhile, or is being answered in it now."""
 
 
 class StoreError(LLMKitError):

@@ -209,18 +209,19 @@ class LLM:
         return self._runs.last_batch
 
     def session(
-        self, system: str | None = None, *, path: str | Path | None = None, **sampling: Any
+        self,
+        system: str | None = None,
+        *,
+        path: str | Path | None = None,
+        id: str | None = None,
+        **sampling: Any,
     ) -> Session:
         """A conversation over several turns: say, stream, fork, undo, trim, save.
 
-        ``path`` is a saved session; ``sampling`` applies to all its answers.
+        ``path`` is a saved session. ``id`` is a conversation of the database that gateways have
+        too, by its id or its name; a new name begins one. ``sampling`` applies to all its answers.
         """
-        from llmkit.sessions.session import Session
-
-        answers, n_ctx = self._answers, self._description.n_ctx
-        return Session.open(
-            answers.say, answers.num_tokens, answers.reader, n_ctx, system, path, sampling
-        )
+        return self._answers.session(system, path, id, sampling)
 
     def _num_tokens(self, text: str) -> int:
         return 0 if self.closed else len(self.tokenize(text))
@@ -385,6 +386,7 @@ class LLM:
     def _close(self, client: EngineClient) -> None:
         for monitor in self._monitors:
             monitor.stop()
+        self._answers.close()
         self._sharing.close()
         client.close()
 

@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import shutil
-import subprocess
-import tempfile
 import threading
 import time
 from collections.abc import Iterator
 from datetime import date
-from pathlib import Path
-from typing import Any
 
 import pytest
 import sqlalchemy as sa
 from access_client import add_key, served
-from fakes import FakeClient, wait_for
+from fakes import FakeClient
 from gateway_client import CHAT
+from postgres_server import PROGRAMS, postgres_server
 
 from llmkit.errors import StoreError
 from llmkit.store.database import open_database
@@ -29,27 +24,10 @@ from llmkit.store.usage import UsageStore
 
 @pytest.fixture(scope="module")
 def postgres() -> Iterator[str]:
-    """A server that listens on a socket in a folder; its URL."""
-    found = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
-    if not found:
+    if not PROGRAMS:
         pytest.skip("PostgreSQL is not installed")
-    with tempfile.TemporaryDirectory(prefix="llmkit-") as folder:
-        options: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.STDOUT}
-        if os.getuid() == 0:  # which PostgreSQL refuses to run as
-            shutil.chown(folder, "postgres")
-            options["user"] = "postgres"
-        programs, data = found[-1].parent, f"{folder}/data"
-        initdb = f"{programs}/initdb -D {data} -A trust -U llmkit -N"
-        subprocess.run(initdb.split(), check=True, **options)
-        command = f"{programs}/postgres -D {data} -k {folder} -c listen_addresses="
-        server = subprocess.Popen(command.split(), **options)
-        try:
-            url = f"postgresql://llmkit@/postgres?host={folder}"
-            wait_for(lambda: _opens(url), 30)
-            yield url
-        finally:
-            server.terminate()
-            server.wait(20)
+    with postgres_server() as url:
+        yield url
 
 
 class TestPostgres:
@@ -100,11 +78,3 @@ class TestPostgres:
             while (await api.by(secret).fetch("GET", "/v1/models")).code != 401:
                 await asyncio.sleep(0.05)
         database.close()
-
-
-def _opens(url: str) -> bool:
-    try:
-        open_database(url).close()
-        return True
-    except StoreError:
-        return False

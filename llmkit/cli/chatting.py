@@ -41,6 +41,10 @@ Temperature = Annotated[float | None, typer.Option(help="0 is the likeliest answ
 MaxTokens = Annotated[int | None, typer.Option(help="Longest answer, in tokens.")]
 Seed = Annotated[int | None, typer.Option(help="Same seed, same answer.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object for one question.")]
+Session = Annotated[
+    str,
+    typer.Option(metavar="NAME_OR_ID", help="Keep the conversation, or go on with a kept one."),
+]
 
 
 def register(app: typer.Typer) -> None:
@@ -61,6 +65,7 @@ def chat(
     system: System = "",
     file: Files = None,
     no_paths: NoPaths = False,
+    session: Session = "",
     temperature: Temperature = None,
     max_tokens: MaxTokens = None,
     seed: Seed = None,
@@ -78,8 +83,8 @@ def chat(
 
     def open_partner(screen: Screen) -> Partner:
         if base_url:
-            return RemotePartner(Endpoint(base_url, api_key), model, sampling)
-        return LocalPartner(_running(model, screen), sampling)
+            return RemotePartner(Endpoint(base_url, api_key), model, sampling, session)
+        return LocalPartner(_running(model, screen), sampling, session)
 
     return _talk(open_partner, " ".join(question or []), system, file, json, not no_paths)
 
@@ -92,6 +97,7 @@ def run(
     system: System = "",
     file: Files = None,
     no_paths: NoPaths = False,
+    session: Session = "",
     temperature: Temperature = None,
     max_tokens: MaxTokens = None,
     seed: Seed = None,
@@ -105,7 +111,7 @@ def run(
     sampling = _sampling(temperature=temperature, max_tokens=max_tokens, seed=seed)
 
     def open_partner(_: Screen) -> Partner:
-        return LocalPartner(load(model, **given), sampling)
+        return LocalPartner(load(model, **given), sampling, session)
 
     return _talk(open_partner, " ".join(question or []), system, file, json, not no_paths)
 
@@ -165,7 +171,8 @@ def _talk(
         raise typer.BadParameter("there is no question: give one here or through a pipe")
     with closing(open_partner(screen)) as partner:
         if system:
-            partner.messages = [Message("system", sendable(system))]
+            others = [m for m in partner.messages if m.role != "system"]
+            partner.messages = [Message("system", sendable(system)), *others]
         if not text:
             return Chat(partner, screen, paths=paths).run()
         if as_json:

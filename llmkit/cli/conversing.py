@@ -82,6 +82,8 @@ class Chat:
 
     def run(self) -> int:
         self._screen.note(f"{self._partner.name}. /help lists what you can do; Ctrl-D ends.")
+        if count := sum(m.role == "user" for m in self._partner.messages):
+            self._screen.note(f"a conversation of {count} questions so far")
         while not self._ended:
             # Ctrl-C may come at any place, and more than once.
             with contextlib.suppress(KeyboardInterrupt):

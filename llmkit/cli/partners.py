@@ -15,6 +15,7 @@ from llmkit.protocol import Message
 
 if TYPE_CHECKING:
     from llmkit.llm import LLM
+    from llmkit.sessions.conversation import Transcript
 
 __all__ = ["LocalPartner", "Partner", "RemotePartner", "Summary", "Told"]
 
@@ -37,6 +38,15 @@ class Summary:
     def tokens_per_s(self) -> float | None:
         steps = self.completion_tokens - 1
         return steps / self.decode_s if steps > 0 and self.decode_s > 0 else None
+
+    @property
+    def usage(self) -> dict[str, Any]:
+        """What is kept of it with a stored answer."""
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.completion_tokens,
+            "tokens_per_s": None if self.tokens_per_s is None else round(self.tokens_per_s, 2),
+        }
 
 
 class Partner(Protocol):
@@ -62,7 +72,8 @@ class Partner(Protocol):
 class LocalPartner:
     """A model that is loaded here or attached. ``sampling`` are keywords of `LLM.chat`."""
 
-    def __init__(self, llm: LLM, sampling: Mapping[str, Any]) -> None:
+    def __init__(self, llm: LLM, sampling: Mapping[str, Any], session: str = "") -> None:
+        """``session``: the id or name of a conversation that is kept; without, it is not."""
         if llm.model.embedding_size or llm.model.ranks:
             llm.unload()
             raise InvalidRequestError(
@@ -70,7 +81,11 @@ class LocalPartner:
             )
         self.name, self._llm = llm.name, llm
         self.last = Summary()
-        self._session = llm.session(**sampling)
+        try:
+            self._session = llm.session(id=session or None, **sampling)
+        except BaseException:
+            llm.unload()
+            raise
 
     @property
     def messages(self) -> list[Message]:
@@ -79,6 +94,7 @@ class LocalPartner:
     @messages.setter
     def messages(self, messages: list[Message]) -> None:
         self._session.messages = messages
+        self._session.commit()
 
     def answer(self, text: str) -> Generator[Told, None, None]:
         began = time.monotonic()
@@ -105,11 +121,25 @@ class LocalPartner:
 class RemotePartner:
     """A model behind an endpoint. ``model`` empty: the one that the endpoint would choose."""
 
-    def __init__(self, endpoint: Endpoint, model: str, sampling: Mapping[str, Any]) -> None:
+    def __init__(
+        self, endpoint: Endpoint, model: str, sampling: Mapping[str, Any], session: str = ""
+    ) -> None:
+        """``session``: the id or name of a conversation that is kept on this machine."""
         self._endpoint, self._sampling = endpoint, dict(sampling)
         self.name = model or _first_model(endpoint)
-        self.messages: list[Message] = []
+        self._transcript = _transcript(session, self.name) if session else None
+        self._messages = self._transcript.messages if self._transcript is not None else []
         self.last = Summary()
+
+    @property
+    def messages(self) -> list[Message]:
+        return self._messages
+
+    @messages.setter
+    def messages(self, messages: list[Message]) -> None:
+        self._messages = messages
+        if self._transcript is not None:
+            self._transcript.keep(messages)
 
     def answer(self, text: str) -> Generator[Told, None, None]:
         question = Message("user", text)
@@ -122,10 +152,14 @@ class RemotePartner:
         }
         answer = _Answer()
         failed = False
+        kept = self._transcript
+        reply = None if kept is None else kept.begin(self.messages, [question])
         try:
             with self._endpoint.open("POST", "/chat/completions", body) as response:
                 for event in events_of(response):
                     yield from answer.take(event)
+                    if reply is not None and reply.is_due:
+                        reply.update(*answer.so_far)
             if not answer.summary.finish_reason:
                 raise EndpointError("the connection ended before the answer did.")
         except Exception:
@@ -137,10 +171,16 @@ class RemotePartner:
                 said = Message(
                     "assistant", self.last.text, reasoning_content=self.last.reasoning or None
                 )
-                self.messages = [*self.messages, question, said]
+                self._messages = [*self.messages, question, said]
+                if reply is not None:
+                    reply.end(said, self.last.finish_reason or "abort", self.last.usage)
+            elif reply is not None:
+                reply.fail(self.last.text, self.last.reasoning)
 
     def close(self) -> None:
-        """It holds nothing between answers."""
+        """Close the database, if it has one; it holds nothing else between answers."""
+        if self._transcript is not None:
+            self._transcript.store.database.close()
 
 
 class _Answer:
@@ -181,13 +221,29 @@ class _Answer:
         (self._text if isinstance(event, Content) else self._reasoning).append(event.text)
         return event
 
+    @property
+    def so_far(self) -> tuple[str, str]:
+        """Text and reasoning."""
+        return "".join(self._text), "".join(self._reasoning)
+
     def finish(self) -> Summary:
         self.summary.seconds = time.monotonic() - self._began
         self.summary.decode_s = self._latest - self._first
-        self.summary.text, self.summary.reasoning = "".join(self._text), "".join(self._reasoning)
+        self.summary.text, self.summary.reasoning = self.so_far
         num_pieces = len(self._text) + len(self._reasoning)
         self.summary.completion_tokens = self.summary.completion_tokens or num_pieces
         return self.summary
+
+
+def _transcript(session: str, model: str) -> Transcript:
+    from llmkit.sessions.conversation import Transcript, open_store
+
+    store = open_store()
+    try:
+        return Transcript.open(store, session, model)
+    except BaseException:
+        store.database.close()
+        raise
 
 
 def _count(value: Any) -> int:

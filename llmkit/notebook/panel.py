@@ -12,6 +12,7 @@ from html import escape
 from importlib.util import find_spec
 from typing import Any
 
+from llmkit.errors import LLMKitError
 from llmkit.notebook import charts
 from llmkit.sessions.session import Session, Turn
 
@@ -49,7 +50,9 @@ class ChatPanel:
                 return
             self._said, self._error = text, ""
             try:
-                branch = self.session.fork()  # joins the conversation at its end, unless cleared
+                branch = self.session.fork(
+                    stored=False
+                )  # joins the conversation at its end, unless cleared
                 self._turn = turn = branch.stream(text)
             except Exception as error:
                 self._fail(error)
@@ -117,6 +120,10 @@ class ChatPanel:
                 return  # cleared
             self._turn = None
             self.session.messages.extend(branch.messages[before:])
+            try:
+                self.session.commit()
+            except LLMKitError as error:
+                failure = failure or error
             if failure is not None:
                 self._fail(failure)
             self._show()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llmkit.chat.reading import AnswerReader
 from llmkit.errors import InvalidRequestError
@@ -20,6 +20,12 @@ from llmkit.protocol.client import EngineClient
 from llmkit.protocol.stream import Stream
 from llmkit.sessions.messages import Messages, as_messages
 from llmkit.sessions.running import Runs, ask, is_constrained, make_request, new_id
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from llmkit.sessions.session import Session
+    from llmkit.store.conversations import ConversationStore
 
 __all__ = ["Answers"]
 
@@ -38,6 +44,7 @@ class Answers:
         count: Callable[[str], int],
     ) -> None:
         self._engine, self._model, self._count = engine, model, count
+        self._store: ConversationStore | None = None  # opened when it is first needed
         self.runs = Runs(engine, lambda done, held: self.reader(held).apart(done, count))
 
     def reader(self, held: bool, request: GenerationRequest | None = None) -> AnswerReader:
@@ -77,6 +84,28 @@ class Answers:
     def say(self, messages: Sequence[Message], sampling: dict[str, Any]) -> Stream:
         """Submit the messages of a session."""
         return self.submit(make_request(sampling, messages=tuple(messages)))
+
+    def session(
+        self, system: str | None, path: str | Path | None, id: str | None, sampling: dict[str, Any]
+    ) -> Session:
+        """Implements `LLM.session`."""
+        from llmkit.sessions.session import Session
+
+        transcript = None
+        if id is not None:
+            from llmkit.sessions.conversation import Transcript, open_store
+
+            if path is not None:
+                raise InvalidRequestError("give a session's id or its path, not both.", "id")
+            self._store = self._store or open_store()
+            transcript = Transcript.open(self._store, id, self._model.name, sampling)
+        n_ctx, tell = self._model.n_ctx, (self.say, self.num_tokens, self.reader)
+        return Session.open(*tell, n_ctx, system, path, sampling, transcript)
+
+    def close(self) -> None:
+        """Close the database, if it was opened."""
+        if self._store is not None:
+            self._store.database.close()
 
     def num_tokens(self, messages: Sequence[Message]) -> int:
         """Tokens of a chat, as its template renders it."""

@@ -12,15 +12,19 @@ import tempfile
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llmkit.chat.parsers.events import Content, Event, Reasoning
 from llmkit.chat.reading import AnswerReader
-from llmkit.errors import ContextLengthError, InvalidRequestError
+from llmkit.errors import InvalidRequestError
 from llmkit.protocol import Completion, Delta, FinishReason, Message, SamplingParams
 from llmkit.protocol.stream import Stream
 from llmkit.sessions.messages import as_messages, from_json, to_json
+from llmkit.sessions.pruning import shortened
 from llmkit.sessions.running import SHAPES, Interrupted, is_constrained, make_request
+
+if TYPE_CHECKING:
+    from llmkit.sessions.conversation import Reply, Transcript
 
 __all__ = ["Session"]
 
@@ -35,7 +39,7 @@ class Session:
     ``say(text)`` adds a message and its answer; ``stream(text)`` yields the answer piece by piece.
     ``messages`` is the whole conversation. ``fork()`` branches it, ``undo()`` removes the last
     turn, ``trim()`` drops the oldest turns, ``save(path)`` and ``llm.session(path=...)`` save and
-    restore it.
+    restore it. One of ``llm.session(id=...)`` is in the database, turn by turn.
 
     An interrupted answer is kept as far as it got; a failed request changes nothing.
     """
@@ -47,9 +51,12 @@ class Session:
         reader: Callable[[bool], AnswerReader],
         n_ctx: int,
         messages: Sequence[Message] = (),
+        *,
+        transcript: Transcript | None = None,
         **sampling: Any,
     ) -> None:
         self._submit, self._count, self._reader, self._n_ctx = submit, count, reader, n_ctx
+        self._transcript = transcript
         self.sampling = sampling
         self.messages = list(messages)
 
@@ -72,12 +79,29 @@ class Session:
         system: str | None,
         path: str | Path | None,
         sampling: dict[str, Any],
+        transcript: Transcript | None = None,
     ) -> Session:
-        """A new conversation, or a saved one."""
+        """A new conversation, a saved one, or one of the database."""
         messages, kept = cls.read(path) if path is not None else ([], {})
+        if transcript is not None:
+            messages, kept = transcript.messages, checked(transcript.conversation.settings)
         if system is not None:
             messages = [Message("system", system), *(m for m in messages if m.role != "system")]
-        return cls(submit, count, reader, n_ctx, messages, **{**kept, **sampling})
+        options = {**kept, **sampling}
+        return cls(submit, count, reader, n_ctx, messages, transcript=transcript, **options)
+
+    @property
+    def id(self) -> str | None:
+        """Its id in the database, if it is there."""
+        return None if self._transcript is None else self._transcript.id
+
+    def commit(self) -> None:
+        """Write ``messages`` to the database as they are now; turns are written by themselves.
+
+        What was there before stays as another branch.
+        """
+        if self._transcript is not None:
+            self._transcript.keep(self.messages)
 
     def say(self, text: str, **sampling: Any) -> Completion:
         """Send a message and wait for the answer. ■ stops it; the partial answer stays."""
@@ -104,25 +128,35 @@ class Session:
         question = next((m for m in reversed(previous) if m.role == "user"), None)
         if question is None:
             raise InvalidRequestError("the conversation has no message yet.", "messages")
-        self.undo()
+        self._forget_turn()
         before = len(self.messages)
         try:
             return self._wait(self._turn([question], sampling))
         except BaseException:
             if len(self.messages) == before or not self.messages[-1].text:
                 self.messages = previous
+                self.commit()
             raise
 
     def _turn(self, new: list[Message], sampling: dict[str, Any]) -> Turn:
         stream = self._submit([*self.messages, *new], {**self.sampling, **sampling})
+        try:
+            kept = self._transcript
+            reply = None if kept is None else kept.begin(self.messages, new)
+        except BaseException:
+            stream.close()
+            raise
 
-        def keep(text: str, reasoning: str) -> None:
-            self.messages.extend(
-                [*new, Message("assistant", text, reasoning_content=reasoning or None)]
-            )
+        def keep(done: Completion) -> None:
+            answer = Message("assistant", done.text, reasoning_content=done.reasoning or None)
+            self.messages.extend([*new, answer])
+            if reply is not None:
+                from llmkit.sessions.conversation import usage_of
+
+                reply.end(answer, done.finish_reason.value, usage_of(done))
 
         constrained = is_constrained({**self.sampling, **sampling})
-        return Turn(stream, self._reader(constrained), keep)
+        return Turn(stream, self._reader(constrained), keep, reply)
 
     @property
     def num_turns(self) -> int:
@@ -134,14 +168,29 @@ class Session:
         """Tokens of the conversation so far."""
         return self._count(self.messages) if self.messages else 0
 
-    def fork(self) -> Session:
-        """A copy to continue differently; the shared prefix is computed once."""
+    def fork(self, *, stored: bool = True) -> Session:
+        """A copy to continue differently; the shared prefix is computed once.
+
+        That of a conversation in the database is there as well, unless ``stored`` is False.
+        """
+        kept = self._transcript if stored else None
+        copy = None if kept is None else kept.fork(self.messages)
         return Session(
-            self._submit, self._count, self._reader, self._n_ctx, self.messages, **self.sampling
+            self._submit,
+            self._count,
+            self._reader,
+            self._n_ctx,
+            self.messages,
+            transcript=copy,
+            **self.sampling,
         )
 
     def undo(self) -> None:
         """Remove the last turn: the message and its answer."""
+        self._forget_turn()
+        self.commit()
+
+    def _forget_turn(self) -> None:
         place = next(
             (i for i in range(len(self.messages) - 1, -1, -1) if self.messages[i].role == "user"),
             None,
@@ -155,19 +204,11 @@ class Session:
         System messages and the latest turn stay. Returns the number of dropped turns.
         """
         limit = self._n_ctx // 2 if max_tokens is None else max_tokens
-        dropped = 0
-        while self.num_turns > 1 and self._too_long(limit):
-            first = next(i for i, m in enumerate(self.messages) if m.role == "user")
-            end = next(i for i, m in enumerate(self.messages) if i > first and m.role == "user")
-            del self.messages[first:end]
-            dropped += 1
-        return dropped
-
-    def _too_long(self, limit: int) -> bool:
-        try:
-            return self._count(self.messages) > limit
-        except ContextLengthError:
-            return True
+        before = self.num_turns
+        self.messages = list(shortened(self.messages, self._count, limit))
+        if self.num_turns < before:
+            self.commit()
+        return before - self.num_turns
 
     def save(self, path: str | Path) -> Path:
         """Write the conversation as JSON; an existing file is replaced atomically."""
@@ -209,9 +250,7 @@ class Session:
             messages, sampling = [from_json(m) for m in data["messages"]], dict(data["sampling"])
             if not all(isinstance(m.role, str) for m in messages):
                 raise ValueError("a message without a role")
-            options = {k: v for k, v in sampling.items() if k in SAVED or k in SHAPES}
-            make_request(options, prompt="")  # reports invalid options now, not at the first answer
-            return messages, options
+            return messages, checked(sampling)
         except FileNotFoundError:
             raise
         except (ValueError, KeyError, TypeError, RecursionError, InvalidRequestError) as error:
@@ -226,6 +265,13 @@ class Session:
         return "\n".join(f"{m.role}: {m.text}" for m in self.messages) or "Session(no messages yet)"
 
 
+def checked(sampling: dict[str, Any]) -> dict[str, Any]:
+    """Options of a saved conversation. Reports invalid ones now, not at the first answer."""
+    options = {k: v for k, v in sampling.items() if k in SAVED or k in SHAPES}
+    make_request(options, prompt="")
+    return options
+
+
 class Turn:
     """The answer of a turn as it arrives: an iterable of text.
 
@@ -233,10 +279,14 @@ class Turn:
     """
 
     def __init__(
-        self, stream: Stream, reader: AnswerReader, keep: Callable[[str, str], None]
+        self,
+        stream: Stream,
+        reader: AnswerReader,
+        keep: Callable[[Completion], None],
+        reply: Reply | None = None,
     ) -> None:
-        self._stream, self._reader, self._keep = stream, reader, keep
-        self._kept = False
+        self._stream, self._reader, self._keep, self._reply = stream, reader, keep, reply
+        self._kept = self._is_read = False
         self.text = ""  # so far
         self.reasoning = ""  # so far; not in the text
 
@@ -250,7 +300,10 @@ class Turn:
         try:
             for piece in self._stream:
                 yield from self._take(self._reader.read([Delta(piece, 0)]))
+                if self._reply is not None:
+                    self._reply.update(self.text, self.reasoning)
             yield from self._take(self._reader.end(self.completion)[0])
+            self._is_read = True
         except Exception:
             failed = True
             raise
@@ -258,6 +311,9 @@ class Turn:
             self._stream.close()
             if not failed:
                 self._finish()
+            elif self._reply is not None and not self._kept:
+                self._kept = True
+                self._reply.fail(self.text, self.reasoning)
 
     def _take(self, events: list[Event]) -> Iterator[Content | Reasoning]:
         for event in events:
@@ -280,7 +336,8 @@ class Turn:
     def _finish(self) -> None:
         if not self._kept:
             self._kept = True
-            self._keep(self.text, self.reasoning)
+            done = self.completion  # the engine may have been ahead of a reader who left
+            self._keep(done if self._is_read else replace(done, finish_reason=FinishReason.ABORT))
 
     @property
     def completion(self) -> Completion:

@@ -65,6 +65,7 @@ class Database:
     def __init__(self, engine: Engine, place: str) -> None:
         self.engine, self.place = engine, place
         self._writing = engine.execution_options(writes=True)
+        self._relaxed = engine.execution_options(writes=True, relaxed=True)
 
     @contextlib.contextmanager
     def reading(self) -> Iterator[Session]:
@@ -73,9 +74,14 @@ class Database:
             yield session
 
     @contextlib.contextmanager
-    def writing(self) -> Iterator[Session]:
-        """A session to write with: at its end all of it is on disk, or nothing. One at a time."""
-        with self._explained(), Session(self._writing) as session, session.begin():
+    def writing(self, *, relaxed: bool = False) -> Iterator[Session]:
+        """A session to write with: at its end all of it is on disk, or nothing. One at a time.
+
+        With ``relaxed`` it does not wait for the disk: nothing is lost if the process is killed,
+        but after a power failure the last seconds may be missing.
+        """
+        engine = self._relaxed if relaxed else self._writing
+        with self._explained(), Session(engine) as session, session.begin():
             yield session
 
     def upgrade(self) -> None:
@@ -203,6 +209,8 @@ def _postgresql(url: URL) -> Database:
     def begin(connection: Connection) -> None:
         # Not when connecting: PgBouncer refuses that, and hands connections on after each commit.
         connection.exec_driver_sql(f"SET LOCAL statement_timeout = {round(BUSY_S * 1000)}")
+        if connection.get_execution_options().get("relaxed"):
+            connection.exec_driver_sql("SET LOCAL synchronous_commit = off")
 
     return Database(engine, place)
 
@@ -233,19 +241,27 @@ def _sqlite(path: Path, create: bool) -> Database:
     @sa.event.listens_for(engine, "connect")
     def set_up(connection: Any, _: object) -> None:
         connection.isolation_level = None  # else the driver begins transactions when it likes
-        connection.execute("PRAGMA synchronous=FULL")  # committed means on disk
         connection.execute("PRAGMA foreign_keys=ON")
+        connection.create_function("llmkit_holds", 2, _holds, deterministic=True)
 
     @sa.event.listens_for(engine, "begin")
     def begin(connection: Connection) -> None:
-        writes = connection.get_execution_options().get("writes")
-        connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
+        options = connection.get_execution_options()
+        if options.get("writes"):  # FULL: committed means on disk
+            level = "NORMAL" if options.get("relaxed") else "FULL"
+            connection.exec_driver_sql(f"PRAGMA synchronous={level}")
+        connection.exec_driver_sql("BEGIN IMMEDIATE" if options.get("writes") else "BEGIN")
 
     try:
         _use_wal(connect)
     except sqlite3.Error as error:
         raise explained(error, str(path)) from None
     return Database(engine, str(path))
+
+
+def _holds(text: str | None, folded: str) -> bool:
+    """Whether a text holds another, which is case-folded; SQLite itself folds ASCII only."""
+    return text is not None and folded in text.casefold()
 
 
 def _guard(path: Path) -> None:

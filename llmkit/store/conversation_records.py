@@ -1,0 +1,297 @@
+"""Conversations as data: what the store gives and takes, and how much of it. Pure."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from llmkit.errors import InvalidRequestError
+from llmkit.protocol import MAX_DEPTH, Media, Message, ToolCall, depth_of
+
+__all__ = [
+    "MAX_CHARS",
+    "MAX_MESSAGES",
+    "MAX_MESSAGE_CHARS",
+    "PRUNINGS",
+    "ROLES",
+    "UNSET",
+    "NewMessage",
+    "Pruning",
+    "Status",
+    "StoredConversation",
+    "StoredMessage",
+    "Unset",
+    "checked_fields",
+    "checked_json",
+    "new_id",
+    "storable",
+]
+
+Status = Literal["complete", "partial", "running"]
+Pruning = Literal["drop", "summarise", "stop"]
+Content = str | list[dict[str, Any]]
+ROLES = ("system", "developer", "user", "assistant", "tool")
+PRUNINGS: tuple[Pruning, ...] = ("drop", "summarise", "stop")
+MAX_MESSAGE_CHARS = 4 << 20
+MAX_CHARS, MAX_MESSAGES = 64 << 20, 100_000  # of one conversation
+MAX_SETTINGS, MAX_TITLE, MAX_MODEL = 1 << 20, 1000, 1000
+MAX_TTL_S = 100 * 365 * 86_400.0
+UNSTORABLE = re.compile("[\0\ud800-\udfff]")  # what a database's UTF-8 cannot hold
+
+
+class Unset:
+    """The default of what may also be None."""
+
+    def __repr__(self) -> str:
+        return "UNSET"
+
+
+UNSET = Unset()
+
+
+def new_id(prefix: str) -> str:
+    """A new id: the prefix, an underscore and 24 random hexadecimal digits."""
+    return f"{prefix}_{secrets.token_hex(12)}"
+
+
+@dataclass(frozen=True, slots=True)
+class NewMessage:
+    """A message to be stored.
+
+    ``content`` is text, or a list of OpenAI's parts. Raises `InvalidRequestError` for a wrong role
+    or type, and for more than `MAX_MESSAGE_CHARS`.
+    """
+
+    role: str
+    content: Content = ""
+    reasoning: str | None = None
+    tool_calls: tuple[ToolCall, ...] = ()
+    tool_call_id: str | None = None
+    name: str | None = None
+    status: Status = "complete"
+    finish_reason: str | None = None
+    model: str = ""
+    usage: dict[str, Any] | None = None
+    created_at: float | None = None  # None: now
+
+    @classmethod
+    def of(cls, message: Message, **more: Any) -> NewMessage:
+        """A message of a chat; ``more`` are other fields, such as ``model``."""
+        return cls(
+            message.role,
+            _content_of(message),
+            message.reasoning_content,
+            message.tool_calls,
+            message.tool_call_id,
+            message.name,
+            **more,
+        )
+
+    def __post_init__(self) -> None:
+        if self.role not in ROLES:
+            raise InvalidRequestError(
+                f"a message's role must be one of {', '.join(ROLES)}, not {self.role!r:.40}.",
+                "messages",
+            )
+        for name in ("reasoning", "tool_call_id", "name", "finish_reason"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, str):
+                raise InvalidRequestError(f"a message's {name} must be a text.", "messages")
+        if not isinstance(self.tool_calls, tuple) or not all(
+            isinstance(c, ToolCall) for c in self.tool_calls
+        ):
+            raise InvalidRequestError("tool_calls must be a list of calls.", "messages")
+        if not isinstance(self.content, str):
+            _check_parts(self.content)
+        # An answer may repeat what was asked.
+        limit = MAX_MESSAGE_CHARS * (2 if self.role == "assistant" else 1)
+        if self.size > limit:
+            raise InvalidRequestError(
+                f"a message of {self.size:,} characters is too long for a session; the limit is "
+                f"{limit:,}.",
+                "messages",
+            )
+
+    @property
+    def size(self) -> int:
+        """Characters of all of it."""
+        content = self.content if isinstance(self.content, str) else json.dumps(self.content)
+        calls = sum(len(c.call_id) + len(c.name) + len(c.arguments) for c in self.tool_calls)
+        return len(content) + len(self.reasoning or "") + calls + len(self.name or "")
+
+
+@dataclass(frozen=True, slots=True)
+class StoredMessage:
+    """A message of a stored conversation. ``number`` counts up in the order of being stored.
+
+    An answer is ``running`` while it is written, and ``partial`` if it was cut off. ``created_at``
+    is in seconds since the epoch.
+    """
+
+    id: str
+    conversation_id: str
+    parent_id: str | None
+    number: int
+    role: str
+    content: Content
+    reasoning: str | None = None
+    tool_calls: tuple[ToolCall, ...] = ()
+    tool_call_id: str | None = None
+    name: str | None = None
+    status: Status = "complete"
+    finish_reason: str | None = None
+    model: str = ""
+    usage: dict[str, Any] | None = None
+    created_at: float = 0.0
+
+    @property
+    def message(self) -> Message:
+        """It as a chat's message. Raises `InvalidRequestError` for parts nobody can read."""
+        return Message(
+            self.role,
+            self.content if isinstance(self.content, str) else _parts(self.content),
+            self.name,
+            self.tool_calls,
+            self.tool_call_id,
+            self.reasoning,
+        )
+
+    @property
+    def text(self) -> str:
+        """The text of its content."""
+        if isinstance(self.content, str):
+            return self.content
+        return "".join(str(p.get("text", "")) for p in self.content if p.get("type") == "text")
+
+    @property
+    def size(self) -> int:
+        """Characters of its texts, about what it costs to keep."""
+        calls = sum(len(c.arguments) for c in self.tool_calls)
+        return len(self.text) + len(self.reasoning or "") + calls
+
+    def copied(self, **fields: Any) -> StoredMessage:
+        """It with other fields."""
+        return replace(self, **fields)
+
+
+@dataclass(frozen=True, slots=True)
+class StoredConversation:
+    """A conversation without its messages; they are a tree, and ``head`` is the leaf shown.
+
+    ``version`` counts its changes. ``ttl_s``: it is deleted so long after its last use; None never.
+    Times are in seconds since the epoch. ``num_messages`` counts those of all branches.
+    """
+
+    id: str
+    owner: str
+    title: str
+    model: str
+    settings: dict[str, Any]
+    pruning: Pruning
+    head: str | None
+    version: int
+    created_at: float
+    updated_at: float
+    used_at: float
+    ttl_s: float | None
+    expires_at: float | None
+    num_messages: int
+
+
+def storable(text: str) -> str:
+    """A text without what no database holds: NUL and halves of surrogate pairs become U+FFFD."""
+    return UNSTORABLE.sub("\ufffd", text)
+
+
+def checked_json(value: Any, param: str, limit: int = MAX_SETTINGS) -> Any:
+    """A value that JSON can hold, not too large or deep. Raises `InvalidRequestError`."""
+    try:
+        text = json.dumps(value, allow_nan=False)
+        deep = depth_of(value) > MAX_DEPTH
+    except (TypeError, ValueError, RecursionError):
+        raise InvalidRequestError(f"{param} must be JSON.", param) from None
+    if len(text) > limit or deep:
+        raise InvalidRequestError(
+            f"{param} is too large: {limit:,} characters and {MAX_DEPTH} levels are the limit.",
+            param,
+        )
+    return value
+
+
+def checked_fields(fields: dict[str, Any]) -> dict[str, Any]:
+    """The columns of fields. Raises `InvalidRequestError` naming the field."""
+    values = dict(fields)
+    for name, most in (("title", MAX_TITLE), ("model", MAX_MODEL)):
+        if name in values:
+            values[name] = storable(_text(values[name], name))
+            if len(values[name]) > most:
+                raise InvalidRequestError(f"{name} may have {most:,} characters at most.", name)
+    if "title" in values:
+        values["title"] = " ".join(values["title"].split())
+    if "settings" in values:
+        _check_settings(values["settings"])
+    if "pruning" in values and values["pruning"] not in PRUNINGS:
+        raise InvalidRequestError(f"pruning must be one of {', '.join(PRUNINGS)}.", "pruning")
+    ttl_s = values.get("ttl_s")
+    if ttl_s is not None and not (
+        isinstance(ttl_s, int | float)
+        and not isinstance(ttl_s, bool)
+        and math.isfinite(ttl_s)
+        and 0 < ttl_s <= MAX_TTL_S
+    ):
+        raise InvalidRequestError("ttl_s must be a number of seconds above 0, or null.", "ttl_s")
+    return values
+
+
+def _text(value: Any, name: str) -> str:
+    if not isinstance(value, str):
+        raise InvalidRequestError(f"{name} must be a text.", name)
+    return value
+
+
+def _check_settings(settings: Mapping[str, Any]) -> None:
+    """Raises `InvalidRequestError` unless it is an object of JSON."""
+    if not isinstance(settings, dict) or not all(isinstance(k, str) for k in settings):
+        raise InvalidRequestError("settings must be an object.", "settings")
+    checked_json(settings, "settings")
+
+
+def _content_of(message: Message) -> Content:
+    if isinstance(message.content, str):
+        return message.content
+    return [
+        {"type": "text", "text": part}
+        if isinstance(part, str)
+        else {"type": "media", "digest": part.digest, "kind": part.kind}
+        for part in message.content
+    ]
+
+
+def _check_parts(content: Any) -> None:
+    if not isinstance(content, list) or not all(
+        isinstance(part, dict) and isinstance(part.get("type"), str) for part in content
+    ):
+        raise InvalidRequestError(
+            "a message's content must be a text, or a list of parts with a type.", "messages"
+        )
+    checked_json(content, "messages", MAX_MESSAGE_CHARS)
+
+
+def _parts(content: list[dict[str, Any]]) -> tuple[str | Media, ...]:
+    parts: list[str | Media] = []
+    for part in content:
+        if part["type"] == "text" and isinstance(part.get("text"), str):
+            parts.append(part["text"])
+        elif part["type"] == "media":
+            parts.append(Media(str(part.get("digest")), part.get("kind", "image")))
+        else:
+            raise InvalidRequestError(
+                f"messages: only text is supported, not parts of type {part['type']!r:.40}.",
+                "messages",
+            )
+    return tuple(parts)

@@ -1,0 +1,383 @@
+"""Conversations in the database: trees of messages that outlive processes. Any thread.
+
+The functions of its transactions are in `conversation_rows`, `conversation_replies` and
+`conversation_search`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.orm import Session
+
+from llmkit.errors import InvalidRequestError
+from llmkit.protocol import Message
+from llmkit.store import conversation_formats as formats
+from llmkit.store import conversation_replies as replies
+from llmkit.store import conversation_rows as rows
+from llmkit.store import conversation_search as searching
+from llmkit.store.conversation_paths import Paths
+from llmkit.store.conversation_records import (
+    UNSET,
+    NewMessage,
+    Pruning,
+    Status,
+    StoredConversation,
+    StoredMessage,
+    Unset,
+    checked_fields,
+    new_id,
+)
+from llmkit.store.database import Database
+from llmkit.store.tables import Conversations
+from llmkit.store.writers import new_writer
+
+__all__ = [
+    "UNSET",
+    "ConversationStore",
+    "NewMessage",
+    "Pruning",
+    "Status",
+    "StoredConversation",
+    "StoredMessage",
+    "Unset",
+]
+
+FIELDS = ("title", "model", "settings", "pruning", "head", "ttl_s")
+New = Sequence[NewMessage | Message]
+# Inside the class, `list` is its method.
+ManyConversations = list[StoredConversation]
+Path = list[StoredMessage]
+Ids = list[Callable[[], Collection[str]]]
+
+
+class ConversationStore:
+    """The conversations of all callers; each sees its own.
+
+    Raises `NotFoundError` for an id that is unknown, expired or, indistinguishably, somebody
+    else's; `ConflictError` for a change that comes too late; `InvalidRequestError` for wrong
+    values; `StoreError`. Then nothing was changed.
+    """
+
+    def __init__(
+        self,
+        database: Database,
+        *,
+        max_sessions: int = 1000,
+        ttl_s: float | None = None,
+        now: Callable[[], float] = time.time,
+    ) -> None:
+        """``max_sessions`` are kept of each owner, ``ttl_s`` after their last use (None: ever)."""
+        self.database, self._now = database, now
+        self._max_sessions, self._ttl_s = max_sessions, ttl_s
+        self._writer = new_writer()
+        self._paths = Paths()
+        self._in_use: Ids = []
+
+    def create(
+        self,
+        owner: str,
+        *,
+        title: str = "",
+        model: str = "",
+        settings: Mapping[str, Any] | None = None,
+        pruning: Pruning = "drop",
+        messages: New = (),
+        ttl_s: float | Unset | None = UNSET,
+    ) -> StoredConversation:
+        """A conversation; ``messages`` are a path. Where there are too many, the least recently
+        used one makes way, but none that is in use."""
+        ttl_s = self._ttl_s if isinstance(ttl_s, Unset) else ttl_s
+        fields = {"title": title, "model": model, "settings": dict(settings or {})}
+        values = checked_fields({**fields, "pruning": pruning, "ttl_s": ttl_s})
+        new = rows.as_new(messages)
+        with self.database.writing() as session:
+            row = self._add(session, owner, values)
+            added = rows.add_chain(session, row, None, new, self._now())
+            row.head = added[-1].id if added else None
+            return rows.conversation_of(row)
+
+    def _add(self, session: Session, owner: str, values: dict[str, Any]) -> Conversations:
+        now = self._now()
+        searching.remove_expired(session, now)
+        in_use = {each for ids in self._in_use for each in ids()}
+        rows.make_room(session, rows.owner_key(owner), self._max_sessions - 1, in_use)
+        return rows.add(session, owner, values, now)
+
+    def get(self, owner: str, conversation_id: str) -> StoredConversation:
+        """A conversation, without its messages."""
+        with self.database.reading() as session:
+            return rows.conversation_of(rows.find(session, owner, conversation_id, self._now()))
+
+    def list(
+        self, owner: str, *, query: str = "", limit: int = 50, after: str | None = None
+    ) -> ManyConversations:
+        """Conversations, the latest used first, at most 1,000.
+
+        ``query`` is looked for in titles and messages, in whatever case; ``after`` is the id of the
+        last one of the page before.
+        """
+        with self.database.reading() as session:
+            return searching.search(session, owner, query, limit, after, self._now())
+
+    def change(
+        self, owner: str, conversation_id: str, *, version: int | None = None, **fields: Any
+    ) -> StoredConversation:
+        """Change title, model, settings (all of them), pruning, head or ttl_s.
+
+        With ``version`` it raises `ConflictError` if there is another one by now.
+        """
+        unknown = next((name for name in fields if name not in FIELDS), None)
+        if unknown is not None:
+            raise InvalidRequestError(f"a session has no {unknown!r:.40} to be changed.", unknown)
+        head = fields.pop("head", UNSET)
+        values = checked_fields(fields)
+        with self.database.writing() as session:
+            now = self._now()
+            row = rows.find(session, owner, conversation_id, now, lock=True)
+            rows.check_version(row, version)
+            if not isinstance(head, Unset):
+                if head is not None:
+                    rows.read_message(session, row.id, str(head))
+                row.head = head
+            for name, value in values.items():
+                setattr(row, name, value)
+            rows.used(row, now)
+            return rows.conversation_of(row)
+
+    def delete(self, owner: str, conversation_id: str) -> None:
+        """Delete a conversation, also one that is being answered in."""
+        with self.database.writing() as session:
+            row = rows.find(session, owner, conversation_id, self._now(), lock=True)
+            session.execute(sa.delete(Conversations).where(Conversations.id == row.id))
+        self._paths.drop(conversation_id)
+
+    def titled(self, owner: str, title: str) -> StoredConversation | None:
+        """The latest used of the conversations with this title."""
+        with self.database.reading() as session:
+            row = searching.titled(session, owner, title, self._now())
+            return None if row is None else rows.conversation_of(row)
+
+    def owner_of(self, conversation_id: str) -> str:
+        """Whose a conversation is: for people who may read the whole database."""
+        with self.database.reading() as session:
+            return rows.find(session, None, conversation_id, self._now()).owner
+
+    def delete_all(self, owner: str) -> int:
+        """Delete all conversations of an owner; how many they were."""
+        with self.database.writing() as session:
+            where = Conversations.owner == rows.owner_key(owner)
+            ids = session.scalars(sa.select(Conversations.id).where(where)).all()
+            session.execute(sa.delete(Conversations).where(where))
+        for each in ids:
+            self._paths.drop(each)
+        return len(ids)
+
+    def fork(
+        self, owner: str, conversation_id: str, message_id: str | None = None
+    ) -> StoredConversation:
+        """A new conversation with the messages up to one (by default up to the head)."""
+        path = self.path(owner, conversation_id, message_id)
+        known = self.get(owner, conversation_id)
+        copies = [formats.as_copy(m) for m in path if m.status != "running"]
+        return self.create(
+            owner,
+            title=known.title,
+            model=known.model,
+            settings=known.settings,
+            pruning=known.pruning,
+            messages=copies,
+            ttl_s=known.ttl_s,
+        )
+
+    def export(self, owner: str, conversation_id: str) -> dict[str, Any]:
+        """All of a conversation as JSON, for a file and for `import_`."""
+        with self.database.reading() as session:
+            row = rows.find(session, owner, conversation_id, self._now())
+            return formats.exported(rows.conversation_of(row), rows.read_messages(session, row.id))
+
+    def import_(self, owner: str, data: Any) -> StoredConversation:
+        """A new conversation from what `export` gave, from a saved `llm.session`, or from
+        ``{"messages": [...]}`` with OpenAI's messages.
+
+        Raises `InvalidRequestError` for a cycle, an unknown parent, wrong types and too much.
+        """
+        read = formats.read(data)
+        values = checked_fields({**read.fields, "ttl_s": self._ttl_s})
+        with self.database.writing() as session:
+            row = self._add(session, owner, values)
+            ids = {key: new_id("msg") for key, _, _ in read.messages}
+            new = [(ids[key], ids.get(parent or ""), m) for key, parent, m in read.messages]
+            rows.insert(session, row, new, self._now())
+            row.head = ids[read.head] if read.head is not None else None
+            return rows.conversation_of(row)
+
+    def messages(self, owner: str, conversation_id: str) -> Path:
+        """All messages of the tree, in the order in which they were stored."""
+        with self.database.reading() as session:
+            row = rows.find(session, owner, conversation_id, self._now())
+            return rows.read_messages(session, row.id)
+
+    def message(self, owner: str, conversation_id: str, message_id: str) -> StoredMessage:
+        """One message."""
+        with self.database.reading() as session:
+            row = rows.find(session, owner, conversation_id, self._now())
+            return rows.read_message(session, row.id, message_id)
+
+    def path(self, owner: str, conversation_id: str, leaf: str | None = None) -> Path:
+        """The messages from the root to ``leaf`` (by default the head).
+
+        Of a conversation that was read before only what is new is read.
+        """
+        with self.database.reading() as session:
+            row = rows.find(session, owner, conversation_id, self._now())
+            wanted = row.head if leaf is None else leaf
+            if wanted is None:
+                return []
+            path = rows.read_path(session, row.id, wanted, self._paths.get(row.id))
+        self._paths.keep(conversation_id, path)
+        return path
+
+    def newest_leaf(self, owner: str, conversation_id: str, message_id: str) -> str:
+        """The leaf below a message, by the newest child each time: the head when its branch is
+        chosen."""
+        with self.database.reading() as session:
+            row = rows.find(session, owner, conversation_id, self._now())
+            return searching.newest_leaf(session, row.id, message_id)
+
+    def append(
+        self,
+        owner: str,
+        conversation_id: str,
+        parent_id: str | None,
+        messages: New,
+        *,
+        head: bool = True,
+        version: int | None = None,
+    ) -> Path:
+        """Append messages, one below the other, to a message (None: as a beginning).
+
+        Another child of the same parent is a branch. ``head``: it is then shown.
+        """
+        new = rows.as_new(messages)
+        with self.database.writing() as session:
+            now = self._now()
+            row = rows.find(session, owner, conversation_id, now, lock=True)
+            rows.check_version(row, version)
+            if parent_id is not None:
+                replies.check_parent(session, row, parent_id, now)
+            added = rows.add_chain(session, row, parent_id, new, now)
+            if head and added:
+                row.head = added[-1].id
+            rows.used(row, now)
+        self._paths.extend(conversation_id, added)
+        return added
+
+    def begin_turn(
+        self,
+        owner: str,
+        conversation_id: str,
+        parent_id: str | Unset | None = UNSET,
+        messages: New = (),
+        *,
+        model: str = "",
+        branch: bool = False,
+        version: int | None = None,
+    ) -> Path:
+        """Append messages and, as the last, a running reply, to ``parent_id`` (UNSET: the head).
+
+        Raises `ConflictError` if that is being answered already; with ``branch`` this turn is a
+        sibling then. The reply becomes the head.
+        """
+        new = rows.as_new(messages)
+        with self.database.writing(relaxed=True) as session:
+            now = self._now()
+            row = rows.find(session, owner, conversation_id, now, lock=True)
+            rows.check_version(row, version)
+            added = replies.begin(session, row, parent_id, new, model, branch, self._writer, now)
+        self._paths.extend(conversation_id, added)
+        return added
+
+    def begin_reply(
+        self,
+        owner: str,
+        conversation_id: str,
+        parent_id: str,
+        *,
+        model: str = "",
+        branch: bool = False,
+    ) -> StoredMessage:
+        """A running reply to a message, beside the replies that it has."""
+        turn = self.begin_turn(owner, conversation_id, parent_id, model=model, branch=branch)
+        return turn[-1]
+
+    def update_reply(
+        self, conversation_id: str, message_id: str, text: str, reasoning: str | None = None
+    ) -> None:
+        """Keep all of a running reply so far, about once a second: so much outlives a crash."""
+        with self.database.writing(relaxed=True) as session:
+            replies.checkpoint(
+                session, conversation_id, message_id, text, reasoning, self._writer, self._now()
+            )
+
+    def end_reply(
+        self,
+        conversation_id: str,
+        message_id: str,
+        message: NewMessage | Message,
+        *,
+        status: Status = "complete",
+        finish_reason: str | None = None,
+        usage: dict[str, Any] | None = None,
+    ) -> StoredMessage:
+        """Keep all of a reply.
+
+        If this process had been taken for gone, the reply is kept beside the partial one, with
+        another id.
+        """
+        (new,) = rows.as_new([message])
+        new = replace(new, status=status, finish_reason=finish_reason, usage=usage)
+        with self.database.writing(relaxed=True) as session:
+            now = self._now()
+            row = rows.find(session, None, conversation_id, now, lock=True)
+            kept = replies.end(session, row, message_id, new, self._writer, now)
+        self._paths.extend(conversation_id, [kept])
+        return kept
+
+    def cancel_turn(self, conversation_id: str, message_id: str) -> None:
+        """Undo `begin_turn`, of a turn that the engine refused: its messages are deleted, unless
+        others build on them."""
+        with self.database.writing(relaxed=True) as session:
+            now = self._now()
+            row = rows.find(session, None, conversation_id, now, lock=True)
+            replies.cancel(session, row, message_id, self._writer, now)
+        self._paths.drop(conversation_id)
+
+    def renew(self) -> None:
+        """Say that this process still writes its replies; at least every 20 s."""
+        with self.database.writing(relaxed=True) as session:
+            replies.renew(session, self._writer, self._now())
+
+    def recover(self) -> int:
+        """Let the running replies of processes that are gone be partial; how many. At any time."""
+        with self.database.reading() as session:
+            found = replies.lost(session, self._now())
+        count = 0
+        for each in found:
+            with self.database.writing() as session:
+                row = session.get(Conversations, each, with_for_update=True)
+                count += replies.recover(session, row, self._now()) if row is not None else 0
+        return count
+
+    def remove_expired(self) -> int:
+        """Delete conversations that have expired and are not in use; how many."""
+        with self.database.writing() as session:
+            return searching.remove_expired(session, self._now())
+
+    def in_use(self, ids: Callable[[], Collection[str]]) -> None:
+        """Let ``ids`` say which conversations are in use, beside those with running replies."""
+        self._in_use.append(ids)
