@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 from tornado.httpclient import AsyncHTTPClient, HTTPResponse
@@ -13,7 +15,9 @@ from llmkit.gateway.access.cors import Cors
 from llmkit.gateway.access.edge import Edge
 from llmkit.gateway.access.keys import Keys
 from llmkit.gateway.app import Gateway, make_app, make_server
+from llmkit.gateway.conversations.shelf import Shelf
 from llmkit.gateway.directory import EngineDirectory
+from llmkit.store.database import open_database
 
 
 class Api:
@@ -64,15 +68,23 @@ async def serve(
 ) -> AsyncIterator[Api]:
     """``options`` are the `Gateway`'s."""
     directory = directory or EngineDirectory()
-    gateway = Gateway(directory, **options)
+    folder = tempfile.TemporaryDirectory()
+    gateway = Gateway(directory, **{"sessions": sessions_in(folder.name), **options})
     edge = Edge(Cors(local=key is None))
     server = make_server(make_app(gateway, Keys(key, "127.0.0.1"), edge), most)
     sockets = bind_sockets(0, "127.0.0.1")
     server.add_sockets(sockets)
     yield Api(f"http://127.0.0.1:{sockets[0].getsockname()[1]}", key)
     server.stop()
+    await gateway.turns.close()
     await server.close_all_connections()
     directory.close()
+    folder.cleanup()
+
+
+def sessions_in(folder: str | Path) -> Shelf:
+    """What is kept in a database in a folder, made when the first is."""
+    return Shelf(lambda: open_database(f"sqlite:///{folder}/llmkit.db"))
 
 
 CHAT = {

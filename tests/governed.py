@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import socket
+import tempfile
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,7 @@ from urllib.parse import urlsplit
 
 from fake_runner import FakeRunner
 from fakes import FakeClient
-from gateway_client import Api
+from gateway_client import Api, sessions_in
 from tornado.httpclient import HTTPResponse
 from tornado.netutil import bind_sockets
 
@@ -130,8 +131,10 @@ async def governed(
         finally:
             records.append(exchange.record)
 
+    folder = tempfile.TemporaryDirectory()
     gateway = Gateway(
         directory,
+        sessions=sessions_in(folder.name),
         stages=[deadlines.stage, overload.stage, rules.stage],
         observers=[recorder],
         early=overload.early,
@@ -145,10 +148,12 @@ async def governed(
         yield Governed(api, model, overload, deadlines, rules, gateway, records)
     finally:
         server.stop()
+        await gateway.turns.close()
         await server.close_all_connections()
         directory.close()
         bridge.close()
         model.close()
+        folder.cleanup()
 
 
 async def until(condition: Any, seconds: float = 10.0) -> None:

@@ -19,14 +19,13 @@ from fakes import FakeClient, ask, wait_for
 from gateway_client import serve
 
 from llmkit.backend.gbnf import to_lark
+from llmkit.bridge.server import BridgeServer
 from llmkit.chat.bounds import Budget
 from llmkit.chat.telling import lost
 from llmkit.chat.template import CHATML, ChatTemplate
 from llmkit.errors import InvalidRequestError
 from llmkit.gateway.bodies import check_counts, parse_json
 from llmkit.gateway.directory import EngineDirectory
-from llmkit.gateway.failures import ApiError
-from llmkit.gateway.openai.stored import Store
 from llmkit.notebook.frames import map_rows
 from llmkit.protocol import (
     Completion,
@@ -137,16 +136,19 @@ def test_long_names_are_not_repeated_for_each_case() -> None:
     assert peak < 20e6
 
 
-def test_references_to_stored_items_are_bounded_as_if_they_were_sent() -> None:
-    store = Store()
-    kept = store.begin(
-        "ann", "resp_1", [{"id": "msg_1", "type": "message", "content": "x" * 900_000}], None
-    )
-    assert store.add(kept, {"status": "completed", "output": []})
-    find = store.finder("ann")
-    with pytest.raises(ApiError, match="references too much"):
-        for _ in range(20):
-            find("msg_1")
+async def test_references_to_stored_items_are_bounded_as_if_they_were_sent() -> None:
+    model = FakeClient(runner=FakeRunner(n_ctx=1_000_000))
+    bridge = BridgeServer(model)
+    async for api in serve(None):
+        ask = {"model": "fake", "max_output_tokens": 1, "input": "x" * 900_000}
+        _, body = await api.post("/v1/responses", ask)
+        found = await api.fetch("GET", f"/v1/responses/{body['id']}/input_items")
+        (item,) = json.loads(found.body)["data"]
+        reference = {"type": "item_reference", "id": item["id"]}
+        status, said = await api.post("/v1/responses", {**ask, "input": [reference] * 20})
+        assert status == 400 and "references too much" in said["error"]["message"]
+    bridge.close()
+    model.close()
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from llmkit.chat.parsers.events import Call, Content, Reasoning
 from llmkit.gateway.bodies import parse
 from llmkit.gateway.openai.event_stream import EventStream
 from llmkit.gateway.openai.responses import ResponsesBody, input_items
+from llmkit.gateway.openai.stored import Kept, Stored
 from llmkit.protocol import ModelDescription
 from llmkit.runtime.local import LocalEngine
 
@@ -158,16 +159,20 @@ async def test_pages_of_items(api: Api) -> None:
     is_error(await api.fetch("GET", f"/v1/responses/{body['id']}/input_items?limit=0"), 400)
 
 
-async def test_what_is_kept_is_bounded(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llmkit.gateway.openai.stored.MAX_KEPT_BYTES", 20_000)
-    for i in range(30):
-        await api.post(
-            "/v1/responses",
-            {**ASK, "input": f"{i} " + "x" * 100, "instructions": "y" * 100, "user": "z" * 1000},
-        )
-    assert 1 < len(SERVED[-1]) < 30 and SERVED[-1].num_bytes <= 20_000
-    await api.post("/v1/responses", {**ASK, "input": "x" * 10_000})
-    assert all(k.status != "failed" for k in SERVED[-1]), "what was refused is not kept"
+async def test_what_is_kept_is_bounded(api: Api) -> None:
+    status, body = await api.post("/v1/responses", {**ASK, "metadata": {"a": "x"}})
+    assert status == 200 and body["store"] is True
+    huge = {**ASK, "input": "hi", "instructions": "hi", "user": "z" * (1 << 20)}
+    status, body = await api.post("/v1/responses", huge)
+    assert status == 200 and body["store"] is False
+    is_error(await api.fetch("GET", f"/v1/responses/{body['id']}"), 404)
+
+
+async def test_a_refused_request_keeps_nothing(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    puts: list[Any] = []
+    monkeypatch.setattr(Stored, "put", lambda *args: puts.append(args))
+    status, _ = await api.post("/v1/responses", {**ASK, "input": "x" * 10_000})
+    assert status == 400 and not puts
 
 
 async def test_a_running_response_can_be_cancelled() -> None:
@@ -175,9 +180,9 @@ async def test_a_running_response_can_be_cancelled() -> None:
     bridge = BridgeServer(model)
     async for api in serve(None):
         running = asyncio.create_task(stream(api, {"input": "hi"}))
-        while not SERVED[-1]:
+        while not KEPT:
             await asyncio.sleep(0.01)
-        (response_id,) = [k.response_id for k in SERVED[-1]]
+        (response_id,) = KEPT
         status, body = await api.post(f"/v1/responses/{response_id}/cancel", {})
         assert status == 200 and body["status"] == "cancelled"
         events = await asyncio.wait_for(running, 10)
@@ -186,21 +191,22 @@ async def test_a_running_response_can_be_cancelled() -> None:
     model.close()
 
 
-SERVED: list[Any] = []
+KEPT: list[str] = []
 
 
 @pytest.fixture(autouse=True)
 def kept_responses(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the servers of a test keep: the id of a running stream is in its first event only."""
-    from llmkit.gateway.openai.responses_routes import ResponsesRoutes
+    """The ids of what the servers of a test keep: that of a running stream is in its first event
+    only."""
+    KEPT.clear()
+    put = Stored.put
 
-    begin = ResponsesRoutes.__init__
+    async def note(self: Stored, kept: Kept, response: dict[str, Any]) -> bool:
+        is_kept = await put(self, kept, response)
+        KEPT.append(kept.response_id)
+        return is_kept
 
-    def note(self: Any, *args: Any) -> None:
-        begin(self, *args)
-        SERVED.append(self.store)
-
-    monkeypatch.setattr(ResponsesRoutes, "__init__", note)
+    monkeypatch.setattr(Stored, "put", note)
 
 
 @pytest.mark.parametrize(

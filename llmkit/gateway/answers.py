@@ -41,7 +41,7 @@ class Answer:
         prompt: str | None = None,
         suffix: str | None = None,
     ) -> None:
-        self._engine, self._on_use = engine, on_use
+        self._engine, self._on_use, self._chat = engine, on_use, chat
         self._reader = chat.reader(engine.description) if prompt is None else AnswerReader.plain()
         on_use(engine)
         request = chat.request(reply_id, engine.description)
@@ -69,6 +69,7 @@ class Answer:
             if events:
                 yield events
             if completion is not None:
+                await self._chat.finished()
                 yield completion
 
     async def whole(self) -> tuple[list[Event], Completion]:

@@ -12,7 +12,7 @@ import re
 import ssl
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -22,21 +22,30 @@ from llmkit.gateway import pipeline
 from llmkit.gateway.access.authenticator import Authenticator
 from llmkit.gateway.access.edge import Edge
 from llmkit.gateway.access.held import MAX_HELD_BYTES, Held
-from llmkit.gateway.access.identity import ADMIN
-from llmkit.gateway.access.permission import permitting
+from llmkit.gateway.access.identity import ADMIN, Identity
+from llmkit.gateway.access.permission import permitting, seeing
+from llmkit.gateway.conversations.routes import SessionRoutes
+from llmkit.gateway.conversations.shelf import Shelf
+from llmkit.gateway.conversations.turn_routes import TurnRoutes
+from llmkit.gateway.conversations.turns import Turns
 from llmkit.gateway.directory import EngineDirectory
 from llmkit.gateway.exchange import MAX_BODY_BYTES, ClientGoneError, Exchange, Keeper
 from llmkit.gateway.failures import ApiError, api_error
 from llmkit.gateway.handler import ElsewhereHandler, GatewayHandler
 from llmkit.gateway.ops.health import HealthRoutes
 from llmkit.gateway.ops.openapi import Route, describe, page
+from llmkit.gateway.ops.pages import PageRoutes
 from llmkit.gateway.ops.status import StatusRoutes
 from llmkit.gateway.pipeline import Observer, Stage, accepting, bounded
 from llmkit.gateway.reading import Admission, Reading
 from llmkit.gateway.record import recording
 from llmkit.gateway.routes import route_table
 from llmkit.gateway.server import MAX_CONNECTIONS, BoundedServer
+from llmkit.gateway.sockets.handler import PATHS as SOCKET_PATHS
+from llmkit.gateway.sockets.handler import ChatSocketHandler
+from llmkit.gateway.sockets.room import SocketRoom
 from llmkit.gateway.tolerance import Tolerance
+from llmkit.gateway.web import View
 from llmkit.protocol.client import EngineClient
 from llmkit.system.lanes import Lanes
 
@@ -61,8 +70,9 @@ class Gateway:
     models of a `ModelManager`, for the page. Without ``admin`` the routes that need that scope are
     not there. ``allowed_models`` gives globs of the models that anyone may use; none means all.
     ``early`` may refuse a request whose body is large before it is read, see `Overload.early`.
-    ``keeper`` decides how long models stay loaded. While ``draining``, running requests finish and
-    new ones are refused.
+    ``keeper`` decides how long models stay loaded. Without ``sessions`` there are none to keep.
+    ``home`` is the tab of the page at the root.
+    While ``draining``, running requests finish and new ones are refused.
     """
 
     def __init__(
@@ -82,6 +92,9 @@ class Gateway:
         max_body_bytes: int = MAX_BODY_BYTES,
         early: Callable[[Exchange], ApiError | None] = lambda _: None,
         keeper: Keeper | None = None,
+        sessions: Shelf | None = None,
+        home: View = "chat",
+        api_dialect: str = "auto",
     ) -> None:
         self.max_body_bytes = max_body_bytes
         self.held = Held(max(MAX_HELD_BYTES, HELD_BODIES * max_body_bytes))
@@ -89,7 +102,7 @@ class Gateway:
         self._lanes = Lanes(2, "llmkit-gateway")
         self._tolerance = Tolerance(strict)
         self._admissions, self._early, self._keeper = admissions, early, keeper
-        self._status = status = StatusRoutes(directory, places, offered)
+        self._status = status = StatusRoutes(directory, places, offered, self._actions)
         self._observers = observers
         self._stages: list[Stage] = [
             *observers,
@@ -99,9 +112,20 @@ class Gateway:
             *stages,
             status.watching,
         ]
+        self.turns = Turns(self.dispatch, self.held, sessions)
+        self.sockets = SocketRoom(
+            self.turns,
+            self.dispatch,
+            partial(_names, directory, allowed_models),
+            self.held,
+            max_message_bytes=max_body_bytes,
+        )
+        on_use = _seldom(on_use)
         every = [
             *routes,
-            *route_table(directory, _seldom(on_use), status, self),
+            *route_table(directory, on_use, status, PageRoutes(status, home), self, api_dialect),
+            *SessionRoutes(self.turns).routes(),
+            *TurnRoutes(self.turns, directory, on_use).routes(),
             *HealthRoutes(directory, lambda: self.draining, offered).routes(),
         ]
         self.routes = [route for route in every if admin or route.needs != ADMIN]
@@ -111,9 +135,10 @@ class Gateway:
         with recording(exchange.record):
             try:
                 exchange.max_body_bytes = self.max_body_bytes
-                exchange.keeper = self._keeper
+                exchange.keeper, exchange.turns = self._keeper, self.turns
                 exchange.reading = Reading(self._lanes, self._tolerance, self._admissions)
-                await pipeline.run(self._stages, self._route(exchange), exchange)
+                run = self._route(exchange)
+                await pipeline.run(() if exchange.relays else self._stages, run, exchange)
             except ClientGoneError:
                 logger.info("client disconnected during %s", exchange.path)
                 exchange.drop()
@@ -138,8 +163,12 @@ class Gateway:
 
     @property
     def num_running(self) -> int:
-        """Number of requests being answered."""
-        return self._status.num_running
+        """Number of requests being answered, or about to be stored."""
+        return self._status.num_running + self.turns.num_settling
+
+    def _actions(self) -> list[str]:
+        """The paths of what administrators may do."""
+        return [r.path for r in self.routes if r.needs == ADMIN and r.method == "POST"]
 
     def _route(self, exchange: Exchange) -> Callable[[Exchange], Awaitable[None]]:
         """What runs for a request; without a route, what raises the reason."""
@@ -154,6 +183,7 @@ class Gateway:
                 # Tornado has already unquoted the path.
                 exchange.args = tuple(a for a in match.groups() if a is not None)
                 exchange.route, exchange.scope = route.template, route.needs
+                exchange.relays = route.relays and not exchange.is_detached
                 return route.run
             allowed.append(route.method)
         if allowed:
@@ -204,6 +234,14 @@ def _raising(error: ApiError) -> Callable[[Exchange], Awaitable[None]]:
     return answer
 
 
+def _names(
+    directory: EngineDirectory, everybody: Callable[[], Sequence[str]], identity: Identity
+) -> list[str]:
+    """The models that are there for a caller."""
+    with seeing(identity, everybody):
+        return [*(entry.model_id for entry in directory.entries()), *directory.unloaded]
+
+
 def _seldom(on_use: Callable[[EngineClient], None]) -> Callable[[EngineClient], None]:
     """Call ``on_use`` at most once a second per engine: streams report each token."""
     said: WeakKeyDictionary[EngineClient, float] = WeakKeyDictionary()
@@ -227,7 +265,10 @@ def make_app(
     """The gateway's routes under ``base_path``, such as /llm."""
     parts = {"gateway": gateway, "authenticator": authenticator, "edge": edge or Edge()}
     return web.Application(
-        [(re.escape(base_path) + r"/(.*)", GatewayHandler, parts)],
+        [
+            (rf"{re.escape(base_path)}/{SOCKET_PATHS}", ChatSocketHandler, parts),
+            (re.escape(base_path) + r"/(.*)", GatewayHandler, parts),
+        ],
         default_handler_class=ElsewhereHandler,
         default_handler_args={"base_path": base_path},
         log_function=lambda _: None,  # an observer writes the access log

@@ -8,11 +8,13 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from typing import Any, NoReturn, TypeVar
+from typing import Annotated, Any, NoReturn, TypeVar
 
 from pydantic import (
+    AliasChoices,
     BaseModel,
     ConfigDict,
+    Field,
     GetCoreSchemaHandler,
     ValidationError,
     model_validator,
@@ -22,7 +24,7 @@ from pydantic_core import CoreSchema, ErrorDetails
 from llmkit.errors import InvalidRequestError
 from llmkit.protocol import MAX_DEPTH, depth_of
 
-__all__ = ["Strict", "check_counts", "parse", "parse_json", "validated"]
+__all__ = ["SessionId", "Strict", "check_counts", "parse", "parse_json", "validated"]
 
 MAX_KEYS = 5000
 MAX_DIGITS = 400  # the largest double has 309
@@ -35,6 +37,12 @@ MAX_COUNTS = {
 STRINGS = re.compile(rb'"(?:[^"\\]|\\.)*+"?', re.DOTALL)
 TYPE_NAMES = re.compile(r"str|int|[A-Z]\w*|.*\[.*")  # in pydantic's locations
 Schema = TypeVar("Schema", bound=BaseModel)
+
+
+# A field of every chat: a kept conversation that it goes on with.
+SessionId = Annotated[
+    str | None, Field(None, validation_alias=AliasChoices("session_id", "session-id"))
+]
 
 
 class Strict(BaseModel):

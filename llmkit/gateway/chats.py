@@ -167,6 +167,9 @@ class Chat:
             after_results=last.role == "tool",
         )
 
+    async def finished(self) -> None:
+        """Its answer has been read, and is about to be sent: for those that keep it."""
+
 
 def sampling_params(names: Mapping[str, str], **values: Any) -> SamplingParams:
     """Parameters from a caller's values, of which None counts as absent.

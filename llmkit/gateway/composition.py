@@ -20,7 +20,11 @@ from llmkit.gateway.access.opening import Access
 from llmkit.gateway.access.overload import Overload
 from llmkit.gateway.access.permission import admitting
 from llmkit.gateway.app import Gateway, make_app
+from llmkit.gateway.compat.lifecycle import LifecycleRoutes
+from llmkit.gateway.compat.otron import MAX_REPETITIONS, matching
+from llmkit.gateway.conversations.shelf import Shelf
 from llmkit.gateway.directory import EngineDirectory
+from llmkit.gateway.echoes import EchoDirectory, saying_so
 from llmkit.gateway.guards import Guards, Terms
 from llmkit.gateway.ops.logs import access_log, set_level
 from llmkit.gateway.ops.metrics import Metrics
@@ -34,6 +38,7 @@ from llmkit.settings.serving import ServeSettings
 from llmkit.workers.place import ModelStatus
 
 if TYPE_CHECKING:
+    from llmkit.gateway.served import Served
     from llmkit.gateway.workers import Workers
     from llmkit.store.database import Database
 
@@ -93,17 +98,22 @@ class Composition:
                 self._deadlines.stage,
                 overload.stage,
                 self._rules.stage,
+                *([matching] if options.compat == "otron" else []),
             ],
             early=overload.early,
             admin=options.admin,
             allowed_models=lambda: self._settings.gateway.allowed_models,
             max_body_bytes=int(options.body_mb * 1e6),
+            sessions=Shelf.of(options, options.db_url),
+            api_dialect=options.api_dialect,
             **self._models(),
         )
         logging.getLogger("llmkit.access").disabled = not options.access_log
 
     def _observers(self) -> Sequence[Observer]:
         observers: list[Observer] = [access_log()]
+        if isinstance(self._directory, EchoDirectory):
+            observers.append(saying_so())
         if self._tracer is not None:
             from llmkit.gateway.ops.tracing import tracing
 
@@ -121,11 +131,19 @@ class Composition:
             return {"routes": routes}
         served = self._workers.served
         return {
-            "routes": [*routes, *ModelRoutes(served).routes()],
+            "routes": [*routes, *ModelRoutes(served).routes(), *self._lifecycle(served)],
             "admissions": [admitting(served.name_of), served.admit],
             "keeper": served,
             "offered": self._workers.manager.statuses,
         }
+
+    def _lifecycle(self, served: Served) -> list[Route]:
+        """The routes that load one file or another of the models dir."""
+        models_dir = self._settings.gateway.models_dir
+        routes = LifecycleRoutes(
+            served, self._directory, lambda: self._overload.num_waiting, models_dir
+        )
+        return routes.routes()
 
     def _storage(self) -> list[Route]:
         """The routes that download and delete models."""
@@ -185,7 +203,9 @@ class Composition:
         await self.access.keep_certificates(server)
 
     async def close(self) -> None:
-        """Write down what was used, and export what waits."""
+        """End what is generated, write down what was used, and export what waits."""
+        with contextlib.suppress(Exception):
+            await self.gateway.turns.close()
         with contextlib.suppress(Exception):
             await self.access.close()
         if self._tracer is not None:
@@ -195,7 +215,12 @@ class Composition:
 def guards_of(settings: ServeSettings) -> Guards:
     """The lengths and default sampling that the settings give. Raises `InvalidRequestError`."""
     options = settings.gateway
-    general = Terms(options.default_max_tokens, options.max_tokens_limit, settings.sampling)
+    general = Terms(
+        options.default_max_tokens,
+        options.max_tokens_limit,
+        settings.sampling,
+        MAX_REPETITIONS if options.compat == "otron" else None,
+    )
     own = {
         model.name: Terms(model.default_max_tokens, model.max_tokens_limit, model.sampling)
         for model in settings.models

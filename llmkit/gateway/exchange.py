@@ -8,24 +8,25 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import secrets
 from dataclasses import replace
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from pydantic import BaseModel
-from tornado import gen, iostream, web
+from tornado import gen, httputil, iostream
 
 from llmkit.gateway.access.held import Held
 from llmkit.gateway.access.identity import LOCAL, Identity, counted_as
 from llmkit.gateway.failures import ApiError, dialect_of
+from llmkit.gateway.ids import random_hex
 from llmkit.gateway.record import Record
 from llmkit.protocol import GenerationRequest
 
 if TYPE_CHECKING:
+    from llmkit.gateway.conversations.turns import Turns
     from llmkit.gateway.reading import Reading
 
-__all__ = ["MAX_BODY_BYTES", "ClientGoneError", "Exchange", "body_too_large"]
+__all__ = ["MAX_BODY_BYTES", "ClientGoneError", "Exchange", "Transport", "body_too_large"]
 
 Schema = TypeVar("Schema", bound=BaseModel)
 
@@ -45,6 +46,22 @@ class Keeper(Protocol):
         ...
 
 
+class Transport(Protocol):
+    """What an exchange needs of its server: the request, and ways to answer it.
+
+    Tornado's handlers have it.
+    """
+
+    request: httputil.HTTPServerRequest
+
+    def set_header(self, name: str, value: str) -> None: ...
+    def set_status(self, status_code: int) -> None: ...
+    def get_query_argument(self, name: str, default: str | None) -> str | None: ...
+    def write(self, chunk: str | bytes) -> None: ...
+    def flush(self) -> asyncio.Future[None]: ...
+    def finish(self, chunk: str | bytes | None = None) -> asyncio.Future[None]: ...
+
+
 class ClientGoneError(Exception):
     """The client closed the connection, or stopped reading."""
 
@@ -56,9 +73,11 @@ class Exchange:
     the client's; ``held`` counts the bytes of the answer until they are read.
     """
 
+    is_detached = False  # whether it is a turn's, which no client's connection belongs to
+
     def __init__(
         self,
-        handler: web.RequestHandler,
+        handler: Transport,
         path: str,
         identity: Identity = LOCAL,
         held: Held | None = None,
@@ -75,14 +94,14 @@ class Exchange:
         self.path = "/" + path.strip("/")
         self.path_ends_with_slash = handler.request.path.endswith("/")
         self.args: tuple[str, ...] = ()
-        self.request_id = handler.request.headers.get("x-request-id", "")[
-            :100
-        ] or secrets.token_hex(16)
+        self.request_id = handler.request.headers.get("x-request-id", "")[:100] or random_hex()
         if not self.request_id.isprintable():
-            self.request_id = secrets.token_hex(16)
+            self.request_id = random_hex()
         self.streaming = False
         self.reading: Reading | None = None  # set by the gateway
         self.keeper: Keeper | None = None  # the same
+        self.turns: Turns | None = None  # the same
+        self.relays = False  # whether its route only passes on a turn's events
         self.record = Record(request_id=self.request_id)
         self.route = ""  # the pattern of its path, set by the gateway
         self.cleanup = contextlib.ExitStack()  # closed once the route has ended
@@ -125,6 +144,11 @@ class Exchange:
         """The body as a schema. Raises `InvalidRequestError` naming the first invalid field."""
         assert self.reading is not None
         return await self.reading.read(self, schema)
+
+    async def fields(self) -> dict[str, Any]:
+        """The body's fields as they came, for a route whose schema depends on them."""
+        assert self.reading is not None
+        return await self.reading.fields(self)
 
     @property
     def wants_page(self) -> bool:
@@ -196,20 +220,31 @@ class Exchange:
             )
 
     def send_page(
-        self, text: str, nonce: str = "", status: int = 200, headers: dict[str, str] | None = None
+        self,
+        text: str,
+        status: int = 200,
+        headers: dict[str, str] | None = None,
+        *,
+        has_assets: bool = False,
     ) -> None:
         """Send HTML that runs no script and fetches nothing.
 
-        With a ``nonce``, the script carrying it may run, and fetch from this server.
+        With ``has_assets`` it may use the scripts, styles and routes of this server, and no others.
         """
         for name, value in (headers or {}).items():
             self._handler.set_header(name, value)
-        script = f"; script-src 'nonce-{nonce}'; connect-src 'self'" if nonce else ""
+        allowed = (
+            "script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'"
+            if has_assets
+            else "style-src 'unsafe-inline'"
+        )
         self._handler.set_header(
             "Content-Security-Policy",
-            "default-src 'none'; style-src 'unsafe-inline'; form-action 'none'; base-uri 'none'; "
-            f"frame-ancestors 'self'{script}",
+            f"default-src 'none'; {allowed}; form-action 'none'; base-uri 'none'; "
+            "frame-ancestors 'self'",
         )
+        # A link in a text would have its host looked up before anybody follows it.
+        self._handler.set_header("X-DNS-Prefetch-Control", "off")
         self.send_bytes(text.encode(), status, content_type="text/html; charset=utf-8")
 
     def send_error(self, error: ApiError) -> None:
@@ -220,7 +255,7 @@ class Exchange:
         if not self.streaming:
             self.send_json(body, error.status, error.headers)
             return
-        before = {"openai": "data: ", "anthropic": "event: error\ndata: ", "ollama": ""}[dialect]
+        before = {"anthropic": "event: error\ndata: ", "ollama": ""}.get(dialect, "data: ")
         try:
             self._handler.write(
                 f"{before}{json.dumps(body)}" + ("\n" if dialect == "ollama" else "\n\n")
@@ -234,6 +269,8 @@ class Exchange:
         if self.record.deadline is not None:
             self.record.deadline.begin_stream()
         self.record.status = 200
+        if self._stream is not None:
+            self._stream.set_nodelay(True)  # else a token may wait 40 ms for the last one's ACK
         self._say_ignored()
         self._handler.set_header("Content-Type", content_type)
         self._handler.set_header("Cache-Control", "no-cache")

@@ -11,7 +11,7 @@ from llmkit import errors
 
 __all__ = ["NO_RETRY", "ApiError", "DeadlineError", "Dialect", "api_error", "dialect_of"]
 
-Dialect = Literal["openai", "anthropic", "ollama"]
+Dialect = Literal["openai", "anthropic", "ollama", "llama-server", "llms"]
 ANTHROPIC_TYPES = {
     400: "invalid_request_error",
     401: "authentication_error",
@@ -24,16 +24,35 @@ ANTHROPIC_TYPES = {
     503: "overloaded_error",
     504: "timeout_error",
 }
+LLAMA_SERVER_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    501: "not_supported_error",
+    503: "unavailable_error",
+}
+LLAMA_SERVER_PATHS = (
+    "/completion", "/infill", "/embedding", "/props", "/slots", "/lora-adapters",
+)  # fmt: skip
+LLMS_CODES = {400: "BAD_REQUEST", 404: "UNSUPPORTED_MODEL", 503: "SERVICE_UNAVAILABLE"}
+LLMS_PATHS = (
+    "/api/llms", "/api/generate/stream", "/api/chat/stream", "/api/completions",
+    "/api/completions/stream",
+)  # fmt: skip
 NO_RETRY = {"x-should-retry": "false"}
 
 
 def dialect_of(path: str) -> Dialect:
     """The dialect of a route."""
     return (
-        "ollama"
+        "llms"
+        if path in LLMS_PATHS
+        else "ollama"
         if path.startswith("/api/")
         else "anthropic"
         if path.startswith("/v1/messages")
+        else "llama-server"
+        if path in LLAMA_SERVER_PATHS or path.startswith("/slots/")
         else "openai"
     )
 
@@ -48,11 +67,15 @@ class ApiError(Exception):
     param: str | None = None
     code: str | None = None
     headers: dict[str, str] = field(default_factory=dict)
+    details: dict[str, int] = field(default_factory=dict)  # for dialects that have a place for it
 
     def body(self, dialect: Dialect, request_id: str) -> dict[str, Any]:
         """The error object of a dialect."""
         if dialect == "ollama":
             return {"error": self.message}
+        if dialect == "llms":
+            code = LLMS_CODES.get(self.status) or (self.code or self.type).upper()
+            return {"error": self.message, "code": code}
         if dialect == "anthropic":
             return {
                 "type": "error",
@@ -62,6 +85,14 @@ class ApiError(Exception):
                 },
                 "request_id": request_id,
             }
+        if dialect == "llama-server":
+            kind = (
+                "exceed_context_size_error"
+                if self.code == "context_length_exceeded"
+                else LLAMA_SERVER_TYPES.get(self.status, self.type)
+            )
+            said = {"code": self.status, "message": self.message, "type": kind}
+            return {"error": said | self.details}
         return {
             "error": {
                 "message": self.message,
@@ -95,7 +126,10 @@ def api_error(error: BaseException) -> ApiError:
             error.status_code, error.log_message or error.reason or "The request is invalid."
         )
     if isinstance(error, errors.ContextLengthError):
-        return ApiError(400, message, param=error.param, code="context_length_exceeded")
+        details = {"n_prompt_tokens": error.num_tokens, "n_ctx": error.n_ctx}
+        return ApiError(
+            400, message, param=error.param, code="context_length_exceeded", details=details
+        )
     if isinstance(error, errors.InvalidRequestError):
         return ApiError(400, message, param=error.param)
     if isinstance(error, errors.ModelNotFoundError):
@@ -116,6 +150,14 @@ def api_error(error: BaseException) -> ApiError:
     if isinstance(error, errors.ModelBusyError):
         return ApiError(
             503, message, "server_error", code="model_busy", headers={"Retry-After": "5"}
+        )
+    if isinstance(error, errors.NotFoundError):
+        return ApiError(404, message, code="not_found")
+    if isinstance(error, errors.ConflictError):
+        return ApiError(409, message, code="conflict", headers=NO_RETRY)
+    if isinstance(error, errors.StoreError):
+        return ApiError(
+            503, message, "server_error", code="store_unavailable", headers={"Retry-After": "5"}
         )
     if isinstance(error, errors.DownloadError):
         return ApiError(502, message, "server_error", code="download_failed")

@@ -11,7 +11,7 @@ from contextvars import copy_context
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-from pydantic import BaseModel
+from pydantic import AliasChoices, AliasPath, BaseModel
 
 from llmkit.gateway.access.deadlines import seconds_of
 from llmkit.gateway.bodies import check_counts, parse_json, validated
@@ -49,6 +49,22 @@ class Reading:
         self, lanes: Lanes, tolerance: Tolerance, admissions: Sequence[Admission] = ()
     ) -> None:
         self._lanes, self.tolerance, self._admissions = lanes, tolerance, admissions
+        self._fields: dict[str, Any] | None = None
+
+    async def fields(self, exchange: Exchange) -> dict[str, Any]:
+        """The body's fields as they came, for a route whose schema depends on them.
+
+        ``read`` takes them from here, so a route may also rename some. Raises
+        `InvalidRequestError`.
+        """
+        if self._fields is None:
+            body = exchange.body
+            if len(body) <= LARGE_BYTES:
+                self._fields = _parsed(body)
+            else:
+                parse = partial(_parsed, body)
+                self._fields = await asyncio.wrap_future(self._lanes.submit(exchange.caller, parse))
+        return self._fields
 
     async def read(self, exchange: Exchange, schema: type[Schema]) -> Schema:
         """The body as ``schema``. Fields without effect are added to ``exchange.ignored``.
@@ -68,15 +84,20 @@ class Reading:
             deadline.shorten(found.timeout)
         model = getattr(value, "model", None)
         if isinstance(model, str) and getattr(value, "uses_model", True):
-            for admit in self._admissions:
-                await admit(exchange, model)
+            await self.admit(exchange, model)
         return value
+
+    async def admit(self, exchange: Exchange, model: str) -> None:
+        """A request is for a model that its body need not name. Raises what the admissions do."""
+        for admit in self._admissions:
+            await admit(exchange, model)
 
     def _read(
         self, schema: type[Schema], body: bytes, deadline: Deadline | None
     ) -> tuple[Schema, Found]:
-        check_counts(body)
-        data = parse_json(body)
+        data, self._fields = self._fields, None
+        if data is None:
+            data = _parsed(body)
         timeout = None
         if deadline is not None and TIMEOUT in data and TIMEOUT not in schema.model_fields:
             value = data.pop(TIMEOUT)
@@ -86,10 +107,27 @@ class Reading:
         return validated(schema, data), Found(given, ignored, timeout)
 
 
+def _parsed(body: bytes) -> dict[str, Any]:
+    check_counts(body)
+    return parse_json(body)
+
+
 def _given(schema: type[BaseModel], data: dict[str, Any]) -> frozenset[str]:
-    """The schema's fields that have a value, those of Ollama's options included."""
-    names = {name for name in schema.model_fields if data.get(name) is not None}
-    options = data.get("options") if "options" in names else None
-    if isinstance(options, dict):
-        names |= {name for name, value in options.items() if value is not None}
+    """The schema's fields that have a value, and those of an object that holds the sampling."""
+    names = {
+        name
+        for name, field in schema.model_fields.items()
+        if any(data.get(each) is not None for each in _spellings(name, field.validation_alias))
+    }
+    for nested in names & {"options", "sampling_params"}:
+        values = data.get(nested)
+        if isinstance(values, dict):
+            names |= {name for name, value in values.items() if value is not None}
     return frozenset(names)
+
+
+def _spellings(name: str, alias: str | AliasPath | AliasChoices | None) -> list[str]:
+    """A field's name, and what callers may call it instead."""
+    if isinstance(alias, AliasChoices):
+        return [name, *(each for each in alias.choices if isinstance(each, str))]
+    return [name, alias] if isinstance(alias, str) else [name]

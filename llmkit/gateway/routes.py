@@ -10,6 +10,10 @@ from typing import Protocol
 
 from llmkit.gateway.anthropic.routes import AnthropicRoutes
 from llmkit.gateway.anthropic.schemas import CountBody, MessagesBody
+from llmkit.gateway.compat.llama_objects import timings
+from llmkit.gateway.compat.llama_words import understanding
+from llmkit.gateway.compat.llms import Llms, LlmsChatBody, LlmsGenerateBody
+from llmkit.gateway.compat.routes import compat_routes
 from llmkit.gateway.directory import EngineDirectory
 from llmkit.gateway.exchange import Exchange
 from llmkit.gateway.native.rerank import RerankBody, RerankRoutes
@@ -34,6 +38,7 @@ from llmkit.gateway.openai.responses_routes import ResponsesRoutes
 from llmkit.gateway.openai.routes import OpenAIRoutes
 from llmkit.gateway.openai.schemas import CompletionRequest
 from llmkit.gateway.ops.openapi import Route
+from llmkit.gateway.ops.pages import PageRoutes
 from llmkit.gateway.ops.status import StatusRoutes
 from llmkit.protocol.client import EngineClient
 from llmkit.version import __version__
@@ -55,10 +60,14 @@ def route_table(
     directory: EngineDirectory,
     on_use: Callable[[EngineClient], None],
     status: StatusRoutes,
+    pages: PageRoutes,
     own: OwnRoutes,
+    api_dialect: str = "auto",
 ) -> list[Route]:
-    """All routes. ``on_use`` is called whenever one uses an engine."""
-    openai = OpenAIRoutes(directory, f"llmkit-{__version__}", on_use)
+    """All routes. ``on_use`` is called whenever one uses an engine. ``api_dialect`` settles whose
+    /api/generate and /api/chat are."""
+    openai = OpenAIRoutes(directory, f"llmkit-{__version__}", on_use, timings)
+    llms = Llms(directory, on_use, api_dialect)
     anthropic, ollama, responses = (
         AnthropicRoutes(directory, on_use),
         OllamaRoutes(directory, on_use),
@@ -67,12 +76,13 @@ def route_table(
     embeddings, rerank = EmbeddingsRoutes(directory, on_use), RerankRoutes(directory, on_use)
     tokens = TokenizerRoutes(directory)
     return [
+        *compat_routes(directory, on_use, openai, llms),
         Route("GET", "/v1/models", openai.list_models, "The loaded models, newest first", "OpenAI"),
         Route("GET", "/v1/models/{id+}", openai.get_model, "A loaded model", "OpenAI"),
         Route(
             "POST",
             "/v1/chat/completions",
-            openai.chat_completions,
+            understanding(openai.chat_completions),
             "Chat",
             "OpenAI",
             ChatRequest,
@@ -80,7 +90,7 @@ def route_table(
         Route(
             "POST",
             "/v1/completions",
-            openai.completions,
+            understanding(openai.completions),
             "Continue a text",
             "OpenAI",
             CompletionRequest,
@@ -125,8 +135,24 @@ def route_table(
             "Anthropic",
             CountBody,
         ),
-        Route("POST", "/api/chat", ollama.chat, "Chat", "Ollama", ChatBody),
-        Route("POST", "/api/generate", ollama.generate, "Answer a prompt", "Ollama", GenerateBody),
+        Route(
+            "POST",
+            "/api/chat",
+            llms.or_else(ollama.chat, llms.chat),
+            "Chat",
+            "Ollama",
+            ChatBody,
+            LlmsChatBody,
+        ),
+        Route(
+            "POST",
+            "/api/generate",
+            llms.or_else(ollama.generate, llms.generate),
+            "Answer a prompt",
+            "Ollama",
+            GenerateBody,
+            LlmsGenerateBody,
+        ),
         Route("POST", "/api/embed", ollama.embed, "Vectors of texts", "Ollama", EmbedBody),
         Route(
             "POST",
@@ -179,7 +205,7 @@ def route_table(
             "Special tokens and the chat template",
             also=("/v1/tokenizer_info",),
         ),
-        Route("GET", "/", status.page, "Models and requests, as a page"),
+        *pages.routes(),
         Route("GET", "/status", status.status, "Models and requests"),
         Route("GET", "/openapi.json", own.openapi, "This description"),
         Route("GET", "/docs", own.docs, "This description as a page", also=("/swagger-ui",)),

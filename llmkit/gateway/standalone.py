@@ -13,11 +13,13 @@ from llmkit.errors import InvalidRequestError
 from llmkit.gateway.app import Gateway, make_server
 from llmkit.gateway.composition import Composition
 from llmkit.gateway.directory import EngineDirectory
+from llmkit.gateway.echoes import EchoDirectory
 from llmkit.gateway.ops.logs import log_to
 from llmkit.gateway.server import MAX_CONNECTIONS, SPARE_DESCRIPTORS, raise_descriptors
 from llmkit.gateway.sources import ConnectionFiles
 from llmkit.gateway.workers import Finder, Workers, say
 from llmkit.protocol import Origin
+from llmkit.protocol.client import EngineClient
 from llmkit.settings.reload import reload
 from llmkit.settings.serving import ServeSettings
 from llmkit.system.notify import Notifier
@@ -38,9 +40,10 @@ def serve(
     budget: Budget | None = None,
     read: Callable[[], ServeSettings] | None = None,
     attach_pid: int | None = None,
+    echo: EngineClient | None = None,
 ) -> int:
     """Serve until a signal: these ``models`` and those that ``find`` names, within a ``budget``,
-    or, without any, all engines found.
+    or an ``echo``, or, without any, all engines found.
 
     ``read`` reads the settings again, at SIGHUP. With ``attach_pid`` only that process's engines,
     until it ends. Raises `InvalidRequestError` (address, key, certificate) before anything is
@@ -48,7 +51,7 @@ def serve(
     """
     options = settings.gateway
     log_to(options.log_format, options.log_level)
-    if attach_pid is not None and models:
+    if attach_pid is not None and (models or echo is not None):
         raise InvalidRequestError("name a model or --attach a process, not both.", "attach")
     started = process_start_time(attach_pid) if attach_pid is not None else None
     if attach_pid is not None and started is None:
@@ -65,9 +68,13 @@ def serve(
     from tornado.netutil import bind_sockets
 
     sockets = bind_sockets(options.port, options.host)
-    workers = Workers(options, models, find, budget, start=False) if models or find else None
+    directory: EngineDirectory | None = None if echo is None else EchoDirectory(echo)
+    workers = None
+    if directory is None and (models or find):
+        workers = Workers(options, models, find, budget, start=False)
     try:
-        directory = EngineDirectory([ConnectionFiles(accepts)]) if workers is None else None
+        if directory is None and workers is None:
+            directory = EngineDirectory([ConnectionFiles(accepts)])
         server = _Server(settings, read, sockets, workers, directory, shared=attach_pid is None)
         return asyncio.run(server.run(is_attached))
     finally:
@@ -128,6 +135,7 @@ class _Server:
                 task.cancel()
             self._directory.close()
             await parts.close()
+            await parts.gateway.sockets.close()
             await server.close_all_connections()
             self._notifier.close()
         return 0
@@ -171,6 +179,7 @@ class _Server:
     async def _drain(self, gateway: Gateway) -> None:
         """Let running requests finish, until ``drain_s`` are over or a second signal."""
         gateway.draining = True
+        gateway.sockets.drain()
         most_s = self._settings.gateway.drain_s
         if gateway.num_running:
             say(
@@ -182,6 +191,7 @@ class _Server:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(0.05):
                     await self._at_once.wait()
+        await gateway.turns.stop_all()  # while their engines are still there
 
     async def _end(self) -> None:
         """Unload all models; a second signal kills their processes."""

@@ -8,9 +8,8 @@ from typing import Protocol
 
 from llmkit.gateway.access.identity import Identity
 
-__all__ = ["ANONYMOUS", "OPEN_PATHS", "Authenticator", "Facts"]
+__all__ = ["ANONYMOUS", "Authenticator", "Facts", "is_open"]
 
-# These reveal only the version, the API, and whether a model is there.
 OPEN_PATHS = frozenset(
     {
         "/health",
@@ -24,6 +23,11 @@ OPEN_PATHS = frozenset(
     }
 )
 ANONYMOUS = Identity("anonymous", scopes=frozenset())  # only for open paths
+
+
+def is_open(path: str) -> bool:
+    """Whether a path reveals only the version, the API, and whether a model is there."""
+    return path in OPEN_PATHS or path.startswith("/assets/")
 
 
 @dataclass(frozen=True, slots=True)

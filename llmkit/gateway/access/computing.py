@@ -12,9 +12,19 @@ GENERATING = frozenset(
         "/v1/messages",
         "/api/chat",
         "/api/generate",
+        "/v1/sessions/{session_id}/messages",
+        "/completions",
+        "/chat/completions",
+        "/v1/generate",
+        "/api/generate/stream",
+        "/api/chat/stream",
+        "/api/completions",
+        "/api/completions/stream",
+        "/completion",
+        "/infill",
     }
 )
-VECTORS = frozenset({"/v1/embeddings", "/v1/rerank", "/api/embed", "/api/embeddings"})
+VECTORS = frozenset({"/v1/embeddings", "/v1/rerank", "/api/embed", "/api/embeddings", "/embedding"})
 ASKING = frozenset(
     {"/v1/messages/count_tokens", "/tokenize", "/detokenize", "/apply-template", "/api/show"}
 )

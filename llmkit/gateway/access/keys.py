@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from hmac import compare_digest
 
 from llmkit.errors import InvalidRequestError
-from llmkit.gateway.access.authenticator import ANONYMOUS, OPEN_PATHS, Facts
+from llmkit.gateway.access.authenticator import ANONYMOUS, Facts, is_open
 from llmkit.gateway.access.cors import Cors
 from llmkit.gateway.access.grants import Grant
 from llmkit.gateway.access.identity import SCOPES, Allowance, Identity
@@ -96,12 +96,12 @@ class Keys:
         if not self._is_closed:
             return self._keyless(facts)
         given = given_key(facts.headers)
-        if facts.path in OPEN_PATHS and not given:
+        if is_open(facts.path) and not given:
             return ANONYMOUS
         try:
             return self._holder(given, facts.address)
         except ApiError:
-            if facts.path in OPEN_PATHS:
+            if is_open(facts.path):
                 return ANONYMOUS
             raise
 

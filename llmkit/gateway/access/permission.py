@@ -15,15 +15,16 @@ from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from llmkit.errors import ModelNotFoundError
-from llmkit.gateway.access.authenticator import OPEN_PATHS
+from llmkit.gateway.access.authenticator import is_open
 from llmkit.gateway.failures import ApiError
 
 if TYPE_CHECKING:
+    from llmkit.gateway.access.identity import Identity
     from llmkit.gateway.exchange import Exchange
     from llmkit.gateway.pipeline import Stage
     from llmkit.gateway.reading import Admission
 
-__all__ = ["admitting", "may_use", "permitting"]
+__all__ = ["admitting", "may_use", "permitting", "seeing"]
 
 ALL = ("*",)
 _visible: ContextVar[tuple[tuple[str, ...], ...]] = ContextVar("visible", default=())
@@ -58,20 +59,27 @@ def permitting(everybody: Callable[[], Sequence[str]] = tuple) -> Stage:
     @contextlib.contextmanager
     def stage(exchange: Exchange) -> Iterator[None]:
         identity = exchange.identity
-        if exchange.path not in OPEN_PATHS:
+        if not is_open(exchange.path):
             _check(exchange.scope, identity.scopes)
-        globs = (identity.allowance.models, tuple(everybody()) or ALL)
-        lists = tuple(g for g in globs if g != ALL)
-        if not lists:
+        with seeing(identity, everybody):
             yield
-            return
-        token = _visible.set(lists)
-        try:
-            yield
-        finally:
-            _visible.reset(token)
 
     return stage
+
+
+@contextlib.contextmanager
+def seeing(identity: Identity, everybody: Callable[[], Sequence[str]] = tuple) -> Iterator[None]:
+    """Within it, this task sees the models that a caller may use; ``everybody`` as above."""
+    globs = (identity.allowance.models, tuple(everybody()) or ALL)
+    lists = tuple(g for g in globs if g != ALL)
+    if not lists:
+        yield
+        return
+    token = _visible.set(lists)
+    try:
+        yield
+    finally:
+        _visible.reset(token)
 
 
 def _check(needed: str, scopes: frozenset[str]) -> None:

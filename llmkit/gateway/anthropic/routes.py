@@ -9,6 +9,7 @@ from llmkit.chat.parsers.events import Call
 from llmkit.gateway.answers import Answer, count_tokens
 from llmkit.gateway.anthropic.blocks import BlockStream, content_blocks
 from llmkit.gateway.anthropic.schemas import CountBody, MessagesBody
+from llmkit.gateway.conversations.recall import recalled
 from llmkit.gateway.directory import EngineDirectory
 from llmkit.gateway.exchange import Exchange
 from llmkit.gateway.ids import new_id
@@ -36,6 +37,7 @@ class AnthropicRoutes:
         body = await exchange.read(MessagesBody)
         engine = self._directory.lookup(body.model, "generate")
         chat = body.chat(engine.description, exchange.ignore)
+        chat = await recalled(exchange, engine, chat, body.session_id)
         reply_id = new_id("msg", "_")
         head = {
             "id": reply_id,

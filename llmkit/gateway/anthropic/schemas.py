@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from llmkit.errors import InvalidRequestError
-from llmkit.gateway.bodies import Strict
+from llmkit.gateway.bodies import SessionId, Strict
 from llmkit.gateway.chats import Chat, Effort, NamedTool, ToolChoice, sampling_params
 from llmkit.gateway.tolerance import unnoticed
 from llmkit.protocol import Grammar, Message, ModelDescription, SamplingParams, Tool, ToolCall
@@ -246,6 +246,7 @@ class MessagesBody(CountBody):
     """POST /v1/messages"""
 
     max_tokens: Annotated[int, Field(ge=1)]
+    session_id: SessionId = None
     stop_sequences: list[str] | None = None
     stream: bool | None = None
     temperature: Annotated[float, Field(ge=0, le=1)] | None = None

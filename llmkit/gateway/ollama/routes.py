@@ -12,6 +12,7 @@ from llmkit.chat.parsers.events import Call
 from llmkit.errors import InvalidRequestError
 from llmkit.gateway.answers import Answer, AnswerUpdate
 from llmkit.gateway.chats import Chat
+from llmkit.gateway.conversations.recall import recalled
 from llmkit.gateway.directory import EngineDirectory
 from llmkit.gateway.exchange import Exchange
 from llmkit.gateway.ids import new_id
@@ -74,11 +75,12 @@ class OllamaRoutes:
             exchange.send_json(loaded_line(body.model, empty, ends=ends))
             return
         engine = self._engine(body.model)
+        chat = body.chat(engine.description, exchange.ignore)
         await self._answer(
             exchange,
             body,
             engine,
-            body.chat(engine.description, exchange.ignore),
+            await recalled(exchange, engine, chat, body.session_id),
             lambda fields: {"message": {"role": "assistant", "content": "", **fields}},
         )
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 
 from llmkit.errors import InvalidRequestError
-from llmkit.gateway.bodies import Strict
+from llmkit.gateway.bodies import SessionId, Strict
 from llmkit.gateway.chats import Chat, Effort, check_reasons, sampling_params
 from llmkit.gateway.ollama.durations import read_keep_alive
 from llmkit.gateway.tolerance import unnoticed
@@ -177,6 +177,7 @@ class ChatBody(GenerationBody):
     """POST /api/chat"""
 
     messages: list[OllamaMessage] = Field(default_factory=list)
+    session_id: SessionId = None
     tools: list[OllamaTool] | None = None
 
     @property

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
@@ -12,7 +12,7 @@ from llmkit.chat.parsers.events import Call, Content, Event, Reasoning
 from llmkit.chat.reading import AnswerReader
 from llmkit.chat.template import RESERVED
 from llmkit.errors import InvalidRequestError
-from llmkit.gateway.bodies import Strict
+from llmkit.gateway.bodies import SessionId, Strict
 from llmkit.gateway.chats import MAX_TOOLS, Chat, Effort, NamedTool, check_reasons
 from llmkit.gateway.openai.logprobs import chat_logprobs
 from llmkit.gateway.openai.objects import Head, ending, usage_object
@@ -124,6 +124,7 @@ class ChatRequest(GenerationFields):
     """POST /v1/chat/completions"""
 
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    session_id: SessionId = None
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
@@ -211,10 +212,15 @@ class ChatRequest(GenerationFields):
 
 
 class ChatChunks:
-    """The chunks of a streamed chat as JSON, with one reader per choice."""
+    """The chunks of a streamed chat as JSON, with one reader per choice; ``timings`` are added to
+    the last one."""
 
-    def __init__(self, readers: Sequence[AnswerReader]) -> None:
-        self._readers = readers
+    def __init__(
+        self,
+        readers: Sequence[AnswerReader],
+        timings: Callable[[Completion], Head] | None = None,
+    ) -> None:
+        self._readers, self._timings = readers, timings
         self._num_calls = [0] * len(readers)
         self._frames: dict[int, tuple[str, str]] = {}  # by choice, what stands round mere text
         self.usages: dict[int, Usage] = {}
@@ -245,6 +251,8 @@ class ChatChunks:
             chunks.append(
                 self._chunk(head, index, {}, finish_reason(completion, self._num_calls[index]))
             )
+            if self._timings is not None:
+                chunks[-1]["timings"] = self._timings(completion)
         return [json.dumps(chunk) for chunk in chunks]
 
     def first(self, head: Head, index: int) -> str:

@@ -98,6 +98,9 @@ def model_object(model_id: str, description: ModelDescription) -> dict[str, Any]
         "n_params": description.n_params,
         "n_vocab": description.n_vocab,
         "quantization": description.quantization,
+        "ftype": description.quantization,
+        "size": description.weights_bytes,
+        **({"n_embd": description.embedding_size} if description.embedding_size else {}),
     }
     return {
         "id": model_id,

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from llmkit.errors import InvalidRequestError
-from llmkit.gateway.bodies import Strict
+from llmkit.gateway.bodies import SessionId, Strict
 from llmkit.gateway.chats import Chat, Effort, NamedTool, sampling_params
 from llmkit.gateway.ids import new_id
 from llmkit.gateway.openai.items import InputItem, ItemReference
@@ -22,7 +22,7 @@ from llmkit.gateway.openai.schemas import Metadata
 from llmkit.gateway.tolerance import unnoticed
 from llmkit.protocol import Completion, Grammar, Message, ModelDescription, Tool, ToolCall
 
-__all__ = ["ResponsesBody", "finished", "input_items", "opened"]
+__all__ = ["ResponsesBody", "finished", "input_items", "opened", "referenced"]
 
 Item = dict[str, Any]
 CALLS = ("function_call", "custom_tool_call", "local_shell_call")
@@ -88,6 +88,7 @@ class ResponsesBody(Strict):
     stream_options: ResponseStreamOptions | None = None
     store: bool | None = None
     previous_response_id: str | None = None
+    session_id: SessionId = None
     tools: list[FunctionTool] | None = None
     tool_choice: Literal["none", "auto", "required"] | FunctionChoice | None = None
     parallel_tool_calls: bool | None = None
@@ -186,6 +187,13 @@ def input_items(body: ResponsesBody, find: Callable[[str], Item] = _not_stored) 
             ]
         items.append(data)
     return items
+
+
+def referenced(body: ResponsesBody) -> list[str]:
+    """The ids of the stored items that stand in the input, as often as they do."""
+    if isinstance(body.input, str):
+        return []
+    return [item.id for item in body.input if isinstance(item, ItemReference)]
 
 
 def _messages(items: list[Item]) -> Iterator[Message]:

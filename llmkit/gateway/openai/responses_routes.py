@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
-import json
+import logging
 from collections.abc import Callable
 from typing import Any
 
-from llmkit.errors import InvalidRequestError, LLMKitError
+from llmkit.errors import InvalidRequestError, LLMKitError, StoreError
 from llmkit.gateway.answers import Answer
+from llmkit.gateway.conversations.recall import recalled
 from llmkit.gateway.directory import EngineDirectory
 from llmkit.gateway.exchange import Exchange
-from llmkit.gateway.failures import ApiError
 from llmkit.gateway.ids import new_id
 from llmkit.gateway.openai.event_stream import EventStream, output_items
-from llmkit.gateway.openai.responses import ResponsesBody, finished, input_items, opened
-from llmkit.gateway.openai.stored import Kept, Store
+from llmkit.gateway.openai.responses import (
+    ResponsesBody,
+    finished,
+    input_items,
+    opened,
+    referenced,
+)
+from llmkit.gateway.openai.stored import Kept, Stored
 from llmkit.protocol import Completion
 from llmkit.protocol.client import EngineClient
 
 __all__ = ["ResponsesRoutes"]
+
+logger = logging.getLogger("llmkit.gateway")
 
 
 class Run:
@@ -40,48 +48,44 @@ class Run:
 class ResponsesRoutes:
     """`/v1/responses` over the engines of a directory.
 
-    Recent responses are kept in memory; only their callers can see them.
+    Recent responses are kept in the database; only their callers can see them.
     """
 
-    def __init__(
-        self,
-        directory: EngineDirectory,
-        on_use: Callable[[EngineClient], None],
-        store: Store | None = None,
-    ) -> None:
+    def __init__(self, directory: EngineDirectory, on_use: Callable[[EngineClient], None]) -> None:
         self._directory = directory
         self._on_use = on_use
-        self.store = store or Store()
         self._running: dict[str, Run] = {}
 
     async def create(self, exchange: Exchange) -> None:
         body = await exchange.read(ResponsesBody)
-        owner = exchange.identity.name
-        previous = (
-            None
-            if body.previous_response_id is None
-            else self._previous(owner, body.previous_response_id)
-        )
-        own_items = input_items(body, self.store.finder(owner))
+        owner, stored = exchange.identity.name, Stored(exchange)
+        previous = body.previous_response_id
+        if previous is not None and body.session_id is not None:
+            raise InvalidRequestError(
+                "session_id cannot be combined with previous_response_id.", "session_id"
+            )
+        before = [] if previous is None else await stored.history(previous)
+        known = await stored.items(referenced(body))
+        own_items = input_items(body, lambda item_id: dict(known[item_id]))
         engine = self._directory.lookup(body.model, "generate")
         response_id = new_id("resp", "_")
-        before = previous.history if previous is not None else []
         chat = body.chat([*before, *own_items], engine.description, exchange.ignore)
+        chat = await recalled(exchange, engine, chat, body.session_id)
         answer = Answer(engine, chat, response_id, exchange, self._on_use)
         run = Run(answer, opened(body, response_id, engine.description.name), owner)
-        kept = (
-            self.store.begin(owner, response_id, own_items, previous)
-            if body.store is not False
-            else None
-        )
+        kept = None
+        if body.store is not False and stored.is_on:
+            kept = Kept(response_id, own_items, previous, before)
+        elif body.store is not False:
+            run.response["store"] = False
         self._running[response_id] = run
         try:
             if body.stream:
-                await self._stream(exchange, run, kept)
+                await self._stream(exchange, run, kept, stored)
             else:
                 events, completion = await answer.whole()
                 run.become(finished(run.response, output_items(events, completion), completion))
-                self._keep(run, kept)
+                await self._keep(run, kept, stored)
                 exchange.send_json(run.response)
         except BaseException:
             run.become(
@@ -91,14 +95,16 @@ class ResponsesRoutes:
                     "error": {"code": "server_error", "message": "The request ended early."},
                 }
             )
-            if body.stream and exchange.streaming:
-                self._keep(run, kept)
+            if body.stream and exchange.streaming and exchange.turns is not None:
+                exchange.turns.finish(self._keep(run, kept, stored))
             raise
         finally:
             del self._running[response_id]
             answer.close()
 
-    async def _stream(self, exchange: Exchange, run: Run, kept: Kept | None) -> None:
+    async def _stream(
+        self, exchange: Exchange, run: Run, kept: Kept | None, stored: Stored
+    ) -> None:
         number = 0
 
         async def send(kind: str, **fields: Any) -> None:
@@ -109,7 +115,8 @@ class ResponsesRoutes:
         updates = run.answer.updates()
         update = await anext(updates)  # an error before the first byte keeps its HTTP status
         await exchange.start_events()
-        self._keep(run, kept)  # only now: a request that the engine refused is not kept
+        # Only now: a request that the engine refused is not kept.
+        await self._keep(run, kept, stored)
         await send("response.created", response=run.response)
         await send("response.in_progress", response=run.response)
         stream = EventStream()
@@ -139,51 +146,53 @@ class ResponsesRoutes:
             )
         if run.response["status"] == "cancelled":
             run.response = {**run.response, "output": stream.items}
-        self._keep(run, kept)
+        await self._keep(run, kept, stored)
         status = run.response["status"]
         await send(
             f"response.{'incomplete' if status == 'cancelled' else status}", response=run.response
         )
         exchange.end_events("")
 
-    def _keep(self, run: Run, kept: Kept | None) -> None:
-        """Store the response; one that is too large says that it was not stored."""
-        if kept is not None and not run.is_deleted and not self.store.add(kept, run.response):
+    @staticmethod
+    async def _keep(run: Run, kept: Kept | None, stored: Stored) -> None:
+        """Store the response; one that cannot be stored says so."""
+        if kept is None or run.is_deleted:
+            return
+        response = run.response
+        try:
+            is_kept = await stored.put(kept, response)
+        except StoreError as error:
+            logger.warning("the response %s could not be stored: %s", kept.response_id, error)
+            is_kept = False
+        if not is_kept:
             run.response = {**run.response, "store": False}
-
-    def _previous(self, owner: str, response_id: str) -> Kept:
-        kept = self.store.find(owner, response_id, "previous_response_id")
-        if kept.status not in ("completed", "incomplete"):
-            raise ApiError(
-                400,
-                f"The response {response_id!r} cannot be continued: its status is {kept.status}.",
-                param="previous_response_id",
-            )
-        return kept
 
     async def get(self, exchange: Exchange) -> None:
         for name in ("stream", "starting_after", "include"):
             if exchange.query(name):
                 raise InvalidRequestError(f"{name} is not supported for a stored response.", name)
-        exchange.send_bytes(self.store.find(exchange.identity.name, exchange.args[0]).response)
+        kept = await Stored(exchange).find(exchange.args[0])
+        exchange.send_bytes(kept.body)
 
     async def delete(self, exchange: Exchange) -> None:
-        self.store.remove(self.store.find(exchange.identity.name, exchange.args[0]))
-        if (run := self._running.get(exchange.args[0])) is not None:
+        response_id = exchange.args[0]
+        run = self._running.get(response_id)
+        if run is not None and run.owner == exchange.identity.name:
             run.is_deleted = True
-        exchange.send_json({"id": exchange.args[0], "object": "response", "deleted": True})
+        await Stored(exchange).delete(response_id)
+        exchange.send_json({"id": response_id, "object": "response", "deleted": True})
 
     async def cancel(self, exchange: Exchange) -> None:
         run = self._running.get(exchange.args[0])
         if run is None or run.owner != exchange.identity.name or run.is_over:
-            self.store.find(exchange.identity.name, exchange.args[0])
+            await Stored(exchange).find(exchange.args[0])
             raise InvalidRequestError("The response has already ended; it cannot be cancelled.")
         run.become({**run.response, "status": "cancelled"})
         run.answer.close()
         exchange.send_json(run.response)
 
     async def input_items(self, exchange: Exchange) -> None:
-        items = json.loads(self.store.find(exchange.identity.name, exchange.args[0]).input.data)
+        items = await Stored(exchange).input_items(exchange.args[0])
         order, after, limit = (
             exchange.query("order") or "desc",
             exchange.query("after"),

@@ -9,6 +9,7 @@ from typing import Any
 
 from llmkit.errors import EngineGoneError, ModelNotFoundError
 from llmkit.gateway.answers import read_all
+from llmkit.gateway.conversations.recall import recalled
 from llmkit.gateway.directory import EngineDirectory
 from llmkit.gateway.exchange import Exchange
 from llmkit.gateway.ids import new_id
@@ -22,11 +23,15 @@ from llmkit.protocol.client import EngineClient
 
 __all__ = ["OpenAIRoutes"]
 
+Timings = Callable[[Completion], dict[str, Any]]
+Shape = Callable[[dict[str, Any]], dict[str, Any]]
+
 
 class OpenAIRoutes:
     """Routes over the engines of a directory.
 
-    ``fingerprint`` goes into every reply; ``on_use`` is called with each engine in use.
+    ``fingerprint`` goes into every reply; ``on_use`` is called with each engine in use. ``timings``
+    says how fast an answer was, for callers that ask.
     """
 
     def __init__(
@@ -34,12 +39,18 @@ class OpenAIRoutes:
         directory: EngineDirectory,
         fingerprint: str,
         on_use: Callable[[EngineClient], None] = lambda _: None,
+        timings: Timings = lambda _: {},
     ) -> None:
         self._directory = directory
         self._fingerprint = fingerprint
         self._on_use = on_use
+        self._timings = timings
 
     async def list_models(self, exchange: Exchange) -> None:
+        exchange.send_json(self.listing())
+
+    def listing(self) -> dict[str, Any]:
+        """The models that the caller may use."""
         data = [
             objects.model_object(e.model_id, e.client.description)
             for e in self._directory.entries()
@@ -50,26 +61,27 @@ class OpenAIRoutes:
             for name, reason in self._directory.gone.items()
             if "@" not in name
         ]
-        exchange.send_json(
-            {"object": "list", "data": data, **({"unavailable": gone} if gone else {})}
-        )
+        return {"object": "list", "data": data, **({"unavailable": gone} if gone else {})}
 
     async def get_model(self, exchange: Exchange) -> None:
-        model = exchange.args[0]
+        exchange.send_json(self.model(exchange.args[0]))
+
+    def model(self, model: str) -> dict[str, Any]:
+        """One of the models. Raises `ModelNotFoundError`."""
         if model in self._directory.unloaded:
-            exchange.send_json(objects.unloaded_object(model))
-            return
+            return objects.unloaded_object(model)
         try:
             description = self._directory.lookup(model).description
         except EngineGoneError as error:  # on this route a missing model is always a 404
             raise ModelNotFoundError(str(error)) from error
-        exchange.send_json(objects.model_object(model, description))
+        return objects.model_object(model, description)
 
     async def chat_completions(self, exchange: Exchange) -> None:
         request = await exchange.read(ChatRequest)
         reply_id = new_id("chatcmpl")
         engine = self._engine(request.model)
         chat = request.chat(engine.description)
+        chat = await recalled(exchange, engine, chat, request.session_id)
         head = self._head(
             reply_id, "chat.completion.chunk" if request.stream else "chat.completion", engine
         )
@@ -78,22 +90,34 @@ class OpenAIRoutes:
             readers = [chat.reader(engine.description) for _ in streams]
             if not request.stream:
                 answers = await read_all(streams, readers, lambda: self._on_use(engine))
-                exchange.send_json(chat_object(head, answers, bool(request.logprobs)))
+                await chat.finished()
+                answer = chat_object(head, answers, bool(request.logprobs))
+                if request.timings_per_token:
+                    answer["timings"] = self._timings(answers[0][1])
+                exchange.send_json(answer)
                 return
             updates = merge(streams)
             update = await anext(updates)  # an error before the first byte keeps its HTTP status
             await self._start(exchange, head, request.include_usage)
-            chunks = ChatChunks(readers)
+            chunks = ChatChunks(readers, self._timings if request.timings_per_token else None)
             first = [chunks.first(head, i) for i in range(len(streams))]
             await exchange.send_text(as_events(first))
             await self._relay(
                 exchange, engine, head, update, updates, request.include_usage, 1, chunks
             )
+            await chat.finished()
+            exchange.end_events()
         finally:
             close_all(streams)
 
-    async def completions(self, exchange: Exchange) -> None:
-        request = await exchange.read(CompletionRequest)
+    async def completions(
+        self,
+        exchange: Exchange,
+        schema: type[CompletionRequest] = CompletionRequest,
+        shape: Shape = lambda sent: sent,
+    ) -> None:
+        """``shape`` makes of each object that is sent what callers of another route expect."""
+        request = await exchange.read(schema)
         reply_id = new_id("cmpl")
         engine = self._engine(request.model)
         head = self._head(reply_id, "text_completion", engine)
@@ -102,14 +126,18 @@ class OpenAIRoutes:
         try:
             if not request.stream:
                 done = await gather(streams, lambda: self._on_use(engine))
-                exchange.send_json(objects.completion_object(head, request, done))
+                answer = objects.completion_object(head, request, done)
+                if request.timings_per_token:
+                    answer["timings"] = self._timings(done[0])
+                exchange.send_json(shape(answer))
                 return
             updates = merge(streams)
             update = await anext(updates)
             await self._start(exchange, head, request.include_usage)
             if request.echo:
                 for i in range(len(streams)):
-                    await exchange.send_event(objects.text_chunk(head, i, request.echo_text(i)))
+                    echo = objects.text_chunk(head, i, request.echo_text(i))
+                    await exchange.send_event(shape(echo))
             await self._relay(
                 exchange,
                 engine,
@@ -118,8 +146,9 @@ class OpenAIRoutes:
                 updates,
                 request.include_usage,
                 num_prompts,
-                TextChunks(),
+                TextChunks(shape, self._timings if request.timings_per_token else None),
             )
+            exchange.end_events()
         finally:
             close_all(streams)
 
@@ -178,7 +207,6 @@ class OpenAIRoutes:
             )
             await exchange.send_event({**head, "choices": [], "usage": usage})
         self._on_use(engine)
-        exchange.end_events()
 
 
 def as_events(chunks: Sequence[str]) -> str:
@@ -186,9 +214,13 @@ def as_events(chunks: Sequence[str]) -> str:
 
 
 class TextChunks:
-    """The chunks of streamed completions as JSON; keeps the text offset of each choice."""
+    """The chunks of streamed completions as JSON; keeps the text offset of each choice.
 
-    def __init__(self) -> None:
+    ``timings`` are added to the last one of each.
+    """
+
+    def __init__(self, shape: Shape, timings: Timings | None) -> None:
+        self._shape, self._timings = shape, timings
         self._offsets: dict[int, Offsets] = {}
         self.usages: dict[int, Usage] = {}
 
@@ -211,4 +243,6 @@ class TextChunks:
         if completion is not None:
             chunks.append(objects.text_chunk(head, index, "", completion.finish_reason))
             self.usages[index] = completion.usage
-        return [json.dumps(chunk) for chunk in chunks]
+            if self._timings is not None:
+                chunks[-1]["timings"] = self._timings(completion)
+        return [json.dumps(self._shape(chunk)) for chunk in chunks]

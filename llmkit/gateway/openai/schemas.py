@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from functools import cached_property
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -21,7 +21,6 @@ from llmkit.protocol import Completion, GenerationRequest, Grammar, SamplingPara
 
 __all__ = ["MAX_TOP_LOGPROBS", "CompletionRequest", "GenerationFields", "Ignored", "Metadata"]
 
-LEGACY_MAX_TOKENS = 16
 MAX_CHOICES = 128
 MAX_PROMPTS = 512
 MAX_SCORED = 4_000_000  # length of the echoed prompts times log-probabilities per token
@@ -81,6 +80,7 @@ class GenerationFields(Ignored):
     model: str = "default"
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    timings_per_token: bool | None = None  # llama-server's: how fast the answer was
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
     max_tokens: int | None = None
     temperature: float | None = None
@@ -217,6 +217,8 @@ def _logit_bias(bias: dict[str, float] | None) -> tuple[tuple[int, float], ...] 
 class CompletionRequest(GenerationFields):
     """POST /v1/completions"""
 
+    default_max_tokens: ClassVar[int] = 16
+
     prompt: str | list[str] | TokenIds | list[TokenIds]
     suffix: str | None = None
     echo: bool | None = None
@@ -265,7 +267,7 @@ class CompletionRequest(GenerationFields):
                 "echo: too much text to score; send fewer prompts or lower logprobs.",
                 "echo",
             )
-        limit = LEGACY_MAX_TOKENS if self.max_tokens is None else self.max_tokens
+        limit = self.default_max_tokens if self.max_tokens is None else self.max_tokens
         sampling = self.sampling(limit)
         return [
             GenerationRequest(

@@ -1,183 +1,126 @@
-"""Stored responses: each belongs to its caller; all are bounded by their real size in bytes.
+"""Stored responses, as the routes of a caller see them. Tornado loop only.
 
-Tornado loop only. Turns of a conversation share its beginning: each response holds the JSON of its
-own items, and references to that of the responses it continues.
+They are in the database of sessions; its calls run on threads.
 """
 
 from __future__ import annotations
 
 import json
-from collections import OrderedDict
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from typing import Any
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
+from llmkit.errors import NotFoundError
+from llmkit.gateway.exchange import Exchange
 from llmkit.gateway.failures import ApiError
 
-__all__ = ["Kept", "Store"]
+if TYPE_CHECKING:
+    from llmkit.store.responses import StoredResponse
 
-MAX_KEPT, MAX_KEPT_BYTES, MAX_OWNER_BYTES, MAX_RESPONSE_BYTES = 1000, 64 << 20, 16 << 20, 1 << 20
-MAX_REFERENCES = 1024  # in one request
+__all__ = ["Kept", "Stored"]
+
+MAX_REFERENCED_BYTES, MAX_REFERENCES = 16 << 20, 1024  # in one request
 Item = dict[str, Any]
 
 
-@dataclass(slots=True, eq=False)
-class Segment:
-    """The items of one response as JSON; ``holders`` counts the kept responses that refer to it."""
-
-    data: bytes = b"[]"
-    holders: int = 0
-
-
-@dataclass(slots=True, eq=False)
+@dataclass(frozen=True, slots=True)
 class Kept:
-    """A stored response, which can be retrieved and continued."""
+    """A response that is to be stored: what it is asked with, and what it continues."""
 
-    owner: str
     response_id: str
-    status: str
-    before: tuple[Segment, ...]
-    response: bytes = b""
-    input: Segment = field(default_factory=Segment)
-    output: Segment = field(default_factory=Segment)
+    items: list[Item]
+    previous_id: str | None
+    before: list[Item]
+
+
+class Stored:
+    """The stored responses of a request's caller. Raises `ApiError` where none are kept."""
+
+    def __init__(self, exchange: Exchange) -> None:
+        assert exchange.turns is not None
+        self._turns, self._owner = exchange.turns, exchange.identity.name
 
     @property
-    def segments(self) -> tuple[Segment, ...]:
-        return (*self.before, self.input, self.output)
+    def is_on(self) -> bool:
+        """Whether responses are kept here."""
+        return self._turns.is_on
 
-    @property
-    def history(self) -> list[Item]:
-        """All items of the conversation."""
-        return [item for segment in self.segments for item in json.loads(segment.data)]
+    async def find(self, response_id: str) -> StoredResponse:
+        """Raises `NotFoundError` if it does not exist or, indistinguishably, is somebody else's."""
+        owner = self._owner
+        return await self._turns.shelf.responses(owner, lambda s: s.find(owner, response_id))
 
+    async def history(self, response_id: str) -> list[Item]:
+        """All items of the conversation that a response ends, to be continued.
 
-class Store:
-    """The most recent responses, in memory."""
-
-    def __init__(self) -> None:
-        self._kept: OrderedDict[str, Kept] = OrderedDict()
-        self._bytes: dict[str, int] = {}  # by owner
-
-    def __len__(self) -> int:
-        return len(self._kept)
-
-    def __iter__(self) -> Iterator[Kept]:
-        return iter(self._kept.values())
-
-    @property
-    def num_bytes(self) -> int:
-        return sum(self._bytes.values())
-
-    def find(self, owner: str, response_id: str, param: str | None = None) -> Kept:
-        """Raises `ApiError` if it does not exist or, indistinguishably, is somebody else's."""
-        kept = self._kept.get(response_id)
-        if kept is not None and kept.owner == owner:
-            self._kept.move_to_end(response_id)
-            return kept
-        if param is not None:
+        Raises `ApiError` unless it is there and over.
+        """
+        owner = self._owner
+        try:
+            kept = await self.find(response_id)
+            if kept.status not in ("completed", "incomplete"):
+                raise ApiError(
+                    400,
+                    f"The response {response_id!r:.100} cannot be continued: its status is "
+                    f"{kept.status}.",
+                    param="previous_response_id",
+                )
+            return await self._turns.shelf.responses(owner, lambda s: s.history(owner, response_id))
+        except NotFoundError:
             raise ApiError(
                 400,
                 f"There is no stored response {response_id!r:.100}.",
-                param=param,
+                param="previous_response_id",
                 code="previous_response_not_found",
-            )
-        raise ApiError(
-            404,
-            f"There is no stored response {response_id!r:.100}: it was never stored, was deleted, "
-            "or the server has been restarted.",
-            code="not_found",
-        )
+            ) from None
 
-    def finder(self, owner: str) -> Callable[[str], Item]:
-        """A lookup of stored items by id, for one request. The lookup raises `ApiError`.
+    async def items(self, ids: Sequence[str]) -> dict[str, Item]:
+        """Stored items by id, for the references of one request.
 
-        Each segment is parsed once. Referenced items are bounded as if they had been sent.
+        They are bounded as if they had been sent. Raises `ApiError`.
         """
-        segments = (
-            segment
-            for kept in reversed(self._kept.values())
-            if kept.owner == owner
-            for segment in (kept.output, kept.input)
-        )
-        known: dict[str, tuple[Item, int]] = {}
-        count = size = 0
+        if not ids:
+            return {}
+        owner, counts = self._owner, Counter(ids)
+        if len(ids) > MAX_REFERENCES:
+            raise _too_much()
+        try:
+            found = await self._turns.shelf.responses(
+                owner, lambda s: s.find_items(owner, set(counts))
+            )
+        except NotFoundError as error:
+            raise ApiError(404, str(error), param="input", code="not_found") from None
+        size = sum(len(json.dumps(item)) * counts[key] for key, item in found.items())
+        if size > MAX_REFERENCED_BYTES:
+            raise _too_much()
+        return found
 
-        def find(item_id: str) -> Item:
-            nonlocal count, size
-            while item_id not in known:
-                segment = next(segments, None)
-                if segment is None:
-                    raise ApiError(
-                        404,
-                        f"There is no item {item_id!r:.100}: its response was never stored, was "
-                        "deleted, or the server has been restarted.",
-                        param="input",
-                        code="not_found",
-                    )
-                for item in json.loads(segment.data):
-                    known.setdefault(item.get("id"), (item, len(json.dumps(item))))
-            item, length = known[item_id]
-            count, size = count + 1, size + length
-            if count > MAX_REFERENCES or size > MAX_OWNER_BYTES:
-                raise ApiError(
-                    400,
-                    f"The input references too much; the limit is {MAX_REFERENCES} items and "
-                    f"{MAX_OWNER_BYTES >> 20} MiB.",
-                    param="input",
-                )
-            return dict(item)
+    async def input_items(self, response_id: str) -> list[Item]:
+        """What a response was asked with."""
+        owner = self._owner
+        return await self._turns.shelf.responses(owner, lambda s: s.input_items(owner, response_id))
 
-        return find
-
-    def begin(self, owner: str, response_id: str, items: list[Item], previous: Kept | None) -> Kept:
-        """The entry for a new response; `add` it once the response may be kept."""
-        return Kept(
-            owner,
-            response_id,
-            "in_progress",
-            previous.segments if previous is not None else (),
-            input=Segment(json.dumps(items).encode()),
-        )
-
-    def add(self, kept: Kept, response: dict[str, Any]) -> bool:
+    async def put(self, kept: Kept, response: dict[str, Any]) -> bool:
         """Keep a response, or its latest state. False if it is too large."""
-        self.remove(kept)
-        kept.status = response["status"]
-        kept.response = json.dumps(response).encode()
-        kept.output = Segment(json.dumps(response["output"]).encode())
-        if len(kept.response) + len(kept.input.data) > MAX_RESPONSE_BYTES:
-            return False
-        for segment in kept.segments:
-            if not segment.holders:
-                self._count(kept.owner, len(segment.data))
-            segment.holders += 1
-        self._count(kept.owner, len(kept.response))
-        self._kept[kept.response_id] = kept
-        self._make_room(kept)
-        return kept.response_id in self._kept
+        owner = self._owner
+        return await self._turns.shelf.responses(
+            owner,
+            lambda s: s.put(
+                owner, kept.response_id, response, kept.items, kept.previous_id, kept.before
+            ),
+        )
 
-    def _make_room(self, newest: Kept) -> None:
-        while self._bytes.get(newest.owner, 0) > MAX_OWNER_BYTES:
-            self.remove(next(k for k in self._kept.values() if k.owner == newest.owner))
-        while len(self._kept) > MAX_KEPT or (
-            self.num_bytes > MAX_KEPT_BYTES and len(self._kept) > 1
-        ):
-            self.remove(next(iter(self._kept.values())))
-
-    def remove(self, kept: Kept) -> None:
+    async def delete(self, response_id: str) -> None:
         """Forget a response; the ones that continue it keep its items."""
-        if self._kept.get(kept.response_id) is not kept:
-            return
-        del self._kept[kept.response_id]
-        self._count(kept.owner, -len(kept.response))
-        for segment in kept.segments:
-            segment.holders -= 1
-            if not segment.holders:
-                self._count(kept.owner, -len(segment.data))
+        owner = self._owner
+        await self._turns.shelf.responses(owner, lambda s: s.delete(owner, response_id))
 
-    def _count(self, owner: str, size: int) -> None:
-        total = self._bytes.get(owner, 0) + size
-        if total:
-            self._bytes[owner] = total
-        else:
-            self._bytes.pop(owner, None)
+
+def _too_much() -> ApiError:
+    return ApiError(
+        400,
+        f"The input references too much; the limit is {MAX_REFERENCES} items and "
+        f"{MAX_REFERENCED_BYTES >> 20} MiB.",
+        param="input",
+    )

@@ -17,16 +17,25 @@ from llmkit.gateway.ops.openapi import Route
 if TYPE_CHECKING:
     from llmkit.workers.place import ModelStatus
 
-__all__ = ["PATHS", "QUIET", "HealthRoutes"]
+__all__ = ["PATHS", "HealthRoutes", "is_quiet"]
 
 PATHS = ("/health", "/v1/health", "/health/live", "/health/ready", "/readiness")
-# Asked for all the time by those who look: logged at the level "debug", neither traced nor shown.
-QUIET = frozenset((*PATHS, "/", "/metrics", "/status", "/docs", "/swagger-ui", "/openapi.json"))
+QUIET = frozenset(
+    (*PATHS, "/", "/chat", "/metrics", "/status", "/docs", "/swagger-ui", "/openapi.json")
+)
 REASONS = {
     "draining": "The server is shutting down.",
     "loading": "A model is being loaded.",
     "unavailable": "No model is loaded.",
 }
+
+
+def is_quiet(path: str) -> bool:
+    """Whether it is asked for all the time by those who look.
+
+    That is logged at the level "debug", and neither traced nor shown.
+    """
+    return path in QUIET or path.startswith("/assets/")
 
 
 class HealthRoutes:
@@ -45,7 +54,7 @@ class HealthRoutes:
 
     def routes(self) -> list[Route]:
         return [
-            Route("GET", "/health", self.health, "Whether a model is loaded", also=("/v1/health",)),
+            Route("GET", "/health", self.health, "Whether a model is loaded"),
             Route("GET", "/health/live", self.live, "Whether the server answers"),
             Route(
                 "GET",

@@ -25,7 +25,7 @@ from typing import Any
 from llmkit.gateway import record
 from llmkit.gateway.exchange import Exchange
 from llmkit.gateway.ops.after import after
-from llmkit.gateway.ops.health import QUIET
+from llmkit.gateway.ops.health import is_quiet
 from llmkit.gateway.pipeline import Observer
 from llmkit.system.text import printable
 
@@ -275,7 +275,7 @@ def note_access(exchange: Exchange) -> None:
         logging.WARNING
         if kept.status >= 500
         else logging.DEBUG
-        if exchange.path in QUIET
+        if is_quiet(exchange.path)
         else logging.INFO
     )
     if not access.isEnabledFor(level):

@@ -52,12 +52,38 @@ ANTHROPIC_ERROR = {
         "request_id": {"type": "string"},
     },
 }
+LLAMA_SERVER_ERROR = {
+    "type": "object",
+    "required": ["error"],
+    "properties": {
+        "error": {
+            "type": "object",
+            "required": ["code", "message", "type"],
+            "properties": {
+                "code": {"type": "integer"},
+                "message": {"type": "string"},
+                "type": {"type": "string"},
+            },
+        }
+    },
+}
+LLMS_ERROR = {
+    "type": "object",
+    "required": ["error", "code"],
+    "properties": {"error": {"type": "string"}, "code": {"type": "string"}},
+}
 OLLAMA_ERROR = {
     "type": "object",
     "required": ["error"],
     "properties": {"error": {"type": "string"}},
 }
-ERRORS = {"openai": "Error", "anthropic": "AnthropicError", "ollama": "OllamaError"}
+ERRORS = {
+    "openai": "Error",
+    "anthropic": "AnthropicError",
+    "ollama": "OllamaError",
+    "llama-server": "LlamaServerError",
+    "llms": "LlmsError",
+}
 
 
 @dataclass(frozen=True)
@@ -65,8 +91,10 @@ class Route:
     """A method and a path, and what runs for it.
 
     ``path`` has parameters in braces; only ``{name+}`` matches slashes. ``also`` are further paths,
-    ``body`` is the schema of the request, ``tag`` the dialect. ``scope`` is what callers need; by
+    ``body`` is the schema of the request (or ``or_body``, another dialect's), ``tag`` the dialect.
+    ``scope`` is what callers need; by
     default ``admin`` below /admin, else ``inference`` for what computes and nothing for a look.
+    What ``relays`` only passes on what an exchange of its own, which passes the stages, comes to.
     """
 
     method: str
@@ -75,8 +103,10 @@ class Route:
     summary: str
     tag: str = "llmkit"
     body: type[BaseModel] | None = None
+    or_body: type[BaseModel] | None = None
     also: tuple[str, ...] = ()
     scope: str | None = None
+    relays: bool = False
 
     @property
     def needs(self) -> str:
@@ -102,7 +132,8 @@ class Route:
 
 def describe(routes: Sequence[Route]) -> dict[str, Any]:
     """The OpenAPI document."""
-    bodies = list(dict.fromkeys(route.body for route in routes if route.body is not None))
+    every = [body for route in routes for body in (route.body, route.or_body)]
+    bodies = list(dict.fromkeys(body for body in every if body is not None))
     _, shared = models_json_schema(
         [(body, "validation") for body in bodies], ref_template="#/components/schemas/{model}"
     )
@@ -138,7 +169,10 @@ def describe(routes: Sequence[Route]) -> dict[str, Any]:
                 for name in names
             ]
         if route.body is not None:
-            schema = {"$ref": f"#/components/schemas/{route.body.__name__}"}
+            schema: dict[str, Any] = {"$ref": f"#/components/schemas/{route.body.__name__}"}
+            if route.or_body is not None:
+                other = {"$ref": f"#/components/schemas/{route.or_body.__name__}"}
+                schema = {"anyOf": [schema, other]}
             operation["requestBody"] = {
                 "required": True,
                 "content": {"application/json": {"schema": schema}},
@@ -159,6 +193,8 @@ def describe(routes: Sequence[Route]) -> dict[str, Any]:
                 "Error": ERROR,
                 "AnthropicError": ANTHROPIC_ERROR,
                 "OllamaError": OLLAMA_ERROR,
+                "LlamaServerError": LLAMA_SERVER_ERROR,
+                "LlmsError": LLMS_ERROR,
             },
             "securitySchemes": {
                 "key": {"type": "http", "scheme": "bearer"},

@@ -1,4 +1,4 @@
-"""The state of the gateway: a page at the root of the mount, and the same as JSON.
+"""The state of the gateway as JSON, and as the part of the page that shows it.
 
 Tornado loop only. Shows only what the gateway knows anyway; it asks no engine.
 """
@@ -6,7 +6,6 @@ Tornado loop only. Shows only what the gateway knows anyway; it asks no engine.
 from __future__ import annotations
 
 import contextlib
-import secrets
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Sequence
@@ -19,14 +18,14 @@ from llmkit.gateway.access.identity import ADMIN
 from llmkit.gateway.access.permission import may_use
 from llmkit.gateway.directory import EngineDirectory, Entry
 from llmkit.gateway.exchange import Exchange
-from llmkit.gateway.ops.health import QUIET
-from llmkit.gateway.web import status_page, status_part
+from llmkit.gateway.ops.health import is_quiet
+from llmkit.gateway.web import status_part
 from llmkit.version import __version__
 
 if TYPE_CHECKING:
     from llmkit.workers.place import ModelStatus
 
-__all__ = ["StatusRoutes", "send_page"]
+__all__ = ["StatusRoutes"]
 
 MAX_CALLERS, MAX_SHOWN, MAX_GONE = 200, 50, 20
 
@@ -43,8 +42,9 @@ class Running:
 class StatusRoutes:
     """Models, memory and requests of a gateway.
 
-    ``places`` gives notebooks by kernel id, ``offered`` the models of a `ModelManager`. Callers
-    without the scope ``admin`` see the requests of nobody else.
+    ``places`` gives notebooks by kernel id, ``offered`` the models of a `ModelManager`, ``actions``
+    the paths of what administrators may do. Callers without the scope ``admin`` see these not, nor
+    the requests of anybody else.
     """
 
     def __init__(
@@ -52,8 +52,10 @@ class StatusRoutes:
         directory: EngineDirectory,
         places: Callable[[], Awaitable[dict[str, str]]] | None = None,
         offered: Callable[[], Sequence[ModelStatus]] = tuple,
+        actions: Callable[[], Sequence[str]] = tuple,
     ) -> None:
         self._directory, self._places, self._offered = directory, places, offered
+        self._actions = actions
         self._running: dict[int, Running] = {}
         self._callers: Counter[str] = Counter()
         self._started = time.time()
@@ -65,7 +67,7 @@ class StatusRoutes:
     @contextlib.contextmanager
     def watching(self, exchange: Exchange) -> Iterator[None]:
         """Counts a request while it runs."""
-        if exchange.path in QUIET:
+        if is_quiet(exchange.path):
             yield
             return
         if exchange.caller in self._callers or len(self._callers) < MAX_CALLERS:
@@ -78,7 +80,9 @@ class StatusRoutes:
         finally:
             del self._running[id(exchange)]
 
-    async def _state(self, exchange: Exchange) -> dict[str, Any]:
+    async def state(self, exchange: Exchange) -> dict[str, Any]:
+        """Models, requests and callers that this caller may see."""
+
         def is_seen(caller: str) -> bool:
             return ADMIN in exchange.identity.scopes or caller == exchange.caller
 
@@ -89,6 +93,7 @@ class StatusRoutes:
             "up_s": round(time.time() - self._started, 1),
             "models": [self._model(entry, places) for entry in self._directory.entries()],
             "offered": [asdict(each) for each in self._offered() if may_use(each.name)],
+            "actions": list(self._actions()) if ADMIN in exchange.identity.scopes else [],
             "gone": [
                 {"id": name, "reason": reason}
                 for name, reason in self._directory.gone.items()
@@ -117,6 +122,7 @@ class StatusRoutes:
             "id": entry.model_id,
             "quantization": model.quantization,
             "device": model.device,
+            "generates": not (model.embedding_size or model.ranks),
             "gpus": model.gpu_bytes,
             "n_ctx": model.n_ctx,
             "kernel": origin.kernel_id,
@@ -136,26 +142,11 @@ class StatusRoutes:
         }
 
     async def status(self, exchange: Exchange) -> None:
-        state = await self._state(exchange)
+        state = await self.state(exchange)
         if exchange.query("part"):
             exchange.send_page(fragment(state))
         else:
             exchange.send_json(state)
-
-    async def page(self, exchange: Exchange) -> None:
-        send_page(exchange, await self._state(exchange))
-
-
-def send_page(exchange: Exchange, state: dict[str, Any] | None) -> None:
-    """The page with the state; with None, a 401 whose page asks for the key, then fetches it."""
-    nonce = secrets.token_urlsafe(16)
-    base = "" if exchange.path_ends_with_slash else "llmkit/"
-    exchange.send_page(
-        status_page(state, base=base, nonce=nonce),
-        nonce,
-        401 if state is None else 200,
-        {"WWW-Authenticate": "Bearer"} if state is None else None,
-    )
 
 
 def fragment(state: dict[str, Any]) -> str:

@@ -17,7 +17,7 @@ from llmkit.models.download import Downloaded
 __all__ = ["StorageRoutes"]
 
 
-class PullBody(Strict):
+class DownloadBody(Strict):
     """A model of the Hub: ``org/repo:file.gguf``, ``org/repo:Q4_K_M`` or ``org/repo``."""
 
     uses_model: ClassVar[bool] = False
@@ -35,7 +35,9 @@ class StorageRoutes:
     def routes(self) -> list[Route]:
         return [
             Route("GET", "/admin/storage", self.list, "The models on disk", "Admin"),
-            Route("POST", "/admin/storage/pull", self.pull, "Download a model", "Admin", PullBody),
+            Route(
+                "POST", "/admin/storage/pull", self.pull, "Download a model", "Admin", DownloadBody
+            ),
             Route("DELETE", "/admin/storage/{id+}", self.remove, "Delete a model", "Admin"),
         ]
 
@@ -45,7 +47,7 @@ class StorageRoutes:
 
     async def pull(self, exchange: Exchange) -> None:
         """Progress as events, then what was downloaded; without ``stream`` only that."""
-        body = await exchange.read(PullBody)
+        body = await exchange.read(DownloadBody)
         updates = self._storage.pull(body.model)
         try:
             update = await anext(updates)  # an error before the first byte keeps its status

@@ -22,7 +22,7 @@ from opentelemetry.trace import SpanContext, SpanKind, Status, StatusCode, Trace
 
 from llmkit.gateway.exchange import Exchange
 from llmkit.gateway.ops.after import after
-from llmkit.gateway.ops.health import QUIET
+from llmkit.gateway.ops.health import is_quiet
 from llmkit.gateway.ops.otlp import Export
 from llmkit.gateway.ops.series import Names
 from llmkit.gateway.pipeline import Observer
@@ -86,7 +86,7 @@ class Tracer:
 
     def note(self, exchange: Exchange) -> None:
         """Trace a request that has ended."""
-        if exchange.path in QUIET:
+        if is_quiet(exchange.path):
             return
         end, end_ns = time.monotonic(), time.time_ns()
         if exchange.record.operation:

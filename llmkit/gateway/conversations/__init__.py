@@ -1,0 +1,3 @@
+"""Conversations kept by the gateway: turns, their events, and the routes of sessions."""
+
+__all__: list[str] = []

@@ -1,0 +1,174 @@
+"""One reply on its way into the store: checkpoints while it is written, then all of it.
+
+Tornado loop only.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from llmkit.chat.parsers.events import Call, Content, Event, Reasoning
+from llmkit.errors import StoreError
+from llmkit.gateway.conversations.objects import message_object
+from llmkit.gateway.conversations.shelf import Shelf
+from llmkit.gateway.failures import ApiError
+from llmkit.protocol import Completion, FinishReason, ToolCall
+from llmkit.store.conversation_records import NewMessage, Status, StoredMessage
+
+if TYPE_CHECKING:
+    from llmkit.store.conversations import ConversationStore
+
+__all__ = ["Keeping"]
+
+logger = logging.getLogger("llmkit.gateway")
+
+CHECKPOINT_S = 1.0
+RETRIES_S = (0.2, 1.0, 3.0)  # for the end of a reply, when the database is in trouble
+REFUSALS = (400, 413, 429)  # of an engine: the question was not taken
+
+
+class Keeping:
+    """Stores a running ``reply``.
+
+    ``take`` its events, give its ``completion``, and ``end``. ``prefix`` is the beginning that its
+    caller gave. ``pruned`` says what was left out of its prompt.
+    """
+
+    def __init__(
+        self,
+        shelf: Shelf,
+        reply: StoredMessage,
+        *,
+        prefix: str = "",
+        pruned: dict[str, Any] | None = None,
+    ) -> None:
+        self._shelf, self.reply = shelf, reply
+        self._pruned = pruned
+        self._text, self._reasoning = [prefix] if prefix else [], [""]
+        self._calls: list[ToolCall] = []
+        self._prefix = prefix
+        self.size = len(prefix)
+        self.completion: Completion | None = None
+        self.is_over = False
+        self._timer: asyncio.TimerHandle | None = None
+
+    @property
+    def shown(self) -> dict[str, Any]:
+        """The reply as an object."""
+        return message_object(self.reply)
+
+    @property
+    def is_empty(self) -> bool:
+        return self.size == len(self._prefix) and not self._calls
+
+    def take(self, events: Sequence[Event]) -> None:
+        """More of the reply."""
+        for event in events:
+            match event:
+                case Content(text):
+                    self._text.append(text)
+                    self.size += len(text)
+                case Reasoning(text):
+                    self._reasoning.append(text)
+                    self.size += len(text)
+                case Call():
+                    self._calls.append(ToolCall(event.call_id, event.name, event.arguments))
+                    self.size += len(event.arguments)
+        if self._timer is None and events:
+            loop = asyncio.get_running_loop()
+            self._timer = loop.call_later(CHECKPOINT_S, self._checkpoint)
+
+    def _checkpoint(self) -> None:
+        if self.is_over:
+            return
+        self._text, self._reasoning = ["".join(self._text)], ["".join(self._reasoning)]
+        text, thoughts = self._text[0], self._reasoning[0] or None
+        ids = self.reply.conversation_id, self.reply.id
+        call = self._shelf.call(self._lane, lambda s: s.update_reply(*ids, text, thoughts))
+        call.add_done_callback(self._checkpointed)
+
+    def _checkpointed(self, call: asyncio.Future[None]) -> None:
+        self._timer = None
+        if not call.cancelled() and (error := call.exception()) is not None:
+            logger.warning("an answer could not be stored meanwhile: %s", error)
+
+    @property
+    def _lane(self) -> str:
+        return self.reply.conversation_id
+
+    async def end(self, failure: ApiError | None = None) -> None:
+        """Store the whole reply; without a completion as partial.
+
+        A question that the engine refused is taken back. Raises what the store raises.
+        """
+        if self.is_over:
+            return
+        self.is_over = True
+        if self._timer is not None:
+            self._timer.cancel()
+        ids = self.reply.conversation_id, self.reply.id
+        if failure is not None and failure.status in REFUSALS and self.is_empty:
+            await self._surely(lambda store: store.cancel_turn(*ids))
+            return
+        done = self.completion
+        status: Status = "partial" if done is None else "complete"
+        reason = self._reason(failure)
+        message = NewMessage(
+            "assistant",
+            "".join(self._text),
+            reasoning="".join(self._reasoning) or None,
+            tool_calls=tuple(self._calls),
+            model=self.reply.model,
+        )
+        usage = self._usage
+        self.reply = self.reply.copied(  # so that it is shown even if it cannot be stored
+            content=message.content,
+            reasoning=message.reasoning,
+            tool_calls=message.tool_calls,
+            status="partial",
+            finish_reason=reason,
+            usage=usage,
+        )
+        self.reply = await self._surely(
+            lambda store: store.end_reply(
+                *ids, message, status=status, finish_reason=reason, usage=usage
+            )
+        )
+
+    async def _surely(self, run: Callable[[ConversationStore], Any]) -> Any:
+        """Run it on a thread, again if the database is in trouble."""
+        for wait in (*RETRIES_S, None):
+            try:
+                result, _ = await self._shelf.finish(self._lane, run)
+                return result
+            except StoreError:
+                if wait is None:
+                    raise
+                await asyncio.sleep(wait)
+
+    def _reason(self, failure: ApiError | None) -> str:
+        done = self.completion
+        if done is None:
+            return (FinishReason.ABORT if failure is None else FinishReason.ERROR).value
+        if self._calls and done.finish_reason is FinishReason.STOP:
+            return FinishReason.TOOL_CALLS.value
+        return done.finish_reason.value
+
+    @property
+    def _usage(self) -> dict[str, Any] | None:
+        done = self.completion
+        pruned = {} if self._pruned is None else {"pruned": self._pruned}
+        if done is None:
+            return pruned or None
+        usage, speed = done.usage, done.decode_tok_s
+        return {
+            "prompt_tokens": usage.prompt_tokens,
+            "completion_tokens": usage.completion_tokens,
+            "cached_tokens": usage.cached_tokens,
+            "reasoning_tokens": usage.reasoning_tokens,
+            "tokens_per_s": round(speed, 2) if speed == speed else None,
+            **pruned,
+        }

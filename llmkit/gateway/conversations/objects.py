@@ -1,0 +1,74 @@
+"""Sessions and messages as JSON objects. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from llmkit.store.conversation_records import StoredConversation, StoredMessage
+
+__all__ = ["message_object", "session_object", "with_relatives"]
+
+Object = dict[str, Any]
+
+
+def session_object(session: StoredConversation, running: Sequence[str] = ()) -> Object:
+    """``running`` are the ids of its turns under way."""
+    return {
+        "id": session.id,
+        "object": "session",
+        "title": session.title,
+        "model": session.model,
+        "settings": session.settings,
+        "pruning": session.pruning,
+        "head": session.head,
+        "version": session.version,
+        "created_at": int(session.created_at),
+        "updated_at": int(session.updated_at),
+        "num_messages": session.num_messages,
+        "expires_at": None if session.expires_at is None else int(session.expires_at),
+        "running": list(running),
+    }
+
+
+def message_object(message: StoredMessage) -> Object:
+    calls = [
+        {
+            "id": call.call_id,
+            "type": "function",
+            "function": {"name": call.name, "arguments": call.arguments},
+        }
+        for call in message.tool_calls
+    ]
+    return {
+        "id": message.id,
+        "object": "session.message",
+        "session": message.conversation_id,
+        "parent": message.parent_id,
+        "role": message.role,
+        "content": message.content,
+        "reasoning": message.reasoning,
+        "tool_calls": calls,
+        "tool_call_id": message.tool_call_id,
+        "name": message.name,
+        "status": message.status,
+        "finish_reason": message.finish_reason,
+        "model": message.model,
+        "usage": message.usage,
+        "created_at": int(message.created_at),
+    }
+
+
+def with_relatives(messages: Sequence[StoredMessage]) -> list[Object]:
+    """All messages of a tree, each with its ``children`` and ``siblings`` (itself among them)."""
+    children: dict[str | None, list[str]] = {}
+    for message in messages:
+        children.setdefault(message.parent_id, []).append(message.id)
+    return [
+        {
+            **message_object(m),
+            "children": children.get(m.id, []),
+            "siblings": children[m.parent_id],
+        }
+        for m in messages
+    ]

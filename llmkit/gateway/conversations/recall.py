@@ -1,0 +1,137 @@
+"""A session in a chat request of any dialect: its history goes before the request's messages.
+
+The request stays its client's: it ends when the client leaves, and what there is of the answer is
+kept. Tornado loop only; knows no dialect.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from llmkit.chat.parsers.events import Event
+from llmkit.chat.reading import AnswerReader
+from llmkit.errors import ConflictError, InvalidRequestError
+from llmkit.gateway.chats import Chat
+from llmkit.gateway.conversations.fitting import fit
+from llmkit.gateway.conversations.keeping import Keeping
+from llmkit.gateway.conversations.placing import settled_path
+from llmkit.gateway.exchange import ClientGoneError, Exchange
+from llmkit.gateway.failures import api_error
+from llmkit.protocol import Completion, Delta, Message, ModelDescription
+from llmkit.protocol.client import EngineClient
+from llmkit.store.conversation_records import NewMessage, StoredConversation, StoredMessage
+
+if TYPE_CHECKING:
+    from llmkit.store.conversations import ConversationStore
+
+__all__ = ["recalled"]
+
+# Clients send ids of their own in headers of these names, so that only ours count there.
+HEADERS = ("session-id", "session_id", "x-session-id")
+OURS = re.compile(r"sess_[0-9a-f]{24}")
+SYSTEM = ("system", "developer")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SessionChat(Chat):
+    """A chat whose answer is kept in a session."""
+
+    keeping: Keeping
+
+    def reader(self, model: ModelDescription) -> AnswerReader:
+        return KeepingReader(Chat.reader(self, model), self.keeping)
+
+    async def finished(self) -> None:
+        await self.keeping.end()
+
+
+class KeepingReader(AnswerReader):
+    """A reader whose events are kept."""
+
+    def __init__(self, reader: AnswerReader, keeping: Keeping) -> None:
+        self._reader, self._keeping = reader, keeping
+
+    def read(self, deltas: Sequence[Delta]) -> list[Event]:
+        events = self._reader.read(deltas)
+        self._keeping.take(events)
+        return events
+
+    def end(self, completion: Completion) -> tuple[list[Event], Completion]:
+        events, completion = self._reader.end(completion)
+        self._keeping.take(events)
+        self._keeping.completion = completion
+        return events, completion
+
+
+async def recalled(
+    exchange: Exchange, engine: EngineClient, chat: Chat, session_id: str | None
+) -> Chat:
+    """The chat with its session's history before it; as it is without a session.
+
+    The session is named by the body's ``session_id`` or a header; one that does not begin with
+    ``sess_`` is a title, and a session is begun if none has it. The request's messages are stored,
+    and its answer will be. Raises `ApiError`, and what the store raises.
+    """
+    wanted = session_id or _named(exchange)
+    if wanted is None:
+        return chat
+    assert exchange.turns is not None
+    shelf = exchange.turns.shelf
+    if chat.n > 1:
+        raise InvalidRequestError("n must be 1 in a session.", "n")
+    owner = exchange.identity.name
+    session, path = await shelf.call(wanted, lambda store: _read(store, owner, wanted))
+    session_id = session.id
+    first = next((i for i, m in enumerate(chat.messages) if m.role not in SYSTEM), None)
+    if first is None:
+        raise InvalidRequestError("messages hold nothing but a system prompt.", "messages")
+    system, new = chat.messages[:first], _news(chat.messages[first:], path)
+    fitted = await fit(exchange, engine, chat, path, new, session.pruning, system=system)
+    stored = [*(() if path else system), *(new[:-1] if chat.continue_final else new)]
+    parent, told = path[-1].id if path else None, [NewMessage.of(m) for m in stored]
+    name = engine.description.name
+    begun, _ = await shelf.finish(
+        session_id, lambda store: store.begin_turn(owner, session_id, parent, told, model=name)
+    )
+    prefix = new[-1].text if chat.continue_final else ""
+    keeping = Keeping(shelf, begun[-1], prefix=prefix, pruned=fitted.pruned)
+    turns = exchange.turns
+
+    def ended(
+        kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
+    ) -> None:
+        is_failure = isinstance(error, Exception) and not isinstance(error, ClientGoneError)
+        turns.finish(keeping.end(api_error(error) if error is not None and is_failure else None))
+
+    exchange.cleanup.push(ended)
+    values = {field.name: getattr(fitted.chat, field.name) for field in fields(Chat)}
+    return SessionChat(**values, keeping=keeping)
+
+
+def _named(exchange: Exchange) -> str | None:
+    values = (exchange.header(name) for name in HEADERS)
+    return next((value for value in values if value and OURS.fullmatch(value)), None)
+
+
+def _read(
+    store: ConversationStore, owner: str, session_id: str
+) -> tuple[StoredConversation, list[StoredMessage]]:
+    if session_id.startswith("sess_"):
+        session = store.get(owner, session_id)
+    else:
+        session = store.titled(owner, session_id) or store.create(owner, title=session_id)
+    path = settled_path(store, owner, session.id, session.head)
+    if path and path[-1].status == "running":
+        raise ConflictError("The session is being answered: wait, or cancel that request.")
+    return session, path
+
+
+def _news(messages: Sequence[Message], path: Sequence[StoredMessage]) -> Sequence[Message]:
+    """What of a request the session does not have: some clients send all of it each time."""
+    known = [(m.role, m.text) for m in path if m.role not in SYSTEM]
+    sent = [(m.role, m.text) for m in messages[: len(known)]]
+    return messages[len(known) :] if known == sent and len(messages) > len(known) else messages

@@ -1,0 +1,188 @@
+"""The bodies of the routes of sessions. Pure."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from llmkit.errors import InvalidRequestError
+from llmkit.gateway.bodies import Strict
+from llmkit.gateway.conversations.settings import TurnSettings
+from llmkit.protocol import ToolCall
+from llmkit.store.conversation_records import UNSET, NewMessage, Pruning, Unset
+
+__all__ = [
+    "ROOT",
+    "ChangeBody",
+    "EditBody",
+    "ForkBody",
+    "ImportBody",
+    "RegenerateBody",
+    "SendBody",
+    "SessionBody",
+    "TurnBody",
+]
+
+ROOT = "root"  # as a parent: none
+MAX_TITLE = 300
+Title = Annotated[str, Field(max_length=MAX_TITLE)]
+Seconds = Annotated[float, Field(ge=0, le=1e10)]  # 0 is never
+
+
+class TextPart(Strict):
+    type: Literal["text"] = "text"
+    text: str
+
+
+class FunctionCall(Strict):
+    name: str
+    arguments: str = "{}"
+
+
+class CallBody(Strict):
+    id: str
+    type: Literal["function"] = "function"
+    function: FunctionCall
+
+
+Content = str | list[TextPart]
+
+
+def _stored(content: Content | None) -> str | list[dict[str, Any]]:
+    if content is None or isinstance(content, str):
+        return content or ""
+    return [part.model_dump() for part in content]
+
+
+class MessageBody(Strict):
+    """A message to be stored, in OpenAI's form."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"] = "user"
+    content: Content | None = None
+    reasoning: str | None = None
+    reasoning_content: str | None = None  # another name for reasoning
+    name: str | None = None
+    tool_calls: list[CallBody] | None = None
+    tool_call_id: str | None = None
+
+    def new(self) -> NewMessage:
+        """It for the store. Raises `InvalidRequestError`."""
+        if self.role == "tool" and not self.tool_call_id:
+            raise InvalidRequestError("a tool message needs a tool_call_id.", "messages")
+        if self.content is None and not self.tool_calls:
+            raise InvalidRequestError("a message needs content.", "messages")
+        calls = [
+            ToolCall(c.id, c.function.name, c.function.arguments) for c in self.tool_calls or ()
+        ]
+        return NewMessage(
+            self.role,
+            _stored(self.content),
+            reasoning=self.reasoning or self.reasoning_content,
+            tool_calls=tuple(calls),
+            tool_call_id=self.tool_call_id,
+            name=self.name,
+        )
+
+
+class TurnBody(Strict):
+    """What every turn may say. ``settings`` go over the session's, for this turn."""
+
+    model: str | None = None
+    settings: TurnSettings | None = None
+    stream: bool = False
+
+
+class SendBody(TurnBody):
+    """POST /v1/sessions/{session_id}/messages"""
+
+    content: Content | None = None
+    message: MessageBody | None = None
+    messages: list[MessageBody] | None = None
+    parent: str | None = None
+    branch: bool = False
+    reply: bool = True
+
+    def new(self) -> list[NewMessage]:
+        """The messages to be stored. Raises `InvalidRequestError`."""
+        given = [
+            x for x in (self.content, self.message, self.messages) if x is not None and x != []
+        ]
+        if len(given) != 1:
+            raise InvalidRequestError(
+                "give one of content (a user's text), message and messages.", "content"
+            )
+        if self.message is not None:
+            return [self.message.new()]
+        if self.messages is not None:
+            return [message.new() for message in self.messages]
+        return [NewMessage("user", _stored(self.content))]
+
+    @property
+    def parent_id(self) -> str | Unset | None:
+        """What it follows: None is nothing, UNSET the head."""
+        return UNSET if self.parent is None else None if self.parent == ROOT else self.parent
+
+
+class EditBody(TurnBody):
+    """PATCH /v1/sessions/{session_id}/messages/{message_id}"""
+
+    content: Content
+    reply: bool = True
+
+    @property
+    def stored(self) -> str | list[dict[str, Any]]:
+        return _stored(self.content)
+
+
+class RegenerateBody(TurnBody):
+    """POST /v1/sessions/{session_id}/messages/{message_id}/regenerate"""
+
+
+class SessionBody(Strict):
+    """POST /v1/sessions"""
+
+    title: Title = ""
+    model: str = ""
+    settings: TurnSettings | None = None
+    pruning: Pruning = "drop"
+    system: str | None = None
+    messages: list[MessageBody] | None = None
+    ttl_s: Seconds | None = None
+
+    uses_model: ClassVar[bool] = False
+
+    def new(self) -> list[NewMessage]:
+        system = [NewMessage("system", self.system)] if self.system else []
+        return [*system, *(message.new() for message in self.messages or ())]
+
+
+class ChangeBody(Strict):
+    """PATCH /v1/sessions/{session_id}"""
+
+    title: Title | None = None
+    model: str | None = None
+    settings: TurnSettings | None = None
+    pruning: Pruning | None = None
+    head: str | None = None
+    ttl_s: Seconds | None = None
+    version: int | None = None
+
+    uses_model: ClassVar[bool] = False
+
+
+class ForkBody(Strict):
+    """POST /v1/sessions/{session_id}/fork"""
+
+    message: str | None = None
+
+
+class ImportBody(BaseModel):
+    """POST /v1/sessions/import: what an export gave, or OpenAI's ``messages``.
+
+    An export as Markdown is sent as ``markdown``.
+    """
+
+    model_config = ConfigDict(extra="allow")
+
+    markdown: str | None = None

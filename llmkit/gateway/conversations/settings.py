@@ -1,0 +1,133 @@
+"""How a session's answers are made: its settings, and the chat that they come to. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from llmkit.gateway.bodies import Strict, validated
+from llmkit.gateway.chats import MAX_TOOLS, Chat, Effort, NamedTool, check_reasons, sampling_params
+from llmkit.protocol import Grammar, Message, ModelDescription, Tool
+
+__all__ = ["TurnSettings", "chat_of", "merged"]
+
+CHAT_ONLY = frozenset(
+    {"tools", "tool_choice", "parallel_tool_calls", "reasoning_effort", "json_schema", "regex",
+     "choice", "repeat_penalty", "repeat_last_n", "stop"}
+)  # fmt: skip
+
+
+class FunctionSetting(Strict):
+    name: str
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class ToolSetting(Strict):
+    """A tool in OpenAI's form."""
+
+    type: Literal["function"] = "function"
+    function: FunctionSetting
+
+    def tool(self) -> Tool:
+        made = self.function
+        return Tool(made.name, made.description or "", made.parameters or {})
+
+
+class NamedSetting(Strict):
+    name: str
+
+
+class ChoiceSetting(Strict):
+    type: Literal["function"] = "function"
+    function: NamedSetting
+
+
+class TurnSettings(Strict):
+    """How answers are sampled, and what tools there are; as in a chat of OpenAI's form."""
+
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    typical_p: float | None = None
+    repetition_penalty: float | None = None
+    repeat_penalty: float | None = None  # another name for repetition_penalty
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    penalty_last_n: int | None = None
+    repeat_last_n: int | None = None  # another name for penalty_last_n
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    ignore_eos: bool | None = None
+    speculate: bool | None = None
+    dry_multiplier: float | None = None
+    dry_base: float | None = None
+    dry_allowed_length: int | None = None
+    dry_penalty_last_n: int | None = None
+    xtc_probability: float | None = None
+    xtc_threshold: float | None = None
+    mirostat: int | None = None
+    mirostat_tau: float | None = None
+    mirostat_eta: float | None = None
+    max_repetitions: int | None = None
+    tools: Annotated[list[ToolSetting], Field(max_length=MAX_TOOLS)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | ChoiceSetting | None = None
+    parallel_tool_calls: bool | None = None
+    reasoning_effort: Effort | None = None
+    json_schema: dict[str, Any] | None = None
+    regex: str | None = None
+    choice: list[str] | None = None
+
+    def kept(self) -> dict[str, Any]:
+        """What was given, to be stored. Raises `InvalidRequestError` for what is out of range."""
+        self.sampling()
+        return self.model_dump(exclude_none=True)
+
+    def sampling(self) -> Any:
+        given = self.model_dump(exclude_none=True)
+        values = {name: value for name, value in given.items() if name not in CHAT_ONLY}
+        return sampling_params(
+            {},
+            **{
+                "repetition_penalty": self.repeat_penalty,
+                "penalty_last_n": self.repeat_last_n,
+                **values,
+                "stop": (self.stop,) if isinstance(self.stop, str) else self._stops,
+                "grammar": Grammar.of(
+                    json_schema=self.json_schema, regex=self.regex, choice=self.choice
+                ),
+            },
+        )
+
+    @property
+    def _stops(self) -> tuple[str, ...] | None:
+        return None if self.stop is None else tuple(self.stop)
+
+
+def merged(stored: Mapping[str, Any], given: TurnSettings | None) -> TurnSettings:
+    """A turn's settings over its session's, of which other programs may have stored more."""
+    own = {} if given is None else given.model_dump(exclude_none=True)
+    known = {name: stored[name] for name in TurnSettings.model_fields if name in stored}
+    return validated(TurnSettings, {**known, **own})
+
+
+def chat_of(settings: TurnSettings, messages: Sequence[Message], model: ModelDescription) -> Chat:
+    """The chat that a turn asks for. Raises `InvalidRequestError`."""
+    if settings.reasoning_effort not in (None, "none"):
+        check_reasons(model, "reasoning_effort")
+    choice = settings.tool_choice
+    return Chat(
+        messages=tuple(messages),
+        sampling=settings.sampling(),
+        tools=tuple(tool.tool() for tool in settings.tools or ()),
+        tool_choice=NamedTool(choice.function.name)
+        if isinstance(choice, ChoiceSetting)
+        else choice or "auto",
+        parallel_calls=settings.parallel_tool_calls is not False,
+        reasoning_effort=settings.reasoning_effort,
+    )

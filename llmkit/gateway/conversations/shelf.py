@@ -1,0 +1,154 @@
+"""The stores of conversations and responses, off the loop: opened when first used.
+
+Tornado loop only; the stores' calls run on threads.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
+
+from llmkit.system.lanes import Lanes
+
+if TYPE_CHECKING:
+    from llmkit.settings.gateway import GatewayOptions
+    from llmkit.store.conversations import ConversationStore
+    from llmkit.store.database import Database
+    from llmkit.store.responses import ResponseStore
+
+__all__ = ["Shelf"]
+
+logger = logging.getLogger("llmkit.gateway")
+
+NUM_THREADS = 4
+RENEW_S, TIDY_S = 15.0, 60.0
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Stores:
+    """The stores in one database. Any thread."""
+
+    conversations: ConversationStore
+    responses: ResponseStore
+
+    def renew(self) -> None:
+        self.conversations.renew()
+
+    def recover(self) -> None:
+        self.conversations.recover()
+        self.responses.recover()
+
+    def tidy(self) -> None:
+        self.renew()
+        self.recover()
+        self.conversations.remove_expired()
+        self.responses.remove_expired()
+
+
+class Shelf:
+    """Calls of the stores in a database, which ``database`` opens; it is closed with this.
+
+    ``max_sessions`` of each owner are kept, for ``ttl_s`` after their last use (None: ever). While
+    it is in use, leases are renewed, and what others left or what has expired is tidied up.
+    """
+
+    def __init__(
+        self,
+        database: Callable[[], Database],
+        *,
+        max_sessions: int = 1000,
+        ttl_s: float | None = None,
+    ) -> None:
+        self._database, self._max_sessions, self._ttl_s = database, max_sessions, ttl_s
+        self._lock = threading.Lock()
+        self._opened: Database | None = None
+        self._stores: Stores | None = None
+        self._lanes = Lanes(NUM_THREADS, "llmkit-sessions")
+        self._upkeep: asyncio.Task[None] | None = None
+
+    @classmethod
+    def of(cls, options: GatewayOptions, db_url: str | None = None) -> Shelf | None:
+        """As the settings say; None if nothing is to be kept."""
+        if not options.sessions:
+            return None
+
+        def opened() -> Database:
+            from llmkit.store.database import open_database
+
+            return open_database(db_url)
+
+        return cls(opened, max_sessions=options.max_sessions, ttl_s=options.session_ttl_s)
+
+    def call(self, lane: str, run: Callable[[ConversationStore], T]) -> asyncio.Future[T]:
+        """What ``run`` returns. Calls of one ``lane`` (a caller, or a session) keep their order.
+
+        Cancelling it keeps only a call from running that waits for its turn. Raises what the store
+        raises, `StoreError` if it cannot be opened.
+        """
+        return self._submit(lane, lambda stores: run(stores.conversations))
+
+    def responses(self, lane: str, run: Callable[[ResponseStore], T]) -> asyncio.Future[T]:
+        """The same for responses."""
+        return self._submit(lane, lambda stores: run(stores.responses))
+
+    def _submit(self, lane: str, run: Callable[[Stores], T]) -> asyncio.Future[T]:
+        if self._upkeep is None:
+            self._upkeep = asyncio.ensure_future(self._keep_up())
+        return asyncio.wrap_future(self._lanes.submit(lane, lambda: run(self._open())))
+
+    def _open(self) -> Stores:
+        with self._lock:
+            if self._stores is None:
+                from llmkit.store.conversations import ConversationStore
+                from llmkit.store.responses import ResponseStore
+
+                self._opened = opened = self._opened or self._database()
+                stores = Stores(
+                    ConversationStore(opened, max_sessions=self._max_sessions, ttl_s=self._ttl_s),
+                    ResponseStore(opened, ttl_s=self._ttl_s),
+                )
+                stores.recover()
+                self._stores = stores
+            return self._stores
+
+    async def finish(self, lane: str, run: Callable[[ConversationStore], T]) -> tuple[T, bool]:
+        """The result, whatever happens to the caller meanwhile; whether it was cancelled."""
+        call = self.call(lane, run)
+        cancelled = False
+        while not call.done():
+            try:
+                await asyncio.shield(call)
+            except asyncio.CancelledError:
+                if call.cancelled():
+                    raise
+                cancelled = True
+            except Exception:
+                break
+        return call.result(), cancelled
+
+    async def _keep_up(self) -> None:
+        passed = 0.0
+        while True:
+            await asyncio.sleep(RENEW_S)
+            passed += RENEW_S
+            tidies, passed = passed >= TIDY_S, passed % TIDY_S
+            try:
+                await self._submit("", Stores.tidy if tidies else Stores.renew)
+            except Exception as error:
+                logger.warning("sessions cannot be kept up: %s", error)
+
+    async def close(self) -> None:
+        """Wait for what runs, and close the database."""
+        if self._upkeep is not None:
+            self._upkeep.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._upkeep
+        self._lanes.close()
+        if self._opened is not None:
+            await asyncio.to_thread(self._opened.close)
