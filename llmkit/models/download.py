@@ -8,7 +8,7 @@ Xet alone, which cannot be resumed: those are left to its own command.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -24,7 +24,7 @@ from llmkit.system.text import printable
 if TYPE_CHECKING:
     from filelock import BaseFileLock
 
-__all__ = ["DownloadEvent", "Downloaded", "download"]
+__all__ = ["DownloadEvent", "Downloaded", "download", "download_files"]
 
 MAX_HTTP_BYTES = 50_000_000_000
 LOOK_S = 0.2
@@ -97,6 +97,21 @@ def download(
     on_event(DownloadEvent("done", taken, size, size))
     model = paths[: len(parts)]
     return Downloaded(taken, model[0], tuple(model), paths[-1] if projector else None)
+
+
+def download_files(
+    name: HubName,
+    files: Sequence[str],
+    *,
+    on_event: Callable[[DownloadEvent], None] = lambda _: None,
+    cancelled: Callable[[], bool] = lambda: False,
+) -> list[Path]:
+    """Files of one repository, fetched into Hugging Face's cache as far as they are not there.
+
+    Raises as `download` does, and `Unreachable`.
+    """
+    places = [_place(hub.about(name, file), None) for file in files]
+    return _fetch(places, on_event, cancelled)
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,8 @@
 
 ``org/repo:file.gguf`` is a file, ``org/repo:Q4_K_M`` the one with that type of weights,
 ``org/repo`` a sensible one, and ``org/repo@revision:...`` all that at a branch, tag or commit.
-huggingface_hub asks, with its own settings (HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE).
+``org/repo:file.gguf@org/other`` names the repository of the tokenizer too, which must be that of
+the file. huggingface_hub asks, with its own settings (HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE).
 """
 
 from __future__ import annotations
@@ -14,14 +15,24 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 
 from llmkit.errors import InvalidRequestError, ModelNotFoundError
-from llmkit.models.names import gigabytes
+from llmkit.models.names import folded, gigabytes
 from llmkit.models.quantization import LABEL, PROJECTOR_ORDER, label_of
 from llmkit.models.scanning import is_model, is_projector
 from llmkit.models.splits import first_of, names_of
 from llmkit.models.transfer import transport_errors
 from llmkit.system.text import printable
 
-__all__ = ["HubFile", "HubName", "Unreachable", "ask", "choose", "files_of", "is_hub_name"]
+__all__ = [
+    "HubFile",
+    "HubName",
+    "NoGGUFError",
+    "Unreachable",
+    "ask",
+    "choose",
+    "files_of",
+    "is_hub_name",
+    "is_repository",
+]
 
 NAME = re.compile(
     r"(?:(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/)?"
@@ -36,6 +47,10 @@ USUAL = (
     "F16", "F32",
 )  # fmt: skip
 SHOWN = 12
+
+
+class NoGGUFError(ModelNotFoundError):
+    """The repository is there, but has no GGUF model."""
 
 
 class Unreachable(Exception):
@@ -73,6 +88,10 @@ class HubName:
         what = match["what"]
         if what is None:
             return cls(match["repo"], match["revision"])
+        what, _, tokenizer = what.partition(".gguf@")
+        if tokenizer:
+            _check_tokenizer(match["repo"], tokenizer)
+            what += ".gguf"
         if what.endswith(".gguf"):
             if any(part in ("", ".", "..") for part in what.split("/")):
                 raise InvalidRequestError(f"{what!r:.200} is no path in a repository.", "model")
@@ -102,6 +121,31 @@ def is_hub_name(text: str) -> bool:
     except InvalidRequestError:
         return False
     return name.file is not None or name.label is not None
+
+
+def is_repository(text: str) -> bool:
+    """Whether this may name a repository, ``org/repo``: also of safetensors, and also a folder.
+
+    >>> is_repository("Qwen/Qwen3-0.6B"), is_repository("models/some.gguf")
+    (True, False)
+    """
+    try:
+        name = HubName.parse(text)
+    except InvalidRequestError:
+        return False
+    return name.file is None and name.label is None and not name.repo.endswith(".gguf")
+
+
+def _check_tokenizer(repo: str, tokenizer: str) -> None:
+    """A GGUF file has a tokenizer of its own: what is named must be its own too."""
+    own = folded(repo.partition("/")[2]).removesuffix("-gguf")
+    named = folded(tokenizer.rpartition("/")[2])
+    if own != named and not own.endswith(f"_{named}"):
+        raise InvalidRequestError(
+            f"a GGUF file of {repo} has its own tokenizer, and that of "
+            f"{printable(tokenizer)!r:.200} cannot take its place; leave out what follows the @.",
+            "model",
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,7 +255,7 @@ def choose(name: HubName, files: Mapping[str, int | None]) -> list[str]:
             first = str(path.with_name(first_of(path.name)))
             models[first] = models.get(first, 0) + (files[file] or 0)
     if not models:
-        raise ModelNotFoundError(f"{name.repo} has no GGUF model.")
+        raise NoGGUFError(f"{name.repo} has no GGUF model.")
     labels: dict[str, list[str]] = {}
     for first in models:
         path = PurePosixPath(first)

@@ -65,11 +65,12 @@ def resolve(
     """Resolve a model name to its file.
 
     An alias (``"smollm2"``), a path to a ``.gguf`` file, a sentence-transformers folder, a name in
-    the folder ``$LLMKIT_MODELS_DIR``, or ``org/repo:file.gguf`` or ``org/repo:Q4_K_M`` on the
-    Hugging Face Hub, which is downloaded if it is not here; ``on_event`` hears of that.
+    the folder ``$LLMKIT_MODELS_DIR``, or ``org/repo:file.gguf``, ``org/repo:Q4_K_M`` or
+    ``org/repo`` on the Hugging Face Hub, which is downloaded if it is not here; ``on_event`` hears
+    of that. A repository of safetensors is converted where that can be done.
 
     Raises `ModelNotFoundError` with similar names, or the command that installs a packaged model,
-    and `DownloadError`.
+    `DownloadError`, and `ModelLoadError` for what cannot be converted, which names a GGUF file.
     """
     if isinstance(model, ModelSpec):
         return model
@@ -96,8 +97,22 @@ def resolve(
     if folder := os.environ.get(MODELS_DIR):
         from llmkit.models.library import Library
 
-        return Library(folder).resolve(text)
+        try:
+            return Library(folder).resolve(text)
+        except ModelNotFoundError:
+            if not _is_repository(text, path):
+                raise
+    if _is_repository(text, path):
+        from llmkit.models.repositories import fetch
+
+        name, file = fetch(text, on_event)
+        return ModelSpec(name, file)
     raise ModelNotFoundError(_missing(text, path))
+
+
+def _is_repository(text: str, path: Path) -> bool:
+    """Whether the Hub is meant, and no file in a folder that is here."""
+    return hub.is_repository(text) and not path.parent.is_dir()
 
 
 def _absolute(path: Path) -> Path:

@@ -23,6 +23,7 @@ from llmkit.protocol import (
     TokenizeChat,
     Tokens,
     Tool,
+    Unload,
     Vocabulary,
 )
 
@@ -87,6 +88,8 @@ def _answer(question: Question[Any], vocab: Vocab, template: ChatTemplate | None
                 adds_bos=vocab.adds_bos,
                 chat_template=None if template is None else template.source,
             )
+        case Unload():
+            raise InvalidRequestError("only from another process; here, unload() its handle.")
     raise InvalidRequestError(
         "an embedding model has no steps, slots or running requests to show.", "model"
     )

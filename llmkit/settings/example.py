@@ -38,6 +38,7 @@ SAMPLES: Mapping[str, Any] = {
     "tls_key": "/etc/llmkit/tls.key",
     "db_url": "sqlite:////var/lib/llmkit/llmkit.db",
     "redis_url": "redis://127.0.0.1:6379",
+    "session_ttl_s": 2_592_000.0,
     "otlp_endpoint": "http://127.0.0.1:4318",
     "model": ["smollm2"],
     "models_dir": "/var/lib/llmkit/models",

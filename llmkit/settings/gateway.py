@@ -13,6 +13,8 @@ __all__ = ["GATEWAY_OPTIONS", "GatewayOptions"]
 
 GATEWAY, LOG, MODELS = "Gateway", "Logs and metrics", "Models"
 GENERATION, LIMITS, CACHE = "Generation", "Limits", "Response cache"
+SESSIONS = "Sessions"
+DIALECTS, SERVICES = ("auto", "ollama", "llms"), ("none", "otron")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 MOST_TOKENS = 2**31 - 1
 DAY_S = 86_400.0
@@ -60,7 +62,7 @@ class GatewayOptions:
         GATEWAY, live=True,
     )  # fmt: skip
     db_url: str | None = option(
-        "url", None, "Database of keys and use: sqlite:////path/to/llmkit.db or "
+        "url", None, "Database of keys, use and sessions: sqlite:////path/to/llmkit.db or "
         "postgresql://user@host/name; by default a file in your data folder.", GATEWAY,
         schemes=("sqlite", "postgresql", "postgresql+psycopg"),
     )  # fmt: skip
@@ -78,6 +80,18 @@ class GatewayOptions:
         "Refuse request fields that are otherwise accepted and ignored.",
         GATEWAY,
     )
+    compat_env: bool = option(
+        "flag", False, "Read variables of other services, such as MODEL_PATH and PORT, for what "
+        "is not set otherwise.", GATEWAY,
+    )  # fmt: skip
+    api_dialect: str = option(
+        "choice", "auto", "What /api/generate and /api/chat speak: Ollama's, or that of services "
+        "with /api/llms; auto tells by the fields of a request.", GATEWAY, choices=DIALECTS,
+    )  # fmt: skip
+    compat: str = option(
+        "choice", "none", "The service whose ways to take over: otron refuses unknown models with "
+        "400 and stops repetition.", GATEWAY, choices=SERVICES,
+    )  # fmt: skip
     drain_s: float = option(
         "number", 30.0, "Seconds for running requests to finish after SIGTERM.", GATEWAY,
         low=0.0, high=DAY_S, unit="s",
@@ -85,6 +99,19 @@ class GatewayOptions:
     body_mb: float = option(
         "number", 16.0, "Largest body of a request.", GATEWAY, low=0.001, high=1024.0, unit="MB"
     )
+
+    sessions: bool = option(
+        "flag", True, "Keep conversations and responses for their callers in the database, which "
+        "is made when the first is kept.", SESSIONS,
+    )  # fmt: skip
+    max_sessions: int = option(
+        "integer", 1000, "Sessions of a caller; the least recently used makes way.", SESSIONS,
+        low=1, high=1_000_000,
+    )  # fmt: skip
+    session_ttl_s: float | None = option(
+        "number", None, "How long a session is kept after its last use; by default for ever.",
+        SESSIONS, low=1.0, high=1e9, unit="s",
+    )  # fmt: skip
 
     log_level: str = option(
         "choice", "info", "How much to log on standard error.", LOG, choices=LOG_LEVELS, live=True

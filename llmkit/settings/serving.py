@@ -1,6 +1,7 @@
 """Settings of `llmkit serve`: command line, environment (``LLMKIT_PORT=…``) and TOML file.
 
-They take precedence in that order. Unknown keys are errors. Rows come from the tables of options.
+They take precedence in that order, and before the variables of other services. Unknown keys are
+errors. Rows come from the tables of options.
 """
 
 from __future__ import annotations
@@ -9,21 +10,23 @@ import difflib
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from llmkit.errors import InvalidRequestError
-from llmkit.settings.document import open_document
+from llmkit.settings.compat_env import take_compat
+from llmkit.settings.document import Document, open_document
 from llmkit.settings.entries import KEY_OPTIONS, MODEL_OPTIONS, KeyEntry, ModelEntry
 from llmkit.settings.gateway import GATEWAY_OPTIONS, GatewayOptions
 from llmkit.settings.options import EngineOptions
-from llmkit.settings.reading import ENGINE_OPTIONS, ENVIRONMENT, Fault, Reading
+from llmkit.settings.reading import ENGINE_OPTIONS, Fault, Reading
 from llmkit.settings.values import mask
 
-__all__ = ["CONFIG", "ServeSettings", "faults_of", "read_settings"]
+__all__ = ["CONFIG", "ServeSettings", "faults_in", "faults_of", "read_settings"]
 
 CONFIG = "LLMKIT_CONFIG"
+VARIABLE = "the environment variable "  # how a fault of one begins
 AT_LINE = re.compile(r"\(at line ([0-9]+), column [0-9]+\)$")  # as tomllib says it
 
 
@@ -33,8 +36,9 @@ class ServeSettings:
 
     ``engine`` holds the options for the engines of all models that were set, ``models`` those to
     serve, the named ones first, ``sampling`` the defaults that were set. ``sources`` says where a
-    value came from, by its key (``models.small.n_ctx``): a file, ``$LLMKIT_PORT`` or "command
-    line"; what is missing there has its default.
+    value came from, by its key (``models.small.n_ctx``): a file, ``$LLMKIT_PORT``, "command line"
+    or ``PORT (compat)``; what is missing there has its default. ``notes`` say what of other
+    services' variables cannot be honoured.
     """
 
     gateway: GatewayOptions = field(default_factory=GatewayOptions)
@@ -44,6 +48,7 @@ class ServeSettings:
     sampling: dict[str, Any] = field(default_factory=dict)
     sources: dict[str, str] = field(default_factory=dict)
     file: Path | None = None
+    notes: tuple[str, ...] = ()
 
 
 def read_settings(
@@ -63,11 +68,12 @@ def read_settings(
         reading.take_document(open_document(file))
     reading.take_environment(environment)
     reading.take_given(given)
-    settings = _assembled(reading)
+    notes = take_compat(reading, environment) if reading.top.get("compat_env") else []
+    settings = replace(_assembled(reading), notes=tuple(notes))
     if reading.faults:
         first, others = reading.faults[0], len(reading.faults) - 1
         more = f" There are {others} more: `llmkit config check`." if others else ""
-        what = "" if first.key.startswith(ENVIRONMENT) else "setting "
+        what = "" if first.message.startswith(VARIABLE) else "setting "
         raise InvalidRequestError(f"{what}{first}{more}", first.key)
     if reading.document is not None and _holds_secret(reading):
         reading.document.warn_if_readable()
@@ -76,16 +82,27 @@ def read_settings(
 
 def faults_of(file: Path) -> list[Fault]:
     """Everything that is wrong with a settings file, whatever the environment says."""
-    reading = Reading()
     try:
-        reading.take_document(open_document(file))
+        document = open_document(file)
     except InvalidRequestError as error:
         line = AT_LINE.search(str(error))
         return [Fault("", str(error), str(file), int(line[1]) if line else None)]
-    _assembled(reading)
-    if _holds_secret(reading) and reading.document is not None:
-        reading.document.warn_if_readable()
+    reading = _read(document)
+    if _holds_secret(reading):
+        document.warn_if_readable()
     return sorted(reading.faults, key=lambda fault: fault.line or 0)
+
+
+def faults_in(document: Document) -> list[Fault]:
+    """Everything that is wrong with settings that are not in a file yet."""
+    return _read(document).faults
+
+
+def _read(document: Document) -> Reading:
+    reading = Reading()
+    reading.take_document(document)
+    _assembled(reading)
+    return reading
 
 
 def _assembled(reading: Reading) -> ServeSettings:
