@@ -43,6 +43,7 @@ from llmkit.protocol import (
     Tokens,
     Tool,
     ToolCall,
+    Unload,
     Vocabulary,
 )
 
@@ -237,6 +238,7 @@ QUESTIONS = (
     ListSteps(),
     ListSlots(),
     ListRequests(),
+    Unload(),
 )
 ANSWERS = (
     Tokens((1, 2), (b"\xff", b"a")),
@@ -247,6 +249,7 @@ ANSWERS = (
     (Step(-1.0, 0.5, (StepChunk(0, "r", 4, 1, False),)),),
     (SlotContent(0, 5, 2), SlotContent(1, 5, 2, "r")),
     (RunningRequest("r", "ann", None, 3, 2, 1, 0.5),),
+    True,
 )
 
 

@@ -16,9 +16,11 @@ from traitlets import Bool, Float, Int, TraitType, Unicode
 from llmkit.gateway.access.deadlines import Deadlines
 from llmkit.gateway.access.overload import Overload
 from llmkit.gateway.app import Gateway
+from llmkit.gateway.conversations.shelf import Shelf
 from llmkit.gateway.directory import EngineDirectory
 from llmkit.gateway.ops.metrics import Metrics
 from llmkit.gateway.ops.telemetry import start_telemetry
+from llmkit.gateway.ops.unloading import UnloadRoutes
 from llmkit.gateway.pipeline import Observer, Stage
 from llmkit.gateway.rules import Rules
 from llmkit.gateway.sources import ConnectionFiles
@@ -26,6 +28,7 @@ from llmkit.protocol import Origin
 from llmkit.protocol.client import EngineClient
 from llmkit.settings.gateway import GATEWAY_OPTIONS, GatewayOptions
 from llmkit_jupyter.handler import JupyterGatewayHandler
+from llmkit_jupyter.socket import SOCKET_ROUTE, JupyterChatSocket
 
 if TYPE_CHECKING:
     from llmkit.gateway.ops.tracing import Tracer
@@ -55,6 +58,9 @@ class LLMKitExtension(ExtensionApp):
     max_queue = _trait(Int, "max_queue")
     max_concurrent = _trait(Int, "max_concurrent")
     request_timeout_s = _trait(Float, "request_timeout_s")
+    sessions = _trait(Bool, "sessions", "The database is a file in your data folder.")
+    max_sessions = _trait(Int, "max_sessions")
+    session_ttl_s = _trait(Float, "session_ttl_s")
     metrics = _trait(Bool, "metrics", "Jupyter's own /metrics has them too.")
     otlp_endpoint = _trait(Unicode, "otlp_endpoint", "By default as the OTEL_ variables say.")
 
@@ -78,8 +84,16 @@ class LLMKitExtension(ExtensionApp):
             strict=options.strict,
             stages=self._bounds(options),
             observers=[*self._measuring(options), *self._tracing(options)],
-            routes=self._metrics.routes() if self._metrics is not None else (),
+            routes=[
+                *UnloadRoutes(self._directory).routes(),
+                *(self._metrics.routes() if self._metrics is not None else ()),
+            ],
+            sessions=Shelf.of(options),
+            home="status",
+            admin=True,  # for the owner of the kernels, see `JupyterGatewayHandler`
         )
+        self._sockets, self._turns = gateway.sockets, gateway.turns
+        self.handlers.append((SOCKET_ROUTE, JupyterChatSocket, {"gateway": gateway}))
         self.handlers.append((r"/llmkit(?:/(.*))?", JupyterGatewayHandler, {"gateway": gateway}))
 
     def _bounds(self, options: GatewayOptions) -> list[Stage]:
@@ -137,6 +151,9 @@ class LLMKitExtension(ExtensionApp):
         self.log.info("llmkit gateway at %sllmkit/v1", serverapp.connection_url)
 
     async def stop_extension(self) -> None:
+        self._sockets.drain()
+        await self._turns.close()
+        await self._sockets.close()
         self._directory.close()
         if self._metrics is not None:
             with contextlib.suppress(KeyError):  # never registered

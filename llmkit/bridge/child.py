@@ -27,7 +27,7 @@ from llmkit.bridge.wire import Failure
 from llmkit.errors import LLMKitError, ModelLoadError
 from llmkit.system.process import python_path
 
-__all__ = ["Child", "Line", "Owner", "main"]
+__all__ = ["Child", "Line", "Owner", "main", "prepare"]
 
 # Answers get a descriptor of their own: what a library prints to standard output is no answer, and
 # must not block.
@@ -38,12 +38,51 @@ CODE = (
 MAX_LINE = 1 << 20
 
 _children: weakref.WeakSet[Child] = weakref.WeakSet()
+_prepared: dict[str, subprocess.Popen[bytes]] = {}  # by target, without a task yet
 
 
 def _let_go() -> None:
     """In a fork of the owner: do not keep the children alive."""
     for child in list(_children):
         child.close_input()
+    while _prepared:
+        _, process = _prepared.popitem()
+        assert process.stdin is not None
+        process.stdin.close()
+        process.returncode = 0  # not this process's child
+
+
+def prepare(target: str) -> None:
+    """Start the process of the next `Child` of ``target`` ahead of its task.
+
+    It imports what it needs while its owner still reads settings. Only for children whose errors go
+    to a pipe and whose environment is the owner's. One that nobody takes ends with its owner.
+    """
+    if target not in _prepared:
+        _prepared[target] = _start(target, subprocess.PIPE, {})
+
+
+def _start(
+    target: str, errors: IO[Any] | int | None, environment: dict[str, str]
+) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [sys.executable, "-P", "-c", CODE.format(target=target)],
+        env={**os.environ, "PYTHONPATH": python_path(), **environment},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=errors,
+        start_new_session=True,
+    )
+
+
+def _take(target: str) -> subprocess.Popen[bytes] | None:
+    process = _prepared.pop(target, None)
+    if process is None or process.poll() is None:
+        return process
+    for pipe in (process.stdin, process.stdout, process.stderr):
+        if pipe is not None:
+            pipe.close()
+    return None
 
 
 if hasattr(os, "register_at_fork"):
@@ -73,14 +112,8 @@ class Child:
         errors: IO[Any] | int | None = None,
     ) -> None:
         self._pid = os.getpid()
-        self._process = subprocess.Popen(
-            [sys.executable, "-P", "-c", CODE.format(target=target)],
-            env={**os.environ, "PYTHONPATH": python_path(), **(environment or {})},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            start_new_session=True,
-        )
+        ready = _take(target) if errors == subprocess.PIPE and not environment else None
+        self._process = ready or _start(target, errors, environment or {})
         assert self._process.stdout is not None
         self._lines: queue.SimpleQueue[Line | None] = queue.SimpleQueue()
         threading.Thread(
@@ -239,8 +272,15 @@ class Owner:
 
 def main(answers_fd: int, target: str) -> None:
     """What the child process runs."""
-    owner = Owner(json.loads(sys.stdin.buffer.readline() or b"{}"), os.fdopen(answers_fd, "wb"))
     module, _, function = target.partition(":")
+    with contextlib.suppress(Exception):  # whatever it is, the task fails of it too, and says so
+        warm = getattr(importlib.import_module(module), "warm_up", None)
+        if warm is not None:
+            warm()
+    task = sys.stdin.buffer.readline()
+    if not task:  # its owner ended before it had any
+        os._exit(0)
+    owner = Owner(json.loads(task), os.fdopen(answers_fd, "wb"))
     status = 0
     try:
         getattr(importlib.import_module(module), function)(owner)

@@ -23,6 +23,7 @@ from llmkit.protocol import (
     Tokenize,
     TokenizeChat,
     Tokens,
+    Unload,
     Vocabulary,
 )
 
@@ -50,6 +51,7 @@ _QUESTIONS: tuple[tuple[str, type[Question[Any]], Any], ...] = (
     ("steps", ListSteps, tuple[Step, ...]),
     ("slots", ListSlots, tuple[SlotContent, ...]),
     ("requests", ListRequests, tuple[RunningRequest, ...]),
+    ("unload", Unload, bool),
 )
 _KINDS = {question: kind for kind, question, _ in _QUESTIONS}
 _BY_KIND = {kind: question for kind, question, _ in _QUESTIONS}

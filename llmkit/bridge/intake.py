@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import replace
-from typing import Protocol, TypeVar
+from typing import Literal, Protocol, TypeVar
 
 from llmkit.bridge import wire
 from llmkit.bridge.inquiries import decode_inquiry, encode_answer
@@ -26,6 +26,7 @@ from llmkit.protocol import (
     Embeddings,
     FinishReason,
     GenerationRequest,
+    Unload,
 )
 from llmkit.protocol.client import EngineClient
 from llmkit.protocol.stream import Stream
@@ -67,6 +68,7 @@ class Intake:
         self._is_connected = is_connected
         self._lanes = Lanes(2, "llmkit-prepare")
         self._notes: deque[Callable[[], None]] = deque()  # from the lanes, for the bridge thread
+        self.unloading: Literal["", "begun", "done"] = ""  # because a client asked for it
 
     def settle(self) -> None:
         """Do what the lanes have left for the bridge thread."""
@@ -141,7 +143,11 @@ class Intake:
 
         def work() -> None:
             try:
-                found = self._client.inquire(decode_inquiry(payload)).result()
+                inquiry = decode_inquiry(payload)
+                if isinstance(inquiry.question, Unload):
+                    self._unload(peer, request_id)
+                    return
+                found = self._client.inquire(inquiry).result()
                 self._answer(peer, encode_answer(request_id, found))
             except BaseException as error:  # even a library's panic must reach the caller
                 self._answer(peer, wire.Answer(request_id, failure=_failure(error)))
@@ -150,6 +156,25 @@ class Intake:
             preparation.future = self._prepare(peer, f"? {caller}", MAX_ASKED, work)
         except QueueFullError as error:
             self._answer(peer, wire.Answer(request_id, failure=_failure(error)))
+
+    def _unload(self, peer: Peer, request_id: str) -> None:
+        """Free the memory, then answer; the bridge ends after that.
+
+        Others who ask meanwhile learn from its goodbye.
+        """
+        if self.unloading:
+            return
+        self.unloading = "begun"
+        try:
+            self._client.close()
+            answer = encode_answer(request_id, True)
+        except BaseException as error:
+            answer = wire.Answer(request_id, failure=_failure(error))
+        self._answer(peer, answer)
+        self._later(self._unloaded)
+
+    def _unloaded(self) -> None:
+        self.unloading = "done"
 
     def abort(self, peer: Peer, request_id: str) -> None:
         preparation = peer.preparing.get(request_id)

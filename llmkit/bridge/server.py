@@ -30,6 +30,7 @@ __all__ = ["BridgeServer"]
 logger = logging.getLogger("llmkit.bridge")
 
 PEER_TIMEOUT_S = 1.75  # of silence, after which the peer's process is checked
+UNLOADED = "another program of yours unloaded it"
 STOPPED_S = 60.0  # after which a stopped process (SIGSTOP) is given up
 TICK_MS = 250
 MAX_MESSAGES = 256  # read before news is sent
@@ -84,6 +85,16 @@ class BridgeServer:
         return self._thread.is_alive()
 
     @property
+    def is_unloading(self) -> bool:
+        """Whether a client has the model unloaded now."""
+        return self._intake.unloading == "begun"
+
+    @property
+    def reason(self) -> str | None:
+        """Why it ends, or has ended."""
+        return self._closing
+
+    @property
     def num_peers(self) -> int:
         return len(self._peers)
 
@@ -129,9 +140,16 @@ class BridgeServer:
             self._intake.settle()
             self._send_news()
             self._judge_silent()
-            state = self._client.state
-            if state.is_gone:
-                self._closing = self._closing or state.reason or "the engine has ended"
+            self._end_with_client()
+
+    def _end_with_client(self) -> None:
+        """End once the client is gone; if it is being unloaded, once that is done and answered."""
+        if self._intake.unloading == "begun":
+            return
+        if self._intake.unloading == "done":
+            self._closing = self._closing or UNLOADED
+        elif self._client.state.is_gone:
+            self._closing = self._closing or self._client.state.reason or "the engine has ended"
 
     def _receive_some(self) -> bool:
         """Read pending messages. True: there may be more."""

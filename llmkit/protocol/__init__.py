@@ -21,6 +21,7 @@ from llmkit.protocol.inquiries import (
     Tokenize,
     TokenizeChat,
     Tokens,
+    Unload,
     Vocabulary,
 )
 from llmkit.protocol.messages import MAX_DEPTH, Media, Message, Part, Tool, ToolCall, depth_of
@@ -79,6 +80,7 @@ __all__ = [
     "Tokens",
     "Tool",
     "ToolCall",
+    "Unload",
     "Usage",
     "Vocabulary",
     "check_size",

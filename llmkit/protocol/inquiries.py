@@ -1,6 +1,7 @@
 """Questions about a model that compute nothing, and their answers. Standard library only.
 
-They are about its vocabulary, its chat template, and what its engine is doing.
+They are about its vocabulary, its chat template, and what its engine is doing; one asks its process
+to unload it.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ __all__ = [
     "Tokenize",
     "TokenizeChat",
     "Tokens",
+    "Unload",
     "Vocabulary",
 ]
 
@@ -174,3 +176,11 @@ class RunningRequest:
 @dataclass(frozen=True, slots=True)
 class ListRequests(Question[tuple[RunningRequest, ...]]):
     """The engine's running requests."""
+
+
+@dataclass(frozen=True, slots=True)
+class Unload(Question[bool]):
+    """Asks the model's process to free its memory, from another one.
+
+    Answered with True once the memory is free. Running requests end with `ModelUnloadedError`.
+    """

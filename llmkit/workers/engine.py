@@ -39,6 +39,15 @@ def task(
     }
 
 
+def warm_up() -> None:
+    """Import what every load needs, while the task is on its way."""
+    import llmkit.backend.grammar
+    import llmkit.backend.llama
+    import llmkit.backend.model
+    import llmkit.bridge.server
+    import llmkit.runtime.opening  # noqa: F401
+
+
 def run(owner: Owner) -> None:
     """Load, report the connection file, and serve until told to end. Raises what a load raises."""
     from llmkit.bridge.server import BridgeServer
@@ -60,10 +69,10 @@ def run(owner: Owner) -> None:
         sys.setswitchinterval(0.005)
         owner.ready(path=str(server.connection.path))
         while reason is None and not owner.wait(LOOK_S):
-            if engine.state.is_gone:
+            if not server.alive:
+                reason = server.reason or "its bridge has ended"
+            elif engine.state.is_gone and not server.is_unloading:
                 reason = engine.state.reason or "the engine has ended"
-            elif not server.alive:
-                reason = "its bridge has ended"
         server.close(reason or "the model was unloaded")
     finally:
         engine.close()
