@@ -27,6 +27,7 @@ from llmkit.protocol import (
     EngineStats,
     GenerationRequest,
     Inquiry,
+    ListSlots,
     Message,
     ModelDescription,
     Origin,
@@ -128,6 +129,8 @@ class FakeClient:
                 future.set_result(bytes(tokens).decode())
             case RenderChat(messages):
                 future.set_result(_rendered(messages))
+            case ListSlots():
+                future.set_result(())
             case DescribeVocabulary():
                 future.set_result(Vocabulary("", "\0", False, ""))
             case (Tokenize() | TokenizeChat()) as question:

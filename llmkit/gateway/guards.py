@@ -28,7 +28,8 @@ MAX_TOKENS = "max_tokens"
 class Terms:
     """The lengths and the default sampling for all models, or for one.
 
-    ``sampling`` has the names of the settings, ``params`` the engine's. Raises
+    ``sampling`` has the names of the settings, ``params`` the engine's. ``max_repetitions`` of a
+    loop end an answer. Raises
     `InvalidRequestError` naming the first that is unknown or out of range.
 
     >>> Terms(max_tokens_limit=100).over(Terms(sampling={"temperature": 0})).max_tokens_limit
@@ -38,6 +39,7 @@ class Terms:
     default_max_tokens: int | None = None
     max_tokens_limit: int | None = None
     sampling: Mapping[str, Any] = field(default_factory=dict)
+    max_repetitions: int | None = None
     params: Mapping[str, Any] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -47,6 +49,8 @@ class Terms:
                 message = f"sampling.{name:.60} is not a setting; the known ones are {known}."
                 raise InvalidRequestError(message, name)
         params = {ENGINES.get(k, k): v for k, v in self.sampling.items() if v is not None}
+        if self.max_repetitions is not None:
+            params["max_repetitions"] = self.max_repetitions
         SamplingParams(**params)
         object.__setattr__(self, "params", params)
 
@@ -58,6 +62,7 @@ class Terms:
             general.default_max_tokens if default is None else default,
             general.max_tokens_limit if limit is None else limit,
             {**general.sampling, **own},
+            general.max_repetitions if self.max_repetitions is None else self.max_repetitions,
         )
 
 

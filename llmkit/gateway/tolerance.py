@@ -89,6 +89,14 @@ OLLAMA = (
     "messages[].images=[]",
     "images=[]",
 )
+LLAMA_SERVER = (  # how llama-server is to compute
+    "cache_prompt", "id_slot", "n_keep", "n_discard", "n_cache_reuse", "return_progress",
+    "min_keep", "sse_ping_interval", "t_max_prompt_ms", "backend_sampling=false",
+    "post_sampling_probs=false", "verbose", "stream_options", "dynatemp_range=0|0.0",
+    "dynatemp_exponent=1|1.0", "top_n_sigma=-1|-1.0", "adaptive_target=-1|-1.0",
+    "adaptive_decay", "reasoning_format", "reasoning_control", "grammar_lazy=false",
+    "chat_format", "echo=false", "user",
+)  # fmt: skip
 TABLE: dict[str, tuple[str, ...]] = {  # by the schema of the body
     "ChatRequest": CHAT_EXTRAS,
     "CompletionRequest": (
@@ -97,6 +105,12 @@ TABLE: dict[str, tuple[str, ...]] = {  # by the schema of the body
         "store=true",
         "service_tier=flex|priority|scale",
     ),
+    "PlainCompletionRequest": ("cache_prompt", "id_slot", "store=true"),
+    "PromptedChatBody": ("user",),
+    "GenerateEventsBody": ("sampling_params.n_keep", "sampling_params.tfs_z=1|1.0"),
+    "LlamaCompletionBody": LLAMA_SERVER,
+    "InfillBody": LLAMA_SERVER,
+    "LlamaEmbeddingBody": ("encoding_format=float", "user"),
     "CountBody": MESSAGES,
     "MessagesBody": MESSAGES,
     "ResponsesBody": RESPONSES,

@@ -1,0 +1,145 @@
+"""What llama-server says about itself: /props, /slots, /lora-adapters. Tornado loop only."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import PurePath
+from typing import Any
+
+from llmkit.errors import InvalidRequestError
+from llmkit.gateway.access.identity import ADMIN
+from llmkit.gateway.bodies import check_counts, parse_json, validated
+from llmkit.gateway.compat import llama_objects as objects
+from llmkit.gateway.compat.llama_schemas import LoraScale
+from llmkit.gateway.compat.llama_server import not_supported
+from llmkit.gateway.directory import EngineDirectory
+from llmkit.gateway.exchange import Exchange
+from llmkit.gateway.failures import ApiError
+from llmkit.gateway.ids import new_id
+from llmkit.protocol import (
+    DescribeVocabulary,
+    Inquiry,
+    ListSlots,
+    ModelDescription,
+    SamplingParams,
+)
+from llmkit.protocol.client import EngineClient
+from llmkit.version import __version__
+
+__all__ = ["LlamaStateRoutes"]
+
+
+class LlamaStateRoutes:
+    """Routes over the engines of a directory; a query ``model`` names one."""
+
+    def __init__(self, directory: EngineDirectory) -> None:
+        self._directory = directory
+
+    async def props(self, exchange: Exchange) -> None:
+        engine = self._engine(exchange)
+        model = engine.description
+        inquiry = Inquiry(new_id("props"), DescribeVocabulary(), exchange.caller)
+        vocabulary = await asyncio.wrap_future(engine.inquire(inquiry))
+        knows_paths = ADMIN in exchange.identity.scopes
+        _send(
+            exchange,
+            {
+                "default_generation_settings": {
+                    "params": objects.settings(SamplingParams(max_tokens=None)),
+                    "n_ctx": model.n_ctx,
+                },
+                "total_slots": model.n_slots,
+                "model_alias": model.name,
+                "model_ftype": model.quantization,
+                "model_path": model.path if knows_paths else PurePath(model.path).name,
+                "modalities": {"vision": False, "video": False, "audio": False},
+                "media_marker": "<__media__>",
+                "endpoint_slots": True,
+                "endpoint_props": False,
+                "endpoint_metrics": True,
+                "ui": False,
+                "ui_settings": {},
+                "chat_template": vocabulary.chat_template or "",
+                "chat_template_caps": _template_caps(model),
+                "bos_token": vocabulary.bos_token,
+                "eos_token": vocabulary.eos_token,
+                "build_info": f"llmkit-{__version__}",
+                "is_sleeping": False,
+                "cors_proxy_enabled": False,
+            },
+        )
+
+    async def set_props(self, exchange: Exchange) -> None:
+        raise not_supported("This server does not support changing global properties.")
+
+    async def slots(self, exchange: Exchange) -> None:
+        engine = self._engine(exchange)
+        inquiry = Inquiry(new_id("slots"), ListSlots(), exchange.caller)
+        try:
+            slots = await asyncio.wrap_future(engine.inquire(inquiry))
+        except InvalidRequestError:  # an embedding model has none
+            slots = ()
+        busy = {slot.slot for slot in slots if slot.request is not None}
+        held = {slot.slot: slot.tokens for slot in slots}
+        number = max(engine.description.n_slots, len(slots))
+        if exchange.query("fail_on_no_slot") and len(busy) >= number:
+            raise ApiError(503, "no slot available", "unavailable_error")
+        made = [
+            {
+                "id": i,
+                "n_ctx": engine.description.n_ctx,
+                "speculative": False,
+                "is_processing": i in busy,
+                "n_prompt_tokens": held.get(i, 0),
+            }
+            for i in range(number)
+        ]
+        _send(exchange, made)
+
+    async def act_on_slot(self, exchange: Exchange) -> None:
+        raise not_supported("This server does not support slots action.")
+
+    async def adapters(self, exchange: Exchange) -> None:
+        self._engine(exchange)
+        _send(exchange, [])
+
+    async def set_adapters(self, exchange: Exchange) -> None:
+        """Adapters are set when a model is loaded; there is none to scale."""
+        scales = [validated(LoraScale, each) for each in _list(exchange.body)]
+        if any(each.scale for each in scales):
+            raise InvalidRequestError("adapters are set when the model is loaded.", "scale")
+        _send(exchange, {"success": True})
+
+    def _engine(self, exchange: Exchange) -> EngineClient:
+        return self._directory.lookup(exchange.query("model") or "default")
+
+
+def _list(body: bytes) -> list[dict[str, Any]]:
+    """A body that is a list of objects. Raises `InvalidRequestError`."""
+    check_counts(body)
+    data = parse_json(b'{"list": %b}' % body)
+    entries = data["list"]
+    if len(data) > 1 or not isinstance(entries, list):
+        raise InvalidRequestError("The body must be a list.")
+    if not all(isinstance(entry, dict) for entry in entries):
+        raise InvalidRequestError("The body must be a list of objects.")
+    return entries
+
+
+def _template_caps(model: ModelDescription) -> dict[str, bool]:
+    """What messages may hold: whatever the template lacks is put into words."""
+    return {
+        "supports_object_arguments": True,
+        "supports_parallel_tool_calls": True,
+        "supports_preserve_reasoning": bool(model.reasoning),
+        "supports_reasoning_effort": bool(model.reasoning),
+        "supports_string_content": True,
+        "supports_system_role": True,
+        "supports_tool_calls": True,
+        "supports_tools": True,
+        "supports_typed_content": False,
+    }
+
+
+def _send(exchange: Exchange, value: Any) -> None:
+    exchange.send_bytes(objects.compact(value).encode())
