@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ssl
+import tempfile
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
-from gateway_client import Api
+from gateway_client import Api, sessions_in
 from tornado.netutil import bind_sockets
 
 from llmkit.gateway.access.clock import SteadyClock
@@ -65,8 +66,10 @@ async def served(
     access = Access(settings, entries, database, clock)
     directory = directory or EngineDirectory()
     overload = Overload(directory, max_concurrent=settings.max_concurrent)
+    folder = tempfile.TemporaryDirectory()
     app = Gateway(
         directory,
+        sessions=sessions_in(folder.name),
         stages=[access.limiting, overload.stage],
         admin=settings.admin,
         allowed_models=lambda: settings.allowed_models,
@@ -85,7 +88,9 @@ async def served(
         server.stop()
         await server.close_all_connections()
         await access.close()
+        await app.turns.close()
         directory.close()
+        folder.cleanup()
 
 
 class Hands:

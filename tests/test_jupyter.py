@@ -16,6 +16,7 @@ from jupyter_client_http import JupyterServer
 from llmkit.errors import InvalidRequestError
 from llmkit.gateway.app import Gateway
 from llmkit.gateway.directory import EngineDirectory
+from llmkit.gateway.failures import dialect_of
 from llmkit.settings.gateway import GATEWAY_OPTIONS, GatewayOptions
 from llmkit_jupyter.extension import LLMKitExtension
 
@@ -62,7 +63,7 @@ def check_refusal(path: str, body: bytes) -> None:
     """In the words of the route's own clients."""
     if path.startswith("/api/"):
         assert "token" in json.loads(body)["error"]
-    elif path.startswith("/v1/messages"):
+    elif dialect_of(path) == "llama-server" or path.startswith("/v1/messages"):
         assert json.loads(body)["error"]["type"] == "authentication_error"
     else:
         check_error(body, "invalid_api_key")

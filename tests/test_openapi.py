@@ -100,17 +100,9 @@ async def test_the_status_page_shows_models_and_requests(api: Api, fake: FakeCli
         and found["rss_bytes"] > 1e6
     )
     assert state["callers"] == [{"caller": "local", "requests": 1}] and state["requests"] == []
-    reply = await api.fetch("GET", "/")
-    page = reply.body.decode()
-    (nonce,) = re.findall(r'<script nonce="([^"]+)">', page)
-    policy = reply.headers["Content-Security-Policy"]
-    assert (
-        f"script-src 'nonce-{nonce}'" in policy
-        and "default-src 'none'" in policy
-        and "<code>fake</code>" in page
-    )
     part = (await api.fetch("GET", "/status?part=1")).body.decode()
     assert part.startswith("<h2>Models</h2>") and "<script" not in part and "local" in part
+    assert "<code>fake</code>" in part
 
 
 async def test_what_runs_is_seen_and_escaped(api: Api, fake: FakeClient) -> None:

@@ -10,15 +10,24 @@ from typing import Any
 from jupyter_core.utils import ensure_async
 from jupyter_server.auth import IdentityProvider, PasswordIdentityProvider
 from jupyter_server.auth.identity import LegacyIdentityProvider
-from jupyter_server.base.handlers import APIHandler
+from jupyter_server.base.handlers import APIHandler, JupyterHandler
 from tornado import web
 
 from llmkit.gateway.access.identity import SCOPES, Identity
 from llmkit.gateway.app import Gateway
 from llmkit.gateway.exchange import Exchange
 from llmkit.gateway.failures import ApiError
+from llmkit.gateway.ops.pages import PAGES
 
-__all__ = ["JupyterGatewayHandler"]
+__all__ = [
+    "RESOURCE",
+    "JupyterGatewayHandler",
+    "forbidden",
+    "identity_of",
+    "is_stranger",
+    "refusal",
+    "take_key",
+]
 
 RESOURCE = "llmkit"
 OWN_PROVIDERS = (
@@ -42,14 +51,11 @@ class JupyterGatewayHandler(APIHandler):
         self._is_gone = False
 
     async def prepare(self) -> None:  # type: ignore[override]
-        headers = self.request.headers
-        if "Authorization" not in headers and "x-api-key" in headers:
-            # How Anthropic's clients send a key.
-            headers["Authorization"] = f"Bearer {headers['x-api-key']}"
+        take_key(self)
         try:
             await super().prepare()
         except web.HTTPError as error:
-            if error.status_code == 403 and self._is_stranger():
+            if error.status_code == 403 and is_stranger(self):
                 raise web.HTTPError(401) from None
             raise
 
@@ -62,28 +68,10 @@ class JupyterGatewayHandler(APIHandler):
         """An API never redirects to a login page."""
         raise web.HTTPError(401)
 
-    def _is_stranger(self) -> bool:
-        """Whether nobody is logged in. A foreign host leaves no user set either, but is refused."""
-        return getattr(self, "_jupyter_current_user", None) is None and self.check_host()
-
-    def _identity(self) -> Identity:
-        """The caller. This server's own token or password means the owner of the kernels.
-
-        The owner shares their prefixes. Others whom the identity provider admits (a hub's users,
-        with shared access) are separate callers.
-        """
-        name = str(self.current_user.username)
-        is_owner = type(self.identity_provider) in OWN_PROVIDERS or name == os.environ.get(
-            "JUPYTERHUB_USER"
-        )
-        return (
-            Identity("jupyter", "user", scopes=frozenset(SCOPES), cache_scope="")
-            if is_owner
-            else Identity(f"jupyter {name}", "user")
-        )
-
     async def _run(self, path: str | None = None) -> None:
-        exchange = Exchange(self, path or "", self._identity(), self._gateway.held)
+        exchange = Exchange(self, path or "", identity_of(self), self._gateway.held)
+        if exchange.path in PAGES:
+            self.xsrf_token  # noqa: B018 - sets the cookie that the page sends with its changes
         action = "read" if self.request.method in ("GET", "HEAD") else "execute"
         allowed = await ensure_async(
             self.authorizer.is_authorized(self, self.current_user, action, RESOURCE)
@@ -91,15 +79,7 @@ class JupyterGatewayHandler(APIHandler):
         if self._is_gone:  # disconnected during authorization
             return
         if not allowed:
-            self._gateway.refuse(
-                exchange,
-                ApiError(
-                    403,
-                    f"You may not {action} on {RESOURCE} here.",
-                    "permission_error",
-                    code="forbidden",
-                ),
-            )
+            self._gateway.refuse(exchange, forbidden(action))
             return
         self._task = asyncio.ensure_future(self._gateway.dispatch(exchange))
         with contextlib.suppress(asyncio.CancelledError):
@@ -137,22 +117,59 @@ class JupyterGatewayHandler(APIHandler):
     def write_error(self, status_code: int, **kwargs: Any) -> None:
         """Errors raised before the route, in the same shape."""
         exchange = Exchange(self, (self.path_args or [""])[0] or "")
-        if status_code == 401:
-            message = (
-                "No valid token: send the Jupyter token as `Authorization: Bearer TOKEN`, "
-                "or log in."
-            )
-            self._gateway.refuse(
-                exchange, ApiError(401, message, "authentication_error", code="invalid_api_key")
-            )
-            return
         error = kwargs.get("exc_info", (None, None, None))[1]
-        message = (error.log_message if isinstance(error, web.HTTPError) else None) or self._reason
-        kind = (
-            "server_error"
-            if status_code >= 500
-            else "permission_error"
-            if status_code == 403
-            else "invalid_request_error"
+        self._gateway.refuse(exchange, refusal(status_code, error, self._reason))
+
+
+def take_key(handler: JupyterHandler) -> None:
+    """A key as Anthropic's clients send it, where Jupyter looks for it."""
+    headers = handler.request.headers
+    if "Authorization" not in headers and "x-api-key" in headers:
+        headers["Authorization"] = f"Bearer {headers['x-api-key']}"
+
+
+def is_stranger(handler: JupyterHandler) -> bool:
+    """Whether nobody is logged in. A foreign host leaves no user set either, but is refused."""
+    return getattr(handler, "_jupyter_current_user", None) is None and handler.check_host()
+
+
+def identity_of(handler: JupyterHandler) -> Identity:
+    """The caller. This server's own token or password means the owner of the kernels.
+
+    The owner shares their prefixes. Others whom the identity provider admits (a hub's users, with
+    shared access) are separate callers.
+    """
+    name = str(handler.current_user.username)
+    is_owner = type(handler.identity_provider) in OWN_PROVIDERS or name == os.environ.get(
+        "JUPYTERHUB_USER"
+    )
+    return (
+        Identity("jupyter", "user", scopes=frozenset(SCOPES), cache_scope="")
+        if is_owner
+        else Identity(f"jupyter {name}", "user")
+    )
+
+
+def refusal(status: int, error: BaseException | None, reason: str) -> ApiError:
+    """What Jupyter refused before a route, as an error of ours."""
+    if status == 401:
+        message = (
+            "No valid token: send the Jupyter token as `Authorization: Bearer TOKEN`, or log in."
         )
-        self._gateway.refuse(exchange, ApiError(status_code, message, kind))
+        return ApiError(401, message, "authentication_error", code="invalid_api_key")
+    message = (error.log_message if isinstance(error, web.HTTPError) else None) or reason
+    kind = (
+        "server_error"
+        if status >= 500
+        else "permission_error"
+        if status == 403
+        else "invalid_request_error"
+    )
+    return ApiError(status, message, kind)
+
+
+def forbidden(action: str) -> ApiError:
+    """What the authorizer refused."""
+    return ApiError(
+        403, f"You may not {action} on {RESOURCE} here.", "permission_error", code="forbidden"
+    )

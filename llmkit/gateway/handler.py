@@ -19,7 +19,7 @@ from llmkit.gateway.access.identity import LOCAL, counted_as
 from llmkit.gateway.exchange import Exchange, body_too_large
 from llmkit.gateway.failures import ApiError
 from llmkit.gateway.heads import MAX_LINE_BYTES
-from llmkit.gateway.ops.status import send_page
+from llmkit.gateway.ops.pages import PAGES, send_locked_page
 
 if TYPE_CHECKING:
     from llmkit.gateway.app import Gateway
@@ -56,8 +56,8 @@ class GatewayHandler(web.RequestHandler):
                 return
             identity = await self._authenticator.identify(facts)
         except ApiError as error:
-            if error.status == 401 and exchange.path == "/" and exchange.wants_page:
-                send_page(exchange, None)
+            if error.status == 401 and exchange.path in PAGES and exchange.wants_page:
+                send_locked_page(exchange)
             elif not self._is_gone:
                 self._refuse(error)
             return

@@ -169,7 +169,11 @@ class BoundedServer(httpserver.HTTPServer):
     def on_close(self, server_conn: object) -> None:
         super().on_close(server_conn)
         assert isinstance(server_conn, HTTP1ServerConnection)
-        self._forget(server_conn.stream)
+        stream = server_conn.stream
+        if stream.closed():
+            self._forget(stream)
+        else:  # a WebSocket has it now, and counts until it is closed
+            stream.set_close_callback(lambda: self._forget(stream))
 
     def _forget(self, stream: iostream.IOStream) -> None:
         self._note(stream, idle=False)
