@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import sys
+import tempfile
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
@@ -25,6 +26,9 @@ from llmkit.store.database import Database, open_database
 from llmkit.store.keys import KeyStore
 
 ROOT = Path(__file__).resolve().parents[1]
+# Also for servers of a whole module: nothing is read from or left in the user's own folders.
+_data = tempfile.TemporaryDirectory(prefix="llmkit-tests-", ignore_cleanup_errors=True)
+os.environ["XDG_DATA_HOME"] = _data.name
 # A run in the background of a script ignores SIGINT, and its children would: ■ would do nothing.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -33,6 +37,7 @@ MODEL = "smollm2"
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """CI allows no skip."""
+    _data.cleanup()
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
     if os.environ.get("CI") and reporter is not None and reporter.stats.get("skipped"):
         session.exitstatus = pytest.ExitCode.TESTS_FAILED

@@ -23,10 +23,8 @@ from browser_page import (
     wait_done,
 )
 from conftest import ROOT
-from fakes import wait_for
 from jupyter_client_http import JupyterServer
 from playwright.sync_api import Page, expect, sync_playwright
-from test_cli import Served
 
 pytestmark = [pytest.mark.browser, pytest.mark.model]
 
@@ -298,37 +296,40 @@ def test_the_status_page_in_jupyter(page: Page, lab: JupyterServer, scheme: str)
     other.wait_for_timeout(2500)
     shot(other, f"status-{scheme}")
     assert (
-        other.locator("main table").count() >= 1 and faults(other, "body") == [] and not errors
+        other.locator("#state table").count() >= 1 and faults(other, "body") == [] and not errors
     ), errors
     other.close()
 
 
-def test_the_page_of_a_gateway_with_a_key(page: Page) -> None:
-    served = Served(
-        "smollm2", "--port", "0", "--n-ctx", "512", "--n-slots", "2", LLMKIT_API_KEY="sesame"
+def test_the_chat_page_in_jupyter(page: Page, lab: JupyterServer) -> None:
+    """With Jupyter's login and its XSRF cookie, for a model that a notebook holds."""
+    other = page.context.browser.new_page(viewport={"width": 1280, "height": 860})  # type: ignore[union-attr]
+    errors: list[str] = []
+    other.on("pageerror", lambda error: errors.append(str(error)))
+    other.on(
+        "console", lambda message: errors.append(message.text) if message.type == "error" else None
     )
-    other = page.context.browser.new_page(viewport={"width": 1280, "height": 500})  # type: ignore[union-attr]
-    try:
-        errors: list[str] = []
-        other.on("pageerror", lambda error: errors.append(str(error)))
-        wait_for(lambda: served.health() == 200, 60)
-        other.goto(served.url.removesuffix("v1"))
-        assert "smollm2" not in other.content() and faults(other, "body") == []
-        other.get_by_label("Key").fill("wrong")
-        other.keyboard.press("Enter")
-        other.get_by_text("This is not the key.").wait_for(timeout=10_000)
-        other.get_by_label("Key").fill("sesame")
-        other.keyboard.press("Enter")
-        other.get_by_text("smollm2").first.wait_for(timeout=60_000)
-        assert not other.get_by_label("Key").is_visible() and "sesame" not in other.url
-        other.reload()
-        other.get_by_text("smollm2").first.wait_for(timeout=20_000)
-        other.get_by_role("link", name="Its routes").click()
-        other.get_by_text("/v1/chat/completions").first.wait_for(timeout=10_000)
-        assert not errors, errors
-    finally:
-        other.close()
-        served.stop()
+    other.goto(f"{lab.url}/llmkit/chat?token={lab.token}")
+    other.get_by_role("button", name="Model: smollm2").wait_for(timeout=30_000)
+    other.get_by_label("Message", exact=True).fill("What is the capital of France?")
+    other.keyboard.press("Enter")
+    answer = other.locator(".message.assistant:not(.streaming) .prose")
+    expect(answer).not_to_be_empty(timeout=60_000)
+    said = answer.inner_text()
+    row = other.locator("#sessions li.current")
+    row.hover()
+    row.get_by_role("button", name="More for").click()
+    other.get_by_role("menuitem", name="Rename").click()
+    other.keyboard.type("Capitals")
+    other.keyboard.press("Enter")
+    expect(row).to_contain_text("Capitals")
+    shot(other, "chat-in-jupyter")
+    other.get_by_role("link", name="Models").click()
+    other.get_by_role("region", name="Models").wait_for(timeout=10_000)
+    assert other.url.endswith("/llmkit/") and not errors, errors
+    other.get_by_role("link", name="Chat").click()
+    expect(answer).to_have_text(said, use_inner_text=True)
+    other.close()
 
 
 def test_notebook_7_runs_the_first_lesson(page: Page, tmp_path: Path) -> None:

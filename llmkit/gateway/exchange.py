@@ -105,6 +105,7 @@ class Exchange:
         self.record = Record(request_id=self.request_id)
         self.route = ""  # the pattern of its path, set by the gateway
         self.cleanup = contextlib.ExitStack()  # closed once the route has ended
+        self.before_events: Callable[[], Awaitable[object]] | None = None  # what they wait for
         self.given: frozenset[str] = frozenset()  # names of the fields that the caller sent
         self.ignored: list[str] = []  # fields that are accepted but have no effect
         self._stream: iostream.IOStream | None = getattr(handler.request.connection, "stream", None)
@@ -265,6 +266,8 @@ class Exchange:
             return
 
     async def start_events(self, content_type: str = "text/event-stream") -> None:
+        if self.before_events is not None:
+            await self.before_events()
         self.streaming = True
         if self.record.deadline is not None:
             self.record.deadline.begin_stream()

@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Collection, Iterable, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy.orm import Session
+from sqlalchemy.engine import Connection
 
 from llmkit.errors import ConflictError, InvalidRequestError, NotFoundError
 from llmkit.protocol import Message, ToolCall
@@ -24,7 +25,10 @@ from llmkit.store.conversation_records import (
 from llmkit.store.tables import Conversations, Messages, Replies
 
 __all__ = [
+    "CONVERSATIONS",
     "MESSAGES",
+    "REPLIES",
+    "Row",
     "add",
     "add_chain",
     "as_new",
@@ -40,12 +44,54 @@ __all__ = [
     "read_message",
     "read_messages",
     "read_path",
+    "save",
     "used",
 ]
 
 MAX_OWNER = 255
 NEAR = 16  # ancestors looked at before a whole path is read
+CONVERSATIONS: Any = Conversations.__table__
 MESSAGES: Any = Messages.__table__
+REPLIES: Any = Replies.__table__
+ID, HERE = sa.bindparam("of", type_=sa.String), MESSAGES.c.conversation_id == sa.bindparam("here")
+# What each turn asks, made once.
+FIND = sa.select(CONVERSATIONS).where(CONVERSATIONS.c.id == ID)
+FIND_LOCKED = FIND.with_for_update()
+SAVE = sa.update(CONVERSATIONS).where(CONVERSATIONS.c.id == ID)
+SAVED = ("head", "version", "num_messages", "num_chars", "updated_at", "used_at", "expires_at")
+READ_MESSAGE = sa.select(MESSAGES).where(MESSAGES.c.id == ID, HERE)
+LAST_NUMBER = sa.select(sa.func.max(MESSAGES.c.number)).where(HERE)
+NUMBER_AFTER = sa.select(LAST_NUMBER.scalar_subquery()).where(
+    sa.exists().where(MESSAGES.c.id == ID, HERE)
+)
+INSERT_MESSAGES = sa.insert(MESSAGES)
+
+
+def _ancestors_query() -> Any:
+    columns = MESSAGES.c
+    found = (
+        sa.select(columns.id, columns.parent_id, sa.literal(1).label("depth"))
+        .where(columns.id == ID, HERE)
+        .cte("found", recursive=True)
+    )
+    above = MESSAGES.alias("above")
+    found = found.union_all(
+        sa.select(above.c.id, above.c.parent_id, found.c.depth + 1)
+        .join(found, above.c.id == found.c.parent_id)
+        .where(
+            above.c.conversation_id == sa.bindparam("here"),
+            found.c.depth < sa.bindparam("most", type_=sa.Integer),
+        )
+    )
+    query = sa.select(MESSAGES).join(found, columns.id == found.c.id)
+    return query.order_by(columns.number)
+
+
+ANCESTORS = _ancestors_query()
+
+
+class Row(SimpleNamespace):
+    """A conversation's columns, to be changed and saved."""
 
 
 def owner_key(owner: str) -> str:
@@ -61,27 +107,39 @@ def as_new(messages: Iterable[NewMessage | Message]) -> list[NewMessage]:
 
 
 def find(
-    session: Session, owner: str | None, conversation_id: str, now: float, *, lock: bool = False
-) -> Conversations:
+    connection: Connection,
+    owner: str | None,
+    conversation_id: str,
+    now: float,
+    *,
+    lock: bool = False,
+) -> Row:
     """A conversation's row; ``lock`` keeps other writers out. Raises `NotFoundError`.
 
     Without an owner, for a reply that was begun, it may have expired meanwhile.
     """
-    query = sa.select(Conversations).where(Conversations.id == storable(conversation_id))
-    row = session.scalar(query.with_for_update() if lock else query)
-    if row is None or (
-        owner is not None and (row.owner != owner_key(owner) or (row.expires_at or math.inf) <= now)
+    query = FIND_LOCKED if lock else FIND
+    found = connection.execute(query, {"of": storable(conversation_id)}).one_or_none()
+    if found is None or (
+        owner is not None
+        and (found.owner != owner_key(owner) or (found.expires_at or math.inf) <= now)
     ):
         raise NotFoundError(
             f"there is no session {conversation_id!r:.60}: it never was, was deleted, or has "
             "expired."
         )
-    return row
+    return Row(**found._mapping)
 
 
-def add(session: Session, owner: str, values: dict[str, Any], now: float) -> Conversations:
+def save(connection: Connection, row: Row, **more: Any) -> None:
+    """Store what a turn changes of a conversation, and ``more`` columns."""
+    values = {name: getattr(row, name) for name in SAVED}
+    connection.execute(SAVE, {"of": row.id, **values, **more})
+
+
+def add(connection: Connection, owner: str, values: dict[str, Any], now: float) -> Row:
     """An empty conversation with these columns."""
-    row = Conversations(
+    row = Row(
         **values,
         id=new_id("sess"),
         owner=owner_key(owner),
@@ -93,12 +151,11 @@ def add(session: Session, owner: str, values: dict[str, Any], now: float) -> Con
         used_at=now,
         expires_at=None if values["ttl_s"] is None else now + values["ttl_s"],
     )
-    session.add(row)
-    session.flush()
+    connection.execute(sa.insert(CONVERSATIONS), vars(row))
     return row
 
 
-def used(row: Conversations, now: float, *, changed: bool = True) -> None:
+def used(row: Row, now: float, *, changed: bool = True) -> None:
     """Note that a conversation was used now, and ``changed``."""
     row.used_at = max(now, row.used_at)
     row.expires_at = None if row.ttl_s is None else row.used_at + row.ttl_s
@@ -107,7 +164,7 @@ def used(row: Conversations, now: float, *, changed: bool = True) -> None:
         row.version += 1
 
 
-def check_version(row: Conversations, version: int | None) -> None:
+def check_version(row: Row, version: int | None) -> None:
     """Raises `ConflictError` if somebody else changed it."""
     if version is not None and version != row.version:
         raise ConflictError(
@@ -186,8 +243,8 @@ def _text(parts: list[dict[str, Any]]) -> str:
 
 
 def insert(
-    session: Session,
-    row: Conversations,
+    connection: Connection,
+    row: Row,
     messages: Sequence[tuple[str, str | None, NewMessage]],
     now: float,
 ) -> list[StoredMessage]:
@@ -203,7 +260,7 @@ def insert(
             "at most; begin another one.",
             "messages",
         )
-    first = _next_number(session, row.id, messages[0][1] if messages else None)
+    first = _next_number(connection, row.id, messages[0][1] if messages else None)
     values = [
         {
             "id": message_id,
@@ -216,23 +273,17 @@ def insert(
         for number, (message_id, parent_id, message) in enumerate(messages, first)
     ]
     if values:
-        session.execute(sa.insert(MESSAGES), values)
+        connection.execute(INSERT_MESSAGES, values)
     row.num_messages += len(messages)
     row.num_chars += size
     return [as_read(each) for each in values]
 
 
-def _next_number(session: Session, conversation_id: str, parent_id: str | None) -> int:
-    columns = MESSAGES.c
-    last = sa.select(sa.func.max(columns.number)).where(columns.conversation_id == conversation_id)
+def _next_number(connection: Connection, conversation_id: str, parent_id: str | None) -> int:
     if parent_id is None:
-        return (session.scalar(last) or 0) + 1
-    parent = sa.select(last.scalar_subquery()).where(
-        sa.exists().where(
-            columns.id == storable(parent_id), columns.conversation_id == conversation_id
-        )
-    )
-    number = session.scalar(parent)
+        return (connection.scalar(LAST_NUMBER, {"here": conversation_id}) or 0) + 1
+    place = {"of": storable(parent_id), "here": conversation_id}
+    number = connection.scalar(NUMBER_AFTER, place)
     if number is None:
         raise NotFoundError(f"the session has no message {parent_id!r:.60}.")
     return int(number) + 1
@@ -245,36 +296,34 @@ def as_read(values: dict[str, Any]) -> StoredMessage:
 
 
 def add_chain(
-    session: Session,
-    row: Conversations,
+    connection: Connection,
+    row: Row,
     parent_id: str | None,
     messages: Sequence[NewMessage],
     now: float,
 ) -> list[StoredMessage]:
     """Insert messages one below the other; the first is a child of ``parent_id``."""
     ids = [new_id("msg") for _ in messages]
-    return insert(session, row, list(zip(ids, [parent_id, *ids], messages, strict=False)), now)
+    return insert(connection, row, list(zip(ids, [parent_id, *ids], messages, strict=False)), now)
 
 
-def read_messages(session: Session, conversation_id: str) -> list[StoredMessage]:
+def read_messages(connection: Connection, conversation_id: str) -> list[StoredMessage]:
     """All messages, by number."""
-    query = sa.select(MESSAGES).where(Messages.conversation_id == conversation_id)
-    return [message_of(row) for row in session.execute(query.order_by(Messages.number))]
+    query = sa.select(MESSAGES).where(MESSAGES.c.conversation_id == conversation_id)
+    return [message_of(row) for row in connection.execute(query.order_by(MESSAGES.c.number))]
 
 
-def read_message(session: Session, conversation_id: str, message_id: str) -> StoredMessage:
+def read_message(connection: Connection, conversation_id: str, message_id: str) -> StoredMessage:
     """One message. Raises `NotFoundError`."""
-    query = sa.select(MESSAGES).where(
-        Messages.id == storable(message_id), Messages.conversation_id == conversation_id
-    )
-    row = session.execute(query).one_or_none()
+    place = {"of": storable(message_id), "here": conversation_id}
+    row = connection.execute(READ_MESSAGE, place).one_or_none()
     if row is None:
         raise NotFoundError(f"the session has no message {message_id!r:.60}.")
     return message_of(row)
 
 
 def read_path(
-    session: Session,
+    connection: Connection,
     conversation_id: str,
     leaf: str,
     known: Sequence[StoredMessage] = (),
@@ -288,62 +337,53 @@ def read_path(
         if end:
             return list(known[:end])
         places = {message.id: i for i, message in enumerate(known)}
-        near = _ancestors(session, conversation_id, leaf, NEAR)
+        near = _ancestors(connection, conversation_id, leaf, NEAR)
         if near and (place := places.get(near[0].parent_id or "")) is not None:
             return [*known[: place + 1], *near]
         joint = next((i for i in range(len(near) - 1, -1, -1) if near[i].id in places), None)
         if joint is not None:
             return [*known[: places[near[joint].id] + 1], *near[joint + 1 :]]
-    path = _ancestors(session, conversation_id, leaf, MAX_MESSAGES)
+    path = _ancestors(connection, conversation_id, leaf, MAX_MESSAGES)
     if not path:
         raise NotFoundError(f"the session has no message {leaf!r:.60}.")
     return path
 
 
 def _ancestors(
-    session: Session, conversation_id: str, leaf: str, count: int
+    connection: Connection, conversation_id: str, leaf: str, count: int
 ) -> list[StoredMessage]:
     """A message and at most so many of its ancestors, oldest first."""
-    here = Messages.conversation_id == conversation_id
-    found = (
-        sa.select(Messages.id, Messages.parent_id, sa.literal(1).label("depth"))
-        .where(Messages.id == storable(leaf), here)
-        .cte("found", recursive=True)
-    )
-    found = found.union_all(
-        sa.select(Messages.id, Messages.parent_id, found.c.depth + 1)
-        .join(found, Messages.id == found.c.parent_id)
-        .where(here, found.c.depth < count)
-    )
-    query = sa.select(MESSAGES).join(found, Messages.id == found.c.id).order_by(Messages.number)
-    return [message_of(row) for row in session.execute(query)]
+    place = {"of": storable(leaf), "here": conversation_id, "most": count}
+    return [message_of(row) for row in connection.execute(ANCESTORS, place)]
 
 
 def in_progress(conversation_id: Any) -> sa.Exists:
     """Whether a reply is being written in a conversation."""
-    return sa.exists().where(Replies.conversation_id == conversation_id)
+    return sa.exists().where(REPLIES.c.conversation_id == conversation_id)
 
 
-def make_room(session: Session, owner: str, keep: int, used_now: Collection[str]) -> None:
+def make_room(connection: Connection, owner: str, keep: int, used_now: Collection[str]) -> None:
     """Delete an owner's least recently used conversations beyond ``keep``, none that is in use."""
-    count = session.scalar(
-        sa.select(sa.func.count()).select_from(Conversations).where(Conversations.owner == owner)
+    count = connection.scalar(
+        sa.select(sa.func.count()).select_from(CONVERSATIONS).where(CONVERSATIONS.c.owner == owner)
     )
     excess = (count or 0) - keep
     if excess <= 0:
         return
-    oldest = session.scalars(
-        sa.select(Conversations.id)
+    oldest = connection.scalars(
+        sa.select(CONVERSATIONS.c.id)
         .where(
-            Conversations.owner == owner,
-            Conversations.id.not_in(list(used_now)),
-            ~in_progress(Conversations.id),
+            CONVERSATIONS.c.owner == owner,
+            CONVERSATIONS.c.id.not_in(list(used_now)),
+            ~in_progress(CONVERSATIONS.c.id),
         )
-        .order_by(Conversations.used_at, Conversations.id)
+        .order_by(CONVERSATIONS.c.used_at, CONVERSATIONS.c.id)
         .limit(excess)
         .with_for_update(skip_locked=True)
     ).all()
     # Asked again now that nobody can begin a reply in them.
-    session.execute(
-        sa.delete(Conversations).where(Conversations.id.in_(oldest), ~in_progress(Conversations.id))
+    connection.execute(
+        sa.delete(CONVERSATIONS).where(
+            CONVERSATIONS.c.id.in_(oldest), ~in_progress(CONVERSATIONS.c.id)
+        )
     )

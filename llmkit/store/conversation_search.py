@@ -5,18 +5,19 @@ from __future__ import annotations
 from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy.orm import Session
+from sqlalchemy.engine import Connection
 
 from llmkit.errors import InvalidRequestError
 from llmkit.store.conversation_records import StoredConversation, storable
 from llmkit.store.conversation_rows import (
+    CONVERSATIONS,
+    MESSAGES,
     conversation_of,
     find,
     in_progress,
     owner_key,
     read_message,
 )
-from llmkit.store.tables import Conversations, Messages
 
 __all__ = ["newest_leaf", "remove_expired", "search", "titled"]
 
@@ -24,7 +25,7 @@ MAX_QUERY, MAX_LISTED = 1000, 1000
 
 
 def search(
-    session: Session, owner: str, query: str, limit: int, after: str | None, now: float
+    connection: Connection, owner: str, query: str, limit: int, after: str | None, now: float
 ) -> list[StoredConversation]:
     """Implements `ConversationStore.list`."""
     if not isinstance(query, str) or len(query) > MAX_QUERY:
@@ -32,28 +33,28 @@ def search(
     if not isinstance(limit, int) or isinstance(limit, bool) or not 1 <= limit <= MAX_LISTED:
         raise InvalidRequestError(f"limit must be between 1 and {MAX_LISTED}.", "limit")
     statement = (
-        sa.select(Conversations)
+        sa.select(CONVERSATIONS)
         .where(
-            Conversations.owner == owner_key(owner),
-            sa.or_(Conversations.expires_at.is_(None), Conversations.expires_at > now),
+            CONVERSATIONS.c.owner == owner_key(owner),
+            sa.or_(CONVERSATIONS.c.expires_at.is_(None), CONVERSATIONS.c.expires_at > now),
         )
-        .order_by(Conversations.used_at.desc(), Conversations.id.desc())
+        .order_by(CONVERSATIONS.c.used_at.desc(), CONVERSATIONS.c.id.desc())
         .limit(limit)
     )
     if after is not None:
-        last = find(session, owner, after, now)
+        last = find(connection, owner, after, now)
         statement = statement.where(
-            sa.tuple_(Conversations.used_at, Conversations.id)
+            sa.tuple_(CONVERSATIONS.c.used_at, CONVERSATIONS.c.id)
             < sa.tuple_(sa.literal(last.used_at), sa.literal(last.id))
         )
     words = storable(query).strip()
     if words:
-        has = _holds(session.get_bind().dialect.name, words)
+        has = _holds(connection.dialect.name, words)
         in_messages = sa.exists().where(
-            Messages.conversation_id == Conversations.id, has(Messages.content)
+            MESSAGES.c.conversation_id == CONVERSATIONS.c.id, has(MESSAGES.c.content)
         )
-        statement = statement.where(sa.or_(has(Conversations.title), in_messages))
-    return [conversation_of(row) for row in session.scalars(statement)]
+        statement = statement.where(sa.or_(has(CONVERSATIONS.c.title), in_messages))
+    return [conversation_of(row) for row in connection.execute(statement)]
 
 
 def _holds(dialect: str, words: str) -> Any:
@@ -64,38 +65,39 @@ def _holds(dialect: str, words: str) -> Any:
     return lambda column: column.icontains(words, autoescape=True)
 
 
-def titled(session: Session, owner: str, title: str, now: float) -> Conversations | None:
+def titled(connection: Connection, owner: str, title: str, now: float) -> StoredConversation | None:
     """Implements `ConversationStore.titled`."""
     query = (
-        sa.select(Conversations)
+        sa.select(CONVERSATIONS)
         .where(
-            Conversations.owner == owner_key(owner),
-            Conversations.title == " ".join(storable(title).split()),
-            sa.or_(Conversations.expires_at.is_(None), Conversations.expires_at > now),
+            CONVERSATIONS.c.owner == owner_key(owner),
+            CONVERSATIONS.c.title == " ".join(storable(title).split()),
+            sa.or_(CONVERSATIONS.c.expires_at.is_(None), CONVERSATIONS.c.expires_at > now),
         )
-        .order_by(Conversations.used_at.desc())
+        .order_by(CONVERSATIONS.c.used_at.desc())
         .limit(1)
     )
-    return session.scalar(query)
+    row = connection.execute(query).one_or_none()
+    return None if row is None else conversation_of(row)
 
 
-def remove_expired(session: Session, now: float) -> int:
+def remove_expired(connection: Connection, now: float) -> int:
     """Delete what has expired and is not being answered in; how many."""
-    done = session.execute(
-        sa.delete(Conversations).where(
-            Conversations.expires_at <= now, ~in_progress(Conversations.id)
+    done = connection.execute(
+        sa.delete(CONVERSATIONS).where(
+            CONVERSATIONS.c.expires_at <= now, ~in_progress(CONVERSATIONS.c.id)
         )
     )
     return int(done.rowcount)  # type: ignore[attr-defined]
 
 
-def newest_leaf(session: Session, conversation_id: str, message_id: str) -> str:
+def newest_leaf(connection: Connection, conversation_id: str, message_id: str) -> str:
     """Implements `ConversationStore.newest_leaf`."""
-    first = read_message(session, conversation_id, message_id)
-    later = session.execute(
-        sa.select(Messages.id, Messages.parent_id)
-        .where(Messages.conversation_id == conversation_id, Messages.number > first.number)
-        .order_by(Messages.number)
+    first = read_message(connection, conversation_id, message_id)
+    later = connection.execute(
+        sa.select(MESSAGES.c.id, MESSAGES.c.parent_id)
+        .where(MESSAGES.c.conversation_id == conversation_id, MESSAGES.c.number > first.number)
+        .order_by(MESSAGES.c.number)
     )
     newest = {parent: child for child, parent in later}  # the last child of each
     leaf = message_id

@@ -6,15 +6,16 @@ The functions of its transactions are in `conversation_rows`, `conversation_repl
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy.orm import Session
+from sqlalchemy.engine import Connection
 
-from llmkit.errors import InvalidRequestError
+from llmkit.errors import InvalidRequestError, NotFoundError
 from llmkit.protocol import Message
 from llmkit.store import conversation_formats as formats
 from llmkit.store import conversation_replies as replies
@@ -32,8 +33,8 @@ from llmkit.store.conversation_records import (
     checked_fields,
     new_id,
 )
+from llmkit.store.conversation_rows import CONVERSATIONS, Row
 from llmkit.store.database import Database
-from llmkit.store.tables import Conversations
 from llmkit.store.writers import new_writer
 
 __all__ = [
@@ -95,23 +96,24 @@ class ConversationStore:
         fields = {"title": title, "model": model, "settings": dict(settings or {})}
         values = checked_fields({**fields, "pruning": pruning, "ttl_s": ttl_s})
         new = rows.as_new(messages)
-        with self.database.writing() as session:
-            row = self._add(session, owner, values)
-            added = rows.add_chain(session, row, None, new, self._now())
+        with self.database.connected(writes=True) as connection:
+            row = self._add(connection, owner, values)
+            added = rows.add_chain(connection, row, None, new, self._now())
             row.head = added[-1].id if added else None
+            rows.save(connection, row)
             return rows.conversation_of(row)
 
-    def _add(self, session: Session, owner: str, values: dict[str, Any]) -> Conversations:
+    def _add(self, connection: Connection, owner: str, values: dict[str, Any]) -> Row:
         now = self._now()
-        searching.remove_expired(session, now)
+        searching.remove_expired(connection, now)
         in_use = {each for ids in self._in_use for each in ids()}
-        rows.make_room(session, rows.owner_key(owner), self._max_sessions - 1, in_use)
-        return rows.add(session, owner, values, now)
+        rows.make_room(connection, rows.owner_key(owner), self._max_sessions - 1, in_use)
+        return rows.add(connection, owner, values, now)
 
     def get(self, owner: str, conversation_id: str) -> StoredConversation:
         """A conversation, without its messages."""
-        with self.database.reading() as session:
-            return rows.conversation_of(rows.find(session, owner, conversation_id, self._now()))
+        with self.database.connected() as connection:
+            return rows.conversation_of(rows.find(connection, owner, conversation_id, self._now()))
 
     def list(
         self, owner: str, *, query: str = "", limit: int = 50, after: str | None = None
@@ -121,8 +123,8 @@ class ConversationStore:
         ``query`` is looked for in titles and messages, in whatever case; ``after`` is the id of the
         last one of the page before.
         """
-        with self.database.reading() as session:
-            return searching.search(session, owner, query, limit, after, self._now())
+        with self.database.connected() as connection:
+            return searching.search(connection, owner, query, limit, after, self._now())
 
     def change(
         self, owner: str, conversation_id: str, *, version: int | None = None, **fields: Any
@@ -136,43 +138,43 @@ class ConversationStore:
             raise InvalidRequestError(f"a session has no {unknown!r:.40} to be changed.", unknown)
         head = fields.pop("head", UNSET)
         values = checked_fields(fields)
-        with self.database.writing() as session:
+        with self.database.connected(writes=True) as connection:
             now = self._now()
-            row = rows.find(session, owner, conversation_id, now, lock=True)
+            row = rows.find(connection, owner, conversation_id, now, lock=True)
             rows.check_version(row, version)
             if not isinstance(head, Unset):
                 if head is not None:
-                    rows.read_message(session, row.id, str(head))
+                    rows.read_message(connection, row.id, str(head))
                 row.head = head
             for name, value in values.items():
                 setattr(row, name, value)
             rows.used(row, now)
+            rows.save(connection, row, **values)
             return rows.conversation_of(row)
 
     def delete(self, owner: str, conversation_id: str) -> None:
         """Delete a conversation, also one that is being answered in."""
-        with self.database.writing() as session:
-            row = rows.find(session, owner, conversation_id, self._now(), lock=True)
-            session.execute(sa.delete(Conversations).where(Conversations.id == row.id))
+        with self.database.connected(writes=True) as connection:
+            row = rows.find(connection, owner, conversation_id, self._now(), lock=True)
+            connection.execute(sa.delete(CONVERSATIONS).where(CONVERSATIONS.c.id == row.id))
         self._paths.drop(conversation_id)
 
     def titled(self, owner: str, title: str) -> StoredConversation | None:
         """The latest used of the conversations with this title."""
-        with self.database.reading() as session:
-            row = searching.titled(session, owner, title, self._now())
-            return None if row is None else rows.conversation_of(row)
+        with self.database.connected() as connection:
+            return searching.titled(connection, owner, title, self._now())
 
     def owner_of(self, conversation_id: str) -> str:
         """Whose a conversation is: for people who may read the whole database."""
-        with self.database.reading() as session:
-            return rows.find(session, None, conversation_id, self._now()).owner
+        with self.database.connected() as connection:
+            return rows.find(connection, None, conversation_id, self._now()).owner
 
     def delete_all(self, owner: str) -> int:
         """Delete all conversations of an owner; how many they were."""
-        with self.database.writing() as session:
-            where = Conversations.owner == rows.owner_key(owner)
-            ids = session.scalars(sa.select(Conversations.id).where(where)).all()
-            session.execute(sa.delete(Conversations).where(where))
+        with self.database.connected(writes=True) as connection:
+            where = CONVERSATIONS.c.owner == rows.owner_key(owner)
+            ids = connection.scalars(sa.select(CONVERSATIONS.c.id).where(where)).all()
+            connection.execute(sa.delete(CONVERSATIONS).where(where))
         for each in ids:
             self._paths.drop(each)
         return len(ids)
@@ -196,9 +198,11 @@ class ConversationStore:
 
     def export(self, owner: str, conversation_id: str) -> dict[str, Any]:
         """All of a conversation as JSON, for a file and for `import_`."""
-        with self.database.reading() as session:
-            row = rows.find(session, owner, conversation_id, self._now())
-            return formats.exported(rows.conversation_of(row), rows.read_messages(session, row.id))
+        with self.database.connected() as connection:
+            row = rows.find(connection, owner, conversation_id, self._now())
+            return formats.exported(
+                rows.conversation_of(row), rows.read_messages(connection, row.id)
+            )
 
     def import_(self, owner: str, data: Any) -> StoredConversation:
         """A new conversation from what `export` gave, from a saved `llm.session`, or from
@@ -208,46 +212,53 @@ class ConversationStore:
         """
         read = formats.read(data)
         values = checked_fields({**read.fields, "ttl_s": self._ttl_s})
-        with self.database.writing() as session:
-            row = self._add(session, owner, values)
+        with self.database.connected(writes=True) as connection:
+            row = self._add(connection, owner, values)
             ids = {key: new_id("msg") for key, _, _ in read.messages}
             new = [(ids[key], ids.get(parent or ""), m) for key, parent, m in read.messages]
-            rows.insert(session, row, new, self._now())
+            rows.insert(connection, row, new, self._now())
             row.head = ids[read.head] if read.head is not None else None
+            rows.save(connection, row)
             return rows.conversation_of(row)
 
     def messages(self, owner: str, conversation_id: str) -> Path:
         """All messages of the tree, in the order in which they were stored."""
-        with self.database.reading() as session:
-            row = rows.find(session, owner, conversation_id, self._now())
-            return rows.read_messages(session, row.id)
+        with self.database.connected() as connection:
+            row = rows.find(connection, owner, conversation_id, self._now())
+            return rows.read_messages(connection, row.id)
 
     def message(self, owner: str, conversation_id: str, message_id: str) -> StoredMessage:
         """One message."""
-        with self.database.reading() as session:
-            row = rows.find(session, owner, conversation_id, self._now())
-            return rows.read_message(session, row.id, message_id)
+        with self.database.connected() as connection:
+            row = rows.find(connection, owner, conversation_id, self._now())
+            return rows.read_message(connection, row.id, message_id)
 
     def path(self, owner: str, conversation_id: str, leaf: str | None = None) -> Path:
         """The messages from the root to ``leaf`` (by default the head).
 
         Of a conversation that was read before only what is new is read.
         """
-        with self.database.reading() as session:
-            row = rows.find(session, owner, conversation_id, self._now())
+        return self.opened(owner, conversation_id, leaf)[1]
+
+    def opened(
+        self, owner: str, conversation_id: str, leaf: str | None = None
+    ) -> tuple[StoredConversation, Path]:
+        """A conversation and its `path`."""
+        path: Path = []
+        with self.database.connected() as connection:
+            row = rows.find(connection, owner, conversation_id, self._now())
             wanted = row.head if leaf is None else leaf
-            if wanted is None:
-                return []
-            path = rows.read_path(session, row.id, wanted, self._paths.get(row.id))
+            if wanted is not None:
+                path = rows.read_path(connection, row.id, wanted, self._paths.get(row.id))
         self._paths.keep(conversation_id, path)
-        return path
+        return rows.conversation_of(row), path
 
     def newest_leaf(self, owner: str, conversation_id: str, message_id: str) -> str:
         """The leaf below a message, by the newest child each time: the head when its branch is
         chosen."""
-        with self.database.reading() as session:
-            row = rows.find(session, owner, conversation_id, self._now())
-            return searching.newest_leaf(session, row.id, message_id)
+        with self.database.connected() as connection:
+            row = rows.find(connection, owner, conversation_id, self._now())
+            return searching.newest_leaf(connection, row.id, message_id)
 
     def append(
         self,
@@ -264,16 +275,17 @@ class ConversationStore:
         Another child of the same parent is a branch. ``head``: it is then shown.
         """
         new = rows.as_new(messages)
-        with self.database.writing() as session:
+        with self.database.connected(writes=True) as connection:
             now = self._now()
-            row = rows.find(session, owner, conversation_id, now, lock=True)
+            row = rows.find(connection, owner, conversation_id, now, lock=True)
             rows.check_version(row, version)
             if parent_id is not None:
-                replies.check_parent(session, row, parent_id, now)
-            added = rows.add_chain(session, row, parent_id, new, now)
+                replies.check_parent(connection, row, parent_id, now)
+            added = rows.add_chain(connection, row, parent_id, new, now)
             if head and added:
                 row.head = added[-1].id
             rows.used(row, now)
+            rows.save(connection, row)
         self._paths.extend(conversation_id, added)
         return added
 
@@ -294,11 +306,12 @@ class ConversationStore:
         sibling then. The reply becomes the head.
         """
         new = rows.as_new(messages)
-        with self.database.writing(relaxed=True) as session:
+        with self.database.connected(writes=True, relaxed=True) as connection:
             now = self._now()
-            row = rows.find(session, owner, conversation_id, now, lock=True)
+            row = rows.find(connection, owner, conversation_id, now, lock=True)
             rows.check_version(row, version)
-            added = replies.begin(session, row, parent_id, new, model, branch, self._writer, now)
+            added = replies.begin(connection, row, parent_id, new, model, branch, self._writer, now)
+            rows.save(connection, row)
         self._paths.extend(conversation_id, added)
         return added
 
@@ -319,9 +332,9 @@ class ConversationStore:
         self, conversation_id: str, message_id: str, text: str, reasoning: str | None = None
     ) -> None:
         """Keep all of a running reply so far, about once a second: so much outlives a crash."""
-        with self.database.writing(relaxed=True) as session:
+        with self.database.connected(writes=True, relaxed=True) as connection:
             replies.checkpoint(
-                session, conversation_id, message_id, text, reasoning, self._writer, self._now()
+                connection, conversation_id, message_id, text, reasoning, self._writer, self._now()
             )
 
     def end_reply(
@@ -341,42 +354,48 @@ class ConversationStore:
         """
         (new,) = rows.as_new([message])
         new = replace(new, status=status, finish_reason=finish_reason, usage=usage)
-        with self.database.writing(relaxed=True) as session:
+        with self.database.connected(writes=True, relaxed=True) as connection:
             now = self._now()
-            row = rows.find(session, None, conversation_id, now, lock=True)
-            kept = replies.end(session, row, message_id, new, self._writer, now)
+            row = rows.find(connection, None, conversation_id, now, lock=True)
+            kept = replies.end(connection, row, message_id, new, self._writer, now)
+            rows.save(connection, row)
         self._paths.extend(conversation_id, [kept])
         return kept
 
     def cancel_turn(self, conversation_id: str, message_id: str) -> None:
         """Undo `begin_turn`, of a turn that the engine refused: its messages are deleted, unless
         others build on them."""
-        with self.database.writing(relaxed=True) as session:
+        with self.database.connected(writes=True, relaxed=True) as connection:
             now = self._now()
-            row = rows.find(session, None, conversation_id, now, lock=True)
-            replies.cancel(session, row, message_id, self._writer, now)
+            row = rows.find(connection, None, conversation_id, now, lock=True)
+            replies.cancel(connection, row, message_id, self._writer, now)
+            rows.save(connection, row)
         self._paths.drop(conversation_id)
 
     def renew(self) -> None:
         """Say that this process still writes its replies; at least every 20 s."""
-        with self.database.writing(relaxed=True) as session:
-            replies.renew(session, self._writer, self._now())
+        with self.database.connected(writes=True, relaxed=True) as connection:
+            replies.renew(connection, self._writer, self._now())
 
     def recover(self) -> int:
         """Let the running replies of processes that are gone be partial; how many. At any time."""
-        with self.database.reading() as session:
-            found = replies.lost(session, self._now())
+        with self.database.connected() as connection:
+            found = replies.lost(connection, self._now())
         count = 0
         for each in found:
-            with self.database.writing() as session:
-                row = session.get(Conversations, each, with_for_update=True)
-                count += replies.recover(session, row, self._now()) if row is not None else 0
+            with (
+                contextlib.suppress(NotFoundError),  # deleted meanwhile
+                self.database.connected(writes=True) as connection,
+            ):
+                row = rows.find(connection, None, each, self._now(), lock=True)
+                count += replies.recover(connection, row, self._now())
+                rows.save(connection, row)
         return count
 
     def remove_expired(self) -> int:
         """Delete conversations that have expired and are not in use; how many."""
-        with self.database.writing() as session:
-            return searching.remove_expired(session, self._now())
+        with self.database.connected(writes=True) as connection:
+            return searching.remove_expired(connection, self._now())
 
     def in_use(self, ids: Callable[[], Collection[str]]) -> None:
         """Let ``ids`` say which conversations are in use, beside those with running replies."""

@@ -84,6 +84,17 @@ class Database:
         with self._explained(), Session(engine) as session, session.begin():
             yield session
 
+    @contextlib.contextmanager
+    def connected(self, *, writes: bool = False, relaxed: bool = False) -> Iterator[Connection]:
+        """`reading`, or with ``writes`` `writing`, without the cost of a session."""
+        if not writes:
+            with self._explained(), self.engine.connect() as connection:
+                yield connection
+            return
+        engine = self._relaxed if relaxed else self._writing
+        with self._explained(), engine.begin() as connection:
+            yield connection
+
     def upgrade(self) -> None:
         """Bring the tables to this version; others that start now wait for it."""
         with self._explained():

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from typing import TYPE_CHECKING, Any
 
 from llmkit.chat.parsers.events import Call, Content, Event, Reasoning
@@ -31,7 +31,7 @@ REFUSALS = (400, 413, 429)  # of an engine: the question was not taken
 
 
 class Keeping:
-    """Stores a running ``reply``.
+    """Stores a running ``reply``, perhaps one that is still being ``begun``.
 
     ``take`` its events, give its ``completion``, and ``end``. ``prefix`` is the beginning that its
     caller gave. ``pruned`` says what was left out of its prompt.
@@ -40,12 +40,15 @@ class Keeping:
     def __init__(
         self,
         shelf: Shelf,
-        reply: StoredMessage,
+        reply: StoredMessage | None = None,
         *,
+        begun: Coroutine[Any, Any, StoredMessage] | None = None,
         prefix: str = "",
         pruned: dict[str, Any] | None = None,
     ) -> None:
-        self._shelf, self.reply = shelf, reply
+        self._shelf, self._reply = shelf, reply
+        self._begun = None if begun is None else asyncio.ensure_future(begun)
+        self._ending: asyncio.Task[None] | None = None
         self._pruned = pruned
         self._text, self._reasoning = [prefix] if prefix else [], [""]
         self._calls: list[ToolCall] = []
@@ -54,6 +57,18 @@ class Keeping:
         self.completion: Completion | None = None
         self.is_over = False
         self._timer: asyncio.TimerHandle | None = None
+
+    @property
+    def reply(self) -> StoredMessage:
+        """The reply, once it is begun."""
+        assert self._reply is not None
+        return self._reply
+
+    async def begun(self) -> None:
+        """Wait until question and reply are stored. Raises what the store raises."""
+        if self._reply is None:
+            assert self._begun is not None
+            self._reply = await asyncio.shield(self._begun)
 
     @property
     def shown(self) -> dict[str, Any]:
@@ -65,7 +80,9 @@ class Keeping:
         return self.size == len(self._prefix) and not self._calls
 
     def take(self, events: Sequence[Event]) -> None:
-        """More of the reply."""
+        """More of the reply. Raises what the store raised when it was begun."""
+        if self._reply is None and self._begun is not None and self._begun.done():
+            self._reply = self._begun.result()
         for event in events:
             match event:
                 case Content(text):
@@ -83,6 +100,9 @@ class Keeping:
 
     def _checkpoint(self) -> None:
         if self.is_over:
+            return
+        if self._reply is None:  # the database is slow
+            self._timer = None
             return
         self._text, self._reasoning = ["".join(self._text)], ["".join(self._reasoning)]
         text, thoughts = self._text[0], self._reasoning[0] or None
@@ -102,15 +122,27 @@ class Keeping:
     async def end(self, failure: ApiError | None = None) -> None:
         """Store the whole reply; without a completion as partial.
 
-        A question that the engine refused is taken back. Raises what the store raises.
+        A question that the engine refused is taken back. Raises what the store raises. Once it was
+        called, further calls wait for its end.
         """
-        if self.is_over:
-            return
-        self.is_over = True
+        if self._ending is None:
+            self.is_over = True
+            self._ending = asyncio.ensure_future(self._end(failure))
+        await asyncio.shield(self._ending)
+
+    async def _end(self, failure: ApiError | None) -> None:
         if self._timer is not None:
             self._timer.cancel()
+        is_refused = failure is not None and failure.status in REFUSALS and self.is_empty
+        if self._begun is not None:
+            if is_refused:
+                self._begun.cancel()  # unless it is under way already
+            await asyncio.wait([self._begun])
+            if self._begun.cancelled() or self._begun.exception() is not None:
+                return  # nothing was stored
+            self._reply = self._begun.result()
         ids = self.reply.conversation_id, self.reply.id
-        if failure is not None and failure.status in REFUSALS and self.is_empty:
+        if is_refused:
             await self._surely(lambda store: store.cancel_turn(*ids))
             return
         done = self.completion
@@ -124,7 +156,7 @@ class Keeping:
             model=self.reply.model,
         )
         usage = self._usage
-        self.reply = self.reply.copied(  # so that it is shown even if it cannot be stored
+        self._reply = self.reply.copied(  # so that it is shown even if it cannot be stored
             content=message.content,
             reasoning=message.reasoning,
             tool_calls=message.tool_calls,
@@ -132,7 +164,7 @@ class Keeping:
             finish_reason=reason,
             usage=usage,
         )
-        self.reply = await self._surely(
+        self._reply = await self._surely(
             lambda store: store.end_reply(
                 *ids, message, status=status, finish_reason=reason, usage=usage
             )

@@ -44,7 +44,7 @@ def placed(store: ConversationStore, owner: str, wish: Wish, body: TurnBody) -> 
         if isinstance(body.parent_id, str):
             raise InvalidRequestError("parent: a new session has no messages yet.", "parent")
         return Place(None, [], body.new(), False)
-    session = store.get(owner, wish.session_id)
+    session, path = store.opened(owner, wish.session_id)
     new: list[NewMessage] = []
     if isinstance(body, SendBody):
         new, branches = body.new(), body.branch
@@ -70,7 +70,7 @@ def placed(store: ConversationStore, owner: str, wish: Wish, body: TurnBody) -> 
             leaf = message.parent_id if message.role == "assistant" else message.id
             if leaf is None:
                 raise InvalidRequestError("The message answers nothing.", "message")
-    path = settled_path(store, owner, session.id, leaf)
+    path = settled_path(store, owner, session.id, leaf, path)
     if path and path[-1].status == "running":
         if not branches:
             raise ConflictError(
@@ -81,10 +81,19 @@ def placed(store: ConversationStore, owner: str, wish: Wish, body: TurnBody) -> 
 
 
 def settled_path(
-    store: ConversationStore, owner: str, session_id: str, leaf: str | None
+    store: ConversationStore,
+    owner: str,
+    session_id: str,
+    leaf: str | None,
+    read: Sequence[StoredMessage],
 ) -> list[StoredMessage]:
-    """The path to ``leaf``; a reply is running only if somebody still writes it."""
-    path = [] if leaf is None else store.path(owner, session_id, leaf)
+    """The path to ``leaf``, perhaps that ``read`` before; a reply is running only if somebody
+    still writes it."""
+    path = read
+    if leaf is None:
+        path = []
+    elif not path or path[-1].id != leaf:
+        path = store.path(owner, session_id, leaf)
     if path and path[-1].status == "running" and store.recover():
         path = store.path(owner, session_id, leaf)
     return list(path)

@@ -7,10 +7,10 @@ kept. Tornado loop only; knows no dialect.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, fields
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from llmkit.chat.parsers.events import Event
 from llmkit.chat.reading import AnswerReader
@@ -41,19 +41,26 @@ class SessionChat(Chat):
     """A chat whose answer is kept in a session."""
 
     keeping: Keeping
+    finish: Callable[[Coroutine[Any, Any, None]], None]  # see `Turns.finish`
 
     def reader(self, model: ModelDescription) -> AnswerReader:
-        return KeepingReader(Chat.reader(self, model), self.keeping)
+        return KeepingReader(Chat.reader(self, model), self.keeping, self.finish)
 
     async def finished(self) -> None:
+        await self.keeping.begun()
         await self.keeping.end()
 
 
 class KeepingReader(AnswerReader):
     """A reader whose events are kept."""
 
-    def __init__(self, reader: AnswerReader, keeping: Keeping) -> None:
-        self._reader, self._keeping = reader, keeping
+    def __init__(
+        self,
+        reader: AnswerReader,
+        keeping: Keeping,
+        ended: Callable[[Coroutine[Any, Any, None]], None],
+    ) -> None:
+        self._reader, self._keeping, self._ended = reader, keeping, ended
 
     def read(self, deltas: Sequence[Delta]) -> list[Event]:
         events = self._reader.read(deltas)
@@ -64,6 +71,7 @@ class KeepingReader(AnswerReader):
         events, completion = self._reader.end(completion)
         self._keeping.take(events)
         self._keeping.completion = completion
+        self._ended(self._keeping.end())  # while the last text is sent
         return events, completion
 
 
@@ -94,11 +102,17 @@ async def recalled(
     stored = [*(() if path else system), *(new[:-1] if chat.continue_final else new)]
     parent, told = path[-1].id if path else None, [NewMessage.of(m) for m in stored]
     name = engine.description.name
-    begun, _ = await shelf.finish(
-        session_id, lambda store: store.begin_turn(owner, session_id, parent, told, model=name)
-    )
+
+    async def begun() -> StoredMessage:
+        stored, _ = await shelf.finish(
+            session_id, lambda store: store.begin_turn(owner, session_id, parent, told, model=name)
+        )
+        return stored[-1]
+
     prefix = new[-1].text if chat.continue_final else ""
-    keeping = Keeping(shelf, begun[-1], prefix=prefix, pruned=fitted.pruned)
+    # They are stored while the engine computes the prompt; no text is sent before.
+    keeping = Keeping(shelf, begun=begun(), prefix=prefix, pruned=fitted.pruned)
+    exchange.before_events = keeping.begun
     turns = exchange.turns
 
     def ended(
@@ -109,7 +123,7 @@ async def recalled(
 
     exchange.cleanup.push(ended)
     values = {field.name: getattr(fitted.chat, field.name) for field in fields(Chat)}
-    return SessionChat(**values, keeping=keeping)
+    return SessionChat(**values, keeping=keeping, finish=turns.finish)
 
 
 def _named(exchange: Exchange) -> str | None:
@@ -121,10 +135,11 @@ def _read(
     store: ConversationStore, owner: str, session_id: str
 ) -> tuple[StoredConversation, list[StoredMessage]]:
     if session_id.startswith("sess_"):
-        session = store.get(owner, session_id)
+        session, path = store.opened(owner, session_id)
     else:
         session = store.titled(owner, session_id) or store.create(owner, title=session_id)
-    path = settled_path(store, owner, session.id, session.head)
+        path = []
+    path = settled_path(store, owner, session.id, session.head, path)
     if path and path[-1].status == "running":
         raise ConflictError("The session is being answered: wait, or cancel that request.")
     return session, path

@@ -8,21 +8,38 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from llmkit.gateway.web.assets import MODULES, STYLES, folder
 from llmkit.version import __version__
 
-__all__ = ["docs_page", "status_page", "status_part"]
+__all__ = ["View", "docs_page", "page", "status_part"]
+
+View = Literal["chat", "status"]
 
 
-def status_page(state: dict[str, Any] | None, *, base: str, nonce: str) -> str:
-    """The status page; with ``state`` None, one that asks for the key and then fetches the state.
+def page(
+    view: View, home: View, *, base: str, state: dict[str, Any] | None = None, locked: bool = False
+) -> str:
+    """The page with its two tabs, ``view`` in front; ``home`` is the one at the gateway's root.
 
-    ``base`` leads from the page's address to the other routes; ``nonce`` lets its script run.
+    ``base`` leads from the page's address to the other routes. ``state`` is what the second tab
+    shows before its script has fetched more; a ``locked`` page asks for the key first.
     """
-    return _render("status.html", state=state, base=base, nonce=nonce)
+    return _render(
+        "page.html",
+        view=view,
+        chat=f"{base}chat" if home == "status" else base or "./",
+        status=(base or "./") + ("" if home == "status" else "#status"),
+        base=base,
+        assets=base + folder(),
+        modules=MODULES,
+        styles=STYLES,
+        state=state,
+        locked=locked,
+    )
 
 
 def status_part(state: dict[str, Any]) -> str:

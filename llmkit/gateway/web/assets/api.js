@@ -1,0 +1,94 @@
+// Requests to the gateway: its address, the key of this tab, and errors as people read them.
+
+const root = document.documentElement;
+export const base = new URL(root.dataset.base || './', location.href);
+export const address = path => new URL(path, base);
+
+// The key lives in this tab only. Where the browser stores nothing, it is asked for each time.
+let key = null;
+try { key = sessionStorage.getItem('llmkit-key'); } catch (error) { /* stores nothing */ }
+let asking = () => {};
+
+export const currentKey = () => key;
+
+export function setKey(value) {
+  key = value;
+  try {
+    if (value === null) sessionStorage.removeItem('llmkit-key');
+    else sessionStorage.setItem('llmkit-key', value);
+  } catch (error) { /* stores nothing */ }
+}
+
+// What happens when the server wants a key.
+export function onLocked(action) { asking = action; }
+
+export class ApiError extends Error {
+  constructor(status, message, code) {
+    super(message);
+    this.status = status;
+    this.code = code;
+  }
+}
+
+// Jupyter wants the value of its cookie with whatever changes something.
+function xsrf() {
+  const found = document.cookie.match(/(?:^|; )_xsrf=([^;]*)/);
+  return found ? decodeURIComponent(found[1]) : null;
+}
+
+function headers(method, body) {
+  const sent = {};
+  if (key) sent.Authorization = 'Bearer ' + key;
+  if (body !== undefined) sent['Content-Type'] = 'application/json';
+  const token = method === 'GET' ? null : xsrf();
+  if (token) sent['X-XSRFToken'] = token;
+  return sent;
+}
+
+export async function request(method, path, body, options = {}) {
+  const sent = key;
+  let reply;
+  try {
+    reply = await fetch(address(path), {
+      method, credentials: 'same-origin', headers: headers(method, body), ...options,
+      body: body === undefined ? undefined : JSON.stringify(body),
+    });
+  } catch (error) {
+    if (error.name === 'AbortError') throw error;
+    throw new ApiError(0, 'The server does not answer.', 'offline');
+  }
+  if (reply.ok) return reply;
+  if (reply.status === 401 && sent === key) asking(key !== null);
+  let message = `The server answers ${reply.status}.`, code = null;
+  try {
+    const {error} = await reply.json();
+    message = error.message || error || message;
+    code = error.code;
+  } catch (error) { /* not ours, say a proxy's */ }
+  throw new ApiError(reply.status, message, code);
+}
+
+export const get = async path => (await request('GET', path)).json();
+export const getText = async path => (await request('GET', path)).text();
+export const post = async (path, body) => (await request('POST', path, body)).json();
+export const patch = async (path, body) => (await request('PATCH', path, body)).json();
+export const remove = path => request('DELETE', path);
+
+// The events of a request, one after the other.
+export async function* events(method, path, body) {
+  const reply = await request(method, path, body);
+  const reader = reply.body.pipeThrough(new TextDecoderStream()).getReader();
+  let text = '';
+  for (;;) {
+    const {value, done} = await reader.read();
+    if (done) return;
+    text += value;
+    const blocks = text.split('\n\n');
+    text = blocks.pop();
+    for (const block of blocks) {
+      const data = block.split('\n').filter(line => line.startsWith('data: '))
+        .map(line => line.slice(6)).join('\n');
+      if (data && data !== '[DONE]') yield JSON.parse(data);
+    }
+  }
+}

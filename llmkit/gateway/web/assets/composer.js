@@ -1,0 +1,154 @@
+// The box in which a message is written, with the text files that go along.
+
+import {$, el, icon, iconButton, note} from './dom.js';
+
+const MAX_FILE = 1 << 20, MAX_FILES = 10, SAVE_MS = 400;
+const LANGUAGES = {py: 'python', js: 'javascript', ts: 'typescript', md: 'markdown', sh: 'bash',
+  rs: 'rust', rb: 'ruby', yml: 'yaml', txt: '', log: '', csv: ''};
+
+export class Composer {
+  // `send(text)` sends, `stop()` stops, `last()` edits what was said last.
+  constructor({send, stop, last}) {
+    this.area = $('message');
+    this.files = [];
+    this.stop = stop;
+    this.isBusy = false;
+    this.submit = () => {
+      if (this.isBusy) return;
+      const text = this.content();
+      if (text) send(text);
+    };
+    $('composer').addEventListener('submit', event => {
+      event.preventDefault();
+      if (this.isBusy) stop(); else this.submit();
+    });
+    this.area.addEventListener('keydown', event => {
+      if (event.key === 'Enter' && !event.shiftKey && !event.isComposing) {
+        event.preventDefault();
+        this.submit();
+      } else if (event.key === 'ArrowUp' && !this.area.value) {
+        if (last()) event.preventDefault();
+      }
+    });
+    this.area.addEventListener('input', () => this.changed());
+    $('attach').addEventListener('click', () => $('file').click());
+    $('file').addEventListener('change', () => {
+      this.take([...$('file').files]);
+      $('file').value = '';
+    });
+    const view = $('chat');
+    view.addEventListener('dragover', event => {
+      if (event.dataTransfer.types.includes('Files')) {
+        event.preventDefault();
+        view.classList.add('dropping');
+      }
+    });
+    for (const name of ['dragleave', 'drop']) {
+      view.addEventListener(name, () => view.classList.remove('dropping'));
+    }
+    view.addEventListener('drop', event => {
+      if (!event.dataTransfer.files.length) return;
+      event.preventDefault();
+      this.take(event.dataTransfer.files);
+    });
+    this.restore(null);
+  }
+
+  changed() {
+    if (!CSS.supports('field-sizing', 'content')) {
+      this.area.style.height = 'auto';
+      this.area.style.height = `${Math.min(this.area.scrollHeight, 260)}px`;
+    }
+    clearTimeout(this.saving);
+    this.saving = setTimeout(() => this.keep(), SAVE_MS);
+    this.show();
+  }
+
+  show() {
+    const button = $('send');
+    button.replaceChildren(icon(this.isBusy ? 'stop' : 'send'));
+    button.setAttribute('aria-label', this.isBusy ? 'Stop' : 'Send');
+    button.title = this.isBusy ? 'Stop (Esc)' : 'Send (Enter)';
+    button.disabled = !this.isBusy && !this.area.value.trim() && !this.files.length;
+  }
+
+  busy(isBusy) {
+    this.isBusy = isBusy;
+    this.show();
+  }
+
+  // What is written stays, per conversation, until it is sent; in this tab only.
+  keep() {
+    try {
+      if (this.area.value) sessionStorage.setItem(this.place, this.area.value.slice(0, 200000));
+      else sessionStorage.removeItem(this.place);
+    } catch (error) { /* full, or stores nothing */ }
+  }
+
+  restore(session) {
+    if (this.place) { clearTimeout(this.saving); this.keep(); }
+    this.place = `llmkit-draft-${session || 'new'}`;
+    let draft = '';
+    try { draft = sessionStorage.getItem(this.place) || ''; } catch (error) { /* stores nothing */ }
+    this.area.value = draft;
+    this.changed();
+  }
+
+  // The conversation has begun: what is written belongs to it.
+  move(session) { this.place = `llmkit-draft-${session}`; }
+
+  // A message that could not be sent comes back, unless another was begun.
+  giveBack(text) {
+    if (this.area.value) return;
+    this.area.value = text;
+    this.changed();
+    this.keep();
+  }
+
+  async take(files) {
+    for (const file of files) {
+      if (this.files.length >= MAX_FILES) { note(`At most ${MAX_FILES} files.`, true); break; }
+      if (file.size > MAX_FILE) { note(`${file.name} is larger than 1 MB.`, true); continue; }
+      const text = await file.text();
+      if (text.includes('\0') || text.includes('\ufffd')) {
+        note(`${file.name} is no text file.`, true);
+        continue;
+      }
+      this.files.push({name: file.name, text});
+    }
+    this.showFiles();
+    this.area.focus();
+  }
+
+  showFiles() {
+    $('files').hidden = !this.files.length;
+    $('files').replaceChildren(...this.files.map(file => el('li', {}, icon('file'),
+      el('span', {}, file.name), iconButton('close', `Remove ${file.name}`, () => {
+        this.files = this.files.filter(each => each !== file);
+        this.showFiles();
+        this.area.focus();
+      }))));
+    this.show();
+  }
+
+  content() {
+    const parts = [this.area.value.trim()].filter(Boolean);
+    for (const {name, text} of this.files) {
+      const end = name.split('.').pop().toLowerCase();
+      // A fence that is longer than any in the file.
+      const longest = Math.max(2, ...(text.match(/`{3,}/g) || []).map(ticks => ticks.length));
+      const fence = '`'.repeat(longest + 1);
+      const code = text.replace(/\n$/, '');
+      parts.push(`${name}:\n${fence}${LANGUAGES[end] ?? end}\n${code}\n${fence}`);
+    }
+    return parts.join('\n\n');
+  }
+
+  sent() {
+    this.area.value = '';
+    this.files = [];
+    this.showFiles();
+    this.changed();
+    this.keep();
+  }
+}

@@ -1,0 +1,187 @@
+// The page: puts its parts together, knows the address, the theme, the tabs and the keys.
+
+import {currentKey, get, onLocked, setKey} from './api.js';
+import {Composer} from './composer.js';
+import {Conversation} from './conversation.js';
+import {$, icon, note} from './dom.js';
+import {Models} from './models.js';
+import {Settings} from './settings.js';
+import {Sidebar} from './sidebar.js';
+import {ChatSocket} from './socket.js';
+import {StatusTab} from './status.js';
+
+const root = document.documentElement;
+// Both tabs, from where the page was loaded: its address changes.
+const pages = {chat: new URL(root.dataset.chat, location.href),
+  status: new URL(root.dataset.status, location.href)};
+for (const place of document.querySelectorAll('[data-icon]')) {
+  place.prepend(icon(place.dataset.icon));
+}
+
+const socket = new ChatSocket(event => conversation.heard(event), isThere => {
+  $('offline').hidden = isThere;
+});
+const models = new Models(name => conversation.chooseModel(name));
+const conversation = new Conversation(socket, models, (session, isNew) => {
+  if (isNew) {
+    history.replaceState(null, '', `${pages.chat}#${session.id}`);
+    document.title = `${session.title} · llmkit`;
+    sidebar.current = session.id;
+  }
+  clearTimeout(listing);
+  listing = setTimeout(() => sidebar.load(), isNew ? 0 : 400);
+});
+let listing = 0;
+const settings = new Settings(values => conversation.configure(values));
+const composer = new Composer({
+  send: text => conversation.send(text),
+  stop: () => conversation.stop(),
+  last: () => conversation.editLast(),
+});
+conversation.bind({settings, composer});
+const sidebar = new Sidebar(id => go(id), id => { if (id === conversation.id) go(null); });
+const status = new StatusTab();
+
+// Addresses: #sess_… is a conversation, #status the second tab; in Jupyter that has its own.
+function wanted() {
+  const mark = location.hash.slice(1);
+  if (mark === 'status') return {view: 'status'};
+  if (mark.startsWith('sess_')) return {view: 'chat', id: mark};
+  const place = pathname => pathname.replace(/\/$/, '');
+  const isStatus = !pages.status.hash && place(pages.status.pathname) === place(location.pathname);
+  return {view: isStatus ? 'status' : 'chat', id: null};
+}
+
+let shown = {};
+
+async function follow() {
+  const {view, id} = wanted();
+  const isOther = shown.view !== view;
+  shown = {view, id};
+  $('chat').hidden = view !== 'chat';
+  $('status').hidden = view !== 'status';
+  $('model').hidden = $('tune').hidden = view !== 'chat';
+  for (const name of ['chat', 'status']) {
+    if (name === view) $(`tab-${name}`).setAttribute('aria-current', 'page');
+    else $(`tab-${name}`).removeAttribute('aria-current');
+  }
+  status.show(view === 'status');
+  drawer(false);
+  if (view === 'status') { document.title = 'Models · llmkit'; return; }
+  if (isOther || id !== conversation.id) {
+    sidebar.choose(id);
+    if (!(await conversation.open(id))) {
+      note('This conversation is not here any more.', true);
+      history.replaceState(null, '', pages.chat);
+      await follow();
+    }
+    if (matchMedia('(min-width: 48rem)').matches) composer.area.focus({preventScroll: true});
+  }
+}
+
+function go(id) {
+  history.pushState(null, '', id ? `${pages.chat}#${id}` : pages.chat);
+  return follow();
+}
+
+for (const name of ['chat', 'status']) {
+  const tab = $(`tab-${name}`);
+  tab.href = pages[name];
+  tab.addEventListener('click', event => {
+    if (event.metaKey || event.ctrlKey || event.shiftKey) return;
+    event.preventDefault();
+    const mark = name === 'chat' && conversation.id ? `#${conversation.id}` : '';
+    history.pushState(null, '', pages[name] + mark);
+    follow();
+  });
+}
+window.addEventListener('popstate', follow);
+window.addEventListener('hashchange', follow);
+document.querySelector('.skip').addEventListener('click', event => {
+  event.preventDefault();
+  (shown.view === 'chat' ? composer.area : $('live')).focus();
+});
+$('new').addEventListener('click', () => go(null).then(() => composer.area.focus()));
+$('tune').addEventListener('click', () => settings.open(conversation.tree.path().length > 0));
+
+// On a narrow screen the list of conversations is a drawer.
+function drawer(isOpen) {
+  const isNarrow = matchMedia('(max-width: 47.99rem)').matches;
+  root.classList.toggle('drawer-open', isOpen && isNarrow);
+  $('side').inert = isNarrow && !isOpen;
+  $('main').inert = isNarrow && isOpen;
+  $('scrim').hidden = !(isOpen && isNarrow);
+  $('menu').setAttribute('aria-expanded', String(isOpen && isNarrow));
+}
+$('menu').addEventListener('click', () => { drawer(true); $('new').focus(); });
+$('scrim').addEventListener('click', () => { drawer(false); $('menu').focus(); });
+matchMedia('(max-width: 47.99rem)').addEventListener('change', () => drawer(false));
+
+// The theme: the system's, until another is chosen.
+const systemDark = matchMedia('(prefers-color-scheme: dark)');
+const isDark = () => (root.dataset.theme || (systemDark.matches ? 'dark' : 'light')) === 'dark';
+function showTheme() {
+  $('theme').replaceChildren(icon(isDark() ? 'sun' : 'moon'));
+  $('theme').setAttribute('aria-label', isDark() ? 'Light theme' : 'Dark theme');
+  $('theme').title = isDark() ? 'Light theme' : 'Dark theme';
+}
+$('theme').addEventListener('click', () => {
+  root.dataset.theme = isDark() ? 'light' : 'dark';
+  try {
+    localStorage.setItem('llmkit-theme', root.dataset.theme);
+  } catch (error) { /* stores nothing */ }
+  showTheme();
+});
+systemDark.addEventListener('change', showTheme);
+
+document.addEventListener('keydown', event => {
+  const isTyping = event.target.closest('input, textarea, select');
+  const isCommand = event.ctrlKey || event.metaKey;
+  if (event.key === 'Escape' && !document.querySelector('dialog[open]')) {
+    if (root.classList.contains('drawer-open')) { drawer(false); $('menu').focus(); }
+    else if (conversation.turns.size) conversation.stop();
+  } else if (event.key.toLowerCase() === 'o' && event.shiftKey && isCommand) {
+    event.preventDefault();
+    go(null).then(() => composer.area.focus());
+  } else if (event.key === '/' && !isTyping && !isCommand && shown.view === 'chat') {
+    event.preventDefault();
+    composer.area.focus();
+  }
+});
+
+// A server with a key: it is asked for, and kept in this tab only.
+onLocked(wasGiven => {
+  const dialog = $('lock');
+  if (wasGiven) $('lock-note').textContent = 'This is not the key.';
+  if (!dialog.open) { dialog.showModal(); $('key').focus(); }
+});
+$('lock').addEventListener('cancel', event => event.preventDefault());
+$('lock-form').addEventListener('submit', async event => {
+  event.preventDefault();
+  const given = $('key').value;
+  $('key').value = '';
+  setKey(/^[\x20-\x7e]+$/.test(given) ? given : '?');
+  $('lock-note').textContent = '';
+  try { await get('status'); } catch (error) {
+    if (error.status !== 401) $('lock-note').textContent = error.message;
+    if (error.status === 401) setKey(null);
+    return;
+  }
+  $('lock').close();
+  start();
+});
+
+function start() {
+  models.load();
+  sidebar.load();
+  shown = {};
+  follow();
+}
+
+showTheme();
+if ('locked' in root.dataset && !currentKey()) {
+  drawer(false);
+  $('lock').showModal();
+  $('key').focus();
+} else start();
+root.classList.add('ready');

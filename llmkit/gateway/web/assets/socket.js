@@ -1,0 +1,106 @@
+// The socket of all turns: connects when needed, comes back after a loss, and resumes its turns.
+
+import {address, currentKey} from './api.js';
+
+const FIRST_DELAY_MS = 300, MOST_DELAY_MS = 8000, PING_MS = 25000;
+
+export class ChatSocket {
+  // `onEvent` hears every event of a turn; `onState` whether there is a connection.
+  constructor(onEvent, onState = () => {}) {
+    this.onEvent = onEvent;
+    this.onState = onState;
+    this.turns = new Map();  // turn → the number of its last event
+    this.waiting = new Map();  // ref → what to do with the answer
+    this.queue = [];
+    this.numRefs = 0;
+    this.delay = FIRST_DELAY_MS;
+    this.socket = null;
+    document.addEventListener('visibilitychange', () => {
+      if (!document.hidden && this.turns.size) this.connect();
+    });
+    window.addEventListener('online', () => this.connect());
+    setInterval(() => this.isOpen && this.put({type: 'ping'}), PING_MS);
+  }
+
+  get isOpen() { return this.socket !== null && this.socket.readyState === WebSocket.OPEN; }
+
+  connect() {
+    if (this.socket !== null && this.socket.readyState <= WebSocket.OPEN) return;
+    clearTimeout(this.timer);
+    const url = address('v1/chat/ws');
+    url.protocol = url.protocol.replace('http', 'ws');
+    const socket = this.socket = new WebSocket(url);
+    socket.onopen = () => this.opened();
+    socket.onmessage = message => this.heard(JSON.parse(message.data));
+    socket.onclose = () => this.closed(socket);
+  }
+
+  opened() {
+    this.delay = FIRST_DELAY_MS;
+    if (currentKey()) this.put({type: 'auth', key: currentKey()});
+    for (const [turn, after] of this.turns) this.put({type: 'resume', turn, after, render: true});
+    for (const frame of this.queue.splice(0)) this.put(frame);
+    this.onState(true);
+  }
+
+  closed(socket) {
+    if (socket !== this.socket) return;
+    this.socket = null;
+    for (const [ref, {frame, reject}] of [...this.waiting]) {
+      if (this.queue.includes(frame)) continue;  // it was never sent
+      this.waiting.delete(ref);
+      reject(Object.assign(new Error('The connection was lost.'), {isLost: true}));
+    }
+    if (!this.turns.size && !this.queue.length) return;
+    this.onState(false);
+    this.timer = setTimeout(() => this.connect(), this.delay * (0.7 + 0.6 * Math.random()));
+    this.delay = Math.min(MOST_DELAY_MS, this.delay * 2);
+  }
+
+  put(frame) {
+    if (this.isOpen) this.socket.send(JSON.stringify(frame));
+    else { this.queue.push(frame); this.connect(); }
+  }
+
+  // Begin a turn; gives its `turn` event. Rejects with what the server says against it.
+  begin(frame) {
+    const ref = `r${++this.numRefs}`;
+    frame = {...frame, ref, render: true};
+    return new Promise((resolve, reject) => {
+      this.waiting.set(ref, {frame, resolve, reject});
+      this.put(frame);
+    });
+  }
+
+  // Follow a turn that runs already, from its beginning.
+  follow(turn) {
+    if (this.turns.has(turn)) return;
+    this.turns.set(turn, 0);
+    if (this.isOpen) this.put({type: 'resume', turn, after: 0, render: true});
+    else this.connect();
+  }
+
+  cancel(turn) { this.put({type: 'cancel', turn}); }
+
+  heard(event) {
+    const {type, turn, ref} = event;
+    if (type === 'turn' && ref && this.waiting.has(ref)) {
+      this.turns.set(turn, this.turns.get(turn) || 0);
+      this.waiting.get(ref).resolve(event);
+      this.waiting.delete(ref);
+    } else if (type === 'error' && ref && this.waiting.has(ref)) {
+      const error = new Error(event.error.message);
+      error.code = event.error.code;
+      this.waiting.get(ref).reject(error);
+      this.waiting.delete(ref);
+      return;
+    }
+    if (!turn) return;
+    if (event.seq !== undefined && type !== 'html' && this.turns.has(turn)) {
+      if (event.seq <= this.turns.get(turn)) return;  // heard before the connection was lost
+      this.turns.set(turn, event.seq);
+    }
+    if (type === 'end' || type === 'error') this.turns.delete(turn);
+    this.onEvent(event);
+  }
+}

@@ -1,0 +1,75 @@
+// A conversation as a tree of messages, of which one path is shown. Knows no page.
+
+export class Tree {
+  constructor() { this.replace([], null); }
+
+  replace(messages, head) {
+    this.messages = new Map();
+    this.children = new Map([[null, []]]);
+    for (const message of messages) this.add(message);
+    this.head = this.messages.has(head) ? head : this.newestLeaf(null);
+  }
+
+  add(message) {
+    const known = this.messages.get(message.id);
+    if (known) return Object.assign(known, message);
+    message.parent = message.parent ?? null;
+    this.messages.set(message.id, message);
+    if (!this.children.has(message.parent)) this.children.set(message.parent, []);
+    this.children.get(message.parent).push(message.id);
+    return message;
+  }
+
+  // A message has got another id: the server's.
+  rename(from, to) {
+    const message = this.messages.get(from);
+    if (!message || from === to) return;
+    this.messages.delete(from);
+    this.messages.set(to, message);
+    message.id = to;
+    const siblings = this.children.get(message.parent);
+    siblings[siblings.indexOf(from)] = to;
+    for (const child of this.children.get(from) || []) this.messages.get(child).parent = to;
+    if (this.children.has(from)) this.children.set(to, this.children.get(from));
+    this.children.delete(from);
+    if (this.head === from) this.head = to;
+  }
+
+  drop(id) {
+    const message = this.messages.get(id);
+    if (!message) return;
+    this.messages.delete(id);
+    const siblings = this.children.get(message.parent);
+    siblings.splice(siblings.indexOf(id), 1);
+    if (this.head === id) this.head = message.parent;
+  }
+
+  siblings(message) { return this.children.get(message.parent) || []; }
+
+  // The end of the branch that was written last below a message.
+  newestLeaf(id) {
+    for (;;) {
+      const below = this.children.get(id);
+      if (!below || !below.length) return id;
+      id = below[below.length - 1];
+    }
+  }
+
+  // The messages shown, the first first.
+  path() {
+    const found = [];
+    for (let id = this.head; id !== null && this.messages.has(id);) {
+      const message = this.messages.get(id);
+      found.push(message);
+      id = message.parent;
+    }
+    return found.reverse();
+  }
+}
+
+// What a message says, whatever the form of its content.
+export function textOf(message) {
+  const content = message.content;
+  if (!Array.isArray(content)) return content ?? '';
+  return content.map(part => part.text ?? '').join('');
+}
