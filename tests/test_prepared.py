@@ -9,10 +9,13 @@ import sys
 import pytest
 from fakes import wait_for
 
-from llmkit.bridge import child
-from llmkit.bridge.child import Child, Owner, prepare
+from llmkit.bridge.child import Child, Owner, code_of, prepare, release
+from llmkit.cli.early import WORKER, _serves_a_model
+from llmkit.system import prepared
+from llmkit.workers import engine
 
 TARGET = "test_prepared:answer"
+CODE = code_of(TARGET)
 
 
 def answer(owner: Owner) -> None:
@@ -22,7 +25,7 @@ def answer(owner: Owner) -> None:
 
 @pytest.fixture(autouse=True)
 def importable(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(child, "python_path", lambda: os.pathsep.join(sys.path))
+    monkeypatch.setattr(prepared, "python_path", lambda: os.pathsep.join(sys.path))
 
 
 def told(**more: object) -> dict[str, object]:
@@ -37,16 +40,16 @@ def told(**more: object) -> dict[str, object]:
 
 def test_the_next_child_takes_it_and_the_one_after_is_another() -> None:
     prepare(TARGET)
-    pid = child._prepared[TARGET].pid
+    pid = prepared._prepared[CODE].pid
     prepare(TARGET)
-    assert child._prepared[TARGET].pid == pid, "one is enough"
-    assert told() == {"said": "hello", "pid": pid} and not child._prepared
+    assert prepared._prepared[CODE].pid == pid, "one is enough"
+    assert told() == {"said": "hello", "pid": pid} and CODE not in prepared._prepared
     assert told()["pid"] != pid
 
 
 def test_one_that_has_died_is_not_taken() -> None:
     prepare(TARGET)
-    process = child._prepared[TARGET]
+    process = prepared._prepared[CODE]
     process.kill()
     process.wait()
     assert told()["said"] == "hello"
@@ -54,17 +57,40 @@ def test_one_that_has_died_is_not_taken() -> None:
 
 def test_one_of_another_environment_is_not_taken() -> None:
     prepare(TARGET)
-    process = child._prepared[TARGET]
+    process = prepared._prepared[CODE]
     assert told(environment={"LLMKIT_X": "1"})["pid"] != process.pid
-    assert child._prepared.pop(TARGET) is process
+    assert prepared._prepared.pop(CODE) is process
     process.communicate()
     assert process.returncode == 0, "without a task it ends by itself"
 
 
+def test_one_that_is_not_wanted_ends_at_once() -> None:
+    prepare(TARGET)
+    process = prepared._prepared[CODE]
+    release(TARGET)
+    assert process.returncode == -9 and CODE not in prepared._prepared
+    release(TARGET)
+
+
+def test_the_command_starts_the_worker_that_serve_takes() -> None:
+    assert code_of(engine.TARGET) == WORKER
+    for given, wanted in (
+        (["serve", "smollm2", "--port", "0"], True),
+        (["serve", "--port", "0"], False),
+        (["serve"], False),
+        (["serve", "echo"], False),
+        (["serve", "smollm2", "--help"], False),
+        (["chat", "smollm2"], False),
+        ([], False),
+    ):
+        assert _serves_a_model(given) == wanted
+
+
 def test_it_ends_with_its_owner() -> None:
     code = (
-        "import sys; from llmkit.bridge import child; child.prepare('llmkit.workers.engine:run'); "
-        "print(child._prepared['llmkit.workers.engine:run'].pid, flush=True); sys.stdin.read()"
+        "import sys; from llmkit.system import prepared; from llmkit.cli.early import WORKER; "
+        "prepared.prepare(WORKER); "
+        "print(prepared._prepared[WORKER].pid, flush=True); sys.stdin.read()"
     )
     owner = subprocess.Popen(
         [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True

@@ -25,9 +25,9 @@ import msgspec
 
 from llmkit.bridge.wire import Failure
 from llmkit.errors import LLMKitError, ModelLoadError
-from llmkit.system.process import python_path
+from llmkit.system import prepared
 
-__all__ = ["Child", "Line", "Owner", "main", "prepare"]
+__all__ = ["Child", "Line", "Owner", "code_of", "main", "prepare", "release"]
 
 # Answers get a descriptor of their own: what a library prints to standard output is no answer, and
 # must not block.
@@ -38,18 +38,21 @@ CODE = (
 MAX_LINE = 1 << 20
 
 _children: weakref.WeakSet[Child] = weakref.WeakSet()
-_prepared: dict[str, subprocess.Popen[bytes]] = {}  # by target, without a task yet
 
 
 def _let_go() -> None:
     """In a fork of the owner: do not keep the children alive."""
     for child in list(_children):
         child.close_input()
-    while _prepared:
-        _, process = _prepared.popitem()
-        assert process.stdin is not None
-        process.stdin.close()
-        process.returncode = 0  # not this process's child
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_let_go)
+
+
+def code_of(target: str) -> str:
+    """What the process of a child of ``target`` runs."""
+    return CODE.format(target=target)
 
 
 def prepare(target: str) -> None:
@@ -58,35 +61,12 @@ def prepare(target: str) -> None:
     It imports what it needs while its owner still reads settings. Only for children whose errors go
     to a pipe and whose environment is the owner's. One that nobody takes ends with its owner.
     """
-    if target not in _prepared:
-        _prepared[target] = _start(target, subprocess.PIPE, {})
+    prepared.prepare(code_of(target))
 
 
-def _start(
-    target: str, errors: IO[Any] | int | None, environment: dict[str, str]
-) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(
-        [sys.executable, "-P", "-c", CODE.format(target=target)],
-        env={**os.environ, "PYTHONPATH": python_path(), **environment},
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=errors,
-        start_new_session=True,
-    )
-
-
-def _take(target: str) -> subprocess.Popen[bytes] | None:
-    process = _prepared.pop(target, None)
-    if process is None or process.poll() is None:
-        return process
-    for pipe in (process.stdin, process.stdout, process.stderr):
-        if pipe is not None:
-            pipe.close()
-    return None
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_let_go)
+def release(target: str) -> None:
+    """End the process that was prepared for ``target``, if there is one."""
+    prepared.release(code_of(target))
 
 
 class Line(msgspec.Struct, omit_defaults=True):
@@ -112,8 +92,9 @@ class Child:
         errors: IO[Any] | int | None = None,
     ) -> None:
         self._pid = os.getpid()
-        ready = _take(target) if errors == subprocess.PIPE and not environment else None
-        self._process = ready or _start(target, errors, environment or {})
+        code = code_of(target)
+        ready = prepared.take(code) if errors == subprocess.PIPE and not environment else None
+        self._process = ready or prepared.start(code, errors, environment or {})
         assert self._process.stdout is not None
         self._lines: queue.SimpleQueue[Line | None] = queue.SimpleQueue()
         threading.Thread(

@@ -1,5 +1,5 @@
 """The command `llmkit`: a file for each group of commands."""
 
-from llmkit.cli.app import main
+from llmkit.cli.early import main
 
 __all__ = ["main"]

@@ -63,7 +63,9 @@ def serve(
         report(note)
     echo = offering.echo(settings)
     offered = () if echo is not None else offering.offered(settings)
-    if not all(each.lazy for each in offered):
+    if all(each.lazy for each in offered):
+        child.release(worker.TARGET)
+    else:
         child.prepare(worker.TARGET)  # it starts while the gateway is imported
     from llmkit.gateway import standalone
 

@@ -7,7 +7,6 @@ from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING
 
 from llmkit.gateway.sockets.messages import Html, ServerMessage, event_message
-from llmkit.gateway.web.markdown import Growing
 
 if TYPE_CHECKING:
     from llmkit.gateway.conversations.turns import Turn
@@ -52,6 +51,8 @@ class Page:
     """The answer of a turn as HTML, in blocks."""
 
     def __init__(self, turn_id: str) -> None:
+        from llmkit.gateway.web.markdown import Growing  # a tenth of a second, for who wants it
+
         self._turn_id = turn_id
         self._growing = Growing()
         self._size = self._seq = 0
