@@ -20,7 +20,9 @@ from test_cli import Served
 from test_turns import get, posting, session, told
 
 from llmkit.bridge.server import BridgeServer
+from llmkit.errors import ConflictError
 from llmkit.runtime.local import LocalEngine
+from llmkit.store.conversations import ConversationStore
 
 CHATS = ("/v1/chat/completions", "/v1/responses", "/v1/messages", "/api/chat")
 
@@ -45,6 +47,27 @@ async def test_a_chat_goes_on_with_a_session(api: Api, path: str, stream: bool) 
     whole = {**dialects(5)["/v1/chat/completions"], "messages": messages}
     _, reference = await api.post("/v1/chat/completions", whole)
     assert answer["content"] == reference["choices"][0]["message"]["content"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("path", CHATS)
+async def test_an_answer_whose_question_cannot_be_stored_is_not_given(
+    api: Api, path: str, stream: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = await session(api)
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise ConflictError("somebody was faster")
+
+    # The engine has the request by then.
+    with monkeypatch.context() as patch:
+        patch.setattr(ConversationStore, "begin_turn", refuse)
+        chat = {**dialects(5, stream=stream)[path], "session_id": made}
+        reply = await api.fetch("POST", path, chat)
+        assert reply.code == 409 and b"somebody was faster" in reply.body
+    assert await told(api, made) == []
+    status, _ = await api.post(path, {**chat, **({"stream": False} if stream else {})})
+    assert status == 200 and len(await told(api, made)) == 2
 
 
 async def test_a_session_may_be_named_otherwise(api: Api) -> None:

@@ -11,6 +11,7 @@ from llmkit.store.conversation_records import StoredMessage
 __all__ = ["Paths"]
 
 MAX_CHARS, OVERHEAD = 32 << 20, 500  # of all of them; of a message beside its text
+MAX_RUNNING = 1000
 Path = tuple[StoredMessage, ...]
 NOTHING: tuple[Path, int] = ((), 0)
 
@@ -26,6 +27,7 @@ class Paths:
         self._lock = threading.Lock()
         self._paths: OrderedDict[str, tuple[Path, int]] = OrderedDict()  # with their sizes
         self._chars = 0
+        self._running: OrderedDict[str, StoredMessage] = OrderedDict()
 
     def get(self, conversation_id: str) -> Path:
         """What is known of a path; perhaps nothing."""
@@ -49,9 +51,17 @@ class Paths:
         """Remember messages that were stored, if they go on where a known path ends."""
         new = [message for message in messages if message.status != "running"]
         with self._lock:
+            self._running.update((m.id, m) for m in messages if m.status == "running")
+            while len(self._running) > MAX_RUNNING:
+                self._running.popitem(last=False)
             known, size = self._paths.get(conversation_id, NOTHING)
             if known and new and known[-1].id == new[0].parent_id:
                 self._put(conversation_id, known, size, new)
+
+    def ended(self, message_id: str) -> StoredMessage | None:
+        """A running reply that was begun here, as it was then; only once."""
+        with self._lock:
+            return self._running.pop(message_id, None)
 
     def _put(
         self, conversation_id: str, known: Path, size: int, new: Sequence[StoredMessage]

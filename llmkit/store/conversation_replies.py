@@ -15,6 +15,7 @@ from sqlalchemy.engine import Connection
 from llmkit.errors import ConflictError, InvalidRequestError, NotFoundError
 from llmkit.store.conversation_records import NewMessage, StoredMessage, Unset, storable
 from llmkit.store.conversation_rows import (
+    CONVERSATIONS,
     MESSAGES,
     REPLIES,
     Row,
@@ -27,7 +28,17 @@ from llmkit.store.conversation_rows import (
 )
 from llmkit.store.writers import is_gone
 
-__all__ = ["begin", "cancel", "check_parent", "checkpoint", "end", "lost", "recover", "renew"]
+__all__ = [
+    "begin",
+    "cancel",
+    "check_parent",
+    "checkpoint",
+    "end",
+    "end_known",
+    "lost",
+    "recover",
+    "renew",
+]
 
 COLUMNS = REPLIES.c
 ID = sa.bindparam("of", type_=sa.String)
@@ -45,6 +56,19 @@ RUNNING = (
 )
 LEASE, RELEASE = sa.insert(REPLIES), sa.delete(REPLIES).where(HELD)
 RENEW = sa.update(REPLIES).where(HELD)
+NOW = sa.bindparam("now", type_=sa.Float)
+USED_AT = sa.case((CONVERSATIONS.c.used_at > NOW, CONVERSATIONS.c.used_at), else_=NOW)
+USE = (  # what `used` does, and more characters
+    sa.update(CONVERSATIONS)
+    .where(CONVERSATIONS.c.id == ID)
+    .values(
+        used_at=USED_AT,
+        expires_at=USED_AT + CONVERSATIONS.c.ttl_s,
+        updated_at=NOW,
+        version=CONVERSATIONS.c.version + 1,
+        num_chars=CONVERSATIONS.c.num_chars + sa.bindparam("more", type_=sa.BigInteger),
+    )
+)
 CHANGE = sa.update(MESSAGES).where(MESSAGES.c.id == ID)
 
 
@@ -144,10 +168,30 @@ def end(
             row.head = kept.id
         used(row, now)
         return kept
-    values = message_values(message)
-    connection.execute(CHANGE, {"of": message_id, **values})
     row.num_chars += message.size
     used(row, now)
+    return _fill(connection, known, message)
+
+
+def end_known(
+    connection: Connection, begun: StoredMessage, message: NewMessage, writer: str, now: float
+) -> StoredMessage:
+    """`end` with fewer questions, for a reply that was ``begun`` here.
+
+    Raises `NotFoundError` if that is not running any more, to be rolled back.
+    """
+    use = {"of": begun.conversation_id, "now": now, "more": message.size}
+    if not connection.execute(USE, use).rowcount or not _release(
+        connection, begun.conversation_id, begun.id, writer
+    ):
+        raise NotFoundError("the answer was taken for cut off, or has ended.")
+    return _fill(connection, begun, replace(message, model=message.model or begun.model))
+
+
+def _fill(connection: Connection, known: StoredMessage, message: NewMessage) -> StoredMessage:
+    """Store all of a reply in place of its beginning."""
+    values = message_values(message)
+    connection.execute(CHANGE, {"of": known.id, **values})
     fixed = ("id", "conversation_id", "parent_id", "number", "created_at")
     return as_read({name: getattr(known, name) for name in fixed} | values)
 

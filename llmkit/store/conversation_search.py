@@ -88,7 +88,7 @@ def remove_expired(connection: Connection, now: float) -> int:
             CONVERSATIONS.c.expires_at <= now, ~in_progress(CONVERSATIONS.c.id)
         )
     )
-    return int(done.rowcount)  # type: ignore[attr-defined]
+    return int(done.rowcount)
 
 
 def newest_leaf(connection: Connection, conversation_id: str, message_id: str) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -110,6 +110,17 @@ class ConversationStore:
         rows.make_room(connection, rows.owner_key(owner), self._max_sessions - 1, in_use)
         return rows.add(connection, owner, values, now)
 
+    @contextlib.contextmanager
+    def _changing(
+        self, owner: str | None, conversation_id: str, *, relaxed: bool = False
+    ) -> Iterator[tuple[Connection, Row, float]]:
+        """A locked conversation, which is saved afterwards, and the time."""
+        with self.database.connected(writes=True, relaxed=relaxed) as connection:
+            now = self._now()
+            row = rows.find(connection, owner, conversation_id, now, lock=True)
+            yield connection, row, now
+            rows.save(connection, row)
+
     def get(self, owner: str, conversation_id: str) -> StoredConversation:
         """A conversation, without its messages."""
         with self.database.connected() as connection:
@@ -146,8 +157,7 @@ class ConversationStore:
                 if head is not None:
                     rows.read_message(connection, row.id, str(head))
                 row.head = head
-            for name, value in values.items():
-                setattr(row, name, value)
+            vars(row).update(values)
             rows.used(row, now)
             rows.save(connection, row, **values)
             return rows.conversation_of(row)
@@ -167,7 +177,7 @@ class ConversationStore:
     def owner_of(self, conversation_id: str) -> str:
         """Whose a conversation is: for people who may read the whole database."""
         with self.database.connected() as connection:
-            return rows.find(connection, None, conversation_id, self._now()).owner
+            return str(rows.find(connection, None, conversation_id, self._now()).owner)
 
     def delete_all(self, owner: str) -> int:
         """Delete all conversations of an owner; how many they were."""
@@ -183,18 +193,10 @@ class ConversationStore:
         self, owner: str, conversation_id: str, message_id: str | None = None
     ) -> StoredConversation:
         """A new conversation with the messages up to one (by default up to the head)."""
-        path = self.path(owner, conversation_id, message_id)
-        known = self.get(owner, conversation_id)
+        known, path = self.opened(owner, conversation_id, message_id)
         copies = [formats.as_copy(m) for m in path if m.status != "running"]
-        return self.create(
-            owner,
-            title=known.title,
-            model=known.model,
-            settings=known.settings,
-            pruning=known.pruning,
-            messages=copies,
-            ttl_s=known.ttl_s,
-        )
+        same = {name: getattr(known, name) for name in ("title", "model", "settings", "pruning")}
+        return self.create(owner, messages=copies, ttl_s=known.ttl_s, **same)
 
     def export(self, owner: str, conversation_id: str) -> dict[str, Any]:
         """All of a conversation as JSON, for a file and for `import_`."""
@@ -275,9 +277,7 @@ class ConversationStore:
         Another child of the same parent is a branch. ``head``: it is then shown.
         """
         new = rows.as_new(messages)
-        with self.database.connected(writes=True) as connection:
-            now = self._now()
-            row = rows.find(connection, owner, conversation_id, now, lock=True)
+        with self._changing(owner, conversation_id) as (connection, row, now):
             rows.check_version(row, version)
             if parent_id is not None:
                 replies.check_parent(connection, row, parent_id, now)
@@ -285,7 +285,6 @@ class ConversationStore:
             if head and added:
                 row.head = added[-1].id
             rows.used(row, now)
-            rows.save(connection, row)
         self._paths.extend(conversation_id, added)
         return added
 
@@ -306,12 +305,9 @@ class ConversationStore:
         sibling then. The reply becomes the head.
         """
         new = rows.as_new(messages)
-        with self.database.connected(writes=True, relaxed=True) as connection:
-            now = self._now()
-            row = rows.find(connection, owner, conversation_id, now, lock=True)
+        with self._changing(owner, conversation_id, relaxed=True) as (connection, row, now):
             rows.check_version(row, version)
             added = replies.begin(connection, row, parent_id, new, model, branch, self._writer, now)
-            rows.save(connection, row)
         self._paths.extend(conversation_id, added)
         return added
 
@@ -354,22 +350,25 @@ class ConversationStore:
         """
         (new,) = rows.as_new([message])
         new = replace(new, status=status, finish_reason=finish_reason, usage=usage)
-        with self.database.connected(writes=True, relaxed=True) as connection:
-            now = self._now()
-            row = rows.find(connection, None, conversation_id, now, lock=True)
-            kept = replies.end(connection, row, message_id, new, self._writer, now)
-            rows.save(connection, row)
+        kept = self._end(conversation_id, message_id, new)
         self._paths.extend(conversation_id, [kept])
         return kept
+
+    def _end(self, conversation_id: str, message_id: str, new: NewMessage) -> StoredMessage:
+        if (begun := self._paths.ended(message_id)) and begun.conversation_id == conversation_id:
+            with (
+                contextlib.suppress(NotFoundError),
+                self.database.connected(writes=True, relaxed=True) as connection,
+            ):
+                return replies.end_known(connection, begun, new, self._writer, self._now())
+        with self._changing(None, conversation_id, relaxed=True) as (connection, row, now):
+            return replies.end(connection, row, message_id, new, self._writer, now)
 
     def cancel_turn(self, conversation_id: str, message_id: str) -> None:
         """Undo `begin_turn`, of a turn that the engine refused: its messages are deleted, unless
         others build on them."""
-        with self.database.connected(writes=True, relaxed=True) as connection:
-            now = self._now()
-            row = rows.find(connection, None, conversation_id, now, lock=True)
+        with self._changing(None, conversation_id, relaxed=True) as (connection, row, now):
             replies.cancel(connection, row, message_id, self._writer, now)
-            rows.save(connection, row)
         self._paths.drop(conversation_id)
 
     def renew(self) -> None:
@@ -385,11 +384,9 @@ class ConversationStore:
         for each in found:
             with (
                 contextlib.suppress(NotFoundError),  # deleted meanwhile
-                self.database.connected(writes=True) as connection,
+                self._changing(None, each) as (connection, row, now),
             ):
-                row = rows.find(connection, None, each, self._now(), lock=True)
-                count += replies.recover(connection, row, self._now())
-                rows.save(connection, row)
+                count += replies.recover(connection, row, now)
         return count
 
     def remove_expired(self) -> int:

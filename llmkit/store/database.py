@@ -260,7 +260,9 @@ def _sqlite(path: Path, create: bool) -> Database:
         options = connection.get_execution_options()
         if options.get("writes"):  # FULL: committed means on disk
             level = "NORMAL" if options.get("relaxed") else "FULL"
-            connection.exec_driver_sql(f"PRAGMA synchronous={level}")
+            if connection.info.get("synchronous") != level:
+                connection.exec_driver_sql(f"PRAGMA synchronous={level}")
+                connection.info["synchronous"] = level
         connection.exec_driver_sql("BEGIN IMMEDIATE" if options.get("writes") else "BEGIN")
 
     try:

@@ -84,6 +84,7 @@ class Answering:
             async for update in answer.updates():
                 if isinstance(update, Completion):
                     keeping.completion = update
+                    keeping.start_end()  # while the last text is sent
                 elif update is not None:
                     keeping.take(update)
                     _log(turn.log, update)

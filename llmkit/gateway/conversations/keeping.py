@@ -6,6 +6,7 @@ Tornado loop only.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Callable, Coroutine, Sequence
 from typing import TYPE_CHECKING, Any
@@ -125,10 +126,18 @@ class Keeping:
         A question that the engine refused is taken back. Raises what the store raises. Once it was
         called, further calls wait for its end.
         """
+        ending = self.start_end(failure)
+        while not ending.done():
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.wait([ending])
+        ending.result()
+
+    def start_end(self, failure: ApiError | None = None) -> asyncio.Task[None]:
+        """`end` without waiting for it."""
         if self._ending is None:
             self.is_over = True
             self._ending = asyncio.ensure_future(self._end(failure))
-        await asyncio.shield(self._ending)
+        return self._ending
 
     async def _end(self, failure: ApiError | None) -> None:
         if self._timer is not None:

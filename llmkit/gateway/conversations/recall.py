@@ -7,10 +7,10 @@ kept. Tornado loop only; knows no dialect.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from llmkit.chat.parsers.events import Event
 from llmkit.chat.reading import AnswerReader
@@ -41,10 +41,9 @@ class SessionChat(Chat):
     """A chat whose answer is kept in a session."""
 
     keeping: Keeping
-    finish: Callable[[Coroutine[Any, Any, None]], None]  # see `Turns.finish`
 
     def reader(self, model: ModelDescription) -> AnswerReader:
-        return KeepingReader(Chat.reader(self, model), self.keeping, self.finish)
+        return KeepingReader(Chat.reader(self, model), self.keeping)
 
     async def finished(self) -> None:
         await self.keeping.begun()
@@ -54,13 +53,8 @@ class SessionChat(Chat):
 class KeepingReader(AnswerReader):
     """A reader whose events are kept."""
 
-    def __init__(
-        self,
-        reader: AnswerReader,
-        keeping: Keeping,
-        ended: Callable[[Coroutine[Any, Any, None]], None],
-    ) -> None:
-        self._reader, self._keeping, self._ended = reader, keeping, ended
+    def __init__(self, reader: AnswerReader, keeping: Keeping) -> None:
+        self._reader, self._keeping = reader, keeping
 
     def read(self, deltas: Sequence[Delta]) -> list[Event]:
         events = self._reader.read(deltas)
@@ -71,7 +65,7 @@ class KeepingReader(AnswerReader):
         events, completion = self._reader.end(completion)
         self._keeping.take(events)
         self._keeping.completion = completion
-        self._ended(self._keeping.end())  # while the last text is sent
+        self._keeping.start_end()  # while the last text is sent
         return events, completion
 
 
@@ -123,7 +117,7 @@ async def recalled(
 
     exchange.cleanup.push(ended)
     values = {field.name: getattr(fitted.chat, field.name) for field in fields(Chat)}
-    return SessionChat(**values, keeping=keeping, finish=turns.finish)
+    return SessionChat(**values, keeping=keeping)
 
 
 def _named(exchange: Exchange) -> str | None:
