@@ -175,7 +175,7 @@ class StoredMessage:
         return len(self.text) + len(self.reasoning or "") + calls
 
     def copied(self, **fields: Any) -> StoredMessage:
-        """It with other fields."""
+        """A copy with other fields."""
         return replace(self, **fields)
 
 

