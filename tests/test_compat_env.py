@@ -97,6 +97,8 @@ def test_nothing_is_read_unless_it_is_asked_for() -> None:
         ({"LLM_DEFAULT_TEMPERATURE": "0.7"}, "sampling.temperature", 0.7),
         ({"LLM_DEFAULT_TOP_P": "0.9"}, "sampling.top_p", 0.9),
         ({"LOG_FORMAT": "JSON"}, "log_format", "json"),
+        ({"LOG_FORMAT": "compact"}, "log_format", "pretty"),
+        ({"LLM_MAX_CONCURRENT_REQUESTS": "1000"}, "n_slots", 256),
         ({"RUST_LOG": "warn"}, "log_level", "warning"),
         ({"RUST_LOG": "info,tower=trace"}, "log_level", "info"),
         ({"OTEL_EXPORTER_OTLP_ENDPOINT": "http://c:4318"}, "otlp_endpoint", "http://c:4318"),
@@ -106,6 +108,10 @@ def test_nothing_is_read_unless_it_is_asked_for() -> None:
 def test_what_a_variable_becomes(variables: dict[str, str], key: str, value: Any) -> None:
     found = set_by(compat(**variables))
     assert found[key][0] == value and found[key][1].removesuffix(" (compat)") in variables
+
+
+def test_no_context_is_the_default_one() -> None:
+    assert "n_ctx" not in set_by(compat(CONTEXT_SIZE="0"))
 
 
 def test_certificates_need_their_switch() -> None:

@@ -81,7 +81,7 @@ VARIABLES: tuple[Variable, ...] = (
     Variable("LLM_MODEL_PATH", "models_dir"),
     Variable(MODELS, "allowed_models", foreign.as_list),
     Variable("GPU_LAYERS", "n_gpu_layers", _layers),
-    Variable("CONTEXT_SIZE", "n_ctx", foreign.as_integer),
+    Variable("CONTEXT_SIZE", "n_ctx", foreign.as_context),
     Variable("BATCH_SIZE", "batch_tokens", foreign.as_integer),
     Variable("ENABLE_CONTINUOUS_BATCHING", "batching", foreign.as_flag),
     Variable("MAX_BATCH_SIZE", "batch_requests", foreign.as_integer, "ENABLE_CONTINUOUS_BATCHING"),
@@ -89,7 +89,7 @@ VARIABLES: tuple[Variable, ...] = (
     Variable("LLM_ISQ_TYPE", "quantize", foreign.as_weights, "LLM_ENABLE_ISQ"),
     Variable("LLM_ENABLE_ISQ", why="turns LLM_ISQ_TYPE on"),
     Variable("MAX_QUEUE_SIZE", "max_queue", foreign.as_integer),
-    Variable("LLM_MAX_CONCURRENT_REQUESTS", "n_slots", foreign.as_integer),
+    Variable("LLM_MAX_CONCURRENT_REQUESTS", "n_slots", foreign.as_slots),
     Variable("RATE_LIMIT_MAX", "rate", switch="ENABLE_RATE_LIMIT"),
     Variable("RATE_LIMIT_WINDOW", why="the seconds of RATE_LIMIT_MAX; 60 without it"),
     Variable("ENABLE_RATE_LIMIT", why="turns RATE_LIMIT_MAX on"),
@@ -98,7 +98,7 @@ VARIABLES: tuple[Variable, ...] = (
     Variable("LLM_DEFAULT_TEMPERATURE", "sampling.temperature", foreign.as_number),
     Variable("LLM_DEFAULT_TOP_P", "sampling.top_p", foreign.as_number),
     Variable("OTEL_EXPORTER_OTLP_ENDPOINT", "otlp_endpoint"),
-    Variable("LOG_FORMAT", "log_format", str.lower),
+    Variable("LOG_FORMAT", "log_format", foreign.as_log_format),
     Variable("RUST_LOG", "log_level", foreign.as_log_level),
     Variable("HF_HOME", why="read by huggingface_hub in any case"),
     Variable("HF_ENDPOINT", why="read by huggingface_hub in any case"),
@@ -170,8 +170,8 @@ class _Compat:
             self._notes.append(f"{variable.name} is not used: {variable.switch} is not true")
 
     def _placed(self, variable: Variable, text: str) -> str:
-        """The key of a setting: a file where a folder is usual is a model, and the reverse."""
-        if variable.name == "LLM_MODEL_PATH" and text.endswith(".gguf"):
+        """The key of a setting: a file where a folder is usual is a model."""
+        if variable.name == "LLM_MODEL_PATH" and text.lower().endswith(".gguf"):
             return "model"
         return variable.key
 
@@ -184,6 +184,8 @@ class _Compat:
             return
         try:
             value = [text] if key == "model" else read(text)
+            if value is None:  # the default is meant
+                return
             rows[name].check(value)
         except InvalidRequestError as error:
             self._fault(variable.name, f"is for a setting that does not take it: {error}")

@@ -11,13 +11,16 @@ from typing import Any
 from llmkit.settings.values import WORDS
 
 __all__ = [
+    "as_context",
     "as_flag",
     "as_integer",
     "as_list",
+    "as_log_format",
     "as_log_level",
     "as_number",
     "as_rate",
     "as_seconds",
+    "as_slots",
     "as_weights",
     "collector_note",
 ]
@@ -35,6 +38,7 @@ SAME = (
     "Q5_K_S", "Q5_K_M", "F16", "BF16", "IQ4_XS", "IQ4_NL",
 )  # fmt: skip
 GRPC_PORT = 4317
+MAX_SLOTS = 256
 
 
 def as_flag(value: Any) -> bool:
@@ -59,6 +63,22 @@ def as_integer(value: Any) -> int:
     if re.fullmatch(r"[+-]?[0-9]{1,18}", text, re.A) is None:
         raise ValueError("must be an integer")
     return int(text)
+
+
+def as_context(value: Any) -> int | None:
+    """Tokens of context; None for 0, by which others mean the model's own."""
+    return as_integer(value) or None
+
+
+def as_slots(value: Any) -> int:
+    """Requests at once, as many as there can be slots."""
+    return min(as_integer(value), MAX_SLOTS)
+
+
+def as_log_format(value: Any) -> str:
+    """A format of the log; what others call their readable ones is ours."""
+    name = str(value).strip().lower()
+    return "pretty" if name in ("text", "plain", "compact", "full") else name
 
 
 def as_number(value: Any) -> float:

@@ -19,7 +19,6 @@ from llmkit.gateway.answers import Answer
 from llmkit.gateway.bodies import SessionId, Strict
 from llmkit.gateway.chats import Chat, sampling_params
 from llmkit.gateway.compat.llms import finish_reason
-from llmkit.gateway.compat.named_sessions import session_named
 from llmkit.gateway.conversations.recall import recalled
 from llmkit.gateway.directory import EngineDirectory
 from llmkit.gateway.exchange import Exchange
@@ -97,9 +96,7 @@ class GeneratingRoutes:
     async def generate(self, exchange: Exchange) -> None:
         body = await exchange.read(GenerateEventsBody)
         engine = self._directory.lookup(body.model, "generate")
-        named = body.sampling_params.session_id
-        session = await session_named(exchange, named, engine.description.name)
-        chat = await recalled(exchange, engine, body.chat(), session)
+        chat = await recalled(exchange, engine, body.chat(), body.sampling_params.session_id)
         prompt = None if body.use_chat_template else body.prompt
         answer = Answer(engine, chat, new_id("gen"), exchange, self._on_use, prompt=prompt)
         try:

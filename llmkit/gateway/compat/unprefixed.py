@@ -18,7 +18,6 @@ from llmkit.gateway.answers import Answer
 from llmkit.gateway.bodies import SessionId, Strict
 from llmkit.gateway.chats import Chat, sampling_params
 from llmkit.gateway.compat.llms import finish_reason
-from llmkit.gateway.compat.named_sessions import session_named
 from llmkit.gateway.conversations.recall import recalled
 from llmkit.gateway.directory import EngineDirectory
 from llmkit.gateway.exchange import Exchange
@@ -156,9 +155,8 @@ class UnprefixedRoutes:
     async def _prompted(self, exchange: Exchange) -> None:
         body = await exchange.read(PromptedChatBody)
         engine = self._directory.lookup(body.model, "generate")
-        model = engine.description
-        session = await session_named(exchange, body.session_id, model.name)
-        chat = await recalled(exchange, engine, body.chat(model), session)
+        chat = body.chat(engine.description)
+        chat = await recalled(exchange, engine, chat, body.session_id)
         answer = Answer(engine, chat, new_id("chat"), exchange, self._on_use)
         try:
             if body.stream:

@@ -23,7 +23,12 @@ from llmkit.gateway.exchange import ClientGoneError, Exchange
 from llmkit.gateway.failures import api_error
 from llmkit.protocol import Completion, Delta, Message, ModelDescription
 from llmkit.protocol.client import EngineClient
-from llmkit.store.conversation_records import NewMessage, StoredConversation, StoredMessage
+from llmkit.store.conversation_records import (
+    MAX_TITLE,
+    NewMessage,
+    StoredConversation,
+    StoredMessage,
+)
 
 if TYPE_CHECKING:
     from llmkit.store.conversations import ConversationStore
@@ -74,13 +79,19 @@ async def recalled(
 ) -> Chat:
     """The chat with its session's history before it; as it is without a session.
 
-    The session is named by the body's ``session_id`` or a header; one that does not begin with
-    ``sess_`` is a title, and a session is begun if none has it. The request's messages are stored,
+    The session is named by the body's ``session_id`` or a header; one that is no id of ours is a
+    title, and a session is begun if none has it. The request's messages are stored,
     and its answer will be. Raises `ApiError`, and what the store raises.
     """
     wanted = session_id or _named(exchange)
     if wanted is None:
         return chat
+    if len(wanted) > MAX_TITLE or not wanted.strip() or not wanted.isprintable():
+        raise InvalidRequestError(
+            "session_id (session-id) must be a session's id, or a name of 1 to "
+            f"{MAX_TITLE} printable characters.",
+            "session_id",
+        )
     assert exchange.turns is not None
     shelf = exchange.turns.shelf
     if chat.n > 1:
@@ -128,7 +139,7 @@ def _named(exchange: Exchange) -> str | None:
 def _read(
     store: ConversationStore, owner: str, session_id: str
 ) -> tuple[StoredConversation, list[StoredMessage]]:
-    if session_id.startswith("sess_"):
+    if OURS.fullmatch(session_id):
         session, path = store.opened(owner, session_id)
     else:
         session = store.titled(owner, session_id) or store.create(owner, title=session_id)

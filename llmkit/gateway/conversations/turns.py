@@ -25,7 +25,6 @@ from llmkit.gateway.conversations.shelf import Shelf
 from llmkit.gateway.exchange import Exchange
 from llmkit.gateway.failures import ApiError, api_error
 from llmkit.gateway.ids import new_id
-from llmkit.store.conversation_records import UNSET, Unset
 
 __all__ = ["Turn", "TurnEvent", "Turns"]
 
@@ -126,73 +125,6 @@ class Turns:
             )
         return self._shelf
 
-    async def send(
-        self,
-        identity: Identity,
-        address: str,
-        *,
-        session_id: str | None,
-        content: Content,
-        role: str = "user",
-        parent: str | Unset | None = UNSET,
-        model: str | None = None,
-        settings: Mapping[str, Any] | None = None,
-        tools: list[dict[str, Any]] | None = None,
-        branch: bool = False,
-        headers: Mapping[str, str] | None = None,
-    ) -> Turn:
-        """Say something, and have it answered; without a ``session_id`` in a new session.
-
-        ``parent`` is the message that it follows, by default the head; None begins anew. With
-        ``branch`` it may have other messages after it. Returns once both are stored. Raises
-        `ApiError`; then nothing was stored.
-        """
-        body = {
-            "message": {"role": role, "content": content},
-            **({} if isinstance(parent, Unset) else {"parent": parent or ""}),
-            "branch": branch,
-            **_options(model, settings, tools),
-        }
-        return await self.start(identity, address, Wish("send", session_id), body, headers)
-
-    async def edit(
-        self,
-        identity: Identity,
-        address: str,
-        *,
-        session_id: str,
-        message_id: str,
-        content: Content,
-        model: str | None = None,
-        settings: Mapping[str, Any] | None = None,
-        tools: list[dict[str, Any]] | None = None,
-        headers: Mapping[str, str] | None = None,
-    ) -> Turn:
-        """Say it otherwise: a sibling of a message, and its answer. As ``send``."""
-        body = {"content": content, **_options(model, settings, tools)}
-        wish = Wish("edit", session_id, message_id)
-        return await self.start(identity, address, wish, body, headers)
-
-    async def regenerate(
-        self,
-        identity: Identity,
-        address: str,
-        *,
-        session_id: str,
-        message_id: str | None = None,
-        model: str | None = None,
-        settings: Mapping[str, Any] | None = None,
-        tools: list[dict[str, Any]] | None = None,
-        headers: Mapping[str, str] | None = None,
-    ) -> Turn:
-        """Another answer beside one, by default the last. As ``send``.
-
-        ``message_id`` may also be the question.
-        """
-        wish = Wish("regenerate", session_id, message_id)
-        body = _options(model, settings, tools)
-        return await self.start(identity, address, wish, body, headers)
-
     async def start(
         self,
         identity: Identity,
@@ -201,7 +133,10 @@ class Turns:
         body: Mapping[str, Any] | bytes,
         headers: Mapping[str, str] | None = None,
     ) -> Turn:
-        """A turn as a request for it says, see `TurnBody`. As ``send``."""
+        """Begin a turn as a request for it says, see `TurnBody`; without a session in a new one.
+
+        Returns once question and reply are stored. Raises `ApiError`; then nothing was stored.
+        """
         self.shelf  # noqa: B018 - raises where there is none
         turn = Turn(identity.name, wish.session_id or "")
         exchange = TurnExchange(
@@ -331,16 +266,3 @@ class Turns:
 def cancelled() -> ApiError:
     message = "The turn was cancelled before it began; nothing was stored."
     return ApiError(503, message, "server_error", code="cancelled")
-
-
-def _options(
-    model: str | None,
-    settings: Mapping[str, Any] | None,
-    tools: list[dict[str, Any]] | None,
-) -> dict[str, Any]:
-    more = {} if tools is None else {"tools": tools}
-    given = {**(settings or {}), **more}
-    return {
-        **({} if model is None else {"model": model}),
-        **({"settings": given} if given else {}),
-    }
