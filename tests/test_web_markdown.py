@@ -186,3 +186,19 @@ def test_a_text_without_end_has_one() -> None:
     growing.feed("a" * markdown.MAX_CHARS)
     growing.feed("b" * 100, last=True)
     assert "b" not in growing.blocks[0]
+
+
+@pytest.mark.parametrize("text", ["\\[\n" * 3000, "$$\n" * 3000])
+def test_formulas_that_never_end_are_looked_for_once(text: str) -> None:
+    assert "<math" not in "".join(render(text))
+
+
+def test_a_small_text_makes_no_large_table() -> None:
+    columns = 240
+    text = "|" + "a|" * columns + "\n|" + "-|" * columns + "\n" + "|b|\n" * 500
+    assert "".join(render(text)).count("<td") < 5000
+
+
+def test_a_line_so_long_has_no_colours() -> None:
+    assert "<span" not in "".join(render("```ini\n" + "=" * 20_000 + "\n```"))
+    assert "<span" in "".join(render("```ini\na = 1\n```"))

@@ -122,7 +122,8 @@ class NewMessage:
         """Characters of all of it."""
         content = self.content if isinstance(self.content, str) else json.dumps(self.content)
         calls = sum(len(c.call_id) + len(c.name) + len(c.arguments) for c in self.tool_calls)
-        return len(content) + len(self.reasoning or "") + calls + len(self.name or "")
+        names = len(self.name or "") + len(self.tool_call_id or "")
+        return len(content) + len(self.reasoning or "") + calls + names
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,8 +172,9 @@ class StoredMessage:
     @property
     def size(self) -> int:
         """Characters of its texts, about what it costs to keep."""
-        calls = sum(len(c.arguments) for c in self.tool_calls)
-        return len(self.text) + len(self.reasoning or "") + calls
+        calls = sum(len(c.call_id) + len(c.name) + len(c.arguments) for c in self.tool_calls)
+        names = len(self.name or "") + len(self.tool_call_id or "")
+        return len(self.text) + len(self.reasoning or "") + calls + names
 
     def copied(self, **fields: Any) -> StoredMessage:
         """A copy with other fields."""

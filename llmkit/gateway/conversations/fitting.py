@@ -84,7 +84,10 @@ async def fit(
             ask_for_summary, pruned.dropped, count, n_ctx - SUMMARY_TOKENS - 1, summary
         )
         summary = await _summary(exchange, engine, asked)
-    note: dict[str, Any] = {"after": ids[pruned.cut - 1], "messages": len(pruned.dropped)}
+    if not ids:  # all of it came with this request: the session has nothing to leave out
+        return Fitted(replace(chat, messages=_told(pruned.messages, summary)), earlier)
+    after = ids[min(pruned.cut, len(ids)) - 1]
+    note: dict[str, Any] = {"after": after, "messages": len(pruned.dropped)}
     if earlier is not None:
         note["messages"] += earlier["messages"]
     if summary:

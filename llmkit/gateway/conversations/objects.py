@@ -60,15 +60,8 @@ def message_object(message: StoredMessage) -> Object:
 
 
 def with_relatives(messages: Sequence[StoredMessage]) -> list[Object]:
-    """All messages of a tree, each with its ``children`` and ``siblings`` (itself among them)."""
+    """All messages of a tree, each with its ``children``."""
     children: dict[str | None, list[str]] = {}
     for message in messages:
         children.setdefault(message.parent_id, []).append(message.id)
-    return [
-        {
-            **message_object(m),
-            "children": children.get(m.id, []),
-            "siblings": children[m.parent_id],
-        }
-        for m in messages
-    ]
+    return [{**message_object(m), "children": children.get(m.id, [])} for m in messages]

@@ -13,8 +13,6 @@ if TYPE_CHECKING:
 
 __all__ = ["follow"]
 
-AT_ONCE = 2000  # characters of an answer up to which rendering takes less than asking a thread
-
 
 async def follow(turn: Turn, after: int, *, render: bool) -> AsyncIterator[ServerMessage]:
     """What comes after event number ``after``, to the end.
@@ -55,12 +53,11 @@ class Page:
 
         self._turn_id = turn_id
         self._growing = Growing()
-        self._size = self._seq = 0
+        self._seq = 0
         self._is_behind = False  # whether text came since the last block
 
     async def grow(self, text: str, seq: int) -> list[Html]:
         """More of the answer, up to event number ``seq``; the blocks that are new or changed."""
-        self._size += len(text)
         self._seq = seq
         self._is_behind = self._is_behind or bool(text)
         return self._shown(await self._fed(text))
@@ -79,7 +76,6 @@ class Page:
         return [Html(self._turn_id, self._seq, index, html) for index, html in changed]
 
     async def _fed(self, text: str, *, last: bool = False) -> list[tuple[int, str]]:
-        if self._size <= AT_ONCE:
-            return self._growing.feed(text, last=last)
-        # While the thread works, what comes is gathered, and taken as one.
+        # Never on the loop: a short text may be a large table. While the thread works, what comes
+        # is gathered, and taken as one.
         return await asyncio.to_thread(self._growing.feed, text, last=last)

@@ -14,6 +14,7 @@ __all__ = ["CLASSES", "highlighted"]
 
 MAX_CHARS = 20_000  # of code with colours
 # Pygments' lexers take quadratic time for some texts: from here on the text has no colours.
+MAX_LINE = 1000  # characters
 MAX_CPU_S = 0.1
 LANGUAGES = [
     *("bash", "c", "cpp", "csharp", "css", "diff", "docker", "go", "haskell", "html", "ini"),
@@ -41,6 +42,8 @@ def highlighted(code: str, language: str) -> str:
     """
     name = ALIASES.get(language, language)
     if name not in LANGUAGES or len(code) > MAX_CHARS:
+        return escapeHtml(code)
+    if max(map(len, code.split("\n"))) > MAX_LINE:  # one match may take seconds in a line so long
         return escapeHtml(code)
     end = time.thread_time() + MAX_CPU_S
     pieces: list[str] = []

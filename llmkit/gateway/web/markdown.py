@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import MutableMapping, Sequence
 from functools import cache
+from importlib import import_module
 from typing import Any
 
 import nh3
@@ -22,6 +23,9 @@ from llmkit.gateway.web.maths import maths
 __all__ = ["Growing", "render"]
 
 MAX_CHARS = 1_000_000  # of a text; the rest is not shown
+# Cells that rows leave out and the parser adds: by default so many that 2 KB take a second.
+TABLES: Any = import_module("markdown_it.rules_block.table")
+TABLES.MAX_AUTOCOMPLETED_CELLS = 2000
 SMALL, SHARE = 1000, 12  # an open block over SMALL characters waits until it has grown by 1/SHARE
 MATHML = {
     *("math", "menclose", "mfrac", "mi", "mmultiscripts", "mn", "mo", "mover", "mpadded"),

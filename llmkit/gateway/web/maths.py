@@ -84,10 +84,13 @@ def _is_formula(content: str, after: str) -> bool:
 def _block(state: StateBlock, first: int, last: int, silent: bool) -> bool:
     if state.is_code_block(first):
         return False
-    opening = state.src[state.bMarks[first] + state.tShift[first] :][:2]
+    begin = state.bMarks[first] + state.tShift[first]
+    opening = state.src[begin : begin + 2]
     if opening not in ("$$", "\\["):
         return False
     closing = CLOSING[opening]
+    if state.src.find(closing, begin + 2, begin + MAX_CHARS) < 0:
+        return False  # looked for once, and no further than a formula may reach
     lines: list[str] = []
     for line in range(first, last):
         if state.isEmpty(line) or (line > first and state.sCount[line] < state.blkIndent):

@@ -46,7 +46,7 @@ const status = new StatusTab();
 function wanted() {
   const mark = location.hash.slice(1);
   if (mark === 'status') return {view: 'status'};
-  if (mark.startsWith('sess_')) return {view: 'chat', id: mark};
+  if (/^sess_[0-9a-f]{24}$/.test(mark)) return {view: 'chat', id: mark};
   const place = pathname => pathname.replace(/\/$/, '');
   const isStatus = !pages.status.hash && place(pages.status.pathname) === place(location.pathname);
   return {view: isStatus ? 'status' : 'chat', id: null};
