@@ -63,7 +63,7 @@ def test_by_keyboard_alone(page: Page, model: ScriptedModel) -> None:
     page.keyboard.press("Enter")
     page.keyboard.press("ArrowDown")
     page.keyboard.press("Enter")
-    page.wait_for_function("document.activeElement.id === 'model'")
+    expect(page.locator("#model")).to_be_focused()
 
 
 def test_one_polite_region_hears_the_answer_once(page: Page, model: ScriptedModel) -> None:
