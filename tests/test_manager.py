@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -336,10 +337,9 @@ def test_who_waits_longer_goes_first_though_its_victim_is_asked_for_again(
     assert not again.done() or again.exception() is None
 
 
-def test_models_of_the_start_do_not_push_each_other_out(
-    manage: Callable[..., ModelManager],
-) -> None:
-    manager = manage(small("a", 500), small("b", 500), budget=Budget(ram_bytes=800 * MB))
+def test_models_of_the_start_push_nobody_out(manage: Callable[..., ModelManager]) -> None:
+    late = replace(small("b"), need=lambda _: time.sleep(0.5) or Need(500 * MB))
+    manager = manage(small("a", 500), late, budget=Budget(ram_bytes=800 * MB))
     wait_for(lambda: phases(manager) == {"a": "ready", "b": "failed"}, LOAD_S)
     assert "make it lazy" in manager.status("b").reason and manager.status("a").loads == 1
 
