@@ -108,4 +108,4 @@ class TurnExchange(Exchange):
     def send_json(
         self, value: Any, status: int = 200, headers: dict[str, str] | None = None
     ) -> None:
-        raise NotImplementedError("a turn is answered by its events")
+        raise AssertionError("a turn is answered by its events")

@@ -56,10 +56,10 @@ class FrameTransport:
         return default
 
     def write(self, chunk: str | bytes) -> None:
-        raise NotImplementedError("a frame waits for its reader")
+        raise AssertionError("frames are sent by `send_text`, which waits for their reader")
 
     def flush(self) -> asyncio.Future[None]:
-        raise NotImplementedError("a frame waits for its reader")
+        raise AssertionError("frames are sent by `send_text`, which waits for their reader")
 
     def finish(self, chunk: str | bytes | None = None) -> asyncio.Future[None]:
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
