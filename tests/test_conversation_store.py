@@ -153,6 +153,19 @@ class TestConversations:
             store.append("ann", known.id, known.head, [Message("user", "x")])
         assert len(store.path("ann", known.id)) == 3
 
+    def test_too_much_for_one_owner(
+        self, store: ConversationStore, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("llmkit.store.conversation_bounds.MAX_OWNER_CHARS", 250_000)
+        big = [NewMessage("user", "x" * 100_000, tool_call_id="y" * 100)]
+        first = store.create("ann", messages=big)
+        store.fork("ann", first.id)
+        with pytest.raises(InvalidRequestError, match="all sessions of a caller"):
+            store.fork("ann", first.id)
+        assert len(store.list("ann")) == 2, "nothing of it is left"
+        store.create("ann", messages=[NewMessage("user", "a few words")])
+        store.create("bob", messages=big)
+
     def test_the_same_message_to_one_parent_by_many(self, store: ConversationStore) -> None:
         known = store.create("ann", messages=[Message("user", "x")])
         failures: list[Exception] = []

@@ -171,3 +171,16 @@ def test_many_at_once(opened: Database) -> None:
     for each in left:
         store.delete("ann", each)
     assert store.num_bytes() == 0
+
+
+def test_one_that_is_computed_for_long_is_not_taken_for_lost(
+    store: ResponseStore, clock: Clock
+) -> None:
+    store.put("ann", "r1", response(status="in_progress"), [item("q")])
+    for _ in range(10):
+        clock.now += 300
+        store.renew()
+        assert store.recover() == 0
+    assert store.find("ann", "r1").status == "in_progress"
+    clock.now += 3000
+    assert store.recover() == 1 and store.find("ann", "r1").status == "failed"

@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import random
+import tempfile
 
 import pytest
+from gateway_client import sessions_in
 
+from llmkit.gateway.access.held import Held
+from llmkit.gateway.access.identity import Identity
+from llmkit.gateway.conversations.detached import Wish
 from llmkit.gateway.conversations.log import EventLog
+from llmkit.gateway.conversations.turns import Turns
+from llmkit.gateway.exchange import Exchange
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -46,3 +53,26 @@ def test_readers_get_every_character_once(seed: int) -> None:
             assert known + "".join(e.text for e in log.since(after)) == text
 
     asyncio.run(run())
+
+
+async def test_a_turn_that_nobody_waits_for_any_more_never_begins() -> None:
+    entered, ended = asyncio.Event(), asyncio.Event()
+
+    async def dispatch(exchange: Exchange) -> None:
+        entered.set()
+        try:
+            await asyncio.Event().wait()  # in a queue, say
+        finally:
+            ended.set()
+
+    with tempfile.TemporaryDirectory() as folder:
+        turns = Turns(dispatch, Held(), sessions_in(folder))
+        wanted = asyncio.create_task(
+            turns.start(Identity("ann", "key"), "1.2.3.4", Wish("send", None), {})
+        )
+        await entered.wait()
+        wanted.cancel()
+        await asyncio.wait([wanted])
+        assert wanted.cancelled()
+        await asyncio.wait_for(ended.wait(), 5)
+        await turns.close()

@@ -17,6 +17,7 @@ __all__ = [
     "MAX_CHARS",
     "MAX_MESSAGES",
     "MAX_MESSAGE_CHARS",
+    "MAX_OWNER_CHARS",
     "PRUNINGS",
     "ROLES",
     "UNSET",
@@ -39,6 +40,7 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 PRUNINGS: tuple[Pruning, ...] = ("drop", "summarise", "stop")
 MAX_MESSAGE_CHARS = 4 << 20
 MAX_CHARS, MAX_MESSAGES = 64 << 20, 100_000  # of one conversation
+MAX_OWNER_CHARS = 256 << 20  # of all of an owner's
 MAX_SETTINGS, MAX_TITLE, MAX_MODEL = 1 << 20, 1000, 1000
 MAX_TTL_S = 100 * 365 * 86_400.0
 UNSTORABLE = re.compile("[\0\ud800-\udfff]")  # what a database's UTF-8 cannot hold

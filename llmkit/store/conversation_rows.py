@@ -13,6 +13,7 @@ from sqlalchemy.engine import Connection
 
 from llmkit.errors import ConflictError, InvalidRequestError, NotFoundError
 from llmkit.protocol import Message, ToolCall
+from llmkit.store.conversation_bounds import MUCH_CHARS, check_owner
 from llmkit.store.conversation_records import (
     MAX_CHARS,
     MAX_MESSAGES,
@@ -260,6 +261,8 @@ def insert(
             "at most; begin another one.",
             "messages",
         )
+    if size > MUCH_CHARS:
+        check_owner(connection, row.owner, size)
     first = _next_number(connection, row.id, messages[0][1] if messages else None)
     values = [
         {

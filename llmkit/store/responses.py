@@ -214,6 +214,12 @@ class ResponseStore:
         with self._database.reading() as session:
             return _num_bytes(session, None if owner is None else owner_key(owner))
 
+    def renew(self) -> None:
+        """Say that this process still computes its responses; at least every 20 s."""
+        with self._changing() as session:
+            mine = Responses.writer == self._writer, Responses.status == IN_PROGRESS
+            session.execute(sa.update(Responses).where(*mine).values(used_at=self._now()))
+
     def recover(self) -> int:
         """Let responses in progress whose process is gone be failed; how many."""
         count = 0

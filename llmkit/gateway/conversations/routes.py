@@ -128,7 +128,8 @@ class SessionRoutes:
         if renders not in (None, "html"):
             raise InvalidRequestError("render can only be html.", "render")
 
-        def read(store: ConversationStore) -> list[dict[str, Any]]:
+        def read(store: ConversationStore) -> bytes:
+            """As JSON, which of a long conversation takes too long for the event loop."""
             store.get(owner, session_id)
             if is_tree:
                 found = store.messages(owner, session_id)
@@ -136,10 +137,10 @@ class SessionRoutes:
             else:
                 found = store.path(owner, session_id, leaf)
                 objects = [message_object(m) for m in found]
-            return _rendered(found, objects) if renders else objects
+            data = _rendered(found, objects) if renders else objects
+            return json.dumps({"object": "list", "data": data, "has_more": False}).encode()
 
-        data = await self._call(exchange, read)
-        exchange.send_json({"object": "list", "data": data, "has_more": False})
+        exchange.send_bytes(await self._call(exchange, read))
 
     async def fork(self, exchange: Exchange) -> None:
         body = await exchange.read(ForkBody) if exchange.body else ForkBody()

@@ -39,6 +39,7 @@ class Stores:
 
     def renew(self) -> None:
         self.conversations.renew()
+        self.responses.renew()
 
     def recover(self) -> None:
         self.conversations.recover()
@@ -70,6 +71,7 @@ class Shelf:
         self._opened: Database | None = None
         self._stores: Stores | None = None
         self._lanes = Lanes(NUM_THREADS, "llmkit-sessions")
+        self._own_lane = Lanes(1, "llmkit-leases")  # callers may keep all others busy
         self._upkeep: asyncio.Task[None] | None = None
 
     @classmethod
@@ -100,7 +102,8 @@ class Shelf:
     def _submit(self, lane: str, run: Callable[[Stores], T]) -> asyncio.Future[T]:
         if self._upkeep is None:
             self._upkeep = asyncio.ensure_future(self._keep_up())
-        return asyncio.wrap_future(self._lanes.submit(lane, lambda: run(self._open())))
+        lanes = self._lanes if lane else self._own_lane
+        return asyncio.wrap_future(lanes.submit(lane, lambda: run(self._open())))
 
     def _open(self) -> Stores:
         with self._lock:
@@ -150,5 +153,6 @@ class Shelf:
             with contextlib.suppress(asyncio.CancelledError):
                 await self._upkeep
         self._lanes.close()
+        self._own_lane.close()
         if self._opened is not None:
             await asyncio.to_thread(self._opened.close)

@@ -30,7 +30,7 @@ __all__ = ["Turn", "TurnEvent", "Turns"]
 
 logger = logging.getLogger("llmkit.gateway")
 
-KEPT_S, KEPT_BYTES = 300.0, 64 << 20  # of turns that are over
+KEPT_S, KEPT_BYTES, KEPT = 300.0, 64 << 20, 1000  # of turns that are over
 NEW = "new"  # the id of a session that a turn makes
 Content = str | list[dict[str, Any]]
 
@@ -42,7 +42,8 @@ class Turn:
     answer that say what became of the request, such as ``x-llmkit-clamped``.
     """
 
-    def __init__(self, owner: str, session_id: str) -> None:
+    def __init__(self, owner: str, session_id: str, num_asked_bytes: int = 0) -> None:
+        self._num_asked_bytes = num_asked_bytes
         self.id = new_id("turn", "_")
         self.owner, self.session_id = owner, session_id
         self.message_id = ""
@@ -63,6 +64,11 @@ class Turn:
     @property
     def is_over(self) -> bool:
         return self.log.is_closed
+
+    @property
+    def num_bytes(self) -> int:
+        """What it takes in memory: its events, and what was asked."""
+        return self.log.num_bytes + self._num_asked_bytes
 
     async def events(self, after: int = 0) -> AsyncIterator[TurnEvent]:
         """The events after number ``after`` as they come, to the last one."""
@@ -138,11 +144,12 @@ class Turns:
         Returns once question and reply are stored. Raises `ApiError`; then nothing was stored.
         """
         self.shelf  # noqa: B018 - raises where there is none
-        turn = Turn(identity.name, wish.session_id or "")
+        data = body if isinstance(body, bytes) else json.dumps(body).encode()
+        turn = Turn(identity.name, wish.session_id or "", len(data))
         exchange = TurnExchange(
             turn,
             wish,
-            body if isinstance(body, bytes) else json.dumps(body).encode(),
+            data,
             headers or {},
             identity,
             self._held,
@@ -153,7 +160,12 @@ class Turns:
         # A context of its own: what belongs to another request of this task must not follow it.
         turn.task = asyncio.create_task(self._run(turn, exchange), context=Context())
         turn.task.add_done_callback(lambda _: self._ended(turn))
-        await turn.begun.wait()
+        try:
+            await turn.begun.wait()
+        except asyncio.CancelledError:  # who wanted it has left before there was anything of it
+            if not turn.begun.is_set():
+                turn.cancel()
+            raise
         if turn.keeping is None and not turn.appended:
             raise turn.failure or cancelled()
         return turn
@@ -194,12 +206,13 @@ class Turns:
         """Let go of what has been over for long, and of the oldest when it is too much."""
         now = asyncio.get_running_loop().time()
         over = [t for t in self._turns.values() if t.over_at is not None]
-        size = sum(t.log.num_bytes for t in over)
+        size, count = sum(t.num_bytes for t in over), len(over)
         for turn in sorted(over, key=lambda t: t.over_at or 0.0):
             is_old = now - (turn.over_at or now) >= KEPT_S
-            if not (is_old or size > KEPT_BYTES or turn.keeping is None):
+            is_much = size > KEPT_BYTES or count > KEPT
+            if not (is_old or is_much or turn.keeping is None):
                 continue
-            size -= turn.log.num_bytes
+            size, count = size - turn.num_bytes, count - 1
             del self._turns[turn.id]
 
     def find(self, identity: Identity, turn_id: str) -> Turn:

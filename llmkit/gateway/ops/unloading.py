@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from functools import partial
 
 from llmkit.errors import EngineGoneError
@@ -24,6 +25,7 @@ __all__ = ["UnloadRoutes"]
 logger = logging.getLogger(__name__)
 
 LOOK_S = 0.25
+DRAIN_S = 300.0
 
 
 class UnloadRoutes:
@@ -65,8 +67,17 @@ class UnloadRoutes:
 
 
 async def _unload(engine: EngineClient, caller: str, *, wait: bool) -> None:
-    """Unload it, with ``wait`` once it has no requests; nothing to do if it ends by itself."""
+    """Unload it, with ``wait`` once it has no requests; nothing to do if it ends by itself.
+
+    Raises `ApiError` if there are always some: its kernel goes on taking requests meanwhile.
+    """
+    end = time.monotonic() + DRAIN_S
     while wait and _is_busy(engine) and not engine.state.is_gone:
+        if time.monotonic() > end:
+            message = (
+                f"{engine.description.name!r} had requests for {DRAIN_S:.0f} s; end them (force)."
+            )
+            raise ApiError(409, message, code="model_busy")
         await asyncio.sleep(LOOK_S)
     try:
         await asyncio.wrap_future(engine.inquire(Inquiry(new_id("unload"), Unload(), caller)))

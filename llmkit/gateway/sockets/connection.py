@@ -9,9 +9,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from typing import TYPE_CHECKING, Any, Protocol
 from weakref import WeakValueDictionary
+
+import msgspec
 
 from llmkit.gateway.access.identity import INFERENCE, LOCAL, Identity, counted_as
 from llmkit.gateway.exchange import ClientGoneError
@@ -307,9 +309,20 @@ class Connection:
         """Begin a turn and follow it. Turns of one session begin in the order of their messages."""
         async with self._answering(lambda: message.ref):
             key = message.session or f"new {id(message)}"
-            async with self._order.setdefault(key, asyncio.Lock()):
-                turn = await start(self._room.turns, identity, self._address, message)
+            with self._holding(identity, message):
+                async with self._order.setdefault(key, asyncio.Lock()):
+                    turn = await start(self._room.turns, identity, self._address, message)
             await self._follow(turn, 0, message.ref, render=message.render)
+
+    @contextlib.contextmanager
+    def _holding(self, identity: Identity, message: msgspec.Struct) -> Iterator[None]:
+        """Count a message that waits for its turn to begin. Raises `ApiError` if it is too much."""
+        who, size = counted_as(identity, self._address), len(msgspec.json.encode(message))
+        self._room.held.add(who, size)
+        try:
+            yield
+        finally:
+            self._room.held.add(who, -size)
 
     async def _resume(self, turn: Turn, message: messages.Resume) -> None:
         async with self._answering(lambda: message.ref):
