@@ -11,7 +11,6 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from llmkit.chat.parsers.events import Content
 from llmkit.errors import EngineGoneError
 from llmkit.gateway.access.authenticator import ANONYMOUS
 from llmkit.gateway.access.identity import ADMIN
@@ -19,6 +18,7 @@ from llmkit.gateway.answers import Answer
 from llmkit.gateway.bodies import SessionId, Strict
 from llmkit.gateway.chats import Chat, sampling_params
 from llmkit.gateway.compat.llms import finish_reason
+from llmkit.gateway.compat.streaming import json_event, stream_text
 from llmkit.gateway.conversations.recall import recalled
 from llmkit.gateway.directory import EngineDirectory
 from llmkit.gateway.exchange import Exchange
@@ -100,16 +100,12 @@ class GeneratingRoutes:
         prompt = None if body.use_chat_template else body.prompt
         answer = Answer(engine, chat, new_id("gen"), exchange, self._on_use, prompt=prompt)
         try:
-            async for update in answer.updates():
-                if not exchange.streaming:  # an error before the first byte keeps its HTTP status
-                    await exchange.start_events()
-                if update is None:
-                    await exchange.send_text(": ping\n\n")
-                elif isinstance(update, Completion):
-                    await exchange.send_event(_last(update))
-                elif text := "".join(e.text for e in update if isinstance(e, Content)):
-                    await exchange.send_event({"token": text, "done": False})
-            exchange.end_events("")
+            await stream_text(
+                exchange,
+                answer,
+                lambda text: json_event({"token": text, "done": False}),
+                lambda completion: json_event(_last(completion)),
+            )
         finally:
             answer.close()
 

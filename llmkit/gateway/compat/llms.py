@@ -15,6 +15,7 @@ from llmkit.chat.parsers.events import Content
 from llmkit.gateway.answers import Answer
 from llmkit.gateway.bodies import Strict
 from llmkit.gateway.chats import Chat, sampling_params
+from llmkit.gateway.compat.streaming import json_event, stream_text
 from llmkit.gateway.directory import EngineDirectory
 from llmkit.gateway.exchange import Exchange
 from llmkit.gateway.ids import new_id
@@ -176,16 +177,7 @@ class Llms:
     async def _stream(self, exchange: Exchange, body: Body) -> None:
         answer = body.answer(self._engine(body.model), exchange, self._on_use)
         try:
-            async for update in answer.updates():
-                if not exchange.streaming:  # an error before the first byte keeps its HTTP status
-                    await exchange.start_events()
-                if update is None:
-                    await exchange.send_text(": ping\n\n")
-                elif not isinstance(update, Completion):
-                    text = "".join(e.text for e in update if isinstance(e, Content))
-                    if text:
-                        await exchange.send_event({body.part: text})
-            exchange.end_events("")
+            await stream_text(exchange, answer, lambda text: json_event({body.part: text}))
         finally:
             answer.close()
 

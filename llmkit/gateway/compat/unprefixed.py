@@ -18,13 +18,14 @@ from llmkit.gateway.answers import Answer
 from llmkit.gateway.bodies import SessionId, Strict
 from llmkit.gateway.chats import Chat, sampling_params
 from llmkit.gateway.compat.llms import finish_reason
+from llmkit.gateway.compat.streaming import stream_text
 from llmkit.gateway.conversations.recall import recalled
 from llmkit.gateway.directory import EngineDirectory
 from llmkit.gateway.exchange import Exchange
 from llmkit.gateway.ids import new_id
 from llmkit.gateway.openai.routes import OpenAIRoutes
 from llmkit.gateway.openai.schemas import CompletionRequest
-from llmkit.protocol import Completion, Message, ModelDescription
+from llmkit.protocol import Message, ModelDescription
 from llmkit.protocol.client import EngineClient
 
 __all__ = ["PlainCompletionRequest", "PromptedChatBody", "UnprefixedRoutes", "as_event"]
@@ -160,7 +161,7 @@ class UnprefixedRoutes:
         answer = Answer(engine, chat, new_id("chat"), exchange, self._on_use)
         try:
             if body.stream:
-                await self._stream(exchange, answer)
+                await stream_text(exchange, answer, as_event)
                 return
             events, completion = await answer.whole()
             text = "".join(e.text for e in events if isinstance(e, Content))
@@ -174,20 +175,6 @@ class UnprefixedRoutes:
             )
         finally:
             answer.close()
-
-    @staticmethod
-    async def _stream(exchange: Exchange, answer: Answer) -> None:
-        """Events of bare text, which end with the answer."""
-        async for update in answer.updates():
-            if not exchange.streaming:  # an error before the first byte keeps its HTTP status
-                await exchange.start_events()
-            if update is None:
-                await exchange.send_text(": ping\n\n")
-            elif not isinstance(update, Completion):
-                text = "".join(e.text for e in update if isinstance(e, Content))
-                if text:
-                    await exchange.send_text(as_event(text))
-        exchange.end_events("")
 
     async def models(self, exchange: Exchange) -> None:
         listing = self._openai.listing()
