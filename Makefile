@@ -8,6 +8,9 @@ BENCH_ARGS ?=
 DEVICE_ARGS ?=
 ROOT_FLAG := $(shell [ "$$(id -u)" = 0 ] && echo --allow-root)
 
+# Kept bytecode: else every process that a test or a notebook starts compiles all of llmkit again.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: setup cpu cuda metal vulkan lab test soak demo check bench measure device-check notebooks docs clean
 
 setup:
@@ -25,7 +28,7 @@ test: setup
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 soak: setup
-	SOAK=2000 $(BIN)/python -m pytest tests/test_soak.py $(PYTEST_ARGS)
+	SOAK=2000 $(BIN)/python -m pytest --timeout=0 tests/test_soak.py $(PYTEST_ARGS)
 	$(BIN)/python benchmarks/overload.py
 
 demo: setup

@@ -20,6 +20,7 @@ from typing import Any
 import websocket
 
 START_TIMEOUT_S = 60
+CELL_TIMEOUT_S = 180
 
 
 class JupyterServer:
@@ -101,6 +102,12 @@ class JupyterServer:
     def kernel(self) -> Kernel:
         return Kernel(self, self.request("POST", "/api/kernels", {"name": "python3"})["id"])
 
+    def notebook(self, path: str) -> Kernel:
+        """The kernel of a notebook, of which only the server knows."""
+        kernel = {"name": "python3"}
+        asked = {"path": path, "name": path, "type": "notebook", "kernel": kernel}
+        return Kernel(self, self.request("POST", "/api/sessions", asked)["kernel"]["id"])
+
     def stop(self) -> None:
         self.process.terminate()
         try:
@@ -125,26 +132,30 @@ class Kernel:
             f"?session_id={uuid.uuid4().hex}"
         )
         self.ws = websocket.create_connection(
-            url, header=[f"Authorization: Bearer {self.server.token}"], timeout=120
+            url, header=[f"Authorization: Bearer {self.server.token}"], timeout=START_TIMEOUT_S
         )
+        self.ws.settimeout(1)
+        # What a kernel publishes before the server has subscribed to it is lost: ask until
+        # an answer is heard.
+        end = time.monotonic() + START_TIMEOUT_S
+        while time.monotonic() < end:
+            try:
+                for _ in self.messages(self._send("kernel_info_request", {}), 5):
+                    pass
+                return
+            except TimeoutError:
+                pass
+        raise AssertionError("the kernel publishes nothing:\n" + self.server.output())
 
-    def start(self, code: str) -> str:
+    def _send(self, kind: str, content: dict[str, Any]) -> str:
         message_id = uuid.uuid4().hex
         header = {
             "msg_id": message_id,
-            "msg_type": "execute_request",
+            "msg_type": kind,
             "username": "t",
             "session": "s",
             "version": "5.3",
             "date": "",
-        }
-        content = {
-            "code": code,
-            "silent": False,
-            "store_history": True,
-            "user_expressions": {},
-            "allow_stdin": False,
-            "stop_on_error": False,
         }
         self.ws.send(
             json.dumps(
@@ -160,10 +171,33 @@ class Kernel:
         )
         return message_id
 
-    def messages(self, message_id: str) -> Iterator[dict[str, Any]]:
-        """What a started cell sends, as it comes, until the kernel is idle again."""
+    def start(self, code: str) -> str:
+        content = {
+            "code": code,
+            "silent": False,
+            "store_history": True,
+            "user_expressions": {},
+            "allow_stdin": False,
+            "stop_on_error": False,
+        }
+        return self._send("execute_request", content)
+
+    def messages(
+        self, message_id: str, timeout: float = CELL_TIMEOUT_S
+    ) -> Iterator[dict[str, Any]]:
+        """What a request makes the kernel send, as it comes, until the kernel is idle again.
+
+        Raises ``TimeoutError`` after ``timeout`` seconds; the socket's own timeout would begin anew
+        with each ping and each message of a widget.
+        """
+        end = time.monotonic() + timeout
         while True:
-            message = json.loads(self.ws.recv())
+            if time.monotonic() > end:
+                raise TimeoutError(f"the kernel was not idle again within {timeout} s")
+            try:
+                message = json.loads(self.ws.recv())
+            except websocket.WebSocketTimeoutException:
+                continue
             if message["parent_header"].get("msg_id") == message_id:
                 yield message
                 if (

@@ -45,7 +45,9 @@ class Served:
         )
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
-        assert " at " in line, self.process.communicate()
+        if " at " not in line:
+            self.process.kill()
+            raise AssertionError((line, *self.process.communicate()))
         self.url = line.rsplit(" at ", 1)[1].strip()
 
     def health(self) -> int:
