@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections.abc import Sequence
-from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmkit import models
-from llmkit.errors import InvalidRequestError, ModelNotFoundError
+from llmkit.errors import ModelNotFoundError
 from llmkit.llm import LLM
 from llmkit.notebook.progress import Progress, shown_download
 from llmkit.runtime.loaded import loaded
@@ -18,6 +16,7 @@ from llmkit.sessions.running import Interrupted
 from llmkit.settings.options import OPTIONS, EngineOptions
 from llmkit.settings.table import document
 from llmkit.system.process import kernel_id
+from llmkit.wanted import engine_options, resolved, with_tuning
 
 if TYPE_CHECKING:
     from llmkit.bench.comparing import Comparison
@@ -55,12 +54,12 @@ def load(
     Raises `ModelNotFoundError`, `InvalidModelFileError`, `InsufficientMemoryError`,
     `ModelLoadError`, and `InvalidRequestError` for invalid options.
     """
-    spec = _resolved(model)
+    spec = resolved(model)
     if tuned:
-        spec, options = _with_tuning(spec, options)
+        spec, options = with_tuning(spec, options)
     options = {k: v for k, v in options.items() if v is not None}
     given = {k for k, v in options.items() if (k, v) != ("n_gpu_layers", "auto")}
-    settings = _options(**options)
+    settings = engine_options(**options)
     try:
         with loaded.turn(spec.path):
             return _open(spec, settings, given, name, force, share)
@@ -139,14 +138,6 @@ def _remember(path: Path, llm: LLM) -> LLM:
     return llm
 
 
-def _resolved(model: str | Path | ModelSpec) -> ModelSpec:
-    """The file of a name; shows a download. Raises `Interrupted` when it is stopped."""
-    from llmkit.models.registry import resolve
-
-    with shown_download(str(model)) as on_event:
-        return resolve(model, on_event=on_event)
-
-
 def download(name: str, *, models_dir: str | Path | None = None, mmproj: bool = False) -> Path:
     """Download a model of the Hugging Face Hub; returns its file, of a split one the first.
 
@@ -178,7 +169,7 @@ def quantize(model: str | Path | ModelSpec = "smollm2", kind: str = "Q8_0") -> P
     """
     from llmkit.runtime.quantizing import quantized
 
-    spec = _resolved(model)
+    spec = resolved(model)
     progress = Progress(f"quantizing {spec.name}", 1.0, keep=False)
     finished = False
     try:
@@ -219,21 +210,6 @@ def attach(model: str | None = None) -> LLM:
     )
 
 
-def worker_task(
-    model: str | Path, *, name: str | None, tuned: bool, force: bool, **options: Any
-) -> dict[str, Any]:
-    """The task of a worker process, for `llmkit serve`.
-
-    Raises what `load` raises for a missing model and for invalid options.
-    """
-    from llmkit.workers import engine
-
-    spec = _resolved(model)
-    if tuned:
-        spec, options = _with_tuning(spec, options)
-    return engine.task(spec, _options(**options), name=name, force=force)
-
-
 def estimate(model: str | Path = "smollm2", **options: Any) -> MemoryEstimate:
     """The memory that `load` would take with these options, without a draft model.
 
@@ -242,7 +218,7 @@ def estimate(model: str | Path = "smollm2", **options: Any) -> MemoryEstimate:
     from llmkit.models import gguf
     from llmkit.runtime import assembly
 
-    return assembly.estimate(gguf.read_header(_resolved(model).path), _options(**options))
+    return assembly.estimate(gguf.read_header(resolved(model).path), engine_options(**options))
 
 
 def compare(
@@ -263,36 +239,6 @@ def compare(
     from llmkit.bench.comparing import compare_models
 
     return compare_models(load, names, text, batch_size, prompt_tokens, n_ctx, options)
-
-
-def _with_tuning(spec: ModelSpec, options: dict[str, Any]) -> tuple[ModelSpec, dict[str, Any]]:
-    """The file and options that `llmkit.tune` found; explicit options take precedence."""
-    from llmkit.bench import tuner
-
-    found = tuner.tuned(spec)
-    if found is None:
-        message = (
-            f"{spec.name!r} has not been tuned on this machine; "
-            f"run llmkit.tune({spec.name!r}) once."
-        )
-        raise InvalidRequestError(message, "tuned")
-    best = dict(found[1])
-    if options.get("context_shift") or options.get("deterministic"):
-        best.pop("kv_unified", None)
-    if options.get("quantize") is None:  # else of the model's own file
-        spec = replace(spec, path=found[0])
-    return spec, {**best, **options}
-
-
-def _options(**options: Any) -> EngineOptions:
-    unknown = set(options) - {f.name for f in fields(EngineOptions)}
-    if unknown:
-        near = difflib.get_close_matches(min(unknown), [f.name for f in fields(EngineOptions)], n=1)
-        raise TypeError(
-            f"load() got an unexpected option {min(unknown)!r}"
-            + (f"; did you mean {near[0]!r}?" if near else "")
-        )
-    return EngineOptions(**options)
 
 
 def _register_displays() -> None:

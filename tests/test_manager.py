@@ -25,8 +25,8 @@ from llmkit.errors import (
     ModelLoadError,
     ModelNotFoundError,
 )
-from llmkit.loading import worker_task
 from llmkit.protocol import GenerationRequest, SamplingParams
+from llmkit.wanted import worker_task
 from llmkit.workers.budget import Budget, Need, need_of
 from llmkit.workers.models import ModelManager
 from llmkit.workers.place import ModelStatus, ServedModel

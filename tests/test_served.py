@@ -17,9 +17,9 @@ from llmkit.gateway.app import make_server
 from llmkit.gateway.composition import Composition
 from llmkit.gateway.ops.models import ModelRoutes
 from llmkit.gateway.workers import Workers
-from llmkit.loading import worker_task
 from llmkit.settings.gateway import GatewayOptions
 from llmkit.settings.serving import ServeSettings
+from llmkit.wanted import worker_task
 from llmkit.workers.budget import Budget, Need
 from llmkit.workers.place import ServedModel
 

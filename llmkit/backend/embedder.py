@@ -44,11 +44,7 @@ class Embedder:
             )
         pooling = int(C.llama_pooling_type(self._context))
         self.ranks = pooling == RANK
-        self.size = int(
-            C.llama_model_n_cls_out(model.handle)
-            if self.ranks
-            else C.llama_model_n_embd(model.handle)
-        )
+        self.size = int(C.llama_model_n_cls_out(model.handle) if self.ranks else model.n_embd)
         if pooling not in POOLINGS:
             C.llama_free(self._context)
             raise ModelLoadError(

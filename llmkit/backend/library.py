@@ -13,18 +13,47 @@ import sys
 import threading
 from collections import deque
 from functools import cache
+from importlib import import_module, util
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from llmkit.backend.openmp import short_spins
 from llmkit.system.resources import usable_cores
 
-with short_spins():
-    import llama_cpp
+
+class _Package(ModuleType):
+    """llama-cpp-python without its own classes, which take twice as long to import as its bindings
+    and need numpy and jinja2: they come with the first attribute that somebody asks for."""
+
+    def __getattr__(self, name: str) -> Any:
+        if self.__class__ is _Package:
+            self.__class__ = ModuleType  # type: ignore[assignment]
+            spec = self.__spec__
+            assert spec is not None and spec.loader is not None
+            spec.loader.exec_module(self)
+            return getattr(self, name)
+        raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
+
+
+def _bindings() -> Any:
+    if "llama_cpp" not in sys.modules:
+        spec = util.find_spec("llama_cpp")
+        if spec is None:
+            raise ModuleNotFoundError("No module named 'llama_cpp'", name="llama_cpp")
+        package = util.module_from_spec(spec)
+        package.__class__ = _Package
+        sys.modules["llama_cpp"] = package
+    return import_module("llama_cpp.llama_cpp")
+
+
+if TYPE_CHECKING:
     import llama_cpp.llama_cpp as C
+else:
+    with short_spins():
+        C = _bindings()
 
 __all__ = [
-    "VERSION",
     "C",
     "Device",
     "Log",
@@ -38,9 +67,9 @@ __all__ = [
     "short",
     "start",
     "strlen",
+    "version",
 ]
 
-VERSION = str(llama_cpp.__version__)
 LOG_LEVEL_ERROR = 3
 GPU, INTEGRATED_GPU = 1, 2
 BUFFER = re.compile(r"\b(\S+) +(model|KV|RS|compute|output) buffer size *= *([\d.]+) MiB")
@@ -51,6 +80,14 @@ BUFFER_KINDS = {
     "compute": "compute",
     "output": "compute",
 }
+
+
+@cache
+def version() -> str:
+    """Version of llama-cpp-python."""
+    from importlib import metadata
+
+    return metadata.version("llama-cpp-python")
 
 
 def num_threads() -> int:

@@ -133,7 +133,7 @@ class LlamaRunner:
         try:
             settings["lora"] = [fingerprint(path) for path in lora] if prefix_dir else []
             identity = (
-                fingerprint(model.path, library=library.VERSION, **settings) if prefix_dir else ""
+                fingerprint(model.path, library=library.version(), **settings) if prefix_dir else ""
             )
             self._store = StateStore(self._context, identity, prefix_dir, max_disk_bytes, locks)
         except BaseException:

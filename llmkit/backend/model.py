@@ -18,17 +18,82 @@ from llmkit.backend.vocab import Vocab
 from llmkit.errors import ModelLoadError
 from llmkit.system.waiting import wait_through
 
-__all__ = ["LlamaModel"]
+__all__ = ["LlamaModel", "Loading"]
 
 VOCAB_TYPE_NONE = 0
+
+
+class Loading:
+    """A file on its way into memory, on a thread of its own; what becomes of it is a `LlamaModel`.
+
+    ``placement`` spreads it over several GPUs.
+    """
+
+    def __init__(
+        self, path: Path, *, n_gpu_layers: int = -1, placement: Placement | None = None
+    ) -> None:
+        library.start()
+        library.log.clear()
+        self.path = path
+        self.on_gpu = n_gpu_layers != 0 and library.gpu_backend()
+        self._cancelled, self._ended, self._loaded = threading.Event(), threading.Event(), 0.0
+
+        @C.llama_progress_callback  # type: ignore[untyped-decorator]
+        def progress(share: float, _: Any) -> bool:
+            self._loaded = share
+            return not self._cancelled.is_set()
+
+        self._params = C.llama_model_default_params()
+        self._params.n_gpu_layers = n_gpu_layers
+        (placement or Placement()).apply(self._params, int(C.llama_max_devices()))
+        self._params.progress_callback = progress
+        self._handle: Any = None
+        # The stop button reaches the waiting thread. This one is not joined, see
+        # `llmkit.system.waiting`.
+        self._claimed = threading.Lock()
+        threading.Thread(target=self._run, name="llmkit-load", daemon=True).start()
+
+    def _run(self) -> None:
+        if not self._claimed.acquire(blocking=False):
+            return
+        try:
+            self._handle = C.llama_model_load_from_file(os.fsencode(self.path), self._params)
+        finally:
+            self._ended.set()
+
+    def wait(self, on_progress: Callable[[float], None]) -> Any:
+        """llama.cpp's handle, which is the caller's to free; None if the load failed.
+
+        ``on_progress`` is called ten times a second. A KeyboardInterrupt cancels the load.
+        """
+        try:
+            while not self._ended.wait(0.1):
+                on_progress(self._loaded)
+        except KeyboardInterrupt:
+            self.cancel()
+            raise KeyboardInterrupt("loading was stopped") from None
+        handle, self._handle = self._handle, None
+        return handle
+
+    def cancel(self) -> None:
+        """End the load, and free what it has loaded. Does nothing once somebody has the handle."""
+        self._cancelled.set()
+        if not self._claimed.acquire(blocking=False):  # it has begun
+            with contextlib.suppress(KeyboardInterrupt):
+                wait_through(self._ended)
+        if self._handle:
+            C.llama_model_free(self._handle)
+            self._handle = None
+        _return_free_memory()
 
 
 class LlamaModel:
     """The weights of one file, read-only once loaded; contexts share them.
 
-    ``placement`` spreads it over several GPUs.
-    ``on_progress`` receives the share loaded (0 to 1) ten times a second, on the caller's thread.
-    Raises `ModelLoadError` with llama.cpp's last error lines. A KeyboardInterrupt cancels the load.
+    ``placement`` spreads it over several GPUs; ``loading``, if there is one, has begun to load just
+    this. ``on_progress`` receives the share loaded (0 to 1) ten times a second, on the caller's
+    thread. Raises `ModelLoadError` with llama.cpp's last error lines. A KeyboardInterrupt cancels
+    the load.
     """
 
     def __init__(
@@ -38,49 +103,14 @@ class LlamaModel:
         n_gpu_layers: int = -1,
         placement: Placement | None = None,
         on_progress: Callable[[float], None] = lambda _: None,
+        loading: Loading | None = None,
     ) -> None:
-        library.start()
-        library.log.clear()
-        cancelled, ended, loaded = threading.Event(), threading.Event(), [0.0]
-
-        @C.llama_progress_callback  # type: ignore[untyped-decorator]
-        def progress(share: float, _: Any) -> bool:
-            loaded[0] = share
-            return not cancelled.is_set()
-
-        params = C.llama_model_default_params()
-        params.n_gpu_layers = n_gpu_layers
-        (placement or Placement()).apply(params, int(C.llama_max_devices()))
-        params.progress_callback = progress
-        self.handle: Any = None
+        loading = loading or Loading(path, n_gpu_layers=n_gpu_layers, placement=placement)
+        self.path, self.on_gpu = loading.path, loading.on_gpu
         self.device_bytes: dict[str, int] = {}
         self.gpu_bytes: dict[str, int] = {}
-        self.on_gpu = n_gpu_layers != 0 and library.gpu_backend()
-        self.path = path
         self.vocab: Vocab
-
-        def load() -> None:
-            if not claimed.acquire(blocking=False):
-                return
-            try:
-                self.handle = C.llama_model_load_from_file(os.fsencode(path), params)
-            finally:
-                ended.set()
-
-        # In its own thread, so that the stop button reaches the waiting one. Not joined, see
-        # `llmkit.system.waiting`.
-        claimed = threading.Lock()
-        try:
-            threading.Thread(target=load, name="llmkit-load", daemon=True).start()
-            while not ended.wait(0.1):
-                on_progress(loaded[0])
-        except KeyboardInterrupt:
-            cancelled.set()
-            if not claimed.acquire(blocking=False):  # the load has begun
-                with contextlib.suppress(KeyboardInterrupt):
-                    wait_through(ended)
-            self.close()
-            raise KeyboardInterrupt("loading was stopped") from None
+        self.handle: Any = loading.wait(on_progress)
         if not self.handle:
             raise ModelLoadError(
                 f"llama.cpp could not load {path}: " + "; ".join(library.log.errors())
@@ -97,6 +127,10 @@ class LlamaModel:
     @property
     def n_ctx_train(self) -> int:
         return int(C.llama_model_n_ctx_train(self.handle))
+
+    @property
+    def n_embd(self) -> int:
+        return int(C.llama_model_n_embd(self.handle))
 
     @property
     def size_bytes(self) -> int:

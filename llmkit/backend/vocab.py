@@ -116,7 +116,8 @@ class Vocab:
         self.bos = int(C.llama_vocab_bos(self._vocab))
         self.eos = int(C.llama_vocab_eos(self._vocab))
         self.adds_bos = bool(C.llama_vocab_get_add_bos(self._vocab))
-        self._has_byte_pairs = int(C.llama_vocab_type(self._vocab)) == BYTE_PAIRS
+        self.type = int(C.llama_vocab_type(self._vocab))
+        self._has_byte_pairs = self.type == BYTE_PAIRS
         self._to_piece = short("llama_token_to_piece")
         self._pieces: dict[int, bytes] = {}
         self.end_tokens = frozenset(

@@ -13,6 +13,7 @@ import importlib
 import json
 import os
 import queue
+import select
 import subprocess
 import sys
 import threading
@@ -255,9 +256,10 @@ def main(answers_fd: int, target: str) -> None:
     """What the child process runs."""
     module, _, function = target.partition(":")
     with contextlib.suppress(Exception):  # whatever it is, the task fails of it too, and says so
-        warm = getattr(importlib.import_module(module), "warm_up", None)
-        if warm is not None:
-            warm()
+        for needed in getattr(importlib.import_module(module), "WARM_UP", ()):
+            if select.select([0], [], [], 0)[0]:
+                break
+            importlib.import_module(needed)
     task = sys.stdin.buffer.readline()
     if not task:  # its owner ended before it had any
         os._exit(0)

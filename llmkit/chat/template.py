@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 from collections.abc import Sequence
 from dataclasses import replace
@@ -54,8 +55,13 @@ class ChatTemplate:
     """
 
     def __init__(self, source: str, *, bos: str = "", eos: str = "") -> None:
-        self.source, self._bos, self._eos = source, bos, eos
+        self.source, self.bos, self.eos = source, bos, eos
         self._trials = Budget(TRIAL_STEPS)
+
+    def compile(self) -> None:
+        """Compile it now, not with the first prompt, which raises what is wrong with it."""
+        with contextlib.suppress(InvalidRequestError):
+            self._template  # noqa: B018
 
     @cached_property
     def _template(self) -> jinja2.Template:
@@ -242,8 +248,8 @@ class ChatTemplate:
             **({"tools": [tool_dict(tool) for tool in tools]} if tools else {}),
             "messages": messages,
             "add_generation_prompt": add_generation_prompt,
-            "bos_token": self._bos,
-            "eos_token": self._eos,
+            "bos_token": self.bos,
+            "eos_token": self.eos,
         }
         parts, size = [], 0
         template = self._template

@@ -37,7 +37,7 @@ except ModuleNotFoundError as error:
     print(json.dumps({"missing": str(error)}))
     sys.exit()
 print(json.dumps({
-    "version": library.VERSION,
+    "version": library.version(),
     "backends": library.backends(),
     "gpus": [list(gpu) for gpu in library.gpus()],
     "features": library.C.llama_print_system_info().decode(),

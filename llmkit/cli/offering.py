@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from llmkit.errors import InvalidRequestError, ModelNotFoundError
-from llmkit.loading import worker_task
 from llmkit.models.hub import is_hub_name, is_repository
 from llmkit.models.library import Library, check_folder
 from llmkit.protocol.client import EngineClient
 from llmkit.settings.entries import ModelEntry
 from llmkit.settings.serving import ServeSettings
+from llmkit.wanted import worker_task
 from llmkit.workers.budget import Budget, need_of
 from llmkit.workers.place import ServedModel
 

@@ -1,35 +1,24 @@
-"""`llmkit serve`: the gateway without Jupyter, from start to end."""
+"""`llmkit serve`: the gateway without Jupyter, from its start.
+
+The models begin to load, each in its worker, before most of the gateway is imported.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import signal
-import time
-from collections.abc import Callable, Iterator, Sequence
-from socket import socket
+from collections.abc import Callable, Sequence
 
 from llmkit.errors import InvalidRequestError
-from llmkit.gateway.app import Gateway, make_server
-from llmkit.gateway.composition import Composition
-from llmkit.gateway.directory import EngineDirectory
-from llmkit.gateway.echoes import EchoDirectory
-from llmkit.gateway.ops.logs import log_to
-from llmkit.gateway.server import MAX_CONNECTIONS, SPARE_DESCRIPTORS, raise_descriptors
-from llmkit.gateway.sources import ConnectionFiles
-from llmkit.gateway.workers import Finder, Workers, say
+from llmkit.gateway.workers import Finder, Workers
 from llmkit.protocol import Origin
 from llmkit.protocol.client import EngineClient
-from llmkit.settings.reload import reload
 from llmkit.settings.serving import ServeSettings
-from llmkit.system.notify import Notifier
 from llmkit.system.process import process_start_time
 from llmkit.workers.budget import Budget
 from llmkit.workers.place import ServedModel
 
 __all__ = ["serve"]
-
-POLL_S = 0.5
 
 
 def serve(
@@ -46,17 +35,15 @@ def serve(
     or an ``echo``, or, without any, all engines found.
 
     ``read`` reads the settings again, at SIGHUP. With ``attach_pid`` only that process's engines,
-    until it ends. Raises `InvalidRequestError` (address, key, certificate) before anything is
-    loaded, and `ModelLoadError` if no model can be loaded.
+    until it ends. Raises `InvalidRequestError` (address, key, certificate) and `StoreError`, with
+    nothing left loaded, and `ModelLoadError` if no model can be loaded.
     """
     options = settings.gateway
-    log_to(options.log_format, options.log_level)
     if attach_pid is not None and (models or echo is not None):
         raise InvalidRequestError("name a model or --attach a process, not both.", "attach")
     started = process_start_time(attach_pid) if attach_pid is not None else None
     if attach_pid is not None and started is None:
         raise InvalidRequestError(f"there is no process {attach_pid} to attach to.", "attach")
-    raise_descriptors()
 
     def is_attached() -> bool:
         return attach_pid is None or process_start_time(attach_pid) == started
@@ -67,140 +54,25 @@ def serve(
     # Bind first: do not load a model only to find the port taken.
     from tornado.netutil import bind_sockets
 
-    sockets = bind_sockets(options.port, options.host)
-    directory: EngineDirectory | None = None if echo is None else EchoDirectory(echo)
-    workers = None
-    if directory is None and (models or find):
-        workers = Workers(options, models, find, budget, start=False)
-    try:
-        if directory is None and workers is None:
-            directory = EngineDirectory([ConnectionFiles(accepts)])
-        server = _Server(settings, read, sockets, workers, directory, shared=attach_pid is None)
-        return asyncio.run(server.run(is_attached))
-    finally:
+    with contextlib.ExitStack() as ending:
+        sockets = bind_sockets(options.port, options.host)
+        for each in sockets:
+            ending.callback(each.close)
+        workers = None
+        if echo is None and (models or find):
+            workers = Workers(options, models, find, budget)
+            ending.callback(workers.close)
+        from llmkit.gateway.directory import EngineDirectory
+        from llmkit.gateway.echoes import EchoDirectory
+        from llmkit.gateway.running import Server
+        from llmkit.gateway.sources import ConnectionFiles
+
+        directory: EngineDirectory
         if workers is not None:
-            workers.close()
-
-
-class _Server:
-    """One run of the gateway, on its loop."""
-
-    def __init__(
-        self,
-        settings: ServeSettings,
-        read: Callable[[], ServeSettings] | None,
-        sockets: list[socket],
-        workers: Workers | None,
-        directory: EngineDirectory | None,
-        *,
-        shared: bool,
-    ) -> None:
-        self._settings, self._read, self._sockets = settings, read, sockets
-        self._shared = shared
-        self._workers = workers
-        self._directory = directory or (workers.directory if workers is not None else None)
-        self._notifier = Notifier()
-
-    async def run(self, is_attached: Callable[[], bool]) -> int:
-        assert self._directory is not None
-        self._stop, self._at_once = asyncio.Event(), asyncio.Event()
-        parts = Composition(self._settings, self._directory, self._workers, shared=self._shared)
-        if self._workers is not None:
-            self._workers.on_change = parts.changed
-            self._workers.manager.start()
-        most = min(MAX_CONNECTIONS, max(16, raise_descriptors() - SPARE_DESCRIPTORS))
-        server = make_server(parts.app(), most, edge=parts.access.edge, tls=parts.tls)
-        beside = [
-            asyncio.ensure_future(parts.keep(server)),
-            asyncio.ensure_future(self._notifier.watch()),
-        ]
-        try:
-            with self._signals(parts):
-                server.add_sockets(self._sockets)
-                self._announce()
-                while not self._stop.is_set() and is_attached():
-                    if self._workers is not None:
-                        self._workers.manager.check()
-                    with contextlib.suppress(TimeoutError):
-                        async with asyncio.timeout(POLL_S):
-                            await self._stop.wait()
-                self._notifier.stopping()
-                server.stop()
-                if self._stop.is_set():
-                    await self._drain(parts.gateway)
-                await self._end()
-        finally:
-            server.stop()
-            for task in beside:
-                task.cancel()
-            self._directory.close()
-            await parts.close()
-            await parts.gateway.sockets.close()
-            await server.close_all_connections()
-            self._notifier.close()
-        return 0
-
-    @contextlib.contextmanager
-    def _signals(self, parts: Composition) -> Iterator[None]:
-        """SIGTERM and SIGINT end the server, a second one at once; SIGHUP reads the settings."""
-        loop = asyncio.get_running_loop()
-
-        def ends() -> None:
-            (self._at_once if self._stop.is_set() else self._stop).set()
-
-        def reads() -> None:
-            if self._read is not None:
-                self._notifier.reloading()
-                self._settings = reload(self._settings, self._read, parts.apply)
-                self._notifier.ready()
-
-        numbers = {signal.SIGINT: ends, signal.SIGTERM: ends}
-        if hasattr(signal, "SIGHUP"):
-            numbers[signal.SIGHUP] = reads
-        for number, action in numbers.items():
-            with contextlib.suppress(NotImplementedError):
-                loop.add_signal_handler(number, action)
-        try:
-            yield
-        finally:
-            for number in numbers:
-                with contextlib.suppress(NotImplementedError):
-                    loop.remove_signal_handler(number)
-
-    def _announce(self) -> None:
-        options = self._settings.gateway
-        host = f"[{options.host}]" if ":" in options.host else options.host
-        scheme = "http" if options.tls_cert is None else "https"
-        port = self._sockets[0].getsockname()[1]
-        address = f"{scheme}://{host}:{port}{options.base_path}/v1"
-        print(f"llmkit gateway at {address}", flush=True)
-        self._notifier.ready(address)
-
-    async def _drain(self, gateway: Gateway) -> None:
-        """Let running requests finish, until ``drain_s`` are over or a second signal."""
-        gateway.draining = True
-        gateway.sockets.drain()
-        most_s = self._settings.gateway.drain_s
-        if gateway.num_running:
-            say(
-                f"llmkit: finishing {gateway.num_running} requests, {most_s:.0f} s at most "
-                "(a second signal ends at once)"
-            )
-        end = time.monotonic() + most_s
-        while gateway.num_running and time.monotonic() < end and not self._at_once.is_set():
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(0.05):
-                    await self._at_once.wait()
-        await gateway.turns.stop_all()  # while their engines are still there
-
-    async def _end(self) -> None:
-        """Unload all models; a second signal kills their processes."""
-        if self._workers is None:
-            return
-        closing = asyncio.ensure_future(asyncio.to_thread(self._workers.close))
-        hurry = asyncio.ensure_future(self._at_once.wait())
-        await asyncio.wait({closing, hurry}, return_when=asyncio.FIRST_COMPLETED)
-        hurry.cancel()
-        if not closing.done():
-            self._workers.manager.kill()
-        await closing
+            directory = workers.directory
+        elif echo is not None:
+            directory = EchoDirectory(echo)
+        else:
+            directory = EngineDirectory([ConnectionFiles(accepts)])
+        server = Server(settings, read, sockets, workers, directory, shared=attach_pid is None)
+        return asyncio.run(server.run(is_attached))

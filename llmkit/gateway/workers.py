@@ -1,20 +1,26 @@
-"""The models of `llmkit serve`, and the directory that finds their engines."""
+"""The models of `llmkit serve`, and the directory that finds their engines.
+
+The models begin to load before most of the gateway is imported, so imports here are few.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import sys
+import threading
 from collections.abc import Callable, Sequence
-from typing import Any
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 from llmkit.errors import InvalidRequestError
-from llmkit.gateway.directory import EngineDirectory
-from llmkit.gateway.served import Served
-from llmkit.gateway.sources import ConnectionFiles
 from llmkit.settings.gateway import GatewayOptions
 from llmkit.workers.budget import Budget
 from llmkit.workers.models import ModelManager
 from llmkit.workers.place import ModelStatus, ServedModel
+
+if TYPE_CHECKING:
+    from llmkit.gateway.directory import EngineDirectory
+    from llmkit.gateway.served import Served
 
 __all__ = ["Finder", "Workers", "say"]
 
@@ -28,7 +34,10 @@ def say(text: str, to: Any = None) -> None:
 
 
 class Workers:
-    """A `ModelManager` behind a directory; ``on_change`` hears of every change, on its thread."""
+    """A `ModelManager` behind a directory. Raises `InvalidRequestError` for an unknown default.
+
+    With ``start`` False nothing is loaded before ``manager.start()``.
+    """
 
     def __init__(
         self,
@@ -39,14 +48,9 @@ class Workers:
         *,
         start: bool = True,
     ) -> None:
-        self.on_change: Callable[[ModelStatus], None] = lambda _: None
-        self.directory = EngineDirectory(
-            [ConnectionFiles(lambda origin: origin.pid in self.manager.pids())],
-            default=lambda: self.manager.default,
-            names=lambda model: self.served.names(model),
-            absent=lambda model: self.served.absent(model),
-            offered=lambda: self.served.offered(),
-        )
+        self._lock = threading.Lock()
+        self._on_change: Callable[[ModelStatus], None] | None = None
+        self._early: list[ModelStatus] = []  # changes before anybody listened
         self.manager = ModelManager(
             models,
             budget=budget,
@@ -55,9 +59,8 @@ class Workers:
             find=find,
             is_busy=self._is_busy,
             on_change=self._changed,
-            start=start,
+            start=False,
         )
-        self.served = Served(self.manager)
         if options.default_model is not None:
             if self.manager.name_of(options.default_model) is None:
                 names = ", ".join(self.manager.names())
@@ -67,8 +70,44 @@ class Workers:
                     "default_model",
                 )
             self.manager.set_default(options.default_model)
+        if start:
+            self.manager.start()
+
+    @cached_property
+    def directory(self) -> EngineDirectory:
+        """Tornado loop only."""
+        from llmkit.gateway.directory import EngineDirectory
+        from llmkit.gateway.sources import ConnectionFiles
+
+        return EngineDirectory(
+            [ConnectionFiles(lambda origin: origin.pid in self.manager.pids())],
+            default=lambda: self.manager.default,
+            names=lambda model: self.served.names(model),
+            absent=lambda model: self.served.absent(model),
+            offered=lambda: self.served.offered(),
+        )
+
+    @cached_property
+    def served(self) -> Served:
+        """Tornado loop only."""
+        from llmkit.gateway.served import Served
+
+        return Served(self.manager)
+
+    def listen(self, on_change: Callable[[ModelStatus], None]) -> None:
+        """Say what has happened to the models, and what will, and call ``on_change`` each time.
+
+        That is on the manager's thread, and for what was before on this one.
+        """
+        with self._lock:
+            for status in self._early:
+                self._tell(status, on_change)
+            self._early.clear()
+            self._on_change = on_change
 
     def _is_busy(self, name: str) -> bool:
+        if "directory" not in self.__dict__:  # nobody can have asked an engine anything yet
+            return False
         engine = self.directory.engine_of(name)
         if engine is None:
             return False
@@ -76,13 +115,21 @@ class Workers:
         return bool(stats.num_running + stats.num_waiting)
 
     def _changed(self, status: ModelStatus) -> None:
+        with self._lock:
+            if self._on_change is None:
+                self._early.append(status)
+            else:
+                self._tell(status, self._on_change)
+
+    @staticmethod
+    def _tell(status: ModelStatus, on_change: Callable[[ModelStatus], None]) -> None:
         if status.phase == "ready":
             say(f"llmkit: the model {status.name!r} is ready", sys.stdout)
         elif status.phase == "failed":
             say(f"llmkit: the model {status.name!r} cannot be served: {status.reason}")
         elif status.phase == "unloaded" and status.loads:
             say(f"llmkit: the model {status.name!r} is unloaded")
-        self.on_change(status)
+        on_change(status)
 
     def close(self) -> None:
         """Unload all models."""

@@ -25,6 +25,7 @@ MAX_NUMBERS, MAX_TEXTS = 1 << 24, 1 << 22  # in one array
 MAX_HEADER = 512 << 20  # bytes
 KEPT = 1024  # longest array that is read; of a longer one only the length
 WINDOW = 1 << 20
+LENGTH = struct.Struct("<Q")
 MAX_DIMS = 4
 SCALARS = {
     0: "B",
@@ -310,20 +311,30 @@ class _Reader:
 
     def _skip_strings(self, n: int) -> None:
         """Skip strings, such as a vocabulary's, that are not needed here."""
-        at, window, start = 0, b"", self._file.tell()
-        for _ in range(n):
-            if at + 8 > len(window):
-                start, at = start + at, 0
+        start, at, window, length = self._file.tell(), 0, b"", 0
+        unpack, end, left = LENGTH.unpack_from, min(self._size, MAX_HEADER), n
+        while left:
+            try:  # a model has 100,000 and more: no other work than this for each
+                for skipped in range(left):  # noqa: B007
+                    (length,) = unpack(window, at)
+                    at += 8 + length
+                left = 0
+            except (struct.error, OverflowError):  # beyond the window
+                left -= skipped
+                self._check_string(start + at, length, end)
+                start, at, length = start + at, 0, 0
                 self._file.seek(start)
                 window = self._file.read(WINDOW)
                 if len(window) < 8:
-                    raise self._damaged("an array is cut off")
-            length = int.from_bytes(window[at : at + 8], "little")
-            if length > MAX_STRING or start + at + 8 + length > min(self._size, MAX_HEADER):
-                self._file.seek(start + at)
-                raise self._damaged(f"a string claims {length} bytes")
-            at += 8 + length
+                    raise self._damaged("an array is cut off") from None
+        self._check_string(start + at, length, end)
         self._file.seek(start + at)
+
+    def _check_string(self, at: int, length: int, end: int) -> None:
+        """Whether a string of ``length`` bytes that is said to stop ``at`` can be there."""
+        if length > MAX_STRING or at > end:
+            self._file.seek(at - 8 - length)
+            raise self._damaged(f"a string claims {length} bytes")
 
     def value(self, kind: int, in_array: bool = False) -> Any:
         if kind in SCALARS:

@@ -25,9 +25,9 @@ from llmkit.system.accelerators import accelerators
 if TYPE_CHECKING:
     from llmkit.backend.library import Device
     from llmkit.backend.llama import LlamaRunner
-    from llmkit.backend.model import LlamaModel
+    from llmkit.backend.model import LlamaModel, Loading
 
-__all__ = ["estimate", "gpus", "load_draft", "load_target", "placement_of"]
+__all__ = ["begin", "estimate", "gpus", "load_draft", "load_target", "placement_of"]
 
 
 def estimate(info: gguf.ModelInfo, options: EngineOptions) -> memory.MemoryEstimate:
@@ -90,13 +90,24 @@ def gpus() -> list[Device]:
     return library.gpus()
 
 
+def begin(spec: ModelSpec, options: EngineOptions, need: memory.MemoryEstimate) -> Loading:
+    """Begin to load the weights of the model that generates."""
+    from llmkit.backend.model import Loading
+
+    return Loading(spec.path, n_gpu_layers=need.n_gpu_layers, placement=placement_of(options))
+
+
 def load_target(
     spec: ModelSpec,
     options: EngineOptions,
     need: memory.MemoryEstimate,
     on_progress: Callable[[float], None],
+    loading: Loading | None = None,
 ) -> tuple[LlamaModel, LlamaRunner]:
-    """The model that generates. Raises `ModelLoadError`, leaving nothing in memory."""
+    """The model that generates, which `begin` may have begun to load.
+
+    Raises `ModelLoadError`, leaving nothing in memory.
+    """
     from llmkit.backend.llama import LlamaRunner
     from llmkit.backend.model import LlamaModel
 
@@ -108,6 +119,7 @@ def load_target(
         n_gpu_layers=need.n_gpu_layers,
         placement=placement_of(options),
         on_progress=on_progress,
+        loading=loading,
     )
     try:
         if not model.can_generate:

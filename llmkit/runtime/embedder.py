@@ -43,10 +43,10 @@ from llmkit.protocol import (
 )
 from llmkit.protocol.stream import Stream
 from llmkit.runtime.assembly import placement_of
+from llmkit.runtime.cpu_turns import CpuTurns
 from llmkit.runtime.jobs import Job, JobQueue
 from llmkit.runtime.prompts import answer
 from llmkit.runtime.reading import Reading
-from llmkit.runtime.turns import Turns
 from llmkit.settings.options import EngineOptions
 
 __all__ = ["LocalEmbedder"]
@@ -66,7 +66,7 @@ class LocalEmbedder:
         spec: ModelSpec,
         info: gguf.ModelInfo,
         options: EngineOptions,
-        turns: Turns,
+        turns: CpuTurns,
         name: str | None = None,
     ) -> None:
         self._pid = os.getpid()
@@ -105,6 +105,8 @@ class LocalEmbedder:
             embedding_size=0 if self._embedder.ranks else self._embedder.size,
             ranks=self._embedder.ranks,
             created=int(time.time()),
+            n_embd=self._model.n_embd,
+            vocab_type=self._model.vocab.type,
         )
         self._stats = EngineStats(num_slots=MAX_SEQUENCES)
         self._inbox: queue.SimpleQueue[Job | MakeWay | str | None] = queue.SimpleQueue()

@@ -54,7 +54,7 @@ from llmkit.settings.options import EngineOptions
 
 if TYPE_CHECKING:
     from llmkit.backend.llama import LlamaRunner
-    from llmkit.backend.model import LlamaModel
+    from llmkit.backend.model import LlamaModel, Loading
 
 __all__ = ["LocalEngine"]
 
@@ -64,6 +64,7 @@ Answer = TypeVar("Answer")
 class LocalEngine:
     """An `EngineClient` for a model in this process.
 
+    ``begun`` is what it needs and its weights, if they are being loaded already.
     Raises what `llmkit.load` documents. ``close()`` frees the memory and may be called twice;
     running requests end with `ModelUnloadedError`.
     """
@@ -76,6 +77,7 @@ class LocalEngine:
         name: str | None = None,
         force: bool = False,
         on_progress: Callable[[float], None] = lambda _: None,
+        begun: tuple[memory.MemoryEstimate, Loading] | None = None,
         **changes: Any,
     ) -> None:
         self._closed = False
@@ -86,13 +88,17 @@ class LocalEngine:
         options = EngineOptions(**changes) if options is None else replace(options, **changes)
         spec = resolve(model)
         info = gguf.read_header(spec.path)
-        need = estimate(info, options)
+        need, loading = begun or (estimate(info, options), None)
         if not (force or need.fits):
             raise InsufficientMemoryError(f"{info.path.name}: {need.advice()}")
         most = min(need.n_ctx, info.max_positions or need.n_ctx, need.kv_tokens)
         if options.draft is not None:
             resolve(options.draft)  # fail on a wrong name before anything is loaded
-        self._model, self._runner = load_target(spec, options, need, on_progress)
+        source = str(info.metadata.get("tokenizer.chat_template") or CHATML)
+        self._template = ChatTemplate(source)
+        if loading is not None:
+            self._template.compile()  # while the weights are read
+        self._model, self._runner = load_target(spec, options, need, on_progress, loading)
         self._draft: tuple[LlamaModel, LlamaRunner] | None = None
         try:
             self._start(spec, info, options, need, most, name, force)
@@ -127,11 +133,8 @@ class LocalEngine:
         self._grammars = GrammarCompiler(self._model.vocab)
         self._lora = tuple(sorted((Path(path).stem, scale) for path, scale in options.lora))
         vocab = self._vocab = self._model.vocab
-        self._template = ChatTemplate(
-            str(info.metadata.get("tokenizer.chat_template") or CHATML),
-            bos=vocab.token_text(vocab.bos),
-            eos=vocab.token_text(vocab.eos),
-        )
+        self._template.bos = vocab.token_text(vocab.bos)
+        self._template.eos = vocab.token_text(vocab.eos)
         shown = marks(self._template.tool_form)
         self._marks = {
             t: text.encode() for t in vocab.control_tokens if (text := vocab.token_text(t)) in shown
@@ -156,6 +159,9 @@ class LocalEngine:
             tool_form=self._template.tool_form,
             reasoning=self._template.reasoning,
             reasons_after_results=self._template.reasons_after_results,
+            n_embd=self._model.n_embd,
+            vocab_type=vocab.type,
+            adapters=options.lora,
         )
         self._engine = Engine(
             self._runner,

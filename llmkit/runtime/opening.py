@@ -14,7 +14,6 @@ from llmkit.models import gguf, memory
 from llmkit.models.registry import ModelSpec, resolve
 from llmkit.runtime import assembly
 from llmkit.runtime.assembly import estimate, placement_of
-from llmkit.runtime.local import LocalEngine
 from llmkit.runtime.probing import probe
 from llmkit.runtime.quantizing import quantized
 from llmkit.runtime.running import running
@@ -23,6 +22,7 @@ from llmkit.system.reporting import report
 
 if TYPE_CHECKING:
     from llmkit.runtime.embedder import LocalEmbedder
+    from llmkit.runtime.local import LocalEngine
 
 __all__ = ["open_model"]
 
@@ -80,16 +80,30 @@ def _open(
     on_progress: Callable[[float], None],
 ) -> LocalEngine | LocalEmbedder:
     """Take the memory and load; one load at a time."""
-    _check_memory(info, options, force)
     if info.value("pooling_type") not in (1, 2, 3, 4):
-        return LocalEngine(spec, options, name=name, force=force, on_progress=on_progress)
+        need = estimate(info, options)
+        _check(info, need, force)
+        loading = assembly.begin(spec, options, need)
+        try:
+            # Most of Python's part is imported while the weights are read.
+            import llmkit.backend.grammar
+            import llmkit.backend.llama
+            import llmkit.bridge.server  # noqa: F401
+            from llmkit.runtime.local import LocalEngine
+
+            begun = need, loading
+            return LocalEngine(
+                spec, options, name=name, force=force, on_progress=on_progress, begun=begun
+            )
+        except BaseException:
+            loading.cancel()
+            raise
     from llmkit.runtime.embedder import LocalEmbedder
 
     there = assembly.gpus() if options.n_gpu_layers != 0 else []
     chosen(placement_of(options), [gpu.name for gpu in there])
     need = memory.estimate(info, n_ctx=options.n_ctx or memory.default_context(info), n_slots=1)
-    if not there and not (force or need.fits):
-        raise InsufficientMemoryError(f"{info.path.name}: {need.advice()}")
+    _check(info, need, force or bool(there))
     embedder = LocalEmbedder(spec, info, options, running.turns, name)
     running.add(embedder)
     return embedder
@@ -97,8 +111,10 @@ def _open(
 
 def _check_memory(info: gguf.ModelInfo, options: EngineOptions, force: bool) -> None:
     """Refuse what does not fit before anything is tried with it."""
-    if force or info.value("pooling_type") in (1, 2, 3, 4):
-        return
-    need = estimate(info, options)
-    if not need.fits:
+    if info.value("pooling_type") not in (1, 2, 3, 4):
+        _check(info, estimate(info, options), force)
+
+
+def _check(info: gguf.ModelInfo, need: memory.MemoryEstimate, force: bool) -> None:
+    if not (force or need.fits):
         raise InsufficientMemoryError(f"{info.path.name}: {need.advice()}")

@@ -11,7 +11,7 @@ import threading
 import weakref
 from typing import TYPE_CHECKING
 
-from llmkit.runtime.turns import Turns
+from llmkit.runtime.cpu_turns import CpuTurns
 
 if TYPE_CHECKING:
     from llmkit.runtime.embedder import LocalEmbedder
@@ -25,7 +25,7 @@ class Running:
 
     def __init__(self) -> None:
         self._engines: weakref.WeakSet[LocalEngine | LocalEmbedder] = weakref.WeakSet()
-        self.turns = Turns()
+        self.turns = CpuTurns()
         self.opening = threading.RLock()  # two loads at once would plan with the same free memory
 
     def add(self, engine: LocalEngine | LocalEmbedder) -> None:

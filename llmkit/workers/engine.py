@@ -14,7 +14,7 @@ from llmkit.errors import EngineGoneError
 from llmkit.models.registry import ModelSpec
 from llmkit.settings.options import EngineOptions
 
-__all__ = ["TARGET", "run", "task"]
+__all__ = ["TARGET", "WARM_UP", "run", "task"]
 
 TARGET = "llmkit.workers.engine:run"
 LOOK_S = 0.5
@@ -39,13 +39,15 @@ def task(
     }
 
 
-def warm_up() -> None:
-    """Import what every load needs, while the task is on its way."""
-    import llmkit.backend.grammar
-    import llmkit.backend.llama
-    import llmkit.backend.model
-    import llmkit.bridge.server
-    import llmkit.runtime.opening  # noqa: F401
+# What every load needs, the first of it first: imported while the task is on its way.
+WARM_UP = (
+    "llmkit.runtime.opening",
+    "llmkit.backend.model",
+    "llmkit.backend.llama",
+    "llmkit.bridge.server",
+    "llmkit.runtime.local",
+    "llmkit.backend.grammar",
+)
 
 
 def run(owner: Owner) -> None:

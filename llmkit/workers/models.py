@@ -71,6 +71,7 @@ class ModelManager:
 
     def start(self) -> None:
         """Begin to load what is to be loaded at the start."""
+        self._wake.set()
         self._thread.start()
 
     @property
@@ -223,15 +224,17 @@ class ModelManager:
         with self._lock:
             return self._in_use(self._place(model))
 
-    def fits(self, model: str) -> bool:
-        """Whether a model could be loaded now without another making way. May take a while.
+    def need_of(self, model: str) -> Need:
+        """What loading a model would take. May take a while; raises what estimating it raises."""
+        place = self._place(model)
+        return place.model.need(place.model.task())
 
-        Raises what estimating it raises.
-        """
+    def fits(self, model: str) -> bool:
+        """Whether a model could be loaded now without another making way; see ``need_of``."""
         place = self._place(model)
         if place.holds:
             return True
-        need = place.model.need(place.model.task())
+        need = self.need_of(model)
         with self._lock:
             held = [p.holding() for p in self._places.values() if p.holds]
         return place.model.force or not self._budget.lacking(need, held)

@@ -9,13 +9,13 @@ import threading
 from collections import deque
 from types import TracebackType
 
-__all__ = ["Turns"]
+__all__ = ["CpuTurns"]
 
 
-class Turns:
+class CpuTurns:
     """A fair lock, handed on in order of arrival: each waits at most one step of every other.
 
-    >>> turns = Turns()
+    >>> turns = CpuTurns()
     >>> with turns: pass
     """
 
