@@ -51,7 +51,7 @@ class TestTurns:
             store.end_reply(known.id, reply.id, Message("assistant", "again"))
         with pytest.raises(ConflictError):
             store.update_reply(known.id, reply.id, "again")
-        again = store.begin_reply("ann", known.id, question.id)
+        (again,) = store.begin_turn("ann", known.id, question.id)
         store.end_reply(known.id, again.id, Message("assistant", "2"), status="partial")
         assert again.parent_id == question.id
         assert texts(store.messages("ann", known.id)) == ["s", "hi", "hello", "2"]
@@ -70,14 +70,14 @@ class TestTurns:
             with pytest.raises(ConflictError):
                 tab.begin_turn("ann", known.id, messages=USER)
             with pytest.raises(ConflictError):
-                tab.begin_reply("ann", known.id, question.id)
+                tab.begin_turn("ann", known.id, question.id)
             with pytest.raises(ConflictError):
                 tab.append("ann", known.id, reply.id, USER)
         other, _ = store.begin_turn("ann", known.id, messages=USER, branch=True)
         assert other.parent_id == head, "beside the turn that is running"
         other, _ = store.begin_turn("ann", known.id, head, USER, branch=True)
         assert other.parent_id == head
-        sibling = store.begin_reply("ann", known.id, question.id, branch=True)
+        (sibling,) = store.begin_turn("ann", known.id, question.id, branch=True)
         assert sibling.parent_id == question.id
         store.end_reply(known.id, reply.id, Message("assistant", "hello"))
         more, _ = store.begin_turn("ann", known.id, reply.id, USER)

@@ -91,8 +91,6 @@ class TestConversations:
         assert texts(store.path("ann", known.id)) == ["s", "u2", "a2"]
         assert texts(store.path("ann", known.id, answer.id)) == ["s", "u1", "a1"]
         assert texts(store.messages("ann", known.id)) == ["s", "u1", "a1", "u2", "a2"]
-        assert store.newest_leaf("ann", known.id, first.id) == answer.id
-        assert store.newest_leaf("ann", known.id, system.id) == reply.id
         store.append("ann", known.id, second.id, [Message("assistant", "aside")], head=False)
         assert store.get("ann", known.id).head == reply.id
         changed = store.change("ann", known.id, head=answer.id)
@@ -221,7 +219,7 @@ class TestRoom:
         store.append("ann", a, None, [Message("user", "y")])
         d = store.create("ann").id
         assert [x.id for x in store.list("ann")] == [d, a, c], "b was used least recently"
-        store.begin_reply("ann", c, store.get("ann", c).head or "")
+        store.begin_turn("ann", c)
         held = {a}
         store.in_use(lambda: held)
         clock.now += 1
@@ -329,21 +327,21 @@ class TestFiles:
             ({"format": "x", "messages": []}, "format"),
             ({"version": 2, "messages": []}, "version"),
             ({"messages": [5]}, "message 0 must be an object"),
-            ({"messages": [{"role": 5}]}, "role must be a text"),
-            ({"messages": [{"role": "user", "content": 5}]}, "content must be a text"),
+            ({"messages": [{"role": 5}]}, "role must be a string"),
+            ({"messages": [{"role": "user", "content": 5}]}, "content must be a string"),
             ({"messages": [{"role": "user", "tool_calls": 5}]}, "tool_calls"),
             ({"messages": [{"role": "user", "tool_calls": [{"function": 5}]}]}, "tool_calls"),
             ({"messages": [{"role": "user", "content": "x" * 10_000_000}]}, "too long"),
             ({"messages": [{"role": "user", "usage": 5}]}, "usage"),
             ({"messages": [{"role": "user", "status": "dead"}]}, "status"),
             ({"messages": [{"role": "user", "created_at": 1e300}]}, "created_at"),
-            ({"messages": [{"role": "user", "reasoning": 5}]}, "reasoning must be a text"),
-            ({"messages": [{"role": "user"}], "title": 5}, "title must be a text"),
+            ({"messages": [{"role": "user", "reasoning": 5}]}, "reasoning must be a string"),
+            ({"messages": [{"role": "user"}], "title": 5}, "title must be a string"),
             ({"messages": [{"role": "user"}], "settings": "x"}, "settings must be an object"),
             ({"messages": [{"role": "user"}], "pruning": "x"}, "pruning must be"),
             ({"messages": [{"role": "user"}], "head": "x"}, "head is none"),
             ({"messages": [{"role": "user"}], "head": 5}, "head is none"),
-            ({"messages": [{"role": "user", "parent": None}]}, "needs a text as its id"),
+            ({"messages": [{"role": "user", "parent": None}]}, "needs a string as its id"),
             ({"messages": [{"role": "user", "id": "a", "parent": 5}]}, "parent of message 0"),
             ({"messages": [{"role": "user", "id": "a", "parent": "b"}]}, "no message 'b'"),
             ({"messages": [{"role": "user", "id": "a", "parent": "a"}]}, "its own ancestor"),

@@ -94,13 +94,25 @@ async def test_a_name_begins_a_session_and_finds_it_again(api: Api) -> None:
     _, second = await api.post("/v1/chat/completions", chat)
     assert second["usage"]["prompt_tokens"] > first["usage"]["prompt_tokens"]
     (made,) = (await get(api, "/v1/sessions?query=garden"))["data"]
-    assert made["title"] == "garden" and made["num_messages"] == 4
+    assert made["title"] == "garden" and made["num_messages"] == 4 and made["model"] == "fake"
     # A client that sends all of the conversation each time doubles nothing.
     again = second["choices"][0]["message"]
     hi = {"role": "user", "content": "hi"}
     known = [hi, answer, hi, again, {"role": "user", "content": "more"}]
     status, _ = await api.post("/v1/chat/completions", {**chat, "messages": known})
     assert status == 200 and len(await told(api, made["id"])) == 6
+
+
+@pytest.mark.parametrize("title", ["sess_garden", "sess_" + "a" * 25, "x" * 1000])
+async def test_what_is_no_id_is_a_title_wherever_it_is_given(api: Api, title: str) -> None:
+    for path in CHATS:
+        status, _ = await api.post(path, {**dialects(3)[path], "session_id": title})
+        assert status == 200, path
+    (made,) = (await get(api, "/v1/sessions"))["data"]
+    assert made["title"] == title and made["num_messages"] == 2 * len(CHATS)
+    status, _ = await api.post("/v1/sessions", {"title": title})
+    assert status == 200
+    is_error(await api.fetch("POST", "/v1/sessions", {"title": "x" * 1001}), 400)
 
 
 async def test_a_system_prompt_goes_before_the_session_s_own(api: Api) -> None:

@@ -317,10 +317,10 @@ async def test_a_server_that_shuts_down_says_so(tmp_path: Path) -> None:
         await late.ask(count=15000)
         there.gateway.draining = True
         there.room.drain()
-        assert (await idle.refused())["code"] == "server_draining"
+        assert (await idle.refused())["code"] == "shutting_down"
         assert await idle.ended() == 1001
         frames = await busy.until("end")
-        assert "server_draining" in [f.get("error", {}).get("code") for f in frames]
+        assert "shutting_down" in [f.get("error", {}).get("code") for f in frames]
         assert frames[-1]["message"]["status"] == "complete"
         assert await busy.ended() == 1001
         status, error = await refusal(there)

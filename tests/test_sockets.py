@@ -208,7 +208,8 @@ async def test_a_rendered_turn_that_only_ends_a_line_is_said_to_be_shown(there: 
         log.text("delta", text)
     log.add("end", is_last=True, message={})
     found.log = log
-    kinds = [(type(m).__name__, getattr(m, "seq", 0)) async for m in follow(found, 1, render=True)]
+    frames = follow(found, 1, there.gateway.turns.rendering, "local")
+    kinds = [(type(m).__name__, getattr(m, "seq", 0)) async for m in frames]
     assert kinds[-3:] == [("Delta", 2), ("Html", 2), ("End", 3)]
 
 

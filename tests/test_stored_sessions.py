@@ -160,7 +160,7 @@ def test_two_at_once(llm: LLM) -> None:
     one.say("hi")
     two = llm.session(id=one.id)
     turn = one.stream("first")
-    with pytest.raises(ConflictError, match="is being written at this place"):
+    with pytest.raises(ConflictError, match="is being written at this point"):
         two.say("second")
     assert len(two) == 2
     list(turn)

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from browser_page import faults, shot
+from browser_page import browser, faults, shot
 from playwright.sync_api import Browser, Page, expect
 from scripted_model import ScriptedModel, ServedModels
-from test_web_chat import ANSWER, LONG, answers, browser, ended, model, page, say, served
+from test_web_chat import ANSWER, LONG, answers, ended, model, page, say, served
 
 from llmkit.store.conversation_formats import FORMAT
 
@@ -66,6 +66,20 @@ def test_by_keyboard_alone(page: Page, model: ScriptedModel) -> None:
     expect(page.locator("#model")).to_be_focused()
 
 
+def test_a_new_list_keeps_the_focus_and_the_menu(page: Page, model: ScriptedModel) -> None:
+    model.script, model.token_s = lambda said: LONG, 0.01
+    say(page, "Count", ends=False)
+    expect(page.locator("#sessions [title=Answering]")).to_be_visible()
+    tab_to(page, "e.ariaLabel === 'More for Count'", 60)
+    page.keyboard.press("Enter")
+    model.token_s = 0
+    ended(page)
+    expect(page.locator("#sessions [title=Answering]")).to_be_hidden()  # the list has come
+    assert page.evaluate("document.activeElement.textContent") == "Rename"
+    page.keyboard.press("Escape")
+    assert page.evaluate("document.activeElement.ariaLabel") == "More for Count"
+
+
 def test_one_polite_region_hears_the_answer_once(page: Page, model: ScriptedModel) -> None:
     assert page.locator("[aria-live], [role=status], [role=log], [role=alert]").count() == 2
     page.evaluate(
@@ -76,7 +90,7 @@ def test_one_polite_region_hears_the_answer_once(page: Page, model: ScriptedMode
     model.script = lambda said: LONG
     model.token_s = 0
     say(page, "Count")
-    page.wait_for_timeout(200)
+    page.wait_for_function("() => window.heard.at(-1)?.startsWith('Answer: 0 bottles')")
     heard = [text for text in page.evaluate("window.heard") if text]
     assert len(heard) <= 2 and heard[-1].startswith("Answer: 0 bottles"), heard
 
@@ -175,12 +189,11 @@ def test_two_thousand_messages(page: Page, served: ServedModels) -> None:
     )
     page.goto(f"{served.url}#{made['id']}")
     page.reload()
-    expect(page.locator(".message").last).to_contain_text("Message 1999", timeout=20_000)
+    expect(page.locator(".message").last).to_contain_text("Message 1999")
     page.wait_for_function("() => document.querySelectorAll('.message').length === 2000")
     box = "document.getElementById('thread')"
     # It stays at the end while the earlier ones come; then one can go to the first.
-    page.wait_for_timeout(300)
-    assert page.evaluate(f"{box}.scrollHeight - {box}.scrollTop - {box}.clientHeight") < 100
+    page.wait_for_function(f"() => {box}.scrollHeight - {box}.scrollTop - {box}.clientHeight < 100")
     assert page.evaluate("document.querySelector('.message.assistant strong').textContent") == "1"
     page.evaluate(f"{box}.scrollTop = 0")
     expect(page.locator(".message").first).to_be_in_viewport()

@@ -9,24 +9,18 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from browser_page import ARGUMENTS, shot
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from browser_page import browser, listen, shot
+from playwright.sync_api import Browser, Page, Route, expect
 from scripted_model import ScriptedModel, ServedModels
 from test_web_markdown import HOSTILE
+
+__all__ = ["browser"]  # a fixture
 
 pytestmark = pytest.mark.browser
 ANSWER = (
     "Rain on *quiet* stones.\n\n```python\nprint(1)\n```\n\n| a | b |\n|--|--|\n| $x^2$ | 2 |\n"
 )
 LONG = "".join(f"{i} bottles of water on the wall, " for i in range(400)).strip()
-
-
-@pytest.fixture(scope="module")
-def browser(chromium: str) -> Iterator[Browser]:
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=ARGUMENTS)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture
@@ -45,11 +39,7 @@ def served(tmp_path: Path, model: ScriptedModel) -> Iterator[ServedModels]:
 def page(browser: Browser, served: ServedModels) -> Iterator[Page]:
     """The page, at its root; faults of scripts and of the policy fail the test."""
     page = browser.new_page(viewport={"width": 1280, "height": 860})
-    errors: list[str] = []
-    page.on("pageerror", lambda error: errors.append(str(error)))
-    page.on(
-        "console", lambda message: errors.append(message.text) if message.type == "error" else None
-    )
+    errors = listen(page)
     page.goto(served.url)
     yield page
     page.close()
@@ -61,14 +51,14 @@ def say(page: Page, text: str, *, ends: bool = True) -> None:
     page.get_by_label("Message", exact=True).fill(text)
     page.keyboard.press("Enter")
     expect(page.locator(".message.user").last).to_contain_text(text[:40])
-    expect(page.locator(".message.assistant")).to_have_count(before + 1, timeout=30_000)
+    expect(page.locator(".message.assistant")).to_have_count(before + 1)
     if ends:
         ended(page)
 
 
 def ended(page: Page) -> None:
     expect(page.locator(".message.assistant:not(.streaming)").last).to_be_visible(timeout=30_000)
-    expect(page.locator(".streaming")).to_have_count(0, timeout=30_000)
+    expect(page.locator(".streaming")).to_have_count(0)
 
 
 def answers(page: Page) -> list[str]:
@@ -134,11 +124,11 @@ def test_edit_and_regenerate_make_branches(page: Page, model: ScriptedModel) -> 
     assert answers(page) == ["Another one"]
     page.locator(".message.assistant").get_by_role("button", name="Previous branch").click()
     assert answers(page) == ["You said: first changed"]
-    page.locator(".message.user").first.get_by_role("button", name="Previous branch").click()
+    with page.expect_response(lambda reply: reply.request.method == "PATCH"):  # keeps the head
+        page.locator(".message.user").first.get_by_role("button", name="Previous branch").click()
     assert answers(page) == ["You said: first", "You said: second"]
     assert page.evaluate("document.activeElement.ariaLabel") == "Next branch"
     shot(page, "chat-branches")
-    page.wait_for_timeout(300)  # the head is stored
     page.reload()
     expect(page.locator(".message.assistant")).to_have_count(2)
     assert answers(page) == ["You said: first", "You said: second"]
@@ -146,12 +136,13 @@ def test_edit_and_regenerate_make_branches(page: Page, model: ScriptedModel) -> 
 
 
 def test_a_reload_in_mid_stream_goes_on(page: Page, model: ScriptedModel) -> None:
-    model.script, model.token_s = lambda said: LONG, 0.004
+    model.script, model.token_s = lambda said: LONG, 0.01
     say(page, "Count", ends=False)
     expect(page.locator(".streaming .prose")).to_contain_text("20 bottles")
     page.reload()
     expect(page.locator(".streaming .prose")).to_contain_text("25 bottles")
     expect(page.get_by_role("button", name="Stop")).to_be_visible()
+    model.token_s = 0  # nobody waits for the rest
     ended(page)
     assert answers(page) == [LONG]
 
@@ -159,11 +150,12 @@ def test_a_reload_in_mid_stream_goes_on(page: Page, model: ScriptedModel) -> Non
 def test_a_lost_connection_comes_back(
     page: Page, model: ScriptedModel, served: ServedModels
 ) -> None:
-    model.script, model.token_s = lambda said: LONG, 0.004
+    model.script, model.token_s = lambda said: LONG, 0.01
     say(page, "Count", ends=False)
-    for seen in ("20 bottles", "90 bottles"):
+    for seen in ("20 bottles", "60 bottles", "90 bottles"):
         expect(page.locator(".streaming .prose")).to_contain_text(seen)
         served.cut_sockets()
+    model.token_s = 0  # nobody waits for the rest
     ended(page)
     assert answers(page) == [LONG]
     expect(page.get_by_text("The connection was lost")).to_be_hidden()
@@ -253,6 +245,38 @@ def test_conversations_are_found_renamed_exported_deleted(page: Page) -> None:
     expect(page.locator(".message.assistant")).to_contain_text("About bread")
 
 
+def test_a_list_that_comes_late_undoes_nothing(page: Page) -> None:
+    """It was asked for before a conversation was renamed, and before another was deleted."""
+    for text in ("About whales", "About bread", "About rain"):
+        page.get_by_role("button", name="New chat").click()
+        say(page, text)
+    rows = page.locator("#sessions li[data-id]")
+    expect(rows).to_have_count(3)
+    late: list[Route] = []
+    is_late = True
+    page.route(
+        "**/v1/sessions?*", lambda route: late.append(route) if is_late else route.continue_()
+    )
+    say(page, "And more")  # asks for the list, a moment later
+    page.wait_for_timeout(1000)
+    is_late = False
+    assert late
+    replies = [route.fetch() for route in late]
+    page.get_by_role("button", name="More for About whales").click()
+    page.get_by_role("menuitem", name="Rename").click()
+    page.keyboard.type("Whales of the north")
+    page.keyboard.press("Enter")
+    expect(rows.filter(has_text="Whales of the north")).to_be_visible()
+    page.get_by_role("button", name="More for About bread").click()
+    page.get_by_role("menuitem", name="Delete").click()
+    page.get_by_role("dialog").get_by_role("button", name="Delete").click()
+    expect(rows).to_have_count(2)
+    for route, reply in zip(late, replies, strict=True):
+        route.fulfill(response=reply)
+    page.wait_for_timeout(500)
+    assert sorted(rows.all_inner_texts()) == ["About rain", "Whales of the north"]
+
+
 def test_settings_and_model_reach_the_model(page: Page, model: ScriptedModel) -> None:
     page.get_by_role("button", name="Settings of this conversation").click()
     page.get_by_label("System prompt").fill("Be brief.")
@@ -278,6 +302,17 @@ def test_settings_and_model_reach_the_model(page: Page, model: ScriptedModel) ->
     expect(page.locator(".message.user")).to_have_count(0)
     page.get_by_role("button", name="Previous branch").click()
     expect(page.locator(".message.user")).to_have_count(2)
+
+
+def test_an_address_names_the_model(page: Page, served: ServedModels) -> None:
+    """As JupyterLab's sidebar opens the page."""
+    page.goto(f"{served.url}?model=other")
+    expect(page.get_by_role("button", name="Model: other, ready")).to_be_visible()
+    say(page, "Hi")
+    page.reload()
+    expect(page.get_by_role("button", name="Model: other, ready")).to_be_visible()
+    page.goto(f"{served.url}?model=nothing")
+    expect(page.get_by_role("button", name="Model: nothing, not here")).to_be_visible()
 
 
 def test_files_go_along(page: Page, model: ScriptedModel, tmp_path: Path) -> None:

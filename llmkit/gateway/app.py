@@ -24,6 +24,8 @@ from llmkit.gateway.access.edge import Edge
 from llmkit.gateway.access.held import MAX_HELD_BYTES, Held
 from llmkit.gateway.access.identity import ADMIN, Identity
 from llmkit.gateway.access.permission import permitting, seeing
+from llmkit.gateway.adapters import Adapters
+from llmkit.gateway.conversations.history import HistoryRoutes
 from llmkit.gateway.conversations.routes import SessionRoutes
 from llmkit.gateway.conversations.shelf import Shelf
 from llmkit.gateway.conversations.turn_routes import TurnRoutes
@@ -104,6 +106,7 @@ class Gateway:
         self._admissions, self._early, self._keeper = admissions, early, keeper
         self._status = status = StatusRoutes(directory, places, offered, self._actions)
         self._observers = observers
+        self._adapters = Adapters()
         self._stages: list[Stage] = [
             *observers,
             accepting(lambda: self.draining),
@@ -123,12 +126,23 @@ class Gateway:
         on_use = _seldom(on_use)
         every = [
             *routes,
-            *route_table(directory, on_use, status, PageRoutes(status, home), self, api_dialect),
+            *route_table(
+                directory,
+                on_use,
+                status,
+                PageRoutes(status, home),
+                self,
+                self._adapters,
+                api_dialect=api_dialect,
+                besides=[route.path for route in routes],
+            ),
             *SessionRoutes(self.turns).routes(),
+            *HistoryRoutes(self.turns).routes(),
             *TurnRoutes(self.turns, directory, on_use).routes(),
             *HealthRoutes(directory, lambda: self.draining, offered).routes(),
         ]
         self.routes = [route for route in every if admin or route.needs != ADMIN]
+        self._absent = [] if admin else [route for route in every if route.needs == ADMIN]
 
     async def dispatch(self, exchange: Exchange) -> None:
         """Run the request's route; it is answered whatever happens."""
@@ -136,6 +150,7 @@ class Gateway:
             try:
                 exchange.max_body_bytes = self.max_body_bytes
                 exchange.keeper, exchange.turns = self._keeper, self.turns
+                exchange.lora = self._adapters.of
                 exchange.reading = Reading(self._lanes, self._tolerance, self._admissions)
                 run = self._route(exchange)
                 await pipeline.run(() if exchange.relays else self._stages, run, exchange)
@@ -177,6 +192,7 @@ class Gateway:
             match = route.pattern.fullmatch(exchange.path)
             if match is None:
                 continue
+            exchange.dialect = route.errors
             if exchange.method == route.method or (
                 exchange.method == "HEAD" and route.method == "GET"
             ):
@@ -186,6 +202,13 @@ class Gateway:
                 exchange.relays = route.relays and not exchange.is_detached
                 return route.run
             allowed.append(route.method)
+        if any(r.method == exchange.method and r.pattern.fullmatch(exchange.path)
+               for r in self._absent):  # fmt: skip
+            message = (
+                f"{exchange.method} {exchange.path:.200} is only there for administrators: start "
+                "the server with --admin (admin = true)."
+            )
+            return _raising(ApiError(404, message, code="not_found"))
         if allowed:
             if exchange.method == "OPTIONS":
                 return self._options(", ".join([*allowed, "OPTIONS"]))

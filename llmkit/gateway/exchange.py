@@ -11,21 +11,24 @@ import json
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from datetime import timedelta
+from pathlib import PurePath
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from pydantic import BaseModel
 from tornado import gen, httputil, iostream
 
 from llmkit.gateway.access.held import Held
-from llmkit.gateway.access.identity import LOCAL, Identity, counted_as
+from llmkit.gateway.access.identity import ADMIN, LOCAL, Identity, counted_as
 from llmkit.gateway.failures import ApiError, dialect_of
 from llmkit.gateway.ids import random_hex
 from llmkit.gateway.record import Record
 from llmkit.protocol import GenerationRequest
 
 if TYPE_CHECKING:
+    from llmkit.gateway.adapters import Scales
     from llmkit.gateway.conversations.turns import Turns
     from llmkit.gateway.reading import Reading
+    from llmkit.protocol.client import EngineClient
 
 __all__ = ["MAX_BODY_BYTES", "ClientGoneError", "Exchange", "Transport", "body_too_large"]
 
@@ -93,6 +96,7 @@ class Exchange:
         self._held = held or Held()
         self.method = str(handler.request.method)
         self.path = "/" + path.strip("/")
+        self.dialect = dialect_of(self.path)  # whose shape its errors have, set by the gateway
         self.path_ends_with_slash = handler.request.path.endswith("/")
         self.args: tuple[str, ...] = ()
         self.request_id = handler.request.headers.get("x-request-id", "")[:100] or random_hex()
@@ -102,6 +106,8 @@ class Exchange:
         self.reading: Reading | None = None  # set by the gateway
         self.keeper: Keeper | None = None  # the same
         self.turns: Turns | None = None  # the same
+        # The adapters of its requests that name none; the same.
+        self.lora: Callable[[EngineClient], Scales | None] = lambda _: None
         self.relays = False  # whether its route only passes on a turn's events
         self.record = Record(request_id=self.request_id)
         self.route = ""  # the pattern of its path, set by the gateway
@@ -117,17 +123,25 @@ class Exchange:
         """The unit of fair sharing in the engine, never what a client claims to be."""
         return self.identity.name
 
-    def owned(self, requests: list[GenerationRequest]) -> list[GenerationRequest]:
-        """The requests as this caller's."""
+    def owned(
+        self, engine: EngineClient, requests: list[GenerationRequest]
+    ) -> list[GenerationRequest]:
+        """The requests as this caller's. Raises `InvalidRequestError` for unknown adapters."""
+        lora = self.lora(engine)
         return [
             replace(
                 r,
                 caller=self.caller,
                 cache_scope=self.identity.cache_scope,
                 weight=self.identity.allowance.weight,
+                lora=lora if r.lora is None else r.lora,
             )
             for r in requests
         ]
+
+    def shown_path(self, path: str) -> str:
+        """A path as its caller may see it: all of it is for administrators."""
+        return path if ADMIN in self.identity.scopes else PurePath(path).name
 
     def ignore(self, name: str) -> None:
         """Note that a field has no effect. With ``strict``, raises `InvalidRequestError`."""
@@ -252,7 +266,7 @@ class Exchange:
     def send_error(self, error: ApiError) -> None:
         """Send an error object; in a stream as the last event, with no ``[DONE]`` after it."""
         self.record.status, self.record.error = error.status, error.code or error.type
-        dialect = dialect_of(self.path)
+        dialect = self.dialect
         body = error.body(dialect, self.request_id)
         if not self.streaming:
             self.send_json(body, error.status, error.headers)
@@ -286,7 +300,10 @@ class Exchange:
 
         Raises `ClientGoneError` if the client is gone, or reads nothing for a minute.
         """
-        self._handler.write(text)
+        await self._put(text)
+
+    async def _put(self, data: str | bytes) -> None:
+        self._handler.write(data)
         try:
             flushed = self._handler.flush()
             if (
@@ -298,6 +315,17 @@ class Exchange:
             await gen.with_timeout(timedelta(seconds=WRITE_TIMEOUT_S), flushed)
         except (iostream.StreamClosedError, TimeoutError) as error:
             raise ClientGoneError from error
+
+    async def send_part(self, data: bytes) -> None:
+        """Send a part of a long answer, which is held for its caller until it is read.
+
+        Raises what ``send_text`` raises, and `ApiError` if too much is held.
+        """
+        self._held.add(self.counted_as, len(data))
+        try:
+            await self._put(data)
+        finally:
+            self._held.add(self.counted_as, -len(data))
 
     async def send_event(self, value: Any) -> None:
         await self.send_text(f"data: {json.dumps(value)}\n\n")

@@ -24,7 +24,16 @@ from llmkit.protocol.inquiries import (
     Unload,
     Vocabulary,
 )
-from llmkit.protocol.messages import MAX_DEPTH, Media, Message, Part, Tool, ToolCall, depth_of
+from llmkit.protocol.messages import (
+    INSTRUCTIONS,
+    MAX_DEPTH,
+    Media,
+    Message,
+    Part,
+    Tool,
+    ToolCall,
+    depth_of,
+)
 from llmkit.protocol.requests import (
     MAX_CHARS_PER_TOKEN,
     EmbeddingRequest,
@@ -43,6 +52,7 @@ from llmkit.protocol.results import (
 from llmkit.protocol.sampling import Grammar, SamplingParams
 
 __all__ = [
+    "INSTRUCTIONS",
     "MAX_CHARS_PER_TOKEN",
     "MAX_DEPTH",
     "READY",

@@ -127,3 +127,11 @@ class ModelDescription:
     reasons_after_results: bool = True  # also after a tool result
     device: Literal["cpu", "gpu"] = "cpu"
     created: int = 0
+    n_embd: int = 0  # of a token, within the model
+    vocab_type: int = 0  # as llama.cpp numbers them; 0 is none
+    adapters: tuple[tuple[str, float], ...] = ()  # LoRA files and their scales, as they were given
+
+    def __post_init__(self) -> None:
+        # A connection file's JSON has lists.
+        pairs = tuple((path, scale) for path, scale in self.adapters)
+        object.__setattr__(self, "adapters", pairs)

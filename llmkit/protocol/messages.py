@@ -9,9 +9,10 @@ from typing import Any, Literal
 
 from llmkit.protocol.sampling import check
 
-__all__ = ["MAX_DEPTH", "Media", "Message", "Part", "Tool", "ToolCall", "depth_of"]
+__all__ = ["INSTRUCTIONS", "MAX_DEPTH", "Media", "Message", "Part", "Tool", "ToolCall", "depth_of"]
 
 MAX_DEPTH = 100  # deepest JSON nesting accepted
+INSTRUCTIONS = ("system", "developer")  # roles of what is no part of a conversation's turns
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +46,11 @@ class ToolCall:
     call_id: str
     name: str
     arguments: str
+
+    def as_json(self) -> dict[str, Any]:
+        """The call as an object of OpenAI's chat."""
+        function = {"name": self.name, "arguments": self.arguments}
+        return {"id": self.call_id, "type": "function", "function": function}
 
     def as_object(self) -> dict[str, Any]:
         """The arguments as an object; text that is not a JSON object is wrapped in one.

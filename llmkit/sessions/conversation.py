@@ -7,14 +7,13 @@ the web page here.
 from __future__ import annotations
 
 import logging
-import math
-import re
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from llmkit.errors import ConflictError, InvalidRequestError, LLMKitError, NotFoundError
-from llmkit.protocol import Completion, Message
+from llmkit.protocol import Message
+from llmkit.store.conversation_records import is_session_id
 from llmkit.store.conversations import (
     ConversationStore,
     NewMessage,
@@ -23,14 +22,13 @@ from llmkit.store.conversations import (
     StoredMessage,
 )
 
-__all__ = ["LOCAL_OWNER", "Reply", "Transcript", "open_store", "usage_of"]
+__all__ = ["LOCAL_OWNER", "Reply", "Transcript", "open_store"]
 
 logger = logging.getLogger("llmkit")
 
 LOCAL_OWNER = "local"  # who calls a gateway without a key, on this machine
 CHECKPOINT_S = 1.0
 PLAIN = (str, int, float, bool)  # options that other clients can read
-ID = re.compile(r"sess_[0-9a-f]{24}")
 
 
 def open_store(db_url: str | None = None) -> ConversationStore:
@@ -82,7 +80,7 @@ class Transcript:
         if not isinstance(id, str) or not id.strip():
             raise InvalidRequestError("a session's id must be an id or a name.", "id")
         store.recover()
-        if ID.fullmatch(id):
+        if is_session_id(id):
             return cls(store, store.get(store.owner_of(id), id), model)
         known = store.titled(LOCAL_OWNER, id)
         if known is None:
@@ -252,16 +250,3 @@ class Reply:
                 self._transcript.forget(self._asked)
         except LLMKitError as error:
             logger.warning("the failed answer was not written down: %s", error)
-
-
-def usage_of(done: Completion) -> dict[str, Any]:
-    """What is stored of an answer's cost: counts of tokens, and their speed."""
-    usage = {
-        "prompt_tokens": done.usage.prompt_tokens,
-        "completion_tokens": done.usage.completion_tokens,
-        "cached_tokens": done.usage.cached_tokens,
-        "reasoning_tokens": done.usage.reasoning_tokens,
-    }
-    tpot_s = done.metrics.tpot_s
-    speed = round(1 / tpot_s, 2) if tpot_s and not math.isnan(tpot_s) else None
-    return {**usage, "tokens_per_s": speed}

@@ -15,7 +15,7 @@ from llmkit.errors import InvalidRequestError
 from llmkit.store.conversation_formats import FORMAT
 from llmkit.store.conversation_records import ROLES, StoredConversation, StoredMessage
 
-__all__ = ["from_markdown", "to_markdown"]
+__all__ = ["about_markdown", "from_markdown", "message_markdown", "to_markdown"]
 
 MARK = re.compile(r"#{1,3} .*<!-- llmkit (\{.*\}) -->\s*")
 HEADING = re.compile(r"#{1,3} .*<!-- llmkit ")
@@ -30,6 +30,11 @@ def to_markdown(conversation: StoredConversation, path: Sequence[StoredMessage])
 
     `from_markdown` reads it back: messages with reasoning and calls, title, model and settings.
     """
+    return "\n".join([about_markdown(conversation), *(message_markdown(m) for m in path)])
+
+
+def about_markdown(conversation: StoredConversation) -> str:
+    """The title, with what is known of a conversation beside its messages."""
     about = {
         "format": FORMAT,
         "model": conversation.model,
@@ -37,22 +42,25 @@ def to_markdown(conversation: StoredConversation, path: Sequence[StoredMessage])
         "pruning": conversation.pruning,
         "title": conversation.title,
     }
-    blocks = [_heading(1, _one_line(conversation.title) or "Conversation", about), ""]
-    for message in path:
-        mark: dict[str, Any] = {"role": message.role}
-        mark |= {k: v for k in KEPT if (v := getattr(message, k)) is not None}
-        if message.status != "complete":
-            mark["status"] = "partial"
-        blocks += [_heading(2, message.role.capitalize(), mark), ""]
-        if message.reasoning is not None:
-            blocks += [_heading(3, "Reasoning", {"part": "reasoning"}), ""]
-            blocks += [_escaped(message.reasoning), ""]
-            blocks += [_heading(3, "Answer", {"part": "content"}), ""]
-        blocks += [_escaped(message.message.text), ""]
-        for call in message.tool_calls:
-            part = {"part": "call", "id": call.call_id, "name": call.name}
-            blocks += [_heading(3, f"Call of {_one_line(call.name)}", part), ""]
-            blocks += [f"{FENCE}json", _escaped(call.arguments), FENCE, ""]
+    return _heading(1, _one_line(conversation.title) or "Conversation", about) + "\n"
+
+
+def message_markdown(message: StoredMessage) -> str:
+    """One message. Raises `InvalidRequestError` for parts but text."""
+    mark: dict[str, Any] = {"role": message.role}
+    mark |= {k: v for k in KEPT if (v := getattr(message, k)) is not None}
+    if message.status != "complete":
+        mark["status"] = "partial"
+    blocks = [_heading(2, message.role.capitalize(), mark), ""]
+    if message.reasoning is not None:
+        blocks += [_heading(3, "Reasoning", {"part": "reasoning"}), ""]
+        blocks += [_escaped(message.reasoning), ""]
+        blocks += [_heading(3, "Answer", {"part": "content"}), ""]
+    blocks += [_escaped(message.message.text), ""]
+    for call in message.tool_calls:
+        part = {"part": "call", "id": call.call_id, "name": call.name}
+        blocks += [_heading(3, f"Call of {_one_line(call.name)}", part), ""]
+        blocks += [f"{FENCE}json", _escaped(call.arguments), FENCE, ""]
     return "\n".join(blocks)
 
 

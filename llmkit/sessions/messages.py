@@ -94,14 +94,7 @@ def to_json(message: Message) -> dict[str, Any]:
     """A message for a file, with the arguments of its calls as the model wrote them."""
     data: dict[str, Any] = {k: v for k in KEPT if (v := getattr(message, k)) is not None}
     if message.tool_calls:
-        data["tool_calls"] = [
-            {
-                "id": call.call_id,
-                "type": "function",
-                "function": {"name": call.name, "arguments": call.arguments},
-            }
-            for call in message.tool_calls
-        ]
+        data["tool_calls"] = [call.as_json() for call in message.tool_calls]
     return data
 
 

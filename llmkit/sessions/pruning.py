@@ -7,13 +7,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from llmkit.errors import ContextLengthError
-from llmkit.protocol import Message
+from llmkit.protocol import INSTRUCTIONS, Message
 from llmkit.store.conversation_records import Pruning
 
 __all__ = ["Pruned", "ask_for_summary", "prune", "shortened", "turn_places", "with_summary"]
 
 Count = Callable[[Sequence[Message]], int]
-INSTRUCTIONS = ("system", "developer")
 SUMMARY = "Summary of the conversation so far:"
 ASK = (
     "Summarise the conversation below for somebody who goes on with it. Keep names, numbers, "

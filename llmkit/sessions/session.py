@@ -151,7 +151,7 @@ class Session:
             answer = Message("assistant", done.text, reasoning_content=done.reasoning or None)
             self.messages.extend([*new, answer])
             if reply is not None:
-                from llmkit.sessions.conversation import usage_of
+                from llmkit.store.conversation_records import usage_of
 
                 reply.end(answer, done.finish_reason.value, usage_of(done))
 

@@ -18,7 +18,15 @@ from llmkit.store.conversation_records import (
     checked_json,
 )
 
-__all__ = ["FORMAT", "ImportedConversation", "as_copy", "exported", "read", "thread"]
+__all__ = [
+    "FORMAT",
+    "ImportedConversation",
+    "as_copy",
+    "exported",
+    "exported_message",
+    "read",
+    "thread",
+]
 
 FORMAT, VERSION = "llmkit-conversation", 1
 SAVED_SESSION = "llmkit-session"  # what `Session.save` writes
@@ -46,11 +54,12 @@ def exported(conversation: StoredConversation, messages: list[StoredMessage]) ->
         "created_at": conversation.created_at,
         "updated_at": conversation.updated_at,
         "head": conversation.head,
-        "messages": [_exported(message) for message in messages],
+        "messages": [exported_message(message) for message in messages],
     }
 
 
-def _exported(message: StoredMessage) -> dict[str, Any]:
+def exported_message(message: StoredMessage) -> dict[str, Any]:
+    """A message of an export."""
     data: dict[str, Any] = {
         "id": message.id,
         "parent": message.parent_id,
@@ -65,14 +74,7 @@ def _exported(message: StoredMessage) -> dict[str, Any]:
     if message.model:
         data["model"] = message.model
     if message.tool_calls:
-        data["tool_calls"] = [
-            {
-                "id": call.call_id,
-                "type": "function",
-                "function": {"name": call.name, "arguments": call.arguments},
-            }
-            for call in message.tool_calls
-        ]
+        data["tool_calls"] = [call.as_json() for call in message.tool_calls]
     return data
 
 
@@ -132,7 +134,7 @@ def _entry(number: int, message: Any, is_tree: bool) -> Entry:
     parent = message.get("parent") if is_tree else (str(number - 1) if number else None)
     key = message.get("id") if is_tree else str(number)
     if not isinstance(key, str) or not key or len(key) > 256:
-        raise _wrong(f"message {number} needs a text as its id")
+        raise _wrong(f"message {number} needs a string as its id")
     if parent is not None and not isinstance(parent, str):
         raise _wrong(f"the parent of message {number} must be an id or null")
     try:
@@ -144,7 +146,7 @@ def _entry(number: int, message: Any, is_tree: bool) -> Entry:
 def _message(data: Mapping[str, Any]) -> NewMessage:
     role, content, status = data.get("role"), data.get("content"), data.get("status")
     if not isinstance(role, str):
-        raise InvalidRequestError("its role must be a text.", "messages")
+        raise InvalidRequestError("its role must be a string.", "messages")
     if status not in (None, "complete", "partial", "running"):
         raise InvalidRequestError("its status is complete or partial.", "messages")
     usage, created_at = data.get("usage"), data.get("created_at")

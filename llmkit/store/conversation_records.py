@@ -7,19 +7,21 @@ import math
 import re
 import secrets
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from llmkit.errors import InvalidRequestError
-from llmkit.protocol import MAX_DEPTH, Media, Message, ToolCall, depth_of
+from llmkit.protocol import MAX_DEPTH, Completion, Media, Message, ToolCall, depth_of
 
 __all__ = [
     "MAX_CHARS",
     "MAX_MESSAGES",
     "MAX_MESSAGE_CHARS",
     "MAX_OWNER_CHARS",
+    "MAX_TITLE",
     "PRUNINGS",
     "ROLES",
+    "UNDER_WAY",
     "UNSET",
     "NewMessage",
     "Pruning",
@@ -29,8 +31,10 @@ __all__ = [
     "Unset",
     "checked_fields",
     "checked_json",
+    "is_session_id",
     "new_id",
     "storable",
+    "usage_of",
 ]
 
 Status = Literal["complete", "partial", "running"]
@@ -43,7 +47,12 @@ MAX_CHARS, MAX_MESSAGES = 64 << 20, 100_000  # of one conversation
 MAX_OWNER_CHARS = 256 << 20  # of all of an owner's
 MAX_SETTINGS, MAX_TITLE, MAX_MODEL = 1 << 20, 1000, 1000
 MAX_TTL_S = 100 * 365 * 86_400.0
+SESSION_ID = re.compile(r"sess_[0-9a-f]{24}")
 UNSTORABLE = re.compile("[\0\ud800-\udfff]")  # what a database's UTF-8 cannot hold
+
+
+# What a `ConflictError` begins with, before it says what to do.
+UNDER_WAY = "Another answer is being written at this point of the session."
 
 
 class Unset:
@@ -59,6 +68,15 @@ UNSET = Unset()
 def new_id(prefix: str) -> str:
     """A new id: the prefix, an underscore and 24 random hexadecimal digits."""
     return f"{prefix}_{secrets.token_hex(12)}"
+
+
+def is_session_id(text: str) -> bool:
+    """Whether it is a conversation's id; any other name is a title.
+
+    >>> is_session_id(new_id("sess")), is_session_id("sess_garden")
+    (True, False)
+    """
+    return SESSION_ID.fullmatch(text) is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +121,7 @@ class NewMessage:
         for name in ("reasoning", "tool_call_id", "name", "finish_reason"):
             value = getattr(self, name)
             if value is not None and not isinstance(value, str):
-                raise InvalidRequestError(f"a message's {name} must be a text.", "messages")
+                raise InvalidRequestError(f"a message's {name} must be a string.", "messages")
         if not isinstance(self.tool_calls, tuple) or not all(
             isinstance(c, ToolCall) for c in self.tool_calls
         ):
@@ -154,7 +172,7 @@ class StoredMessage:
 
     @property
     def message(self) -> Message:
-        """It as a chat's message. Raises `InvalidRequestError` for parts nobody can read."""
+        """As a chat message. Raises `InvalidRequestError` for parts nobody can read."""
         return Message(
             self.role,
             self.content if isinstance(self.content, str) else _parts(self.content),
@@ -177,10 +195,6 @@ class StoredMessage:
         calls = sum(len(c.call_id) + len(c.name) + len(c.arguments) for c in self.tool_calls)
         names = len(self.name or "") + len(self.tool_call_id or "")
         return len(self.text) + len(self.reasoning or "") + calls + names
-
-    def copied(self, **fields: Any) -> StoredMessage:
-        """A copy with other fields."""
-        return replace(self, **fields)
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,6 +219,18 @@ class StoredConversation:
     ttl_s: float | None
     expires_at: float | None
     num_messages: int
+
+
+def usage_of(done: Completion) -> dict[str, Any]:
+    """What is stored of an answer's cost: counts of tokens, and their speed."""
+    usage, speed = done.usage, done.decode_tok_s
+    return {
+        "prompt_tokens": usage.prompt_tokens,
+        "completion_tokens": usage.completion_tokens,
+        "cached_tokens": usage.cached_tokens,
+        "reasoning_tokens": usage.reasoning_tokens,
+        "tokens_per_s": None if math.isnan(speed) else round(speed, 2),
+    }
 
 
 def storable(text: str) -> str:
@@ -254,7 +280,7 @@ def checked_fields(fields: dict[str, Any]) -> dict[str, Any]:
 
 def _text(value: Any, name: str) -> str:
     if not isinstance(value, str):
-        raise InvalidRequestError(f"{name} must be a text.", name)
+        raise InvalidRequestError(f"{name} must be a string.", name)
     return value
 
 
@@ -281,7 +307,7 @@ def _check_parts(content: Any) -> None:
         isinstance(part, dict) and isinstance(part.get("type"), str) for part in content
     ):
         raise InvalidRequestError(
-            "a message's content must be a text, or a list of parts with a type.", "messages"
+            "a message's content must be a string, or a list of parts with a type.", "messages"
         )
     checked_json(content, "messages", MAX_MESSAGE_CHARS)
 

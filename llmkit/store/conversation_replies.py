@@ -13,7 +13,13 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from llmkit.errors import ConflictError, InvalidRequestError, NotFoundError
-from llmkit.store.conversation_records import NewMessage, StoredMessage, Unset, storable
+from llmkit.store.conversation_records import (
+    UNDER_WAY,
+    NewMessage,
+    StoredMessage,
+    Unset,
+    storable,
+)
 from llmkit.store.conversation_rows import (
     CONVERSATIONS,
     MESSAGES,
@@ -92,8 +98,7 @@ def begin(
         not branch and any(parent in (r.stem_id, r.parent_id) for r in running)
     ):
         raise ConflictError(
-            "an answer is being written at this place of the session. Wait for its end, cancel "
-            "it, or ask for a branch."
+            f"{UNDER_WAY} Wait for it, cancel it, or ask for a branch (branch: true)."
         )
     if parent is None and not messages:
         raise InvalidRequestError("there is no message to answer yet.", "messages")

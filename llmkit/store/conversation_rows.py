@@ -40,6 +40,7 @@ __all__ = [
     "in_progress",
     "insert",
     "make_room",
+    "message_of",
     "message_values",
     "owner_key",
     "read_message",
@@ -126,7 +127,7 @@ def find(
         and (found.owner != owner_key(owner) or (found.expires_at or math.inf) <= now)
     ):
         raise NotFoundError(
-            f"there is no session {conversation_id!r:.60}: it never was, was deleted, or has "
+            f"there is no session {conversation_id!r:.60}: it does not exist, or was deleted or "
             "expired."
         )
     return Row(**found._mapping)
@@ -141,7 +142,7 @@ def save(connection: Connection, row: Row, **more: Any) -> None:
 def add(connection: Connection, owner: str, values: dict[str, Any], now: float) -> Row:
     """An empty conversation with these columns."""
     row = Row(
-        **values,
+        **{"by_title": False, **values},
         id=new_id("sess"),
         owner=owner_key(owner),
         version=1,
@@ -366,7 +367,8 @@ def in_progress(conversation_id: Any) -> sa.Exists:
 
 
 def make_room(connection: Connection, owner: str, keep: int, used_now: Collection[str]) -> None:
-    """Delete an owner's least recently used conversations beyond ``keep``, none that is in use."""
+    """Delete an owner's conversations beyond ``keep``, none that is in use: those first that a
+    title began, which any client may make up, then the least recently used."""
     count = connection.scalar(
         sa.select(sa.func.count()).select_from(CONVERSATIONS).where(CONVERSATIONS.c.owner == owner)
     )
@@ -380,7 +382,7 @@ def make_room(connection: Connection, owner: str, keep: int, used_now: Collectio
             CONVERSATIONS.c.id.not_in(list(used_now)),
             ~in_progress(CONVERSATIONS.c.id),
         )
-        .order_by(CONVERSATIONS.c.used_at, CONVERSATIONS.c.id)
+        .order_by(CONVERSATIONS.c.by_title.desc(), CONVERSATIONS.c.used_at, CONVERSATIONS.c.id)
         .limit(excess)
         .with_for_update(skip_locked=True)
     ).all()

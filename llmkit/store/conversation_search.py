@@ -1,7 +1,8 @@
-"""Finding conversations: by words, by pages, by age; and the newest leaf of a branch."""
+"""Finding conversations: by words, by pages, by age."""
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import sqlalchemy as sa
@@ -16,18 +17,19 @@ from llmkit.store.conversation_rows import (
     find,
     in_progress,
     owner_key,
-    read_message,
 )
 
-__all__ = ["newest_leaf", "remove_expired", "search", "titled"]
+__all__ = ["remove_expired", "search", "titled"]
 
 MAX_QUERY, MAX_LISTED = 1000, 1000
+PAGE_CHARS = 2 << 20  # of settings, after which a page of conversations ends
+ROWS = 8  # that are read from the database at once
 
 
 def search(
     connection: Connection, owner: str, query: str, limit: int, after: str | None, now: float
-) -> list[StoredConversation]:
-    """Implements `ConversationStore.list`."""
+) -> tuple[list[StoredConversation], bool]:
+    """Implements `ConversationStore.listed`."""
     if not isinstance(query, str) or len(query) > MAX_QUERY:
         raise InvalidRequestError(f"query may have {MAX_QUERY} characters at most.", "query")
     if not isinstance(limit, int) or isinstance(limit, bool) or not 1 <= limit <= MAX_LISTED:
@@ -38,14 +40,15 @@ def search(
             CONVERSATIONS.c.owner == owner_key(owner),
             sa.or_(CONVERSATIONS.c.expires_at.is_(None), CONVERSATIONS.c.expires_at > now),
         )
-        .order_by(CONVERSATIONS.c.used_at.desc(), CONVERSATIONS.c.id.desc())
-        .limit(limit)
+        .order_by(CONVERSATIONS.c.updated_at.desc(), CONVERSATIONS.c.id.desc())
+        .limit(limit + 1)
+        .execution_options(yield_per=ROWS)
     )
     if after is not None:
         last = find(connection, owner, after, now)
         statement = statement.where(
-            sa.tuple_(CONVERSATIONS.c.used_at, CONVERSATIONS.c.id)
-            < sa.tuple_(sa.literal(last.used_at), sa.literal(last.id))
+            sa.tuple_(CONVERSATIONS.c.updated_at, CONVERSATIONS.c.id)
+            < sa.tuple_(sa.literal(last.updated_at), sa.literal(last.id))
         )
     words = storable(query).strip()
     if words:
@@ -54,7 +57,15 @@ def search(
             MESSAGES.c.conversation_id == CONVERSATIONS.c.id, has(MESSAGES.c.content)
         )
         statement = statement.where(sa.or_(has(CONVERSATIONS.c.title), in_messages))
-    return [conversation_of(row) for row in connection.execute(statement)]
+    found: list[StoredConversation] = []
+    size = 0
+    with connection.execute(statement) as result:
+        for row in result:
+            if len(found) >= limit or size > PAGE_CHARS:
+                return found, True
+            found.append(conversation_of(row))
+            size += len(json.dumps(row.settings))
+    return found, False
 
 
 def _holds(dialect: str, words: str) -> Any:
@@ -89,18 +100,3 @@ def remove_expired(connection: Connection, now: float) -> int:
         )
     )
     return int(done.rowcount)
-
-
-def newest_leaf(connection: Connection, conversation_id: str, message_id: str) -> str:
-    """Implements `ConversationStore.newest_leaf`."""
-    first = read_message(connection, conversation_id, message_id)
-    later = connection.execute(
-        sa.select(MESSAGES.c.id, MESSAGES.c.parent_id)
-        .where(MESSAGES.c.conversation_id == conversation_id, MESSAGES.c.number > first.number)
-        .order_by(MESSAGES.c.number)
-    )
-    newest = {parent: child for child, parent in later}  # the last child of each
-    leaf = message_id
-    while leaf in newest:
-        leaf = newest[leaf]
-    return leaf

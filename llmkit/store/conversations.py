@@ -15,13 +15,13 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
-from llmkit.errors import InvalidRequestError, NotFoundError
+from llmkit.errors import InvalidRequestError, NotFoundError, StoreError
 from llmkit.protocol import Message
 from llmkit.store import conversation_formats as formats
 from llmkit.store import conversation_replies as replies
 from llmkit.store import conversation_rows as rows
 from llmkit.store import conversation_search as searching
-from llmkit.store.conversation_paths import Paths
+from llmkit.store.conversation_reading import ConversationReader
 from llmkit.store.conversation_records import (
     UNSET,
     NewMessage,
@@ -50,13 +50,12 @@ __all__ = [
 
 FIELDS = ("title", "model", "settings", "pruning", "head", "ttl_s")
 New = Sequence[NewMessage | Message]
-# Inside the class, `list` is its method.
-ManyConversations = list[StoredConversation]
 Path = list[StoredMessage]
 Ids = list[Callable[[], Collection[str]]]
+TOUCH_S = 60.0
 
 
-class ConversationStore:
+class ConversationStore(ConversationReader):
     """The conversations of all callers; each sees its own.
 
     Raises `NotFoundError` for an id that is unknown, expired or, indistinguishably, somebody
@@ -73,10 +72,9 @@ class ConversationStore:
         now: Callable[[], float] = time.time,
     ) -> None:
         """``max_sessions`` are kept of each owner, ``ttl_s`` after their last use (None: ever)."""
-        self.database, self._now = database, now
+        super().__init__(database, now=now)
         self._max_sessions, self._ttl_s = max_sessions, ttl_s
         self._writer = new_writer()
-        self._paths = Paths()
         self._in_use: Ids = []
 
     def create(
@@ -89,12 +87,17 @@ class ConversationStore:
         pruning: Pruning = "drop",
         messages: New = (),
         ttl_s: float | Unset | None = UNSET,
+        by_title: bool = False,
     ) -> StoredConversation:
-        """A conversation; ``messages`` are a path. Where there are too many, the least recently
-        used one makes way, but none that is in use."""
+        """A conversation; ``messages`` are a path.
+
+        Where there are too many, the least recently used one makes way, but none that is in use:
+        first of those that were begun ``by_title`` and that nobody has changed since.
+        """
         ttl_s = self._ttl_s if isinstance(ttl_s, Unset) else ttl_s
         fields = {"title": title, "model": model, "settings": dict(settings or {})}
         values = checked_fields({**fields, "pruning": pruning, "ttl_s": ttl_s})
+        values["by_title"] = by_title
         new = rows.as_new(messages)
         with self.database.connected(writes=True) as connection:
             row = self._add(connection, owner, values)
@@ -121,22 +124,6 @@ class ConversationStore:
             yield connection, row, now
             rows.save(connection, row)
 
-    def get(self, owner: str, conversation_id: str) -> StoredConversation:
-        """A conversation, without its messages."""
-        with self.database.connected() as connection:
-            return rows.conversation_of(rows.find(connection, owner, conversation_id, self._now()))
-
-    def list(
-        self, owner: str, *, query: str = "", limit: int = 50, after: str | None = None
-    ) -> ManyConversations:
-        """Conversations, the latest used first, at most 1,000.
-
-        ``query`` is looked for in titles and messages, in whatever case; ``after`` is the id of the
-        last one of the page before.
-        """
-        with self.database.connected() as connection:
-            return searching.search(connection, owner, query, limit, after, self._now())
-
     def change(
         self, owner: str, conversation_id: str, *, version: int | None = None, **fields: Any
     ) -> StoredConversation:
@@ -159,8 +146,18 @@ class ConversationStore:
                 row.head = head
             vars(row).update(values)
             rows.used(row, now)
-            rows.save(connection, row, **values)
+            rows.save(connection, row, by_title=False, **values)
             return rows.conversation_of(row)
+
+    def touch(self, known: StoredConversation) -> None:
+        """Note that a conversation is read, which is a use; at most once a minute."""
+        if self._now() - known.used_at < TOUCH_S:
+            return
+        with (
+            contextlib.suppress(NotFoundError, StoreError),  # whoever reads it has it already
+            self._changing(known.owner, known.id, relaxed=True) as (_, row, now),
+        ):
+            rows.used(row, now, changed=False)
 
     def delete(self, owner: str, conversation_id: str) -> None:
         """Delete a conversation, also one that is being answered in."""
@@ -168,16 +165,6 @@ class ConversationStore:
             row = rows.find(connection, owner, conversation_id, self._now(), lock=True)
             connection.execute(sa.delete(CONVERSATIONS).where(CONVERSATIONS.c.id == row.id))
         self._paths.drop(conversation_id)
-
-    def titled(self, owner: str, title: str) -> StoredConversation | None:
-        """The latest used of the conversations with this title."""
-        with self.database.connected() as connection:
-            return searching.titled(connection, owner, title, self._now())
-
-    def owner_of(self, conversation_id: str) -> str:
-        """Whose a conversation is: for people who may read the whole database."""
-        with self.database.connected() as connection:
-            return str(rows.find(connection, None, conversation_id, self._now()).owner)
 
     def delete_all(self, owner: str) -> int:
         """Delete all conversations of an owner; how many they were."""
@@ -198,14 +185,6 @@ class ConversationStore:
         same = {name: getattr(known, name) for name in ("title", "model", "settings", "pruning")}
         return self.create(owner, messages=copies, ttl_s=known.ttl_s, **same)
 
-    def export(self, owner: str, conversation_id: str) -> dict[str, Any]:
-        """All of a conversation as JSON, for a file and for `import_`."""
-        with self.database.connected() as connection:
-            row = rows.find(connection, owner, conversation_id, self._now())
-            return formats.exported(
-                rows.conversation_of(row), rows.read_messages(connection, row.id)
-            )
-
     def import_(self, owner: str, data: Any) -> StoredConversation:
         """A new conversation from what `export` gave, from a saved `llm.session`, or from
         ``{"messages": [...]}`` with OpenAI's messages.
@@ -222,45 +201,6 @@ class ConversationStore:
             row.head = ids[read.head] if read.head is not None else None
             rows.save(connection, row)
             return rows.conversation_of(row)
-
-    def messages(self, owner: str, conversation_id: str) -> Path:
-        """All messages of the tree, in the order in which they were stored."""
-        with self.database.connected() as connection:
-            row = rows.find(connection, owner, conversation_id, self._now())
-            return rows.read_messages(connection, row.id)
-
-    def message(self, owner: str, conversation_id: str, message_id: str) -> StoredMessage:
-        """One message."""
-        with self.database.connected() as connection:
-            row = rows.find(connection, owner, conversation_id, self._now())
-            return rows.read_message(connection, row.id, message_id)
-
-    def path(self, owner: str, conversation_id: str, leaf: str | None = None) -> Path:
-        """The messages from the root to ``leaf`` (by default the head).
-
-        Of a conversation that was read before only what is new is read.
-        """
-        return self.opened(owner, conversation_id, leaf)[1]
-
-    def opened(
-        self, owner: str, conversation_id: str, leaf: str | None = None
-    ) -> tuple[StoredConversation, Path]:
-        """A conversation and its `path`."""
-        path: Path = []
-        with self.database.connected() as connection:
-            row = rows.find(connection, owner, conversation_id, self._now())
-            wanted = row.head if leaf is None else leaf
-            if wanted is not None:
-                path = rows.read_path(connection, row.id, wanted, self._paths.get(row.id))
-        self._paths.keep(conversation_id, path)
-        return rows.conversation_of(row), path
-
-    def newest_leaf(self, owner: str, conversation_id: str, message_id: str) -> str:
-        """The leaf below a message, by the newest child each time: the head when its branch is
-        chosen."""
-        with self.database.connected() as connection:
-            row = rows.find(connection, owner, conversation_id, self._now())
-            return searching.newest_leaf(connection, row.id, message_id)
 
     def append(
         self,
@@ -310,19 +250,6 @@ class ConversationStore:
             added = replies.begin(connection, row, parent_id, new, model, branch, self._writer, now)
         self._paths.extend(conversation_id, added)
         return added
-
-    def begin_reply(
-        self,
-        owner: str,
-        conversation_id: str,
-        parent_id: str,
-        *,
-        model: str = "",
-        branch: bool = False,
-    ) -> StoredMessage:
-        """A running reply to a message, beside the replies that it has."""
-        turn = self.begin_turn(owner, conversation_id, parent_id, model=model, branch=branch)
-        return turn[-1]
 
     def update_reply(
         self, conversation_id: str, message_id: str, text: str, reasoning: str | None = None

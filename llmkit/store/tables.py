@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import date
 from typing import Any, ClassVar
 
-from sqlalchemy import JSON, BigInteger, ForeignKey, Index, LargeBinary, String, Text
+from sqlalchemy import JSON, BigInteger, ForeignKey, Index, LargeBinary, String, Text, false
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 __all__ = [
@@ -81,11 +81,15 @@ class Change(Table):
 
 
 class Conversations(Table):
-    """A conversation: a tree of messages. ``head`` is the leaf that is shown."""
+    """A conversation: a tree of messages. ``head`` is the leaf that is shown.
+
+    ``by_title``: a client's title began it, and nobody has changed it since.
+    """
 
     __tablename__ = "llmkit_conversations"
     __table_args__ = (
         Index("llmkit_conversations_used", "owner", "used_at", "id"),
+        Index("llmkit_conversations_updated", "owner", "updated_at", "id"),
         Index("llmkit_conversations_expires", "expires_at"),
     )
 
@@ -104,6 +108,7 @@ class Conversations(Table):
     updated_at: Mapped[float]
     used_at: Mapped[float]
     expires_at: Mapped[float | None]
+    by_title: Mapped[bool] = mapped_column(server_default=false())
 
 
 class Messages(Table):

@@ -16,16 +16,18 @@ from llmkit.settings.options import EngineOptions
 __all__ = ["Budget", "Need", "need_of"]
 
 GIB = 1 << 30
+POOLING = (1, 2, 3, 4)
 
 
 @dataclass(frozen=True, slots=True)
 class Need:
     """Memory in bytes: in RAM, and on GPUs. ``resident``: the part of ``ram_bytes`` that the
-    system counts as used already."""
+    system counts as used already. ``n_ctx``: the context that it is for; 0 if that is not known."""
 
     ram_bytes: int
     gpu_bytes: int = 0
     resident_bytes: int = 0
+    n_ctx: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +88,11 @@ def need_of(task: dict[str, Any]) -> Need:
     need = _need(Path(task["path"]), options)
     if options.draft is not None:
         draft = _need(resolve(options.draft).path, replace(options, draft=None, lora=()))
-        need = Need(need.ram_bytes + draft.ram_bytes, need.gpu_bytes + draft.gpu_bytes)
+        need = replace(
+            need,
+            ram_bytes=need.ram_bytes + draft.ram_bytes,
+            gpu_bytes=need.gpu_bytes + draft.gpu_bytes,
+        )
     return need
 
 
@@ -95,9 +101,12 @@ def _need(path: Path, options: EngineOptions) -> Need:
     if info.max_positions is not None and (options.n_ctx or 0) > info.max_positions:
         options = replace(options, n_ctx=None)  # the worker says whether that will do
     whole = estimate(info, replace(options, n_gpu_layers=0))
+    n_ctx = min(whole.n_ctx, info.max_positions or whole.n_ctx, whole.kv_tokens)
+    if info.value("pooling_type") in POOLING:  # an embedder takes texts as long as it was made for
+        n_ctx = 0
     layers = -1 if options.n_gpu_layers == "auto" else options.n_gpu_layers
     if not layers or not Path("/proc/driver/nvidia/version").exists():
-        return Need(whole.total_bytes)
+        return Need(whole.total_bytes, n_ctx=n_ctx)
     split = memory.estimate(
         info,
         n_ctx=whole.n_ctx,
@@ -107,4 +116,4 @@ def _need(path: Path, options: EngineOptions) -> Need:
         kv_tokens=options.kv_tokens,
         gpu_free_bytes=1 << 62,
     )
-    return Need(split.ram_bytes, split.gpu_bytes)
+    return Need(split.ram_bytes, split.gpu_bytes, n_ctx=n_ctx)

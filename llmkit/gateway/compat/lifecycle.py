@@ -6,7 +6,12 @@ The files are those of the models dir, and no path leads out of it.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import os
+import time
+from collections import deque
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from typing import ClassVar
 
@@ -15,6 +20,7 @@ from pydantic import AliasChoices, Field
 from llmkit.errors import InvalidRequestError, ModelNotFoundError
 from llmkit.gateway.access.identity import ADMIN
 from llmkit.gateway.access.permission import may_use
+from llmkit.gateway.aside import Aside
 from llmkit.gateway.bodies import Strict
 from llmkit.gateway.compat.generating import has_model, model_info
 from llmkit.gateway.directory import EngineDirectory
@@ -26,8 +32,10 @@ from llmkit.gateway.served import Served
 
 __all__ = ["LifecycleRoutes"]
 
-MAX_LISTED = 10_000
+MAX_LISTED, MAX_SEEN = 10_000, 100_000  # files; entries of folders
+LISTED_S = 2.0
 TAG = "Compatible"
+Files = list[str]  # inside the class, `list` is its method
 
 
 class LoadModelBody(Strict):
@@ -66,6 +74,9 @@ class LifecycleRoutes:
         self._openai = OpenAIRoutes(directory, "")  # for a model that is called "list"
         self._folder = None if models_dir is None else Path(models_dir).expanduser()
         self._switching = asyncio.Lock()
+        self._aside = Aside(2, "llmkit-models-dir")  # a slow disk holds up nothing else
+        self._looking: asyncio.Task[list[str]] | None = None
+        self._looked_at = 0.0
 
     def routes(self) -> list[Route]:
         load, reload, unload = self.load, self.reload, self.unload
@@ -107,16 +118,33 @@ class LifecycleRoutes:
             exchange.args = ("list",)
             await self._openai.get_model(exchange)
             return
-        files = [] if self._folder is None else await asyncio.to_thread(_files, self._folder)
-        exchange.send_json({"models": [f for f in files if may_use(_name(f))]})
+        exchange.send_json({"models": [f for f in await self._files() if may_use(_name(f))]})
+
+    async def _files(self) -> Files:
+        """The files in the models dir: looked for every few seconds at most, whoever asks."""
+        folder = self._folder
+        if folder is None:
+            return []
+        if self._looking is None or (
+            self._looking.done() and time.monotonic() - self._looked_at >= LISTED_S
+        ):
+            self._looking = asyncio.create_task(self._look(folder))
+        return await asyncio.shield(self._looking)
+
+    async def _look(self, folder: Path) -> Files:
+        try:
+            return await self._aside.run("", lambda _: _files(folder))
+        finally:
+            self._looked_at = time.monotonic()
 
     async def load(self, exchange: Exchange) -> None:
         body = await exchange.read(LoadModelBody)
-        name = await self._name_of(body.model)
+        name = await self._name_of(exchange, body.model)
+        await self._check_planned(exchange, name, body)
         async with self._switching:
             self._check_idle("load a model")
             await asyncio.wrap_future(self._manager.load(name))
-            self._check_fits(name, body)
+            self._check_loaded(name, body)
             self._manager.set_default(name)
         self._send(exchange, name, "loaded")
 
@@ -141,7 +169,7 @@ class LifecycleRoutes:
         body = await exchange.read(EndModelBody) if exchange.body.strip() else EndModelBody()
         return await self._served.name_of(body.model) or self._manager.status(body.model).name
 
-    async def _name_of(self, model: str) -> str:
+    async def _name_of(self, exchange: Exchange, model: str) -> str:
         """The model of a file or of a name.
 
         Raises `InvalidRequestError` for a file elsewhere, and `ModelNotFoundError`.
@@ -157,7 +185,8 @@ class LifecycleRoutes:
             raise InvalidRequestError(
                 "model_path: this server has no models_dir to load files from.", "model_path"
             )
-        inside = await asyncio.to_thread(_inside, self._folder, model)
+        folder = self._folder
+        inside = await self._aside.run(exchange.caller, lambda _: _inside(folder, model))
         for each in (inside, _name(inside)):
             name = await self._served.name_of(each)
             if name is not None:
@@ -168,27 +197,41 @@ class LifecycleRoutes:
         if self._num_waiting() > 0:
             raise ApiError(409, f"Cannot {what} while requests are queued.", code="model_busy")
 
-    def _check_fits(self, name: str, body: LoadModelBody) -> None:
-        """Refuse settings that differ from those of the server, which a request cannot change."""
+    async def _check_planned(self, exchange: Exchange, name: str, body: LoadModelBody) -> None:
+        """Refuse what differs from the server's settings, before anything is loaded for it."""
+        if body.context_size is None and not body.gpu_layers:
+            return
+        if self._manager.phase(name) == "ready":
+            self._check_loaded(name, body)
+            return
+        need = await self._aside.run(exchange.caller, lambda _: self._manager.need_of(name))
+        _check_settings(name, body, need.n_ctx, None if need.gpu_bytes else False)
+
+    def _check_loaded(self, name: str, body: LoadModelBody) -> None:
+        """The same of a model that is there."""
         model = self._directory.lookup(name).description
-        if body.context_size not in (None, model.n_ctx):
-            raise InvalidRequestError(
-                f"context_size: {name!r} has {model.n_ctx}; set n_ctx in its table of the "
-                "configuration.",
-                "context_size",
-            )
-        wants_gpu = None if body.gpu_layers is None else body.gpu_layers != 0
-        if wants_gpu not in (None, model.device == "gpu"):
-            raise InvalidRequestError(
-                f"gpu_layers: {name!r} is on the {model.device.upper()}; set n_gpu_layers in its "
-                "table of the configuration.",
-                "gpu_layers",
-            )
+        _check_settings(name, body, model.n_ctx, model.device == "gpu")
 
     def _send(self, exchange: Exchange, name: str, done: str) -> None:
         info = model_info(self._directory.lookup(name).description, exchange)
         exchange.send_json(
             {"success": True, "message": f"Model {done}: {name}", "model_info": info}
+        )
+
+
+def _check_settings(name: str, body: LoadModelBody, n_ctx: int, on_gpu: bool | None) -> None:
+    """Refuse what a request cannot change. A context of 0 and None are not known."""
+    if n_ctx and body.context_size not in (None, n_ctx):
+        raise InvalidRequestError(
+            f"context_size: {name!r} has {n_ctx}; set n_ctx in its table of the configuration.",
+            "context_size",
+        )
+    wants_gpu = None if body.gpu_layers is None else body.gpu_layers != 0
+    if None not in (wants_gpu, on_gpu) and wants_gpu != on_gpu:
+        raise InvalidRequestError(
+            f"gpu_layers: {name!r} is on the {'GPU' if on_gpu else 'CPU'}; set n_gpu_layers in "
+            "its table of the configuration.",
+            "gpu_layers",
         )
 
 
@@ -198,26 +241,35 @@ def _name(file: str) -> str:
 
 
 def _files(folder: Path) -> list[str]:
-    """The .gguf files in a folder, by their paths in it. On a thread."""
-    try:
-        found = [f for f in folder.rglob("*") if f.suffix.lower() == ".gguf" and f.is_file()]
-    except OSError:
-        return []
-    return sorted(f.relative_to(folder).as_posix() for f in found[:MAX_LISTED])
+    """The .gguf files in a folder, by their paths in it; looks at so many entries. On a thread."""
+    found: list[str] = []
+    waiting, num_left = deque([str(folder)]), MAX_SEEN
+    while waiting and num_left > 0 and len(found) < MAX_LISTED:
+        with contextlib.suppress(OSError), os.scandir(waiting.popleft()) as entries:
+            for entry in islice(entries, num_left):
+                num_left -= 1
+                if entry.is_dir(follow_symlinks=False):
+                    waiting.append(entry.path)
+                elif entry.name.lower().endswith(".gguf") and os.path.isfile(entry.path):
+                    found.append(Path(entry.path).relative_to(folder).as_posix())
+    return sorted(found)[:MAX_LISTED]
 
 
 def _inside(folder: Path, model: str) -> str:
     """The path of a file in a folder, given that or an absolute one. On a thread.
 
-    Raises `InvalidRequestError` if it leads out of the folder, and `ModelNotFoundError`.
+    Raises `InvalidRequestError` if it leads out of the folder, whatever is there, and
+    `ModelNotFoundError`.
     """
     if "\0" in model:
         raise InvalidRequestError("model_path is no path.", "model_path")
     root = folder.resolve()
     try:
-        file = (root / model).resolve(strict=True)
-    except (OSError, RuntimeError):
-        raise ModelNotFoundError(f"There is no model {model!r:.200} in the models dir.") from None
+        file = (root / model).resolve()
+    except (OSError, RuntimeError, ValueError):  # a ring of links, or what no name can be
+        file = Path()
     if not file.is_relative_to(root):
         raise InvalidRequestError("model_path must be in the models dir.", "model_path")
+    if not os.path.isfile(file):
+        raise ModelNotFoundError(f"There is no model {model!r:.200} in the models dir.")
     return file.relative_to(root).as_posix()

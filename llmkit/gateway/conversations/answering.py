@@ -22,7 +22,7 @@ from llmkit.gateway.conversations.shelf import Shelf
 from llmkit.gateway.directory import EngineDirectory
 from llmkit.gateway.failures import ApiError, api_error
 from llmkit.gateway.ids import new_id
-from llmkit.protocol import Completion, Message
+from llmkit.protocol import Completion, Message, ToolCall
 from llmkit.protocol.client import EngineClient
 from llmkit.store.conversation_records import NewMessage, StoredConversation, StoredMessage
 
@@ -54,8 +54,7 @@ class Answering:
         body = await exchange.read(BODIES[wish.kind])
         turn.is_streamed = body.stream
         shelf = self._shelf()
-        lane = wish.session_id or owner
-        place = await shelf.call(lane, lambda store: placed(store, owner, wish, body))
+        place = await shelf.call(owner, lambda store: placed(store, owner, wish, body))
         if isinstance(body, SendBody | EditBody) and not body.reply:
             await self._append(exchange, place)
             return
@@ -71,9 +70,9 @@ class Answering:
         try:
             # The engine computes the prompt while question and reply are stored.
             begun, cancelled = await shelf.finish(
-                lane, lambda store: begin(store, owner, place, body.model, engine.description.name)
+                owner, lambda store: begin(store, owner, place, body.model, engine.description.name)
             )
-            keeping = Keeping(shelf, begun[-1], pruned=fitted.pruned)
+            keeping = Keeping(shelf, owner, begun[-1], pruned=fitted.pruned)
             shown = [message_object(m) for m in begun]
             turn.begin(keeping, shown, exchange.answer_headers)
             if cancelled:
@@ -94,9 +93,7 @@ class Answering:
     async def _append(self, exchange: TurnExchange, place: Place) -> None:
         """Store messages without having them answered."""
         turn, owner = exchange.turn, exchange.identity.name
-        shelf = self._shelf()
-        lane = turn.session_id or owner
-        stored = await shelf.call(lane, lambda store: append(store, owner, place))
+        stored = await self._shelf().call(owner, lambda store: append(store, owner, place))
         turn.session_id = stored[-1].conversation_id
         turn.appended = [message_object(m) for m in stored]
         exchange.record.status = 200
@@ -138,6 +135,5 @@ def _log(log: EventLog, events: list[Event]) -> None:
             case Reasoning(text):
                 log.text("reasoning", text)
             case Call():
-                function = {"name": event.name, "arguments": event.arguments}
-                call = {"id": event.call_id, "type": "function", "function": function}
+                call = ToolCall(event.call_id, event.name, event.arguments).as_json()
                 log.add("call", size=len(event.arguments), call=call)

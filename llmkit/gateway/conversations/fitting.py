@@ -1,13 +1,12 @@
 """A conversation fitted into the model's context, by the engine's own count of tokens.
 
 What was left out is remembered with the reply (``usage.pruned``), so that the next turn leaves out
-the same, and its prompt begins with what is computed already. Tornado loop only; counting waits
-for the engine on a thread.
+the same, and its prompt begins with what is computed already. Tornado loop only; long histories are
+walked on a thread, where counting waits for the engine.
 """
 
 from __future__ import annotations
 
-import asyncio
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -16,21 +15,29 @@ from typing import Any
 from llmkit.chat.parsers.events import Content
 from llmkit.errors import ContextLengthError
 from llmkit.gateway.answers import Answer
+from llmkit.gateway.aside import Waiting
 from llmkit.gateway.chats import Chat
 from llmkit.gateway.exchange import Exchange
 from llmkit.gateway.ids import new_id
-from llmkit.protocol import Inquiry, Message, SamplingParams, TokenizeChat, check_size
+from llmkit.protocol import (
+    INSTRUCTIONS,
+    Inquiry,
+    Message,
+    SamplingParams,
+    TokenizeChat,
+    check_size,
+)
 from llmkit.protocol.client import EngineClient
 from llmkit.sessions.pruning import Pruned, ask_for_summary, prune, with_summary
 from llmkit.store.conversation_records import Pruning, StoredMessage
 
 __all__ = ["Fitted", "fit"]
 
-SYSTEM = ("system", "developer")
 MESSAGE_BYTES, CHAT_BYTES = 64, 512  # what a template adds to texts, at most, about
 ANSWER_SHARE = 4  # at most a quarter of the context is left to the answer
 SUMMARY_TOKENS = 400
 COUNT_S = 60.0
+SHORT, SHORT_CHARS = 64, 64 << 10  # messages, and their characters, that are walked at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +47,23 @@ class Fitted:
     chat: Chat
     pruned: dict[str, Any] | None = None
     is_new: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """A history and what is new, as messages. ``ids`` are of all but the new ones.
+
+    ``earlier`` is what the turn before left out, up to message ``since``; ``chat`` is without it,
+    and ``most`` its greatest possible number of tokens.
+    """
+
+    ids: list[str]
+    messages: list[Message]
+    earlier: dict[str, Any] | None
+    since: int
+    summary: str
+    chat: Chat
+    most: int
 
 
 async def fit(
@@ -57,9 +81,63 @@ async def fit(
     ``system`` goes in place of the history's own system prompt. Raises `ContextLengthError` for
     what cannot be made to fit, or is not to be.
     """
+    assert exchange.turns is not None
+    who, counting = exchange.counted_as, exchange.turns.counting(engine.description.name)
+    told = (
+        _told(chat, path, new, system)
+        if _is_short(path, new)
+        else await counting.run(who, lambda _: _told(chat, path, new, system))
+    )
+    n_ctx = engine.description.n_ctx
+    room = min(chat.sampling.max_tokens or n_ctx, n_ctx // ANSWER_SHARE)
+    if told.most <= n_ctx - room:
+        return Fitted(told.chat, told.earlier)
+    summary, since = told.summary, told.since
+    limit = n_ctx - 1 if how == "stop" else n_ctx - room - (SUMMARY_TOKENS if summary else 0)
+
+    def pruning(waiting: Waiting) -> Pruned:
+        count = _counter(engine, chat, exchange.caller, waiting)
+        return _pruned(told.messages, count, limit, n_ctx, how, since)
+
+    pruned = await counting.run(who, pruning)
+    if not pruned.dropped:
+        return Fitted(_summed_up(chat, pruned.messages, summary), told.earlier)
+    if how == "summarise":
+
+        def asking(waiting: Waiting) -> list[Message]:
+            count = _counter(engine, chat, exchange.caller, waiting)
+            return ask_for_summary(pruned.dropped, count, n_ctx - SUMMARY_TOKENS - 1, summary)
+
+        summary = await _summary(exchange, engine, await counting.run(who, asking))
+    ids, earlier = told.ids, told.earlier
+    if not ids:  # all of it came with this request: the session has nothing to leave out
+        return Fitted(_summed_up(chat, pruned.messages, summary), earlier)
+    after = ids[min(pruned.cut, len(ids)) - 1]
+    note: dict[str, Any] = {"after": after, "messages": len(pruned.dropped)}
+    if earlier is not None:
+        note["messages"] += earlier["messages"]
+    if summary:
+        note["summary"] = summary
+    return Fitted(_summed_up(chat, pruned.messages, summary), note, is_new=True)
+
+
+def _is_short(path: Sequence[StoredMessage], new: Sequence[Message]) -> bool:
+    """Whether looking at all of it takes no time."""
+    if len(path) + len(new) > SHORT:
+        return False
+    return sum(m.size for m in path) + sum(len(m.text) for m in new) <= SHORT_CHARS
+
+
+def _told(
+    chat: Chat,
+    path: Sequence[StoredMessage],
+    new: Sequence[Message],
+    system: Sequence[Message],
+) -> Told:
+    """Any thread: takes as long as the history is."""
     told = [m for m in path if m.role != "assistant" or m.text or m.tool_calls]
     if system:
-        told = [m for m in told if m.role not in SYSTEM]
+        told = [m for m in told if m.role not in INSTRUCTIONS]
     ids = [*("" for _ in system), *(m.id for m in told)]
     messages = [*system, *(m.message for m in told), *new]
     earlier = _earlier(path)
@@ -67,32 +145,10 @@ async def fit(
     if earlier is None or not since:
         earlier, kept = None, messages
     else:
-        kept = [*(m for m in messages[:since] if m.role in SYSTEM), *messages[since:]]
+        kept = [*(m for m in messages[:since] if m.role in INSTRUCTIONS), *messages[since:]]
     summary = "" if earlier is None else earlier.get("summary") or ""
-    fitted = replace(chat, messages=_told(kept, summary))
-    n_ctx = engine.description.n_ctx
-    room = min(chat.sampling.max_tokens or n_ctx, n_ctx // ANSWER_SHARE)
-    if _most_bytes(fitted) <= n_ctx - room:
-        return Fitted(fitted, earlier)
-    count = _counter(engine, chat, exchange.caller)
-    limit = n_ctx - 1 if how == "stop" else n_ctx - room - (SUMMARY_TOKENS if summary else 0)
-    pruned = await asyncio.to_thread(_pruned, messages, count, limit, n_ctx, how, since)
-    if not pruned.dropped:
-        return Fitted(replace(chat, messages=_told(pruned.messages, summary)), earlier)
-    if how == "summarise":
-        asked = await asyncio.to_thread(
-            ask_for_summary, pruned.dropped, count, n_ctx - SUMMARY_TOKENS - 1, summary
-        )
-        summary = await _summary(exchange, engine, asked)
-    if not ids:  # all of it came with this request: the session has nothing to leave out
-        return Fitted(replace(chat, messages=_told(pruned.messages, summary)), earlier)
-    after = ids[min(pruned.cut, len(ids)) - 1]
-    note: dict[str, Any] = {"after": after, "messages": len(pruned.dropped)}
-    if earlier is not None:
-        note["messages"] += earlier["messages"]
-    if summary:
-        note["summary"] = summary
-    return Fitted(replace(chat, messages=_told(pruned.messages, summary)), note, is_new=True)
+    chat = _summed_up(chat, kept, summary)
+    return Told(ids, messages, earlier, since, summary, chat, _most_bytes(chat))
 
 
 def _earlier(path: Sequence[StoredMessage]) -> dict[str, Any] | None:
@@ -104,8 +160,9 @@ def _earlier(path: Sequence[StoredMessage]) -> dict[str, Any] | None:
     return note if isinstance(note.get("after"), str) else None
 
 
-def _told(messages: Sequence[Message], summary: str) -> tuple[Message, ...]:
-    return with_summary(messages, summary) if summary else tuple(messages)
+def _summed_up(chat: Chat, messages: Sequence[Message], summary: str) -> Chat:
+    """The chat with these messages, after a summary of others."""
+    return replace(chat, messages=with_summary(messages, summary) if summary else tuple(messages))
 
 
 def _pruned(
@@ -127,16 +184,20 @@ def _pruned(
             raise ContextLengthError(error.num_tokens, n_ctx, "messages") from None
 
 
-def _counter(engine: EngineClient, chat: Chat, caller: str) -> Callable[[Sequence[Message]], int]:
-    """Counts the prompt tokens of messages. It waits for the engine: not on the loop."""
+def _counter(
+    engine: EngineClient, chat: Chat, caller: str, waiting: Waiting
+) -> Callable[[Sequence[Message]], int]:
+    """Counts the prompt tokens of messages, while somebody waits for that. Any thread: the engine
+    takes its time."""
 
     def count(messages: Sequence[Message]) -> int:
+        waiting.check()
         asked = replace(chat, messages=tuple(messages), continue_final=False)
         request = asked.request(new_id("count"), engine.description)
         check_size(request, engine.description.n_ctx)
         question = TokenizeChat(asked.messages, request.tools, request.template_options)
         inquiry = Inquiry(request.request_id, question, caller)
-        return len(engine.inquire(inquiry).result(COUNT_S).tokens)
+        return len(waiting.result(engine.inquire(inquiry), COUNT_S).tokens)
 
     return count
 

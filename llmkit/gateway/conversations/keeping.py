@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from llmkit.chat.parsers.events import Call, Content, Event, Reasoning
@@ -17,7 +18,7 @@ from llmkit.gateway.conversations.objects import message_object
 from llmkit.gateway.conversations.shelf import Shelf
 from llmkit.gateway.failures import ApiError
 from llmkit.protocol import Completion, FinishReason, ToolCall
-from llmkit.store.conversation_records import NewMessage, Status, StoredMessage
+from llmkit.store.conversation_records import NewMessage, Status, StoredMessage, usage_of
 
 if TYPE_CHECKING:
     from llmkit.store.conversations import ConversationStore
@@ -32,7 +33,7 @@ REFUSALS = (400, 413, 429)  # of an engine: the question was not taken
 
 
 class Keeping:
-    """Stores a running ``reply``, perhaps one that is still being ``begun``.
+    """Stores a running ``reply`` of an owner, perhaps one that is still being ``begun``.
 
     ``take`` its events, give its ``completion``, and ``end``. ``prefix`` is the beginning that its
     caller gave. ``pruned`` says what was left out of its prompt.
@@ -41,13 +42,14 @@ class Keeping:
     def __init__(
         self,
         shelf: Shelf,
+        owner: str,
         reply: StoredMessage | None = None,
         *,
         begun: Coroutine[Any, Any, StoredMessage] | None = None,
         prefix: str = "",
         pruned: dict[str, Any] | None = None,
     ) -> None:
-        self._shelf, self._reply = shelf, reply
+        self._shelf, self._owner, self._reply = shelf, owner, reply
         self._begun = None if begun is None else asyncio.ensure_future(begun)
         self._ending: asyncio.Task[None] | None = None
         self._pruned = pruned
@@ -108,17 +110,13 @@ class Keeping:
         self._text, self._reasoning = ["".join(self._text)], ["".join(self._reasoning)]
         text, thoughts = self._text[0], self._reasoning[0] or None
         ids = self.reply.conversation_id, self.reply.id
-        call = self._shelf.call(self._lane, lambda s: s.update_reply(*ids, text, thoughts))
+        call = self._shelf.call(self._owner, lambda s: s.update_reply(*ids, text, thoughts))
         call.add_done_callback(self._checkpointed)
 
     def _checkpointed(self, call: asyncio.Future[None]) -> None:
         self._timer = None
         if not call.cancelled() and (error := call.exception()) is not None:
             logger.warning("an answer could not be stored meanwhile: %s", error)
-
-    @property
-    def _lane(self) -> str:
-        return self.reply.conversation_id
 
     async def end(self, failure: ApiError | None = None) -> None:
         """Store the whole reply; without a completion as partial.
@@ -165,7 +163,8 @@ class Keeping:
             model=self.reply.model,
         )
         usage = self._usage
-        self._reply = self.reply.copied(  # so that it is shown even if it cannot be stored
+        self._reply = replace(  # so that it is shown even if it cannot be stored
+            self.reply,
             content=message.content,
             reasoning=message.reasoning,
             tool_calls=message.tool_calls,
@@ -183,7 +182,7 @@ class Keeping:
         """Run it on a thread, again if the database is in trouble."""
         for wait in (*RETRIES_S, None):
             try:
-                result, _ = await self._shelf.finish(self._lane, run)
+                result, _ = await self._shelf.finish(self._owner, run)
                 return result
             except StoreError:
                 if wait is None:
@@ -204,12 +203,4 @@ class Keeping:
         pruned = {} if self._pruned is None else {"pruned": self._pruned}
         if done is None:
             return pruned or None
-        usage, speed = done.usage, done.decode_tok_s
-        return {
-            "prompt_tokens": usage.prompt_tokens,
-            "completion_tokens": usage.completion_tokens,
-            "cached_tokens": usage.cached_tokens,
-            "reasoning_tokens": usage.reasoning_tokens,
-            "tokens_per_s": round(speed, 2) if speed == speed else None,
-            **pruned,
-        }
+        return {**usage_of(done), **pruned}

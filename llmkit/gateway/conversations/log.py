@@ -16,7 +16,7 @@ import msgspec
 
 __all__ = ["EventLog", "Kind", "TurnEvent"]
 
-Kind = Literal["start", "delta", "reasoning", "call", "pruned", "usage", "end", "error"]
+Kind = Literal["start", "delta", "reasoning", "call", "pruned", "end", "error"]
 MAX_BLOCK = 512  # deltas in one block
 BASE_BYTES = 400  # of an event that is not text, besides its message
 

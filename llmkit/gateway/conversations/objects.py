@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
 from llmkit.store.conversation_records import StoredConversation, StoredMessage
 
-__all__ = ["message_object", "session_object", "with_relatives"]
+__all__ = ["Object", "encoded", "message_object", "session_object"]
 
 Object = dict[str, Any]
 
@@ -32,14 +33,7 @@ def session_object(session: StoredConversation, running: Sequence[str] = ()) -> 
 
 
 def message_object(message: StoredMessage) -> Object:
-    calls = [
-        {
-            "id": call.call_id,
-            "type": "function",
-            "function": {"name": call.name, "arguments": call.arguments},
-        }
-        for call in message.tool_calls
-    ]
+    calls = [call.as_json() for call in message.tool_calls]
     return {
         "id": message.id,
         "object": "session.message",
@@ -59,9 +53,6 @@ def message_object(message: StoredMessage) -> Object:
     }
 
 
-def with_relatives(messages: Sequence[StoredMessage]) -> list[Object]:
-    """All messages of a tree, each with its ``children``."""
-    children: dict[str | None, list[str]] = {}
-    for message in messages:
-        children.setdefault(message.parent_id, []).append(message.id)
-    return [{**message_object(m), "children": children.get(m.id, [])} for m in messages]
+def encoded(value: Any) -> bytes:
+    """It as JSON. Takes as long as it is: a large one is not for the event loop."""
+    return json.dumps(value, ensure_ascii=False).encode("utf-8", "replace")

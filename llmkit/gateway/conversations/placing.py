@@ -12,7 +12,13 @@ from typing import TYPE_CHECKING
 from llmkit.errors import ConflictError, InvalidRequestError
 from llmkit.gateway.conversations.detached import Wish
 from llmkit.gateway.conversations.schemas import EditBody, SendBody, TurnBody
-from llmkit.store.conversation_records import NewMessage, StoredConversation, StoredMessage, Unset
+from llmkit.store.conversation_records import (
+    UNDER_WAY,
+    NewMessage,
+    StoredConversation,
+    StoredMessage,
+    Unset,
+)
 
 if TYPE_CHECKING:
     from llmkit.store.conversations import ConversationStore
@@ -53,8 +59,8 @@ def placed(store: ConversationStore, owner: str, wish: Wish, body: TurnBody) -> 
             leaf = session.head
         elif leaf != session.head and not branches:
             raise ConflictError(
-                "The session went on since: parent is not its last message any more. Send "
-                "branch: true to answer there all the same, or leave parent out."
+                "parent is no longer the session's last message. Leave parent out to continue at "
+                "the end, or send branch: true to branch here."
             )
     else:
         branches = True
@@ -69,12 +75,15 @@ def placed(store: ConversationStore, owner: str, wish: Wish, body: TurnBody) -> 
         else:
             leaf = message.parent_id if message.role == "assistant" else message.id
             if leaf is None:
-                raise InvalidRequestError("The message answers nothing.", "message")
+                raise InvalidRequestError(
+                    "There is no question before this message, so it cannot be regenerated.",
+                    "message",
+                )
     path = settled_path(store, owner, session.id, leaf, path)
     if path and path[-1].status == "running":
         if not branches:
             raise ConflictError(
-                "The session is being answered: wait, cancel that turn, or send branch: true."
+                f"{UNDER_WAY} Wait for it, cancel it, or ask for a branch (branch: true)."
             )
         path = _before_turn(path)
     return Place(session, path, new, branches)

@@ -6,7 +6,6 @@ kept. Tornado loop only; knows no dialect.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from types import TracebackType
@@ -19,15 +18,18 @@ from llmkit.gateway.chats import Chat
 from llmkit.gateway.conversations.fitting import fit
 from llmkit.gateway.conversations.keeping import Keeping
 from llmkit.gateway.conversations.placing import settled_path
+from llmkit.gateway.conversations.uses import Use
 from llmkit.gateway.exchange import ClientGoneError, Exchange
 from llmkit.gateway.failures import api_error
-from llmkit.protocol import Completion, Delta, Message, ModelDescription
+from llmkit.protocol import INSTRUCTIONS, Completion, Delta, Message, ModelDescription
 from llmkit.protocol.client import EngineClient
 from llmkit.store.conversation_records import (
     MAX_TITLE,
+    UNDER_WAY,
     NewMessage,
     StoredConversation,
     StoredMessage,
+    is_session_id,
 )
 
 if TYPE_CHECKING:
@@ -37,8 +39,6 @@ __all__ = ["recalled"]
 
 # Clients send ids of their own in headers of these names, so that only ours count there.
 HEADERS = ("session-id", "session_id", "x-session-id")
-OURS = re.compile(r"sess_[0-9a-f]{24}")
-SYSTEM = ("system", "developer")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,26 +97,29 @@ async def recalled(
     if chat.n > 1:
         raise InvalidRequestError("n must be 1 in a session.", "n")
     owner = exchange.identity.name
-    session, path = await shelf.call(wanted, lambda store: _read(store, owner, wanted))
-    session_id = session.id
-    first = next((i for i, m in enumerate(chat.messages) if m.role not in SYSTEM), None)
+    first = next((i for i, m in enumerate(chat.messages) if m.role not in INSTRUCTIONS), None)
     if first is None:
         raise InvalidRequestError("messages hold nothing but a system prompt.", "messages")
-    system, new = chat.messages[:first], _news(chat.messages[first:], path)
+    system, sent = chat.messages[:first], chat.messages[first:]
+    exchange.cleanup.callback((use := shelf.uses.begin()).end)
+    name = engine.description.name
+    session, path, new = await shelf.call(
+        owner, lambda store: _read(store, use, owner, wanted, sent, name)
+    )
+    session_id = session.id
     fitted = await fit(exchange, engine, chat, path, new, session.pruning, system=system)
     stored = [*(() if path else system), *(new[:-1] if chat.continue_final else new)]
     parent, told = path[-1].id if path else None, [NewMessage.of(m) for m in stored]
-    name = engine.description.name
 
     async def begun() -> StoredMessage:
         stored, _ = await shelf.finish(
-            session_id, lambda store: store.begin_turn(owner, session_id, parent, told, model=name)
+            owner, lambda store: store.begin_turn(owner, session_id, parent, told, model=name)
         )
         return stored[-1]
 
     prefix = new[-1].text if chat.continue_final else ""
     # They are stored while the engine computes the prompt; no text is sent before.
-    keeping = Keeping(shelf, begun=begun(), prefix=prefix, pruned=fitted.pruned)
+    keeping = Keeping(shelf, owner, begun=begun(), prefix=prefix, pruned=fitted.pruned)
     exchange.before_events = keeping.begun
     turns = exchange.turns
 
@@ -133,25 +136,33 @@ async def recalled(
 
 def _named(exchange: Exchange) -> str | None:
     values = (exchange.header(name) for name in HEADERS)
-    return next((value for value in values if value and OURS.fullmatch(value)), None)
+    return next((value for value in values if value and is_session_id(value)), None)
 
 
 def _read(
-    store: ConversationStore, owner: str, session_id: str
-) -> tuple[StoredConversation, list[StoredMessage]]:
-    if OURS.fullmatch(session_id):
+    store: ConversationStore,
+    use: Use,
+    owner: str,
+    session_id: str,
+    sent: Sequence[Message],
+    model: str,
+) -> tuple[StoredConversation, list[StoredMessage], Sequence[Message]]:
+    """The session, its path, and what of the messages it does not have. Any thread."""
+    if is_session_id(session_id):
         session, path = store.opened(owner, session_id)
     else:
-        session = store.titled(owner, session_id) or store.create(owner, title=session_id)
+        known = store.titled(owner, session_id)
+        session = known or store.create(owner, title=session_id, model=model, by_title=True)
         path = []
+    use.of(session.id)
     path = settled_path(store, owner, session.id, session.head, path)
     if path and path[-1].status == "running":
-        raise ConflictError("The session is being answered: wait, or cancel that request.")
-    return session, path
+        raise ConflictError(f"{UNDER_WAY} Wait for it, or cancel it.")
+    return session, path, _news(sent, path)
 
 
 def _news(messages: Sequence[Message], path: Sequence[StoredMessage]) -> Sequence[Message]:
     """What of a request the session does not have: some clients send all of it each time."""
-    known = [(m.role, m.text) for m in path if m.role not in SYSTEM]
+    known = [(m.role, m.text) for m in path if m.role not in INSTRUCTIONS]
     sent = [(m.role, m.text) for m in messages[: len(known)]]
     return messages[len(known) :] if known == sent and len(messages) > len(known) else messages

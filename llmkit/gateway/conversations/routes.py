@@ -1,29 +1,29 @@
 """The routes of sessions: kept conversations, listed, changed, forked. Tornado loop only.
 
-The routes of turns are in `turn_routes`.
+The routes of their messages are in `history`, those of turns in `turn_routes`.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from llmkit.errors import InvalidRequestError
-from llmkit.gateway.conversations.objects import message_object, session_object, with_relatives
+from llmkit.gateway.conversations.history import MAX_PAGE, number_of
+from llmkit.gateway.conversations.objects import encoded, session_object
 from llmkit.gateway.conversations.schemas import ChangeBody, ForkBody, ImportBody, SessionBody
 from llmkit.gateway.conversations.turns import Turns
 from llmkit.gateway.exchange import Exchange
-from llmkit.gateway.ops.openapi import Route
-from llmkit.store.conversation_records import UNSET, StoredConversation, StoredMessage
+from llmkit.gateway.ops.openapi import Query, Route
+from llmkit.store.conversation_records import UNSET, StoredConversation
 
 if TYPE_CHECKING:
     from llmkit.store.conversations import ConversationStore
 
 __all__ = ["SessionRoutes"]
 
-MAX_PAGE = 1000
 TAG = "Sessions"
+LISTED = 50  # sessions, unless a request says how many
 T = TypeVar("T")
 
 
@@ -37,15 +37,26 @@ class SessionRoutes:
         one = "/v1/sessions/{session_id}"
         return [
             Route("POST", "/v1/sessions", self.create, "A new session", TAG, SessionBody),
-            Route("GET", "/v1/sessions", self.list, "The sessions", TAG, also=("/sessions",)),
+            Route(
+                "GET",
+                "/v1/sessions",
+                self.list,
+                "The sessions",
+                TAG,
+                also=("/sessions",),
+                query=(
+                    Query("query", "Words in titles or messages."),
+                    Query("q", "The same."),
+                    Query.number("limit", "The most that are listed.", MAX_PAGE, LISTED),
+                    Query("after", "The id of the last one that is known."),
+                ),
+            ),
             Route("DELETE", "/v1/sessions", self.delete_all, "Delete all sessions", TAG),
             Route("POST", "/v1/sessions/import", self.import_, "Import one", TAG, ImportBody),
             Route("GET", one, self.get, "A session", TAG),
             Route("PATCH", one, self.change, "Rename or change a session", TAG, ChangeBody),
             Route("DELETE", one, self.delete, "Delete a session", TAG),
-            Route("GET", f"{one}/messages", self.messages, "Its messages", TAG),
             Route("POST", f"{one}/fork", self.fork, "A copy of a branch", TAG, ForkBody),
-            Route("GET", f"{one}/export", self.export, "All of it, as a file", TAG),
         ]
 
     async def _call(self, exchange: Exchange, run: Callable[[ConversationStore], T]) -> T:
@@ -76,15 +87,19 @@ class SessionRoutes:
         exchange.send_json(self._shown(exchange, session))
 
     async def list(self, exchange: Exchange) -> None:
-        owner, limit = exchange.identity.name, _number(exchange, "limit", 50)
+        owner, limit = exchange.identity.name, number_of(exchange, "limit", LISTED)
         query = exchange.query("query") or exchange.query("q") or ""
         after = exchange.query("after")
-        found = await self._call(
-            exchange,
-            lambda store: store.list(owner, query=query, limit=limit + 1, after=after),
-        )
-        data = [self._shown(exchange, session) for session in found[:limit]]
-        exchange.send_json({"object": "list", "data": data, "has_more": len(found) > limit})
+        running: dict[str, list[str]] = {}
+        for turn in self._turns.running(exchange.identity):
+            running.setdefault(turn.session_id, []).append(turn.id)
+
+        def read(store: ConversationStore) -> bytes:
+            found, has_more = store.listed(owner, query=query, limit=limit, after=after)
+            data = [session_object(session, running.get(session.id, ())) for session in found]
+            return encoded({"object": "list", "data": data, "has_more": has_more})
+
+        exchange.send_bytes(await self._turns.shelf.look(owner, read))
 
     async def get(self, exchange: Exchange) -> None:
         owner, session_id = _ids(exchange)
@@ -100,7 +115,9 @@ class SessionRoutes:
         if body.ttl_s is not None:
             fields["ttl_s"] = body.ttl_s or None
         if not fields:
-            raise InvalidRequestError("There is nothing to change in the body.")
+            raise InvalidRequestError(
+                "The body changes nothing: give title, model, settings, pruning, head or ttl_s."
+            )
         owner, session_id = _ids(exchange)
         session = await self._call(
             exchange,
@@ -120,28 +137,6 @@ class SessionRoutes:
         count = await self._call(exchange, lambda store: store.delete_all(owner))
         exchange.send_json({"object": "list", "deleted": count})
 
-    async def messages(self, exchange: Exchange) -> None:
-        """The branch that is shown; with ``tree`` all, with ``render=html`` as HTML too."""
-        owner, session_id = _ids(exchange)
-        is_tree, leaf = _flag(exchange, "tree"), exchange.query("leaf")
-        renders = exchange.query("render")
-        if renders not in (None, "html"):
-            raise InvalidRequestError("render can only be html.", "render")
-
-        def read(store: ConversationStore) -> bytes:
-            """As JSON, which of a long conversation takes too long for the event loop."""
-            store.get(owner, session_id)
-            if is_tree:
-                found = store.messages(owner, session_id)
-                objects = with_relatives(found)
-            else:
-                found = store.path(owner, session_id, leaf)
-                objects = [message_object(m) for m in found]
-            data = _rendered(found, objects) if renders else objects
-            return json.dumps({"object": "list", "data": data, "has_more": False}).encode()
-
-        exchange.send_bytes(await self._call(exchange, read))
-
     async def fork(self, exchange: Exchange) -> None:
         body = await exchange.read(ForkBody) if exchange.body else ForkBody()
         owner, session_id = _ids(exchange)
@@ -149,16 +144,6 @@ class SessionRoutes:
             exchange, lambda store: store.fork(owner, session_id, body.message)
         )
         exchange.send_json(self._shown(exchange, session))
-
-    async def export(self, exchange: Exchange) -> None:
-        owner, session_id = _ids(exchange)
-        form = exchange.query("format") or "json"
-        if form not in EXPORTS:
-            raise InvalidRequestError("format must be json or markdown.", "format")
-        write, kind, end = EXPORTS[form]
-        data = await self._call(exchange, lambda store: write(store, owner, session_id))
-        headers = {"Content-Disposition": f'attachment; filename="{session_id:.60}.{end}"'}
-        exchange.send_bytes(data, headers=headers, content_type=kind)
 
     async def import_(self, exchange: Exchange) -> None:
         body, owner = await exchange.read(ImportBody), exchange.identity.name
@@ -177,42 +162,3 @@ class SessionRoutes:
 def _ids(exchange: Exchange) -> tuple[str, str]:
     """The caller, and the session that the path names."""
     return exchange.identity.name, exchange.args[0]
-
-
-def _rendered(
-    messages: Sequence[StoredMessage], objects: list[dict[str, Any]]
-) -> list[dict[str, Any]]:
-    """The objects with their text as blocks of sanitised HTML. Any thread."""
-    from llmkit.gateway.web.markdown import render
-
-    return [{**o, "html": render(m.text)} for m, o in zip(messages, objects, strict=True)]
-
-
-def _json(store: ConversationStore, owner: str, session_id: str) -> bytes:
-    return json.dumps(store.export(owner, session_id), ensure_ascii=False).encode()
-
-
-def _markdown(store: ConversationStore, owner: str, session_id: str) -> bytes:
-    from llmkit.sessions.exchange_formats import to_markdown
-
-    return to_markdown(store.get(owner, session_id), store.path(owner, session_id)).encode()
-
-
-EXPORTS = {
-    "json": (_json, "application/json", "json"),
-    "markdown": (_markdown, "text/markdown; charset=utf-8", "md"),
-}
-
-
-def _flag(exchange: Exchange, name: str) -> bool:
-    value = exchange.query(name) or "0"
-    if value not in ("0", "1", "true", "false"):
-        raise InvalidRequestError(f"{name} must be 0 or 1.", name)
-    return value in ("1", "true")
-
-
-def _number(exchange: Exchange, name: str, default: int) -> int:
-    text = exchange.query(name) or str(default)
-    if not (text.isascii() and text.isdecimal() and 1 <= int(text[:9]) <= MAX_PAGE):
-        raise InvalidRequestError(f"{name} must be a number from 1 to {MAX_PAGE}.", name)
-    return int(text)

@@ -10,7 +10,7 @@ from llmkit.errors import InvalidRequestError
 from llmkit.gateway.bodies import Strict
 from llmkit.gateway.conversations.settings import TurnSettings
 from llmkit.protocol import ToolCall
-from llmkit.store.conversation_records import UNSET, NewMessage, Pruning, Unset
+from llmkit.store.conversation_records import MAX_TITLE, UNSET, NewMessage, Pruning, Unset
 
 __all__ = [
     "ROOT",
@@ -25,7 +25,6 @@ __all__ = [
 ]
 
 ROOT = "root"  # as a parent: none
-MAX_TITLE = 300
 Title = Annotated[str, Field(max_length=MAX_TITLE)]
 Seconds = Annotated[float, Field(ge=0, le=1e10)]  # 0 is never
 
@@ -110,7 +109,7 @@ class SendBody(TurnBody):
         ]
         if len(given) != 1:
             raise InvalidRequestError(
-                "give one of content (a user's text), message and messages.", "content"
+                "give exactly one of content, message and messages.", "content"
             )
         if self.message is not None:
             return [self.message.new()]

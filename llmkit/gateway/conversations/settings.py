@@ -9,14 +9,10 @@ from pydantic import Field
 
 from llmkit.gateway.bodies import Strict, validated
 from llmkit.gateway.chats import MAX_TOOLS, Chat, Effort, NamedTool, check_reasons, sampling_params
+from llmkit.gateway.sampling_fields import SamplingFields
 from llmkit.protocol import Grammar, Message, ModelDescription, Tool
 
 __all__ = ["TurnSettings", "chat_of", "merged"]
-
-CHAT_ONLY = frozenset(
-    {"tools", "tool_choice", "parallel_tool_calls", "reasoning_effort", "json_schema", "regex",
-     "choice", "repeat_penalty", "repeat_last_n", "stop"}
-)  # fmt: skip
 
 
 class FunctionSetting(Strict):
@@ -46,35 +42,11 @@ class ChoiceSetting(Strict):
     function: NamedSetting
 
 
-class TurnSettings(Strict):
+class TurnSettings(SamplingFields):
     """How answers are sampled, and what tools there are; as in a chat of OpenAI's form."""
 
     max_tokens: Annotated[int, Field(ge=1)] | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    min_p: float | None = None
-    typical_p: float | None = None
-    repetition_penalty: float | None = None
-    repeat_penalty: float | None = None  # another name for repetition_penalty
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    penalty_last_n: int | None = None
-    repeat_last_n: int | None = None  # another name for penalty_last_n
-    seed: int | None = None
-    stop: str | list[str] | None = None
-    ignore_eos: bool | None = None
-    speculate: bool | None = None
-    dry_multiplier: float | None = None
-    dry_base: float | None = None
-    dry_allowed_length: int | None = None
-    dry_penalty_last_n: int | None = None
-    xtc_probability: float | None = None
-    xtc_threshold: float | None = None
-    mirostat: int | None = None
-    mirostat_tau: float | None = None
-    mirostat_eta: float | None = None
-    max_repetitions: int | None = None
+    penalty_last_n: int | None = None  # another name for repeat_last_n
     tools: Annotated[list[ToolSetting], Field(max_length=MAX_TOOLS)] | None = None
     tool_choice: Literal["none", "auto", "required"] | ChoiceSetting | None = None
     parallel_tool_calls: bool | None = None
@@ -89,24 +61,11 @@ class TurnSettings(Strict):
         return self.model_dump(exclude_none=True)
 
     def sampling(self) -> Any:
-        given = self.model_dump(exclude_none=True)
-        values = {name: value for name, value in given.items() if name not in CHAT_ONLY}
-        return sampling_params(
-            {},
-            **{
-                "repetition_penalty": self.repeat_penalty,
-                "penalty_last_n": self.repeat_last_n,
-                **values,
-                "stop": (self.stop,) if isinstance(self.stop, str) else self._stops,
-                "grammar": Grammar.of(
-                    json_schema=self.json_schema, regex=self.regex, choice=self.choice
-                ),
-            },
-        )
-
-    @property
-    def _stops(self) -> tuple[str, ...] | None:
-        return None if self.stop is None else tuple(self.stop)
+        values = self.sampled()
+        if self.penalty_last_n is not None:
+            values["penalty_last_n"] = self.penalty_last_n
+        grammar = Grammar.of(json_schema=self.json_schema, regex=self.regex, choice=self.choice)
+        return sampling_params({}, **values, max_tokens=self.max_tokens, grammar=grammar)
 
 
 def merged(stored: Mapping[str, Any], given: TurnSettings | None) -> TurnSettings:

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
+from llmkit.gateway.conversations.uses import Uses
 from llmkit.system.lanes import Lanes
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ __all__ = ["Shelf"]
 
 logger = logging.getLogger("llmkit.gateway")
 
-NUM_THREADS = 4
+NUM_THREADS, NUM_LOOKING = 4, 2
 RENEW_S, TIDY_S = 15.0, 60.0
 T = TypeVar("T")
 
@@ -55,8 +56,9 @@ class Stores:
 class Shelf:
     """Calls of the stores in a database, which ``database`` opens; it is closed with this.
 
-    ``max_sessions`` of each owner are kept, for ``ttl_s`` after their last use (None: ever). While
-    it is in use, leases are renewed, and what others left or what has expired is tidied up.
+    ``max_sessions`` of each owner are kept, for ``ttl_s`` after their last use (None: ever), and
+    those in ``uses`` in any case. While it is in use, leases are renewed, and what others left or
+    what has expired is tidied up, on a thread of its own.
     """
 
     def __init__(
@@ -70,8 +72,10 @@ class Shelf:
         self._lock = threading.Lock()
         self._opened: Database | None = None
         self._stores: Stores | None = None
+        self.uses = Uses()
         self._lanes = Lanes(NUM_THREADS, "llmkit-sessions")
-        self._own_lane = Lanes(1, "llmkit-leases")  # callers may keep all others busy
+        self._looking = Lanes(NUM_LOOKING, "llmkit-looking")
+        self._leasing = Lanes(1, "llmkit-leases")  # callers may keep all others busy
         self._upkeep: asyncio.Task[None] | None = None
 
     @classmethod
@@ -87,23 +91,26 @@ class Shelf:
 
         return cls(opened, max_sessions=options.max_sessions, ttl_s=options.session_ttl_s)
 
-    def call(self, lane: str, run: Callable[[ConversationStore], T]) -> asyncio.Future[T]:
-        """What ``run`` returns. Calls of one ``lane`` (a caller, or a session) keep their order.
+    def call(self, owner: str, run: Callable[[ConversationStore], T]) -> asyncio.Future[T]:
+        """What ``run`` returns. Calls for one owner keep their order, and take one thread at most.
 
         Cancelling it keeps only a call from running that waits for its turn. Raises what the store
         raises, `StoreError` if it cannot be opened.
         """
-        return self._submit(lane, lambda stores: run(stores.conversations))
+        return self._submit(self._lanes, owner, lambda stores: run(stores.conversations))
 
-    def responses(self, lane: str, run: Callable[[ResponseStore], T]) -> asyncio.Future[T]:
-        """The same for responses."""
-        return self._submit(lane, lambda stores: run(stores.responses))
+    def look(self, owner: str, run: Callable[[ConversationStore], T]) -> asyncio.Future[T]:
+        """The same for what only reads, and may read much: no turn waits for it."""
+        return self._submit(self._looking, owner, lambda stores: run(stores.conversations))
 
-    def _submit(self, lane: str, run: Callable[[Stores], T]) -> asyncio.Future[T]:
+    def responses(self, owner: str, run: Callable[[ResponseStore], T]) -> asyncio.Future[T]:
+        """The same as ``call`` for responses."""
+        return self._submit(self._lanes, owner, lambda stores: run(stores.responses))
+
+    def _submit(self, lanes: Lanes, owner: str, run: Callable[[Stores], T]) -> asyncio.Future[T]:
         if self._upkeep is None:
             self._upkeep = asyncio.ensure_future(self._keep_up())
-        lanes = self._lanes if lane else self._own_lane
-        return asyncio.wrap_future(lanes.submit(lane, lambda: run(self._open())))
+        return asyncio.wrap_future(lanes.submit(owner, lambda: run(self._open())))
 
     def _open(self) -> Stores:
         with self._lock:
@@ -116,13 +123,14 @@ class Shelf:
                     ConversationStore(opened, max_sessions=self._max_sessions, ttl_s=self._ttl_s),
                     ResponseStore(opened, ttl_s=self._ttl_s),
                 )
+                stores.conversations.in_use(self.uses.ids)
                 stores.recover()
                 self._stores = stores
             return self._stores
 
-    async def finish(self, lane: str, run: Callable[[ConversationStore], T]) -> tuple[T, bool]:
+    async def finish(self, owner: str, run: Callable[[ConversationStore], T]) -> tuple[T, bool]:
         """The result, whatever happens to the caller meanwhile; whether it was cancelled."""
-        call = self.call(lane, run)
+        call = self.call(owner, run)
         cancelled = False
         while not call.done():
             try:
@@ -142,7 +150,7 @@ class Shelf:
             passed += RENEW_S
             tidies, passed = passed >= TIDY_S, passed % TIDY_S
             try:
-                await self._submit("", Stores.tidy if tidies else Stores.renew)
+                await self._submit(self._leasing, "", Stores.tidy if tidies else Stores.renew)
             except Exception as error:
                 logger.warning("sessions cannot be kept up: %s", error)
 
@@ -152,7 +160,7 @@ class Shelf:
             self._upkeep.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._upkeep
-        self._lanes.close()
-        self._own_lane.close()
+        for lanes in (self._lanes, self._looking, self._leasing):
+            lanes.close()
         if self._opened is not None:
             await asyncio.to_thread(self._opened.close)

@@ -6,26 +6,33 @@ turn is an exchange of its own, see `Turns`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import msgspec
 
 from llmkit.errors import InvalidRequestError
+from llmkit.gateway.access.held import SMALL_BYTES
 from llmkit.gateway.conversations.answering import Answering
 from llmkit.gateway.conversations.detached import PASSED, TurnExchange, Wish
+from llmkit.gateway.conversations.objects import encoded
 from llmkit.gateway.conversations.schemas import EditBody, RegenerateBody, SendBody
 from llmkit.gateway.conversations.turns import NEW, Turn, Turns
 from llmkit.gateway.directory import EngineDirectory
 from llmkit.gateway.exchange import Exchange
 from llmkit.gateway.failures import ApiError
-from llmkit.gateway.ops.openapi import Route
+from llmkit.gateway.ops.openapi import Query, Route
 from llmkit.gateway.streams import PING_S
 from llmkit.protocol.client import EngineClient
 
 __all__ = ["TurnRoutes"]
 
 TAG = "Sessions"
+AFTER = Query(
+    "after",
+    "The number of the last event that is known; so is the header Last-Event-ID.",
+    {"type": "integer", "minimum": 0, "default": 0},
+)
 
 
 class TurnRoutes:
@@ -60,7 +67,14 @@ class TurnRoutes:
                 **begins,
             ),
             Route("GET", "/v1/sessions/{session_id}/turns", self.list, "Turns under way", TAG),
-            Route("GET", f"{turn}/events", self.events, "Follow a turn", TAG),
+            Route(
+                "GET",
+                f"{turn}/events",
+                self.events,
+                "Follow a turn",
+                TAG,
+                query=(AFTER,),
+            ),
             Route("POST", f"{turn}/cancel", self.cancel, "End an answer here", TAG),
         ]
 
@@ -88,14 +102,24 @@ class TurnRoutes:
         for name, value in turn.headers.items():
             exchange.set_header(name, value)
         if turn.keeping is None:
-            exchange.send_json({"object": "list", "data": turn.appended, "has_more": False})
+            found = {"object": "list", "data": turn.appended, "has_more": False}
+            await self._send(exchange, found, [turn])
         elif turn.is_streamed:
             await _stream(exchange, turn, 0)
         else:
             await turn.over.wait()
             if turn.failure is not None:
                 raise turn.failure
-            exchange.send_json(turn_object(turn))
+            await self._send(exchange, turn_object(turn), [turn])
+
+    async def _send(self, exchange: Exchange, value: dict[str, Any], turns: Sequence[Turn]) -> None:
+        """What is said of turns, as JSON: made on a thread where their messages are long."""
+        who, size = exchange.counted_as, sum(turn.num_bytes for turn in turns)
+        exchange.send_bytes(
+            encoded(value)
+            if size <= SMALL_BYTES
+            else await self._turns.rendering.run(who, lambda _: encoded(value))
+        )
 
     def _find(self, exchange: Exchange) -> Turn:
         session_id, turn_id = exchange.args
@@ -107,7 +131,7 @@ class TurnRoutes:
     async def list(self, exchange: Exchange) -> None:
         running = self._turns.running(exchange.identity, exchange.args[0])
         data = [turn_object(turn) for turn in running]
-        exchange.send_json({"object": "list", "data": data, "has_more": False})
+        await self._send(exchange, {"object": "list", "data": data, "has_more": False}, running)
 
     async def events(self, exchange: Exchange) -> None:
         """The events after ``after``, or after the last one that the client has."""
@@ -121,7 +145,7 @@ class TurnRoutes:
         turn = self._find(exchange)
         turn.cancel()
         await turn.over.wait()
-        exchange.send_json(turn_object(turn))
+        await self._send(exchange, turn_object(turn), [turn])
 
 
 async def _stream(exchange: Exchange, turn: Turn, after: int) -> None:

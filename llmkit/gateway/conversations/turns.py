@@ -18,6 +18,7 @@ from typing import Any
 
 from llmkit.gateway.access.held import Held
 from llmkit.gateway.access.identity import Identity
+from llmkit.gateway.aside import Aside
 from llmkit.gateway.conversations.detached import TurnExchange, Wish
 from llmkit.gateway.conversations.keeping import Keeping
 from llmkit.gateway.conversations.log import EventLog, TurnEvent
@@ -32,6 +33,7 @@ logger = logging.getLogger("llmkit.gateway")
 
 KEPT_S, KEPT_BYTES, KEPT = 300.0, 64 << 20, 1000  # of turns that are over
 NEW = "new"  # the id of a session that a turn makes
+NUM_RENDERING, NUM_COUNTING = 4, 4  # threads
 Content = str | list[dict[str, Any]]
 
 
@@ -77,7 +79,7 @@ class Turn:
                 yield event
 
     def cancel(self) -> None:
-        """End the answer here; what there is of it is kept as partial."""
+        """End the answer here; what it has so far is kept as partial."""
         if self.task is not None and not self.is_settling:
             self.task.cancel()
 
@@ -98,7 +100,7 @@ class Turns:
 
     ``dispatch`` runs an exchange through the gateway's stages, ``held`` counts the bytes of
     questions. Without a ``shelf`` there are no sessions: everything raises the `ApiError` that
-    says so.
+    says so. ``rendering`` makes pages of what is stored, and of what turns say.
     """
 
     def __init__(
@@ -111,6 +113,8 @@ class Turns:
         self._turns: OrderedDict[str, Turn] = OrderedDict()  # by id, those over first to go
         self.num_settling = 0  # those that are generated, and about to be stored
         self._finishing: set[asyncio.Task[None]] = set()
+        self.rendering = Aside(NUM_RENDERING, "llmkit-rendering")
+        self._counting: dict[str, Aside] = {}  # by model
 
     @property
     def is_on(self) -> bool:
@@ -131,6 +135,12 @@ class Turns:
             )
         return self._shelf
 
+    def counting(self, model: str) -> Aside:
+        """What counts a model's tokens, and waits for it: another model's callers do not."""
+        if model not in self._counting:
+            self._counting[model] = Aside(NUM_COUNTING, "llmkit-counting")
+        return self._counting[model]
+
     async def start(
         self,
         identity: Identity,
@@ -143,7 +153,9 @@ class Turns:
 
         Returns once question and reply are stored. Raises `ApiError`; then nothing was stored.
         """
-        self.shelf  # noqa: B018 - raises where there is none
+        use = self.shelf.uses.begin()
+        if wish.session_id is not None:
+            use.of(wish.session_id)
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
         turn = Turn(identity.name, wish.session_id or "", len(data))
         exchange = TurnExchange(
@@ -160,6 +172,7 @@ class Turns:
         # A context of its own: what belongs to another request of this task must not follow it.
         turn.task = asyncio.create_task(self._run(turn, exchange), context=Context())
         turn.task.add_done_callback(lambda _: self._ended(turn))
+        turn.task.add_done_callback(lambda _: use.end())
         try:
             await turn.begun.wait()
         except asyncio.CancelledError:  # who wanted it has left before there was anything of it
@@ -222,7 +235,7 @@ class Turns:
         if turn is None or turn.owner != identity.name or turn.keeping is None:
             raise ApiError(
                 404,
-                f"There is no turn {turn_id!r:.60}: it was never begun, or is over for long; "
+                f"There is no turn {turn_id!r:.60}: it never started, or ended too long ago; "
                 "the session has its messages.",
                 code="not_found",
             )
@@ -264,6 +277,8 @@ class Turns:
     async def close(self) -> None:
         """The same, and close the store."""
         await self.stop_all()
+        for aside in (self.rendering, *self._counting.values()):
+            aside.close()
         if self._shelf is not None:
             await self._shelf.close()
 

@@ -34,6 +34,7 @@ __all__ = ["Caller", "Connection", "Wire"]
 logger = logging.getLogger("llmkit.gateway")
 
 AUTH_S = 10.0  # in which an unknown client must say who it is
+LAST_WORD_S = 1.0  # in which a client that is sent away is told why
 MAX_TASKS = 64  # turns and bodies under way on one socket
 # Codes of closing, by RFC 6455 and IANA.
 GOING_AWAY, UNWANTED, RESTARTING, TRY_LATER = 1001, 1008, 1012, 1013
@@ -146,9 +147,15 @@ class Connection:
                 await self._take(identity, message)
 
     async def check(self) -> None:
-        """End it if its caller is not welcome any more."""
+        """End it if its caller, as far as it is known, is not welcome any more."""
+        if self._identity is None or self._is_over:
+            return
         async with self._answering():
             await self._known()
+            try:
+                await self._caller.permit("read")
+            except ApiError as error:
+                raise Unwelcome(error) from None
 
     async def leave(self) -> None:
         """The server shuts down: end it now, or once nothing is under way."""
@@ -156,14 +163,14 @@ class Connection:
             return
         self._is_leaving = True
         message = "This server is shutting down; what is under way is finished if time allows."
-        error = ApiError(503, message, "server_error", code="server_draining")
+        error = ApiError(503, message, "server_error", code="shutting_down")
         with contextlib.suppress(ClientGoneError):
             await self._say(messages.Failed(messages.fault_of(error)))
         self._leave_if_idle()
 
     def cut(self) -> None:
         """The server has ended."""
-        self._close(RESTARTING if self.is_busy else GOING_AWAY, "server_draining")
+        self._close(RESTARTING if self.is_busy else GOING_AWAY, "shutting_down")
 
     def closed(self) -> None:
         """The socket is closed: nothing is followed any more."""
@@ -187,8 +194,12 @@ class Connection:
 
     async def _end(self, reason: ApiError) -> None:
         code = TRY_LATER if reason.code == "too_many_sockets" else UNWANTED
+        self._is_over = True
         try:
-            await self._say(_failed(reason))
+            async with asyncio.timeout(LAST_WORD_S):
+                await self._say(_failed(reason))
+        except TimeoutError:
+            logger.info("a socket was closed without a word: its client reads nothing")
         finally:
             self._close(code, reason.code or reason.type)
 
@@ -258,7 +269,7 @@ class Connection:
         except ApiError as error:
             raise Unwelcome(error) from None
         if self._identity is not None and identity.name != self._identity.name:
-            raise Unwelcome(_refusal("This key is another caller's by now; connect again."))
+            raise Unwelcome(_refusal("This key now belongs to another caller; reconnect."))
         self._identity = identity
         return identity
 
@@ -301,7 +312,7 @@ class Connection:
 
     def _leave_if_idle(self) -> None:
         if self._is_leaving and not self.is_busy:
-            self._close(GOING_AWAY, "server_draining")
+            self._close(GOING_AWAY, "shutting_down")
 
     async def _answer(
         self, identity: Identity, message: messages.Send | messages.Edit | messages.Regenerate
@@ -342,7 +353,8 @@ class Connection:
                     turn.id, turn.session_id, turn.message_id, turn.model, turn.parent_id, ref
                 )
             )
-            async for message in follow(turn, after, render=render):
+            renders = self._room.turns.rendering if render else None
+            async for message in follow(turn, after, renders, self.counted_as):
                 await self._say(message)
         finally:
             if self._following.get(turn.id) is task:

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING
 
 from llmkit.gateway.sockets.messages import Html, ServerMessage, event_message
 
 if TYPE_CHECKING:
+    from llmkit.gateway.aside import Aside
     from llmkit.gateway.conversations.turns import Turn
 
 __all__ = ["follow"]
 
 
-async def follow(turn: Turn, after: int, *, render: bool) -> AsyncIterator[ServerMessage]:
+async def follow(
+    turn: Turn, after: int, rendering: Aside | None, who: str
+) -> AsyncIterator[ServerMessage]:
     """What comes after event number ``after``, to the end.
 
-    With ``render`` blocks of HTML follow the text that they show, and before the end they show all
-    of it. Those from before ``after`` are sent again, which changes nothing where they are.
+    With ``rendering``, done for ``who``, blocks of HTML follow the text that they show, and before
+    the end they show all of it. Those from before ``after`` are sent again, which changes nothing
+    where they are.
     """
-    page = Page(turn.id) if render else None
+    page = None if rendering is None else Page(turn.id, rendering, who)
     if page is not None:
         for block in await page.grow(_text_until(turn, after), after):
             yield block
@@ -48,10 +51,10 @@ def _text_until(turn: Turn, after: int) -> str:
 class Page:
     """The answer of a turn as HTML, in blocks."""
 
-    def __init__(self, turn_id: str) -> None:
+    def __init__(self, turn_id: str, rendering: Aside, who: str) -> None:
         from llmkit.gateway.web.markdown import Growing  # a tenth of a second, for who wants it
 
-        self._turn_id = turn_id
+        self._turn_id, self._rendering, self._who = turn_id, rendering, who
         self._growing = Growing()
         self._seq = 0
         self._is_behind = False  # whether text came since the last block
@@ -77,5 +80,8 @@ class Page:
 
     async def _fed(self, text: str, *, last: bool = False) -> list[tuple[int, str]]:
         # Never on the loop: a short text may be a large table. While the thread works, what comes
-        # is gathered, and taken as one.
-        return await asyncio.to_thread(self._growing.feed, text, last=last)
+        # is gathered, and taken as one. Whoever follows no longer needs no more of it.
+        return await self._rendering.run(
+            self._who,
+            lambda waiting: self._growing.feed(text, last=last, between=waiting.check),
+        )

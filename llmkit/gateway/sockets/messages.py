@@ -40,7 +40,6 @@ __all__ = [
     "Send",
     "ServerMessage",
     "TurnStarted",
-    "UsageSoFar",
     "encode",
     "event_message",
     "fault_of",
@@ -80,7 +79,7 @@ class Resume(FromClient, frozen=True, tag="resume"):
 
 
 class Cancel(FromClient, frozen=True, tag="cancel"):
-    """End a turn here; what there is of its answer is kept."""
+    """End a turn here; what it has so far is kept."""
 
     turn: str
     ref: str | None = None
@@ -101,7 +100,7 @@ class Send(Beginning, frozen=True, tag="send", kw_only=True):
 
     ``parent`` is the message that it follows: by default the last, null for none. With ``branch``
     that one may have other messages after it. ``messages`` are whole ones in place of ``content``,
-    results of tools say.
+    for example tool results.
     """
 
     session: str | None = None
@@ -112,7 +111,7 @@ class Send(Beginning, frozen=True, tag="send", kw_only=True):
 
 
 class Edit(Beginning, frozen=True, tag="edit", kw_only=True):
-    """Say a message otherwise: a sibling of it, and its answer."""
+    """Say a message differently: a sibling of it, and its answer."""
 
     session: str
     message: str
@@ -120,7 +119,7 @@ class Edit(Beginning, frozen=True, tag="edit", kw_only=True):
 
 
 class Regenerate(Beginning, frozen=True, tag="regenerate", kw_only=True):
-    """Another answer beside one, by default the last."""
+    """Generate another answer next to one, by default the last."""
 
     session: str
     message: str | None = None
@@ -197,14 +196,6 @@ class Pruned(FromServer, frozen=True, tag="pruned"):
     message: Object
 
 
-class UsageSoFar(FromServer, frozen=True, tag="usage"):
-    """Tokens so far."""
-
-    turn: str
-    seq: int
-    usage: Object
-
-
 class End(FromServer, frozen=True, tag="end"):
     """The end of a turn: the reply as it is stored."""
 
@@ -243,11 +234,11 @@ class Pong(FromServer, frozen=True, tag="pong"):
 
 
 ServerMessage = (
-    Hello | TurnStarted | Delta | Reasoning | Call | Html | Pruned | UsageSoFar | End | Failed
+    Hello | TurnStarted | Delta | Reasoning | Call | Html | Pruned | End | Failed
     | Pong
 )  # fmt: skip
 SERVER_MESSAGES = (
-    Hello, TurnStarted, Delta, Reasoning, Call, Html, Pruned, UsageSoFar, End, Failed, Pong,
+    Hello, TurnStarted, Delta, Reasoning, Call, Html, Pruned, End, Failed, Pong,
 )  # fmt: skip
 
 
@@ -324,8 +315,6 @@ def event_message(turn: str, event: TurnEvent) -> ServerMessage | None:
             return Call(turn, seq, event.call or {})
         case "pruned":
             return Pruned(turn, seq, event.message or {})
-        case "usage":
-            return UsageSoFar(turn, seq, event.usage or {})
         case "end":
             return End(turn, seq, event.message or {}, event.usage)
         case "error":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["SocketRoom"]
 
 MAX_SOCKETS, MAX_PER_CALLER, MAX_UNKNOWN = 2048, 256, 64
-CHECK_S = 1.0
+CHECK_S, IDLE_CHECKS = 1.0, 30  # of busy sockets; after so many, of all
 LAST_S = 2.0  # for what is still to be sent when the server ends
 
 
@@ -30,7 +31,8 @@ class SocketRoom:
     models that are there for a caller. One caller may have ``most_per_caller`` sockets, an address
     ``most_unknown`` whose caller is not known yet.
 
-    While a socket is busy its caller is looked at every second: a key may be revoked.
+    While a socket is busy its caller is looked at every second, else twice a minute: a key may be
+    revoked, a login may end. No socket's check waits for another's.
     """
 
     def __init__(
@@ -51,6 +53,7 @@ class SocketRoom:
         self._who: dict[Connection, str] = {}
         self._counts: Counter[str] = Counter()
         self._checks: asyncio.Task[None] | None = None
+        self._checking: dict[Connection, asyncio.Task[None]] = {}
         self._leaving: set[asyncio.Task[None]] = set()
         self._is_leaving = False
 
@@ -96,10 +99,18 @@ class SocketRoom:
             del self._counts[who]
 
     async def _watch(self) -> None:
-        while True:
+        for number in itertools.count(1):
             await asyncio.sleep(CHECK_S)
-            busy = [c for c in self._who if c.is_busy]
-            await asyncio.gather(*(c.check() for c in busy))
+            looks_at_idle = number % IDLE_CHECKS == 0
+            for connection in self._who:
+                if (connection.is_busy or looks_at_idle) and connection not in self._checking:
+                    self._check(connection)
+
+    def _check(self, connection: Connection) -> None:
+        """Begin a check; it may take as long as its client, or whoever knows its caller, likes."""
+        task = asyncio.create_task(connection.check())
+        self._checking[connection] = task
+        task.add_done_callback(lambda _: self._checking.pop(connection, None))
 
     def drain(self) -> None:
         """The server shuts down: every socket is told, and closed as soon as it is idle."""
@@ -118,7 +129,7 @@ class SocketRoom:
         for connection in list(self._who):
             connection.cut()
         await self._until(lambda: not self._who)
-        for task in self._leaving:
+        for task in [*self._leaving, *self._checking.values()]:
             task.cancel()
 
     @staticmethod

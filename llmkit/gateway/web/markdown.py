@@ -6,7 +6,7 @@ MathML. HTML in it stays text, pictures become text, links lead to http and http
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from functools import cache
 from importlib import import_module
 from typing import Any
@@ -59,16 +59,17 @@ HTML_ATTRIBUTES = {
 }
 
 
-def render(text: str) -> list[str]:
+def render(text: str, between: Callable[[], None] = lambda: None) -> list[str]:
     """The blocks of a text, each as HTML that is safe to put into a page.
 
-    Takes about a millisecond a kilobyte: long texts are not for an event loop.
+    Takes about a millisecond a kilobyte: long texts are not for an event loop. ``between`` is
+    called between blocks, and may raise to end it.
 
     >>> render("*Hello*\\n\\n<script>")
     ['<p><em>Hello</em></p>', '<p>&lt;script&gt;</p>']
     """
     growing = Growing()
-    growing.feed(text, last=True)
+    growing.feed(text, last=True, between=between)
     return growing.blocks
 
 
@@ -92,11 +93,14 @@ class Growing:
         self._num_chars = 0
         self._ends_in_return = False
 
-    def feed(self, text: str, *, last: bool = False) -> list[tuple[int, str]]:
+    def feed(
+        self, text: str, *, last: bool = False, between: Callable[[], None] = lambda: None
+    ) -> list[tuple[int, str]]:
         """Add text; the blocks that changed, by number.
 
         While a block is long, most calls return nothing, so that all of them take linear time;
-        ``last`` renders whatever waits.
+        ``last`` renders whatever waits. When ``between`` blocks something is raised, there is no
+        next call.
         """
         text = text[: max(0, MAX_CHARS - self._num_chars)]
         self._num_chars += len(text)
@@ -108,7 +112,10 @@ class Growing:
         if not last and len(self._open) < self._wanted:
             return []
         tokens = _groups(_parser().parse(self._open))
-        found = [_html(group) for group in tokens]
+        found = []
+        for group in tokens:
+            between()
+            found.append(_html(group))
         before, at = self.blocks, self._settled
         self.blocks = before[:at] + found
         changed = [

@@ -30,7 +30,26 @@ export class ApiError extends Error {
   }
 }
 
-// Jupyter wants the value of its cookie with whatever changes something.
+// A path with ids in it, which lead nowhere else whatever they are: url`v1/sessions/${id}`.
+export function url(parts, ...ids) {
+  return parts.reduce((made, part, i) => {
+    const id = String(ids[i - 1]);
+    if (/^\.*$/.test(id)) throw new ApiError(0, 'The server names something in a strange way.');
+    return made + encodeURIComponent(id) + part;
+  });
+}
+
+export const isSession = id => typeof id === 'string' && /^sess_[0-9a-f]{24}$/.test(id);
+
+// What was said of a conversation, if it is the one that was asked for.
+export function ofSession(id, session) {
+  if (session?.id !== id || !isSession(id)) {
+    throw new ApiError(0, 'The server answers with another conversation.', 'other_session');
+  }
+  return session;
+}
+
+// Jupyter wants the value of its cookie with whatever changes something, a hub with everything.
 function xsrf() {
   const found = document.cookie.match(/(?:^|; )_xsrf=([^;]*)/);
   return found ? decodeURIComponent(found[1]) : null;
@@ -40,7 +59,7 @@ function headers(method, body) {
   const sent = {};
   if (key) sent.Authorization = 'Bearer ' + key;
   if (body !== undefined) sent['Content-Type'] = 'application/json';
-  const token = method === 'GET' ? null : xsrf();
+  const token = xsrf();
   if (token) sent['X-XSRFToken'] = token;
   return sent;
 }

@@ -1,11 +1,14 @@
 // The conversation that is shown: loads it, sends, edits, regenerates, and turns to other branches.
 
-import {get, patch, post} from './api.js';
+import {ApiError, get, isSession, ofSession, patch, post, url} from './api.js';
 import {$, note, say} from './dom.js';
 import {Thread} from './thread.js';
 import {Tree} from './tree.js';
 
 const TITLE = 60, SAID = 600;
+// Messages that are loaded at first, at once later, and without being scrolled to.
+const FIRST = 60, MORE = 500, EAGER = 5000;
+const RETRIES = 3, RETRY_MS = 1000;
 
 export class Conversation {
   // `parts`: the socket's, models, settings, composer; `changed(session)` hears of new ones.
@@ -18,12 +21,14 @@ export class Conversation {
       edit: (message, text) => this.edit(message, text),
       regenerate: message => this.regenerate(message),
       turn: (message, step) => this.turn(message, step),
+      reachTop: () => this.loadEarlier(),
     });
     this.session = null;
     this.draft = {settings: {}, system: ''};  // of a conversation that has not begun
     this.turns = new Map();  // turn → the id of its reply
     this.early = new Map();  // events of turns whose reply is not on the page yet
     this.round = 0;
+    this.rest = null;  // where the earlier messages begin that are not loaded yet
     this.numLocal = 0;
   }
 
@@ -42,6 +47,7 @@ export class Conversation {
     this.turns.clear();
     this.thread.clear();
     this.session = null;
+    this.rest = null;
     this.tree.replace([], null);
     this.composer.restore(id);
     if (id === null) {
@@ -51,13 +57,24 @@ export class Conversation {
     $('welcome').hidden = true;
     $('thread').setAttribute('aria-busy', 'true');
     try {
-      const [session, messages, running] = await Promise.all([get(`v1/sessions/${id}`),
-        get(`v1/sessions/${id}/messages?tree=1&render=html`), get(`v1/sessions/${id}/turns`)]);
+      const [session, latest, {data: [first]}, running] = await Promise.all([
+        get(url`v1/sessions/${id}`), this.messages(id, FIRST),
+        get(url`v1/sessions/${id}/messages?limit=1`), get(url`v1/sessions/${id}/turns`)]);
+      ofSession(id, session);
+      const {data} = latest;
+      let page = latest;
+      while (page.has_more && session.head && !data.some(each => each.id === session.head)) {
+        page = await this.messages(id, MORE, {after: page.last_id});
+        data.push(...page.data);
+      }
       if (round !== this.round) return true;
       this.session = session;
-      this.tree.replace(messages.data, session.head);
+      this.first = first;
+      this.rest = page.has_more ? page.last_id : null;
+      this.tree.replace(data, session.head);
       this.show();
       for (const turn of running.data) this.join(turn);
+      this.loadEarlier();
       return true;
     } catch (error) {
       if (round !== this.round) return true;
@@ -69,12 +86,58 @@ export class Conversation {
     }
   }
 
+  // A page of a conversation's messages, newest first.
+  async messages(id, limit, more = {}) {
+    const asked = new URLSearchParams({tree: 1, order: 'desc', render: 'html', limit, ...more});
+    const page = await get(url`v1/sessions/${id}/messages` + '?' + asked);
+    for (const message of page.data) ofSession(id, {id: message.session});
+    return page;
+  }
+
+  // Load what was said before, page by page: a long conversation only as far as it is read.
+  async loadEarlier() {
+    if (this.isLoading) return;
+    const round = this.round;
+    const isWanted = () => round === this.round && this.rest !== null
+      && (this.tree.messages.size < EAGER || (this.thread.isAtTop && !this.isWhole));
+    this.isLoading = true;
+    for (let failures = 0; isWanted();) {
+      try {
+        const page = await this.messages(this.id, MORE, {after: this.rest});
+        if (round !== this.round) break;
+        this.rest = page.has_more ? page.last_id : null;
+        this.thread.showEarlier(this.tree.addEarlier(page.data));
+        failures = 0;
+      } catch (error) {
+        if (round !== this.round) break;
+        if (++failures > RETRIES) {
+          note(`Earlier messages are missing: ${error.message}`, true);
+          break;
+        }
+        await new Promise(resolve => setTimeout(resolve, failures * RETRY_MS));
+      }
+    }
+    this.isLoading = false;
+    if (round !== this.round && this.rest !== null) this.loadEarlier();
+  }
+
+  // Whether all of what is shown is loaded.
+  get isWhole() {
+    const [first] = this.tree.path();
+    return !first || first.parent === null;
+  }
+
+  // The system prompt of what is shown; it may be before all that is loaded.
+  systemPrompt() {
+    const known = this.isWhole ? this.tree.path() : [this.first];
+    return known.find(message => message?.role === 'system')?.content || '';
+  }
+
   show(options) {
     this.thread.show(options);
     this.models.set(this.session?.model || this.models.chosen);
-    const system = this.tree.path().find(message => message.role === 'system');
     this.settings.set(this.session ? this.session.settings : this.draft.settings,
-      this.session ? system?.content || '' : this.draft.system);
+      this.session ? this.systemPrompt() : this.draft.system);
     document.title = `${this.session?.title || 'Chat'} · llmkit`;
     this.showUse();
     this.composer.busy(this.isBusy);
@@ -119,9 +182,10 @@ export class Conversation {
     const {settings, system} = this.draft;
     const session = await post('v1/sessions', {title, model: this.models.chosen, settings,
       ...(system ? {system} : {})});
+    if (!isSession(session.id)) throw new ApiError(0, 'The server began no conversation.');
     this.session = session;
     if (system) {  // what was said follows it
-      const {data} = await get(`v1/sessions/${session.id}/messages`);
+      const {data} = await get(url`v1/sessions/${session.id}/messages`);
       const first = this.tree.path()[0];
       for (const message of data) this.tree.add(message);
       this.tree.children.set(null, this.tree.children.get(null).filter(id => id !== first.id));
@@ -246,8 +310,14 @@ export class Conversation {
     say(`Branch ${at + 1} of ${siblings.length}`);
     try {
       if (head.startsWith('local-')) return;
-      Object.assign(this.session, await patch(`v1/sessions/${this.id}`, {head}));
+      await this.change({head});
     } catch (error) { note(error.message, true); }
+  }
+
+  async change(fields) {
+    const {session} = this;
+    const changed = await patch(url`v1/sessions/${session.id}`, fields);
+    Object.assign(session, ofSession(session.id, changed));
   }
 
   // The settings were changed.
@@ -258,7 +328,7 @@ export class Conversation {
       return;
     }
     try {
-      Object.assign(this.session, await patch(`v1/sessions/${this.id}`, {settings}));
+      await this.change({settings});
       if (system !== this.settings.system) await this.newSystem(system);
       else this.settings.set(settings, system);
     } catch (error) { note(error.message, true); }
@@ -267,7 +337,7 @@ export class Conversation {
   // Another system prompt begins a branch of its own.
   async newSystem(text) {
     try {
-      await post(`v1/sessions/${this.id}/messages`, {
+      await post(url`v1/sessions/${this.id}/messages`, {
         message: {role: 'system', content: text}, parent: 'root', branch: true, reply: false});
       await this.open(this.id);
     } catch (error) { note(error.message, true); }
@@ -276,7 +346,7 @@ export class Conversation {
   async chooseModel(model) {
     if (!this.session) return;
     try {
-      Object.assign(this.session, await patch(`v1/sessions/${this.id}`, {model}));
+      await this.change({model});
     } catch (error) { note(error.message, true); }
   }
 

@@ -1,6 +1,6 @@
 // The page: puts its parts together, knows the address, the theme, the tabs and the keys.
 
-import {currentKey, get, onLocked, setKey} from './api.js';
+import {currentKey, get, isSession, onLocked, setKey} from './api.js';
 import {Composer} from './composer.js';
 import {Conversation} from './conversation.js';
 import {$, icon, note} from './dom.js';
@@ -24,7 +24,7 @@ const socket = new ChatSocket(event => conversation.heard(event), isThere => {
 const models = new Models(name => conversation.chooseModel(name));
 const conversation = new Conversation(socket, models, (session, isNew) => {
   if (isNew) {
-    history.replaceState(null, '', `${pages.chat}#${session.id}`);
+    history.replaceState(null, '', `${pages.chat}#${encodeURIComponent(session.id)}`);
     document.title = `${session.title} · llmkit`;
     sidebar.current = session.id;
   }
@@ -46,7 +46,7 @@ const status = new StatusTab();
 function wanted() {
   const mark = location.hash.slice(1);
   if (mark === 'status') return {view: 'status'};
-  if (/^sess_[0-9a-f]{24}$/.test(mark)) return {view: 'chat', id: mark};
+  if (isSession(mark)) return {view: 'chat', id: mark};
   const place = pathname => pathname.replace(/\/$/, '');
   const isStatus = !pages.status.hash && place(pages.status.pathname) === place(location.pathname);
   return {view: isStatus ? 'status' : 'chat', id: null};
@@ -80,7 +80,7 @@ async function follow() {
 }
 
 function go(id) {
-  history.pushState(null, '', id ? `${pages.chat}#${id}` : pages.chat);
+  history.pushState(null, '', id ? `${pages.chat}#${encodeURIComponent(id)}` : pages.chat);
   return follow();
 }
 
@@ -90,7 +90,7 @@ for (const name of ['chat', 'status']) {
   tab.addEventListener('click', event => {
     if (event.metaKey || event.ctrlKey || event.shiftKey) return;
     event.preventDefault();
-    const mark = name === 'chat' && conversation.id ? `#${conversation.id}` : '';
+    const {id} = conversation, mark = name === 'chat' && id ? '#' + encodeURIComponent(id) : '';
     history.pushState(null, '', pages[name] + mark);
     follow();
   });
@@ -171,11 +171,15 @@ $('lock-form').addEventListener('submit', async event => {
   start();
 });
 
-function start() {
+// ?model=NAME: which one a new conversation begins with.
+const asked = new URLSearchParams(location.search).get('model');
+
+async function start() {
   models.load();
   sidebar.load();
   shown = {};
-  follow();
+  await follow();
+  if (asked && !conversation.id) models.set(asked);
 }
 
 showTheme();

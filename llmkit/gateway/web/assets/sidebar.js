@@ -1,6 +1,6 @@
 // The list of conversations: search, new, rename, export, delete.
 
-import {get, patch, remove, request} from './api.js';
+import {get, ofSession, patch, remove, request, url} from './api.js';
 import {$, ask, el, iconButton, note, save} from './dom.js';
 import {openMenu} from './menu.js';
 
@@ -12,6 +12,7 @@ export class Sidebar {
     this.open = open;
     this.gone = gone;
     this.sessions = [];
+    this.rows = new Map();  // by conversation, or by day
     this.current = null;
     this.query = '';
     this.round = 0;
@@ -29,8 +30,8 @@ export class Sidebar {
     if (this.query) asked.set('query', this.query);
     if (after) asked.set('after', after);
     let found;
-    try { found = await get(`v1/sessions?${asked}`); } catch (error) {
-      if (error.status !== 401) this.say(error.message);
+    try { found = await get('v1/sessions?' + asked); } catch (error) {
+      if (error.status !== 401 && round === this.round) this.say(error.message);
       return;
     }
     if (round !== this.round) return;
@@ -47,37 +48,49 @@ export class Sidebar {
       this.say(this.query ? 'Nothing found.' : 'Conversations will be here.');
       return;
     }
-    const focused = document.activeElement?.closest('#sessions li')?.dataset.id;
-    let group = '';
-    const rows = [];
+    // Elements that stay are not touched: they may have the focus, a menu, or half a click.
+    const rows = new Map();
     for (const session of this.sessions) {
-      const when = day(session.updated_at);
-      if (when !== group) rows.push(el('li', {class: 'day'}, when));
-      group = when;
-      rows.push(this.row(session));
+      const when = day(session.updated_at), {id} = session;
+      if (!rows.has(when)) rows.set(when, this.rows.get(when) || el('li', {class: 'day'}, when));
+      rows.set(id, this.rows.get(id) || this.row(id));
+      this.update(rows.get(id), session);
     }
-    $('sessions').replaceChildren(...rows);
-    if (focused) $('sessions').querySelector(`[data-id="${focused}"] a`)?.focus();
+    this.rows = rows;
+    const shown = [...rows.values()], list = $('sessions'), focused = document.activeElement;
+    if (shown.length !== list.children.length || shown.some((row, i) => row !== list.children[i])) {
+      list.replaceChildren(...shown);
+      if (list.contains(focused)) focused.focus();
+    }
+    this.choose(this.current);
   }
 
-  row(session) {
-    const title = session.title || 'Untitled';
-    const more = iconButton('more', `More for ${title}`, () => openMenu(more, [
-      {label: 'Rename', action: () => this.rename(session)},
-      {label: 'Export as Markdown', action: () => this.export(session, 'markdown')},
-      {label: 'Export as JSON', action: () => this.export(session, 'json')},
-      null,
-      {label: 'Delete', isGrave: true, action: () => this.delete(session)},
-    ], `Actions for ${title}`), {'aria-haspopup': 'menu', 'aria-expanded': 'false'});
-    const isCurrent = session.id === this.current;
-    const isRunning = session.running?.length > 0;
-    const row = el('li', {class: isCurrent ? 'current' : ''},
-      el('a', {href: `#${session.id}`, title, 'aria-current': isCurrent ? 'page' : null,
-        onclick: event => { event.preventDefault(); this.open(session.id); }},
-      el('span', {}, title)),
-      isRunning ? el('i', {class: 'dot loading', title: 'Answering'}) : null, more);
-    row.dataset.id = session.id;
+  row(id) {
+    const menu = () => {
+      const session = this.sessions.find(each => each.id === id);
+      openMenu(more, [
+        {label: 'Rename', action: () => this.rename(session)},
+        {label: 'Export as Markdown', action: () => this.export(session, 'markdown')},
+        {label: 'Export as JSON', action: () => this.export(session, 'json')},
+        null,
+        {label: 'Delete', isGrave: true, action: () => this.delete(session)},
+      ], `Actions for ${session.title || 'Untitled'}`);
+    };
+    const more = iconButton('more', '', menu, {'aria-haspopup': 'menu', 'aria-expanded': 'false'});
+    const row = el('li', {}, el('a', {href: '#' + encodeURIComponent(id),
+      onclick: event => { event.preventDefault(); this.open(id); }}, el('span', {})),
+    el('i', {class: 'dot loading', title: 'Answering'}), more);
+    row.dataset.id = id;
     return row;
+  }
+
+  update(row, session) {
+    const title = session.title || 'Untitled', [link, dot, more] = row.children;
+    link.title = title;
+    if (link.textContent !== title) link.firstChild.textContent = title;
+    dot.hidden = !session.running?.length;
+    more.title = `More for ${title}`;
+    more.setAttribute('aria-label', more.title);
   }
 
   choose(id) {
@@ -96,10 +109,12 @@ export class Sidebar {
       action: 'Rename'});
     if (title === null || title === session.title) return;
     try {
-      const changed = await patch(`v1/sessions/${session.id}`, {title});
-      // The list may have been loaded anew since.
-      this.sessions = this.sessions.map(each => (each.id === changed.id ? changed : each));
+      const {id} = session;
+      const changed = ofSession(id, await patch(url`v1/sessions/${id}`, {title}));
+      // The list may have been loaded anew since, and one on its way has the old title.
+      this.sessions = this.sessions.map(each => (each.id === id ? changed : each));
       this.show();
+      this.load();
       if (session.id === this.current) document.title = `${title || 'Chat'} · llmkit`;
     } catch (error) { note(error.message, true); }
   }
@@ -108,18 +123,19 @@ export class Sidebar {
     const isSure = await ask({title: 'Delete this conversation?', isGrave: true, action: 'Delete',
       text: `“${session.title || 'Untitled'}” and all its branches will be gone.`});
     if (!isSure) return;
-    try { await remove(`v1/sessions/${session.id}`); } catch (error) {
+    try { await remove(url`v1/sessions/${session.id}`); } catch (error) {
       if (error.status !== 404) { note(error.message, true); return; }
     }
     this.sessions = this.sessions.filter(each => each.id !== session.id);
     this.show();
+    this.load();
     this.gone(session.id);
     note('Deleted.');
   }
 
   async export(session, format) {
     try {
-      const reply = await request('GET', `v1/sessions/${session.id}/export?format=${format}`);
+      const reply = await request('GET', url`v1/sessions/${session.id}/export?format=${format}`);
       const name = session.title.replace(/[^\p{L}\p{N} _-]+/gu, '').trim().slice(0, 60);
       save(`${name || session.id}.${format === 'json' ? 'json' : 'md'}`, await reply.blob());
     } catch (error) { note(error.message, true); }

@@ -1,6 +1,6 @@
 // The second tab: models, memory and requests of this server, and what administrators do with them.
 
-import {currentKey, events, get, getText, post} from './api.js';
+import {currentKey, events, get, getText, post, url} from './api.js';
 import {$, ask, el, note} from './dom.js';
 
 const POLL_MS = 2000;
@@ -81,7 +81,7 @@ export class StatusTab {
     if (action === 'unload' && !await ask({title: `Unload ${model}?`, action: 'Unload',
       text: 'Requests that it is answering end first.'})) return;
     try {
-      await post(`admin/models/${action}`, {model, wait: false});
+      await post(url`admin/models/${action}`, {model, wait: false});
       note(`${{load: 'Loading', unload: 'Unloading', reload: 'Reloading'}[action]} ${model}.`);
     } catch (error) { note(error.message, true); }
     document.activeElement?.blur();

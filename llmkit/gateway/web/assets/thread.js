@@ -1,10 +1,10 @@
-// The messages of a conversation on the page. The last ones come first; the others follow while the
-// browser has nothing else to do, above what is being read.
+// The messages of a conversation on the page. The last ones come first; the others follow as they
+// are loaded, while the browser has nothing else to do, above what is being read.
 
 import {$, el} from './dom.js';
 import {MessageView, onFrame} from './message.js';
 
-const FIRST = 30, CHUNK = 60, NEAR = 80;
+const FIRST = 30, CHUNK = 60, NEAR = 80, FAR = 3000;
 const idle = window.requestIdleCallback || (action => setTimeout(action, 30));
 
 export class Thread {
@@ -17,7 +17,8 @@ export class Thread {
     this.isPinned = true;
     this.lastTop = 0;
     this.round = 0;
-    this.shown = [];  // the ids of the path
+    this.path = [];  // the messages
+    this.shown = [];  // their ids
     this.from = 0;  // how many of them, from the first, are not on the page yet
     this.box.addEventListener('scroll', () => this.scrolled(), {passive: true});
     onFrame(() => this.keepPinned());
@@ -34,7 +35,11 @@ export class Thread {
     this.isPinned = scrollHeight - scrollTop - clientHeight < NEAR || (this.isPinned && !isUp);
     this.lastTop = scrollTop;
     $('latest').hidden = this.isPinned;
+    if (this.isAtTop) this.actions.reachTop();
   }
+
+  // Whether earlier messages will be seen soon.
+  get isAtTop() { return this.from === 0 && this.box.scrollTop < FAR; }
 
   keepPinned() { if (this.isPinned) this.box.scrollTop = this.box.scrollHeight; }
 
@@ -47,7 +52,7 @@ export class Thread {
 
   // Show the path of the tree; what is on the page already, and still on it, is not touched.
   show({keepsPlace = false} = {}) {
-    const path = this.tree.path().filter(message => message.role !== 'system' || message.content);
+    const path = this.path = this.visible();
     const ids = path.map(message => message.id);
     let same = 0;
     while (same < ids.length && ids[same] === this.shown[same]) same++;
@@ -63,23 +68,46 @@ export class Thread {
       while (this.list.children.length > same - this.from) this.list.lastElementChild.remove();
       this.list.append(...path.slice(same).map(message => this.made(message).element));
       this.views.get(ids[same - 1])?.showFoot();
-    } else this.showLast(path);
+    } else this.showLast();
     if (!keepsPlace) this.toEnd();
   }
 
+  visible() {
+    return this.tree.path().filter(message => message.role !== 'system' || message.content);
+  }
+
+  // Earlier messages have been added to the tree, which gave some others siblings.
+  showEarlier(changed) {
+    for (const id of changed) {
+      const view = this.views.get(id);
+      if (view && !view.isStreaming) view.showFoot();
+    }
+    const path = this.visible(), count = path.length - this.path.length;
+    if (count <= 0) return;
+    this.path = path;
+    this.shown = path.map(message => message.id);
+    this.from += count;
+    this.fill();
+  }
+
   // All of it anew, from its end.
-  showLast(path) {
-    const round = ++this.round;
-    this.from = Math.max(0, path.length - FIRST);
+  showLast() {
+    this.from = Math.max(0, this.path.length - FIRST);
     const place = this.box.scrollTop;
-    this.list.replaceChildren(...path.slice(this.from).map(m => this.made(m).element));
+    this.list.replaceChildren(...this.path.slice(this.from).map(m => this.made(m).element));
     this.box.scrollTop = place;
+    this.fill();
+  }
+
+  // Put what is before it above it, bit by bit.
+  fill() {
+    const round = ++this.round;
     const more = () => {
       if (round !== this.round || this.from <= 0) return;
       const to = this.from;
       this.from = Math.max(0, to - CHUNK);
       const {scrollHeight, scrollTop} = this.box;
-      this.list.prepend(...path.slice(this.from, to).map(message => this.made(message).element));
+      this.list.prepend(...this.path.slice(this.from, to).map(m => this.made(m).element));
       if (this.isPinned) this.keepPinned();
       else if (this.box.scrollTop === scrollTop) {
         this.box.scrollTop = scrollTop + this.box.scrollHeight - scrollHeight;
@@ -110,6 +138,7 @@ export class Thread {
   clear() {
     this.round++;
     this.views.clear();
+    this.path = [];
     this.shown = [];
     this.from = 0;
     this.list.replaceChildren();

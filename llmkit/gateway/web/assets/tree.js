@@ -3,11 +3,28 @@
 export class Tree {
   constructor() { this.replace([], null); }
 
+  // The latest messages, newest first. Those before them may come later.
   replace(messages, head) {
     this.messages = new Map();
     this.children = new Map([[null, []]]);
-    for (const message of messages) this.add(message);
-    this.head = this.messages.has(head) ? head : this.newestLeaf(null);
+    this.addEarlier(messages);
+    this.head = this.messages.has(head) ? head : messages[0]?.id ?? null;
+  }
+
+  // Messages that were stored before all that are here, newest first. Gives the ids of those that
+  // have other siblings now.
+  addEarlier(messages) {
+    const changed = new Set();
+    for (const message of messages) {
+      if (this.messages.has(message.id)) continue;
+      message.parent = message.parent ?? null;
+      this.messages.set(message.id, message);
+      const siblings = this.children.get(message.parent) || [];
+      siblings.unshift(message.id);
+      this.children.set(message.parent, siblings);
+      if (siblings.length > 1) siblings.forEach(id => changed.add(id));
+    }
+    return changed;
   }
 
   add(message) {
@@ -55,7 +72,7 @@ export class Tree {
     }
   }
 
-  // The messages shown, the first first.
+  // The messages shown, the first first; as far as they are here.
   path() {
     const found = [];
     for (let id = this.head; id !== null && this.messages.has(id);) {
