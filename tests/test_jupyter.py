@@ -9,6 +9,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 from jupyter_client_http import JupyterServer
@@ -16,17 +17,18 @@ from jupyter_client_http import JupyterServer
 from llmkit.errors import InvalidRequestError
 from llmkit.gateway.app import Gateway
 from llmkit.gateway.directory import EngineDirectory
-from llmkit.gateway.failures import dialect_of
+from llmkit.gateway.web.assets import folder
 from llmkit.settings.gateway import GATEWAY_OPTIONS, GatewayOptions
 from llmkit_jupyter.extension import LLMKitExtension
 
-ROUTES = {
-    re.sub(r"\{\w+\+?\}", "x", path)
+ROUTES = {  # by path, whose shape the errors have
+    re.sub(r"\{\w+\+?\}", "x", path): route.errors
     for route in Gateway(EngineDirectory()).routes
     for path in (route.path, *route.also)
 }
 PATHS = [*sorted(ROUTES), "/v1/unknown", "/", ""]
 METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE"]
+OPEN = {("GET", "/assets/x"), ("HEAD", "/assets/x")}
 
 
 @pytest.fixture(scope="module")
@@ -61,9 +63,10 @@ def check_error(body: bytes, code: str | None = None) -> None:
 
 def check_refusal(path: str, body: bytes) -> None:
     """In the words of the route's own clients."""
-    if path.startswith("/api/"):
+    dialect = ROUTES.get(path, "openai")
+    if dialect in ("ollama", "llms"):
         assert "token" in json.loads(body)["error"]
-    elif dialect_of(path) == "llama-server" or path.startswith("/v1/messages"):
+    elif dialect in ("llama-server", "anthropic"):
         assert json.loads(body)["error"]["type"] == "authentication_error"
     else:
         check_error(body, "invalid_api_key")
@@ -79,6 +82,9 @@ def test_no_route_is_open(server: JupyterServer, method: str, path: str) -> None
         {"Cookie": "_xsrf=1", "X-XSRFToken": "1"},
     ):
         status, body, _ = fetch(server, method, path, headers, b"{}" if method == "POST" else None)
+        if (method, path) in OPEN:
+            assert status == 404
+            continue
         assert status == 401, (headers, body)
         if method != "HEAD":
             check_refusal(path, body)
@@ -112,7 +118,7 @@ def test_the_token_opens_it(server: JupyterServer, how: str) -> None:
     status, body, headers = fetch(server, "GET", "/v1/models", header[how])
     assert (
         status == 200
-        and json.loads(body) == {"object": "list", "data": []}
+        and json.loads(body) == {"models": [], "object": "list", "data": []}
         and headers["x-request-id"]
     )
 
@@ -175,3 +181,18 @@ def test_pages_are_pages(server: JupyterServer) -> None:
     ):
         status, _, headers = fetch(server, "GET", path, auth)
         assert status == 200 and headers["Content-Type"].startswith(kind), path
+
+
+def test_a_person_is_sent_to_the_login_and_back(server: JupyterServer) -> None:
+    for path in ("/", "/chat?model=x"):
+        status, body, _ = fetch(server, "GET", path, {"Accept": "text/html,*/*;q=0.8"})
+        back = quote(f"/user/ann/llmkit{path}", safe="")
+        assert status == 200 and f"/user/ann/login?next={back}".encode() in body
+    assert fetch(server, "POST", "/v1/tokenize", {"Accept": "text/html"}, b"{}")[0] in (401, 403)
+
+
+def test_everybody_may_have_the_pages_files(server: JupyterServer) -> None:
+    """A browser asks for modules without what Jupyter or a hub knows a user by."""
+    status, body, headers = fetch(server, "GET", f"/{folder()}/main.js")
+    assert status == 200 and b"import" in body
+    assert headers["Content-Type"] == "text/javascript; charset=utf-8"

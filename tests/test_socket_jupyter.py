@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,6 +28,37 @@ from jupyter_server.auth import Authorizer
 class Readers(Authorizer):
     def is_authorized(self, handler, user, action, resource):
         return not (resource == "llmkit" and action == "execute")
+"""
+
+# Who is let in is written in files, as a hub would say it; what takes seconds is quick.
+PROVIDER = """
+from pathlib import Path
+
+from jupyter_server.auth import Authorizer, IdentityProvider, User
+from tornado import web
+
+from llmkit.gateway.sockets import room
+from llmkit_jupyter import socket
+
+room.CHECK_S, room.IDLE_CHECKS = 0.05, 2
+socket.ASK_S, socket.TRUSTED_S = 0.1, 1.0
+FOLDER = Path({folder!r})
+
+
+class Hub(IdentityProvider):
+    async def get_user(self, handler):
+        if hasattr(handler, "_found"):  # what some remember of a request
+            return handler._found
+        said = (FOLDER / "user").read_text()
+        if said == "down":
+            raise web.HTTPError(502, "the hub does not answer")
+        handler._found = User(said) if said else None
+        return handler._found
+
+
+class Readers(Authorizer):
+    def is_authorized(self, handler, user, action, resource):
+        return resource != "llmkit" or not (FOLDER / "mute").exists()
 """
 
 
@@ -149,3 +181,87 @@ def test_the_authorizer_is_asked(tmp_path: Any) -> None:
         ws.close()
     finally:
         server.stop()
+
+
+def say(user: Path, name: str) -> None:
+    """At once: it is read all the time."""
+    (new := user.with_suffix(".new")).write_text(name)
+    new.replace(user)
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[JupyterServer, Path]]:
+    """A server whose identity provider lets in whoever a file names."""
+    folder = tmp_path_factory.mktemp("hub")
+    (folder / "provider.py").write_text(PROVIDER.format(folder=str(folder)))
+    user = folder / "user"
+    say(user, "ann")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(folder))
+        patch.setenv("XDG_DATA_HOME", str(folder / "data"))
+        jupyter = JupyterServer(
+            folder,
+            "--ServerApp.identity_provider_class=provider.Hub",
+            "--ServerApp.authorizer_class=provider.Readers",
+        )
+    yield jupyter, user
+    jupyter.stop()
+
+
+@pytest.mark.parametrize(
+    ("said", "code"),
+    [
+        ("", "invalid_api_key"),  # logged out
+        ("bob", "invalid_api_key"),  # somebody else by now
+        ("down", "identity_unknown"),  # for longer than a moment
+    ],
+)
+def test_a_login_that_ends_ends_its_sockets(
+    hub: tuple[JupyterServer, Path], said: str, code: str
+) -> None:
+    server, user = hub
+    say(user, "ann")
+    ws = connect(server)
+    assert frame(ws)["type"] == "hello"
+    for _ in range(3):  # it is asked for again, and found again
+        time.sleep(0.15)
+        ws.send(json.dumps({"type": "ping"}))
+        assert frame(ws)["type"] == "pong"
+    say(user, said)
+    assert frame(ws)["error"]["code"] == code
+    opcode, data = ws.recv_data()
+    assert opcode == websocket.ABNF.OPCODE_CLOSE and data[:2] == (1008).to_bytes(2, "big")
+    ws.close()
+
+
+def test_a_hub_that_is_away_for_a_moment_ends_nothing(hub: tuple[JupyterServer, Path]) -> None:
+    server, user = hub
+    say(user, "ann")
+    ws = connect(server)
+    assert frame(ws)["type"] == "hello"
+    say(user, "down")
+    time.sleep(0.4)
+    say(user, "ann")
+    for _ in range(10):
+        time.sleep(0.15)
+        ws.send(json.dumps({"type": "ping"}))
+        assert frame(ws)["type"] == "pong"
+    ws.close()
+
+
+def test_what_the_authorizer_says_now_counts(hub: tuple[JupyterServer, Path]) -> None:
+    server, user = hub
+    say(user, "ann")
+    ws = connect(server)
+    assert frame(ws)["type"] == "hello"
+    mute = user.parent / "mute"
+    mute.touch()
+    try:
+        assert frame(ws)["error"]["code"] == "forbidden"
+        assert ws.recv_data()[0] == websocket.ABNF.OPCODE_CLOSE
+        ws.close()
+        with pytest.raises(websocket.WebSocketBadStatusException) as caught:
+            connect(server)
+        assert caught.value.status_code == 403
+    finally:
+        mute.unlink()

@@ -27,7 +27,7 @@ from llmkit.gateway.sources import ConnectionFiles
 from llmkit.protocol import Origin
 from llmkit.protocol.client import EngineClient
 from llmkit.settings.gateway import GATEWAY_OPTIONS, GatewayOptions
-from llmkit_jupyter.handler import JupyterGatewayHandler
+from llmkit_jupyter.handler import JupyterAssetHandler, JupyterGatewayHandler
 from llmkit_jupyter.socket import SOCKET_ROUTE, JupyterChatSocket
 
 if TYPE_CHECKING:
@@ -63,6 +63,7 @@ class LLMKitExtension(ExtensionApp):
     session_ttl_s = _trait(Float, "session_ttl_s")
     metrics = _trait(Bool, "metrics", "Jupyter's own /metrics has them too.")
     otlp_endpoint = _trait(Unicode, "otlp_endpoint", "By default as the OTEL_ variables say.")
+    service_name = _trait(Unicode, "service_name")
 
     _metrics: Metrics | None = None
     _tracer: Tracer | None = None
@@ -94,6 +95,7 @@ class LLMKitExtension(ExtensionApp):
         )
         self._sockets, self._turns = gateway.sockets, gateway.turns
         self.handlers.append((SOCKET_ROUTE, JupyterChatSocket, {"gateway": gateway}))
+        self.handlers.append((r"/llmkit/(assets/.*)", JupyterAssetHandler, {"gateway": gateway}))
         self.handlers.append((r"/llmkit(?:/(.*))?", JupyterGatewayHandler, {"gateway": gateway}))
 
     def _bounds(self, options: GatewayOptions) -> list[Stage]:
@@ -117,7 +119,7 @@ class LLMKitExtension(ExtensionApp):
         return [self._metrics.observer]
 
     def _tracing(self, options: GatewayOptions) -> list[Observer]:
-        self._tracer = start_telemetry(options.otlp_endpoint)
+        self._tracer = start_telemetry(options.otlp_endpoint, service_name=options.service_name)
         return [] if self._tracer is None else [self._tracer.observer]
 
     @property

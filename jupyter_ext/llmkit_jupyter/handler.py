@@ -5,28 +5,33 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+from collections.abc import Iterator
 from typing import Any
 
 from jupyter_core.utils import ensure_async
 from jupyter_server.auth import IdentityProvider, PasswordIdentityProvider
+from jupyter_server.auth.decorator import allow_unauthenticated
 from jupyter_server.auth.identity import LegacyIdentityProvider
 from jupyter_server.base.handlers import APIHandler, JupyterHandler
 from tornado import web
 
+from llmkit.gateway.access.authenticator import ANONYMOUS
 from llmkit.gateway.access.identity import SCOPES, Identity
 from llmkit.gateway.app import Gateway
 from llmkit.gateway.exchange import Exchange
 from llmkit.gateway.failures import ApiError
 from llmkit.gateway.ops.pages import PAGES
+from llmkit.gateway.sockets.handler import key_offered
 
 __all__ = [
     "RESOURCE",
+    "JupyterAssetHandler",
     "JupyterGatewayHandler",
     "forbidden",
     "identity_of",
-    "is_stranger",
     "refusal",
     "take_key",
+    "telling_strangers",
 ]
 
 RESOURCE = "llmkit"
@@ -52,12 +57,8 @@ class JupyterGatewayHandler(APIHandler):
 
     async def prepare(self) -> None:  # type: ignore[override]
         take_key(self)
-        try:
+        with telling_strangers(self):
             await super().prepare()
-        except web.HTTPError as error:
-            if error.status_code == 403 and is_stranger(self):
-                raise web.HTTPError(401) from None
-            raise
 
     def finish(self, *args: Any, **kwargs: Any) -> Any:
         """Keep the route's content type; Jupyter's API would call everything JSON."""
@@ -65,7 +66,9 @@ class JupyterGatewayHandler(APIHandler):
         return super().finish(*args, **kwargs)
 
     def get_login_url(self) -> str:
-        """An API never redirects to a login page."""
+        """Where a person logs in; a program is told that it must."""
+        if "text/html" in self.request.headers.get("Accept", ""):
+            return web.RequestHandler.get_login_url(self)
         raise web.HTTPError(401)
 
     async def _run(self, path: str | None = None) -> None:
@@ -81,6 +84,9 @@ class JupyterGatewayHandler(APIHandler):
         if not allowed:
             self._gateway.refuse(exchange, forbidden(action))
             return
+        await self._answer(exchange)
+
+    async def _answer(self, exchange: Exchange) -> None:
         self._task = asyncio.ensure_future(self._gateway.dispatch(exchange))
         with contextlib.suppress(asyncio.CancelledError):
             await self._task
@@ -121,11 +127,39 @@ class JupyterGatewayHandler(APIHandler):
         self._gateway.refuse(exchange, refusal(status_code, error, self._reason))
 
 
+class JupyterAssetHandler(JupyterGatewayHandler):
+    """The page's scripts and styles, which anybody may have.
+
+    Browsers send no header of ours with the modules that a script imports, and to a hub a cookie
+    alone proves nothing: any of its users' pages could have sent the request.
+    """
+
+    @allow_unauthenticated
+    async def get(self, path: str | None = None) -> None:
+        await self._answer(Exchange(self, path or "", ANONYMOUS, self._gateway.held))
+
+    @allow_unauthenticated
+    async def head(self, path: str | None = None) -> None:
+        await self.get(path)
+
+
 def take_key(handler: JupyterHandler) -> None:
-    """A key as Anthropic's clients send it, where Jupyter looks for it."""
+    """A key as Anthropic's clients send it, or browsers to a socket, where Jupyter looks for it."""
     headers = handler.request.headers
-    if "Authorization" not in headers and "x-api-key" in headers:
-        headers["Authorization"] = f"Bearer {headers['x-api-key']}"
+    key = headers.get("x-api-key") or key_offered(headers)
+    if "Authorization" not in headers and key and key.isascii() and key.isprintable():
+        headers["Authorization"] = f"Bearer {key}"
+
+
+@contextlib.contextmanager
+def telling_strangers(handler: JupyterHandler) -> Iterator[None]:
+    """Jupyter refuses with 403 whoever is not logged in; here that is a 401."""
+    try:
+        yield
+    except web.HTTPError as error:
+        if error.status_code == 403 and is_stranger(handler):
+            raise web.HTTPError(401) from None
+        raise
 
 
 def is_stranger(handler: JupyterHandler) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import time
 from typing import Any
 
 from jupyter_core.utils import ensure_async
@@ -20,13 +22,14 @@ from llmkit_jupyter.handler import (
     RESOURCE,
     forbidden,
     identity_of,
-    is_stranger,
     refusal,
     take_key,
+    telling_strangers,
 )
 
 __all__ = ["SOCKET_ROUTE", "JupyterChatSocket"]
 
+ASK_S, TRUSTED_S = 5.0, 60.0  # between two questions; while they cannot be answered
 SOCKET_ROUTE = rf"/llmkit/{PATHS}"
 
 
@@ -34,7 +37,8 @@ class JupyterChatSocket(WebSocketMixin, websocket.WebSocketHandler, JupyterHandl
     """A `Connection` for a user that Jupyter admits.
 
     The authorizer is asked for ``read`` at the handshake and to resume, and for ``execute`` before
-    whatever computes or cancels.
+    whatever computes or cancels. Who the user is, is asked again every few seconds, and with it
+    whether ``read`` is still allowed: whoever may not log in any more is sent away.
     """
 
     auth_resource = RESOURCE
@@ -43,15 +47,17 @@ class JupyterChatSocket(WebSocketMixin, websocket.WebSocketHandler, JupyterHandl
         self._gateway = gateway
         self._address = str(self.request.remote_ip)
         self._connection: Connection | None = None
+        self._asking: asyncio.Task[None] | None = None
+        self._refusal: ApiError | None = None
+        self._asked_at = self._known_at = time.monotonic()
 
     async def prepare(self) -> None:  # type: ignore[override]
         take_key(self)
-        try:
+        self._before = dict(vars(self))
+        with telling_strangers(self):
             await super().prepare()
-        except web.HTTPError as error:
-            if error.status_code == 403 and is_stranger(self):
-                raise web.HTTPError(401) from None
-            raise
+            if self.current_user is None:  # Jupyter leaves that to each handler
+                raise web.HTTPError(401)
         try:
             check_handshake(self.request)
             if self._check_cross_origin(self.check_origin) is not None:
@@ -105,7 +111,50 @@ class JupyterChatSocket(WebSocketMixin, websocket.WebSocketHandler, JupyterHandl
         """Jupyter has admitted the caller already."""
 
     async def identify(self) -> Identity:
+        """The user, asked for again unless that was just done. Raises `ApiError`."""
+        if self._asking is None and time.monotonic() - self._asked_at >= ASK_S:
+            self._asking = asyncio.create_task(self._ask())
+        if self._asking is not None:
+            await asyncio.shield(self._asking)
+        if self._refusal is not None:
+            raise self._refusal
         return identity_of(self)
+
+    async def _ask(self) -> None:
+        """Have the identity provider look at the handshake again."""
+        self._refusal = await self._asked()
+        self._asked_at, self._asking = time.monotonic(), None
+
+    async def _asked(self) -> ApiError | None:
+        """Why the user is not welcome any more."""
+        try:
+            if self.identity_provider.auth_enabled:  # else each time it is somebody else
+                self.current_user = await self._user_again()
+            self._known_at = time.monotonic()
+        except web.HTTPError as error:
+            if error.status_code in (401, 403):
+                return refusal(401, None, "")
+            return self._unsure(error)
+        except Exception as error:  # of the provider, whoever wrote it
+            return self._unsure(error)
+        return None
+
+    async def _user_again(self) -> Any:
+        # Providers note on a handler whom they found: this one is as the request came.
+        handler = type(self).__new__(type(self))
+        vars(handler).update(self._before)
+        user = await ensure_async(self.identity_provider.get_user(handler))
+        if user is None:
+            raise web.HTTPError(401)
+        return user
+
+    def _unsure(self, error: Exception) -> ApiError | None:
+        """The provider, a hub perhaps, is in trouble: that may last a moment, no longer."""
+        if time.monotonic() - self._known_at < TRUSTED_S:
+            return None
+        self.log.warning("llmkit: who is at a socket cannot be found out: %s", error)
+        message = "Who you are cannot be found out now; connect again."
+        return ApiError(503, message, "server_error", code="identity_unknown")
 
     async def permit(self, action: str) -> None:
         allowed = await ensure_async(
