@@ -97,8 +97,10 @@ def receiving() -> Iterator[Receiver]:
 
 
 @contextmanager
-def traced(endpoint: str | None) -> Iterator[tuple[Tracer, dict[str, Any]]]:
-    tracer = start_telemetry(endpoint)
+def traced(
+    endpoint: str | None, service_name: str = "llmkit"
+) -> Iterator[tuple[Tracer, dict[str, Any]]]:
+    tracer = start_telemetry(endpoint, service_name=service_name)
     assert tracer is not None
     try:
         yield tracer, {"observers": [tracing(tracer)]}

@@ -11,6 +11,7 @@ import yaml
 
 from llmkit.gateway.sockets.handler import PATHS
 from llmkit.gateway.sockets.messages import CLIENT_MESSAGES, SERVER_MESSAGES, Fault
+from llmkit.settings.gateway import GatewayOptions
 
 FILE = Path(__file__).parents[1] / "docs/reference/asyncapi.yaml"
 DOCUMENT: dict[str, Any] = yaml.safe_load(FILE.read_text())
@@ -74,3 +75,4 @@ def test_its_references_lead_somewhere_and_it_names_every_address() -> None:
     said = channel["address"] + channel["description"]
     assert all(f"/{path}" in said for path in PATHS.removesuffix("/?").strip("()").split("|"))
     assert DOCUMENT["asyncapi"] == "3.0.0"
+    assert DOCUMENT["servers"]["alone"]["host"] == f"127.0.0.1:{GatewayOptions().port}"

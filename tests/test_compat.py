@@ -97,7 +97,7 @@ async def test_strangers_see_no_queue() -> None:
 def named_like_routes() -> Iterator[None]:
     from llmkit.bridge.server import BridgeServer
 
-    clients = [FakeClient(name) for name in ("active", "load", "fake")]
+    clients = [FakeClient(name) for name in ("active", "list", "load", "fake")]
     bridges = [BridgeServer(client) for client in clients]
     yield
     for bridge, client in zip(bridges, clients, strict=True):
@@ -107,11 +107,13 @@ def named_like_routes() -> Iterator[None]:
 
 async def test_models_named_like_routes_are_there(named_like_routes: None) -> None:
     async for api in serve(None):
-        for name in ("active", "load"):
+        for name in ("active", "list", "load"):
             reply = await curl(api.url, f"/v1/models/{name}")
             assert reply.code == 200 and reply.json["id"] == name, name
             assert reply.json["object"] == "model"
         assert (await curl(api.url, "/v1/models/unload")).code == 404
+        assert (await curl(api.url, "/v1/models/unload", {})).code == 501
+        assert (await curl(api.url, "/models/load", {"model": "load"})).code == 501
         assert (await curl(api.url, "/models/load")).json["name"] == "load"
 
 
@@ -316,15 +318,42 @@ async def test_a_setting_settles_the_dialect(dialect: str) -> None:
 
 
 async def test_llms_errors_have_a_code(gateway: Governed) -> None:
+    url = gateway.api.url
     for path in ("/api/chat/stream", "/api/chat"):
         body = {"model": "none", "messages": MESSAGES, "max_tokens": 3}
-        reply = await curl(gateway.api.url, path, body)
+        reply = await curl(url, path, body)
         assert reply.code == 404 and "none" in reply.json["error"]
-    assert (await curl(gateway.api.url, "/api/chat/stream", body)).json["code"] == (
-        "UNSUPPORTED_MODEL"
-    )
-    reply = await curl(gateway.api.url, "/api/chat/stream", {**GREEDY, "messages": []})
-    assert reply.code == 400 and reply.json["code"] == "BAD_REQUEST"
+        assert reply.json["code"] == "UNSUPPORTED_MODEL", path
+        reply = await curl(url, path, {**GREEDY, "messages": []})
+        assert reply.code == 400 and reply.json["code"] == "BAD_REQUEST", path
+    ollamas = {"model": "none", "messages": MESSAGES}
+    assert (await curl(url, "/api/chat", ollamas)).json.keys() == {"error"}, "as Ollama says it"
+    async with governed(api_dialect="llms") as other:
+        reply = await curl(other.api.url, "/api/chat", b"{")
+        assert reply.json["code"] == "BAD_REQUEST", "before anything tells whose body it is"
+        reply = await curl(other.api.url, "/api/generate")
+        assert reply.code == 405 and reply.json["code"] == "METHOD_NOT_ALLOWED"
+
+
+async def test_a_body_of_llama_servers_gets_its_errors_without_a_prefix(gateway: Governed) -> None:
+    body = {"prompt": "x", "model": "none"}
+    reply = await curl(gateway.api.url, "/completions", {**body, "n_predict": 3})
+    assert reply.json["error"]["type"] == "not_found_error" and reply.json["error"]["code"] == 404
+    reply = await curl(gateway.api.url, "/completions", body)
+    assert reply.json["error"]["code"] == "model_not_found"
+
+
+async def test_the_llms_chat_goes_on_with_a_session(gateway: Governed) -> None:
+    url, first = gateway.api.url, {**GREEDY, "messages": MESSAGES, "session_id": "garden"}
+    said = (await curl(url, "/api/chat", first)).json["message"]["content"]
+    more = {**first, "messages": [{"role": "user", "content": "And then?"}]}
+    streamed = await curl(url, "/api/chat/stream", more)
+    assert "".join(event["content"] for event in streamed.objects)
+    asked = gateway.records[-1].requests[0].messages
+    assert asked is not None
+    assert [m.text for m in asked] == ["Hello!", said, "And then?"]
+    (session,) = (await curl(url, "/v1/sessions")).json["data"]
+    assert session["title"] == "garden"
 
 
 # otron.

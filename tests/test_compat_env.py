@@ -100,6 +100,7 @@ def test_nothing_is_read_unless_it_is_asked_for() -> None:
         ({"LOG_FORMAT": "compact"}, "log_format", "pretty"),
         ({"LLM_MAX_CONCURRENT_REQUESTS": "1000"}, "n_slots", 256),
         ({"RUST_LOG": "warn"}, "log_level", "warning"),
+        ({"SERVICE_NAME": "llm"}, "service_name", "llm"),
         ({"RUST_LOG": "info,tower=trace"}, "log_level", "info"),
         ({"OTEL_EXPORTER_OTLP_ENDPOINT": "http://c:4318"}, "otlp_endpoint", "http://c:4318"),
         ({"LLM_ENABLE_ISQ": "true", "LLM_ISQ_TYPE": "Q4_K"}, "quantize", "Q4_K_M"),
@@ -110,8 +111,8 @@ def test_what_a_variable_becomes(variables: dict[str, str], key: str, value: Any
     assert found[key][0] == value and found[key][1].removesuffix(" (compat)") in variables
 
 
-def test_no_context_is_the_default_one() -> None:
-    assert "n_ctx" not in set_by(compat(CONTEXT_SIZE="0"))
+def test_nothing_is_the_default() -> None:
+    assert set_by(compat(CONTEXT_SIZE="0", RATE_LIMIT_MAX="0", ENABLE_RATE_LIMIT="true")) == {}
 
 
 def test_certificates_need_their_switch() -> None:
@@ -171,7 +172,7 @@ def test_everything_of_ours_goes_before(tmp_path: Path) -> None:
     [
         ({"PORT": "http"}, r"variable PORT \(compat\) must be an integer, not 'http'"),
         ({"PORT": "70000"}, r"variable PORT \(compat\).*port must be an integer from 0 to 65535"),
-        ({"RATE_LIMIT_MAX": "0"}, r"RATE_LIMIT_MAX \(compat\) must be a number of requests"),
+        ({"RATE_LIMIT_MAX": "-1"}, r"RATE_LIMIT_MAX \(compat\) must be a number of requests"),
         ({"RATE_LIMIT_WINDOW": "-1"}, r"RATE_LIMIT_WINDOW \(compat\) must be a number of seconds"),
         ({"ENABLE_RATE_LIMIT": "true"}, r"ENABLE_RATE_LIMIT.* needs RATE_LIMIT_MAX as well"),
         ({"ENABLE_CORS": "maybe"}, r"ENABLE_CORS \(compat\) must be true or false, not 'maybe'"),
@@ -197,10 +198,14 @@ def test_values_that_make_no_sense_name_the_variable(variables: dict[str, str], 
         compat(**variables)
 
 
-def test_what_cannot_be_honoured_is_said_once() -> None:
-    settings = compat(SERVICE_NAME="llm", OTEL_EXPORTER_OTLP_ENDPOINT="http://collector:4317")
-    assert len(settings.notes) == 2
-    assert "OTEL_SERVICE_NAME" in settings.notes[0] and "4318" in settings.notes[1]
+def test_what_is_not_as_they_mean_it_is_said_once() -> None:
+    collector = {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://collector:4317"}
+    settings = compat(LLM_MAX_CONCURRENT_REQUESTS="1000", **collector)
+    slots, port = settings.notes
+    assert slots == "LLM_MAX_CONCURRENT_REQUESTS: 256 is the most there can be" and "4318" in port
+    assert compat(LLM_MAX_CONCURRENT_REQUESTS="256").notes == ()
+    ours = compat({"otlp_endpoint": "http://c:4318", **ON}, **collector)
+    assert ours.notes == (), "it is not used"
 
 
 def test_config_show_names_the_source(
@@ -209,16 +214,16 @@ def test_config_show_names_the_source(
     for variable in ISSUE:
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.setenv("HOST", "127.0.0.7")
-    monkeypatch.setenv("SERVICE_NAME", "x")
+    monkeypatch.setenv("LLM_MAX_CONCURRENT_REQUESTS", "300")
     monkeypatch.setenv("LLMKIT_COMPAT_ENV", "1")
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         assert main(["config", "show"]) == 0
     shown = capsys.readouterr().out
     assert re.search(r"host +\"127\.0\.0\.7\" +HOST \(compat\)", shown)
-    assert len(said) == 1 and "SERVICE_NAME" in str(said[0].message)
+    assert len(said) == 1 and "256" in str(said[0].message)
     monkeypatch.delenv("LLMKIT_COMPAT_ENV")
-    monkeypatch.delenv("SERVICE_NAME")
+    monkeypatch.delenv("LLM_MAX_CONCURRENT_REQUESTS")
     assert main(["config", "show", "--compat-env", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)["host"]
     assert (found["value"], found["source"]) == ("127.0.0.7", "HOST (compat)")

@@ -127,15 +127,13 @@ async def test_what_it_says_of_itself(real: Api) -> None:
     props = (await ask(real, "/props")).json
     assert props.keys() == PROPS and props["chat_template_caps"].keys() == CAPS
     params = props["default_generation_settings"]["params"]
+    assert props["endpoint_metrics"] is False, "this one has no /metrics"
     assert props["default_generation_settings"]["n_ctx"] == 1024 and params.keys() == SETTINGS
     assert props["bos_token"] == "<|im_start|>" and "<|im_start|>" in props["chat_template"]
     slots = (await ask(real, "/slots")).json
     assert [slot["id"] for slot in slots] == [0, 1, 2, 3]
     wanted = {"id", "n_ctx", "speculative", "is_processing"}
     assert all(wanted <= slot.keys() and not slot["is_processing"] for slot in slots)
-    models = (await ask(real, "/v1/models")).json
-    meta = {"n_vocab", "n_ctx", "n_ctx_train", "n_params", "size", "ftype"}
-    assert meta <= models["data"][0]["meta"].keys()
 
 
 @pytest.mark.model
@@ -194,7 +192,7 @@ async def test_llama_vscode_may_want_several(gateway: Governed) -> None:
     reply = await ask(gateway.api, "/infill", body)
     assert reply.code == 200 and [r["index"] for r in reply.json] == [0, 1, 2]
     refused = await ask(gateway.api, "/infill", {**body, "lora": [{"id": 0, "scale": 0.5}]})
-    assert refused.code == 400 and "lora" in refused.json["error"]["message"]
+    assert refused.code == 400 and "the model has none" in refused.json["error"]["message"]
 
 
 async def test_code_round_a_gap_is_shortened_to_fit(gateway: Governed) -> None:
@@ -305,11 +303,6 @@ async def test_what_it_has_and_we_do_not_is_said_so(gateway: Governed) -> None:
                        ("/embedding", {"content": "x"})):  # fmt: skip
         reply = await ask(gateway.api, path, body)
         assert reply.code == 501 and reply.json["error"]["type"] == "not_supported_error", path
-    assert (await ask(gateway.api, "/lora-adapters")).json == []
-    assert (await ask(gateway.api, "/lora-adapters", [])).json == {"success": True}
-    bad: Any
-    for bad in ([{"id": 0, "scale": 1.0}], {}, [1], b"]", b'[], "x": 1'):
-        assert (await ask(gateway.api, "/lora-adapters", bad)).code == 400, bad
 
 
 @pytest.mark.model

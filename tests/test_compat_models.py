@@ -17,10 +17,10 @@ from tornado.netutil import bind_sockets
 from llmkit.gateway.app import make_server
 from llmkit.gateway.composition import Composition
 from llmkit.gateway.workers import Workers
-from llmkit.loading import worker_task
 from llmkit.models.registry import resolve
 from llmkit.settings.gateway import GatewayOptions
 from llmkit.settings.serving import ServeSettings
+from llmkit.wanted import worker_task
 from llmkit.workers.budget import Need
 from llmkit.workers.place import ServedModel
 

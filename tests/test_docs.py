@@ -70,7 +70,7 @@ def test_the_files_that_the_architecture_names_exist() -> None:
     assert [file for file in sorted(named) if not (ROOT / "llmkit" / file).is_file()] == []
 
 
-@pytest.mark.parametrize("path", TEXTS, ids=name)
+@pytest.mark.parametrize("path", [*TEXTS, ROOT / "CHANGELOG.md"], ids=name)
 def test_lines_are_short(path: Path) -> None:
     lines = path.read_text(encoding="utf-8").splitlines()
     long = [

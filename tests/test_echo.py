@@ -218,6 +218,23 @@ def test_openai(served: Served) -> None:
         openai.OpenAI(base_url=served.url, api_key="wrong", max_retries=0).models.list()
 
 
+def test_it_loads_no_models_and_says_so(served: Served) -> None:
+    def ask(path: str, body: bytes | None = None) -> tuple[int, Any]:
+        request = urllib.request.Request(served.url + path, body, {"Authorization": "Bearer k"})
+        try:
+            with urllib.request.urlopen(request, timeout=30) as reply:
+                return reply.status, json.loads(reply.read())
+        except urllib.error.HTTPError as error:
+            return error.code, json.loads(error.read())
+
+    assert ask("/models/list") == (200, {"models": []}), "a file, not a model called list"
+    for path in ("load", "reload", "unload"):
+        status, said = ask(f"/models/{path}", b"{}")
+        assert status == 501 and said["error"]["type"] == "not_supported_error", path
+    (model,) = ask("/models")[1]["data"]
+    assert model["meta"]["n_vocab"] < 1e6, "clients allocate by it"
+
+
 def test_anthropic(served: Served) -> None:
     client = anthropic.Anthropic(base_url=served.url.removesuffix("/v1"), api_key="k")
     with client.messages.stream(

@@ -235,10 +235,30 @@ def test_the_obvious_sections(tmp_path: Path) -> None:
         "rate": "10/30s",
         "request_timeout_s": 30.0,
         "otlp_endpoint": "http://collector:4317",
+        "service_name": "llm",
         "sampling": {"temperature": 0.7, "top_p": 0.9},
     }
     assert left(found)["tls.cert_path"] == "is turned off"
     assert any("4318" in note for note in found.notes)
+
+
+def test_values_mean_what_they_meant_there(tmp_path: Path) -> None:
+    text = """
+[model]
+path = "/m/a.gguf"
+context_size = 0
+[limits]
+max_concurrent_requests = 1000
+requests_per_minute = 0
+[logging]
+format = "compact"
+"""
+    found, ours = translated(tmp_path, text)
+    assert ours == {"model": ["/m/a.gguf"], "n_slots": 256, "log_format": "pretty"}
+    assert left(found) == {
+        "model.context_size": "0 is the default of n_ctx",
+        "limits.requests_per_minute": "0 is the default of rate",
+    }
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from llmkit.gateway.ops.openapi import describe
 from llmkit.gateway.ops.status import fragment
 
 ROUTES = Gateway(EngineDirectory()).routes
+LLAMA_SERVERS = ("fail_on_no_slot",)
 
 
 @pytest.fixture
@@ -50,12 +51,21 @@ async def test_the_document(api: Api) -> None:
     for name in re.findall(r'"#/components/schemas/([^"]+)"', text):
         assert name in document["components"]["schemas"]
     for path, _, operation in operations:
-        assert (
-            re.findall(r"\{(\w+)\}", path) == [p["name"] for p in operation.get("parameters", [])]
-            and "default" in operation["responses"]
-        )
+        parameters = operation.get("parameters", [])
+        in_path = [p["name"] for p in parameters if p["in"] == "path"]
+        assert re.findall(r"\{(\w+)\}", path) == in_path and "default" in operation["responses"]
+        assert all(p["description"] for p in parameters if p["in"] == "query")
     chat = document["components"]["schemas"]["ChatRequest"]["properties"]
     assert {"messages", "tools", "response_format", "logprobs", "dry_multiplier"} <= chat.keys()
+
+
+def test_what_routes_read_of_a_query_is_described() -> None:
+    read: set[str] = set()
+    for path in (Path(__file__).parents[1] / "llmkit" / "gateway").rglob("*.py"):
+        reading = r'(?:\.query\(|number_of\(exchange, |_flag\(exchange, )"(\w+)"'
+        read.update(re.findall(reading, path.read_text()))
+    described = {query.name for route in ROUTES for query in route.query}
+    assert read - {"part"} == described, "part is the page's own"
 
 
 async def test_the_page_runs_nothing_and_fetches_nothing(api: Api) -> None:
@@ -74,12 +84,15 @@ async def test_the_page_runs_nothing_and_fetches_nothing(api: Api) -> None:
 
 
 def test_the_written_docs_know_every_route_and_parameter() -> None:
-    text = (Path(__file__).parents[1] / "docs" / "api.md").read_text()
+    docs = Path(__file__).parents[1] / "docs"
+    text = "".join((docs / page).read_text() for page in ("api.md", "reference/sessions.md"))
     for route in ROUTES:
         assert (
             re.sub(r"\{\w+\+?\}", "{id}", route.path) in text
             or f"/{route.path.rpartition('/')[2]}`" in text
         ), route.path
+        for query in route.query:
+            assert f"`{query.name}" in text or query.name in LLAMA_SERVERS, query.name
     for schema in (ChatRequest, CompletionRequest):
         for name in schema.model_fields:
             assert re.search(rf"^\|.*`{name}`.*\|", text, re.MULTILINE), name

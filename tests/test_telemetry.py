@@ -67,16 +67,17 @@ async def test_the_environment_says_where_and_who(
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_HEADERS", "authorization=Bearer%20abc")
     monkeypatch.setenv("OTEL_SERVICE_NAME", "class-101")
     monkeypatch.setenv("OTEL_METRICS_EXPORTER", "none")
-    with traced(None) as (_, observers):
+    with traced(None, service_name="ours") as (_, observers):
         async for api in serve(None, **observers):
             await api.fetch("POST", "/v1/chat/completions", CHAT)
-    assert receiver.resources[0]["service.name"] == "class-101"
+    assert receiver.resources[0]["service.name"] == "class-101", "the variable goes before"
     assert receiver.headers[0]["authorization"] == "Bearer abc"
     assert len(receiver.spans) == 4 and not receiver.metrics
 
 
 def test_jupyter_traces_too(receiver: Receiver, tmp_path: Path) -> None:
-    server = JupyterServer(tmp_path, f"--LLMKitExtension.otlp_endpoint={receiver.url}")
+    traits = {"otlp_endpoint": receiver.url, "service_name": "labs"}
+    server = JupyterServer(tmp_path, *(f"--LLMKitExtension.{k}={v}" for k, v in traits.items()))
     headers = {"Authorization": f"Bearer {server.token}", "traceparent": PARENT}
     try:
         request = urllib.request.Request(f"{server.url}/llmkit/v1/models", headers=headers)
@@ -86,6 +87,7 @@ def test_jupyter_traces_too(receiver: Receiver, tmp_path: Path) -> None:
         server.stop()
     (span,) = receiver.named("GET /v1/models")
     assert span.trace_id.hex() == TRACE and span.kind == Span.SPAN_KIND_SERVER
+    assert receiver.resources[0]["service.name"] == "labs"
 
 
 def free_port() -> int:

@@ -16,8 +16,8 @@ from fakes import wait_for
 
 from llmkit.engine.threads import ThreadGovernor
 from llmkit.errors import ModelUnloadedError
+from llmkit.runtime.cpu_turns import CpuTurns
 from llmkit.runtime.reading import Reading
-from llmkit.runtime.turns import Turns
 from llmkit.system.waiting import deferred, uninterrupted
 
 
@@ -92,7 +92,7 @@ def test_one_core_is_left_alone() -> None:
 
 
 def test_turns_are_taken_in_order() -> None:
-    turns, order = Turns(), []
+    turns, order = CpuTurns(), []
 
     def work(name: int) -> None:
         with turns:
@@ -110,7 +110,7 @@ def test_turns_are_taken_in_order() -> None:
 
 def test_a_turn_is_not_handed_to_one_that_was_stopped() -> None:
     """The stop button while a load waits for its turn: the others go on."""
-    turns = Turns()
+    turns = CpuTurns()
 
     def press() -> None:
         wait_for(lambda: len(turns._waiting) == 1)

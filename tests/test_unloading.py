@@ -33,21 +33,6 @@ from llmkit.system.process import process_start_time
 LARGE = "llmkit.load('smollm2', n_ctx=2048, n_slots=4)"
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[JupyterServer]:
-    jupyter = JupyterServer(tmp_path_factory.mktemp("jupyter"))
-    yield jupyter
-    jupyter.stop()
-
-
-@pytest.fixture
-def kernel(server: JupyterServer) -> Iterator[Kernel]:
-    kernel = server.kernel()
-    yield kernel
-    kernel.close()
-    server.request("DELETE", f"/api/kernels/{kernel.id}")
-
-
 @pytest.fixture
 def model() -> Iterator[FakeClient]:
     """A fake model behind a bridge, which takes its time."""

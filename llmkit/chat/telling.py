@@ -13,7 +13,7 @@ from typing import Literal
 
 from llmkit.chat.conversation import tool_dict
 from llmkit.chat.manners import Manners
-from llmkit.protocol import Message, Tool
+from llmkit.protocol import INSTRUCTIONS, Message, Tool
 
 __all__ = ["Kind", "fitted", "lost"]
 
@@ -149,7 +149,7 @@ def _one_by_one(messages: Sequence[Message]) -> list[Message]:
 
 def _with_prompt(messages: Sequence[Message], text: str) -> list[Message]:
     """The text added to the first system message."""
-    if messages and messages[0].role in ("system", "developer"):
+    if messages and messages[0].role in INSTRUCTIONS:
         first = messages[0]
         return [
             replace(first, content=f"{first.text}\n\n{text}" if first.text else text),
@@ -236,7 +236,7 @@ def lost(text: str, messages: Sequence[Message], tools: Sequence[Tool]) -> set[K
         if at < 0:
             missing.add(
                 "system"
-                if message.role in ("system", "developer")
+                if message.role in INSTRUCTIONS
                 else "words"
                 if message.tool_calls
                 else "rest"

@@ -49,7 +49,7 @@ class Answer:
             request = replace(
                 request, prompt=prompt, messages=None, parse_special=True, suffix=suffix
             )
-        self._streams = submit_all(engine, exchange.owned([request]))
+        self._streams = submit_all(engine, exchange.owned(engine, [request]))
 
     async def updates(self) -> AsyncIterator[AnswerUpdate]:
         """Events once they are certain, None after a silence, and finally the completion.

@@ -84,7 +84,7 @@ class Composition:
         )
         self._deadlines = Deadlines(options.request_timeout_s, overload.retry_after)
         self._rules = Rules(guards_of(settings), overload, cache)
-        self._tracer = start_telemetry(options.otlp_endpoint)
+        self._tracer = start_telemetry(options.otlp_endpoint, service_name=options.service_name)
         offered = tuple if workers is None else workers.manager.statuses
         self._metrics = (
             Metrics(directory, offered=offered, response_cache=cache) if options.metrics else None

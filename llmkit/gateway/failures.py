@@ -9,7 +9,15 @@ from tornado import web
 
 from llmkit import errors
 
-__all__ = ["NO_RETRY", "ApiError", "DeadlineError", "Dialect", "api_error", "dialect_of"]
+__all__ = [
+    "NO_RETRY",
+    "ApiError",
+    "DeadlineError",
+    "Dialect",
+    "api_error",
+    "dialect_of",
+    "not_supported",
+]
 
 Dialect = Literal["openai", "anthropic", "ollama", "llama-server", "llms"]
 ANTHROPIC_TYPES = {
@@ -31,30 +39,15 @@ LLAMA_SERVER_TYPES = {
     501: "not_supported_error",
     503: "unavailable_error",
 }
-LLAMA_SERVER_PATHS = (
-    "/completion", "/infill", "/embedding", "/props", "/slots", "/lora-adapters",
-)  # fmt: skip
 LLMS_CODES = {400: "BAD_REQUEST", 404: "UNSUPPORTED_MODEL", 503: "SERVICE_UNAVAILABLE"}
-LLMS_PATHS = (
-    "/api/llms", "/api/generate/stream", "/api/chat/stream", "/api/completions",
-    "/api/completions/stream",
-)  # fmt: skip
 NO_RETRY = {"x-should-retry": "false"}
 
 
 def dialect_of(path: str) -> Dialect:
-    """The dialect of a route."""
-    return (
-        "llms"
-        if path in LLMS_PATHS
-        else "ollama"
-        if path.startswith("/api/")
-        else "anthropic"
-        if path.startswith("/v1/messages")
-        else "llama-server"
-        if path in LLAMA_SERVER_PATHS or path.startswith("/slots/")
-        else "openai"
-    )
+    """The dialect of a path that no route has."""
+    if path.startswith("/api/"):
+        return "ollama"
+    return "anthropic" if path.startswith("/v1/messages") else "openai"
 
 
 @dataclass(eq=False)
@@ -101,6 +94,11 @@ class ApiError(Exception):
                 "code": self.code,
             }
         }
+
+
+def not_supported(message: str) -> ApiError:
+    """What this server does not do, though others have a route for it."""
+    return ApiError(501, message, "not_supported_error", headers=dict(NO_RETRY))
 
 
 class DeadlineError(errors.LLMKitError):

@@ -5,17 +5,20 @@ Composes the routes of all dialects. Tornado loop only; knows no server.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 from typing import Protocol
 
+from llmkit.gateway.adapters import Adapters
 from llmkit.gateway.anthropic.routes import AnthropicRoutes
 from llmkit.gateway.anthropic.schemas import CountBody, MessagesBody
 from llmkit.gateway.compat.llama_objects import timings
+from llmkit.gateway.compat.llama_state import LlamaStateRoutes, with_models
 from llmkit.gateway.compat.llama_words import understanding
 from llmkit.gateway.compat.llms import Llms, LlmsChatBody, LlmsGenerateBody
 from llmkit.gateway.compat.routes import compat_routes
 from llmkit.gateway.directory import EngineDirectory
 from llmkit.gateway.exchange import Exchange
+from llmkit.gateway.failures import Dialect
 from llmkit.gateway.native.rerank import RerankBody, RerankRoutes
 from llmkit.gateway.native.tokenizing import (
     DetokenizeBody,
@@ -37,7 +40,7 @@ from llmkit.gateway.openai.responses import ResponsesBody
 from llmkit.gateway.openai.responses_routes import ResponsesRoutes
 from llmkit.gateway.openai.routes import OpenAIRoutes
 from llmkit.gateway.openai.schemas import CompletionRequest
-from llmkit.gateway.ops.openapi import Route
+from llmkit.gateway.ops.openapi import Query, Route
 from llmkit.gateway.ops.pages import PageRoutes
 from llmkit.gateway.ops.status import StatusRoutes
 from llmkit.protocol.client import EngineClient
@@ -62,12 +65,16 @@ def route_table(
     status: StatusRoutes,
     pages: PageRoutes,
     own: OwnRoutes,
+    adapters: Adapters,
+    *,
     api_dialect: str = "auto",
+    besides: Collection[str] = (),
 ) -> list[Route]:
     """All routes. ``on_use`` is called whenever one uses an engine. ``api_dialect`` settles whose
-    /api/generate and /api/chat are."""
+    /api/generate and /api/chat are. ``besides``: the paths that a gateway has besides."""
     openai = OpenAIRoutes(directory, f"llmkit-{__version__}", on_use, timings)
     llms = Llms(directory, on_use, api_dialect)
+    shared: Dialect = "llms" if api_dialect == "llms" else "ollama"
     anthropic, ollama, responses = (
         AnthropicRoutes(directory, on_use),
         OllamaRoutes(directory, on_use),
@@ -76,8 +83,21 @@ def route_table(
     embeddings, rerank = EmbeddingsRoutes(directory, on_use), RerankRoutes(directory, on_use)
     tokens = TokenizerRoutes(directory)
     return [
-        *compat_routes(directory, on_use, openai, llms),
-        Route("GET", "/v1/models", openai.list_models, "The loaded models, newest first", "OpenAI"),
+        *compat_routes(
+            directory,
+            on_use,
+            openai,
+            llms,
+            LlamaStateRoutes(directory, adapters, has_metrics="/metrics" in besides),
+            loads_models="/v1/models/load" in besides,
+        ),
+        Route(
+            "GET",
+            "/v1/models",
+            with_models(openai.listing),
+            "The loaded models, newest first",
+            "OpenAI",
+        ),
         Route("GET", "/v1/models/{id+}", openai.get_model, "A loaded model", "OpenAI"),
         Route(
             "POST",
@@ -117,6 +137,11 @@ def route_table(
             responses.input_items,
             "The input of a response",
             "OpenAI",
+            query=(
+                Query.choice("order", "Newest first unless it is asc.", "asc", "desc"),
+                Query("after", "The id of the last item that is known."),
+                Query.number("limit", "The most that are listed.", 100, 20),
+            ),
         ),
         Route(
             "POST",
@@ -143,6 +168,8 @@ def route_table(
             "Ollama",
             ChatBody,
             LlmsChatBody,
+            dialect=shared,
+            or_dialect="llms",
         ),
         Route(
             "POST",
@@ -152,6 +179,8 @@ def route_table(
             "Ollama",
             GenerateBody,
             LlmsGenerateBody,
+            dialect=shared,
+            or_dialect="llms",
         ),
         Route("POST", "/api/embed", ollama.embed, "Vectors of texts", "Ollama", EmbedBody),
         Route(

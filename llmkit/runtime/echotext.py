@@ -43,7 +43,7 @@ ECHO = "echo"
 TOKEN_BYTES = 4
 BITS = 8 * TOKEN_BYTES
 MARK = 1 << (BITS + 4)  # above the ids of any model; between it and the bytes is their number
-N_VOCAB = 2 * MARK
+N_VOCAB = 1 << 16  # what is said of it: its ids are larger, but clients allocate by this number
 VECTOR_SIZE = 32
 MAX_CHARS = 1 << 24
 

@@ -25,7 +25,8 @@ MODELS, ALL = "LLM_ALLOWED_MODELS", "*"
 class Variable:
     """``key`` is our setting; without one, ``why`` says what becomes of the variable.
 
-    ``read`` turns its text into our value. It counts only if its ``switch`` is on.
+    ``read`` turns its text into our value, None if the default is meant; ``note`` gives what is to
+    be said of it. It counts only if its ``switch`` is on.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Variable:
     read: Callable[[str], Any] = str
     switch: str = ""
     why: str = ""
+    note: Callable[[str], str] = lambda _: ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +91,7 @@ VARIABLES: tuple[Variable, ...] = (
     Variable("LLM_ISQ_TYPE", "quantize", foreign.as_weights, "LLM_ENABLE_ISQ"),
     Variable("LLM_ENABLE_ISQ", why="turns LLM_ISQ_TYPE on"),
     Variable("MAX_QUEUE_SIZE", "max_queue", foreign.as_integer),
-    Variable("LLM_MAX_CONCURRENT_REQUESTS", "n_slots", foreign.as_slots),
+    Variable("LLM_MAX_CONCURRENT_REQUESTS", "n_slots", foreign.as_slots, note=foreign.slots_note),
     Variable("RATE_LIMIT_MAX", "rate", switch="ENABLE_RATE_LIMIT"),
     Variable("RATE_LIMIT_WINDOW", why="the seconds of RATE_LIMIT_MAX; 60 without it"),
     Variable("ENABLE_RATE_LIMIT", why="turns RATE_LIMIT_MAX on"),
@@ -97,12 +99,12 @@ VARIABLES: tuple[Variable, ...] = (
     Variable("LLM_MAX_TOKENS_LIMIT", "max_tokens_limit", foreign.as_integer),
     Variable("LLM_DEFAULT_TEMPERATURE", "sampling.temperature", foreign.as_number),
     Variable("LLM_DEFAULT_TOP_P", "sampling.top_p", foreign.as_number),
-    Variable("OTEL_EXPORTER_OTLP_ENDPOINT", "otlp_endpoint"),
+    Variable("OTEL_EXPORTER_OTLP_ENDPOINT", "otlp_endpoint", note=foreign.collector_note),
     Variable("LOG_FORMAT", "log_format", foreign.as_log_format),
     Variable("RUST_LOG", "log_level", foreign.as_log_level),
     Variable("HF_HOME", why="read by huggingface_hub in any case"),
     Variable("HF_ENDPOINT", why="read by huggingface_hub in any case"),
-    Variable("SERVICE_NAME", why="not honoured: OTEL_SERVICE_NAME names the service in traces"),
+    Variable("SERVICE_NAME", "service_name"),
 )
 
 
@@ -139,12 +141,6 @@ class _Compat:
             elif variable.key:
                 read = self._rate(window_s) if variable.key == "rate" else variable.read
                 self._take(variable, self._placed(variable, text), text, read)
-            elif variable.why.startswith("not honoured"):
-                self._notes.append(f"{variable.name} is {variable.why}")
-        if "OTEL_EXPORTER_OTLP_ENDPOINT" in self._given:
-            address = self._given["OTEL_EXPORTER_OTLP_ENDPOINT"]
-            if said := foreign.collector_note(address):
-                self._notes.append(f"OTEL_EXPORTER_OTLP_ENDPOINT: {said}")
         return self._notes
 
     def _is_on(self, name: str) -> bool:
@@ -187,6 +183,8 @@ class _Compat:
             if value is None:  # the default is meant
                 return
             rows[name].check(value)
+            if said := variable.note(text):
+                self._notes.append(f"{variable.name}: {said}")
         except InvalidRequestError as error:
             self._fault(variable.name, f"is for a setting that does not take it: {error}")
             return
@@ -205,7 +203,7 @@ class _Compat:
             return 60
 
     @staticmethod
-    def _rate(window_s: int) -> Callable[[str], str]:
+    def _rate(window_s: int) -> Callable[[str], str | None]:
         return lambda text: foreign.as_rate(text, window_s)
 
     def _take_models(self, text: str) -> None:

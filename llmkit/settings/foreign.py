@@ -23,6 +23,7 @@ __all__ = [
     "as_slots",
     "as_weights",
     "collector_note",
+    "slots_note",
 ]
 
 SPANS = {1: "second", 60: "minute", 3600: "hour", 86_400: "day"}
@@ -75,6 +76,11 @@ def as_slots(value: Any) -> int:
     return min(as_integer(value), MAX_SLOTS)
 
 
+def slots_note(value: Any) -> str:
+    """What is to be said of `as_slots`; empty if nothing. So it is with the other ``…_note``."""
+    return f"{MAX_SLOTS} is the most there can be" if as_integer(value) > MAX_SLOTS else ""
+
+
 def as_log_format(value: Any) -> str:
     """A format of the log; what others call their readable ones is ours."""
     name = str(value).strip().lower()
@@ -113,16 +119,16 @@ def as_seconds(value: Any) -> int:
     return int(match[1]) * {"m": 60, "h": 3600, "d": 86_400}.get(match[2], 1)
 
 
-def as_rate(requests: Any, seconds: int = 60) -> str:
-    """So many requests in a window of seconds, as a rate of ours.
+def as_rate(requests: Any, seconds: int = 60) -> str | None:
+    """So many requests in a window of seconds, as a rate of ours; None for 0, which is no limit.
 
-    >>> as_rate("100"), as_rate(10, 90)
-    ('100/minute', '10/90s')
+    >>> as_rate("100"), as_rate(10, 90), as_rate(0)
+    ('100/minute', '10/90s', None)
     """
     amount = as_integer(requests)
-    if amount < 1:
-        raise ValueError("must be a number of requests, from 1")
-    return f"{amount}/{SPANS.get(seconds, f'{seconds}s')}"
+    if amount < 0:
+        raise ValueError("must be a number of requests, or 0 for no limit")
+    return None if not amount else f"{amount}/{SPANS.get(seconds, f'{seconds}s')}"
 
 
 def as_log_level(value: Any) -> str:
@@ -155,7 +161,7 @@ def as_weights(value: Any) -> str:
 
 
 def collector_note(address: str) -> str:
-    """What is to be said of a collector's address; empty if nothing."""
+    """About a collector's address."""
     if re.search(rf":{GRPC_PORT}(?:/|$)", address.strip()) is None:
         return ""
     return (

@@ -129,6 +129,10 @@ class GatewayOptions:
         "url", None, "Where to send OpenTelemetry's spans and metrics, such as "
         "http://127.0.0.1:4318; needs llmkit[otel].", LOG, schemes=("http", "https"),
     )  # fmt: skip
+    service_name: str = option(
+        "text", "llmkit", "What OpenTelemetry calls this service; OTEL_SERVICE_NAME goes before.",
+        LOG,
+    )  # fmt: skip
 
     models: tuple[str, ...] = option(
         "texts", (), "Models to serve: aliases, paths of GGUF files, org/repo:Q4_K_M of the Hub; "

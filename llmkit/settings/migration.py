@@ -198,7 +198,11 @@ class _Translator:
         self, theirs: str, path: KeyPath, value: Any, read: Any, rows: Mapping[str, Option]
     ) -> None:
         try:
-            self._put(theirs, path, read(value), rows)
+            ours = read(value)
+            if ours is None:
+                self._left(theirs, f"{value!r:.60} is the default of {path[-1]}")
+            else:
+                self._put(theirs, path, ours, rows)
         except ValueError as error:  # ours too: a setting that does not take it
             why = str(error)
             self._left(theirs, f"{why}, not {value!r:.60}" if why.startswith("must") else why)

@@ -68,7 +68,7 @@ TABLE: tuple[tuple[str, Read, str], ...] = (
     ),
     (
         "log_format",
-        same,
+        foreign.as_log_format,
         "server.log_format logging.format log.format observability.log_format telemetry.log_format",
     ),
     (
@@ -82,6 +82,7 @@ TABLE: tuple[tuple[str, Read, str], ...] = (
         "observability.otlp_endpoint telemetry.otlp_endpoint telemetry.endpoint otel.endpoint "
         "otel.otlp_endpoint otel.exporter_otlp_endpoint",
     ),
+    ("service_name", same, "telemetry.service_name otel.service_name observability.service_name"),
     ("model", foreign.as_list, "model.path model.model_path model.file model.model_id model.repo"),
     ("name", same, "model.name model.alias"),
     (
@@ -103,9 +104,9 @@ TABLE: tuple[tuple[str, Read, str], ...] = (
     ("rate", foreign.as_rate, "limits.default_rate_limit_per_minute limits.default_rate_limit "
      "limits.rate_limit_per_minute limits.requests_per_minute rate_limit.requests_per_minute "
      "rate_limit.per_minute rate_limit.max limits.rate_limit_max"),
-    ("n_ctx", foreign.as_integer, "model.context_size model.context_length model.max_seq_len "
+    ("n_ctx", foreign.as_context, "model.context_size model.context_length model.max_seq_len "
      "model.n_ctx inference.context_size paged_attn.context_len"),
-    ("n_slots", foreign.as_integer, "models.max_concurrent_requests limits.max_concurrent_requests "
+    ("n_slots", foreign.as_slots, "models.max_concurrent_requests limits.max_concurrent_requests "
      "server.max_concurrent_requests runtime.max_seqs inference.max_concurrent_requests"),
     ("n_gpu_layers", foreign.as_integer, "model.gpu_layers model.n_gpu_layers "
      "inference.gpu_layers"),
@@ -136,7 +137,7 @@ KEYS: Mapping[str, tuple[str, Read]] = {
 
 # In a table of one model.
 ENTRY_TABLE: tuple[tuple[str, Read, str], ...] = (
-    ("n_ctx", foreign.as_integer, "context_length context_size max_seq_len device.max_seq_len"),
+    ("n_ctx", foreign.as_context, "context_length context_size max_seq_len device.max_seq_len"),
     ("n_gpu_layers", foreign.as_integer, "gpu_layers n_gpu_layers"),
     ("n_gpu_layers", _cpu_layers, "device.cpu"),
     ("quantize", foreign.as_weights, "quantization isq quantization.in_situ_quant"),
@@ -170,8 +171,6 @@ REASONS: Mapping[str, str] = {
     "command": "`llmkit serve` is meant",
     "observability.enable_tracing": "logs are always written; otlp_endpoint exports traces",
     "observability.metrics_path": "metrics are at /metrics",
-    "telemetry.service_name": "the variable OTEL_SERVICE_NAME names the service",
-    "otel.service_name": "the variable OTEL_SERVICE_NAME names the service",
     "global.seed": "a seed for all requests gives the same draws again: see [sampling] seed",
     "global.token_source": "the variable HF_TOKEN, or `hf auth login`, opens the Hub",
     "global.log": "requests are logged on standard error, without their texts",

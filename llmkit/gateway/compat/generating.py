@@ -6,14 +6,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Awaitable, Callable
-from pathlib import PurePath
 from typing import Annotated, Any
 
 from pydantic import Field
 
 from llmkit.errors import EngineGoneError
 from llmkit.gateway.access.authenticator import ANONYMOUS
-from llmkit.gateway.access.identity import ADMIN
 from llmkit.gateway.answers import Answer
 from llmkit.gateway.bodies import SessionId, Strict
 from llmkit.gateway.chats import Chat, sampling_params
@@ -22,6 +20,7 @@ from llmkit.gateway.compat.streaming import json_event, stream_text
 from llmkit.gateway.conversations.recall import recalled
 from llmkit.gateway.directory import EngineDirectory
 from llmkit.gateway.exchange import Exchange
+from llmkit.gateway.failures import not_supported
 from llmkit.gateway.ids import new_id
 from llmkit.protocol import Completion, EngineStats, Message, ModelDescription
 from llmkit.protocol.client import EngineClient
@@ -82,7 +81,7 @@ class GenerateEventsBody(Strict):
 
 
 class GeneratingRoutes:
-    """Routes over the engines of a directory; ``get_model`` runs for a model named "active"."""
+    """Routes over the engines of a directory; ``get_model`` runs for a model named as a route."""
 
     def __init__(
         self,
@@ -163,6 +162,20 @@ class GeneratingRoutes:
         else:
             await self.info(exchange)
 
+    async def files(self, exchange: Exchange) -> None:
+        """No file, unless there is a model of this very name."""
+        if has_model(self._directory, "list"):
+            exchange.args = ("list",)
+            await self._get_model(exchange)
+        else:
+            exchange.send_json({"models": []})
+
+    async def refuse_loading(self, exchange: Exchange) -> None:
+        raise not_supported(
+            "This gateway loads and unloads no models itself: that is done in the notebooks and "
+            "programs that have them. `llmkit serve MODEL --admin` has this route."
+        )
+
 
 def has_model(directory: EngineDirectory, name: str) -> bool:
     """Whether a model has this name; none is loaded for that."""
@@ -182,10 +195,9 @@ def _last(completion: Completion) -> dict[str, Any]:
 
 def model_info(model: ModelDescription, exchange: Exchange) -> dict[str, Any]:
     """A model as its service describes it; administrators see where its file is."""
-    knows_paths = ADMIN in exchange.identity.scopes
     return {
         "model": model.name,
-        "model_path": model.path if knows_paths else PurePath(model.path).name,
+        "model_path": exchange.shown_path(model.path),
         "context_size": model.n_ctx,
         "gpu_layers": 0 if model.device == "cpu" else -1,  # all that fit
     }

@@ -9,8 +9,10 @@ from typing import Any
 from llmkit.protocol import Completion, FinishReason, SamplingParams, TokenLogprob
 
 __all__ = [
+    "RANDOM_SEED",
     "compact",
     "final",
+    "listed",
     "partial",
     "picked",
     "probabilities",
@@ -59,8 +61,13 @@ def _ratio(part: float, whole: float) -> float:
     return part / whole if whole > 0 else 0.0
 
 
-def settings(sampling: SamplingParams, *, stream: bool = False) -> dict[str, Any]:
-    """Sampling as ``generation_settings``."""
+def settings(
+    sampling: SamplingParams,
+    *,
+    stream: bool = False,
+    lora: Sequence[tuple[int, float]] = (),
+) -> dict[str, Any]:
+    """Sampling as ``generation_settings``; ``lora`` has ids of adapters and their scales."""
     limit = -1 if sampling.max_tokens is None else sampling.max_tokens
     grammar = sampling.grammar
     return {
@@ -112,7 +119,7 @@ def settings(sampling: SamplingParams, *, stream: bool = False) -> dict[str, Any
         "timings_per_token": False,
         "post_sampling_probs": False,
         "backend_sampling": False,
-        "lora": [],
+        "lora": [{"id": adapter, "scale": scale} for adapter, scale in lora],
     }
 
 
@@ -160,6 +167,7 @@ def final(
     *,
     stream: bool,
     tokens: Sequence[int] = (),
+    lora: Sequence[tuple[int, float]] = (),
 ) -> dict[str, Any]:
     """A whole answer; in a stream, its last event."""
     usage = completion.usage
@@ -172,7 +180,7 @@ def final(
         "model": model,
         "tokens_predicted": usage.completion_tokens,
         "tokens_evaluated": usage.prompt_tokens,
-        "generation_settings": settings(sampling, stream=stream),
+        "generation_settings": settings(sampling, stream=stream, lora=lora),
         "prompt": prompt,
         "has_new_line": "\n" in completion.text,
         "truncated": False,
@@ -180,6 +188,31 @@ def final(
         "stopping_word": completion.stop or "",
         "tokens_cached": max(usage.prompt_tokens + usage.completion_tokens - 1, 0),
         "timings": timings(completion),
+    }
+
+
+def listed(model: str) -> dict[str, Any]:
+    """A model in ``models`` of /v1/models; llama-server leaves most of it empty too."""
+    details = {
+        "parent_model": "",
+        "format": "gguf",
+        "family": "",
+        "families": [""],
+        "parameter_size": "",
+        "quantization_level": "",
+    }
+    return {
+        "name": model,
+        "model": model,
+        "modified_at": "",
+        "size": "",
+        "digest": "",
+        "type": "model",
+        "description": "",
+        "tags": [""],
+        "capabilities": ["completion"],
+        "parameters": "",
+        "details": details,
     }
 
 

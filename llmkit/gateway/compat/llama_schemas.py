@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
+from pathlib import PurePath
 from typing import Annotated, Any, Literal
 
 from pydantic import AliasChoices, BeforeValidator, Field
@@ -15,6 +16,7 @@ from pydantic import AliasChoices, BeforeValidator, Field
 from llmkit.errors import InvalidRequestError
 from llmkit.gateway.bodies import Strict
 from llmkit.gateway.chats import sampling_params
+from llmkit.gateway.compat.llama_objects import RANDOM_SEED
 from llmkit.protocol import Grammar, ModelDescription, SamplingParams
 
 __all__ = [
@@ -25,6 +27,8 @@ __all__ = [
     "LlamaGenerationBody",
     "LoraScale",
     "Prompt",
+    "adapter_names",
+    "scales_of",
     "unsampled",
 ]
 
@@ -53,7 +57,6 @@ SAME_NAME = (
     "dry_multiplier", "dry_base", "dry_allowed_length", "dry_sequence_breakers", "xtc_probability",
     "xtc_threshold", "mirostat", "mirostat_tau", "mirostat_eta", "ignore_eos",
 )  # fmt: skip
-RANDOM_SEED = 4294967295
 NEVER = -1e6  # as a bias
 Prompt = str | tuple[int, ...]
 Named = Annotated[
@@ -85,8 +88,26 @@ Bias = Annotated[list[int | float | Literal[False]], Field(min_length=2, max_len
 
 
 class LoraScale(Strict):
-    id: int
-    scale: float
+    id: int = -1
+    scale: Annotated[float, Field(ge=-100, le=100)] = 0.0
+
+
+def adapter_names(model: ModelDescription) -> list[str]:
+    """What requests call the adapters of a model; llama-server calls them 0, 1 and so on."""
+    return [PurePath(path).stem for path, _ in model.adapters]
+
+
+def scales_of(given: Sequence[LoraScale], model: ModelDescription) -> tuple[tuple[str, float], ...]:
+    """The scales of a model's adapters by name; those that are not given are off.
+
+    Raises `InvalidRequestError`.
+    """
+    names, scales = adapter_names(model), {each.id: each.scale for each in given}
+    for adapter, scale in scales.items():
+        if scale and not 0 <= adapter < len(names):
+            there = f"the ids are 0 to {len(names) - 1}" if names else "the model has none"
+            raise InvalidRequestError(f"lora: there is no adapter {adapter}; {there}.", "lora")
+    return tuple((names[adapter], scale) for adapter, scale in sorted(scales.items()) if scale)
 
 
 class MediaPrompt(Strict):
@@ -141,10 +162,6 @@ class LlamaGenerationBody(Strict):
 
     def sampling(self, model: ModelDescription) -> SamplingParams:
         """Raises `InvalidRequestError`."""
-        if any(each.scale for each in self.lora or ()):
-            raise InvalidRequestError(
-                "lora: adapters are set when the model is loaded, not by a request.", "lora"
-            )
         values: dict[str, Any] = {name: getattr(self, name) for name in SAME_NAME}
         values |= {
             "max_tokens": None if self.max_tokens < 0 else self.max_tokens,

@@ -20,11 +20,12 @@ from llmkit.gateway.compat.llama_schemas import (
     LlamaEmbeddingBody,
     LlamaGenerationBody,
     Prompt,
+    scales_of,
 )
 from llmkit.gateway.compat.stopping import Stopping
 from llmkit.gateway.directory import EngineDirectory
 from llmkit.gateway.exchange import Exchange
-from llmkit.gateway.failures import NO_RETRY, ApiError
+from llmkit.gateway.failures import not_supported
 from llmkit.gateway.ids import new_id
 from llmkit.gateway.streams import StreamUpdate, close_all, merge, submit_all
 from llmkit.gateway.vectors import embed, vectors_of
@@ -40,11 +41,7 @@ from llmkit.protocol import (
 from llmkit.protocol.client import EngineClient
 from llmkit.protocol.stream import Stream
 
-__all__ = ["LlamaServerRoutes", "not_supported"]
-
-
-def not_supported(message: str) -> ApiError:
-    return ApiError(501, message, "not_supported_error", headers=dict(NO_RETRY))
+__all__ = ["LlamaServerRoutes"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +116,7 @@ class LlamaServerRoutes:
         is_many: bool,
     ) -> None:
         sampling, reply_id = body.sampling(engine.description), new_id("llama")
+        lora = scales_of(body.lora, engine.description) if body.lora else None
         requests = [
             GenerationRequest(
                 f"{reply_id}-{i}",
@@ -127,10 +125,11 @@ class LlamaServerRoutes:
                 suffix=each.suffix,
                 parse_special=each.suffix is None,
                 n=body.n,
+                lora=lora,
             )
             for i, each in enumerate(asked)
         ]
-        streams = submit_all(engine, exchange.owned(requests))
+        streams = submit_all(engine, exchange.owned(engine, requests))
         answers = [each for each in asked for _ in range(body.n)]
         answering = Answering(exchange, engine, body, sampling, answers)
         on_use = partial(self._on_use, engine)
@@ -231,6 +230,7 @@ class Answering:
             self._asked[index].text,
             stream=body.stream,
             tokens=completion.tokens if body.return_tokens and not body.stream else (),
+            lora=sorted((each.id, each.scale) for each in body.lora or ()),
         )
         if body.n_probs and not body.stream:
             answer["completion_probabilities"] = objects.probabilities(completion.logprobs)

@@ -1,20 +1,22 @@
-"""What llama-server says about itself: /props, /slots, /lora-adapters. Tornado loop only."""
+"""What llama-server says about itself: /props, /slots, /lora-adapters, and its list of models.
+
+Tornado loop only.
+"""
 
 from __future__ import annotations
 
 import asyncio
-from pathlib import PurePath
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from llmkit.errors import InvalidRequestError
-from llmkit.gateway.access.identity import ADMIN
+from llmkit.gateway.adapters import Adapters
 from llmkit.gateway.bodies import check_counts, parse_json, validated
 from llmkit.gateway.compat import llama_objects as objects
-from llmkit.gateway.compat.llama_schemas import LoraScale
-from llmkit.gateway.compat.llama_server import not_supported
+from llmkit.gateway.compat.llama_schemas import LoraScale, adapter_names, scales_of
 from llmkit.gateway.directory import EngineDirectory
 from llmkit.gateway.exchange import Exchange
-from llmkit.gateway.failures import ApiError
+from llmkit.gateway.failures import ApiError, not_supported
 from llmkit.gateway.ids import new_id
 from llmkit.protocol import (
     DescribeVocabulary,
@@ -26,21 +28,22 @@ from llmkit.protocol import (
 from llmkit.protocol.client import EngineClient
 from llmkit.version import __version__
 
-__all__ = ["LlamaStateRoutes"]
+__all__ = ["LlamaStateRoutes", "with_models"]
 
 
 class LlamaStateRoutes:
     """Routes over the engines of a directory; a query ``model`` names one."""
 
-    def __init__(self, directory: EngineDirectory) -> None:
-        self._directory = directory
+    def __init__(
+        self, directory: EngineDirectory, adapters: Adapters, *, has_metrics: bool = False
+    ) -> None:
+        self._directory, self._adapters, self._has_metrics = directory, adapters, has_metrics
 
     async def props(self, exchange: Exchange) -> None:
         engine = self._engine(exchange)
         model = engine.description
         inquiry = Inquiry(new_id("props"), DescribeVocabulary(), exchange.caller)
         vocabulary = await asyncio.wrap_future(engine.inquire(inquiry))
-        knows_paths = ADMIN in exchange.identity.scopes
         _send(
             exchange,
             {
@@ -51,12 +54,12 @@ class LlamaStateRoutes:
                 "total_slots": model.n_slots,
                 "model_alias": model.name,
                 "model_ftype": model.quantization,
-                "model_path": model.path if knows_paths else PurePath(model.path).name,
+                "model_path": exchange.shown_path(model.path),
                 "modalities": {"vision": False, "video": False, "audio": False},
                 "media_marker": "<__media__>",
                 "endpoint_slots": True,
                 "endpoint_props": False,
-                "endpoint_metrics": True,
+                "endpoint_metrics": self._has_metrics,
                 "ui": False,
                 "ui_settings": {},
                 "chat_template": vocabulary.chat_template or "",
@@ -100,18 +103,44 @@ class LlamaStateRoutes:
         raise not_supported("This server does not support slots action.")
 
     async def adapters(self, exchange: Exchange) -> None:
-        self._engine(exchange)
-        _send(exchange, [])
+        engine = self._engine(exchange)
+        model, chosen = engine.description, self._adapters.of(engine)
+        scales = None if chosen is None else dict(chosen)
+        made = [
+            {
+                "id": i,
+                "path": exchange.shown_path(path),
+                "scale": scale if scales is None else scales.get(name, 0.0),
+                "task_name": "",
+                "prompt_prefix": "",
+            }
+            for i, ((path, scale), name) in enumerate(
+                zip(model.adapters, adapter_names(model), strict=True)
+            )
+        ]
+        _send(exchange, made)
 
     async def set_adapters(self, exchange: Exchange) -> None:
-        """Adapters are set when a model is loaded; there is none to scale."""
+        """From now on; an adapter that is not named is off."""
+        engine = self._engine(exchange)
         scales = [validated(LoraScale, each) for each in _list(exchange.body)]
-        if any(each.scale for each in scales):
-            raise InvalidRequestError("adapters are set when the model is loaded.", "scale")
+        self._adapters.set(engine, scales_of(scales, engine.description))
         _send(exchange, {"success": True})
 
     def _engine(self, exchange: Exchange) -> EngineClient:
         return self._directory.lookup(exchange.query("model") or "default")
+
+
+def with_models(listing: Callable[[], dict[str, Any]]) -> Callable[[Exchange], Awaitable[None]]:
+    """A route for OpenAI's list of models that also has llama-server's fields."""
+
+    async def answer(exchange: Exchange) -> None:
+        listed = listing()
+        data = [{**each, "aliases": [each["id"]], "tags": []} for each in listed["data"]]
+        models = [objects.listed(each["id"]) for each in data]
+        exchange.send_json({"models": models, **listed, "data": data})
+
+    return answer
 
 
 def _list(body: bytes) -> list[dict[str, Any]]:

@@ -8,8 +8,11 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+from pydantic import Field
+
 from llmkit.errors import InvalidRequestError
-from llmkit.gateway.compat.llama_schemas import unsampled
+from llmkit.gateway.bodies import Strict, validated
+from llmkit.gateway.compat.llama_schemas import LoraScale, scales_of, unsampled
 from llmkit.gateway.exchange import Exchange
 
 __all__ = ["translate", "understanding"]
@@ -18,13 +21,23 @@ LIMITS = ("n_predict", "max_tokens", "max_completion_tokens")
 WITHOUT_EFFECT = ("response_fields", "t_max_prompt_ms", "n_keep", "n_discard", "min_keep")
 
 
+class Scales(Strict):
+    """Adapters, as a body names them."""
+
+    lora: list[LoraScale] = Field(default_factory=list)
+
+
 def understanding(
     run: Callable[[Exchange], Awaitable[None]],
 ) -> Callable[[Exchange], Awaitable[None]]:
     """A route of OpenAI's whose bodies may hold llama-server's words."""
 
     async def answer(exchange: Exchange) -> None:
-        translate(await exchange.fields(), exchange.ignore)
+        fields = await exchange.fields()
+        given = validated(Scales, {"lora": fields.pop("lora", None)}).lora
+        if given:
+            exchange.lora = lambda engine: scales_of(given, engine.description)
+        translate(fields, exchange.ignore)
         await run(exchange)
 
     return answer

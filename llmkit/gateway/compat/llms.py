@@ -13,21 +13,21 @@ from pydantic import Field
 
 from llmkit.chat.parsers.events import Content
 from llmkit.gateway.answers import Answer
-from llmkit.gateway.bodies import Strict
+from llmkit.gateway.bodies import SessionId, Strict
 from llmkit.gateway.chats import Chat, sampling_params
+from llmkit.gateway.compat.llama_objects import stop_type
 from llmkit.gateway.compat.streaming import json_event, stream_text
+from llmkit.gateway.conversations.recall import recalled
 from llmkit.gateway.directory import EngineDirectory
 from llmkit.gateway.exchange import Exchange
 from llmkit.gateway.ids import new_id
-from llmkit.protocol import Completion, FinishReason, Message, ModelDescription
+from llmkit.protocol import Completion, Message, ModelDescription
 from llmkit.protocol.client import EngineClient
 
 __all__ = ["Llms", "LlmsChatBody", "LlmsCompletionBody", "LlmsGenerateBody", "finish_reason"]
 
 DEFAULT_MAX_TOKENS = 512
-OWN_FIELDS = frozenset(
-    {"max_tokens", "temperature", "top_p"}
-)  # at the top, Ollama has none of them
+OWN_FIELDS = frozenset({"max_tokens", "temperature", "top_p"})  # Ollama has none at the top
 
 
 class LlmsBody(Strict):
@@ -56,7 +56,7 @@ class LlmsGenerateBody(LlmsBody):
     prompt: str
     part: ClassVar[str] = "text"  # what an event of a stream calls its text
 
-    def answer(self, engine: EngineClient, exchange: Exchange, on_use: OnUse) -> Answer:
+    async def answer(self, engine: EngineClient, exchange: Exchange, on_use: OnUse) -> Answer:
         chat = self.chat([Message("user", self.prompt)])
         return Answer(engine, chat, new_id("llms"), exchange, on_use)
 
@@ -70,10 +70,12 @@ class LlmsChatBody(LlmsBody):
     """POST /api/chat, as services with /api/llms have it"""
 
     messages: Annotated[list[LlmsMessage], Field(min_length=1)]
+    session_id: SessionId = None
     part: ClassVar[str] = "content"
 
-    def answer(self, engine: EngineClient, exchange: Exchange, on_use: OnUse) -> Answer:
+    async def answer(self, engine: EngineClient, exchange: Exchange, on_use: OnUse) -> Answer:
         chat = self.chat([Message(m.role, m.content) for m in self.messages])
+        chat = await recalled(exchange, engine, chat, self.session_id)
         return Answer(engine, chat, new_id("llms"), exchange, on_use)
 
 
@@ -84,7 +86,7 @@ class LlmsCompletionBody(LlmsBody):
     suffix: str | None = None
     part: ClassVar[str] = "text"
 
-    def answer(self, engine: EngineClient, exchange: Exchange, on_use: OnUse) -> Answer:
+    async def answer(self, engine: EngineClient, exchange: Exchange, on_use: OnUse) -> Answer:
         chat = self.chat([Message("user", self.prompt)])
         return Answer(
             engine,
@@ -127,6 +129,8 @@ class Llms:
             is_own = self._dialect == "llms" or (
                 self._dialect == "auto" and _is_own(await exchange.fields())
             )
+            if is_own:
+                exchange.dialect = "llms"
             await (own if is_own else ollama)(exchange)
 
         return run
@@ -154,7 +158,7 @@ class Llms:
 
     async def _whole(self, exchange: Exchange, body: Body) -> None:
         engine = self._engine(body.model)
-        answer = body.answer(engine, exchange, self._on_use)
+        answer = await body.answer(engine, exchange, self._on_use)
         try:
             events, completion = await answer.whole()
         finally:
@@ -175,7 +179,7 @@ class Llms:
         )
 
     async def _stream(self, exchange: Exchange, body: Body) -> None:
-        answer = body.answer(self._engine(body.model), exchange, self._on_use)
+        answer = await body.answer(self._engine(body.model), exchange, self._on_use)
         try:
             await stream_text(exchange, answer, lambda text: json_event({body.part: text}))
         finally:
@@ -188,9 +192,7 @@ def _is_own(fields: dict[str, Any]) -> bool:
 
 def finish_reason(completion: Completion) -> str:
     """length, stop (a stop string) or eos."""
-    if completion.finish_reason is not FinishReason.STOP:
-        return "length"
-    return "stop" if completion.stop else "eos"
+    return {"limit": "length", "word": "stop", "eos": "eos"}[stop_type(completion)]
 
 
 def _model(name: str, model: ModelDescription | None) -> dict[str, Any]:

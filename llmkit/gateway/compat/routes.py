@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 
+from llmkit.gateway.access.identity import ADMIN
 from llmkit.gateway.compat.generating import GenerateEventsBody, GeneratingRoutes
 from llmkit.gateway.compat.llama_schemas import (
     InfillBody,
@@ -28,12 +30,13 @@ from llmkit.gateway.directory import EngineDirectory
 from llmkit.gateway.exchange import Exchange
 from llmkit.gateway.openai.chat import ChatRequest
 from llmkit.gateway.openai.routes import OpenAIRoutes
-from llmkit.gateway.ops.openapi import Route
+from llmkit.gateway.ops.openapi import Query, Route
 from llmkit.protocol.client import EngineClient
 
 __all__ = ["compat_routes"]
 
 LLAMA, OTHERS = "llama-server", "Compatible"
+MODEL = (Query("model", "Its name; by default the newest."),)
 Run = Callable[[Exchange], Awaitable[None]]
 
 
@@ -42,16 +45,23 @@ def compat_routes(
     on_use: Callable[[EngineClient], None],
     openai: OpenAIRoutes,
     llms: Llms,
+    state: LlamaStateRoutes,
+    *,
+    loads_models: bool = False,
 ) -> list[Route]:
-    """All of them, but those whose paths other dialects have too."""
-    server, state = LlamaServerRoutes(directory, on_use), LlamaStateRoutes(directory)
+    """All of them, but those whose paths other dialects have too.
+
+    A gateway that ``loads_models`` itself has the routes for that, see `LifecycleRoutes`.
+    """
+    server = LlamaServerRoutes(directory, on_use)
     chat = understanding(openai.chat_completions)
     plain = UnprefixedRoutes(directory, on_use, openai, chat, server.completion)
     own = GeneratingRoutes(directory, on_use, openai.get_model)
     return [
+        *([] if loads_models else _loading_nothing(own)),
         *_llama_server(server, state),
         *_unprefixed(plain),
-        *_llms(llms),
+        *(replace(route, dialect="llms") for route in _llms(llms)),
         Route(
             "POST",
             "/v1/generate",
@@ -67,6 +77,16 @@ def compat_routes(
     ]
 
 
+def _loading_nothing(own: GeneratingRoutes) -> list[Route]:
+    refuse, text = own.refuse_loading, "Not supported"
+    return [
+        Route("GET", "/v1/models/list", own.files, "The files that can be loaded: none", OTHERS),
+        Route("POST", "/v1/models/load", refuse, text, OTHERS, also=("/models/load",)),
+        Route("POST", "/v1/models/reload", refuse, text, OTHERS),
+        Route("POST", "/v1/models/unload", refuse, text, OTHERS, also=("/models/unload",)),
+    ]
+
+
 def _unprefixed(plain: UnprefixedRoutes) -> list[Route]:
     return [
         Route(
@@ -77,6 +97,7 @@ def _unprefixed(plain: UnprefixedRoutes) -> list[Route]:
             OTHERS,
             PlainCompletionRequest,
             LlamaCompletionBody,
+            or_dialect="llama-server",
         ),
         Route(
             "POST",
@@ -137,10 +158,25 @@ def _llama_server(server: LlamaServerRoutes, state: LlamaStateRoutes) -> list[Ro
         Route(
             "POST", "/embedding", server.embedding, "Vectors of texts", LLAMA, LlamaEmbeddingBody
         ),
-        Route("GET", "/props", state.props, "The model and its template", LLAMA),
+        Route("GET", "/props", state.props, "The model and its template", LLAMA, query=MODEL),
         Route("POST", "/props", state.set_props, "Not supported", LLAMA),
-        Route("GET", "/slots", state.slots, "What the slots do", LLAMA),
+        Route(
+            "GET",
+            "/slots",
+            state.slots,
+            "What the slots do",
+            LLAMA,
+            query=(*MODEL, Query("fail_on_no_slot", "With a value: 503 if all of them compute.")),
+        ),
         Route("POST", "/slots/{id_slot}", state.act_on_slot, "Not supported", LLAMA),
-        Route("GET", "/lora-adapters", state.adapters, "The adapters", LLAMA),
-        Route("POST", "/lora-adapters", state.set_adapters, "Scale adapters", LLAMA),
+        Route("GET", "/lora-adapters", state.adapters, "The adapters", LLAMA, query=MODEL),
+        Route(
+            "POST",
+            "/lora-adapters",
+            state.set_adapters,
+            "Scale the adapters of requests that name none",
+            LLAMA,
+            scope=ADMIN,
+            query=MODEL,
+        ),
     ]

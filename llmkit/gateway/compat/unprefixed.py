@@ -129,6 +129,7 @@ class UnprefixedRoutes:
 
     async def completions(self, exchange: Exchange) -> None:
         if not LLAMA_SERVER_FIELDS.isdisjoint(await exchange.fields()):
+            exchange.dialect = "llama-server"
             await self._completion(exchange)
         else:
             await self._openai.completions(exchange, PlainCompletionRequest, with_text)

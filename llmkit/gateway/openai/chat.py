@@ -331,12 +331,7 @@ def chat_object(
             message["reasoning_content"] = reasoning
         if calls:
             message["tool_calls"] = [
-                {
-                    "id": c.call_id,
-                    "type": "function",
-                    "function": {"name": c.name, "arguments": c.arguments},
-                }
-                for c in calls
+                ToolCall(c.call_id, c.name, c.arguments).as_json() for c in calls
             ]
         end = ending(
             chat_logprobs(completion.logprobs) if logprobs else None,

@@ -92,7 +92,9 @@ def completion_object(
 
 
 def model_object(model_id: str, description: ModelDescription) -> dict[str, Any]:
+    n_embd = description.embedding_size or description.n_embd
     meta = {
+        "vocab_type": description.vocab_type,
         "n_ctx": description.n_ctx,
         "n_ctx_train": description.n_ctx_train,
         "n_params": description.n_params,
@@ -100,7 +102,7 @@ def model_object(model_id: str, description: ModelDescription) -> dict[str, Any]
         "quantization": description.quantization,
         "ftype": description.quantization,
         "size": description.weights_bytes,
-        **({"n_embd": description.embedding_size} if description.embedding_size else {}),
+        **({"n_embd": n_embd} if n_embd else {}),
     }
     return {
         "id": model_id,

@@ -46,9 +46,6 @@ class OpenAIRoutes:
         self._on_use = on_use
         self._timings = timings
 
-    async def list_models(self, exchange: Exchange) -> None:
-        exchange.send_json(self.listing())
-
     def listing(self) -> dict[str, Any]:
         """The models that the caller may use."""
         data = [
@@ -85,7 +82,8 @@ class OpenAIRoutes:
         head = self._head(
             reply_id, "chat.completion.chunk" if request.stream else "chat.completion", engine
         )
-        streams = submit_all(engine, exchange.owned([chat.request(reply_id, engine.description)]))
+        requests = [chat.request(reply_id, engine.description)]
+        streams = submit_all(engine, exchange.owned(engine, requests))
         try:
             readers = [chat.reader(engine.description) for _ in streams]
             if not request.stream:
@@ -122,7 +120,7 @@ class OpenAIRoutes:
         engine = self._engine(request.model)
         head = self._head(reply_id, "text_completion", engine)
         num_prompts = len(request.prompts)
-        streams = submit_all(engine, exchange.owned(request.requests(reply_id)))
+        streams = submit_all(engine, exchange.owned(engine, request.requests(reply_id)))
         try:
             if not request.stream:
                 done = await gather(streams, lambda: self._on_use(engine))

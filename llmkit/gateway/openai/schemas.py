@@ -17,6 +17,7 @@ from llmkit.errors import InvalidRequestError
 from llmkit.gateway.bodies import Strict
 from llmkit.gateway.chats import sampling_params
 from llmkit.gateway.openai.logprobs import text_logprobs
+from llmkit.gateway.sampling_fields import SamplingFields
 from llmkit.protocol import Completion, GenerationRequest, Grammar, SamplingParams
 
 __all__ = ["MAX_TOP_LOGPROBS", "CompletionRequest", "GenerationFields", "Ignored", "Metadata"]
@@ -30,11 +31,6 @@ ALIASES = {
     "repetition_penalty": ("repetition_penalty", "repeat_penalty"),
     "penalty_last_n": ("repeat_last_n",),
 }
-SAME_NAME = (  # fields that the engine calls the same
-    "dry_multiplier", "dry_base", "dry_allowed_length", "dry_penalty_last_n",
-    "dry_sequence_breakers", "xtc_probability", "xtc_threshold",
-    "mirostat", "mirostat_tau", "mirostat_eta", "max_repetitions",
-)  # fmt: skip
 TokenIds = list[int]
 Metadata = Annotated[
     dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]],
@@ -74,7 +70,7 @@ class Ignored(Strict):
     verbosity: Literal["medium"] | None = None
 
 
-class GenerationFields(Ignored):
+class GenerationFields(SamplingFields, Ignored):
     """The fields of both endpoints, chat and completions."""
 
     model: str = "default"
@@ -83,32 +79,7 @@ class GenerationFields(Ignored):
     timings_per_token: bool | None = None  # llama-server's: how fast the answer was
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
     max_tokens: int | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    min_p: float | None = None
-    typical_p: float | None = None
-    repetition_penalty: float | None = None
-    repeat_penalty: float | None = None
-    repeat_last_n: int | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    seed: int | None = None
-    stop: str | list[str] | None = None
     logit_bias: dict[str, float] | None = None
-    ignore_eos: bool | None = None
-    speculate: bool | None = None
-    dry_multiplier: float | None = None
-    dry_base: float | None = None
-    dry_allowed_length: int | None = None
-    dry_penalty_last_n: int | None = None
-    dry_sequence_breakers: list[str] | None = None
-    xtc_probability: float | None = None
-    xtc_threshold: float | None = None
-    mirostat: int | None = None
-    mirostat_tau: float | None = None
-    mirostat_eta: float | None = None
-    max_repetitions: int | None = None
     priority: Annotated[int, Field(ge=0)] | None = None
     cache_salt: str | None = None
     response_format: ResponseFormat | None = None
@@ -128,29 +99,10 @@ class GenerationFields(Ignored):
                 "stream_options is only allowed when stream is true.", "stream_options"
             )
         values: dict[str, Any] = {
+            **self.sampled(),
             "max_tokens": max_tokens,
-            "temperature": self.temperature,
-            "top_p": self.top_p,
-            "top_k": self.top_k,
-            "min_p": self.min_p,
-            "typical_p": self.typical_p,
-            "repetition_penalty": self.repetition_penalty
-            if self.repetition_penalty is not None
-            else self.repeat_penalty,
-            "penalty_last_n": self.repeat_last_n,
-            "presence_penalty": self.presence_penalty,
-            "frequency_penalty": self.frequency_penalty,
-            "seed": self.seed,
-            "stop": None
-            if self.stop is None
-            else (self.stop,)
-            if isinstance(self.stop, str)
-            else tuple(self.stop),
             "logit_bias": _logit_bias(self.logit_bias),
-            "ignore_eos": self.ignore_eos,
-            "speculate": self.speculate,
             "grammar": self._grammar(),
-            **{name: getattr(self, name) for name in SAME_NAME},
             **self.wanted_logprobs(),
         }
         return sampling_params(self._names(), **values)

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -17,11 +17,11 @@ from pydantic.json_schema import models_json_schema
 
 from llmkit.gateway.access.identity import ADMIN, INFERENCE
 from llmkit.gateway.exchange import Exchange
-from llmkit.gateway.failures import dialect_of
+from llmkit.gateway.failures import Dialect
 from llmkit.gateway.web import docs_page
 from llmkit.version import __version__
 
-__all__ = ["Route", "describe", "page"]
+__all__ = ["Query", "Route", "describe", "page"]
 
 ERROR = {
     "type": "object",
@@ -86,15 +86,44 @@ ERRORS = {
 }
 
 
+BY_TAG: dict[str, Dialect] = {
+    "Anthropic": "anthropic",
+    "Ollama": "ollama",
+    "llama-server": "llama-server",
+}
+
+
+@dataclass(frozen=True)
+class Query:
+    """A parameter of a query: what it is for, and the JSON schema of its value."""
+
+    name: str
+    what: str
+    schema: Mapping[str, Any] = field(default_factory=lambda: {"type": "string"})
+
+    @classmethod
+    def number(cls, name: str, what: str, most: int, default: int) -> Query:
+        """One from 1 to ``most``."""
+        bounds = {"minimum": 1, "maximum": most, "default": default}
+        return cls(name, what, {"type": "integer", **bounds})
+
+    @classmethod
+    def choice(cls, name: str, what: str, *values: str) -> Query:
+        """One of these."""
+        return cls(name, what, {"type": "string", "enum": list(values)})
+
+
 @dataclass(frozen=True)
 class Route:
     """A method and a path, and what runs for it.
 
     ``path`` has parameters in braces; only ``{name+}`` matches slashes. ``also`` are further paths,
     ``body`` is the schema of the request (or ``or_body``, another dialect's), ``tag`` the dialect.
-    ``scope`` is what callers need; by
-    default ``admin`` below /admin, else ``inference`` for what computes and nothing for a look.
-    What ``relays`` only passes on what an exchange of its own, which passes the stages, comes to.
+    ``scope`` is what callers need; by default ``admin`` below /admin, else ``inference`` for what
+    computes and nothing for a look. What ``relays`` only passes on what an exchange of its own,
+    which passes the stages, comes to. ``dialect`` is whose shape its errors have, by default the
+    tag's; with ``or_body`` they may have that of ``or_dialect``. ``query`` is what it reads of an
+    address behind the question mark.
     """
 
     method: str
@@ -107,6 +136,14 @@ class Route:
     also: tuple[str, ...] = ()
     scope: str | None = None
     relays: bool = False
+    dialect: Dialect | None = None
+    or_dialect: Dialect | None = None
+    query: tuple[Query, ...] = ()
+
+    @property
+    def errors(self) -> Dialect:
+        """Whose shape its errors have."""
+        return self.dialect or BY_TAG.get(self.tag, "openai")
 
     @property
     def needs(self) -> str:
@@ -154,25 +191,28 @@ def describe(routes: Sequence[Route]) -> dict[str, Any]:
                     "description": "An error.",
                     "content": {
                         "application/json": {
-                            "schema": {
-                                "$ref": f"#/components/schemas/{ERRORS[dialect_of(route.path)]}"
-                            }
+                            "schema": _one_of(
+                                ERRORS[each]
+                                for each in (route.errors, route.or_dialect)
+                                if each is not None
+                            )
                         }
                     },
                 },
             },
         }
-        names = re.findall(r"\{(\w+)\}", route.template)
-        if names:
-            operation["parameters"] = [
-                {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
-                for name in names
-            ]
+        parameters = [
+            {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
+            for name in re.findall(r"\{(\w+)\}", route.template)
+        ] + [
+            {"name": q.name, "in": "query", "description": q.what, "schema": dict(q.schema)}
+            for q in route.query
+        ]
+        if parameters:
+            operation["parameters"] = parameters
         if route.body is not None:
-            schema: dict[str, Any] = {"$ref": f"#/components/schemas/{route.body.__name__}"}
-            if route.or_body is not None:
-                other = {"$ref": f"#/components/schemas/{route.or_body.__name__}"}
-                schema = {"anyOf": [schema, other]}
+            bodies_of = (route.body, route.or_body)
+            schema = _one_of(body.__name__ for body in bodies_of if body is not None)
             operation["requestBody"] = {
                 "required": True,
                 "content": {"application/json": {"schema": schema}},
@@ -203,6 +243,12 @@ def describe(routes: Sequence[Route]) -> dict[str, Any]:
         },
         "security": [{"key": []}, {"x-api-key": []}, {}],
     }
+
+
+def _one_of(names: Iterable[str]) -> dict[str, Any]:
+    """Any of these schemas."""
+    found = [{"$ref": f"#/components/schemas/{name}"} for name in dict.fromkeys(names)]
+    return found[0] if len(found) == 1 else {"anyOf": found}
 
 
 def page(routes: Sequence[Route]) -> str:

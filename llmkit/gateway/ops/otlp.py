@@ -40,8 +40,10 @@ class Export:
     ``resource``, ``sampler`` and ``ids`` are the SDK's, as the environment sets them.
     """
 
-    def __init__(self, endpoint: str | None, environment: Mapping[str, str]) -> None:
-        self.resource = Resource.create(_service(environment))
+    def __init__(
+        self, endpoint: str | None, environment: Mapping[str, str], service_name: str
+    ) -> None:
+        self.resource = Resource.create(_service(environment, service_name))
         provider = TracerProvider(resource=self.resource, shutdown_on_exit=False)
         self.sampler: Sampler = provider.sampler
         self.ids: IdGenerator = provider.id_generator
@@ -166,12 +168,12 @@ class _Values(OTLPMetricExporter):
         return result
 
 
-def _service(environment: Mapping[str, str]) -> dict[str, str]:
+def _service(environment: Mapping[str, str], name: str) -> dict[str, str]:
     """The attributes of this service, unless the environment names it."""
     named = environment.get("OTEL_SERVICE_NAME") or "service.name=" in environment.get(
         "OTEL_RESOURCE_ATTRIBUTES", ""
     )
-    return {SERVICE_VERSION: __version__, **({} if named else {SERVICE_NAME: "llmkit"})}
+    return {SERVICE_VERSION: __version__, **({} if named else {SERVICE_NAME: name})}
 
 
 def _path(endpoint: str | None, path: str) -> str | None:

@@ -51,13 +51,17 @@ def wants_telemetry(endpoint: str | None, environment: Mapping[str, str] | None 
 
 
 def start_telemetry(
-    endpoint: str | None, environment: Mapping[str, str] | None = None
+    endpoint: str | None,
+    environment: Mapping[str, str] | None = None,
+    *,
+    service_name: str = "llmkit",
 ) -> Tracer | None:
     """A tracer that exports by OTLP over HTTP; None if nobody asked for one.
 
     ``endpoint`` is the collector's address, such as http://localhost:4318; None leaves it to the
-    standard variables. Raises `InvalidRequestError` for an address that cannot be one, and if
-    OpenTelemetry is not installed, unless only the environment asks for it.
+    standard variables, which go before ``service_name`` too. Raises `InvalidRequestError` for an
+    address that cannot be one, and if OpenTelemetry is not installed, unless only the environment
+    asks for it.
     """
     environment = os.environ if environment is None else environment
     if not wants_telemetry(endpoint, environment):
@@ -80,7 +84,7 @@ def start_telemetry(
         logger.warning("%s Going on without.", message)
         return None
     try:
-        return Tracer(endpoint, environment)
+        return Tracer(endpoint, environment, service_name)
     except ValueError as error:
         message = f"OpenTelemetry refuses what an OTEL_ variable says: {error}"
         raise InvalidRequestError(message, "otlp_endpoint") from error

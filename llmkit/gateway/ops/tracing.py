@@ -50,8 +50,10 @@ class Tracer:
     exports what waits, for a few seconds at most.
     """
 
-    def __init__(self, endpoint: str | None, environment: Mapping[str, str]) -> None:
-        self._export = Export(endpoint, environment)
+    def __init__(
+        self, endpoint: str | None, environment: Mapping[str, str], service_name: str
+    ) -> None:
+        self._export = Export(endpoint, environment, service_name)
         self._scope = InstrumentationScope("llmkit.gateway", __version__)
         self._names = Names()
         self._fields = tuple(propagate.get_global_textmap().fields)
