@@ -16,6 +16,7 @@ import tiny_models
 from fake_runner import FakeRunner
 from fakes import FakeClient
 from gateway_client import Api, serve
+from jupyter_client_http import JupyterServer, Kernel
 from loopback_hub import DATA, FILE, Hub, serving, use
 
 from llmkit.bridge.server import BridgeServer
@@ -95,6 +96,23 @@ async def api(model: FakeClient) -> AsyncIterator[Api]:
     """A gateway without a key in front of the fake model."""
     async for api in serve(None):
         yield api
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[JupyterServer]:
+    """A Jupyter server for the tests of a module."""
+    jupyter = JupyterServer(tmp_path_factory.mktemp("jupyter"))
+    yield jupyter
+    jupyter.stop()
+
+
+@pytest.fixture
+def kernel(server: JupyterServer) -> Iterator[Kernel]:
+    """A kernel of that server, for one test."""
+    kernel = server.kernel()
+    yield kernel
+    kernel.close()
+    server.request("DELETE", f"/api/kernels/{kernel.id}")
 
 
 @pytest.fixture(scope="session")

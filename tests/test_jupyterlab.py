@@ -14,22 +14,25 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import nbformat
 import pytest
 from browser_page import (
-    ARGUMENTS,
     begun,
+    browser,
     command,
     faults,
-    open_notebook,
+    jupyterlab,
+    one_cell,
+    opened,
     run_code,
     shot,
 )
 from conftest import ROOT
 from jupyter_client_http import JupyterServer
-from playwright.sync_api import BrowserContext, Locator, Page, Route, expect, sync_playwright
+from playwright.sync_api import Browser, BrowserContext, Locator, Page, Route, expect
 
 from llmkit.version import __version__
+
+__all__ = ["browser"]  # a fixture
 
 SOURCE = ROOT / "jupyter_ext" / "labextension"
 INSTALLED = Path(sys.prefix) / "share" / "jupyter" / "labextensions" / "@llmkit" / "lab"
@@ -73,54 +76,31 @@ def test_its_look_is_the_themes() -> None:
     assert not re.findall(r"#[0-9a-fA-F]{3,8}\b|rgba?\(|hsl", style), "only JupyterLab's variables"
 
 
-def write_notebook(folder: Path) -> None:
-    folder.mkdir()
-    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
-    cells = [nbformat.v4.new_code_cell("1 + 1")]
-    notebook = nbformat.v4.new_notebook(metadata={"kernelspec": kernel}, cells=cells)
-    nbformat.write(notebook, folder / "sums.ipynb")
+NOTEBOOK = "work/sums.ipynb"
 
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[JupyterServer]:
     folder = tmp_path_factory.mktemp("lab")
-    write_notebook(folder / "work")
-    news = folder / "settings" / "@jupyterlab" / "apputils-extension"
-    news.mkdir(parents=True)
-    (news / "notification.jupyterlab-settings").write_text(
-        '{"fetchNews": "false", "checkForUpdates": false}'
+    (folder / "work").mkdir()
+    with jupyterlab(folder, base_url="/ann/") as server:
+        yield server
+
+
+@pytest.fixture
+def context(browser: Browser) -> Iterator[BrowserContext]:
+    context = browser.new_context(
+        viewport={"width": 1280, "height": 800}, permissions=["clipboard-read", "clipboard-write"]
     )
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JUPYTERLAB_SETTINGS_DIR", str(folder / "settings"))
-        patch.setenv("JUPYTERLAB_WORKSPACES_DIR", str(folder / "workspaces"))
-        options = ("expose_app_in_browser=True", "extension_manager=readonly")
-        server = JupyterServer(
-            folder, *(f"--LabApp.{each}" for each in options), app="jupyterlab", base_url="/ann/"
-        )
-    yield server
-    server.stop()
+    yield context
+    context.close()
 
 
-@pytest.fixture(scope="module")
-def context(chromium: str) -> Iterator[BrowserContext]:
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=ARGUMENTS)
-        context = browser.new_context(
-            viewport={"width": 1280, "height": 800},
-            permissions=["clipboard-read", "clipboard-write"],
-        )
-        yield context
-        browser.close()
-
-
-@pytest.fixture(scope="module")
+@pytest.fixture
 def page(lab: JupyterServer, context: BrowserContext) -> Iterator[Page]:
-    page = context.new_page()
-    page.errors = []  # type: ignore[attr-defined]
-    page.on("pageerror", lambda error: page.errors.append(str(error)))  # type: ignore[attr-defined]
-    open_notebook(page, f"{lab.url}/lab/tree/work/sums.ipynb?token={lab.token}")
-    yield page
-    shot(page, "models-at-the-end")
+    with opened(context.new_page(), lab, NOTEBOOK, one_cell("1 + 1")) as page:
+        yield page
+        shot(page, "models-at-the-end")
 
 
 @pytest.fixture
@@ -130,7 +110,7 @@ def panel(page: Page) -> Locator:
     panel = page.get_by_role("region", name="Models")
     panel.wait_for()
     run_code(page, LOAD)
-    panel.get_by_role("heading", name="smollm2").wait_for(timeout=30_000)
+    expect(panel.get_by_role("heading", name="smollm2")).to_be_visible()
     return panel
 
 
@@ -152,8 +132,8 @@ class TestInJupyterLab:
         card = panel.get_by_role("listitem")
         assert card.count() == 1
         run_code(page, BUSY)
-        expect(card).to_contain_text("2 running, 1 waiting", timeout=20_000)
-        expect(card).to_contain_text(re.compile(r"Speed[\d.]+ tokens/s"), timeout=20_000)
+        expect(card).to_contain_text("2 running, 1 waiting")
+        expect(card).to_contain_text(re.compile(r"Speed[\d.]+ tokens/s"))
         for fact in ("Q4_1, CPU", "2,048 tokens", "97 MB"):
             expect(card).to_contain_text(fact)
         assert re.search(r"RAM\d+ MB, whole process", card.text_content() or "")
@@ -161,25 +141,25 @@ class TestInJupyterLab:
         expect(status).to_have_text(re.compile(r"^smollm2 · [\d.]+ tokens/s · 1 waiting$"))
         shot(page, "models-busy")
         run_code(page, "[s.close() for s in streams]; del streams")
-        expect(card).to_contain_text("0 running, 0 waiting", timeout=20_000)
-        expect(status).to_have_text("smollm2 · idle", timeout=20_000)
+        expect(card).to_contain_text("0 running, 0 waiting")
+        expect(status).to_have_text("smollm2 · idle")
         card.get_by_role("button", name="work/sums.ipynb").click()
         assert page.evaluate("window.jupyterapp.shell.currentWidget.context.path") == (
             "work/sums.ipynb"
         )
 
-    @pytest.mark.parametrize("theme", ["Dark", "Light"])
-    def test_it_is_accessible(self, page: Page, panel: Locator, theme: str) -> None:
-        page.evaluate(
-            "theme => window.jupyterapp.commands.execute('apputils:change-theme', {theme})",
-            f"JupyterLab {theme}",
-        )
-        page.wait_for_function(
-            "theme => document.body.dataset.jpThemeName === theme", arg=f"JupyterLab {theme}"
-        )
-        page.wait_for_timeout(1000)
-        shot(page, f"models-{theme.lower()}")
-        assert faults(page, ".llmkit-Models") == [] and faults(page, ".llmkit-Status") == []
+    def test_it_is_accessible(self, page: Page, panel: Locator) -> None:
+        for theme in ("Dark", "Light"):
+            page.evaluate(
+                "theme => window.jupyterapp.commands.execute('apputils:change-theme', {theme})",
+                f"JupyterLab {theme}",
+            )
+            page.wait_for_function(
+                "theme => document.body.dataset.jpThemeName === theme", arg=f"JupyterLab {theme}"
+            )
+            page.wait_for_timeout(1000)
+            shot(page, f"models-{theme.lower()}")
+            assert faults(page, ".llmkit-Models") == [] and faults(page, ".llmkit-Status") == []
 
     def test_the_address_and_the_chat(
         self, page: Page, panel: Locator, lab: JupyterServer, context: BrowserContext
@@ -200,7 +180,7 @@ class TestInJupyterLab:
 
     def test_unloading_asks_first(self, page: Page, panel: Locator, lab: JupyterServer) -> None:
         run_code(page, BUSY)
-        expect(panel).to_contain_text("2 running", timeout=20_000)
+        expect(panel).to_contain_text("2 running")
         unload = panel.get_by_role("button", name="Unload smollm2")
         unload.focus()
         page.keyboard.press("Enter")
@@ -215,8 +195,8 @@ class TestInJupyterLab:
         unload.click()
         dialog.get_by_role("button", name="Unload").click()
         said = panel.get_by_role("status")
-        expect(said).to_have_text("Unloaded smollm2; its memory is free.", timeout=20_000)
-        expect(panel).to_contain_text("No model is loaded", timeout=20_000)
+        expect(said).to_have_text("Unloaded smollm2; its memory is free.")
+        expect(panel).to_contain_text("No model is loaded")
         assert page.evaluate("document.activeElement.textContent") == "Models"
         assert page.locator(".llmkit-Status:visible").count() == 0
         run_code(page, "print('closed', llm.closed, repr(llm))")
@@ -225,7 +205,7 @@ class TestInJupyterLab:
         ).wait_for()
         run_code(page, f"{LOAD}\nprint('anew', llm.closed)")
         begun(page, "anew False")
-        panel.get_by_role("heading", name="smollm2").wait_for(timeout=20_000)
+        expect(panel.get_by_role("heading", name="smollm2")).to_be_visible()
 
     def test_errors_are_shown(self, page: Page, panel: Locator) -> None:
         alert = panel.get_by_role("alert")
@@ -235,10 +215,10 @@ class TestInJupyterLab:
             ((403, {"message": "Forbidden"}), "Forbidden"),
         ]:
             page.route("**/llmkit/status*", partial(answered, answer))
-            expect(alert).to_contain_text(said, timeout=20_000)
+            expect(alert).to_contain_text(said)
             expect(page.locator(".llmkit-Status")).to_have_text("Models: no answer")
             page.unroute("**/llmkit/status*")
-        expect(alert).to_have_text("", timeout=20_000)
+        expect(alert).to_have_text("")
         failure = (500, {"error": {"message": "no luck"}})
         page.route("**/llmkit/admin/models/unload*", partial(answered, failure))
         panel.get_by_role("button", name="Unload smollm2").click()
@@ -262,31 +242,29 @@ class TestInJupyterLab:
         page.evaluate(hide, False)
         with page.expect_request("**/llmkit/status?no_track_activity=1*"):
             page.evaluate("document.dispatchEvent(new Event('visibilitychange'))")
-        assert not page.errors, page.errors  # type: ignore[attr-defined]
 
 
 @pytest.mark.browser
 @pytest.mark.model
 def test_in_notebook_7(context: BrowserContext, tmp_path: Path) -> None:
     """It has a sidebar, but no status bar."""
-    write_notebook(tmp_path / "work")
+    (tmp_path / "work").mkdir()
     server = JupyterServer(
         tmp_path, "--JupyterNotebookApp.expose_app_in_browser=True", app="notebook"
     )
     page = context.new_page()
     try:
-        open_notebook(page, f"{server.url}/notebooks/work/sums.ipynb?token={server.token}")
-        run_code(page, f"{LOAD}; print('it', 'is', 'there')")
-        begun(page, "it is there")
-        command(page, "llmkit:show-models")
-        panel = page.get_by_role("region", name="Models")
-        panel.get_by_role("heading", name="smollm2").wait_for(timeout=30_000)
-        expect(panel).to_contain_text("work/sums.ipynb")
-        shot(page, "models-notebook-7")
-        assert faults(page, ".llmkit-Models") == []
-        panel.get_by_role("button", name="Unload smollm2").click()
-        page.get_by_role("dialog").get_by_role("button", name="Unload").click()
-        expect(panel).to_contain_text("No model is loaded", timeout=20_000)
+        with opened(page, server, NOTEBOOK, one_cell("1 + 1"), app="notebooks"):
+            run_code(page, f"{LOAD}; print('it', 'is', 'there')")
+            begun(page, "it is there")
+            command(page, "llmkit:show-models")
+            panel = page.get_by_role("region", name="Models")
+            expect(panel.get_by_role("heading", name="smollm2")).to_be_visible()
+            expect(panel).to_contain_text("work/sums.ipynb")
+            shot(page, "models-notebook-7")
+            assert faults(page, ".llmkit-Models") == []
+            panel.get_by_role("button", name="Unload smollm2").click()
+            page.get_by_role("dialog").get_by_role("button", name="Unload").click()
+            expect(panel).to_contain_text("No model is loaded")
     finally:
-        page.close()
         server.stop()

@@ -6,7 +6,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,20 +15,6 @@ from tiny_models import write_large
 
 pytestmark = pytest.mark.model
 LOAD = "import llmkit\nllm = llmkit.load('smollm2', n_ctx=512, n_slots=2)"
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[JupyterServer]:
-    server = JupyterServer(tmp_path_factory.mktemp("kernels"))
-    yield server
-    server.stop()
-
-
-@pytest.fixture
-def kernel(server: JupyterServer) -> Iterator[Kernel]:
-    kernel = server.kernel()
-    yield kernel
-    kernel.close()
 
 
 def test_autoreload_leaves_a_model_alone(kernel: Kernel) -> None:

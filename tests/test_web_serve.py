@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from browser_page import faults, shot
+from browser_page import ask_for_little, browser, faults, listen, shot
 from fakes import wait_for
 from playwright.sync_api import Browser, expect
 from test_cli import Served
-from test_web_chat import browser, ended, say
+from test_web_chat import ended, say
 
 __all__ = ["browser"]  # a fixture
 
@@ -20,24 +20,23 @@ def test_the_page_of_a_gateway_with_a_key(browser: Browser) -> None:
     )
     other = browser.new_page(viewport={"width": 1280, "height": 500})
     try:
-        errors: list[str] = []
-        other.on("pageerror", lambda error: errors.append(str(error)))
+        errors = listen(other, console=False)
         wait_for(lambda: served.health() == 200, 60)
         other.goto(served.url.removesuffix("v1"))
         assert "smollm2" not in other.content() and faults(other, "body") == []
         other.get_by_label("Key").fill("wrong")
         other.keyboard.press("Enter")
-        other.get_by_text("This is not the key.").wait_for(timeout=10_000)
+        expect(other.get_by_text("This is not the key.")).to_be_visible()
         other.get_by_label("Key").fill("sesame")
         other.keyboard.press("Enter")
         model = other.get_by_role("button", name="Model: smollm2")
-        model.wait_for(timeout=60_000)
+        expect(model).to_be_visible()
         assert not other.get_by_label("Key").is_visible() and "sesame" not in other.url
         other.reload()
-        model.wait_for(timeout=20_000)
+        expect(model).to_be_visible()
         other.get_by_role("link", name="Models").click()
         other.get_by_role("link", name="Its routes").click()
-        other.get_by_text("/v1/chat/completions", exact=True).first.wait_for(timeout=10_000)
+        expect(other.get_by_text("/v1/chat/completions", exact=True).first).to_be_visible()
         assert not errors, errors
     finally:
         other.close()
@@ -50,6 +49,7 @@ def test_administrators_load_and_unload(browser: Browser) -> None:
     try:
         wait_for(lambda: served.health() == 200, 60)
         page.goto(served.url.removesuffix("v1"))
+        ask_for_little(page)
         say(page, "What is the capital of France?", ends=False)
         ended(page)
         expect(page.locator(".message.assistant .prose")).not_to_be_empty()
@@ -57,12 +57,12 @@ def test_administrators_load_and_unload(browser: Browser) -> None:
         page.get_by_role("button", name="Unload smollm2").click()
         page.get_by_role("dialog").get_by_role("button", name="Unload").click()
         row = page.locator("#admin-rows tr")
-        expect(row).to_contain_text("unloaded", timeout=20_000)
+        expect(row).to_contain_text("unloaded")
         expect(page.get_by_text("Download a model")).to_be_visible()
         shot(page, "models-admin")
         assert faults(page, "body") == []
         page.get_by_role("button", name="Load smollm2", exact=True).click()
-        expect(row).to_contain_text("ready", timeout=60_000)
+        expect(row).to_contain_text("ready")
     finally:
         page.close()
         served.stop()

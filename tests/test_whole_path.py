@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -23,21 +22,6 @@ LOAD = (
 # Calls into C that keep the GIL: PyDLL does not release it.
 SLEEP_HOLDING_GIL = "import ctypes; ctypes.PyDLL(None).usleep(3_000_000)"
 MESSAGES: Any = [{"role": "user", "content": "Count from one to twenty."}]
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[JupyterServer]:
-    jupyter = JupyterServer(tmp_path_factory.mktemp("jupyter"))
-    yield jupyter
-    jupyter.stop()
-
-
-@pytest.fixture
-def kernel(server: JupyterServer) -> Iterator[Kernel]:
-    k = server.kernel()
-    yield k
-    k.close()
-    server.request("DELETE", f"/api/kernels/{k.id}")
 
 
 def client(server: JupyterServer, **options: Any) -> openai.OpenAI:
