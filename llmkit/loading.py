@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 from llmkit import models
 from llmkit.errors import ModelNotFoundError
-from llmkit.llm import LLM
 from llmkit.notebook.progress import Progress, shown_download
 from llmkit.runtime.loaded import loaded
 from llmkit.sessions.running import Interrupted
@@ -20,6 +19,7 @@ from llmkit.wanted import engine_options, resolved, with_tuning
 
 if TYPE_CHECKING:
     from llmkit.bench.comparing import Comparison
+    from llmkit.llm import LLM
     from llmkit.models.memory import MemoryEstimate
     from llmkit.models.registry import ModelSpec
     from llmkit.protocol.client import EngineClient
@@ -102,6 +102,10 @@ def _load(
 ) -> LLM:
     from llmkit.runtime.opening import open_model
 
+    def meanwhile() -> None:
+        import llmkit.bridge.server
+        import llmkit.llm  # noqa: F401
+
     progress = Progress(f"loading {spec.name}", 1.0, keep=False)
     engine: EngineClient
     try:
@@ -113,10 +117,19 @@ def _load(
                 spec, settings, name=name, force=force, on_progress=progress.update, **more
             )
         else:
-            engine = open_model(spec, settings, name=name, force=force, on_progress=progress.update)
+            engine = open_model(
+                spec,
+                settings,
+                name=name,
+                force=force,
+                on_progress=progress.update,
+                meanwhile=meanwhile,
+            )
     except BaseException:
         progress.close(finished=False)
         raise
+    from llmkit.llm import LLM
+
     bridge = None
     try:
         progress.close()
@@ -190,6 +203,7 @@ def attach(model: str | None = None) -> LLM:
     """
     from llmkit.bridge.client import BridgeClient
     from llmkit.bridge.connection import find_connections
+    from llmkit.llm import LLM
 
     found = [c for c in find_connections() if c.pid != os.getpid()]
     for connection in found:

@@ -58,6 +58,7 @@ __all__ = [
     "Device",
     "Log",
     "backends",
+    "build",
     "devices",
     "gpu_backend",
     "gpus",
@@ -88,6 +89,12 @@ def version() -> str:
     from importlib import metadata
 
     return metadata.version("llama-cpp-python")
+
+
+def build() -> str:
+    """What tells this build of llama.cpp from others."""
+    file = os.stat(C._lib._name)
+    return f"{file.st_size} {file.st_mtime_ns}"
 
 
 def num_threads() -> int:

@@ -9,14 +9,16 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llmkit.backend import library
 from llmkit.backend.library import C
 from llmkit.backend.placement import Placement
-from llmkit.backend.vocab import Vocab
 from llmkit.errors import ModelLoadError
 from llmkit.system.waiting import wait_through
+
+if TYPE_CHECKING:
+    from llmkit.backend.vocab import Vocab
 
 __all__ = ["LlamaModel", "Loading"]
 
@@ -109,6 +111,8 @@ class LlamaModel:
         self.path, self.on_gpu = loading.path, loading.on_gpu
         self.device_bytes: dict[str, int] = {}
         self.gpu_bytes: dict[str, int] = {}
+        from llmkit.backend.vocab import Vocab  # with numpy, while the file is read
+
         self.vocab: Vocab
         self.handle: Any = loading.wait(on_progress)
         if not self.handle:

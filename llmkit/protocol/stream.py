@@ -7,7 +7,6 @@ leaves (``break``, garbage collection), the request is aborted and its slot free
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import logging
 import threading
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING
 from llmkit.protocol import Completion, Delta, FinishReason, TokenLogprob
 
 if TYPE_CHECKING:
+    import asyncio
     from collections.abc import Iterator
 
 __all__ = ["Channel", "Stream"]
@@ -269,6 +269,8 @@ class Stream:
 
         Cancellation aborts the request.
         """
+        import asyncio  # heavy, and the caller has it
+
         while True:
             deltas, result = self._channel.take()
             if deltas or result is not None:

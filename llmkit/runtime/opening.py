@@ -37,9 +37,11 @@ def open_model(
     name: str | None = None,
     force: bool = False,
     on_progress: Callable[[float], None] = lambda _: None,
+    meanwhile: Callable[[], None] = lambda: None,
 ) -> LocalEngine | LocalEmbedder:
     """The engine that the file calls for: one that generates, or one that embeds.
 
+    ``meanwhile`` is called while the weights of one that generates are read.
     Raises what `llmkit.load` documents.
     """
     spec = resolve(model)
@@ -54,7 +56,7 @@ def open_model(
     ]:
         probe(path, lora, on_wait=lambda: on_progress(0.0))
     with running.opening:
-        return _open(spec, info, options, name, force, on_progress)
+        return _open(spec, info, options, name, force, on_progress, meanwhile)
 
 
 def _quantized(
@@ -78,6 +80,7 @@ def _open(
     name: str | None,
     force: bool,
     on_progress: Callable[[float], None],
+    meanwhile: Callable[[], None],
 ) -> LocalEngine | LocalEmbedder:
     """Take the memory and load; one load at a time."""
     if info.value("pooling_type") not in (1, 2, 3, 4):
@@ -87,10 +90,10 @@ def _open(
         try:
             # Most of Python's part is imported while the weights are read.
             import llmkit.backend.grammar
-            import llmkit.backend.llama
-            import llmkit.bridge.server  # noqa: F401
+            import llmkit.backend.llama  # noqa: F401
             from llmkit.runtime.local import LocalEngine
 
+            meanwhile()
             begun = need, loading
             return LocalEngine(
                 spec, options, name=name, force=force, on_progress=on_progress, begun=begun

@@ -80,7 +80,9 @@ def _check_adapter(path: Path) -> None:
 
 def _mark(files: Sequence[Path], header_bytes: int) -> str:
     """A digest of files (size, header, samples of the rest) and of the versions reading them."""
-    digest = hashlib.sha256(f"{__version__} {_llama_cpp()}".encode())
+    from llmkit.backend import library
+
+    digest = hashlib.sha256(f"{__version__} {library.build()}".encode())
     for file in files:
         with file.open("rb") as opened:
             size = os.fstat(opened.fileno()).st_size
@@ -90,12 +92,6 @@ def _mark(files: Sequence[Path], header_bytes: int) -> str:
                 opened.seek(max(0, (size - SAMPLE_BYTES // 16) * place // 16))
                 digest.update(opened.read(SAMPLE_BYTES // 16))
     return digest.hexdigest()
-
-
-def _llama_cpp() -> str:
-    from importlib.metadata import version
-
-    return version("llama-cpp-python")
 
 
 def _forget_the_oldest(folder: Path) -> None:

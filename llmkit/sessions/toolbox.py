@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import inspect
 import json
 import re
@@ -135,6 +134,8 @@ def _arguments(function: Callable[..., Any], name: str, descriptions: dict[str, 
 
 def _awaited(coroutine: Coroutine[Any, Any, Any]) -> Any:
     """Run in its own thread, since this one may have a running event loop."""
+    import asyncio
+
     with ThreadPoolExecutor(1) as pool:
         return pool.submit(asyncio.run, coroutine).result()
 
