@@ -1,10 +1,10 @@
 """What a session costs: milliseconds that its turn takes longer than the same chat request.
 
-One gateway as `llmkit serve` puts it together, before an engine whose steps only take time,
-with its sessions in SQLite (or in ``--db-url``). A client process sends, in turns: a chat with the
-whole history in its body, a turn of a session with that history, and a chat that names such a
-session by ``session_id``. Each session gets one turn, so all have the same length. Medians in
-pairs, to the first text of a stream and to its end.
+One gateway as `llmkit serve` puts it together, before an engine whose steps only take time, in a
+process of its own as a served model is, with its sessions in SQLite (or in ``--db-url``). A client
+process sends, in turns: a chat with the whole history in its body, a turn of a session with that
+history, and a chat that names such a session by ``session_id``. Each session gets one turn, so all
+have the same length. Medians in pairs, to the first text of a stream and to its end.
 """
 
 from __future__ import annotations
@@ -21,15 +21,13 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
-from fake_runner import FakeRunner  # noqa: E402
-from fakes import FakeClient  # noqa: E402
-from pipeline import sources  # noqa: E402
 from tornado.netutil import bind_sockets  # noqa: E402
 
 from llmkit.gateway.app import make_server  # noqa: E402
 from llmkit.gateway.composition import Composition  # noqa: E402
 from llmkit.gateway.directory import EngineDirectory  # noqa: E402
 from llmkit.gateway.ops.logs import log_to  # noqa: E402
+from llmkit.gateway.sources import ConnectionFiles  # noqa: E402
 from llmkit.settings.serving import read_settings  # noqa: E402
 
 CLIENT = """
@@ -95,12 +93,31 @@ for rep in range(reps + 20):
 print(json.dumps(rows))
 """
 
+ENGINE = """
+import sys
+sys.path.insert(0, sys.argv[2])
+from fake_runner import FakeRunner
+from fakes import FakeClient
+from llmkit.bridge.server import BridgeServer
+bridge = BridgeServer(FakeClient(runner=FakeRunner(n_ctx=200_000, step_s=float(sys.argv[1]))))
+print("ready", flush=True)
+sys.stdin.read()
+bridge.close()
+"""
+
 
 async def run(args: argparse.Namespace, folder: str) -> None:
-    model = FakeClient(runner=FakeRunner(n_ctx=200_000, step_s=args.step_ms / 1000))
+    model = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", ENGINE, str(args.step_ms / 1000), str(ROOT / "tests"),
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    )  # fmt: skip
+    assert model.stdin is not None and model.stdout is not None
+    await model.stdout.readline()
     url = args.db_url or f"sqlite:///{folder}/llmkit.db"
     settings = read_settings({"port": 0, "db_url": url}, environment={})
-    parts = Composition(settings, EngineDirectory([sources(model)]))
+    parts = Composition(
+        settings, EngineDirectory([ConnectionFiles(lambda origin: origin.pid == model.pid)])
+    )
     server = make_server(parts.app())
     sockets = bind_sockets(0, "127.0.0.1")
     server.add_sockets(sockets)
@@ -115,7 +132,8 @@ async def run(args: argparse.Namespace, folder: str) -> None:
     server.stop()
     await parts.close()
     await server.close_all_connections()
-    model.close()
+    model.stdin.close()
+    await model.wait()
 
 
 def show(turns: int, rows: dict[str, list[Any]]) -> None:

@@ -87,6 +87,7 @@ class Answering:
                 elif update is not None:
                     keeping.take(update)
                     _log(turn.log, update)
+            await turn.settle()
         finally:
             answer.close()
 

@@ -14,7 +14,7 @@ import logging
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 from contextvars import Context
-from typing import Any
+from typing import Any, Literal
 
 from llmkit.gateway.access.held import Held
 from llmkit.gateway.access.identity import Identity
@@ -93,6 +93,29 @@ class Turn:
         self.parent_id, self.model = reply.parent_id, reply.model
         self.log.add("start", message=keeping.shown)
         self.begun.set()
+
+    async def settle(self) -> None:
+        """The answer is whole: store it, and tell. Raises what the store raises."""
+        assert self.keeping is not None
+        await self.keeping.end()
+        self._tell("end")
+
+    def settle_as(self, failure: ApiError | None, request_id: str) -> None:
+        """Its request is over, and the answer stored as far as it could be. Tell if nobody has."""
+        if self.log.is_closed:
+            return
+        self.failure = failure
+        if self.keeping is None:
+            self.log.is_closed = True
+        elif failure is None:
+            self._tell("end")
+        else:
+            self._tell("error", error=failure.body("openai", request_id)["error"])
+
+    def _tell(self, kind: Literal["end", "error"], **more: Any) -> None:
+        assert self.keeping is not None
+        shown, size = self.keeping.shown, self.keeping.size
+        self.log.add(kind, is_last=True, message=shown, usage=shown["usage"], size=size, **more)
 
 
 class Turns:
@@ -196,17 +219,8 @@ class Turns:
             except Exception as error:
                 logger.warning("the answer of %s could not be stored: %s", turn.id, error)
                 failure = failure or api_error(error)
-        turn.failure, turn.headers = failure, exchange.answer_headers
-        if keeping is None:
-            turn.log.is_closed = True
-            return
-        shown = keeping.shown
-        more = {"message": shown, "usage": shown["usage"], "size": keeping.size}
-        if failure is None:
-            turn.log.add("end", is_last=True, **more)
-        else:
-            said = failure.body("openai", exchange.request_id)["error"]
-            turn.log.add("error", is_last=True, error=said, **more)
+        turn.headers = exchange.answer_headers
+        turn.settle_as(failure, exchange.request_id)
 
     def _ended(self, turn: Turn) -> None:
         self.num_settling -= turn.is_settling
