@@ -106,6 +106,8 @@ def _load(
         import llmkit.bridge.server
         import llmkit.llm  # noqa: F401
 
+    if settings.isolated:
+        meanwhile()
     progress = Progress(f"loading {spec.name}", 1.0, keep=False)
     engine: EngineClient
     try:
@@ -128,10 +130,10 @@ def _load(
     except BaseException:
         progress.close(finished=False)
         raise
-    from llmkit.llm import LLM
-
     bridge = None
     try:
+        from llmkit.llm import LLM
+
         progress.close()
         if share is not False and not settings.isolated:
             from llmkit.bridge.server import BridgeServer

@@ -21,30 +21,48 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from llmkit.backend.openmp import short_spins
 from llmkit.system.resources import usable_cores
 
+_package_lock = threading.RLock()
+
 
 class _Package(ModuleType):
     """llama-cpp-python without its own classes, which take twice as long to import as its bindings
-    and need numpy and jinja2: they come with the first attribute that somebody asks for."""
+    and need numpy and jinja2: they come with the first name that somebody asks for."""
 
     def __getattr__(self, name: str) -> Any:
-        if self.__class__ is _Package:
-            self.__class__ = ModuleType  # type: ignore[assignment]
+        if name.startswith("__") and name != "__version__":  # whoever asks this looks at any module
+            raise AttributeError(name)
+        with _package_lock:
+            if self.__class__ is not _Package:  # another thread was first
+                return getattr(self, name)
+            if "_is_running" in self.__dict__:  # the package asks itself
+                raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
             spec = self.__spec__
             assert spec is not None and spec.loader is not None
-            spec.loader.exec_module(self)
+            self.__dict__["_is_running"] = True
+            try:
+                spec.loader.exec_module(self)
+            finally:
+                del self.__dict__["_is_running"]
+            self.__class__ = ModuleType  # type: ignore[assignment]
+            if start.cache_info().currsize:
+                keep_log()  # it has set its own
             return getattr(self, name)
-        raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
 
 
 def _bindings() -> Any:
-    if "llama_cpp" not in sys.modules:
-        spec = util.find_spec("llama_cpp")
-        if spec is None:
-            raise ModuleNotFoundError("No module named 'llama_cpp'", name="llama_cpp")
-        package = util.module_from_spec(spec)
-        package.__class__ = _Package
-        sys.modules["llama_cpp"] = package
-    return import_module("llama_cpp.llama_cpp")
+    if "llama_cpp" in sys.modules:
+        return import_module("llama_cpp.llama_cpp")
+    spec = util.find_spec("llama_cpp")
+    if spec is None:
+        raise ModuleNotFoundError("No module named 'llama_cpp'", name="llama_cpp")
+    package = util.module_from_spec(spec)
+    package.__class__ = _Package
+    sys.modules["llama_cpp"] = package
+    try:
+        return import_module("llama_cpp.llama_cpp")
+    except BaseException:
+        del sys.modules["llama_cpp"]
+        raise
 
 
 if TYPE_CHECKING:

@@ -26,9 +26,9 @@ VOCAB_TYPE_NONE = 0
 
 
 class Loading:
-    """A file on its way into memory, on a thread of its own; what becomes of it is a `LlamaModel`.
+    """A file on its way into memory, on a thread of its own, once there was a `start`.
 
-    ``placement`` spreads it over several GPUs.
+    What becomes of it is a `LlamaModel`. ``placement`` spreads it over several GPUs.
     """
 
     def __init__(
@@ -50,9 +50,12 @@ class Loading:
         (placement or Placement()).apply(self._params, int(C.llama_max_devices()))
         self._params.progress_callback = progress
         self._handle: Any = None
+        self._claimed = threading.Lock()
+
+    def start(self) -> None:
+        """Begin; once, and whatever happens from here on, ``wait`` or ``cancel``."""
         # The stop button reaches the waiting thread. This one is not joined, see
         # `llmkit.system.waiting`.
-        self._claimed = threading.Lock()
         threading.Thread(target=self._run, name="llmkit-load", daemon=True).start()
 
     def _run(self) -> None:
@@ -64,7 +67,8 @@ class Loading:
             self._ended.set()
 
     def wait(self, on_progress: Callable[[float], None]) -> Any:
-        """llama.cpp's handle, which is the caller's to free; None if the load failed.
+        """llama.cpp's handle, which is the caller's to free once it is ``taken``; None if the load
+        failed.
 
         ``on_progress`` is called ten times a second. A KeyboardInterrupt cancels the load.
         """
@@ -74,13 +78,18 @@ class Loading:
         except KeyboardInterrupt:
             self.cancel()
             raise KeyboardInterrupt("loading was stopped") from None
-        handle, self._handle = self._handle, None
-        return handle
+        return self._handle
+
+    def taken(self) -> None:
+        """Somebody else frees the handle from now on."""
+        self._handle = None
 
     def cancel(self) -> None:
-        """End the load, and free what it has loaded. Does nothing once somebody has the handle."""
+        """End the load, and free what it has loaded. Frees nothing once the handle is ``taken``."""
         self._cancelled.set()
-        if not self._claimed.acquire(blocking=False):  # it has begun
+        if self._claimed.acquire(blocking=False):  # it has not begun, and never will
+            self._ended.set()
+        else:
             with contextlib.suppress(KeyboardInterrupt):
                 wait_through(self._ended)
         if self._handle:
@@ -107,14 +116,23 @@ class LlamaModel:
         on_progress: Callable[[float], None] = lambda _: None,
         loading: Loading | None = None,
     ) -> None:
+        is_begun = loading is not None
         loading = loading or Loading(path, n_gpu_layers=n_gpu_layers, placement=placement)
         self.path, self.on_gpu = loading.path, loading.on_gpu
         self.device_bytes: dict[str, int] = {}
         self.gpu_bytes: dict[str, int] = {}
-        from llmkit.backend.vocab import Vocab  # with numpy, while the file is read
-
         self.vocab: Vocab
-        self.handle: Any = loading.wait(on_progress)
+        self.handle: Any = None
+        try:
+            if not is_begun:
+                loading.start()
+            from llmkit.backend.vocab import Vocab  # with numpy, while the file is read
+
+            self.handle = loading.wait(on_progress)
+            loading.taken()
+        except BaseException:
+            loading.cancel()
+            raise
         if not self.handle:
             raise ModelLoadError(
                 f"llama.cpp could not load {path}: " + "; ".join(library.log.errors())

@@ -257,7 +257,8 @@ def main(answers_fd: int, target: str) -> None:
     module, _, function = target.partition(":")
     with contextlib.suppress(Exception):  # whatever it is, the task fails of it too, and says so
         for needed in getattr(importlib.import_module(module), "WARM_UP", ()):
-            if select.select([0], [], [], 0)[0]:
+            # Windows can only wait for sockets.
+            if sys.platform != "win32" and select.select([0], [], [], 0)[0]:
                 break
             importlib.import_module(needed)
     task = sys.stdin.buffer.readline()

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from llmkit.backend.llama import LlamaRunner
     from llmkit.backend.model import LlamaModel, Loading
 
-__all__ = ["begin", "estimate", "gpus", "load_draft", "load_target", "placement_of"]
+__all__ = ["estimate", "gpus", "load_draft", "load_target", "loading", "placement_of"]
 
 
 def estimate(info: gguf.ModelInfo, options: EngineOptions) -> memory.MemoryEstimate:
@@ -90,8 +90,8 @@ def gpus() -> list[Device]:
     return library.gpus()
 
 
-def begin(spec: ModelSpec, options: EngineOptions, need: memory.MemoryEstimate) -> Loading:
-    """Begin to load the weights of the model that generates."""
+def loading(spec: ModelSpec, options: EngineOptions, need: memory.MemoryEstimate) -> Loading:
+    """What loads the weights of the model that generates, to be started."""
     from llmkit.backend.model import Loading
 
     return Loading(spec.path, n_gpu_layers=need.n_gpu_layers, placement=placement_of(options))
@@ -104,7 +104,7 @@ def load_target(
     on_progress: Callable[[float], None],
     loading: Loading | None = None,
 ) -> tuple[LlamaModel, LlamaRunner]:
-    """The model that generates, which `begin` may have begun to load.
+    """The model that generates, which `loading` may have begun to load.
 
     Raises `ModelLoadError`, leaving nothing in memory.
     """

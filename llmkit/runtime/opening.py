@@ -86,8 +86,9 @@ def _open(
     if info.value("pooling_type") not in (1, 2, 3, 4):
         need = estimate(info, options)
         _check(info, need, force)
-        loading = assembly.begin(spec, options, need)
+        loading = assembly.loading(spec, options, need)
         try:
+            loading.start()
             # Most of Python's part is imported while the weights are read.
             import llmkit.backend.grammar
             import llmkit.backend.llama  # noqa: F401
