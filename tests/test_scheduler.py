@@ -49,6 +49,24 @@ def test_one_cold_prefix_is_computed_once() -> None:
     )
 
 
+def test_adapters_of_one_caller_do_not_take_the_step_apart() -> None:
+    """Each set of adapters is a decode of its own, which all others wait for."""
+    bench = Bench(FakeRunner(n_slots=8, n_ctx=400))
+    bench.add(b"hello", 60, caller="bob")
+    many = [
+        bench.add(b"x%d" % i, 8, caller="ann", adapters=(("french", 0.5 + i / 100),))
+        for i in range(6)
+    ]
+    same = bench.add(b"y", 8, caller="ann", adapters=many[0].adapters)
+    most = 0
+    while bench.scheduler.has_work:
+        bench.step()
+        sets = {r.adapters for r in bench.scheduler.running if r.caller == "ann"}
+        most = max(most, len(sets))
+    assert most == 2
+    assert all(len(r.tokens) == r.num_prompt_tokens + 8 for r in [*many, same])
+
+
 def test_a_prefix_of_a_running_stream_is_shared_while_it_runs() -> None:
     bench = Bench(FakeRunner(n_ctx=400))
     first = bench.add(b"a system prompt that others will want as well: hello", 100)

@@ -29,6 +29,11 @@ __all__ = ["Scheduler"]
 MIN_FAREWELL_TOKENS = 128  # shorter prefixes are not worth a file at shutdown
 # A request waits for another that computes this many tokens of its prompt, to copy them.
 MIN_COALESCE_TOKENS = 32
+# Requests with the same adapters are computed together, others one after another: how many such
+# parts of each step a caller may have to itself.
+MAX_OWN_ADAPTERS = 2
+
+Adapters = tuple[tuple[str, float], ...]
 
 
 class Scheduler:
@@ -70,6 +75,7 @@ class Scheduler:
         self.waiting = Backlog(on_leave)
         self._roster = Roster(cache, self.waiting, deterministic=deterministic)
         self.running = self._roster.running
+        self._users: dict[Adapters, set[str]] | None = None  # callers by adapters of what runs
         self._pending, self._saving = self._roster.pending, self._roster.saving
         self._scheduled: list[Request] = []
         self._intake = Intake(
@@ -156,6 +162,7 @@ class Scheduler:
 
     def _admit(self) -> list[SlotOp]:
         ops: list[SlotOp] = []
+        self._users = None
         while len(self.waiting):
             if self._has_slot or self._may_preempt():
                 request = self.waiting.first(self._ready)
@@ -198,6 +205,7 @@ class Scheduler:
             self.waiting.charge(request, num_prompt=len(request.tokens) - cached)
             request.start(slot.index, cached)
             self.running.append(request)
+            self._users = None
         return ops
 
     def _ready_without(
@@ -221,7 +229,9 @@ class Scheduler:
 
     def _ready(self, request: Request) -> bool:
         """False while a running request computes a good part of this one's prompt, which can be
-        copied once it is done."""
+        copied once it is done, and while its adapters would split the step once more."""
+        if self._splits(request):
+            return False
         if request.waits_for is not None:
             leader, length = request.waits_for
             if (
@@ -250,6 +260,18 @@ class Scheduler:
                     request.waits_for = (leader, shared)
                     return False
         return True
+
+    def _splits(self, request: Request) -> bool:
+        """Whether one more part of each step would be needed, by adapters that nobody else uses,
+        for a caller that has as many as it may."""
+        if self._users is None:
+            self._users = {}
+            for other in self.running:
+                self._users.setdefault(other.adapters, set()).add(other.caller)
+        if not self._users or request.adapters in self._users:
+            return False
+        own = sum(callers == {request.caller} for callers in self._users.values())
+        return own >= MAX_OWN_ADAPTERS
 
     def _has_room(self, request: Request) -> bool:
         """Where all slots share one buffer: whether the prompt fits beside what runs. Future output
