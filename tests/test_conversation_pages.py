@@ -55,6 +55,8 @@ class TestPages:
         assert end.messages == [] and not end.has_more
         start = store.page("ann", known, after=ids["s"], newest_first=True)
         assert start.messages == [] and not start.has_more
+        moved = store.page("ann", known, after=ids["y"], newest_first=True)
+        assert texts(moved.messages) == list("xas"), "though the head is elsewhere by now"
 
     def test_a_tree_by_pages_from_either_end(self, store: ConversationStore) -> None:
         known, ids = forked(store)
@@ -69,6 +71,8 @@ class TestPages:
         assert last.children == {ids["z"]: [], ids["y"]: [ids["z"]], ids["c"]: []}
         before = store.page("ann", known, tree=True, after=ids["c"], newest_first=True)
         assert texts(before.messages) == list("xbas") and not before.has_more
+        plain = store.page("ann", known, tree=True, limit=4, children=False)
+        assert (plain.messages, plain.children) == (first.messages, {})
 
     def test_an_empty_conversation(self, store: ConversationStore) -> None:
         known = store.create("ann").id
@@ -111,6 +115,11 @@ class TestPages:
             {"after": "msg_0"}, {"after": others["a"]}, {"after": ids["x"]}, {"leaf": "msg_0"},
             {"leaf": others["a"]}, {"tree": True, "after": others["a"]},
             {"after": ids["c"], "leaf": ids["b"]},
+            *(
+                {"after": ids[after], "leaf": leaf, "newest_first": True}
+                for after, leaf in (("x", ids["c"]), ("b", ids["z"]), ("c", ids["b"]),
+                                    ("s", "msg_0"), ("s", others["a"]))
+            ),
         ):  # fmt: skip
             with pytest.raises(NotFoundError):
                 store.page("ann", known, **options)  # type: ignore[arg-type]

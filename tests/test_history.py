@@ -30,6 +30,7 @@ from llmkit.gateway.exchange import Exchange
 from llmkit.gateway.web import markdown
 from llmkit.protocol import TokenizeChat
 from llmkit.sessions.exchange_formats import to_markdown
+from llmkit.store import conversation_pages
 from llmkit.store.conversations import ConversationStore
 from llmkit.store.database import open_database
 
@@ -156,6 +157,36 @@ async def test_rendering_ends_when_its_client_leaves(
     await asyncio.to_thread(wait_for, ended.is_set, 20)
 
 
+async def test_a_page_that_waits_for_its_rendering_is_not_read_yet(
+    api: Api, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = await session(api, messages=talk(5))
+    begun, goes_on = threading.Event(), threading.Event()
+    page, render = ConversationStore.page, markdown.render
+    read: list[str] = []
+
+    def noted(self: Any, *args: Any, **more: Any) -> Any:
+        read.append(args[1])
+        return page(self, *args, **more)
+
+    def slow(*args: Any) -> list[str]:
+        begun.set()
+        goes_on.wait(20)
+        return render(*args)
+
+    monkeypatch.setattr(ConversationStore, "page", noted)
+    monkeypatch.setattr(markdown, "render", slow)
+    path = f"/v1/sessions/{made}/messages"
+    asked = [asyncio.create_task(get(api, f"{path}?tree=1&render=html")) for _ in range(20)]
+    await asyncio.to_thread(wait_for, begun.is_set, 20)
+    assert len((await get(api, path))["data"]) == 5, "nobody else waits"
+    assert read == [made] * 2, "one that is rendered, one as it is"
+    goes_on.set()
+    pages = await asyncio.gather(*asked)
+    assert [len(each["data"]) for each in pages] == [5] * 20 and len(read) == 21
+    is_error(await api.fetch("GET", "/v1/sessions/sess_0/messages?render=html"), 404)
+
+
 @pytest.mark.parametrize("format", ["json", "markdown"])
 async def test_an_export_comes_in_parts(
     api: Api, format: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
@@ -201,6 +232,13 @@ async def test_parts_are_what_the_whole_is(tmp_path: Path) -> None:
     assert text.decode() == to_markdown(known, store.path("ann", known.id))
     await shelf.close()
     store.database.close()
+
+
+async def test_an_export_asks_for_no_children(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each part would read the ids of all later messages."""
+    made = await session(api, messages=talk(6))
+    monkeypatch.delattr(conversation_pages, "_children")
+    assert len((await get(api, f"/v1/sessions/{made}/export"))["messages"]) == 6
 
 
 async def test_a_file_that_breaks_off_does_not_look_whole(
@@ -334,24 +372,6 @@ def _counters() -> list[str]:
                 found.append(thread.name)
             frame = frame.f_back
     return found
-
-
-async def test_one_caller_holds_up_no_other(tmp_path: Path) -> None:
-    """A caller's calls of the store take one thread, reading another; leases have their own."""
-    shelf = shelf_in(tmp_path)
-    goes_on = threading.Event()
-    slow = [shelf.call("ann", lambda _: goes_on.wait(20)) for _ in range(8)]
-    slow += [shelf.look("ann", lambda _: goes_on.wait(20)) for _ in range(8)]
-    async with asyncio.timeout(10):
-        await shelf.call("bob", lambda store: store.create("bob"))
-        assert len(await shelf.look("bob", lambda store: store.list("bob"))) == 1
-        await shelf.responses("bob", lambda store: store.renew())
-        # All threads are taken: those of the leases are not.
-        slow += [shelf.call(f"c{i}", lambda _: goes_on.wait(20)) for i in range(8)]
-        await shelf._submit(shelf._leasing, "", lambda stores: stores.tidy())
-    goes_on.set()
-    await asyncio.gather(*slow)
-    await shelf.close()
 
 
 async def test_the_lists_of_others_are_not_seen() -> None:

@@ -116,10 +116,10 @@ async def test_what_a_caller_may_not_read_any_more_ends_its_socket(
         await chat.get("hello")
         [found] = there.room._who
 
-        async def refuse(action: str) -> None:
-            raise ApiError(403, f"You may not {action}.", "permission_error", code="forbidden")
+        async def refuse() -> None:
+            raise ApiError(403, "You may not read.", "permission_error", code="forbidden")
 
-        monkeypatch.setattr(found._caller, "permit", refuse)
+        monkeypatch.setattr(found._caller, "identify", refuse)
         monkeypatch.setattr(room, "IDLE_CHECKS", 1)
         assert (await chat.refused())["code"] == "forbidden"
         assert await chat.ended() == 1008

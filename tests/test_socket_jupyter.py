@@ -40,15 +40,21 @@ from tornado import web
 from llmkit.gateway.sockets import room
 from llmkit_jupyter import socket
 
-room.CHECK_S, room.IDLE_CHECKS = 0.05, 2
-socket.ASK_S, socket.TRUSTED_S = 0.1, 1.0
+room.CHECK_S, room.IDLE_CHECKS = 0.05, 1
+socket.ASK_S, socket.TRUSTED_S = 0.2, 1.0
 FOLDER = Path({folder!r})
+
+
+def note(what):
+    with open(FOLDER / "asked", "a") as file:
+        file.write(what + " ")
 
 
 class Hub(IdentityProvider):
     async def get_user(self, handler):
         if hasattr(handler, "_found"):  # what some remember of a request
             return handler._found
+        note("user")
         said = (FOLDER / "user").read_text()
         if said == "down":
             raise web.HTTPError(502, "the hub does not answer")
@@ -58,6 +64,8 @@ class Hub(IdentityProvider):
 
 class Readers(Authorizer):
     def is_authorized(self, handler, user, action, resource):
+        if resource == "llmkit":
+            note(action)
         return resource != "llmkit" or not (FOLDER / "mute").exists()
 """
 
@@ -246,6 +254,24 @@ def test_a_hub_that_is_away_for_a_moment_ends_nothing(hub: tuple[JupyterServer, 
         time.sleep(0.15)
         ws.send(json.dumps({"type": "ping"}))
         assert frame(ws)["type"] == "pong"
+    ws.close()
+
+
+def test_the_authorizer_is_asked_as_seldom_as_the_provider(
+    hub: tuple[JupyterServer, Path],
+) -> None:
+    """Not with each look at the sockets, of which there are more."""
+    server, user = hub
+    say(user, "ann")
+    ws = connect(server)
+    assert frame(ws)["type"] == "hello"
+    log = user.parent / "asked"
+    before = log.read_text().split()
+    asked: list[str] = []
+    while asked.count("user") < 6:
+        time.sleep(0.1)
+        asked = log.read_text().split()[len(before) :]
+    assert asked.count("user") - 1 <= asked.count("read") <= asked.count("user") + 1
     ws.close()
 
 

@@ -37,16 +37,21 @@ def long(count: int, head: str, **more: Any) -> dict[str, Any]:
     return {"format": FORMAT, "version": 1, "head": head, "messages": messages, **more}
 
 
-def opened(page: Page, served: ServedModels, data: dict[str, Any]) -> str:
-    """Import a conversation, and show it."""
+def imported(page: Page, data: dict[str, Any]) -> str:
     made = page.evaluate(
         "async data => (await fetch('v1/sessions/import', {method: 'POST', "
         "headers: {'Content-Type': 'application/json'}, body: JSON.stringify(data)})).json()",
         data,
     )
-    page.goto(f"{served.url}#{made['id']}")
-    page.reload()
     return str(made["id"])
+
+
+def opened(page: Page, served: ServedModels, data: dict[str, Any]) -> str:
+    """Import a conversation, and show it."""
+    made = imported(page, data)
+    page.goto(f"{served.url}#{made}")
+    page.reload()
+    return made
 
 
 class Gate:
@@ -103,6 +108,35 @@ def test_an_old_branch_is_shown_whole(page: Page, served: ServedModels) -> None:
     expect(page.locator(".message")).to_have_count(7)
     page.get_by_role("button", name="Previous branch").click()
     page.wait_for_function(f"() => {COUNT} === 1201")
+
+
+@pytest.mark.browser
+def test_a_conversation_that_is_left_is_loaded_no_further(page: Page, served: ServedModels) -> None:
+    asked: list[str] = []
+    held: list[Route] = []
+
+    def take(route: Route) -> None:
+        asked.append(route.request.url)
+        if len(asked) == 1:
+            held.append(route)
+        else:
+            route.continue_()
+
+    made = imported(page, long(1700, "b1"))  # whose shown end is four pages back
+    page.route("**/messages?*after=*", take)
+    page.evaluate("id => { location.hash = id; }", made)
+    for _ in range(100):
+        if held:
+            break
+        page.wait_for_timeout(50)
+    page.get_by_role("button", name="New chat").first.click()
+    expect(page.locator("#welcome")).to_be_visible()
+    with page.expect_response("**/messages?*after=*"):
+        held[0].continue_()
+    page.wait_for_timeout(500)
+    assert len(asked) == 1
+    expect(page.locator("#welcome")).to_be_visible()
+    assert page.locator("#thread[aria-busy]").count() == 0
 
 
 @pytest.mark.browser

@@ -121,7 +121,7 @@ class JupyterChatSocket(WebSocketMixin, websocket.WebSocketHandler, JupyterHandl
         return identity_of(self)
 
     async def _ask(self) -> None:
-        """Have the identity provider look at the handshake again."""
+        """Have the identity provider look at the handshake again, and the authorizer."""
         self._refusal = await self._asked()
         self._asked_at, self._asking = time.monotonic(), None
 
@@ -130,7 +130,10 @@ class JupyterChatSocket(WebSocketMixin, websocket.WebSocketHandler, JupyterHandl
         try:
             if self.identity_provider.auth_enabled:  # else each time it is somebody else
                 self.current_user = await self._user_again()
+            await self.permit("read")
             self._known_at = time.monotonic()
+        except ApiError as error:
+            return error
         except web.HTTPError as error:
             if error.status_code in (401, 403):
                 return refusal(401, None, "")

@@ -28,10 +28,10 @@ class Waiting:
         if self._left.done():
             raise CancelledError
 
-    def result(self, future: Future[T], seconds: float) -> T:
+    def result(self, future: Future[T], seconds: float | None = None) -> T:
         """What comes of a future, which nobody needs otherwise.
 
-        Raises `CancelledError` as soon as nobody waits, and `TimeoutError`.
+        Raises `CancelledError` as soon as nobody waits, and `TimeoutError` after ``seconds``.
         """
         both: list[Future[Any]] = [future, self._left]
         wait(both, seconds, FIRST_COMPLETED)

@@ -77,8 +77,12 @@ def tree_page(
     limit: int,
     newest_first: bool,
     max_chars: int = PAGE_CHARS,
+    children: bool = True,
 ) -> MessagePage:
-    """Of all messages, in the order in which they were stored."""
+    """Of all messages, in the order in which they were stored.
+
+    For ``children`` the ids of all later messages are read.
+    """
     _check(limit)
     query = sa.select(MESSAGES).where(COLUMNS.conversation_id == row.id)
     if after is not None:
@@ -86,9 +90,8 @@ def tree_page(
         query = query.where(COLUMNS.number < number if newest_first else COLUMNS.number > number)
     query = query.order_by(COLUMNS.number.desc() if newest_first else COLUMNS.number)
     messages, has_more = _read(connection, query, limit, max_chars)
-    return MessagePage(
-        conversation_of(row), messages, has_more, _children(connection, row.id, messages)
-    )
+    by_parent = _children(connection, row.id, messages) if children else {}
+    return MessagePage(conversation_of(row), messages, has_more, by_parent)
 
 
 def branch_page(
@@ -117,9 +120,10 @@ def branch(
 ) -> list[str]:
     """The ids of a branch, oldest first unless said otherwise.
 
-    Raises `NotFoundError` for a leaf that is not there, and for ``after`` outside the branch.
+    Newest first without a ``leaf``, it is the branch of ``after``, where that is given. Raises
+    `NotFoundError` for a leaf that is not there, and for ``after`` outside the branch.
     """
-    leaf = row.head if leaf is None else leaf
+    given, leaf = leaf, row.head if leaf is None else leaf
     if leaf is None:
         return []
     number = 0
@@ -127,6 +131,8 @@ def branch(
         last = _place(connection, row.id, after)
         if not newest_first:
             number = last.number
+        elif given is not None and not _is_above(connection, row.id, given, after, last.number):
+            raise _stray(after)
         elif last.parent_id is None:
             return []
         else:  # no walk down from the leaf for each page
@@ -138,8 +144,26 @@ def branch(
     if newest_first:
         return [each.id for each in found]
     if number and leaf != after and (not found or found[-1].parent_id != after):
-        raise NotFoundError(f"the message {after!r:.60} is not in this branch of the session.")
+        raise _stray(after)
     return [each.id for each in reversed(found)]
+
+
+def _is_above(
+    connection: Connection, conversation_id: str, leaf: str, message_id: str, number: int
+) -> bool:
+    """Whether a message, of this number, is the leaf or one of its ancestors."""
+    place = {
+        "of": storable(leaf),
+        "here": conversation_id,
+        "number": number - 1,
+        "most": MAX_MESSAGES,
+    }
+    found = connection.execute(CHAIN, place).all()
+    return bool(found) and found[-1].id == message_id
+
+
+def _stray(message_id: str | None) -> NotFoundError:
+    return NotFoundError(f"the message {message_id!r:.60} is not in this branch of the session.")
 
 
 def _place(connection: Connection, conversation_id: str, message_id: str) -> Any:

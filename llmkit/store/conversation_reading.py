@@ -91,15 +91,19 @@ class ConversationReader:
         limit: int = pages.MAX_PAGE,
         newest_first: bool = False,
         max_chars: int = pages.PAGE_CHARS,
+        children: bool = True,
     ) -> MessagePage:
         """At most ``limit`` messages of a branch, or of the whole ``tree``.
 
-        Those that come after the message ``after``; fewer where they are long. Reads no others.
+        Those that come after the message ``after``; fewer where they are long. Reads no others,
+        but for the ``children`` of a tree's messages.
         """
         with self.database.connected() as connection:
             row = rows.find(connection, owner, conversation_id, self._now())
             if tree:
-                return pages.tree_page(connection, row, after, limit, newest_first, max_chars)
+                return pages.tree_page(
+                    connection, row, after, limit, newest_first, max_chars, children
+                )
             return pages.branch_page(connection, row, leaf, after, limit, newest_first, max_chars)
 
     def branch(self, owner: str, conversation_id: str) -> Ids:

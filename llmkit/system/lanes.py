@@ -61,6 +61,11 @@ class Lanes:
             self._changed.notify()
         return future
 
+    def num_waiting(self, caller: str) -> int:
+        """How much of a caller's work has not begun."""
+        with self._changed:
+            return len(self._busy.get(caller) or self._queues.get(caller) or ())
+
     def _run(self) -> None:
         while True:
             with self._changed:

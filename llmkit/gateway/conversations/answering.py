@@ -54,9 +54,10 @@ class Answering:
         body = await exchange.read(BODIES[wish.kind])
         turn.is_streamed = body.stream
         shelf = self._shelf()
-        place = await shelf.call(owner, lambda store: placed(store, owner, wish, body))
+        known = wish.session_id or turn.id  # a new session waits for no other
+        place = await shelf.call(owner, lambda store: placed(store, owner, wish, body), known)
         if isinstance(body, SendBody | EditBody) and not body.reply:
-            await self._append(exchange, place)
+            await self._append(exchange, place, known)
             return
         engine = await self._engine(exchange, body, place.session)
         stored = {} if place.session is None else place.session.settings
@@ -70,7 +71,9 @@ class Answering:
         try:
             # The engine computes the prompt while question and reply are stored.
             begun, cancelled = await shelf.finish(
-                owner, lambda store: begin(store, owner, place, body.model, engine.description.name)
+                owner,
+                lambda store: begin(store, owner, place, body.model, engine.description.name),
+                known,
             )
             keeping = Keeping(shelf, owner, begun[-1], pruned=fitted.pruned)
             shown = [message_object(m) for m in begun]
@@ -91,10 +94,10 @@ class Answering:
         finally:
             answer.close()
 
-    async def _append(self, exchange: TurnExchange, place: Place) -> None:
+    async def _append(self, exchange: TurnExchange, place: Place, known: str) -> None:
         """Store messages without having them answered."""
         turn, owner = exchange.turn, exchange.identity.name
-        stored = await self._shelf().call(owner, lambda store: append(store, owner, place))
+        stored = await self._shelf().call(owner, lambda store: append(store, owner, place), known)
         turn.session_id = stored[-1].conversation_id
         turn.appended = [message_object(m) for m in stored]
         exchange.record.status = 200

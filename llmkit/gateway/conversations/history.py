@@ -82,8 +82,8 @@ class HistoryRoutes:
         if order not in ORDERS:
             raise InvalidRequestError("order must be asc or desc.", "order")
 
-        def read(store: ConversationStore) -> tuple[MessagePage, bytes]:
-            page = store.page(
+        def read(store: ConversationStore) -> MessagePage:
+            return store.page(
                 owner,
                 session_id,
                 tree=is_tree,
@@ -92,20 +92,27 @@ class HistoryRoutes:
                 limit=limit,
                 newest_first=order == "desc",
             )
-            return page, b"" if renders else _listed(page, _objects(page, is_tree))
 
-        page, data = await self._turns.shelf.look(owner, read)
-        self._touch(page.conversation)
+        def listed(store: ConversationStore) -> tuple[StoredConversation, bytes]:
+            page = read(store)
+            return page.conversation, _listed(page, _objects(page, is_tree))
+
+        def rendered(waiting: Waiting) -> tuple[StoredConversation, bytes]:
+            # Read only now: pages that wait for a thread would be in memory, counted by nobody.
+            page = waiting.result(shelf.reading(owner, read))
+            return page.conversation, _listed(page, _rendered(page, is_tree, waiting))
+
+        shelf = self._turns.shelf
         if renders:
-            data = await self._turns.rendering.run(
-                exchange.counted_as,
-                lambda waiting: _listed(page, _rendered(page, is_tree, waiting)),
-            )
+            session, data = await self._turns.rendering.run(exchange.counted_as, rendered)
+        else:
+            session, data = await shelf.look(owner, listed)
+        self._touch(session)
         exchange.send_bytes(data)
 
     def _touch(self, session: StoredConversation) -> None:
         """It was read; nobody waits until that is noted."""
-        self._turns.shelf.call(session.owner, lambda store: store.touch(session))
+        self._turns.shelf.call(session.owner, lambda store: store.touch(session), session.id)
 
     async def export(self, exchange: Exchange) -> None:
         """A file, in parts as fast as its reader takes them."""
@@ -195,6 +202,7 @@ def _read_tree(
             after=after,
             limit=PART_MESSAGES,
             max_chars=PART_CHARS,
+            children=False,
         )
         return page, b", ".join(encoded(exported_message(m)) for m in page.messages)
 

@@ -104,13 +104,16 @@ class Keeping:
     def _checkpoint(self) -> None:
         if self.is_over:
             return
-        if self._reply is None:  # the database is slow
-            self._timer = None
+        reply = self._reply
+        if reply is None or self._shelf.is_behind(self._owner, reply.conversation_id):
+            self._timer = None  # the database is slow
             return
         self._text, self._reasoning = ["".join(self._text)], ["".join(self._reasoning)]
         text, thoughts = self._text[0], self._reasoning[0] or None
-        ids = self.reply.conversation_id, self.reply.id
-        call = self._shelf.call(self._owner, lambda s: s.update_reply(*ids, text, thoughts))
+        ids = reply.conversation_id, reply.id
+        call = self._shelf.call(
+            self._owner, lambda s: s.update_reply(*ids, text, thoughts), reply.conversation_id
+        )
         call.add_done_callback(self._checkpointed)
 
     def _checkpointed(self, call: asyncio.Future[None]) -> None:
@@ -182,7 +185,7 @@ class Keeping:
         """Run it on a thread, again if the database is in trouble."""
         for wait in (*RETRIES_S, None):
             try:
-                result, _ = await self._shelf.finish(self._owner, run)
+                result, _ = await self._shelf.finish(self._owner, run, self.reply.conversation_id)
                 return result
             except StoreError:
                 if wait is None:

@@ -103,17 +103,22 @@ async def recalled(
     system, sent = chat.messages[:first], chat.messages[first:]
     exchange.cleanup.callback((use := shelf.uses.begin()).end)
     name = engine.description.name
+    if is_session_id(wanted):
+        session_id = wanted
+    else:
+        session_id = await shelf.call(owner, lambda store: _titled(store, use, owner, wanted, name))
     session, path, new = await shelf.call(
-        owner, lambda store: _read(store, use, owner, wanted, sent, name)
+        owner, lambda store: _read(store, use, owner, session_id, sent), session_id
     )
-    session_id = session.id
     fitted = await fit(exchange, engine, chat, path, new, session.pruning, system=system)
     stored = [*(() if path else system), *(new[:-1] if chat.continue_final else new)]
     parent, told = path[-1].id if path else None, [NewMessage.of(m) for m in stored]
 
     async def begun() -> StoredMessage:
         stored, _ = await shelf.finish(
-            owner, lambda store: store.begin_turn(owner, session_id, parent, told, model=name)
+            owner,
+            lambda store: store.begin_turn(owner, session_id, parent, told, model=name),
+            session_id,
         )
         return stored[-1]
 
@@ -139,21 +144,19 @@ def _named(exchange: Exchange) -> str | None:
     return next((value for value in values if value and is_session_id(value)), None)
 
 
+def _titled(store: ConversationStore, use: Use, owner: str, title: str, model: str) -> str:
+    """The id of the session with this title, which is begun if none has it. Any thread."""
+    known = store.titled(owner, title)
+    session = known or store.create(owner, title=title, model=model, by_title=True)
+    use.of(session.id)
+    return session.id
+
+
 def _read(
-    store: ConversationStore,
-    use: Use,
-    owner: str,
-    session_id: str,
-    sent: Sequence[Message],
-    model: str,
+    store: ConversationStore, use: Use, owner: str, session_id: str, sent: Sequence[Message]
 ) -> tuple[StoredConversation, list[StoredMessage], Sequence[Message]]:
     """The session, its path, and what of the messages it does not have. Any thread."""
-    if is_session_id(session_id):
-        session, path = store.opened(owner, session_id)
-    else:
-        known = store.titled(owner, session_id)
-        session = known or store.create(owner, title=session_id, model=model, by_title=True)
-        path = []
+    session, path = store.opened(owner, session_id)
     use.of(session.id)
     path = settled_path(store, owner, session.id, session.head, path)
     if path and path[-1].status == "running":

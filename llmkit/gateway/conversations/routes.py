@@ -61,7 +61,8 @@ class SessionRoutes:
 
     async def _call(self, exchange: Exchange, run: Callable[[ConversationStore], T]) -> T:
         """A call of the store for the caller, off the loop."""
-        return await self._turns.shelf.call(exchange.identity.name, run)
+        session_id = exchange.args[0] if exchange.args else ""
+        return await self._turns.shelf.call(exchange.identity.name, run, session_id)
 
     def _shown(self, exchange: Exchange, session: StoredConversation) -> dict[str, Any]:
         running = self._turns.running(exchange.identity, session.id)

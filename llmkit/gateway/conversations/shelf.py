@@ -10,6 +10,7 @@ import contextlib
 import logging
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
@@ -27,6 +28,7 @@ __all__ = ["Shelf"]
 logger = logging.getLogger("llmkit.gateway")
 
 NUM_THREADS, NUM_LOOKING = 4, 2
+PER_OWNER = 2  # threads: one key may stand for many people
 RENEW_S, TIDY_S = 15.0, 60.0
 T = TypeVar("T")
 
@@ -91,26 +93,38 @@ class Shelf:
 
         return cls(opened, max_sessions=options.max_sessions, ttl_s=options.session_ttl_s)
 
-    def call(self, owner: str, run: Callable[[ConversationStore], T]) -> asyncio.Future[T]:
-        """What ``run`` returns. Calls for one owner keep their order, and take one thread at most.
+    def call(
+        self, owner: str, run: Callable[[ConversationStore], T], session_id: str = ""
+    ) -> asyncio.Future[T]:
+        """What ``run`` returns. Calls for one session of an owner keep their order, and so do those
+        for none; an owner takes two threads at most.
 
         Cancelling it keeps only a call from running that waits for its turn. Raises what the store
         raises, `StoreError` if it cannot be opened.
         """
-        return self._submit(self._lanes, owner, lambda stores: run(stores.conversations))
+        lane = _lane(owner, session_id)
+        return self._submit(self._lanes, lane, lambda stores: run(stores.conversations))
+
+    def is_behind(self, owner: str, session_id: str) -> bool:
+        """Whether a call would wait for others of its owner."""
+        return self._lanes.num_waiting(_lane(owner, session_id)) > 0
 
     def look(self, owner: str, run: Callable[[ConversationStore], T]) -> asyncio.Future[T]:
         """The same for what only reads, and may read much: no turn waits for it."""
         return self._submit(self._looking, owner, lambda stores: run(stores.conversations))
 
-    def responses(self, owner: str, run: Callable[[ResponseStore], T]) -> asyncio.Future[T]:
-        """The same as ``call`` for responses."""
-        return self._submit(self._lanes, owner, lambda stores: run(stores.responses))
+    def reading(self, owner: str, run: Callable[[ConversationStore], T]) -> Future[T]:
+        """The same as ``look``, for a thread of somebody else's. Any thread."""
+        return self._looking.submit(owner, lambda: run(self._open().conversations))
 
-    def _submit(self, lanes: Lanes, owner: str, run: Callable[[Stores], T]) -> asyncio.Future[T]:
+    def responses(self, owner: str, run: Callable[[ResponseStore], T]) -> asyncio.Future[T]:
+        """The same as ``call`` for responses, those of an owner in order."""
+        return self._submit(self._lanes, _lane(owner), lambda stores: run(stores.responses))
+
+    def _submit(self, lanes: Lanes, lane: str, run: Callable[[Stores], T]) -> asyncio.Future[T]:
         if self._upkeep is None:
             self._upkeep = asyncio.ensure_future(self._keep_up())
-        return asyncio.wrap_future(lanes.submit(owner, lambda: run(self._open())))
+        return asyncio.wrap_future(lanes.submit(lane, lambda: run(self._open())))
 
     def _open(self) -> Stores:
         with self._lock:
@@ -128,9 +142,11 @@ class Shelf:
                 self._stores = stores
             return self._stores
 
-    async def finish(self, owner: str, run: Callable[[ConversationStore], T]) -> tuple[T, bool]:
+    async def finish(
+        self, owner: str, run: Callable[[ConversationStore], T], session_id: str = ""
+    ) -> tuple[T, bool]:
         """The result, whatever happens to the caller meanwhile; whether it was cancelled."""
-        call = self.call(owner, run)
+        call = self.call(owner, run, session_id)
         cancelled = False
         while not call.done():
             try:
@@ -164,3 +180,7 @@ class Shelf:
             lanes.close()
         if self._opened is not None:
             await asyncio.to_thread(self._opened.close)
+
+
+def _lane(owner: str, session_id: str = "") -> str:
+    return f"{hash(session_id) % PER_OWNER} {owner}"

@@ -67,7 +67,7 @@ class Caller(Protocol):
         ...
 
     async def identify(self) -> Identity:
-        """Who it is now. Raises `ApiError`."""
+        """Who it is now. Raises `ApiError`, also if it may not even ``read`` any more."""
         ...
 
     async def permit(self, action: str) -> None:
@@ -152,10 +152,6 @@ class Connection:
             return
         async with self._answering():
             await self._known()
-            try:
-                await self._caller.permit("read")
-            except ApiError as error:
-                raise Unwelcome(error) from None
 
     async def leave(self) -> None:
         """The server shuts down: end it now, or once nothing is under way."""

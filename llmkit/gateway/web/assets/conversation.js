@@ -23,7 +23,7 @@ export class Conversation {
       turn: (message, step) => this.turn(message, step),
       reachTop: () => this.loadEarlier(),
     });
-    this.session = null;
+    this.session = this.opening = null;
     this.draft = {settings: {}, system: ''};  // of a conversation that has not begun
     this.turns = new Map();  // turn → the id of its reply
     this.early = new Map();  // events of turns whose reply is not on the page yet
@@ -33,6 +33,8 @@ export class Conversation {
   }
 
   get id() { return this.session?.id ?? null; }
+  // What is shown, or will be once it is loaded.
+  get wanted() { return this.opening ?? this.id; }
   get isBusy() { return this.turns.size > 0 || Boolean(this.isSending); }
 
   bind({settings, composer}) {
@@ -47,10 +49,12 @@ export class Conversation {
     this.turns.clear();
     this.thread.clear();
     this.session = null;
+    this.opening = id;
     this.rest = null;
     this.tree.replace([], null);
     this.composer.restore(id);
     if (id === null) {
+      $('thread').removeAttribute('aria-busy');
       this.show();
       return true;
     }
@@ -61,9 +65,11 @@ export class Conversation {
         get(url`v1/sessions/${id}`), this.messages(id, FIRST),
         get(url`v1/sessions/${id}/messages?limit=1`), get(url`v1/sessions/${id}/turns`)]);
       ofSession(id, session);
-      const {data} = latest;
+      const data = [...latest.data];
       let page = latest;
-      while (page.has_more && session.head && !data.some(each => each.id === session.head)) {
+      const isHead = each => each.id === session.head;
+      while (page.has_more && session.head && !page.data.some(isHead)) {
+        if (round !== this.round) return true;
         page = await this.messages(id, MORE, {after: page.last_id});
         data.push(...page.data);
       }
@@ -82,7 +88,10 @@ export class Conversation {
       if (error.status !== 401) this.thread.tell(error.message);
       return true;
     } finally {
-      $('thread').removeAttribute('aria-busy');
+      if (round === this.round) {
+        this.opening = null;
+        $('thread').removeAttribute('aria-busy');
+      }
     }
   }
 

@@ -68,7 +68,7 @@ async function follow() {
   status.show(view === 'status');
   drawer(false);
   if (view === 'status') { document.title = 'Models · llmkit'; return; }
-  if (isOther || id !== conversation.id) {
+  if (isOther || id !== conversation.wanted) {
     sidebar.choose(id);
     if (!(await conversation.open(id))) {
       note('This conversation is not here any more.', true);
