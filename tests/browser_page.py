@@ -92,6 +92,12 @@ def jupyterlab(folder: Path, base_url: str = "/") -> Iterator[JupyterServer]:
     server.stop()
 
 
+def drawn(page: Page) -> None:
+    """Wait for the next frame: a message that has just come, or is not written any more, has no
+    ``innerText`` before the browser knows that it is in view."""
+    page.evaluate("() => new Promise(go => requestAnimationFrame(() => requestAnimationFrame(go)))")
+
+
 def ask_for_little(page: Page) -> None:
     """Let the answers on the chat page be short, and the same each time: a small model may else go
     on and on until its context is full, which takes minutes on a loaded machine."""

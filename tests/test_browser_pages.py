@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from browser_page import ask_for_little, browser, faults, listen, shot
+from browser_page import ask_for_little, browser, drawn, faults, listen, shot
 from jupyter_client_http import JupyterServer
 from playwright.sync_api import Browser, expect
 
@@ -51,6 +51,7 @@ def test_the_chat_page_in_jupyter(browser: Browser, server: JupyterServer) -> No
     page.keyboard.press("Enter")
     answer = page.locator(".message.assistant:not(.streaming) .prose")
     expect(answer).not_to_be_empty()
+    drawn(page)
     said = answer.inner_text()
     row = page.locator("#sessions li.current")
     row.hover()

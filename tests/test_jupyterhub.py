@@ -18,11 +18,13 @@ from urllib.parse import urljoin, urlsplit
 
 import pytest
 import websocket
-from browser_page import ARGUMENTS
+from browser_page import browser, drawn
 from fakes import wait_for
 from hub_server import Hub, UserServer
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Page, expect
 from test_socket_jupyter import FAKE, connect, frame, until
+
+__all__ = ["browser"]  # a fixture
 
 LOAD = "import llmkit; llm = llmkit.load('smollm2', n_ctx=512, n_slots=2)"
 HOLD_FAKE = FAKE.format(tests=str(Path(__file__).parent))
@@ -52,14 +54,6 @@ def ann(hub: Hub) -> UserServer:
         kernel.run(LOAD)
         kernel.run(HOLD_FAKE)
     return server
-
-
-@pytest.fixture(scope="module")
-def browser(chromium: str) -> Iterator[Browser]:
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=ARGUMENTS)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture
@@ -242,6 +236,7 @@ def test_the_chat_page_with_the_hubs_login(hub: Hub, ann: UserServer, page: Page
     expect(answer).to_contain_text(re.compile(r"\w"), timeout=60_000)
     page.keyboard.press("Escape")
     expect(page.get_by_text("Stopped before its end.")).to_be_visible()
+    drawn(page)
     said = answer.inner_text()
     page.reload()
     expect(answer).to_have_text(said)

@@ -4,12 +4,13 @@ stop, branches, a reload in mid-stream, a lost connection, attacks in what the m
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from browser_page import browser, listen, shot
+from browser_page import browser, drawn, listen, shot
 from playwright.sync_api import Browser, Page, Route, expect
 from scripted_model import ScriptedModel, ServedModels
 from test_web_markdown import HOSTILE
@@ -57,11 +58,13 @@ def say(page: Page, text: str, *, ends: bool = True) -> None:
 
 
 def ended(page: Page) -> None:
-    expect(page.locator(".message.assistant:not(.streaming)").last).to_be_visible(timeout=30_000)
+    expect(page.locator(".message.assistant:not(.streaming)").last).to_be_visible()
     expect(page.locator(".streaming")).to_have_count(0)
+    drawn(page)
 
 
 def answers(page: Page) -> list[str]:
+    drawn(page)
     return page.locator(".message.assistant .prose").all_inner_texts()
 
 
@@ -310,6 +313,8 @@ def test_an_address_names_the_model(page: Page, served: ServedModels) -> None:
     expect(page.get_by_role("button", name="Model: other, ready")).to_be_visible()
     say(page, "Hi")
     page.reload()
+    expect(page.get_by_role("button", name="Model: other, ready")).to_be_visible()
+    page.goto(f"{served.url}?model=other@{os.getpid()}")  # exactly
     expect(page.get_by_role("button", name="Model: other, ready")).to_be_visible()
     page.goto(f"{served.url}?model=nothing")
     expect(page.get_by_role("button", name="Model: nothing, not here")).to_be_visible()

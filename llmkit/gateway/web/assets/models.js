@@ -34,15 +34,21 @@ export class Models {
     }
     for (const model of state.models) {
       const known = found.get(model.id) || {name: model.id, phase: 'ready'};
-      found.set(model.id, {...known, context: model.n_ctx, place: model.place,
+      const exact = `${model.id}@${model.kernel ?? model.pid}`;
+      found.set(model.id, {...known, exact, context: model.n_ctx, place: model.place,
         quantization: model.quantization});
     }
     this.all = [...found.values()];
     this.show();
   }
 
+  // The one that is chosen by its name, or by its exact one, as JupyterLab's sidebar does.
+  get named() {
+    return this.all.find(model => model.name === this.chosen || model.exact === this.chosen);
+  }
+
   get current() {
-    return this.all.find(model => model.name === this.chosen)
+    return this.named
       || this.all.find(model => model.isDefault)
       || this.all.find(model => model.phase === 'ready') || this.all[0] || null;
   }
@@ -57,7 +63,7 @@ export class Models {
 
   show() {
     const model = this.current;
-    const isGone = this.chosen && this.all.length && !this.all.some(m => m.name === this.chosen);
+    const isGone = this.chosen && this.all.length && !this.named;
     const phase = isGone ? 'failed' : model?.phase || 'unloaded';
     this.button.querySelector('.dot').className = `dot ${phase}`;
     $('model-name').textContent = isGone ? this.chosen : model?.name || 'No model';
