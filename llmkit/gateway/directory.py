@@ -94,6 +94,10 @@ class EngineDirectory:
         self._refresh()
         return {name: reason for name, reason in self._gone.items() if may_use(name)}
 
+    def look_again(self) -> None:
+        """Look for engines with the next question, however lately that was."""
+        self._refreshed = 0.0
+
     def lookup(self, model: str, use: Use | None = None) -> EngineClient:
         """The engine for a model name.
 

@@ -45,6 +45,7 @@ class UnloadRoutes:
 
     async def unload(self, exchange: Exchange) -> None:
         body = await exchange.read(EndBody)
+        self._directory.look_again()  # one that was loaded just now, after another of its name
         engine = self._directory.lookup(body.model)
         if not (body.drain or body.force) and _is_busy(engine):
             message = f"{body.model!r} is answering requests; wait for them (drain) or end them."

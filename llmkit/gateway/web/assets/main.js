@@ -160,9 +160,11 @@ $('lock-form').addEventListener('submit', async event => {
   event.preventDefault();
   const given = $('key').value;
   $('key').value = '';
-  setKey(/^[\x20-\x7e]+$/.test(given) ? given : '?');
+  const tried = /^[\x20-\x7e]+$/.test(given) ? given : '?';
+  setKey(tried);
   $('lock-note').textContent = '';
   try { await get('status'); } catch (error) {
+    if (currentKey() !== tried) return;  // another was given meanwhile
     if (error.status !== 401) $('lock-note').textContent = error.message;
     if (error.status === 401) setKey(null);
     return;
