@@ -13,9 +13,10 @@ from typing import Any
 
 from fake_runner import END, FakeRunner, piece
 
-from llmkit.engine.detokenize import Detokenizer
+from llmkit.engine.detokenize import Detokenizer, ResumedDetokenizer
 from llmkit.engine.engine import Engine
 from llmkit.engine.request import Request
+from llmkit.engine.resuming import resume
 from llmkit.errors import ContextLengthError, InvalidRequestError
 from llmkit.llm import LLM
 from llmkit.protocol import (
@@ -57,6 +58,7 @@ class FakeClient:
     ) -> None:
         """``options`` are the `Engine`'s."""
         self.runner = runner or FakeRunner()
+        self.shifts = bool(options.get("context_shift"))
         self.engine = Engine(
             self.runner, is_end=lambda t: t == END, max_waiting=max_waiting, **options
         )
@@ -94,20 +96,34 @@ class FakeClient:
             raise ContextLengthError(len(prompt), self.runner.n_ctx)
         room = self.runner.n_ctx - len(prompt)
         channel = Channel(request.request_id, self.abort)
-        detokenizer = Detokenizer(piece, request.sampling.stop)
+        begun, stop = request.resume, request.sampling.stop
+        detokenizer = (
+            Detokenizer(piece, stop)
+            if begun is None
+            else ResumedDetokenizer(piece, stop, begun.sent_chars)
+        )
         wanted = request.sampling.max_tokens
         who = {"priority": request.priority, "caller": request.caller, "cache_salt": request.salt}
         who["weight"] = request.weight
-        self.engine.submit(
-            Request(
-                prompt,
-                request.sampling,
-                room if wanted is None else min(wanted, room),
-                detokenizer,
-                channel,
-                **who,
+        made = Request(
+            prompt,
+            request.sampling,
+            room if wanted is None else wanted if self.shifts else min(wanted, room),
+            detokenizer,
+            channel,
+            show_tokens=request.show_tokens,
+            **who,  # type: ignore[arg-type]
+        )
+        if begun is not None:
+            resume(
+                made,
+                begun,
+                is_end=lambda t: t == END,
+                n_vocab=256,
+                n_ctx=self.runner.n_ctx,
+                context_shift=self.shifts,
             )
-        )  # type: ignore[arg-type]
+        self.engine.submit(made)
         return Stream(channel)
 
     def embed(self, request: EmbeddingRequest) -> Future[Embeddings]:

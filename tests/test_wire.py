@@ -156,7 +156,7 @@ def test_a_newer_engine(peer: Peer) -> None:
     body, about = peer.next(wire.SUBMIT)
     request_id = json.loads(about)["id"]
     assert wire.decode_request(body).request_id == request_id
-    news = [[request_id, "text", 1, [], "a field more"]]
+    news = [[request_id, "text", 1, [], [5], "a field more"]]
     end = [
         request_id,
         "stop",

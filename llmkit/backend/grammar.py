@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from llmkit.backend.gbnf import to_lark
+from llmkit.backend.patience import Patience
 from llmkit.backend.vocab import Vocab, on_a_deep_stack
 from llmkit.errors import EngineError, InvalidRequestError
 from llmkit.protocol import Grammar
@@ -28,7 +29,7 @@ from llmkit.system.lanes import Lanes
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-__all__ = ["Constraint", "GrammarCompiler", "Late", "Patience"]
+__all__ = ["Constraint", "GrammarCompiler"]
 
 MAX_FORCED = 32
 MAX_KNOWN = 64
@@ -39,29 +40,6 @@ META = re.compile(r"[\\.+*?()|\[\]{}^$#&~/-]")
 STACK_BYTES = 512 << 20
 # One way to write JSON: fewer choices mean more forced tokens.
 JSON_STYLE: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
-
-
-class Late(Exception):
-    """The grammar's mask was not ready in time."""
-
-
-class Patience:
-    """How long a step waits for grammars, all of its requests together."""
-
-    def __init__(self, seconds: float) -> None:
-        self._left = seconds
-
-    def wait(self, work: Future[None]) -> None:
-        """Wait for ``work``. Raises `Late`, or what the work raised."""
-        if work.done():
-            return work.result()
-        start = time.perf_counter()
-        try:
-            work.result(None if self._left == math.inf else self._left)
-        except TimeoutError:
-            raise Late from None
-        finally:
-            self._left = max(0.0, self._left - (time.perf_counter() - start))
 
 
 class GrammarCompiler:
@@ -77,9 +55,12 @@ class GrammarCompiler:
         # Matchers to copy and errors; or compilations still running.
         self._known: OrderedDict[Grammar, Future[Any]] = OrderedDict()
 
-    def compile(self, grammar: Grammar, caller: str = "") -> Constraint | None:
-        """The constraint, or None for an optional grammar that is invalid. Raises
-        `InvalidRequestError` with the reason for any other. Runs on the caller's thread."""
+    def compile(
+        self, grammar: Grammar, caller: str = "", begun: Sequence[int] = ()
+    ) -> Constraint | None:
+        """The constraint after the tokens ``begun``, or None for an optional grammar that is
+        invalid. Raises `InvalidRequestError` with the reason for any other. On the caller's
+        thread."""
         with self._lock:
             work = self._known.get(grammar)
             mine = work is None
@@ -109,6 +90,9 @@ class GrammarCompiler:
             raise InvalidRequestError(str(compiled), compiled.param)
         with self._tokenizer_lock:  # copies of one matcher must not overlap
             copy = compiled.deep_copy()
+        begun = [t for t in begun if not self._vocab.is_end(t)]
+        if begun and not copy.consume_tokens(begun):
+            raise InvalidRequestError("resume: the tokens do not match the grammar.", "resume")
         return Constraint(copy, self._vocab, lambda work: self._lanes.submit(caller, work))
 
     def _compile(self, grammar: Grammar) -> Any:

@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 
 from llmkit.backend import library
-from llmkit.backend.grammar import Constraint, Patience
+from llmkit.backend.grammar import Constraint
 from llmkit.backend.library import C, num_threads, strlen
 from llmkit.backend.model import LlamaModel
 from llmkit.backend.outputs import merged, with_gaps
+from llmkit.backend.patience import Patience
 from llmkit.backend.rows import Rows
 from llmkit.backend.sampler import ChainCache, Sampler
 from llmkit.backend.selection import Selector
@@ -295,11 +296,16 @@ class LlamaRunner:
             self._faults[op.slot] = repr(error)
 
     def sampler(
-        self, sampling: SamplingParams, history: Sequence[int], constraint: Constraint | None
+        self,
+        sampling: SamplingParams,
+        history: Sequence[int],
+        constraint: Constraint | None,
+        num_drawn: int = 0,
     ) -> Sampler:
-        """What chooses the tokens of one request. Any thread, since it takes up to a tenth of a
-        second. Raises `InvalidRequestError`."""
-        return Sampler(sampling, self._model.vocab, history, constraint, self._chains)
+        """What chooses the tokens of one request, the last ``num_drawn`` of ``history`` chosen
+        before. Any thread, since it takes up to a tenth of a second. Raises
+        `InvalidRequestError`."""
+        return Sampler(sampling, self._model.vocab, history, constraint, self._chains, num_drawn)
 
     def logits(self, tokens: list[int]) -> np.ndarray:
         """Teacher-forced logits of a token list in slot 0: float32, shape (len(tokens), n_vocab).

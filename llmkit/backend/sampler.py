@@ -14,8 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from llmkit.backend.grammar import Constraint, Patience
+from llmkit.backend.grammar import Constraint
 from llmkit.backend.library import C, short
+from llmkit.backend.patience import Patience
 from llmkit.backend.vocab import Vocab
 from llmkit.engine.batch import Score
 from llmkit.errors import EngineError
@@ -37,13 +38,16 @@ class Sampler:
         history: Sequence[int],
         constraint: Constraint | None,
         chains: ChainCache,
+        num_drawn: int = 0,
     ) -> None:
         self.logprobs = params.logprobs
         self.prompt_logprobs = params.prompt_logprobs or 0
         self.constraint = constraint
         self.c_seconds = 0.0
         self._end_tokens = vocab.end_ids if params.ignore_eos else None
-        self._chain = None if params.plain_greedy else Chain(params, vocab, history, chains)
+        self._chain = (
+            None if params.plain_greedy else Chain(params, vocab, history, chains, num_drawn)
+        )
 
     def choose(
         self, context: Any, row: int, logits: np.ndarray, patience: Patience
@@ -168,19 +172,30 @@ class ChainCache:
 
 class Chain:
     """llama.cpp's samplers in llama.cpp's order: bias, penalties, DRY, top-k, typical, top-p,
-    min-p, XTC, temperature, draw."""
+    min-p, XTC, temperature, draw.
+
+    ``num_drawn`` draws are skipped: an earlier chain of this seed made them.
+    """
 
     __slots__ = ("_free", "_sample", "chain")
 
     def __init__(
-        self, params: SamplingParams, vocab: Vocab, history: Sequence[int], chains: ChainCache
+        self,
+        params: SamplingParams,
+        vocab: Vocab,
+        history: Sequence[int],
+        chains: ChainCache,
+        num_drawn: int,
     ) -> None:
         self.chain: Any = None
         self._sample = short("llama_sampler_sample")
         self._free = short("llama_sampler_free")
         self.chain = C.llama_sampler_chain_init(C.llama_sampler_chain_default_params())
-        for sampler in _samplers(params, vocab, chains):
+        samplers = _samplers(params, vocab, chains)
+        for sampler in samplers:
             C.llama_sampler_chain_add(self.chain, sampler)
+        if params.seed is not None and not (params.greedy or params.mirostat):
+            _skip(samplers[-1], num_drawn)
         last_n = max(
             params.penalty_last_n, params.dry_penalty_last_n if params.dry_multiplier else 0
         )
@@ -200,6 +215,16 @@ class Chain:
 
     def __del__(self) -> None:
         self.close()  # for a request that never ran
+
+
+def _skip(draw: Any, count: int) -> None:
+    """Have a draw among candidates happen ``count`` times. It takes one number from its generator
+    each time, however many candidates there are."""
+    only = C.llama_token_data(0, 0.0, 1.0)
+    apply = short("llama_sampler_apply")
+    for _ in range(count):
+        candidates = C.llama_token_data_array(ctypes.pointer(only), 1, -1, False)
+        apply(draw, ctypes.byref(candidates))
 
 
 def _samplers(params: SamplingParams, vocab: Vocab, chains: ChainCache) -> list[Any]:

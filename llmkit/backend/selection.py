@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from llmkit.backend.grammar import Late, Patience
 from llmkit.backend.library import short
+from llmkit.backend.patience import Late, Patience
 from llmkit.backend.sampler import Sampler, score
 from llmkit.backend.sequences import Sequences
 from llmkit.engine.batch import Chunk, Score, StepOutput

@@ -19,7 +19,13 @@ from llmkit.bridge import wire
 from llmkit.bridge.inquiries import decode_inquiry, encode_answer
 from llmkit.bridge.peers import Peer, Preparation
 from llmkit.bridge.waker import Waker
-from llmkit.errors import EngineError, InvalidRequestError, LLMKitError, QueueFullError
+from llmkit.errors import (
+    DrainingError,
+    EngineError,
+    InvalidRequestError,
+    LLMKitError,
+    QueueFullError,
+)
 from llmkit.protocol import (
     Completion,
     EmbeddingRequest,
@@ -69,6 +75,7 @@ class Intake:
         self._lanes = Lanes(2, "llmkit-prepare")
         self._notes: deque[Callable[[], None]] = deque()  # from the lanes, for the bridge thread
         self.unloading: Literal["", "begun", "done"] = ""  # because a client asked for it
+        self.draining = False  # nothing new is begun
 
     def settle(self) -> None:
         """Do what the lanes have left for the bridge thread."""
@@ -84,6 +91,8 @@ class Intake:
 
     def submit(self, peer: Peer, request_id: str, n: int, caller: str, payload: bytes) -> None:
         ids = wire.choice_ids(request_id, n)
+        if self.draining:
+            return self._refuse(peer, ids, None, _draining())
         if any(i in peer.preparing or i in peer.streams for i in ids):
             raise InvalidRequestError(f"the id {request_id!r} is in use.")
         preparation = Preparation(set(ids))
@@ -121,6 +130,9 @@ class Intake:
             self._refuse(peer, ids, None, error)
 
     def embed(self, peer: Peer, request_id: str, caller: str, payload: bytes) -> None:
+        if self.draining:
+            failure = wire.Failure.of(_draining())
+            return self._answer(peer, wire.Embedded(request_id, failure=failure))
         preparation = peer.asking[request_id] = Preparation({request_id})
 
         def work() -> None:
@@ -297,6 +309,10 @@ class Intake:
 def _weighed(peer: Peer, request: Asked) -> Asked:
     """The request, with no more than the usual weight unless its peer knows its callers."""
     return request if peer.weighs or request.weight <= 1 else replace(request, weight=1.0)
+
+
+def _draining() -> DrainingError:
+    return DrainingError("this engine ends soon and takes nothing new; ask another")
 
 
 def _aborted() -> EngineError:

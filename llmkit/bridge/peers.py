@@ -35,3 +35,8 @@ class Peer:
     asking: dict[str, Preparation] = field(default_factory=dict)  # for vectors or by inquiry
     weighs: bool = False  # its requests may have more than the usual weight
     num_preparing: dict[str, int] = field(default_factory=dict)  # by caller
+
+    @property
+    def num_requests(self) -> int:
+        """How many of its requests are read, run or are being answered."""
+        return len(self.streams) + len(self.preparing) + len(self.asking)

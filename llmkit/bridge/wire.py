@@ -1,7 +1,7 @@
 """The messages that cross the bridge, as ZMQ frames. Pure.
 
 client → server   HELLO · SUBMIT · EMBED · INQUIRE · ABORT · PING
-server → client   WELCOME · DENIED · EVENTS · EMBEDDED · ANSWER · PONG · GOODBYE
+server → client   WELCOME · DENIED · EVENTS · EMBEDDED · ANSWER · PONG · DRAINING · GOODBYE
 
 The first frame is the kind, the second a body. Greetings, requests and answers are JSON; EVENTS and
 PONG, the frequent ones, are MessagePack. SUBMIT, EMBED and INQUIRE have a third frame naming the
@@ -14,7 +14,8 @@ are dropped. HELLO and WELCOME carry the versions; if they are too far apart, bo
 
 from __future__ import annotations
 
-from dataclasses import fields
+from collections.abc import Sequence
+from dataclasses import fields, replace
 from typing import Annotated, Any, TypeVar
 
 import msgspec
@@ -30,6 +31,7 @@ from llmkit.protocol import (
     GenerationRequest,
     ModelDescription,
     RequestMetrics,
+    Resume,
     SamplingParams,
     TokenLogprob,
     Usage,
@@ -38,10 +40,10 @@ from llmkit.protocol.requests import MAX_CHOICES
 from llmkit.version import __version__
 
 __all__ = [
-    "ABORT", "ANSWER", "DENIED", "EMBED", "EMBEDDED", "EVENTS", "GOODBYE", "HELLO", "INQUIRE",
-    "PING", "PONG", "SUBMIT", "VERSION", "WELCOME",
-    "About", "Answer", "Denied", "Embedded", "End", "Events", "Failure", "Goodbye", "Hello",
-    "Name", "News", "Welcome",
+    "ABORT", "ANSWER", "DENIED", "DRAINING", "EMBED", "EMBEDDED", "EVENTS", "GOODBYE", "HELLO",
+    "INQUIRE", "PING", "PONG", "SUBMIT", "VERSION", "WELCOME",
+    "About", "Answer", "Denied", "Draining", "Embedded", "End", "Events", "Failure", "Goodbye",
+    "Hello", "Name", "News", "Welcome",
     "choice_ids", "decode", "decode_request", "encode", "encode_request", "pack", "stranger",
     "unpack",
 ]  # fmt: skip
@@ -54,16 +56,17 @@ HELLO, SUBMIT, EMBED, INQUIRE, ABORT, PING = (
     b"ABORT",
     b"PING",
 )
-WELCOME, DENIED, EVENTS, EMBEDDED, ANSWER, PONG, GOODBYE = (
+WELCOME, DENIED, EVENTS, EMBEDDED, ANSWER, PONG, DRAINING, GOODBYE = (
     b"WELCOME",
     b"DENIED",
     b"EVENTS",
     b"EMBEDDED",
     b"ANSWER",
     b"PONG",
+    b"DRAINING",
     b"GOODBYE",
 )
-VERSION = 5  # of the protocol
+VERSION = 6  # of the protocol
 OLDEST = 5  # that is still understood
 
 T = TypeVar("T")
@@ -93,6 +96,12 @@ class Denied(msgspec.Struct, omit_defaults=True):
     """``key``: the key is wrong. Otherwise the client is unknown and may greet again."""
 
     key: bool = False
+
+
+class Draining(msgspec.Struct):
+    """The engine takes nothing new and ends in so many seconds, or once it has nothing to do."""
+
+    seconds_left: float = 0.0
 
 
 class Goodbye(msgspec.Struct):
@@ -148,15 +157,32 @@ class Failure(msgspec.Struct, omit_defaults=True):
 
 
 class News(msgspec.Struct, array_like=True):
-    """New text of a request, its number of tokens, and log-probabilities if asked for."""
+    """New text of a request, its number of tokens, and log-probabilities and ids if asked for."""
 
     id: str
     text: str = ""
     num_tokens: int = 0
     logprobs: tuple[TokenLogprob, ...] = ()
+    tokens: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, request_id: str, deltas: Sequence[Delta]) -> News:
+        if len(deltas) == 1:
+            (d,) = deltas
+            return cls(request_id, d.text, d.num_tokens, d.logprobs, d.tokens)
+        tokens = tuple(t for d in deltas for t in d.tokens)
+        num_tokens = sum(d.num_tokens for d in deltas)
+        return cls(
+            request_id,
+            "".join(d.text for d in deltas),
+            num_tokens,
+            tuple(p for d in deltas for p in d.logprobs),
+            # Part of the ids would look like all of them.
+            tokens if len(tokens) == num_tokens else (),
+        )
 
     def delta(self) -> Delta:
-        return Delta(self.text, self.num_tokens, self.logprobs)
+        return Delta(self.text, self.num_tokens, self.logprobs, self.tokens)
 
 
 class End(msgspec.Struct, array_like=True):
@@ -255,7 +281,10 @@ _json = msgspec.json.Encoder(enc_hook=_plain)
 _msgpack = msgspec.msgpack.Encoder(enc_hook=_plain)
 _decoders: dict[Any, msgspec.json.Decoder[Any]] = {}
 _events, _stats = msgspec.msgpack.Decoder(Events), msgspec.msgpack.Decoder(EngineStats)
-_SAMPLING = {f.name for f in fields(SamplingParams)}
+# Among the sampling parameters, of which an older engine refuses those that it does not know: it
+# would begin the answer anew otherwise.
+_RESUME = "resume"
+_SAMPLING = {_RESUME, *(f.name for f in fields(SamplingParams))}
 
 
 def encode(value: Any) -> bytes:
@@ -299,12 +328,11 @@ def encode_request(request: GenerationRequest | EmbeddingRequest) -> bytes:
     """
     if not isinstance(request, GenerationRequest):
         return encode(request)
-    return encode(
-        {
-            **{f.name: getattr(request, f.name) for f in fields(request)},
-            "sampling": request.sampling.as_dict(),
-        }
-    )
+    sampling = request.sampling.as_dict()
+    if request.resume is not None:
+        sampling[_RESUME] = request.resume
+    named = {f.name: getattr(request, f.name) for f in fields(request) if f.name != _RESUME}
+    return encode({**named, "sampling": sampling})
 
 
 def decode_request(data: bytes) -> GenerationRequest:
@@ -312,14 +340,18 @@ def decode_request(data: bytes) -> GenerationRequest:
 
     Raises `InvalidRequestError` for values out of range and unknown sampling parameters.
     """
-    unknown = decode(data, _Sampling).sampling.keys() - _SAMPLING
+    sampling = decode(data, _Sampling).sampling
+    unknown = sampling.keys() - _SAMPLING
     if unknown:
         name = min(unknown)
         raise errors.InvalidRequestError(
             f"{name} is unknown to the llmkit in the model's process, which is another version.",
             name,
         )
-    return decode(data, GenerationRequest)
+    request = decode(data, GenerationRequest)
+    if _RESUME not in sampling:
+        return request
+    return replace(request, resume=decode(bytes(sampling[_RESUME]), Resume))
 
 
 def stranger(version: int, llmkit: str) -> str | None:

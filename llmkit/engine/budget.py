@@ -74,6 +74,15 @@ class StepClock:
             0.2 * self._decode[nearest],
         )
 
+    @property
+    def prompt_token_s(self) -> float:
+        """As measured; 0 before the first prompt."""
+        return self.prefill_s if self._measured else 0.0
+
+    def step_s(self, num_streams: int) -> float:
+        """As measured, with at least one stream; 0 before the first step."""
+        return self.decode_s(max(1, num_streams)) if self._decode else 0.0
+
     def draft_cost(self, num_streams: int) -> float:
         """Cost of one more drafted token, in units of one stream's share of a plain step."""
         cost = self._draft_s or DRAFT_FACTOR * self.prefill_s

@@ -5,7 +5,7 @@ from __future__ import annotations
 import codecs
 from collections.abc import Callable
 
-__all__ = ["Detokenizer"]
+__all__ = ["Detokenizer", "ResumedDetokenizer"]
 
 
 class Detokenizer:
@@ -58,6 +58,41 @@ class Detokenizer:
         keep = max((_overlap(text, s) for s in self._stop), default=0)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]
+
+
+class ResumedDetokenizer(Detokenizer):
+    """One that leaves out the first ``sent_chars`` characters, which the reader has.
+
+    >>> d = ResumedDetokenizer([b"Hel", b"lo"].__getitem__, sent_chars=4)
+    >>> d.push(0), d.push(1)
+    ('', 'o')
+    """
+
+    __slots__ = ("_left",)
+
+    def __init__(
+        self, piece: Callable[[int], bytes], stop: tuple[str, ...] = (), sent_chars: int = 0
+    ) -> None:
+        super().__init__(piece, stop)
+        self._left = sent_chars
+
+    @property
+    def num_missing(self) -> int:
+        """How many characters the reader has that the tokens so far do not explain, even with what
+        is held back: that was sent if the answer ended there and only its end was lost."""
+        begun = b"" if self.stopped else self._decoder.getstate()[0]
+        return max(0, self._left - len(self._held) - len(begun.decode("utf-8", "replace")))
+
+    def push(self, token: int) -> str:
+        return self._unsent(super().push(token))
+
+    def flush(self) -> str:
+        return self._unsent(super().flush())
+
+    def _unsent(self, text: str) -> str:
+        sent = min(self._left, len(text))
+        self._left -= sent
+        return text[sent:]
 
 
 def _overlap(text: str, stop: str) -> int:

@@ -94,7 +94,7 @@ class Engine:
         self._drafter = drafter
         self._drafted_s = 0.0  # drafter seconds already counted
         self._stats = StatsCounter(
-            cache, self._scheduler, runner.capacity or runner.n_slots * runner.n_ctx
+            cache, self._scheduler, runner.capacity or runner.n_slots * runner.n_ctx, self._clock
         )
         self._inbox: queue.SimpleQueue[Request | MakeWay | str | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
@@ -198,13 +198,15 @@ class Engine:
             self._runner.clear_interrupt()
         aborted: list[str] = []
         refused: list[Request] = []
+        ended: list[Request] = []
+        is_closing = False
         is_idle = not self._scheduler.has_work
         begin_at = 0.0  # how long the first request of an idle engine waits for others
         while True:
             try:
-                if not (self._scheduler.has_work or aborted or refused):
+                if not (self._scheduler.has_work or aborted or refused or ended):
                     message = self._inbox.get()
-                elif aborted or refused or len(self._scheduler.waiting) >= self._most:
+                elif aborted or refused or ended or len(self._scheduler.waiting) >= self._most:
                     message = self._inbox.get_nowait()
                 else:
                     left = begin_at - time.monotonic() if begin_at else 0.0
@@ -212,7 +214,8 @@ class Engine:
             except queue.Empty:
                 break
             if message is None:
-                return False
+                is_closing = True
+                break
             if isinstance(message, str):
                 aborted.append(message)
             elif isinstance(message, MakeWay):
@@ -221,11 +224,17 @@ class Engine:
                     if self._admission.owes(message.caller)
                     else []
                 )
+            elif message.finish_reason is not None:  # resumed after its last token
+                self._stats.requests += 1
+                self._admission.leave(message.caller)
+                ended.append(message)
             else:
                 self._stats.requests += 1
                 self._scheduler.add(message)
                 if is_idle and self._batch_wait_s and not begin_at:
                     begin_at = time.monotonic() + self._batch_wait_s
+        if ended:
+            self._publish(ended)
         if refused:
             self._publish(
                 refused,
@@ -239,7 +248,7 @@ class Engine:
                 self._aborted.difference_update(aborted)
             self._publish(self._scheduler.abort(aborted))
             self._stats.refresh()
-        return True
+        return not is_closing
 
     def _step(self) -> None:
         start = time.perf_counter()
@@ -321,11 +330,12 @@ class Engine:
             if isinstance(message, Request):
                 pending.append(message)
         for request in pending:
-            request.finish(
-                FinishReason.ABORT
-                if isinstance(failure, ModelUnloadedError)
-                else FinishReason.ERROR
-            )
+            if request.finish_reason is None:
+                request.finish(
+                    FinishReason.ABORT
+                    if isinstance(failure, ModelUnloadedError)
+                    else FinishReason.ERROR
+                )
         self._publish(pending, failure)
         if self._runner.saves and isinstance(failure, ModelUnloadedError):
             end = time.monotonic() + FAREWELL_S

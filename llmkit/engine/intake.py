@@ -145,7 +145,7 @@ class Intake:
             if request.keep_on_disk:
                 self._roster.save(request)
             else:
-                self._finish(request, FinishReason.LENGTH)
+                self._finish(request, request.ended_as or FinishReason.LENGTH)
 
     def _shift(self, request: Request) -> None:
         """Make room in a full context: keep the start of the prompt and the newer half of the

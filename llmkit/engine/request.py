@@ -45,6 +45,7 @@ class Request:
         "constraint",
         "detokenizer",
         "draft_payoff",
+        "ended_as",
         "error",
         "finish_reason",
         "first_token_at",
@@ -65,6 +66,7 @@ class Request:
         "num_computed_tokens",
         "num_drafted",
         "num_prompt_tokens",
+        "num_resumed_tokens",
         "num_unsent_tokens",
         "outputs",
         "parked_key",
@@ -75,6 +77,7 @@ class Request:
         "sampler",
         "sampling",
         "serial",
+        "shows_tokens",
         "slot",
         "started_at",
         "tokens",
@@ -100,6 +103,7 @@ class Request:
         constraint: Constraint | None = None,
         sampler: object | None = None,
         adapters: tuple[tuple[str, float], ...] = (),
+        show_tokens: bool = False,
     ) -> None:
         self.serial = next(_serials)
         self.request_id = channel.request_id
@@ -111,6 +115,9 @@ class Request:
         self.outputs: list[int] = []
         self.is_shifted = False
         self.num_prompt_tokens = len(prompt)
+        self.num_resumed_tokens = 0  # of the output: another engine generated them
+        self.ended_as: FinishReason | None = None  # they were all; only the prompt is missing
+        self.shows_tokens = show_tokens
         self.num_computed_tokens = 0
         self.num_cached_tokens = 0
         self.num_drafted = self.num_accepted = 0
@@ -181,7 +188,7 @@ class Request:
         self.num_computed_tokens = num_cached_tokens
         self.waits_for = None
         if self.started_at is None:  # not after a preemption
-            self.num_cached_tokens = num_cached_tokens
+            self.num_cached_tokens = min(num_cached_tokens, self.num_prompt_tokens)
             self.started_at = time.perf_counter()
         if self.scores_prompt and not self.prompt_logprobs:
             self.prompt_logprobs.append(
@@ -195,6 +202,7 @@ class Request:
         # From here on, the keys and values are not those of a prompt of these tokens: never share.
         self.cache_salt = f"{self.cache_salt}\0shifted {self.serial}"
         self.is_shifted = True
+        self.shows_tokens = False  # nobody could go on from them: some are forgotten
         self.draft_payoff = Payoff()  # it counts by length, which has changed
         if self.lookup is not None:
             self.lookup = PromptLookup()
@@ -236,6 +244,12 @@ class Request:
         if text:
             self.unsent.append(text)
 
+    def resume(self) -> None:
+        """What was appended so far is another engine's: nothing to report or to time."""
+        self.num_resumed_tokens, self.num_unsent_tokens = len(self.outputs), 0
+        self.first_token_at = self.last_token_at = None
+        self.max_itl_s = 0.0
+
     def finish(self, reason: FinishReason) -> None:
         self.finish_reason = reason
         text = self.detokenizer.flush()
@@ -246,9 +260,9 @@ class Request:
         """Store new text, and the end, for the reader; once per step. ``failure`` counts only for a
         finished request."""
         if self.unsent or self.num_unsent_tokens:
-            self.channel.push(
-                Delta("".join(self.unsent), self.num_unsent_tokens, tuple(self.unsent_logprobs))
-            )
+            new = self.num_unsent_tokens
+            tokens = tuple(self.outputs[-new:]) if self.shows_tokens and new else ()
+            self.channel.push(Delta("".join(self.unsent), new, tuple(self.unsent_logprobs), tokens))
             self.unsent, self.num_unsent_tokens, self.unsent_logprobs = [], 0, []
         if self.finish_reason is not None:
             self.channel.finish(self._completion(str(failure) if failure else None), failure)
@@ -268,7 +282,7 @@ class Request:
                 max_itl_s=self.max_itl_s,
                 prompt_tokens=self.num_prompt_tokens,
                 cached_tokens=self.num_cached_tokens,
-                completion_tokens=self.num_output_tokens,
+                completion_tokens=self.num_output_tokens - self.num_resumed_tokens,
                 draft_tokens=self.num_drafted,
                 accepted_tokens=self.num_accepted,
             ),

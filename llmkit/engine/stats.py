@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from llmkit.engine.budget import StepClock
 from llmkit.engine.scheduler import Scheduler
 from llmkit.engine.slots import PrefixCache
 from llmkit.protocol import EngineStats
@@ -12,8 +13,11 @@ __all__ = ["StatsCounter"]
 class StatsCounter:
     """Counts what the engine does; ``snapshot`` is replaced as a whole, so readers need no lock."""
 
-    def __init__(self, cache: PrefixCache, scheduler: Scheduler, capacity: int) -> None:
+    def __init__(
+        self, cache: PrefixCache, scheduler: Scheduler, capacity: int, clock: StepClock
+    ) -> None:
         self._cache = cache
+        self._clock = clock
         self._scheduler = scheduler
         self._capacity = capacity
         self.prompt_tokens = self.cached_tokens = self.generation_tokens = self.requests = (
@@ -49,4 +53,7 @@ class StatsCounter:
             backend_seconds_total=self.backend_s,
             busy_slots_total=self.busy_slots,
             drafts_total=self._scheduler.num_drafts,
+            prompt_token_s=self._clock.prompt_token_s,
+            decode_step_s=self._clock.step_s(len(self._scheduler.running)),
+            num_parked=len(self._cache.parked),
         )

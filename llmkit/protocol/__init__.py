@@ -38,6 +38,7 @@ from llmkit.protocol.requests import (
     MAX_CHARS_PER_TOKEN,
     EmbeddingRequest,
     GenerationRequest,
+    Resume,
     check_size,
 )
 from llmkit.protocol.results import (
@@ -79,6 +80,7 @@ __all__ = [
     "Question",
     "RenderChat",
     "RequestMetrics",
+    "Resume",
     "RunningRequest",
     "SamplingParams",
     "SlotContent",

@@ -11,7 +11,9 @@ from typing import Literal
 
 from llmkit.system.process import kernel_id
 
-__all__ = ["READY", "EngineState", "EngineStats", "ModelDescription", "Origin"]
+__all__ = ["READY", "EngineState", "EngineStats", "ModelDescription", "Origin", "Use"]
+
+Use = Literal["generate", "embed", "hear", "speak"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,21 +21,23 @@ class EngineState:
     """Whether a model can be used.
 
     ``loading`` (``share`` is the fraction done, 0 to 1, if known), ``ready``, ``draining``
-    (running requests finish, new ones are refused) or ``gone``, for a ``reason``.
+    (running requests finish, new ones are refused) or ``gone``, for a ``reason``; ``expected``: it
+    said goodbye, so nobody's request is to blame.
     """
 
     phase: Literal["loading", "ready", "draining", "gone"] = "ready"
     reason: str | None = None
     share: float | None = None
+    expected: bool = False
 
     @property
     def is_gone(self) -> bool:
         return self.phase == "gone"
 
     @classmethod
-    def gone_for(cls, reason: str | None) -> EngineState:
+    def gone_for(cls, reason: str | None, *, expected: bool = False) -> EngineState:
         """Gone for this reason; ready without one."""
-        return cls("gone", reason) if reason else READY
+        return cls("gone", reason, expected=expected) if reason else READY
 
 
 READY = EngineState()
@@ -71,7 +75,9 @@ class EngineStats:
     """A snapshot of one engine. Counters only grow; KV is in tokens (cells), times in seconds.
 
     ``busy_slots_total`` adds up, over all steps, the slots that were computed in each; ``drafts``
-    are guesses of ``draft_tokens`` together.
+    are guesses of ``draft_tokens`` together. ``prompt_token_s`` and ``decode_step_s`` are what a
+    prompt's token and a step of the present streams cost by the latest steps, 0 before the first;
+    ``num_parked`` counts the prefixes kept in RAM beside those in slots.
     """
 
     num_running: int = 0
@@ -93,6 +99,9 @@ class EngineStats:
     backend_seconds_total: float = 0.0
     busy_slots_total: int = 0
     drafts_total: int = 0
+    prompt_token_s: float = 0.0
+    decode_step_s: float = 0.0
+    num_parked: int = 0
 
     @property
     def kv_usage(self) -> float:
@@ -130,8 +139,20 @@ class ModelDescription:
     n_embd: int = 0  # of a token, within the model
     vocab_type: int = 0  # as llama.cpp numbers them; 0 is none
     adapters: tuple[tuple[str, float], ...] = ()  # LoRA files and their scales, as they were given
+    hears: bool = False  # writes down speech
+    voices: tuple[str, ...] = ()  # with which it speaks, the default first
+    languages: tuple[str, ...] = ()  # that it hears or speaks
 
     def __post_init__(self) -> None:
         # A connection file's JSON has lists.
         pairs = tuple((path, scale) for path, scale in self.adapters)
         object.__setattr__(self, "adapters", pairs)
+        for name in ("voices", "languages"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+
+    @property
+    def use(self) -> Use:
+        """What it is for."""
+        if self.hears or self.voices:
+            return "hear" if self.hears else "speak"
+        return "embed" if self.embedding_size or self.ranks else "generate"

@@ -8,6 +8,7 @@ from typing import Any
 from llmkit.errors import ContextLengthError
 from llmkit.protocol.messages import Message, Tool
 from llmkit.protocol.sampling import SamplingParams, check, check_integer, check_number
+from llmkit.protocol.speech import Hearing, Saying
 
 __all__ = [
     "MAX_CHARS_PER_TOKEN",
@@ -16,15 +17,54 @@ __all__ = [
     "MIN_WEIGHT",
     "EmbeddingRequest",
     "GenerationRequest",
+    "Resume",
     "check_size",
 ]
 
 MAX_INPUTS = 100_000
 MAX_CHOICES = 1024
 MIN_WEIGHT, MAX_WEIGHT = 0.01, 100.0
+MAX_TOKEN, MAX_SENT = 2**63 - 1, 2**31 - 1
 # At most so many characters per token on average: longer text cannot fit, and is refused before
 # it is tokenized.
 MAX_CHARS_PER_TOKEN = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Resume:
+    """The beginning of an answer, which another engine with the same model and options generated.
+
+    >>> Resume((12, 7), sent_chars=3)
+    Resume(tokens=(12, 7), sent_chars=3)
+
+    ``tokens`` are computed as output, as after a preemption: they count for ``max_tokens``, usage,
+    stop strings, penalties, loops and the grammar, and `Completion.tokens` has them. Only what
+    comes after ``sent_chars`` characters of the text is sent, and is the completion's text; its
+    log-probabilities and times are of the new tokens alone. Those of the prompt are computed again,
+    since they only come with the end. An answer that is complete already ends at once.
+
+    What comes out is what the first engine would have sent: exactly so with ``deterministic=True``,
+    if greedy or seeded (the generator skips one draw a token). Elsewhere it is drawn from the same
+    distribution. XTC and mirostat draw differently, even seeded: how often they drew, and what
+    surprised them, is known to the first engine alone.
+
+    To resume at any moment, ask with ``show_tokens`` and add up the deltas. An engine that sends
+    fewer ids than it counts (``num_tokens``) is of an older version, or has shifted its context and
+    so forgotten some of them: its request cannot be resumed.
+    """
+
+    tokens: tuple[int, ...]
+    sent_chars: int = 0
+
+    def __post_init__(self) -> None:
+        if isinstance(self.tokens, list):
+            object.__setattr__(self, "tokens", tuple(self.tokens))
+        fine = isinstance(self.tokens, tuple) and all(
+            isinstance(t, int) and not isinstance(t, bool) and 0 <= t <= MAX_TOKEN
+            for t in self.tokens
+        )
+        check(fine, "resume", "must hold token ids.")
+        check_integer(self.sent_chars, "sent_chars", 0, MAX_SENT if self.tokens else 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +82,9 @@ class GenerationRequest:
     ``template_options`` go to the chat template. ``suffix``: the answer fills in the text between
     ``prompt`` and it, on models trained for that. ``show_marks`` keeps the model's markers of tool
     calls and reasoning in the text, for `llmkit.chat.reading`. ``continue_final``: the last
-    message, an assistant's, is the beginning of the answer.
+    message, an assistant's, is the beginning of the answer. ``resume`` goes on where another engine
+    stopped, and ``show_tokens`` has deltas carry what that takes. ``hearing`` is for models that
+    write down speech, ``saying`` for those that speak the ``prompt``; see `llmkit.protocol.speech`.
     """
 
     request_id: str
@@ -63,6 +105,10 @@ class GenerationRequest:
     n: int = 1
     cache_scope: str | None = None
     weight: float = 1.0
+    resume: Resume | None = None
+    show_tokens: bool = False
+    hearing: Hearing | None = None
+    saying: Saying | None = None
 
     @property
     def salt(self) -> str:
@@ -90,6 +136,7 @@ class GenerationRequest:
     def __post_init__(self) -> None:
         check_integer(self.n, "n", 1, MAX_CHOICES)
         check_number(self.weight, "weight", MIN_WEIGHT, MAX_WEIGHT)
+        check(self.resume is None or self.n == 1, "resume", "is for one answer: n must be 1.")
         check(
             self.cache_scope is None
             or (isinstance(self.cache_scope, str) and len(self.cache_scope) <= 1000),

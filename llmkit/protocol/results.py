@@ -52,7 +52,8 @@ class RequestMetrics:
 
     ``ttft_s`` runs from arrival to the first token, ``queue_s`` of it spent waiting; ``decode_s``
     from the first to the last token; ``max_itl_s`` is the longest gap between two tokens. Counts
-    are in tokens: of the prompt, of it from the cache, generated, drafted, and accepted drafts.
+    are in tokens: of the prompt, of it from the cache, generated, drafted, and accepted drafts. Of
+    a resumed answer they tell the last part alone.
 
     >>> RequestMetrics(decode_s=2.0, completion_tokens=5).tpot_s
     0.5
@@ -91,11 +92,17 @@ class TokenLogprob:
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """New text of one stream, its number of tokens, and their log-probabilities if requested."""
+    """New text of one stream, its number of tokens, and their log-probabilities if requested.
+
+    ``tokens``, for requests with ``show_tokens``: the ids of those tokens, also where their text is
+    still held back. Without any, though ``num_tokens`` is not 0, the request cannot be resumed from
+    here on (see `Resume`).
+    """
 
     text: str
     num_tokens: int
     logprobs: tuple[TokenLogprob, ...] = ()
+    tokens: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from llmkit.engine.detokenize import Detokenizer
+from llmkit.engine.detokenize import ResumedDetokenizer
+from llmkit.errors import InvalidRequestError
 from llmkit.protocol import (
     Completion,
     Delta,
@@ -39,8 +40,16 @@ class EchoAnswer:
         wanted = request.sampling.max_tokens
         self._tokens = tokenize(text)
         self._limit = room if wanted is None else min(wanted, room)
-        self._detokenizer = Detokenizer(piece, request.sampling.stop)
-        self._done = 0
+        begun = request.resume
+        done = begun.tokens if begun is not None else ()
+        if done != tuple(self._tokens[: min(len(done), self._limit)]):
+            raise InvalidRequestError("resume: the echo would not answer that.", "resume")
+        sent = begun.sent_chars if begun is not None else 0
+        self._detokenizer = ResumedDetokenizer(piece, request.sampling.stop, sent)
+        self._unsent = "".join(map(self._detokenizer.push, done))
+        if self._detokenizer.num_missing:
+            raise InvalidRequestError("sent_chars: the tokens have less text.", "sent_chars")
+        self._done = self._resumed = len(done)
         self._arrived = self._begun = self._first = self._last = time.perf_counter()
         self._max_gap = 0.0
 
@@ -57,19 +66,25 @@ class EchoAnswer:
         """Write one token. Returns whether it was the last one."""
         if self.is_aborted:
             return self._finish(FinishReason.ABORT)
-        if self._done >= min(self._limit, len(self._tokens)):
-            return self._finish(self._natural_end)
+        if self._detokenizer.stopped or self._done >= min(self._limit, len(self._tokens)):
+            rest = self._unsent + self._detokenizer.flush()
+            if rest:
+                self.channel.push(Delta(rest, 0))
+            return self._finish(
+                FinishReason.STOP if self._detokenizer.stopped else self._natural_end
+            )
         token = self._tokens[self._done]
-        text = self._detokenizer.push(token)
-        now = time.perf_counter()
-        self._first = self._first if self._done else now
-        self._max_gap = max(self._max_gap, now - self._last) if self._done else 0.0
+        text, self._unsent = self._unsent + self._detokenizer.push(token), ""
+        now, is_first = time.perf_counter(), self._done == self._resumed
+        self._first = now if is_first else self._first
+        self._max_gap = 0.0 if is_first else max(self._max_gap, now - self._last)
         self._last = now
         self._done += 1
         is_last = self._done >= min(self._limit, len(self._tokens))
         if is_last:
             text += self._detokenizer.flush()
-        self.channel.push(Delta(text, 1, self._logprobs([token])))
+        shown = (token,) if self.request.show_tokens else ()
+        self.channel.push(Delta(text, 1, self._logprobs([token]), shown))
         if self._detokenizer.stopped:
             return self._finish(FinishReason.STOP)
         return self._finish(self._natural_end) if is_last else False
@@ -100,11 +115,11 @@ class EchoAnswer:
                     decode_s=self._last - self._first,
                     max_itl_s=self._max_gap,
                     prompt_tokens=len(self.prompt),
-                    completion_tokens=self._done,
+                    completion_tokens=self._done - self._resumed,
                 ),
                 tuple(tokens),
                 self.request.request_id,
-                logprobs=self._logprobs(tokens),
+                logprobs=self._logprobs(tokens[self._resumed :]),
                 prompt_logprobs=self._prompt_logprobs(),
                 stop=self._detokenizer.matched,
             )

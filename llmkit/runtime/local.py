@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from llmkit.chat.template import CHATML, ChatTemplate
 from llmkit.chat.tools import marks
-from llmkit.engine.detokenize import Detokenizer
+from llmkit.engine.detokenize import Detokenizer, ResumedDetokenizer
 from llmkit.engine.drafter import ModelDrafter
 from llmkit.engine.engine import Engine
 from llmkit.engine.request import Request
+from llmkit.engine.resuming import resume
 from llmkit.errors import (
     EngineGoneError,
     InsufficientMemoryError,
@@ -244,29 +245,42 @@ class LocalEngine:
         adapters: tuple[tuple[str, float], ...],
     ) -> Request:
         """The engine's form of a request. Slow parts are done here: its thread serves everyone."""
-        params = request.sampling
-        constraint = (
-            None
-            if params.grammar is None
-            else self._grammars.compile(params.grammar, request.caller)
-        )
-        return Request(
+        params, begun = request.sampling, request.resume
+        done = begun.tokens if begun is not None else ()
+        piece = self._piece_with_marks if request.show_marks else self._vocab.piece
+        made = Request(
             tokens,
             params,
             max_tokens,
-            Detokenizer(
-                self._piece_with_marks if request.show_marks else self._vocab.piece, params.stop
-            ),
+            Detokenizer(piece, params.stop)
+            if begun is None
+            else ResumedDetokenizer(piece, params.stop, begun.sent_chars),
             Channel(request.request_id, self.abort),
             priority=request.priority,
             caller=request.caller,
             weight=request.weight,
             cache_salt=request.cache_salt if self._shares_prefixes else request.salt,
-            constraint=constraint,
-            sampler=self._runner.sampler(params, tokens, constraint),
             keep_on_disk=request.keep_on_disk,
             adapters=adapters,
+            show_tokens=request.show_tokens,
         )
+        if begun is not None:
+            resume(
+                made,
+                begun,
+                is_end=self._vocab.is_end,
+                n_vocab=self._description.n_vocab,
+                n_ctx=self._description.n_ctx,
+                context_shift=self._context_shift,
+            )
+        constraint = (
+            None
+            if params.grammar is None
+            else self._grammars.compile(params.grammar, request.caller, done)
+        )
+        made.constraint = constraint
+        made.sampler = self._runner.sampler(params, made.tokens, constraint, len(done))
+        return made
 
     def _piece_with_marks(self, token: int) -> bytes:
         return self._marks.get(token) or self._vocab.piece(token)
