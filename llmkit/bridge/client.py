@@ -1,27 +1,23 @@
 """The other end of the bridge: an `EngineClient` for a model in another process.
 
-One thread per engine reads and writes the socket.
+One thread reads and writes the sockets of all of them (`llmkit.bridge.loop`).
 """
 
 from __future__ import annotations
 
-import contextlib
-import logging
 import os
-import queue
 import threading
-import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
-import zmq
-
 from llmkit.bridge import inquiries, wire
 from llmkit.bridge.connection import Connection
-from llmkit.bridge.waker import Waker
+from llmkit.bridge.curve import CurveKeys
+from llmkit.bridge.line import EngineLine
 from llmkit.errors import (
     ContextLengthError,
+    DrainingError,
     EngineError,
     EngineGoneError,
     InvalidRequestError,
@@ -39,16 +35,12 @@ from llmkit.protocol import (
     check_size,
 )
 from llmkit.protocol.stream import Channel, Stream
-from llmkit.system.process import process_start_time
-from llmkit.version import __version__
 
 __all__ = ["BridgeClient"]
 
-logger = logging.getLogger("llmkit.bridge")
-
 Answer = TypeVar("Answer")
 
-PING_S = 0.5
+CLOSE_S = 2.0
 
 
 class BridgeClient:
@@ -56,13 +48,16 @@ class BridgeClient:
 
     A busy kernel (a cell in C code that holds the GIL) only delays answers. The engine is gone when
     its process has ended or said goodbye; then every request ends with `EngineGoneError`. The other
-    end treats us the same: the greeting names our process. Only with ``weighs`` may requests have
-    weights above 1: for gateways, which know their callers.
+    end treats us the same: the greeting names our process. With ``keys`` the engine is one of
+    another host, which is gone when the connection is: at once when its process was killed, after
+    four seconds when its host is lost. Only with ``weighs`` may requests have weights above 1: for
+    gateways, which know their callers.
     """
 
-    def __init__(self, connection: Connection, *, weighs: bool = False) -> None:
+    def __init__(
+        self, connection: Connection, *, weighs: bool = False, keys: CurveKeys | None = None
+    ) -> None:
         self.connection = connection
-        self._weighs = weighs
         self._pid = os.getpid()
         self._description = connection.model
         self._stats = EngineStats(num_slots=connection.model.n_slots)
@@ -70,13 +65,10 @@ class BridgeClient:
         self._futures: dict[str, tuple[Future[Any], EmbeddingRequest | Inquiry[Any]]] = {}
         self._lock = threading.Lock()
         self._gone: str | None = None
-        self._closed = False
-        self._greeting = False
-        self._started: float | None = None  # start of this process, in the system's own unit
-        self._outbox: queue.SimpleQueue[tuple[bytes, list[bytes]]] = queue.SimpleQueue()
-        self._waker = Waker()
-        self._thread = threading.Thread(target=self._run, name="llmkit-bridge-client", daemon=True)
-        self._thread.start()
+        self._draining: str | None = None
+        self._said_goodbye = False
+        self._line = EngineLine(connection, self, weighs=weighs, keys=keys)
+        self._line.begin()
 
     @property
     def description(self) -> ModelDescription:
@@ -84,7 +76,11 @@ class BridgeClient:
 
     @property
     def state(self) -> EngineState:
-        return EngineState.gone_for(self._gone)
+        if self._gone is None and self._draining is not None:
+            return EngineState("draining", self._draining)
+        return EngineState.gone_for(
+            self._gone, expected=self._said_goodbye or self._draining is not None
+        )
 
     @property
     def origin(self) -> Origin:
@@ -94,6 +90,7 @@ class BridgeClient:
         return self.submit_choices(request)[0]
 
     def submit_choices(self, request: GenerationRequest) -> list[Stream]:
+        self._check_taking()
         check_size(request, self._description.n_ctx)
         channels = [
             Channel(choice, self.abort) for choice in wire.choice_ids(request.request_id, request.n)
@@ -112,6 +109,7 @@ class BridgeClient:
         return [Stream(channel) for channel in channels]
 
     def embed(self, request: EmbeddingRequest) -> Future[Embeddings]:
+        self._check_taking()
         n_ctx = self._description.n_ctx
         for text in request.inputs:
             size = len(text) // MAX_CHARS_PER_TOKEN if isinstance(text, str) else len(text)
@@ -144,6 +142,10 @@ class BridgeClient:
         if self._futures.pop(request_id, None) is not None:
             self.abort(request_id)
 
+    def _check_taking(self) -> None:
+        if self.state.phase == "draining":
+            raise DrainingError(f"{self._draining}; ask another")
+
     def _check_process(self) -> None:
         if self._pid != os.getpid():
             raise EngineGoneError(
@@ -153,8 +155,7 @@ class BridgeClient:
 
     def abort(self, request_id: str) -> None:
         if self._gone is None:
-            self._outbox.put((wire.ABORT, [wire.encode(wire.Name(request_id))]))
-            self._waker()
+            self._line.post(wire.ABORT, [wire.encode(wire.Name(request_id))])
 
     def stats(self) -> EngineStats:
         return self._stats
@@ -163,10 +164,7 @@ class BridgeClient:
         """Disconnect; the model stays loaded where it is."""
         if self._pid != os.getpid():
             return
-        self._closed = True
-        self._waker()
-        if threading.current_thread() is not self._thread:
-            self._thread.join(2)
+        self._line.close(CLOSE_S)
 
     def _post(
         self, kind: bytes, request: GenerationRequest | EmbeddingRequest | Inquiry[Any], n: int = 1
@@ -178,7 +176,7 @@ class BridgeClient:
                 if isinstance(request, Inquiry)
                 else wire.encode_request(request)
             )
-            self._outbox.put((kind, [body, wire.encode(about)]))
+            self._line.post(kind, [body, wire.encode(about)])
         except UnicodeEncodeError:
             raise InvalidRequestError(
                 "the text is not valid Unicode: it contains half of a surrogate pair."
@@ -187,93 +185,14 @@ class BridgeClient:
             raise InvalidRequestError(
                 f"this request cannot be sent to the engine: {error}"
             ) from None
-        self._waker()
 
-    def _run(self) -> None:
-        reason = "the connection to the engine was closed"
-        try:
-            with zmq.Context() as context, context.socket(zmq.DEALER) as sock:
-                self._talk(sock)
-                self._lose(reason)
-        except Exception as error:  # no descriptor is free, say
-            logger.exception("the connection to the engine failed")
-            reason = f"the connection to the engine failed: {error!r:.200}"
-        finally:  # whatever happens, no request may wait forever
-            self._lose(reason)
-            self._waker.close()
+    @property
+    def is_gone(self) -> bool:
+        """Whether the engine is gone."""
+        return self._gone is not None
 
-    def _talk(self, sock: zmq.Socket[bytes]) -> None:
-        sock.setsockopt(zmq.LINGER, 100)
-        # Nothing is dropped while a busy kernel does not read; the gateway bounds requests.
-        sock.setsockopt(zmq.SNDHWM, 0)
-        if self.connection.server_key:
-            public, secret = zmq.curve_keypair()
-            sock.setsockopt(zmq.CURVE_SERVERKEY, self.connection.server_key.encode())
-            sock.setsockopt(zmq.CURVE_PUBLICKEY, public)
-            sock.setsockopt(zmq.CURVE_SECRETKEY, secret)
-        sock.connect(self.connection.address)
-        poller = zmq.Poller()
-        poller.register(sock, zmq.POLLIN)
-        poller.register(self._waker.fileno, zmq.POLLIN)
-        self._greet(sock)
-        next_ping = 0.0
-        while not self._closed and self._gone is None:
-            now = time.monotonic()
-            if now >= next_ping:
-                next_ping = now + PING_S
-                self._send(sock, wire.PING, b"{}")
-                if not self.connection.is_alive:
-                    self._receive_all(sock)  # its last words
-                    self._lose(
-                        f"the process with the model {self._description.name!r} "
-                        f"(pid {self.connection.pid}) has ended: killed or restarted. "
-                        "Load it again."
-                    )
-                    break
-            events = dict(poller.poll(max(0, int((next_ping - now) * 1000))))
-            if self._waker.fileno in events:
-                self._waker.clear()
-            if sock in events:
-                self._receive_all(sock)
-            self._send_outbox(sock)
-
-    def _send_outbox(self, sock: zmq.Socket[bytes]) -> None:
-        with contextlib.suppress(queue.Empty):
-            while True:
-                kind, frames = self._outbox.get_nowait()
-                with contextlib.suppress(zmq.Again):
-                    sock.send_multipart([kind, *frames], zmq.NOBLOCK)
-
-    def _greet(self, sock: zmq.Socket[bytes]) -> None:
-        self._greeting = True
-        with contextlib.suppress(OSError):
-            self._started = self._started or process_start_time(os.getpid())
-        owner = (os.getpid(), self._started) if self._started else None
-        self._send(
-            sock,
-            wire.HELLO,
-            wire.encode(
-                wire.Hello(self.connection.key, owner, wire.VERSION, __version__, self._weighs)
-            ),
-        )
-
-    @staticmethod
-    def _send(sock: zmq.Socket[bytes], kind: bytes, body: bytes) -> None:
-        with contextlib.suppress(zmq.Again):
-            sock.send_multipart([kind, body], zmq.NOBLOCK)
-
-    def _receive_all(self, sock: zmq.Socket[bytes]) -> None:
-        with contextlib.suppress(zmq.Again):
-            while True:
-                kind, body, *more = sock.recv_multipart(zmq.NOBLOCK)
-                try:
-                    self._handle(sock, kind, body, *more)
-                except Exception:  # one bad message must not end all streams
-                    logger.exception("a message from the engine (%r) could not be read", kind)
-
-    def _handle(
-        self, sock: zmq.Socket[bytes], kind: bytes, body: bytes, data: bytes = b"", *_: bytes
-    ) -> None:
+    def receive(self, kind: bytes, body: bytes, data: bytes) -> None:
+        """Take in a message of the engine. The loop's thread."""
         if kind == wire.EVENTS:
             self._deliver(wire.unpack(body, kind))
         elif kind == wire.PONG:
@@ -289,21 +208,28 @@ class BridgeClient:
                 answer.failure,
                 lambda inquiry: inquiries.decode_answer(found, inquiry.question),
             )
+        elif kind == wire.DRAINING:
+            left = wire.decode(body, wire.Draining).seconds_left
+            self._draining = (
+                f"the model {self._description.name!r} takes nothing new and ends "
+                f"in {left:.0f} s at most"
+            )
         elif kind == wire.WELCOME:
             welcome = wire.decode(body, wire.Welcome)
-            self._greeting = False
+            self._line.greeting = False
             self._description = welcome.description
             why = wire.stranger(welcome.version, welcome.llmkit)
             if why is not None:
-                self._lose(f"the model {self._description.name!r} cannot be used: {why}.")
+                self.lose(f"the model {self._description.name!r} cannot be used: {why}.")
         elif kind == wire.GOODBYE:
-            self._lose(
+            self._said_goodbye = True
+            self.lose(
                 f"the model {self._description.name!r} is no longer served: "
                 f"{wire.decode(body, wire.Goodbye).reason}. Load it again."
             )
         elif kind == wire.DENIED and wire.decode(body, wire.Denied).key:
-            self._lose("the engine refused the key of its connection file")
-        elif kind == wire.DENIED and not self._greeting:
+            self.lose("the engine refused the key of its connection file")
+        elif kind == wire.DENIED and not self._line.greeting:
             # We were silent for too long (a stopped process, a sleeping laptop) and our requests
             # were aborted; start over. (While we greet, it answers what we sent before.)
             self._fail_all(
@@ -312,7 +238,7 @@ class BridgeClient:
                     "aborted; send it again"
                 )
             )
-            self._greet(sock)
+            self._line.greet()
 
     def _deliver_answer(
         self, request_id: str, failure: wire.Failure | None, read: Callable[[Any], Any]
@@ -352,7 +278,8 @@ class BridgeClient:
         for channel in dict.fromkeys(touched):
             channel.wake()
 
-    def _lose(self, reason: str) -> None:
+    def lose(self, reason: str) -> None:
+        """The engine is gone; everything that waits for it fails."""
         with self._lock:
             if self._gone is None:
                 self._gone = reason

@@ -13,11 +13,13 @@ import threading
 import time
 from dataclasses import replace
 from hmac import compare_digest
+from pathlib import Path
 
 import zmq
 
 from llmkit.bridge import connection as files
 from llmkit.bridge import wire
+from llmkit.bridge.curve import CurveKeys, Doorkeeper, beat
 from llmkit.bridge.intake import Intake
 from llmkit.bridge.peers import Peer
 from llmkit.bridge.waker import Waker
@@ -30,6 +32,7 @@ __all__ = ["BridgeServer"]
 logger = logging.getLogger("llmkit.bridge")
 
 PEER_TIMEOUT_S = 1.75  # of silence, after which the peer's process is checked
+REMOTE_SILENT_S = 0.75  # after which it is asked whether the connection is still there
 UNLOADED = "another program of yours unloaded it"
 STOPPED_S = 60.0  # after which a stopped process (SIGSTOP) is given up
 TICK_MS = 250
@@ -42,6 +45,10 @@ class BridgeServer:
     ``kernel_id`` ties it to a Jupyter kernel; None ties it to the process only. With ``tcp`` (as on
     Windows) traffic is encrypted with CURVE: anyone may open the port, but only the file holds the
     key and the server's public key.
+
+    With ``listen`` (``tcp://HOST:PORT``, port ``*`` for a free one) and ``keys`` it serves other
+    hosts instead, and only those that hold the other side's secret key. There is no file then:
+    ``connection`` is for whoever announces it. Raises `OSError` if it cannot listen there.
     """
 
     def __init__(
@@ -50,34 +57,56 @@ class BridgeServer:
         kernel_id: str | None = None,
         *,
         tcp: bool = sys.platform == "win32",
+        listen: str | None = None,
+        keys: CurveKeys | None = None,
     ) -> None:
+        assert (listen is None) == (keys is None)
+        tcp = tcp or listen is not None
         self._client = client
         self._pid = os.getpid()
         self._waker = Waker()
         self._closing: str | None = None
+        self._ends_at: float | None = None  # by time.monotonic(), once it drains
         self._peers: dict[bytes, Peer] = {}
         self._intake = Intake(client, self._waker, self._send, self._is_connected)
         connection = files.make_connection(client.description, kernel_id, time.time(), tcp=tcp)
+        if listen is not None:
+            connection = replace(connection, address=listen)
         self._zmq = zmq.Context()
+        self._doorkeeper = None if keys is None else Doorkeeper(self._zmq, keys)
         self._socket = self._zmq.socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.LINGER, 200)
         self._socket.setsockopt(zmq.RCVHWM, 0)
         # Nothing is dropped: messages wait here for a busy client, and a missing one is an error.
         self._socket.setsockopt(zmq.SNDHWM, 0)
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
-        if tcp:
+        if keys is not None:
+            keys.serve(self._socket)
+            beat(self._socket)
+            self._socket.setsockopt(zmq.LINGER, 1000)
+            self._socket.setsockopt(zmq.IPV6, int("[" in connection.address))
+        elif tcp:
             public, secret = zmq.curve_keypair()
             self._socket.setsockopt(zmq.CURVE_SERVER, 1)
             self._socket.setsockopt(zmq.CURVE_SECRETKEY, secret)
             connection = replace(connection, server_key=public.decode())
-        self._socket.bind(connection.address)
+        self._bind(connection.address)
         if tcp:
             connection = replace(
                 connection, address=self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
             )
-        self.connection = replace(connection, path=files.write(connection))
+        path = Path() if listen is not None else files.write(connection)
+        self.connection = replace(connection, path=path)
         self._thread = threading.Thread(target=self._run, name="llmkit-bridge", daemon=True)
         self._thread.start()
+
+    def _bind(self, address: str) -> None:
+        try:
+            self._socket.bind(address)
+        except zmq.ZMQError as error:
+            self._close_sockets()
+            self._waker.close()
+            raise OSError(error.errno, f"{address}: {error.strerror}") from None
 
     @property
     def alive(self) -> bool:
@@ -98,6 +127,26 @@ class BridgeServer:
     def num_peers(self) -> int:
         return len(self._peers)
 
+    @property
+    def is_draining(self) -> bool:
+        """Whether `drain` was called."""
+        return self._ends_at is not None
+
+    @property
+    def is_drained(self) -> bool:
+        """Whether `drain` has taken effect, and nothing is left to do."""
+        peers = list(self._peers.values())
+        return self._intake.draining and not any(peer.num_requests for peer in peers)
+
+    def drain(self, seconds: float) -> None:
+        """Refuse new requests with `DrainingError` and tell the clients so; running ones go on.
+
+        Clients hear that all ends in so many ``seconds``. It is for the caller to ``close`` then,
+        or once it ``is_drained``.
+        """
+        self._ends_at = time.monotonic() + seconds
+        self._waker()
+
     def close(self, reason: str = "the model was unloaded") -> None:
         """Tell the clients, stop the thread, remove the file. Does nothing in a forked child."""
         if self._pid != os.getpid():
@@ -113,6 +162,7 @@ class BridgeServer:
         except BaseException as error:  # clients must not wait for a dead thread
             logger.exception("the bridge stopped")
             self._closing = f"its bridge stopped: {error!r:.300}"
+        files.remove(self.connection)  # first: whoever hears the goodbye must not find it again
         for identity in list(self._peers):
             self._send(
                 identity,
@@ -121,21 +171,33 @@ class BridgeServer:
             )
         for identity in list(self._peers):
             self._drop(identity)
-        files.remove(self.connection)
         self._intake.close()
-        self._socket.close()
-        self._zmq.term()
+        self._close_sockets()
         self._waker.close()
+
+    def _close_sockets(self) -> None:
+        self._socket.close()
+        if self._doorkeeper is not None:
+            self._doorkeeper.close()
+        self._zmq.term()
 
     def _serve(self) -> None:
         poller = zmq.Poller()
         poller.register(self._socket, zmq.POLLIN)
         poller.register(self._waker.fileno, zmq.POLLIN)
+        if self._doorkeeper is not None:
+            poller.register(self._doorkeeper.socket, zmq.POLLIN)
         more = False
         while self._closing is None:
             events = dict(poller.poll(0 if more else TICK_MS))
             if self._waker.fileno in events:
                 self._waker.clear()
+            if self._doorkeeper is not None:
+                self._doorkeeper.answer()
+            if self._ends_at is not None and not self._intake.draining:
+                self._intake.draining = True
+                for identity in list(self._peers):
+                    self._tell_of_drain(identity, self._ends_at)
             more = self._receive_some()
             self._intake.settle()
             self._send_news()
@@ -200,6 +262,12 @@ class BridgeServer:
             wire.WELCOME,
             wire.encode(wire.Welcome(self._client.description, wire.VERSION, __version__)),
         )
+        if self._ends_at is not None:
+            self._tell_of_drain(identity, self._ends_at)
+
+    def _tell_of_drain(self, identity: bytes, ends_at: float) -> None:
+        left = max(0.0, ends_at - time.monotonic())
+        self._send(identity, wire.DRAINING, wire.encode(wire.Draining(left)))
 
     def _send_news(self) -> None:
         for identity, peer in list(self._peers.items()):
@@ -207,15 +275,7 @@ class BridgeServer:
             for request_id, stream in list(peer.streams.items()):
                 news, completion = stream.take()
                 if news:
-                    logprobs = tuple(p for d in news for p in d.logprobs)
-                    events.news.append(
-                        wire.News(
-                            request_id,
-                            "".join(d.text for d in news),
-                            sum(d.num_tokens for d in news),
-                            logprobs,
-                        )
-                    )
+                    events.news.append(wire.News.of(request_id, news))
                 if completion is not None:
                     events.ends.append(wire.End.of(request_id, completion, stream.failure))
                     del peer.streams[request_id]
@@ -235,11 +295,14 @@ class BridgeServer:
             self._drop(identity)
 
     def _judge_silent(self) -> None:
-        """Drop silent peers whose process has ended, or has been stopped for long.
+        """Drop silent peers whose process has ended, or has been stopped for long; of other hosts,
+        those whose connection is lost.
 
         One that is merely busy (a cell in C code that holds the GIL) stays.
         """
         now = time.monotonic()
+        if self._doorkeeper is not None:
+            return self._judge_remote(now)
         for identity, peer in list(self._peers.items()):
             if now - peer.last_seen <= PEER_TIMEOUT_S:
                 continue
@@ -252,6 +315,13 @@ class BridgeServer:
                 peer.last_seen = now  # check again in a while
             if life == "gone":
                 self._drop(identity)
+
+    def _judge_remote(self, now: float) -> None:
+        for identity, peer in list(self._peers.items()):
+            if now - peer.last_seen > REMOTE_SILENT_S:
+                peer.last_seen = now  # check again in a while
+                # To a connection that is lost nothing can be sent, and that drops the peer.
+                self._send(identity, wire.PONG, wire.pack(self._client.stats()))
 
     def _drop(self, identity: bytes) -> None:
         """Forget a peer and abort its requests."""

@@ -50,6 +50,7 @@ def register(app: typer.Typer) -> None:
     group.command("list")(list_keys)
     group.command()(revoke)
     group.command()(rotate)
+    group.command()(fleet)
     app.add_typer(group, rich_help_panel="Serving")
 
 
@@ -245,3 +246,19 @@ def _print_table(rows: list[dict[str, str]]) -> None:
     widths = {name: max(len(name), *(len(row[name]) for row in rows)) for name in columns}
     for row in [{name: name for name in columns}, *rows]:
         print("  ".join(row[name].ljust(widths[name]) for name in columns).rstrip())
+
+
+def fleet(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="Where to write it.")],
+) -> int:
+    """Make the key that gateways and engines on other hosts share (`--fleet-key-file`)."""
+    from llmkit.cluster.fleet_key import make_key
+
+    try:
+        make_key(file)
+    except FileExistsError:
+        raise InvalidRequestError(
+            f"{file} exists already: engines that have its key would be locked out.", "file"
+        ) from None
+    print(f"{file}: copy it to all hosts of the fleet, readable by llmkit alone")
+    return 0

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from llmkit.cli.options import with_options
+from llmkit.errors import InvalidRequestError
 from llmkit.settings.gateway import GATEWAY_OPTIONS
 from llmkit.settings.options import OPTIONS
 
@@ -81,9 +82,50 @@ def serve(
 
 
 def engine(
-    model: Annotated[str, typer.Argument(help="Alias or path of a GGUF file.")], **given: Any
+    model: Annotated[str, typer.Argument(help="Alias or path of a GGUF file.")],
+    report_fd: Annotated[
+        int | None,
+        typer.Option(hidden=True, help="A pipe: how it is, each second; ends with its reader."),
+    ] = None,
+    join: Annotated[
+        list[str] | None,
+        typer.Option(
+            envvar="LLMKIT_JOIN",
+            metavar="ADDRESS",
+            help="A gateway's fleet_listen, tcp://HOST:7100, to be announced to; once for each.",
+        ),
+    ] = None,
+    listen: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS", help="Where gateways connect: tcp://HOST:PORT; default a free port."
+        ),
+    ] = None,
+    advertise: Annotated[
+        str | None,
+        typer.Option(metavar="ADDRESS", help="The same as gateways see it, behind a NAT, say."),
+    ] = None,
+    fleet_key_file: Annotated[
+        str | None,
+        typer.Option(envvar="LLMKIT_FLEET_KEY_FILE", help="Key of the fleet, as gateways have it."),
+    ] = None,
+    drain_s: Annotated[
+        float,
+        typer.Option(min=0, max=86_400, help="Seconds for what runs to finish after SIGTERM."),
+    ] = 30.0,
+    **given: Any,
 ) -> int:
-    """Hold a model for gateways and notebooks, without HTTP; ends with its standard input."""
+    """Hold a model for gateways and notebooks, without HTTP; ends with its standard input.
+
+    With --join it serves the gateways of other hosts instead, and ends with SIGTERM.
+    """
+    if join:
+        from llmkit.cli.joining import Joining, hold_joined
+
+        joining = Joining.read(join, listen, advertise, fleet_key_file, drain_s)
+        return hold_joined(model, given, joining, report_fd)
+    if listen is not None or advertise is not None:
+        raise InvalidRequestError("listen and advertise are for engines that --join a gateway.")
     from llmkit.cli.holding import hold
 
-    return hold(model, given)
+    return hold(model, given, report_fd)

@@ -8,15 +8,21 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from llmkit.errors import InvalidRequestError
 from llmkit.gateway.workers import Finder, Workers
 from llmkit.protocol import Origin
 from llmkit.protocol.client import EngineClient
+from llmkit.settings.gateway import GatewayOptions
 from llmkit.settings.serving import ServeSettings
 from llmkit.system.process import process_start_time
 from llmkit.workers.budget import Budget
 from llmkit.workers.place import ServedModel
+
+if TYPE_CHECKING:
+    from llmkit.cluster.fleet import Fleet
 
 __all__ = ["serve"]
 
@@ -32,7 +38,8 @@ def serve(
     echo: EngineClient | None = None,
 ) -> int:
     """Serve until a signal: these ``models`` and those that ``find`` names, within a ``budget``,
-    or an ``echo``, or, without any, all engines found.
+    or an ``echo``, or, without any, all engines found: with ``fleet_listen`` those that announce
+    themselves there, which are served beside ``models`` too.
 
     ``read`` reads the settings again, at SIGHUP. With ``attach_pid`` only that process's engines,
     until it ends. Raises `InvalidRequestError` (address, key, certificate) and `StoreError`, with
@@ -58,21 +65,39 @@ def serve(
         sockets = bind_sockets(options.port, options.host)
         for each in sockets:
             ending.callback(each.close)
+        fleet = _fleet(options, ending) if echo is None and attach_pid is None else None
         workers = None
         if echo is None and (models or find):
             workers = Workers(options, models, find, budget)
             ending.callback(workers.close)
         from llmkit.gateway.directory import EngineDirectory
         from llmkit.gateway.echoes import EchoDirectory
+        from llmkit.gateway.pools import Pooled
         from llmkit.gateway.running import Server
         from llmkit.gateway.sources import ConnectionFiles
 
         directory: EngineDirectory
         if workers is not None:
             directory = workers.directory
+            if fleet is not None:
+                directory.add(Pooled([fleet]))
         elif echo is not None:
             directory = EchoDirectory(echo)
+        elif fleet is not None:
+            directory = EngineDirectory([Pooled([fleet])], absent=fleet.absent)
         else:
             directory = EngineDirectory([ConnectionFiles(accepts)])
         server = Server(settings, read, sockets, workers, directory, shared=attach_pid is None)
         return asyncio.run(server.run(is_attached))
+
+
+def _fleet(options: GatewayOptions, ending: contextlib.ExitStack) -> Fleet | None:
+    """The engines of other hosts. Raises `InvalidRequestError`."""
+    if options.fleet_listen is None or options.fleet_key_file is None:
+        return None
+    from llmkit.cluster.fleet import Fleet
+    from llmkit.cluster.fleet_key import gateway_keys, read_key
+
+    fleet = Fleet(options.fleet_listen, gateway_keys(read_key(Path(options.fleet_key_file))))
+    ending.callback(fleet.close)
+    return fleet
