@@ -9,9 +9,13 @@
     │   ├── InsufficientMemoryError        the model would not fit; says what would
     │   └── DownloadError                  the Hub has the file, but it did not arrive here
     ├── ModelUnloadedError                 the handle outlived its model
+    ├── DrainingError                      the engine takes nothing new; nothing was begun
     ├── EngineError                        the engine failed while working on this request
     │   └── EngineGoneError                the process that held the model is gone or unreachable
+    │       └── EngineDiedError            engines died of this request; it is not tried again
     ├── QueueFullError                     too many requests are waiting
+    ├── LimitError                         a rate, a quota or a server's limit is reached
+    ├── AccessError (PermissionError)      the key or token may not use this server
     ├── ModelBusyError                     the model is in use, or there is no room for it now
     ├── NotFoundError (LookupError)        no stored conversation, message or response of that id
     ├── ConflictError                      what was to be changed has changed meanwhile
@@ -23,15 +27,19 @@ A message says what happened and what to do next.
 from __future__ import annotations
 
 __all__ = [
+    "AccessError",
     "ConflictError",
     "ContextLengthError",
     "DownloadError",
+    "DrainingError",
+    "EngineDiedError",
     "EngineError",
     "EngineGoneError",
     "InsufficientMemoryError",
     "InvalidModelFileError",
     "InvalidRequestError",
     "LLMKitError",
+    "LimitError",
     "ModelBusyError",
     "ModelLoadError",
     "ModelNotFoundError",
@@ -95,6 +103,10 @@ class ModelUnloadedError(LLMKitError):
     """The model behind this handle was unloaded."""
 
 
+class DrainingError(LLMKitError):
+    """The engine ends soon and takes nothing new; nothing was begun: send the request elsewhere."""
+
+
 class EngineError(LLMKitError):
     """The engine failed while working on this request; other requests go on."""
 
@@ -103,8 +115,23 @@ class EngineGoneError(EngineError):
     """The process that held the model is gone or does not respond."""
 
 
+class EngineDiedError(EngineGoneError):
+    """Two replicas in a row ended while they computed this request.
+
+    Its prompt is refused for a minute, so that one that ends engines does not end all of them.
+    """
+
+
 class QueueFullError(LLMKitError):
     """The engine's queue is full; try again later."""
+
+
+class LimitError(LLMKitError):
+    """A server's limit for this caller is reached; the message says when it is lifted."""
+
+
+class AccessError(LLMKitError, PermissionError):
+    """A server does not let this key or token in; the message says who can change that."""
 
 
 class ModelBusyError(LLMKitError):

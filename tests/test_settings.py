@@ -103,6 +103,7 @@ def test_every_setting_can_stand_in_every_source(tmp_path: Path) -> None:
         text = value if isinstance(value, str) else text
         more = {"kv_unified": True} if key == "kv_tokens" else {}
         more |= {k: values[k] for k in ("tls_cert", "tls_key") if key.startswith("tls")}
+        more |= {k: values[k] for k in ("fleet_key_file",) if key == "fleet_listen"}
         by_variable = read_settings(more, None, {f"LLMKIT_{key.upper()}": text})
         by_option = read_settings({**more, key: text}, None, {})
         found = [

@@ -6,17 +6,16 @@ import time
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from llmkit.errors import EngineGoneError, ModelNotFoundError
 from llmkit.gateway.access.permission import may_use
 from llmkit.gateway.sources import ConnectionFiles, EngineSource
 from llmkit.protocol.client import EngineClient
+from llmkit.protocol.description import Use
 
-__all__ = ["DEFAULT", "EngineDirectory", "Entry"]
+__all__ = ["DEFAULT", "EngineDirectory", "Entry", "Use"]
 
 DEFAULT = "default"
-Use = Literal["generate", "embed"]
 REFRESH_S = 0.25
 MAX_GONE = 1000
 
@@ -47,12 +46,16 @@ class EngineDirectory:
         absent: Callable[[str], str | None] = lambda _: None,
         offered: Callable[[], Sequence[str]] = tuple,
     ) -> None:
-        self._sources = [ConnectionFiles()] if sources is None else sources
+        self._sources: list[EngineSource] = [ConnectionFiles()] if sources is None else [*sources]
         self._default = default if callable(default) else lambda: default
         self._names, self._absent, self._offered = names, absent, offered
         self._clients: dict[Hashable, EngineClient] = {}
         self._gone: dict[str, str] = {}
         self._refreshed = 0.0
+
+    def add(self, source: EngineSource) -> None:
+        """Look there too, after all others."""
+        self._sources.append(source)
 
     def entries(self) -> list[Entry]:
         self._refresh()
@@ -152,8 +155,7 @@ class EngineDirectory:
             name = client.description.name
             if not may_use(name):
                 continue
-            embeds = bool(client.description.embedding_size or client.description.ranks)
-            if wanted == DEFAULT and use is not None and embeds != (use == "embed"):
+            if wanted == DEFAULT and use is not None and client.description.use != use:
                 continue
             if wanted in (DEFAULT, name, exact):
                 return client

@@ -19,7 +19,7 @@ __all__ = [
     "not_supported",
 ]
 
-Dialect = Literal["openai", "anthropic", "ollama", "llama-server", "llms"]
+Dialect = Literal["openai", "anthropic", "ollama", "llama-server", "llms", "llmkit"]
 ANTHROPIC_TYPES = {
     400: "invalid_request_error",
     401: "authentication_error",
@@ -86,14 +86,13 @@ class ApiError(Exception):
             )
             said = {"code": self.status, "message": self.message, "type": kind}
             return {"error": said | self.details}
-        return {
-            "error": {
-                "message": self.message,
-                "type": self.type,
-                "param": self.param,
-                "code": self.code,
-            }
+        error = {
+            "message": self.message,
+            "type": self.type,
+            "param": self.param,
+            "code": self.code,
         }
+        return {"error": error | self.details if dialect == "llmkit" else error}
 
 
 def not_supported(message: str) -> ApiError:
@@ -161,7 +160,9 @@ def api_error(error: BaseException) -> ApiError:
         return ApiError(502, message, "server_error", code="download_failed")
     if isinstance(error, errors.ModelLoadError):
         return ApiError(503, message, "server_error", code="model_load_failed", headers=NO_RETRY)
-    if isinstance(error, errors.EngineGoneError | errors.ModelUnloadedError):
+    if isinstance(error, errors.EngineDiedError):
+        return ApiError(500, message, "server_error", code="engine_died", headers=NO_RETRY)
+    if isinstance(error, errors.EngineGoneError | errors.ModelUnloadedError | errors.DrainingError):
         return ApiError(
             503, message, "server_error", code="model_unavailable", headers={"Retry-After": "5"}
         )

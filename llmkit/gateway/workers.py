@@ -77,10 +77,15 @@ class Workers:
     def directory(self) -> EngineDirectory:
         """Tornado loop only."""
         from llmkit.gateway.directory import EngineDirectory
+        from llmkit.gateway.pools import Pooled
         from llmkit.gateway.sources import ConnectionFiles
 
+        pids = self.manager.pids
         return EngineDirectory(
-            [ConnectionFiles(lambda origin: origin.pid in self.manager.pids())],
+            [
+                Pooled([ConnectionFiles(lambda origin: origin.pid in pids(replicated=True))]),
+                ConnectionFiles(lambda origin: origin.pid in pids(replicated=False)),
+            ],
             default=lambda: self.manager.default,
             names=lambda model: self.served.names(model),
             absent=lambda model: self.served.absent(model),

@@ -30,8 +30,8 @@ class ModelEntry:
 
     ``name`` is what callers say; None is the file's own. ``engine`` holds the options of its engine
     that were set, for it or for all models, and ``sampling`` the defaults that were set for it
-    alone. ``tuned``, ``force``, ``lazy`` and ``idle_unload_s`` are those of all models where the
-    table does not say. Raises `InvalidRequestError` naming the option.
+    alone. ``tuned``, ``force``, ``lazy``, ``idle_unload_s`` and ``replicas`` are those of all
+    models where the table does not say. Raises `InvalidRequestError` naming the option.
     """
 
     name: str | None = None
@@ -62,6 +62,9 @@ class ModelEntry:
         "integer", None, "Longest answer that a request may ask for.", MODEL,
         low=1, high=MOST_TOKENS, unit="tokens", live=True,
     )  # fmt: skip
+    replicas: int = option(
+        "integer", 1, "Processes for it; their threads share the cores.", MODEL, low=1, high=256
+    )
     weight: float = option(
         "number", 1.0, "Its share where models compete.", MODEL, low=0.01, high=100.0
     )

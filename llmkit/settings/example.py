@@ -38,6 +38,8 @@ SAMPLES: Mapping[str, Any] = {
     "tls_key": "/etc/llmkit/tls.key",
     "db_url": "sqlite:////var/lib/llmkit/llmkit.db",
     "redis_url": "redis://127.0.0.1:6379",
+    "fleet_listen": "tcp://10.0.0.5:7100",
+    "fleet_key_file": "/etc/llmkit/fleet.key",
     "session_ttl_s": 2_592_000.0,
     "otlp_endpoint": "http://127.0.0.1:4318",
     "model": ["smollm2"],

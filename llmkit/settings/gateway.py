@@ -96,9 +96,27 @@ class GatewayOptions:
         "number", 30.0, "Seconds for running requests to finish after SIGTERM.", GATEWAY,
         low=0.0, high=DAY_S, unit="s",
     )  # fmt: skip
+    fleet_listen: str | None = option(
+        "text", None, "Where engines of other hosts announce themselves, such as "
+        "tcp://10.0.0.5:7100; needs fleet_key_file.", GATEWAY,
+        pattern=r"tcp://(\*|[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]):[0-9]{1,5}",
+        wanted="an address such as tcp://10.0.0.5:7100",
+    )  # fmt: skip
+    fleet_key_file: str | None = option(
+        "path", None, "Key that gateways and engines share, readable by its owner only; `llmkit "
+        "keys fleet FILE` makes one.", GATEWAY,
+    )  # fmt: skip
     body_mb: float = option(
         "number", 16.0, "Largest body of a request.", GATEWAY, low=0.001, high=1024.0, unit="MB"
     )
+    audio_mb: float = option(
+        "number", 25.0, "Largest file of a transcription.", GATEWAY,
+        low=0.001, high=1024.0, unit="MB",
+    )  # fmt: skip
+    audio_minutes: float = option(
+        "number", 60.0, "Longest sound of a transcription.", GATEWAY,
+        low=0.1, high=1440.0, unit="minutes",
+    )  # fmt: skip
 
     sessions: bool = option(
         "flag", True, "Keep conversations and responses for their callers in the database, which "
@@ -149,6 +167,10 @@ class GatewayOptions:
         "all.", MODELS, live=True,
     )  # fmt: skip
     lazy: bool = option("flag", False, "Load models when they are first asked for.", MODELS)
+    replicas: int = option(
+        "integer", 1, "Processes for each model; requests go to the one that answers soonest, "
+        "and on elsewhere when one dies.", MODELS, low=1, high=256,
+    )  # fmt: skip
     memory_budget_gb: float | None = option(
         "number", None, "RAM for all models; by default what the machine has left.", MODELS,
         low=0.01, high=1e6, unit="GB",
@@ -224,6 +246,11 @@ class GatewayOptions:
                 ("tls_cert", "tls_key") if self.tls_key is None else ("tls_key", "tls_cert")
             )
             raise InvalidRequestError(f"{given} needs {other} as well.", given)
+        if self.fleet_listen is not None and self.fleet_key_file is None:
+            raise InvalidRequestError(
+                "fleet_listen needs fleet_key_file as well: `llmkit keys fleet FILE` makes a key.",
+                "fleet_listen",
+            )
         if self.name is not None and len(self.models) > 1:
             raise InvalidRequestError(
                 "name is for one model; give several their names by tables [models.NAME].", "name"

@@ -34,7 +34,7 @@ __all__ = [
 ]
 
 ENVIRONMENT, COMMAND_LINE = "LLMKIT_", "command line"
-NOT_SETTINGS = ("CONFIG", "BACKEND")  # variables that others read
+NOT_SETTINGS = ("CONFIG", "BACKEND", "HUB_URL", "JOIN")  # variables that others read
 ENGINE_OPTIONS: Mapping[str, Option] = {k: v for k, v in OPTIONS.items() if k != "isolated"}
 TOP: Mapping[str, Option] = {**GATEWAY_OPTIONS, **ENGINE_OPTIONS}
 ENTRY: Mapping[str, Option] = {**MODEL_OPTIONS, **ENGINE_OPTIONS}

@@ -144,6 +144,7 @@ def _models(
         "idle_unload_s": gateway.idle_unload_s,
         "tuned": gateway.tuned,
         "force": gateway.force,
+        "replicas": gateway.replicas,
     }
     tables: dict[str, ModelEntry] = {}
     for name, values in reading.models.items():

@@ -10,6 +10,7 @@ from typing import Any
 from llmkit.models import gguf, memory
 from llmkit.models.memory import free_ram
 from llmkit.models.registry import resolve
+from llmkit.models.speech_files import speech_kind
 from llmkit.runtime.assembly import estimate
 from llmkit.settings.options import EngineOptions
 
@@ -17,6 +18,7 @@ __all__ = ["Budget", "Need", "need_of"]
 
 GIB = 1 << 30
 POOLING = (1, 2, 3, 4)
+SPEECH_BYTES = 300 << 20  # libraries, and five minutes of sound
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +30,15 @@ class Need:
     gpu_bytes: int = 0
     resident_bytes: int = 0
     n_ctx: int = 0
+
+    def times(self, count: int) -> Need:
+        """Of so many processes; ``n_ctx`` is each one's."""
+        return replace(
+            self,
+            ram_bytes=count * self.ram_bytes,
+            gpu_bytes=count * self.gpu_bytes,
+            resident_bytes=count * self.resident_bytes,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +95,8 @@ def need_of(task: dict[str, Any]) -> Need:
     Where there is a GPU, layers count as its own unless the options keep them off it. Raises what
     `llmkit.models.gguf.read_header` raises.
     """
+    if speech_kind(Path(task["path"])):
+        return Need(SPEECH_BYTES + 2 * Path(task["path"]).stat().st_size)
     options = EngineOptions(**task["options"])
     need = _need(Path(task["path"]), options)
     if options.draft is not None:

@@ -123,13 +123,14 @@ class ModelManager:
                 self.add(found)
             return self.known(found.name)
 
-    def pids(self) -> frozenset[int]:
-        """Process ids of the workers."""
+    def pids(self, *, replicated: bool | None = None) -> frozenset[int]:
+        """Process ids of the workers; or of those that are replicas, or are none."""
         with self._lock:
             return frozenset(
-                place.worker.pid
+                pid
                 for place in self._places.values()
-                if place.worker is not None and place.worker.pid is not None
+                if place.worker is not None and replicated in (None, place.model.replicas > 1)
+                for pid in place.worker.pids
             )
 
     def add(self, model: ServedModel) -> None:

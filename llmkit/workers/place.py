@@ -13,7 +13,7 @@ import psutil
 
 from llmkit.errors import EngineGoneError, ModelBusyError
 from llmkit.workers.budget import Need
-from llmkit.workers.supervisor import Supervisor
+from llmkit.workers.crew import Crew
 
 __all__ = ["ModelStatus", "Phase", "Place", "ServedModel"]
 
@@ -27,6 +27,7 @@ class ServedModel:
     ``task`` makes the task of its worker (`llmkit.workers.engine`), and may take long: a file may
     have to be downloaded. ``need`` estimates the memory of a task. ``keep_s``: unload after so
     many idle seconds; None leaves it to the server. ``pinned``: never unload it to make room.
+    ``need`` is of all ``replicas`` together, the workers that it gets.
     """
 
     name: str
@@ -37,6 +38,7 @@ class ServedModel:
     pinned: bool = False
     force: bool = False
     keep_s: float | None = None
+    replicas: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +61,9 @@ class ModelStatus:
     restarts: int = 0
     loads: int = 0
     load_s: float = 0.0
+    replicas: int = 1
+    replicas_ready: int = 0
+    pids: tuple[int, ...] = ()
 
 
 class _Preparation:
@@ -108,7 +113,7 @@ class Place:
     last_used: float = field(default_factory=time.monotonic)
     keep_s: float | None = None
     has_keep: bool = False
-    worker: Supervisor | None = None
+    worker: Crew | None = None
     drain_until: float = 0.0
     again: bool = False
     loads: int = 0
@@ -182,11 +187,7 @@ class Place:
         """What it takes, measured where it can be."""
         prepared = self._prepared
         need = Need(0) if prepared is None or prepared.need is None else prepared.need
-        pid = None if self.worker is None else self.worker.pid
-        try:
-            resident = int(psutil.Process(pid).memory_info().rss) if pid is not None else 0
-        except psutil.Error:
-            resident = 0
+        resident = sum(map(_resident, () if self.worker is None else self.worker.pids))
         return Need(max(need.ram_bytes, resident), need.gpu_bytes, resident)
 
     def start(self) -> None:
@@ -194,7 +195,7 @@ class Place:
         assert self._prepared is not None and self._prepared.task is not None
         self.failure, self.reason, self.again = None, "", False
         self.phase, self._started = "loading", time.monotonic()
-        self.worker = Supervisor(self._prepared.task, on_ready=self.wake)
+        self.worker = Crew(self._prepared.task, self.model.replicas, on_ready=self.wake)
 
     def observe(self) -> None:
         """Follow the worker's state, or that of the preparation."""
@@ -308,6 +309,7 @@ class Place:
         keep = self.keep(idle_unload_s)
         idle = now - self.last_used if self.phase == "ready" and not self.num_used else None
         state = None if self.worker is None else self.worker.state
+        pids = () if self.worker is None else self.worker.pids
         is_next = self.phase == "unloaded" and bool(self.waiters)
         return ModelStatus(
             name=self.model.name,
@@ -324,8 +326,18 @@ class Place:
             expires_s=None if keep is None or idle is None else max(0.0, keep - idle),
             ram_bytes=holding.resident_bytes or holding.ram_bytes,
             gpu_bytes=holding.gpu_bytes,
-            pid=None if self.worker is None else self.worker.pid,
+            pid=next(iter(pids), None),
             restarts=self.restarts,
             loads=self.loads,
             load_s=self.load_s,
+            replicas=self.model.replicas,
+            replicas_ready=0 if self.worker is None else self.worker.num_ready,
+            pids=pids,
         )
+
+
+def _resident(pid: int) -> int:
+    try:
+        return int(psutil.Process(pid).memory_info().rss)
+    except psutil.Error:
+        return 0

@@ -21,7 +21,17 @@ __all__ = ["PATHS", "HealthRoutes", "is_quiet"]
 
 PATHS = ("/health", "/v1/health", "/health/live", "/health/ready", "/readiness")
 QUIET = frozenset(
-    (*PATHS, "/", "/chat", "/metrics", "/status", "/docs", "/swagger-ui", "/openapi.json")
+    (
+        *PATHS,
+        "/",
+        "/chat",
+        "/engine",
+        "/metrics",
+        "/status",
+        "/docs",
+        "/swagger-ui",
+        "/openapi.json",
+    )
 )
 REASONS = {
     "draining": "The server is shutting down.",

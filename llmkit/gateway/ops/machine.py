@@ -9,13 +9,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import psutil
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
+from llmkit.cluster.pool import ReplicaPool
 from llmkit.gateway.directory import Entry
 from llmkit.gateway.ops.series import Names
 from llmkit.gateway.ops.totals import ModelTotals
+from llmkit.protocol.client import EngineClient
 from llmkit.system.gpu_memory import GpuMemory
 from llmkit.version import __version__
 
-__all__ = ["engine_families", "machine_families", "memory_families"]
+__all__ = ["engine_families", "machine_families", "memory_families", "pids_of", "resident"]
 
 COUNTERS = (
     ("prompt_tokens", "Prompt tokens, cached ones included.", "prompt_tokens_total"),
@@ -61,8 +63,9 @@ def memory_families(entries: Sequence[Entry], names: Names) -> Iterator[Metric]:
     parts: dict[tuple[str, str], int] = defaultdict(int)
     devices: dict[tuple[str, str], int] = defaultdict(int)
     pids: dict[str, set[int]] = defaultdict(set)
+    replicas: dict[tuple[str, str], int] = defaultdict(int)
     for entry in entries:
-        model, origin = entry.client.description, entry.client.origin
+        model = entry.client.description
         name = names(model.name)
         for kind, size in (
             ("weights", model.weights_bytes),
@@ -72,8 +75,10 @@ def memory_families(entries: Sequence[Entry], names: Names) -> Iterator[Metric]:
             parts[name, kind] += size
         for device, size in model.gpu_bytes.items():
             devices[name, device[:40]] += size
-        if origin.pid:
-            pids[name].add(origin.pid)
+        pids[name].update(pids_of(entry.client))
+        if isinstance(entry.client, ReplicaPool):
+            for member in entry.client.members:
+                replicas[name, member.client.state.phase] += 1
     memory = GaugeMetricFamily(
         "llmkit_model_memory_bytes",
         "Memory of a model, in RAM and on GPUs.",
@@ -88,14 +93,20 @@ def memory_families(entries: Sequence[Entry], names: Names) -> Iterator[Metric]:
     for key, size in devices.items():
         gpu.add_metric(key, size)
     yield gpu
-    resident = GaugeMetricFamily(
+    family = GaugeMetricFamily(
         "llmkit_model_resident_memory_bytes",
         "Resident memory of the processes that hold a model.",
         labels=LABELS,
     )
     for name, found in pids.items():
-        resident.add_metric((name,), sum(map(_resident, found)))
-    yield resident
+        family.add_metric((name,), sum(map(resident, found)))
+    yield family
+    pooled = GaugeMetricFamily(
+        "llmkit_model_replicas", "Replicas of a model, by their state.", labels=("model", "state")
+    )
+    for key, count in replicas.items():
+        pooled.add_metric(key, count)
+    yield pooled
 
 
 def machine_families(gpus: Callable[[], Sequence[GpuMemory]]) -> Iterator[Metric]:
@@ -127,7 +138,14 @@ def machine_families(gpus: Callable[[], Sequence[GpuMemory]]) -> Iterator[Metric
     yield build
 
 
-def _resident(pid: int) -> int:
+def pids_of(client: EngineClient) -> set[int]:
+    """The processes that hold a model here."""
+    clients = [m.client for m in client.members] if isinstance(client, ReplicaPool) else [client]
+    return {pid for pid in (c.origin.pid for c in clients) if pid}
+
+
+def resident(pid: int) -> int:
+    """Bytes of a process in RAM; 0 if it is gone."""
     with contextlib.suppress(psutil.Error):
         return int(psutil.Process(pid).memory_info().rss)
     return 0

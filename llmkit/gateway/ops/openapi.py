@@ -83,6 +83,7 @@ ERRORS = {
     "ollama": "OllamaError",
     "llama-server": "LlamaServerError",
     "llms": "LlmsError",
+    "llmkit": "Error",
 }
 
 
@@ -139,6 +140,7 @@ class Route:
     dialect: Dialect | None = None
     or_dialect: Dialect | None = None
     query: tuple[Query, ...] = ()
+    media: str = "application/json"  # of the body
 
     @property
     def errors(self) -> Dialect:
@@ -215,7 +217,7 @@ def describe(routes: Sequence[Route]) -> dict[str, Any]:
             schema = _one_of(body.__name__ for body in bodies_of if body is not None)
             operation["requestBody"] = {
                 "required": True,
-                "content": {"application/json": {"schema": schema}},
+                "content": {route.media: {"schema": schema}},
             }
         paths.setdefault(route.template, {})[route.method.lower()] = operation
     return {

@@ -12,14 +12,15 @@ from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-import psutil
-
+from llmkit.cluster.pool import ReplicaPool
 from llmkit.gateway.access.identity import ADMIN
 from llmkit.gateway.access.permission import may_use
 from llmkit.gateway.directory import EngineDirectory, Entry
 from llmkit.gateway.exchange import Exchange
 from llmkit.gateway.ops.health import is_quiet
+from llmkit.gateway.ops.machine import pids_of, resident
 from llmkit.gateway.web import status_part
+from llmkit.protocol.client import EngineClient
 from llmkit.version import __version__
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = ["StatusRoutes"]
 
-MAX_CALLERS, MAX_SHOWN, MAX_GONE = 200, 50, 20
+MAX_CALLERS, MAX_SHOWN, MAX_GONE, MAX_REPLICAS = 200, 50, 20, 64
 
 
 @dataclass(slots=True)
@@ -114,20 +115,18 @@ class StatusRoutes:
     @staticmethod
     def _model(entry: Entry, places: dict[str, str]) -> dict[str, Any]:
         model, stats, origin = entry.client.description, entry.client.stats(), entry.client.origin
-        try:
-            rss = int(psutil.Process(origin.pid).memory_info().rss) if origin.pid else 0
-        except psutil.Error:
-            rss = 0
+        rss = sum(map(resident, pids_of(entry.client)))
         return {
             "id": entry.model_id,
             "quantization": model.quantization,
             "device": model.device,
-            "generates": not (model.embedding_size or model.ranks),
+            "generates": model.use == "generate",
             "gpus": model.gpu_bytes,
             "n_ctx": model.n_ctx,
             "kernel": origin.kernel_id,
             "place": places.get(origin.kernel_id or "", ""),
             "pid": origin.pid,
+            "replicas": _replicas(entry.client),
             "weights_bytes": model.weights_bytes,
             "kv_bytes": model.kv_bytes,
             "rss_bytes": rss,
@@ -147,6 +146,22 @@ class StatusRoutes:
             exchange.send_page(fragment(state))
         else:
             exchange.send_json(state)
+
+
+def _replicas(client: EngineClient) -> list[dict[str, Any]]:
+    """Those of a pool."""
+    if not isinstance(client, ReplicaPool):
+        return []
+    shown = client.members[:MAX_REPLICAS]
+    return [
+        {
+            "name": member.client.origin.label,
+            "phase": member.client.state.phase,
+            "num_running": member.client.stats().num_running,
+            "num_waiting": member.client.stats().num_waiting,
+        }
+        for member in shown
+    ]
 
 
 def fragment(state: dict[str, Any]) -> str:

@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 LOOK_S = 0.25
 DRAIN_S = 300.0
+GOODBYE_S, GOODBYE_LOOK_S = 5.0, 0.02  # between the answer, when the memory is free, and the end
 
 
 class UnloadRoutes:
@@ -84,6 +85,9 @@ async def _unload(engine: EngineClient, caller: str, *, wait: bool) -> None:
         await asyncio.wrap_future(engine.inquire(Inquiry(new_id("unload"), Unload(), caller)))
     except EngineGoneError:
         logger.info("the model %r has ended by itself", engine.description.name)
+    end = time.monotonic() + GOODBYE_S
+    while not engine.state.is_gone and time.monotonic() < end:  # until then it is still listed
+        await asyncio.sleep(GOODBYE_LOOK_S)
 
 
 def _is_busy(engine: EngineClient) -> bool:

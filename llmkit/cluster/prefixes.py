@@ -1,0 +1,97 @@
+"""What a prompt begins with, as a chain of hashes: what tells which replica has computed it before.
+
+Pure. Of text, not of tokens: a gateway has no tokenizer.
+"""
+
+from __future__ import annotations
+
+import json
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from hashlib import blake2b
+
+from llmkit.protocol import GenerationRequest
+
+__all__ = ["BLOCK_BYTES", "MAX_BLOCKS", "PrefixChain", "chain_of", "chained"]
+
+BLOCK_BYTES = 1024
+MAX_BLOCKS = 64
+# A message's end is a block's too, if the block has so much: then a conversation's next turn
+# begins with all the blocks of this one.
+MIN_BLOCK_BYTES = 128
+
+
+@dataclass(frozen=True, slots=True)
+class PrefixChain:
+    """Hashes of a prompt's beginnings, each over all that is before it.
+
+    ``ends`` are their lengths and ``size`` the whole prompt's, in bytes; ``whole`` is the hash of
+    all of it. Two prompts with a mark in common are the same up to there.
+    """
+
+    marks: tuple[int, ...]
+    ends: tuple[int, ...]
+    size: int
+    whole: int
+
+    def depth_at(self, size: float) -> int:
+        """How many blocks end within the first ``size`` bytes."""
+        return bisect_right(self.ends, size)
+
+
+def chain_of(request: GenerationRequest) -> PrefixChain:
+    """The chain of a request: what keeps caches apart comes first, then tools, then the prompt."""
+    return chained(_pieces(request))
+
+
+def chained(pieces: Iterable[bytes]) -> PrefixChain:
+    """The chain of a text in pieces; blocks end where pieces do, or are full.
+
+    >>> one, other = chained([b"x" * 2000, b"and"]), chained([b"x" * 2000, b"but"])
+    >>> one.ends, one.marks == other.marks, one.whole == other.whole
+    ((1024, 2000), True, False)
+    """
+    marks: list[int] = []
+    ends: list[int] = []
+    size, held = 0, 0  # of the block that is open
+    state = blake2b(digest_size=8)
+    for piece in pieces:
+        view = memoryview(piece)
+        while view:
+            full = len(marks) == MAX_BLOCKS
+            part = view if full else view[: BLOCK_BYTES - held]
+            state.update(part)
+            view = view[len(part) :]
+            size, held = size + len(part), held + len(part)
+            if not full and (held == BLOCK_BYTES or (not view and held >= MIN_BLOCK_BYTES)):
+                marks.append(int.from_bytes(state.digest()))
+                ends.append(size)
+                held = 0
+    whole = int.from_bytes(state.digest())
+    if not marks:  # too short for a block
+        return PrefixChain((whole,), (size,), size, whole)
+    return PrefixChain(tuple(marks), tuple(ends), size, whole)
+
+
+def _pieces(request: GenerationRequest) -> Iterator[bytes]:
+    """The text of a request. A first piece that is short goes into the block of the second."""
+    head = [request.salt, repr(request.lora)]
+    head += [
+        f"{t.name}\0{t.description}\0{json.dumps(t.parameters, default=str)}" for t in request.tools
+    ]
+    if request.template_options:
+        head.append(repr(request.template_options))
+    yield _bytes("\0".join(head))
+    if isinstance(request.prompt, tuple):
+        yield repr(request.prompt).encode()
+    elif request.prompt is not None:
+        yield _bytes(request.prompt)
+    for message in request.messages or ():
+        said = [message.role, message.text, *(m.digest for m in message.media)]
+        said += [f"{call.name}\0{call.arguments}" for call in message.tool_calls]
+        yield _bytes("\0".join(said))
+
+
+def _bytes(text: str) -> bytes:
+    return text.encode("utf-8", "surrogatepass")

@@ -1,0 +1,105 @@
+"""Replicas as one model: a source of engines that makes a pool of those of one name and model.
+
+Tornado loop only.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable, Hashable, Mapping, Sequence
+
+from llmkit.cluster.pool import ReplicaPool
+from llmkit.cluster.quarantine import Quarantine
+from llmkit.gateway.sources import EngineSource
+from llmkit.protocol import ModelDescription
+from llmkit.protocol.client import EngineClient
+
+__all__ = ["Pooled"]
+
+LOOK_S = 0.5
+
+
+class Pooled:
+    """An `EngineSource` over others: each model that their engines have is one `ReplicaPool`.
+
+    Engines are replicas of each other if they have one name and one model with the same context.
+    Kernels are never pooled: there the newest of a name wins. Give their source to the directory
+    as it is.
+    """
+
+    def __init__(self, sources: Sequence[EngineSource]) -> None:
+        self._sources = sources
+        self._clients: dict[Hashable, EngineClient] = {}
+        self._names: dict[Hashable, str] = {}
+        self._pools: dict[Hashable, ReplicaPool] = {}
+        self._quarantines: dict[Hashable, Quarantine] = {}
+        self._made = 0
+        self._timer: asyncio.TimerHandle | None = None
+
+    def find(self) -> Mapping[Hashable, Callable[[], EngineClient]]:
+        """Raises what the sources raise."""
+        found = {key: reach for s in self._sources for key, reach in s.find().items()}
+        for key in [k for k, c in self._clients.items() if k not in found or c.state.is_gone]:
+            del self._clients[key], self._names[key]
+            found.pop(key, None)  # it may be reached again the next time
+        for key, reach in found.items():
+            if key not in self._clients:
+                self._made += 1
+                self._clients[key], self._names[key] = reach(), f"#{self._made}"
+        groups: dict[Hashable, dict[str, EngineClient]] = {}
+        for key in found:
+            if key in self._clients:
+                client = self._clients[key]
+                group = groups.setdefault(_identity(client.description), {})
+                group[self._names[key]] = client
+        for identity, pool in list(self._pools.items()):
+            if identity not in groups:
+                pool.update({})
+                if pool.state.is_gone:
+                    pool.close()
+                    del self._pools[identity]
+        for identity, group in groups.items():
+            known = self._pools.get(identity)
+            if known is None or known.is_closed:
+                name = next(iter(group.values())).description.name
+                quarantine = self._quarantines.setdefault(identity, Quarantine())
+                self._pools[identity] = ReplicaPool(name, group, quarantine=quarantine)
+            else:
+                known.update(group)
+        self._keep_looking()
+        # Those with engines first, in the order of their newest; then those that wait for some.
+        ordered = [*groups, *(i for i in self._pools if i not in groups)]
+        return {("pool", i): _held(self._pools[i]) for i in ordered}
+
+    def _keep_looking(self) -> None:
+        """Requests that wait for a replica cause no look themselves."""
+        if self._timer is not None or not self._pools:
+            return
+        with contextlib.suppress(RuntimeError):  # no loop: somebody only asks what there is
+            self._timer = asyncio.get_running_loop().call_later(LOOK_S, self._look)
+
+    def _look(self) -> None:
+        self._timer = None
+        with contextlib.suppress(OSError):
+            self.find()
+
+
+def _held(pool: ReplicaPool) -> Callable[[], EngineClient]:
+    return lambda: pool
+
+
+def _identity(model: ModelDescription) -> Hashable:
+    """Engines with the same answer the same."""
+    return (
+        model.name,
+        model.architecture,
+        model.quantization,
+        model.n_params,
+        model.n_vocab,
+        model.weights_bytes,
+        model.n_ctx,
+        model.embedding_size,
+        model.ranks,
+        tuple(scale for _, scale in model.adapters),
+    )
