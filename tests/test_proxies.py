@@ -326,6 +326,30 @@ async def test_a_body_beyond_body_mb_is_refused_before_it_is_read(model: FakeCli
         assert (await large.fetch("POST", "/v1/chat/completions", prompt)).code != 413
 
 
+async def test_who_is_refused_while_sending_gets_the_answer(model: FakeClient) -> None:
+    """A client that sends all before it reads, as most do: no reset overtakes the error."""
+    async with served([KEY], body_mb=0.01) as api:
+        head = b"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\n"
+        right = head + b"Authorization: Bearer secret-key\r\n"
+        body, num_chunks = b"y" * (1 << 16), 300
+        chunks = b"".join(b"10000\r\n" + body + b"\r\n" for _ in range(num_chunks))
+        whole = b"Content-Length: %d\r\n\r\n" % (len(body) * num_chunks) + body * num_chunks
+        for sent, status in (
+            (right + whole, 413),
+            (right + b"Transfer-Encoding: chunked\r\n\r\n" + chunks + b"0\r\n\r\n", 413),
+            (head + whole, 401),
+        ):
+
+            def send(data: bytes = sent) -> bytes:
+                with socket.create_connection(("127.0.0.1", api.port), timeout=20) as s:
+                    s.sendall(data)
+                    return b"".join(iter(lambda: s.recv(65536), b""))
+
+            answer = await asyncio.to_thread(send)
+            assert answer.startswith(b"HTTP/1.1 %d " % status) and b'"error"' in answer
+        assert (await api.by("secret-key").fetch("GET", "/v1/models")).code == 200
+
+
 async def test_a_trusted_proxy_may_have_all_connections(model: FakeClient) -> None:
     async with served(trusted_proxies=("10.0.0.0/8",)) as api:
         server = api.server

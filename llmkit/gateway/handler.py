@@ -19,6 +19,7 @@ from llmkit.gateway.access.identity import LOCAL, counted_as
 from llmkit.gateway.exchange import Exchange, body_too_large
 from llmkit.gateway.failures import ApiError
 from llmkit.gateway.heads import MAX_LINE_BYTES
+from llmkit.gateway.lingering import linger
 from llmkit.gateway.ops.pages import PAGES, send_locked_page
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ class GatewayHandler(web.RequestHandler):
         self._task: asyncio.Task[None] | None = None
         self._body: list[bytes] = []
         self._identity = LOCAL
+        self._most = gateway.max_body_bytes
         self._size = 0  # bytes of the body counted as held
         self._is_gone = False
         self._address = edge.proxies.client(str(self.request.remote_ip), self.request.headers)
@@ -63,7 +65,7 @@ class GatewayHandler(web.RequestHandler):
             return
         self._identity, self._counted_as = identity, counted_as(identity, self._address)
         announced = request.headers.get("Content-Length", "0")
-        most = self._gateway.max_body_bytes
+        most = self._most = self._gateway.body_limit(exchange)
         if announced.isdecimal() and (len(announced) > 18 or int(announced) > most):
             self._refuse(body_too_large(announced, most))
             return
@@ -101,12 +103,13 @@ class GatewayHandler(web.RequestHandler):
             or "Transfer-Encoding" in self.request.headers
         ):
             self.set_header("Connection", "close")
+            linger(self.request.connection)
         self._gateway.refuse(self._exchange(self.path_args[0]), error)
 
     def data_received(self, chunk: bytes) -> None:
         if self._finished:
             return
-        size, most = self._size + len(chunk), self._gateway.max_body_bytes
+        size, most = self._size + len(chunk), self._most
         if size > most:
             self._body.clear()
             self._refuse(body_too_large(str(size), most))

@@ -1,0 +1,365 @@
+"""nginx, Caddy and HAProxy with the files of `deploy/proxy`, in front of a gateway: what streams
+through arrives at once, and what breaks off is noticed."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import signal
+import socket
+import ssl
+import subprocess
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from access_client import Served, entry, served
+from deploy_tools import DEPLOY, run, tool
+from fake_runner import FakeRunner
+from fakes import FakeClient
+from tornado.httpclient import AsyncHTTPClient, HTTPRequest, HTTPResponse
+from tornado.websocket import websocket_connect
+
+from llmkit.bridge.server import BridgeServer
+from llmkit.engine.batch import Batch, StepOutput
+from llmkit.gateway.exchange import Exchange
+
+KEY = entry().key
+BODY_MB = 0.25
+HOST = "llm.example.org"
+
+
+class Turnstile(FakeRunner):
+    """Computes a step for each ticket; a shut one lets steps of prompts pass, and no token out."""
+
+    def __init__(self) -> None:
+        super().__init__(n_ctx=5000)
+        self.tickets = threading.Semaphore(0)
+        self.shut = False
+
+    def execute(self, batch: Batch) -> StepOutput:
+        if self.shut and batch.chunks:
+            while not self.tickets.acquire(timeout=0.05):
+                if not self.shut or self._interrupt.is_set():
+                    break
+        return super().execute(batch)
+
+
+@dataclass
+class Behind:
+    """A gateway behind a proxy: ``url`` is the proxy's."""
+
+    url: str
+    gateway: Served
+    runner: Turnstile
+    engine: FakeClient
+    addresses: list[str] = field(default_factory=list)
+
+    def request(self, path: str, body: Any = None, **more: Any) -> HTTPRequest:
+        headers = {"Authorization": f"Bearer {KEY}", "Host": HOST, **more.pop("headers", {})}
+        data = body if isinstance(body, bytes | None) else json.dumps(body)
+        method = "GET" if body is None else "POST"
+        return HTTPRequest(
+            self.url + path, method, headers, data, validate_cert=False, decompress_response=False,
+            **more,
+        )  # fmt: skip
+
+    async def fetch(self, path: str, body: Any = None, **more: Any) -> HTTPResponse:
+        client = AsyncHTTPClient(force_instance=True)
+        return await client.fetch(self.request(path, body, **more), raise_error=False)
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+def changed(name: str, *changes: tuple[str, str]) -> str:
+    """A file of `deploy/proxy` with these changes, each of which must find its place."""
+    text = (DEPLOY / "proxy" / name).read_text()
+    for old, new in changes:
+        assert old in text, f"{name} has no {old!r}"
+        text = text.replace(old, new)
+    return text
+
+
+def nginx(folder: Path, port: int, target: str) -> list[str]:
+    program = tool("nginx", "nginx-light")
+    site = changed(
+        "nginx.conf",
+        ("listen 443 ssl", f"listen 127.0.0.1:{port} ssl"),
+        ("127.0.0.1:3000", target),
+        ("/etc/nginx/tls", str(folder / "tls")),
+    )
+    (folder / "site.conf").write_text(site)
+    places = " ".join(
+        f"{name}_temp_path {folder}/{name};"
+        for name in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+    )
+    (folder / "nginx.conf").write_text(
+        f"daemon off; pid {folder}/pid; worker_processes 1; user root;\n"
+        f"events {{}}\nhttp {{ access_log off; {places}\ninclude {folder}/site.conf;\n}}\n"
+    )
+    common = ["-e", "stderr", "-p", str(folder), "-c", str(folder / "nginx.conf")]
+    run(program, "-t", *common)
+    return [program, *common]
+
+
+def caddy(folder: Path, port: int, target: str) -> list[str]:
+    program = tool("caddy")
+    run(program, "validate", "--adapter", "caddyfile", "--config", DEPLOY / "proxy" / "Caddyfile")
+    site = changed(
+        "Caddyfile",
+        (
+            f"{HOST} {{",
+            f"https://{HOST}:{port} {{\n\tbind 127.0.0.1\n\ttls {folder}/tls.crt {folder}/tls.key",
+        ),
+        ("127.0.0.1:3000", target),
+    )
+    (folder / "Caddyfile").write_text(
+        f"{{\n\tadmin off\n\tauto_https off\n\tdefault_sni {HOST}\n}}\n" + site
+    )
+    return [program, "run", "--adapter", "caddyfile", "--config", str(folder / "Caddyfile")]
+
+
+def haproxy(folder: Path, port: int, target: str) -> list[str]:
+    program = tool("haproxy", "haproxy")
+    text = changed(
+        "haproxy.cfg",
+        ("bind :443", f"bind 127.0.0.1:{port}"),
+        ("/etc/haproxy/llm.pem", str(folder / "both.pem")),
+        ("127.0.0.1:3000", target),
+    )
+    (folder / "haproxy.cfg").write_text(text)
+    (folder / "both.pem").write_bytes(
+        (folder / "tls.crt").read_bytes() + (folder / "tls.key").read_bytes()
+    )
+    run(program, "-c", "-f", folder / "haproxy.cfg")
+    return [program, "-db", "-f", str(folder / "haproxy.cfg")]
+
+
+@contextlib.contextmanager
+def running(command: list[str], folder: Path) -> Iterator[subprocess.Popen[bytes]]:
+    with (folder / "log").open("w+b") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, cwd=folder)
+        try:
+            yield process
+        finally:
+            process.send_signal(signal.SIGTERM)
+            try:
+                process.wait(10)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait(10)
+
+
+@pytest.fixture(params=[nginx, caddy, haproxy], ids=lambda make: make.__name__)
+async def behind(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[Behind]:
+    make: Callable[[Path, int, str], list[str]] = request.param
+    monkeypatch.setenv("HOME", str(tmp_path))  # of Caddy's storage
+    run(
+        tool("openssl", "openssl"), "req", "-x509", "-newkey", "ec", "-pkeyopt",
+        "ec_paramgen_curve:prime256v1", "-nodes", "-subj", f"/CN={HOST}", "-addext",
+        f"subjectAltName=DNS:{HOST}", "-keyout", tmp_path / "tls.key", "-out", tmp_path / "tls.crt",
+    )  # fmt: skip
+    addresses: list[str] = []
+
+    @contextlib.contextmanager
+    def noting(exchange: Exchange) -> Iterator[None]:
+        addresses.append(exchange.address)
+        yield
+
+    runner = Turnstile()
+    engine = FakeClient(runner=runner)
+    bridge = BridgeServer(engine)
+    port = free_port()
+    async with served(
+        [entry()],
+        trusted_proxies=("127.0.0.1",),
+        body_mb=BODY_MB,
+        gateway={"observers": [noting]},
+    ) as gateway:
+        command = make(tmp_path, port, f"127.0.0.1:{gateway.port}")
+        with running(command, tmp_path) as process:
+            found = Behind(f"https://127.0.0.1:{port}", gateway, runner, engine, addresses)
+            for _ in range(200):
+                with contextlib.suppress(OSError):
+                    if (await found.fetch("/health/ready")).code == 200:
+                        break
+                assert process.poll() is None, (tmp_path / "log").read_text()
+                await asyncio.sleep(0.05)
+            else:
+                raise AssertionError((tmp_path / "log").read_text())
+            addresses.clear()
+            yield found
+    bridge.close()
+    engine.close()
+
+
+CHAT = {
+    "model": "fake",
+    "messages": [{"role": "user", "content": "hi"}],
+    "max_tokens": 6,
+    "temperature": 0,
+    "stream": True,
+}
+
+
+class Events:
+    """The events of a stream, as they arrive."""
+
+    def __init__(self, behind: Behind, path: str, body: dict[str, Any], **more: Any) -> None:
+        self._text = ""
+        self._arrived = asyncio.Event()
+        self.client = AsyncHTTPClient(force_instance=True)
+        self.reply = asyncio.ensure_future(
+            self.client.fetch(
+                behind.request(path, body, streaming_callback=self._take, **more),
+                raise_error=False,
+            )
+        )
+
+    def _take(self, data: bytes) -> None:
+        self._text += data.decode()
+        self._arrived.set()
+
+    async def text(self) -> str:
+        """The next piece of the answer's text; empty at its end."""
+        while True:
+            while "\n\n" in self._text:
+                block, _, self._text = self._text.partition("\n\n")
+                if block == "data: [DONE]":
+                    return ""
+                if block.startswith("data: "):
+                    event = json.loads(block[6:])
+                    delta = "".join(
+                        choice["delta"].get("content") or "" for choice in event["choices"]
+                    )
+                    if delta:
+                        return delta
+            self._arrived.clear()
+            async with asyncio.timeout(20):
+                await self._arrived.wait()
+
+
+async def test_a_token_is_there_before_the_next_is_computed(behind: Behind) -> None:
+    """The model computes one only when the one before has come through the proxy."""
+    behind.runner.shut = True
+    events = Events(behind, "/v1/chat/completions", CHAT)
+    behind.runner.tickets.release()  # the prompt, and with it the first token
+    texts = [await events.text()]
+    while len(texts) < 6:
+        behind.runner.tickets.release()
+        texts.append(await events.text())
+    assert all(len(text) == 1 for text in texts)
+    assert await events.text() == ""
+    reply = await events.reply
+    assert reply.code == 200 and reply.headers["Content-Type"].startswith("text/event-stream")
+    assert reply.headers.get("Content-Encoding") is None
+
+
+async def posted(
+    behind: Behind, path: str, body: bytes
+) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """A connection on which this is being sent, whether or not anything comes back."""
+    context = ssl.create_default_context()
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    reader, writer = await asyncio.open_connection(
+        "127.0.0.1", int(behind.url.rpartition(":")[2]), ssl=context, server_hostname=HOST
+    )
+    head = f"POST {path} HTTP/1.1\r\nHost: {HOST}\r\nAuthorization: Bearer {KEY}\r\n"
+    writer.write(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+    return reader, writer
+
+
+async def test_whoever_goes_away_ends_the_request(behind: Behind) -> None:
+    behind.runner.shut = True
+    body = json.dumps({**CHAT, "max_tokens": 4000}).encode()
+    reader, writer = await posted(behind, "/v1/chat/completions", body)
+    behind.runner.tickets.release()
+    async with asyncio.timeout(20):
+        await reader.readuntil(b"content")
+    assert behind.engine.stats().num_running == 1
+    behind.runner.shut = False
+    behind.runner.step_s = 0.01  # 40 s of work, if nobody ends it
+    writer.transport.abort()
+    async with asyncio.timeout(15):
+        while behind.engine.stats().num_running:
+            await asyncio.sleep(0.01)
+    behind.runner.step_s = 0.0
+    assert (await behind.fetch("/v1/models")).code == 200
+
+
+async def test_a_socket_passes_and_stays(behind: Behind) -> None:
+    request = behind.request("/v1/chat/ws")
+    request.url = request.url.replace("http", "ws", 1)
+    ws = await websocket_connect(request, subprotocols=["llmkit.chat"])
+    try:
+        behind.runner.shut = True
+        await ws.write_message(
+            json.dumps(
+                {"type": "send", "content": "hi", "model": "fake", "settings": {"max_tokens": 3}}
+            )
+        )
+        texts = []
+        while True:
+            async with asyncio.timeout(20):
+                message = json.loads(await ws.read_message() or "null")
+            if message["type"] == "turn":
+                behind.runner.tickets.release()
+            elif message["type"] == "delta":
+                texts.append(message["text"])
+                behind.runner.tickets.release()
+            elif message["type"] in ("end", "error"):
+                break
+        assert message["type"] == "end" and len(texts) == 3, message
+    finally:
+        ws.close()
+
+
+async def test_a_body_that_is_too_large_is_refused_by_us(behind: Behind) -> None:
+    """The error is llmkit's, whole, in the caller's dialect; the connection may end."""
+    most = round(BODY_MB * (1 << 20))
+    for size in (most + 1, 4 * most, 40 * most):
+        reader, writer = await posted(behind, "/v1/chat/completions", b" " * size)
+        async with asyncio.timeout(20):
+            head = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
+            assert head.startswith("http/1.1 413 "), (size, head)
+            length = head.partition("content-length: ")[2].partition("\r")[0]
+            answer = await reader.readexactly(int(length))
+        writer.transport.abort()
+        assert json.loads(answer)["error"]["code"] == "request_too_large"
+    assert (await behind.fetch("/v1/models")).code == 200
+
+
+async def test_who_asks_is_known_and_cannot_be_feigned(behind: Behind) -> None:
+    feigned = {
+        "X-Forwarded-For": "6.6.6.6",
+        "Forwarded": "for=6.6.6.6",
+        "X-Real-IP": "6.6.6.6",
+    }
+    body = {**CHAT, "stream": False}
+    reply = await behind.fetch("/v1/chat/completions", body, headers=feigned)
+    assert reply.code == 200 and set(behind.addresses) == {"127.0.0.1"}
+    wrong = await behind.fetch("/v1/models", headers={"Authorization": "Bearer wrong"})
+    assert wrong.code == 401
+
+
+async def test_idle_connections_are_closed_by_the_proxy_first() -> None:
+    """Else a request now and then meets a connection that is just being closed."""
+    from llmkit.gateway.server import HEADER_S
+
+    for name, line in (
+        ("nginx.conf", "    keepalive_timeout 15s;"),
+        ("Caddyfile", "\t\t\tkeepalive 15s"),
+        ("haproxy.cfg", "pool-purge-delay 15s"),
+    ):
+        assert line in (DEPLOY / "proxy" / name).read_text()
+    assert HEADER_S > 15
