@@ -22,7 +22,7 @@ from llmkit.settings.options import OPTIONS
 
 COMMANDS = (
     "run", "chat", "serve", "engine", "config", "keys", "models", "estimate", "profile", "tune",
-    "convert", "quantize", "bench", "doctor", "smoke", "completion",
+    "convert", "quantize", "bench", "doctor", "smoke", "completion", "ray",
 )  # fmt: skip
 
 
@@ -116,7 +116,7 @@ def test_the_pages_show_commands_that_exist(capsys: pytest.CaptureFixture[str]) 
                 words = line.split()
                 if not words or not words[0].isalpha():
                     continue
-                group = words[0] in ("models", "keys", "config") and len(words) > 1
+                group = words[0] in ("models", "keys", "config", "ray") and len(words) > 1
                 command = " ".join(words[: 1 + group])
                 if command not in known:
                     assert main([*command.split(), "--help"]) == 0, f"{page}: {line}"

@@ -22,6 +22,7 @@ from llmkit.cli import (
     keys,
     measuring,
     models,
+    ray,
     serving,
     smoke,
     storage,
@@ -59,7 +60,8 @@ def root(
 
 
 for group in (
-    chatting, serving, configuring, keys, models, storage, measuring, doctor, smoke, completing,
+    chatting, serving, ray, configuring, keys, models, storage, measuring, doctor, smoke,
+    completing,
 ):  # fmt: skip
     group.register(app)
 use_everywhere(app)

@@ -73,7 +73,7 @@ class HelpGroup(TyperGroup):
         heads, names = max(map(len, panels)), max(len(c.name or "") for c in shown)
         room = _width() - heads - names - 4
         write = formatter.write
-        write(f"Usage: {ctx.command_path} COMMAND [OPTIONS] [ARGUMENTS]\n\n")
+        write(f"Usage: {ctx.command_path} COMMAND [OPTIONS] [ARGUMENTS]\n")
         for line in textwrap.wrap(self.help or "", _width()):
             write(line + "\n")
         write("\n")
