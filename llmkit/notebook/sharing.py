@@ -35,6 +35,10 @@ class Sharing:
         from llmkit.notebook import serving
 
         origin = engine.origin if self.bridge is None else self.bridge.connection.origin
+        if origin.kind == "url":
+            raise InvalidRequestError(
+                f"this model is served already: other programs reach it at {origin.url}/v1."
+            )
         if not origin.shared:
             raise InvalidRequestError(
                 "this model was loaded with share=False; load it with share=True to serve it.",
