@@ -41,6 +41,7 @@ SAMPLES: dict[str, Any] = {
     "path": "model.gguf",
     "name": "default",
     "title": "Skies",
+    "file": "speech.wav",
 }
 USUAL = ("model", "messages", "prompt", "input", "content", "max_tokens", "max_output_tokens")
 USUAL = (*USUAL, "n_predict")
@@ -55,18 +56,30 @@ BODIES: dict[str, Any] = {
         "input_suffix": "\n",
         "n_predict": 64,
     },
+    "POST /engine/embed": {"request_id": "vectors-1", "inputs": [QUESTION]},
+    "POST /engine/inquire": {
+        "request_id": "ask-1",
+        "kind": "tokenize",
+        "question": {"text": QUESTION},
+    },
+    "POST /engine/submit": {
+        "request_id": "answer-1",
+        "prompt": QUESTION,
+        "sampling": {"max_tokens": 64},
+    },
     "POST /lora-adapters": [{"id": 0, "scale": 0.5}],
 }
 # Of these one is enough, the first that there is.
 ALIKE = ("content", "input", "messages", "prompt")
 NOT_SUPPORTED = "Not supported"
+FORM, FILE = "multipart/form-data", "speech.wav"
 # Parameters of paths.
 PLACES = {"id": "default", "name": "base.css"}
 
 
 @dataclass(frozen=True)
 class Request:
-    """One operation; ``names`` are the parameters of its path."""
+    """One operation; ``names`` are the parameters of its path, a form's body has a file."""
 
     method: str
     path: str
@@ -74,6 +87,7 @@ class Request:
     tag: str
     names: tuple[str, ...]
     body: Any
+    is_form: bool = False
 
 
 async def document() -> dict[str, Any]:
@@ -102,7 +116,8 @@ def requests(openapi: dict[str, Any]) -> list[Request]:
     for path, methods in openapi["paths"].items():
         for method, operation in methods.items():
             content = operation.get("requestBody", {}).get("content", {})
-            schema = content.get("application/json", {}).get("schema")
+            form = content.get(FORM, {}).get("schema")
+            schema = content.get("application/json", {}).get("schema", form)
             key = f"{method.upper()} {path}"
             body = None if schema is None else _sample(schema, openapi)
             names = tuple(re.findall(r"\{(\w+)\}", path))
@@ -110,7 +125,8 @@ def requests(openapi: dict[str, Any]) -> list[Request]:
             if summary == NOT_SUPPORTED:
                 continue
             body = BODIES.get(key, body)
-            found.append(Request(method.upper(), path, summary, tag, names, body))
+            is_form = form is not None
+            found.append(Request(method.upper(), path, summary, tag, names, body, is_form))
     tags = list(dict.fromkeys(request.tag for request in found))
     return sorted(found, key=lambda request: tags.index(request.tag))
 
@@ -174,7 +190,15 @@ def _item(request: Request) -> dict[str, Any]:
     if request.names:
         url["variable"] = [{"key": n, "value": PLACES.get(n, "")} for n in request.names]
     made: dict[str, Any] = {"method": request.method, "header": [], "url": url}
-    if request.body is not None:
+    if request.is_form:
+        fields = [
+            {"key": key, "type": "file", "src": FILE}
+            if key == "file"
+            else {"key": key, "type": "text", "value": value}
+            for key, value in request.body.items()
+        ]
+        made["body"] = {"mode": "formdata", "formdata": fields}
+    elif request.body is not None:
         made["header"] = [{"key": "Content-Type", "value": "application/json"}]
         made["body"] = {
             "mode": "raw",
@@ -205,7 +229,15 @@ def _block(request: Request) -> Iterator[str]:
     yield f"### {request.tag}: {request.summary}"
     yield f"{request.method} {{{{base_url}}}}{path}"
     yield "Authorization: Bearer {{key}}"
-    if request.body is not None:
+    if request.is_form:
+        yield from (f"Content-Type: {FORM}; boundary=part", "")
+        for key, value in request.body.items():
+            name = f'filename="{FILE}"' if key == "file" else ""
+            yield "--part"
+            yield "; ".join(filter(None, [f'Content-Disposition: form-data; name="{key}"', name]))
+            yield from ("", f"< ./{FILE}" if key == "file" else str(value))
+        yield "--part--"
+    elif request.body is not None:
         yield from ("Content-Type: application/json", "", json.dumps(request.body, indent=2))
 
 

@@ -14,14 +14,18 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from llmkit.errors import (
+    AccessError,
     ConflictError,
     ContextLengthError,
     DownloadError,
+    DrainingError,
+    EngineDiedError,
     EngineError,
     EngineGoneError,
     InsufficientMemoryError,
     InvalidModelFileError,
     InvalidRequestError,
+    LimitError,
     LLMKitError,
     ModelBusyError,
     ModelLoadError,
@@ -50,13 +54,17 @@ if TYPE_CHECKING:
     from llmkit.llm import LLM
     from llmkit.loading import attach, compare, download, estimate, load, quantize
     from llmkit.protocol.stream import Stream
+    from llmkit.sound import SpeechToText, TextToSpeech
 
 __all__ = [
     "LLM",
+    "AccessError",
     "Completion",
     "ConflictError",
     "ContextLengthError",
     "DownloadError",
+    "DrainingError",
+    "EngineDiedError",
     "EngineError",
     "EngineGoneError",
     "EngineStats",
@@ -66,6 +74,7 @@ __all__ = [
     "InvalidModelFileError",
     "InvalidRequestError",
     "LLMKitError",
+    "LimitError",
     "Message",
     "ModelBusyError",
     "ModelLoadError",
@@ -75,8 +84,10 @@ __all__ = [
     "QueueFullError",
     "RequestMetrics",
     "SamplingParams",
+    "SpeechToText",
     "StoreError",
     "Stream",
+    "TextToSpeech",
     "TokenLogprob",
     "ToolCall",
     "Usage",
@@ -99,6 +110,8 @@ _LATE = {
     "download": "llmkit.loading",
     "quantize": "llmkit.loading",
     "tune": "llmkit.bench.tuner",
+    "SpeechToText": "llmkit.sound",
+    "TextToSpeech": "llmkit.sound",
     "Stream": "llmkit.protocol.stream",
 }
 

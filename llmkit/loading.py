@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast, overload
 
 from llmkit import models
-from llmkit.errors import ModelNotFoundError
+from llmkit.errors import InvalidRequestError, ModelNotFoundError
 from llmkit.notebook.progress import Progress, shown_download
 from llmkit.runtime.loaded import loaded
 from llmkit.sessions.running import Interrupted
@@ -23,12 +23,32 @@ if TYPE_CHECKING:
     from llmkit.models.memory import MemoryEstimate
     from llmkit.models.registry import ModelSpec
     from llmkit.protocol.client import EngineClient
+    from llmkit.sound import SpeechToText, TextToSpeech
+
+    Handle: TypeAlias = LLM | SpeechToText | TextToSpeech
 
 __all__ = ["attach", "compare", "download", "estimate", "load", "quantize"]
 
 models.show(loaded)
 
 
+@overload
+def load(
+    model: Literal["whisper-tiny.en"],
+    *,
+    name: str | None = None,
+    share: bool | None = None,
+    **options: Any,
+) -> SpeechToText: ...
+@overload
+def load(
+    model: Literal["hibari"],
+    *,
+    name: str | None = None,
+    share: bool | None = None,
+    **options: Any,
+) -> TextToSpeech: ...
+@overload
 def load(
     model: str | Path = "smollm2",
     *,
@@ -37,8 +57,18 @@ def load(
     force: bool = False,
     tuned: bool = False,
     **options: Any,
-) -> LLM:
-    """Load a GGUF model into this process.
+) -> LLM: ...
+def load(
+    model: str | Path = "smollm2",
+    *,
+    name: str | None = None,
+    share: bool | None = None,
+    force: bool = False,
+    tuned: bool = False,
+    **options: Any,
+) -> Any:
+    """Load a GGUF model into this process; one that hears or speaks is a `SpeechToText` or a
+    `TextToSpeech`.
 
     A file is loaded once: a second call returns the same model. The stop button ends a load.
 
@@ -77,10 +107,10 @@ def _open(
     name: str | None,
     force: bool,
     share: bool | None,
-) -> LLM:
+) -> Handle:
     """The model of a file, loaded if necessary. The file's turn is held."""
     _register_displays()
-    known: LLM | None = loaded.of(spec.path)
+    known: Handle | None = loaded.of(spec.path)
     if known is not None and not known.closed:
         known.check_same(settings, name, given, share)
         if share:
@@ -99,7 +129,7 @@ def _open(
 
 def _load(
     spec: ModelSpec, settings: EngineOptions, name: str, force: bool, share: bool | None
-) -> LLM:
+) -> Handle:
     from llmkit.runtime.opening import open_model
 
     def meanwhile() -> None:
@@ -132,14 +162,12 @@ def _load(
         raise
     bridge = None
     try:
-        from llmkit.llm import LLM
-
         progress.close()
         if share is not False and not settings.isolated:
             from llmkit.bridge.server import BridgeServer
 
             bridge = BridgeServer(engine, kernel_id())
-        return _remember(spec.path, LLM(engine, bridge, settings, loaded.forget))
+        return _remember(spec.path, _handle_of(engine)(engine, bridge, settings, loaded.forget))
     # The stop button too: an engine without a handle could never be unloaded.
     except BaseException:
         if bridge is not None:
@@ -148,9 +176,20 @@ def _load(
         raise
 
 
-def _remember(path: Path, llm: LLM) -> LLM:
-    loaded.add(path, llm)
-    return llm
+def _remember(path: Path, handle: Handle) -> Handle:
+    loaded.add(path, handle)
+    return handle
+
+
+def _handle_of(engine: EngineClient) -> type[LLM | SpeechToText | TextToSpeech]:
+    """What people hold, by what the model does."""
+    if engine.description.use in ("hear", "speak"):
+        from llmkit.sound import SpeechToText, TextToSpeech
+
+        return SpeechToText if engine.description.hears else TextToSpeech
+    from llmkit.llm import LLM
+
+    return LLM
 
 
 def download(name: str, *, models_dir: str | Path | None = None, mmproj: bool = False) -> Path:
@@ -197,15 +236,36 @@ def quantize(model: str | Path | ModelSpec = "smollm2", kind: str = "Q8_0") -> P
     return path
 
 
-def attach(model: str | None = None) -> LLM:
-    """Use a model that another of your processes has loaded; it takes no memory here.
+def attach(where: str | None = None, *, model: str | None = None, key: str | None = None) -> LLM:
+    """Use a model that is loaded elsewhere; it takes no memory here, and needs no llama.cpp.
 
-    That is another notebook, or ``llmkit serve``. ``model`` is its name, or ``name@kernel``; None
-    means the newest. ``unload()`` only disconnects. Raises `ModelNotFoundError`.
+    where: the name of a model in another of your processes on this machine (another notebook, or
+        ``llmkit serve``), or ``name@kernel``; None means the newest. ``"hub"`` is the model of the
+        JupyterHub that has started this server, ``"hub:name"`` one of several. A URL such as
+        ``"https://example.org/services/llmkit"`` is that of a hub's service or of ``llmkit serve``.
+    model: the name of one of several models there.
+    key: the key for a URL, by default $LLMKIT_API_KEY; for a hub $JUPYTERHUB_API_TOKEN.
+
+    ``unload()`` only disconnects. Raises `ModelNotFoundError`, for a hub or a URL also
+    `EngineGoneError` when nothing answers there and `AccessError` when the key is refused.
     """
+    engine: EngineClient
+    if where is not None and (where == "hub" or where.startswith("hub:") or "://" in where):
+        engine = _remote(where, model, key)
+    else:
+        if where is not None and model is not None:
+            raise InvalidRequestError("give the name of a local model once.", "model")
+        engine = _elsewhere(model if where is None else where)
+    _register_displays()
+    attached: Any = _handle_of(engine)(engine, on_unload=loaded.forget)
+    loaded.add(None, attached)
+    return cast("LLM", attached)
+
+
+def _elsewhere(model: str | None) -> EngineClient:
+    """The engine of another process of this user on this machine."""
     from llmkit.bridge.client import BridgeClient
     from llmkit.bridge.connection import find_connections
-    from llmkit.llm import LLM
 
     found = [c for c in find_connections() if c.pid != os.getpid()]
     for connection in found:
@@ -214,16 +274,28 @@ def attach(model: str | None = None) -> LLM:
             connection.model.name,
             f"{connection.model.name}@{connection.origin.label}",
         ):
-            _register_displays()
-            attached = LLM(BridgeClient(connection), on_unload=loaded.forget)
-            loaded.add(None, attached)
-            return attached
+            return BridgeClient(connection)
     names = ", ".join(repr(f"{c.model.name}@{c.origin.label}") for c in found) or "none at all"
     what = "no model" if model is None else f"no model {model!r}"
     raise ModelNotFoundError(
         f"{what} is loaded in another process of yours on this machine; loaded: {names}. "
         "llmkit.load() loads one here."
     )
+
+
+def _remote(where: str, model: str | None, key: str | None) -> EngineClient:
+    """The engine behind a hub's service or another gateway."""
+    from llmkit.cluster.address import HUB, KEY, Address, hub_address
+    from llmkit.cluster.remote import RemoteEngine
+
+    if where == HUB or where.startswith(f"{HUB}:"):
+        named = where.partition(":")[2] or None
+        if named is not None and model not in (None, named):
+            raise InvalidRequestError("the model is named twice.", "model")
+        model, address = named or model, hub_address(os.environ, key)
+    else:
+        address = Address.of(where, os.environ.get(KEY, "") if key is None else key)
+    return RemoteEngine(address, model or "default")
 
 
 def estimate(model: str | Path = "smollm2", **options: Any) -> MemoryEstimate:

@@ -13,6 +13,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import httpx
 import pytest
 from conftest import ROOT
 from fakes import wait_for
@@ -61,7 +62,9 @@ def test_the_collection_has_every_route(made: ModuleType, files: dict[Path, str]
     for request in found:
         variables = [v["key"] for v in request["url"].get("variable", [])]
         assert variables == re.findall(r":(\w+)", request["url"]["raw"].removeprefix("{{"))
-        if "body" in request:
+        if request.get("body", {}).get("mode") == "formdata":
+            assert request["body"]["formdata"][0]["type"] == "file"
+        elif "body" in request:
             json.loads(request["body"]["raw"])
             assert request["header"] == [{"key": "Content-Type", "value": "application/json"}]
 
@@ -79,7 +82,12 @@ def test_the_http_file_has_the_same(files: dict[Path, str]) -> None:
         assert line.partition(" ")[0] == request["method"] and path == request["url"]["raw"]
         assert auth == "Authorization: Bearer {{key}}"
         body = "\n".join(rest).partition("\n\n")[2]
-        assert body == request.get("body", {}).get("raw", "")
+        if request.get("body", {}).get("mode") == "formdata":
+            names = [f["key"] for f in request["body"]["formdata"]]
+            assert re.findall(r'form-data; name="(\w+)"', body) == names
+            assert body.endswith("--part--")
+        else:
+            assert body == request.get("body", {}).get("raw", "")
 
 
 # What a server without these cannot do, and says so.
@@ -117,7 +125,13 @@ def test_an_echo_takes_every_request(files: dict[Path, str], tmp_path: Path) -> 
             for variable in request["url"].get("variable", []):
                 value = places.get(variable["key"]) or variable["value"] or "none"
                 path = path.replace(f":{variable['key']}", value)
-            status, data = send(request["method"], path, request.get("body", {}).get("raw"))
+            if request.get("body", {}).get("mode") == "formdata":
+                form = {f["key"]: f.get("value", "x") for f in request["body"]["formdata"]}
+                files_of = {"file": ("speech.wav", form.pop("file"))}
+                reply = httpx.post(base + path, data=form, files=files_of)
+                status, data = reply.status_code, reply.content
+            else:
+                status, data = send(request["method"], path, request.get("body", {}).get("raw"))
             fine = status < 300 or status in ELSEWHERE
             refused += [] if fine else [(request["method"], path, status, data[:300])]
             answered += status < 300

@@ -133,7 +133,7 @@ def _running(model: str, screen: Screen) -> LLM:
     for connection in find_connections():
         known = connection.model
         exact = f"{known.name}@{connection.origin.label}"
-        chats = not (known.embedding_size or known.ranks)
+        chats = known.use == "generate"
         if model in (known.name, exact) or (not model and chats):
             try:
                 return attach(exact)

@@ -12,6 +12,7 @@ from llmkit.models.library import Library, check_folder
 from llmkit.protocol.client import EngineClient
 from llmkit.settings.entries import ModelEntry
 from llmkit.settings.serving import ServeSettings
+from llmkit.system.resources import usable_cores
 from llmkit.wanted import worker_task
 from llmkit.workers.budget import Budget, need_of
 from llmkit.workers.place import ServedModel
@@ -78,6 +79,7 @@ def finder(settings: ServeSettings) -> Callable[[str], ServedModel | None] | Non
             lazy=True,
             idle_unload_s=settings.gateway.idle_unload_s,
             force=settings.gateway.force,
+            replicas=settings.gateway.replicas,
         )
         return _served(entry, library, stored.id)
 
@@ -112,9 +114,11 @@ def _served(entry: ModelEntry, library: Library | None, found: str | None = None
             except ModelNotFoundError:
                 if is_found:  # and is gone: nothing else may take its place
                     raise
-        made = worker_task(
-            source, name=name, tuned=entry.tuned, force=entry.force, **dict(entry.engine)
-        )
+        options = dict(entry.engine)
+        if entry.replicas > 1 and not entry.tuned:
+            # Together they use the cores once.
+            options.setdefault("threads", max(1, usable_cores() // entry.replicas))
+        made = worker_task(source, name=name, tuned=entry.tuned, force=entry.force, **options)
         return {**made, "name": name or made["file"]}
 
     # A file on the Hub may have to be downloaded, which must not hold up the others.
@@ -125,11 +129,12 @@ def _served(entry: ModelEntry, library: Library | None, found: str | None = None
     return ServedModel(
         name=name if waits and name is not None else task()["name"],
         task=task,
-        need=need_of,
+        need=lambda task: need_of(task).times(entry.replicas),
         # Callers may say what the command line said.
         aliases=(*entry.aliases, entry.model) if of_hub and name is None else entry.aliases,
         lazy=entry.lazy,
         pinned=entry.pinned,
         force=entry.force,
         keep_s=entry.idle_unload_s,
+        replicas=entry.replicas,
     )

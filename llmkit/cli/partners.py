@@ -74,10 +74,10 @@ class LocalPartner:
 
     def __init__(self, llm: LLM, sampling: Mapping[str, Any], session: str = "") -> None:
         """``session``: the id or name of a conversation that is kept; without, it is not."""
-        if llm.model.embedding_size or llm.model.ranks:
+        if llm.model.use != "generate":
             llm.unload()
             raise InvalidRequestError(
-                f"{llm.name!r} makes vectors of texts; it cannot chat.", "model"
+                f"{llm.name!r} makes vectors of texts, or speech; it cannot chat.", "model"
             )
         self.name, self._llm = llm.name, llm
         self.last = Summary()

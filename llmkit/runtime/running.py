@@ -9,13 +9,16 @@ import atexit
 import os
 import threading
 import weakref
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from llmkit.runtime.cpu_turns import CpuTurns
 
 if TYPE_CHECKING:
     from llmkit.runtime.embedder import LocalEmbedder
     from llmkit.runtime.local import LocalEngine
+    from llmkit.runtime.speech import LocalSpeech
+
+    Engine: TypeAlias = LocalEngine | LocalEmbedder | LocalSpeech
 
 __all__ = ["Running", "running"]
 
@@ -24,14 +27,14 @@ class Running:
     """``turns`` is shared by models on the CPU: together they would be slower than in sequence."""
 
     def __init__(self) -> None:
-        self._engines: weakref.WeakSet[LocalEngine | LocalEmbedder] = weakref.WeakSet()
+        self._engines: weakref.WeakSet[Engine] = weakref.WeakSet()
         self.turns = CpuTurns()
         self.opening = threading.RLock()  # two loads at once would plan with the same free memory
 
-    def add(self, engine: LocalEngine | LocalEmbedder) -> None:
+    def add(self, engine: Engine) -> None:
         self._engines.add(engine)
 
-    def discard(self, engine: LocalEngine | LocalEmbedder) -> None:
+    def discard(self, engine: Engine) -> None:
         self._engines.discard(engine)
 
     def close_all(self) -> None:

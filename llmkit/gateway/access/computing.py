@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["BOUNDED", "COMPUTING", "GENERATING", "VECTORS"]
+__all__ = ["BOUNDED", "COMPUTING", "GENERATING", "HEARING", "SPEAKING", "VECTORS"]
 
 GENERATING = frozenset(
     {
@@ -22,11 +22,22 @@ GENERATING = frozenset(
         "/api/completions/stream",
         "/completion",
         "/infill",
+        "/engine/submit",
     }
 )
-VECTORS = frozenset({"/v1/embeddings", "/v1/rerank", "/api/embed", "/api/embeddings", "/embedding"})
-ASKING = frozenset(
-    {"/v1/messages/count_tokens", "/tokenize", "/detokenize", "/apply-template", "/api/show"}
+VECTORS = frozenset(
+    {
+        "/v1/embeddings",
+        "/v1/rerank",
+        "/api/embed",
+        "/api/embeddings",
+        "/embedding",
+        "/engine/embed",
+    }
 )
-BOUNDED = GENERATING | VECTORS | ASKING  # in time
-COMPUTING = BOUNDED - {"/api/show"}  # for rates and budgets, which a look at a model costs nothing
+LOOKS = frozenset({"/api/show", "/engine/inquire"})
+ASKING = LOOKS | {"/v1/messages/count_tokens", "/tokenize", "/detokenize", "/apply-template"}
+HEARING = frozenset({"/v1/audio/transcriptions", "/v1/audio/translations"})
+SPEAKING = frozenset({"/v1/audio/speech"})
+BOUNDED = GENERATING | VECTORS | ASKING | HEARING | SPEAKING  # in time
+COMPUTING = BOUNDED - LOOKS  # for rates and budgets, which a look at a model costs nothing

@@ -10,9 +10,10 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from llmkit.protocol.client import EngineClient
+from llmkit.protocol.description import Use
 from llmkit.protocol.stream import Channel
 
 if TYPE_CHECKING:
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Caller", "Load", "Place", "Use", "Work", "is_over", "slots_of"]
 
-Use = Literal["generate", "embed"]
 Work = Channel | Future[Any]  # what an engine computes: an answer, or vectors
 
 
@@ -132,5 +132,4 @@ def slots_of(engine: EngineClient) -> int:
 
 
 def _fits(engine: EngineClient, use: Use) -> bool:
-    model = engine.description
-    return bool(model.embedding_size or model.ranks) == (use == "embed")
+    return engine.description.use == use

@@ -117,7 +117,7 @@ class Llms:
         loaded = [
             _model(e.model_id, e.client.description)
             for e in self._directory.entries()
-            if not e.client.description.embedding_size
+            if e.client.description.use == "generate" or e.client.description.ranks
         ]
         unloaded = [_model(name, None) for name in self._directory.unloaded]
         exchange.send_json([*loaded, *unloaded])

@@ -215,7 +215,11 @@ class OllamaRoutes:
         exchange.send_json({"embedding": vectors_of(embeddings)[0].tolist()})
 
     async def tags(self, exchange: Exchange) -> None:
-        models = [model_entry(e.model_id, e.client.description) for e in self._directory.entries()]
+        models = [
+            model_entry(e.model_id, e.client.description)
+            for e in self._directory.entries()
+            if e.client.description.use not in ("hear", "speak")  # for which Ollama has no routes
+        ]
         models += [
             model_entry(name, ModelDescription(name, "")) for name in self._directory.unloaded
         ]
