@@ -74,7 +74,7 @@ def run(environment: str, *command: str | Path, cwd: Path, **variables: str) -> 
         env=env,
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=280,
     )
     assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-5000:]}"
     return done.stdout
@@ -149,6 +149,8 @@ def test_no_request_that_the_schemas_describe_is_a_server_error(tmp_path: Path) 
         "coverage,fuzzing",
         "--max-examples",
         "8",
+        "--request-timeout",
+        "30",
         "-w",
         "8",
         "--no-color",
