@@ -334,7 +334,8 @@ def test_unload_gives_the_memory_back_under_live_references() -> None:
         gc.collect()
         sizes.append(process.memory_info().rss)
         assert loaded - sizes[-1] > 150 << 20, "KV alone is 180 MiB"
-    assert sizes[-1] - sizes[1] < 20 << 20, sizes
+    # A leak would be of 180 MiB a time; what other tests left of the heap moves by some MiB.
+    assert sizes[-1] - sizes[1] < 60 << 20, sizes
     with pytest.raises(ModelUnloadedError):
         generate(kept[0][0], "a")
     state = kept[0][0].state
