@@ -26,6 +26,7 @@ from llmkit.protocol import (
     Detokenize,
     EngineStats,
     FinishReason,
+    GenerationRequest,
     Inquiry,
     ListRequests,
     ListSlots,
@@ -46,6 +47,7 @@ from llmkit.protocol import (
     Unload,
     Vocabulary,
 )
+from llmkit.protocol.speech import Hearing
 
 # What llmkit said and wrote before the wire had a version, as recorded.
 OLD_DESCRIPTION = {
@@ -202,6 +204,16 @@ def test_a_connection_file_with_more_in_it(server: BridgeServer) -> None:
     path.write_text(json.dumps({**data, "mood": "good", "model": model}))
     (found,) = find_connections()
     assert found.model == server.connection.model
+
+
+def test_sound_travels_as_it_is() -> None:
+    """Megabytes in a frame of their own: as text they would hold up whoever writes and reads."""
+    request = GenerationRequest("x", prompt="", hearing=Hearing(b"\x00\xff" * 999, "en"))
+    rest, sound = wire.apart(request)
+    assert sound == b"\x00\xff" * 999 and len(wire.encode_request(rest)) < 1000
+    assert wire.together(wire.decode_request(wire.encode_request(rest)), sound) == request
+    text = ask("x")
+    assert wire.apart(text) == (text, b"") and wire.together(text, b"y") == text
 
 
 def test_a_picture_travels_and_is_refused_in_words(engine: Any) -> None:

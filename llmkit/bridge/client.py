@@ -170,13 +170,16 @@ class BridgeClient:
         self, kind: bytes, request: GenerationRequest | EmbeddingRequest | Inquiry[Any], n: int = 1
     ) -> None:
         try:  # encoded here: what cannot be sent fails its caller alone
-            about = wire.About(request.request_id, request.caller, n)
+            about = wire.encode(wire.About(request.request_id, request.caller, n))
+            sound = b""
+            if isinstance(request, GenerationRequest):
+                request, sound = wire.apart(request)
             body = (
                 inquiries.encode_inquiry(request)
                 if isinstance(request, Inquiry)
                 else wire.encode_request(request)
             )
-            self._line.post(kind, [body, wire.encode(about)])
+            self._line.post(kind, [body, about, sound] if sound else [body, about])
         except UnicodeEncodeError:
             raise InvalidRequestError(
                 "the text is not valid Unicode: it contains half of a surrogate pair."

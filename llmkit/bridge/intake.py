@@ -89,7 +89,15 @@ class Intake:
     def close(self) -> None:
         self._lanes.close()
 
-    def submit(self, peer: Peer, request_id: str, n: int, caller: str, payload: bytes) -> None:
+    def submit(
+        self,
+        peer: Peer,
+        request_id: str,
+        n: int,
+        caller: str,
+        payload: bytes,
+        sound: bytes = b"",
+    ) -> None:
         ids = wire.choice_ids(request_id, n)
         if self.draining:
             return self._refuse(peer, ids, None, _draining())
@@ -102,7 +110,7 @@ class Intake:
                 self._later(lambda: self._refuse(peer, ids, ABORTED))
                 return
             try:
-                request = _weighed(peer, wire.decode_request(payload))
+                request = wire.together(_weighed(peer, wire.decode_request(payload)), sound)
                 if (request.request_id, request.n) != (request_id, n):
                     raise InvalidRequestError("the request and its header differ.")
                 streams = (

@@ -227,7 +227,13 @@ class BridgeServer:
         return True
 
     def _handle(
-        self, identity: bytes, kind: bytes, payload: bytes, header: bytes = b"", *_: bytes
+        self,
+        identity: bytes,
+        kind: bytes,
+        payload: bytes,
+        header: bytes = b"",
+        data: bytes = b"",
+        *_: bytes,
     ) -> None:
         """``header`` sums up a large ``payload``, which therefore need not be parsed here."""
         if kind == wire.HELLO:
@@ -244,7 +250,7 @@ class BridgeServer:
             about = wire.decode(header, wire.About)
             caller = about.caller[:1000]
             if kind == wire.SUBMIT:
-                self._intake.submit(peer, about.id, about.n, caller, payload)
+                self._intake.submit(peer, about.id, about.n, caller, payload, data)
             elif kind == wire.EMBED:
                 self._intake.embed(peer, about.id, caller, payload)
             else:

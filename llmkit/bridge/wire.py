@@ -6,6 +6,7 @@ server → client   WELCOME · DENIED · EVENTS · EMBEDDED · ANSWER · PONG ·
 The first frame is the kind, the second a body. Greetings, requests and answers are JSON; EVENTS and
 PONG, the frequent ones, are MessagePack. SUBMIT, EMBED and INQUIRE have a third frame naming the
 caller (`About`), so that the request can be routed unparsed; that of EMBEDDED is the raw vectors.
+The sound of a SUBMIT is in a fourth: as text it would take a long time to write and to read.
 
 Kernels and servers have environments of their own, so neighbouring versions must understand each
 other. Unknown fields are ignored, missing ones have their default, and messages of an unknown kind
@@ -44,8 +45,8 @@ __all__ = [
     "INQUIRE", "PING", "PONG", "SUBMIT", "VERSION", "WELCOME",
     "About", "Answer", "Denied", "Draining", "Embedded", "End", "Events", "Failure", "Goodbye",
     "Hello", "Name", "News", "Welcome",
-    "choice_ids", "decode", "decode_request", "encode", "encode_request", "pack", "stranger",
-    "unpack",
+    "apart", "choice_ids", "decode", "decode_request", "encode", "encode_request", "pack",
+    "stranger", "together", "unpack",
 ]  # fmt: skip
 
 HELLO, SUBMIT, EMBED, INQUIRE, ABORT, PING = (
@@ -352,6 +353,21 @@ def decode_request(data: bytes) -> GenerationRequest:
     if _RESUME not in sampling:
         return request
     return replace(request, resume=decode(bytes(sampling[_RESUME]), Resume))
+
+
+def apart(request: GenerationRequest) -> tuple[GenerationRequest, bytes]:
+    """A request without its sound, and the sound."""
+    hearing = request.hearing
+    if hearing is None:
+        return request, b""
+    return replace(request, hearing=replace(hearing, audio=b"")), hearing.audio
+
+
+def together(request: GenerationRequest, sound: bytes) -> GenerationRequest:
+    """The opposite of `apart`."""
+    if request.hearing is None or not sound:
+        return request
+    return replace(request, hearing=replace(request.hearing, audio=sound))
 
 
 def stranger(version: int, llmkit: str) -> str | None:
