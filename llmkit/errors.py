@@ -102,6 +102,11 @@ class DownloadError(ModelLoadError):
 class ModelUnloadedError(LLMKitError):
     """The model behind this handle was unloaded."""
 
+    @classmethod
+    def of(cls, name: str) -> ModelUnloadedError:
+        """For a model of this name."""
+        return cls(f"the model {name!r} was unloaded; load it again with llmkit.load().")
+
 
 class DrainingError(LLMKitError):
     """The engine ends soon and takes nothing new; nothing was begun: send the request elsewhere."""

@@ -1,17 +1,16 @@
 """`LLM`, the handle of a loaded model: generate, chat, stream, profile, monitor, serve.
 
-It composes the layers below it and owns no memory itself.
+What it shares with other handles is in `llmkit.handle`.
 """
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, overload
 
-from llmkit.errors import InvalidRequestError, ModelUnloadedError
-from llmkit.notebook.sharing import Sharing
-from llmkit.protocol import Completion, EmbeddingRequest, Embeddings, EngineStats, ModelDescription
+from llmkit.errors import InvalidRequestError
+from llmkit.handle import Handle
+from llmkit.protocol import Completion, EmbeddingRequest, Embeddings
 from llmkit.protocol.client import EngineClient
 from llmkit.protocol.inquiries import Detokenize, ListSlots, ListSteps, Tokenize
 from llmkit.protocol.stream import Stream
@@ -19,7 +18,6 @@ from llmkit.sessions.answers import Answers
 from llmkit.sessions.messages import Messages, as_messages
 from llmkit.sessions.running import Interrupted, ask, make_request
 from llmkit.settings.options import EngineOptions
-from llmkit.system.waiting import uninterrupted
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -32,14 +30,13 @@ if TYPE_CHECKING:
     from llmkit.notebook.display import Tokens
     from llmkit.notebook.monitor import Monitor
     from llmkit.notebook.panel import ChatPanel
-    from llmkit.notebook.serving import Endpoint
     from llmkit.notebook.timeline import KVMap, Timeline
     from llmkit.sessions.session import Session
 
 __all__ = ["LLM", "Interrupted"]
 
 
-class LLM:
+class LLM(Handle):
     """A loaded model.
 
     >>> llm = llmkit.load("smollm2")                       # doctest: +SKIP
@@ -59,78 +56,10 @@ class LLM:
         options: EngineOptions | None = None,
         on_unload: Callable[[LLM], None] = lambda _: None,
     ) -> None:
-        self._on_unload = on_unload
-        self._unload_lock = threading.Lock()
-        self._client: EngineClient | None = client
-        self._description = client.description
-        self._sharing = Sharing(bridge)
-        self._options = options or EngineOptions()
+        super().__init__(client, bridge, options, on_unload)
         self._answers = Answers(lambda: self.engine, client.description, self._num_tokens)
         self._runs = self._answers.runs
         self._monitors: list[Monitor] = []
-
-    def check_same(
-        self,
-        options: EngineOptions,
-        name: str | None,
-        given: Collection[str] | None = None,
-        share: bool | None = None,
-    ) -> None:
-        """Raises `InvalidRequestError` if a second load asks for other settings.
-
-        ``given`` names the options that count (None: all).
-        """
-        mine = self._options.as_dict()
-        other = {
-            k: v
-            for k, v in options.as_dict().items()
-            if v != mine[k] and (given is None or k in given)
-        }
-        if name is not None and name != self._description.name:
-            other["name"] = name
-        if share is False and self._sharing.bridge is not None:
-            other["share"] = False
-        if other:
-            wanted = ", ".join(f"{k}={v!r}" for k, v in other.items())
-            raise InvalidRequestError(
-                f"{self._description.name!r} is loaded in this process with other settings than "
-                f"{wanted}; unload() it first to change them."
-            )
-
-    def share(self, kernel_id: str | None) -> None:
-        """Share a model loaded with ``share=False`` with other processes of this user."""
-        if self._sharing.bridge is None and not self._options.isolated:
-            self._sharing.start(self.engine, kernel_id)
-
-    @property
-    def model(self) -> ModelDescription:
-        """Name, sizes and limits."""
-        return self._description
-
-    @property
-    def name(self) -> str:
-        """The name that callers use."""
-        return self._description.name
-
-    @property
-    def closed(self) -> bool:
-        """Whether the model was unloaded, or its engine has ended."""
-        client = self._client  # another thread may unload it
-        return client is None or client.state.is_gone
-
-    @property
-    def stats(self) -> EngineStats:
-        """The engine's current counters."""
-        return self.engine.stats()
-
-    @property
-    def engine(self) -> EngineClient:
-        """The engine client; the engine runs here or in another process."""
-        if self._client is None:
-            raise ModelUnloadedError(
-                f"the model {self.name!r} was unloaded; load it again with llmkit.load()."
-            )
-        return self._client
 
     def __repr__(self) -> str:
         d = self._description
@@ -364,34 +293,8 @@ class LLM:
 
         return quality.perplexity(self.engine, self.tokenize(text), n_ctx)
 
-    def serve(self, port: int = 0) -> Endpoint:
-        """Serve this model to other programs, through the Jupyter server's gateway if there is one.
-
-        Otherwise starts a loopback gateway (on ``port``; 0 takes a free one). Shows the URL and how
-        to use it, never the secret.
-        """
-        return self._sharing.serve(self.engine, port)
-
-    def unload(self) -> None:
-        """Free the memory; idempotent. Running requests end with `ModelUnloadedError`."""
-        with self._unload_lock:
-            client, self._client = self._client, None
-        if client is None:
-            return
-        try:
-            self._on_unload(self)
-        finally:
-            uninterrupted(lambda: self._close(client))
-
     def _close(self, client: EngineClient) -> None:
         for monitor in self._monitors:
             monitor.stop()
         self._answers.close()
-        self._sharing.close()
-        client.close()
-
-    def __enter__(self) -> LLM:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.unload()
+        super()._close(client)

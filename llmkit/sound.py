@@ -1,130 +1,30 @@
 """The handles of models that hear and speak: `SpeechToText` and `TextToSpeech`.
 
-As `LLM` is for models that write. They compose the layers below and own no memory themselves.
+As `LLM` is for models that write.
 """
 
 from __future__ import annotations
 
 import contextlib
-import threading
 import time
-from collections.abc import Callable, Collection, Generator, Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING
 
-from llmkit.errors import InvalidRequestError, ModelUnloadedError
-from llmkit.notebook.sharing import Sharing
+from llmkit.handle import Handle
 from llmkit.notebook.sounds import LiveText, Speech, Transcript, sound_bytes
-from llmkit.protocol import EngineStats, GenerationRequest, ModelDescription
-from llmkit.protocol.client import EngineClient
+from llmkit.protocol import GenerationRequest
 from llmkit.protocol.speech import Facts, Hearing, Lines, Saying, Segment
 from llmkit.sessions.running import Interrupted, new_id
-from llmkit.settings.options import EngineOptions
-from llmkit.system.waiting import uninterrupted
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from llmkit.bridge.server import BridgeServer
-    from llmkit.notebook.serving import Endpoint
-
 __all__ = ["SpeechToText", "TextToSpeech"]
 
 
-class _Handle:
-    """What both have."""
-
-    def __init__(
-        self,
-        client: EngineClient,
-        bridge: BridgeServer | None = None,
-        options: EngineOptions | None = None,
-        on_unload: Callable[[Any], None] = lambda _: None,
-    ) -> None:
-        self._client: EngineClient | None = client
-        self._description = client.description
-        self._sharing, self._options = Sharing(bridge), options or EngineOptions()
-        self._on_unload, self._unload_lock = on_unload, threading.Lock()
-
-    @property
-    def model(self) -> ModelDescription:
-        """Name, size, languages and voices."""
-        return self._description
-
-    @property
-    def name(self) -> str:
-        """The name that callers use."""
-        return self._description.name
-
-    @property
-    def closed(self) -> bool:
-        """Whether the model was unloaded, or its engine has ended."""
-        client = self._client  # another thread may unload it
-        return client is None or client.state.is_gone
-
-    @property
-    def stats(self) -> EngineStats:
-        """The engine's current counters."""
-        return self.engine.stats()
-
-    @property
-    def engine(self) -> EngineClient:
-        """The engine client; the engine runs here or in another process."""
-        if self._client is None:
-            raise ModelUnloadedError(
-                f"the model {self.name!r} was unloaded; load it again with llmkit.load()."
-            )
-        return self._client
-
-    def check_same(
-        self,
-        options: EngineOptions,
-        name: str | None,
-        given: Collection[str] | None = None,
-        share: bool | None = None,
-    ) -> None:
-        """Raises `InvalidRequestError` if a second load asks for other settings."""
-        mine, wanted = self._options.as_dict(), options.as_dict()
-        other = [k for k in wanted if wanted[k] != mine[k] and (given is None or k in given)]
-        if name not in (None, self.name):
-            other.append("name")
-        if share is False and self._sharing.bridge is not None:
-            other.append("share")
-        if other:
-            raise InvalidRequestError(
-                f"{self.name!r} is loaded in this process with other settings "
-                f"({', '.join(other)}); unload() it first to change them."
-            )
-
-    def share(self, kernel_id: str | None) -> None:
-        """Share a model loaded with ``share=False`` with other processes of this user."""
-        if self._sharing.bridge is None and not self._options.isolated:
-            self._sharing.start(self.engine, kernel_id)
-
-    def serve(self, port: int = 0) -> Endpoint:
-        """Serve this model to other programs; see `LLM.serve`."""
-        return self._sharing.serve(self.engine, port)
-
-    def unload(self) -> None:
-        """Free the memory; idempotent. Running requests end with `ModelUnloadedError`."""
-        with self._unload_lock:
-            client, self._client = self._client, None
-        if client is None:
-            return
-        try:
-            self._on_unload(self)
-        finally:
-            uninterrupted(lambda: self._close(client))
-
-    def _close(self, client: EngineClient) -> None:
-        self._sharing.close()
-        client.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.unload()
+class _Sounding(Handle):
+    """What both have beside a `Handle`."""
 
     def __repr__(self) -> str:
         kind, known = type(self).__name__, ", ".join(self._knows())
@@ -143,7 +43,7 @@ class _Handle:
             yield (event for text in stream for event in lines.read(text))
 
 
-class SpeechToText(_Handle):
+class SpeechToText(_Sounding):
     """A model that writes down speech.
 
     >>> whisper = llmkit.load("whisper-tiny.en")        # doctest: +SKIP
@@ -200,7 +100,7 @@ class SpeechToText(_Handle):
         return self.last
 
 
-class TextToSpeech(_Handle):
+class TextToSpeech(_Sounding):
     """A model that speaks.
 
     >>> voice = llmkit.load("hibari")                   # doctest: +SKIP

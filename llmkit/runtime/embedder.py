@@ -126,7 +126,9 @@ class LocalEmbedder:
 
     @property
     def state(self) -> EngineState:
-        return EngineState.gone_for(self._unloaded() if self._closed else self._failure)
+        return EngineState.gone_for(
+            str(ModelUnloadedError.of(self.description.name)) if self._closed else self._failure
+        )
 
     @property
     def origin(self) -> Origin:
@@ -194,11 +196,7 @@ class LocalEmbedder:
         if self._failure is not None:
             raise EngineGoneError(self._failure)
         if self._closed or self._pid != os.getpid():
-            raise ModelUnloadedError(self._unloaded())
-
-    def _unloaded(self) -> str:
-        name = self.description.name
-        return f"the model {name!r} was unloaded; load it again with llmkit.load()."
+            raise ModelUnloadedError.of(self.description.name)
 
     def _tokens(self, text: str | tuple[int, ...], query: str | None) -> list[int]:
         n_ctx, n_vocab, vocab = self.description.n_ctx, self.description.n_vocab, self._model.vocab

@@ -205,7 +205,8 @@ class LocalEngine:
 
     @property
     def state(self) -> EngineState:
-        return EngineState.gone_for(self._unloaded() if self._closed else self._engine.failure)
+        unloaded = str(ModelUnloadedError.of(self._description.name))
+        return EngineState.gone_for(unloaded if self._closed else self._engine.failure)
 
     @property
     def origin(self) -> Origin:
@@ -346,11 +347,7 @@ class LocalEngine:
         if not self._closed and self._engine.failure is not None:
             raise EngineGoneError(self._engine.failure)
         if self._closed or self._engine.closed:
-            raise ModelUnloadedError(self._unloaded())
-
-    def _unloaded(self) -> str:
-        name = self._description.name
-        return f"the model {name!r} was unloaded; load it again with llmkit.load()."
+            raise ModelUnloadedError.of(self._description.name)
 
     def close(self) -> None:
         if self._pid != os.getpid():

@@ -135,7 +135,9 @@ class LocalSpeech:
 
     @property
     def state(self) -> EngineState:
-        return EngineState.gone_for(self._unloaded() if self._closed else self._failure)
+        return EngineState.gone_for(
+            str(ModelUnloadedError.of(self.description.name)) if self._closed else self._failure
+        )
 
     @property
     def origin(self) -> Origin:
@@ -268,11 +270,7 @@ class LocalSpeech:
         if self._failure is not None:
             raise EngineGoneError(self._failure)
         if self._closed or self._pid != os.getpid():
-            raise ModelUnloadedError(self._unloaded())
-
-    def _unloaded(self) -> str:
-        name = self.description.name
-        return f"the model {name!r} was unloaded; load it again with llmkit.load()."
+            raise ModelUnloadedError.of(self.description.name)
 
     def _run(self) -> None:
         failure: Exception = ModelUnloadedError("the model was unloaded during this request")
