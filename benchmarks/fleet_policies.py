@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from abc import ABC, abstractmethod
 from bisect import bisect_left, insort
 from hashlib import blake2b
 from typing import Any, ClassVar
@@ -42,14 +43,8 @@ class Policy:
         return max(0, self.has[name] + self.since[name])
 
     def route(self, job: Job) -> str | None:
-        if not self.open:
-            return None
-        name = self.pick(job)
-        self.since[name] += 1
-        return name
-
-    def pick(self, job: Job) -> str:
-        raise NotImplementedError
+        """Where it goes; a gateway without engines refuses it."""
+        return None
 
     def started(self, job: Job) -> None:
         pass
@@ -59,19 +54,34 @@ class Policy:
             self.since[name] -= 1
 
 
-class LeastLoaded(Policy):
+class Choosing(Policy, ABC):
+    """One that chooses among those that are open."""
+
+    def route(self, job: Job) -> str | None:
+        if not self.open:
+            return None
+        name = self.pick(job)
+        self.since[name] += 1
+        return name
+
+    @abstractmethod
+    def pick(self, job: Job) -> str:
+        """One of ``open``."""
+
+
+class LeastLoaded(Choosing):
     def pick(self, job: Job) -> str:
         loads = [self.load(name) for name in self.open]
         least = min(loads)
         return self.rng.choice([n for n, has in zip(self.open, loads, strict=True) if has == least])
 
 
-class PowerOfTwo(Policy):
+class PowerOfTwo(Choosing):
     def pick(self, job: Job) -> str:
         return min(self.rng.choice(self.open), self.rng.choice(self.open), key=self.load)
 
 
-class Ring(Policy):
+class Ring(Choosing):
     """By the conversation."""
 
     POINTS: ClassVar[int] = 64

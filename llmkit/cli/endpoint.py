@@ -14,15 +14,15 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote
 
 from llmkit.errors import InvalidRequestError, LLMKitError
+from llmkit.system.urls import UNRESERVED, http_parts
 
 __all__ = ["Endpoint", "EndpointError", "Reply", "events_of"]
 
 MAX_BODY, MAX_LINE = 64 << 20, 4 << 20
 CONNECT_S, SILENCE_S = 10.0, 600.0
-UNRESERVED = "/%~!$&'()*+,;=:@"
 HINTS = {
     401: "the key is missing or wrong; give --api-key or set LLMKIT_API_KEY or OPENAI_API_KEY",
     403: "this key may not do that",
@@ -72,24 +72,14 @@ class Endpoint:
     def __init__(
         self, base_url: str, api_key: str | None = None, *, from_environment: bool = True
     ) -> None:
-        try:
-            url = urlsplit(base_url)
-            port = url.port
-        except ValueError:
-            url, port = urlsplit(""), None
-        if (
-            url.scheme not in ("http", "https")
-            or not url.hostname
-            or url.query
-            or url.fragment
-            or any(c <= " " or c == "\x7f" for c in base_url)
-        ):
+        found = http_parts(base_url)
+        if found is None:
             raise InvalidRequestError(
                 f"an endpoint's address looks like http://127.0.0.1:3000/v1, not {base_url!r:.200}",
                 "base_url",
             )
-        self._secure = url.scheme == "https"
-        self._host, self._port = url.hostname, port or (443 if self._secure else 80)
+        url, self._port = found
+        self._secure, self._host = url.scheme == "https", str(url.hostname)
         place = f"{url.scheme}://{url.netloc.rpartition('@')[2]}"
         path = quote(url.path.rstrip("/") or "/v1", safe=UNRESERVED)
         self.base, self.root = place + path, place + path.removesuffix("/v1")

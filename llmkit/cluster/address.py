@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote
 
 from llmkit.errors import InvalidRequestError
+from llmkit.system.urls import UNRESERVED, http_parts
 
 __all__ = ["HUB", "HUB_URL", "KEY", "Address", "hub_address"]
 
@@ -14,7 +15,6 @@ HUB = "hub"  # what people call it
 HUB_URL, HUB_TOKEN = "LLMKIT_HUB_URL", "JUPYTERHUB_API_TOKEN"
 KEY = "LLMKIT_API_KEY"
 SERVICE = "services/llmkit"
-UNRESERVED = "/%~!$&'()*+,;=:@"
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,23 +38,14 @@ class Address:
     @classmethod
     def of(cls, url: str, key: str, *, is_hub: bool = False) -> Address:
         """From what a user wrote. Raises `InvalidRequestError` for what is no address."""
-        try:
-            parts = urlsplit(url)
-            port = parts.port
-        except ValueError:
-            parts, port = urlsplit(""), None
-        if (
-            parts.scheme not in ("http", "https")
-            or not parts.hostname
-            or parts.query
-            or parts.fragment
-            or any(c <= " " or c == "\x7f" for c in url)
-        ):
+        found = http_parts(url)
+        if found is None:
             raise InvalidRequestError(
                 "a gateway's address looks like https://example.org/services/llmkit, "
                 f"not {url!r:.200}",
                 "url",
             )
+        parts, port = found
         if "@" in parts.netloc:
             raise InvalidRequestError(
                 "a gateway's address has no user or password in it; give the key as key=.", "url"
@@ -65,8 +56,8 @@ class Address:
         path = quote(parts.path.rstrip("/"), safe=UNRESERVED).removesuffix("/v1").rstrip("/")
         return cls(
             f"{parts.scheme}://{parts.netloc}{path}",
-            parts.hostname,
-            port or (443 if is_secure else 80),
+            str(parts.hostname),
+            port,
             is_secure,
             path,
             key,
