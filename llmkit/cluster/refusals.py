@@ -111,7 +111,7 @@ def said_in(body: bytes) -> Mapping[str, Any]:
 def retry_after(headers: Mapping[str, str]) -> float:
     """Seconds after which it may be sent again."""
     text = headers.get("retry-after", "")
-    return float(text) if text.isascii() and text.isdigit() and len(text) < 6 else 2.0
+    return max(0.5, float(text)) if text.isascii() and text.isdigit() and len(text) < 6 else 2.0
 
 
 def _message(said: Mapping[str, Any]) -> str:

@@ -29,13 +29,13 @@ from llmkit.cluster.submission import Submission
 from llmkit.errors import EngineError, EngineGoneError, InvalidRequestError
 from llmkit.protocol import (
     READY,
-    DescribeVocabulary,
     EmbeddingRequest,
     Embeddings,
     EngineState,
     EngineStats,
     GenerationRequest,
     Inquiry,
+    ListRequests,
     ModelDescription,
     Origin,
     Unload,
@@ -301,8 +301,8 @@ class RemoteEngine:
         if said_in(reply.body).get("code") != "model_unavailable":
             self._learn(self._checked(reply))
             return
-        # It may have to be loaded, which a look does not do.
-        question: Inquiry[Any] = Inquiry("attach", DescribeVocabulary())
+        # It may have to be loaded, which a look does not do. Every engine answers this.
+        question: Inquiry[Any] = Inquiry("attach", ListRequests())
         await self._post("inquire", inquiries.encode_inquiry(question))
         await self._refresh()
 

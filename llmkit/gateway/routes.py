@@ -239,7 +239,7 @@ def route_table(
             "Special tokens and the chat template",
             also=("/v1/tokenizer_info",),
         ),
-        *EngineRoutes(directory, on_use).routes(),
+        *EngineRoutes(directory, on_use, max_sound_s=max_sound_s).routes(),
         *pages.routes(),
         Route("GET", "/status", status.status, "Models and requests"),
         Route("GET", "/openapi.json", own.openapi, "This description"),

@@ -23,6 +23,7 @@ __all__ = [
 
 MAX_INPUTS = 100_000
 MAX_CHOICES = 1024
+MAX_ID = 256  # characters: an id comes back with every event
 MIN_WEIGHT, MAX_WEIGHT = 0.01, 100.0
 MAX_TOKEN, MAX_SENT = 2**63 - 1, 2**31 - 1
 # At most so many characters per token on average: longer text cannot fit, and is refused before
@@ -134,6 +135,7 @@ class GenerationRequest:
         ]
 
     def __post_init__(self) -> None:
+        check_id(self.request_id)
         check_integer(self.n, "n", 1, MAX_CHOICES)
         check_number(self.weight, "weight", MIN_WEIGHT, MAX_WEIGHT)
         check(self.resume is None or self.n == 1, "resume", "is for one answer: n must be 1.")
@@ -182,6 +184,7 @@ class EmbeddingRequest:
     weight: float = 1.0
 
     def __post_init__(self) -> None:
+        check_id(self.request_id)
         check_number(self.weight, "weight", MIN_WEIGHT, MAX_WEIGHT)
         check(0 < len(self.inputs) <= MAX_INPUTS, "input", f"must hold 1 to {MAX_INPUTS} texts.")
         check(
@@ -189,6 +192,12 @@ class EmbeddingRequest:
             "input",
             "must hold texts or lists of token ids.",
         )
+
+
+def check_id(request_id: str) -> None:
+    """Raises `InvalidRequestError` for what is no request's id."""
+    fine = isinstance(request_id, str) and len(request_id) <= MAX_ID
+    check(fine, "request_id", f"must be a string of at most {MAX_ID} characters.")
 
 
 def check_size(request: GenerationRequest, n_ctx: int) -> None:

@@ -35,8 +35,14 @@ VECTORS = frozenset(
         "/engine/embed",
     }
 )
-LOOKS = frozenset({"/api/show", "/engine/inquire"})
-ASKING = LOOKS | {"/v1/messages/count_tokens", "/tokenize", "/detokenize", "/apply-template"}
+LOOKS = frozenset({"/api/show"})
+ASKING = LOOKS | {
+    "/v1/messages/count_tokens",
+    "/tokenize",
+    "/detokenize",
+    "/apply-template",
+    "/engine/inquire",
+}
 HEARING = frozenset({"/v1/audio/transcriptions", "/v1/audio/translations"})
 SPEAKING = frozenset({"/v1/audio/speech"})
 BOUNDED = GENERATING | VECTORS | ASKING | HEARING | SPEAKING  # in time

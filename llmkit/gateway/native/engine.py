@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import math
 import secrets
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -81,13 +82,19 @@ class EngineRoutes:
     """`/engine` over the engines of a directory.
 
     Requests have ids of the gateway's own in the engine, since two callers may choose the same.
-    Theirs is in it, so that each sees its own again where the engine shows what it does.
+    Theirs is in it, so that each sees its own again where the engine shows what it does. Sound may
+    last ``max_sound_s`` seconds.
     """
 
     def __init__(
-        self, directory: EngineDirectory, on_use: Callable[[EngineClient], None] = lambda _: None
+        self,
+        directory: EngineDirectory,
+        on_use: Callable[[EngineClient], None] = lambda _: None,
+        *,
+        max_sound_s: float | None = None,
     ) -> None:
         self._directory, self._on_use = directory, on_use
+        self._max_sound_s = math.inf if max_sound_s is None else max_sound_s
         self._secret = secrets.token_bytes(16)
 
     def routes(self) -> list[Route]:
@@ -235,7 +242,7 @@ class EngineRoutes:
             except (msgspec.MsgspecError, ValueError, TypeError, OverflowError) as error:
                 if isinstance(error, InvalidRequestError):
                     raise
-                raise InvalidRequestError(f"This is no message of llmkit's: {error}") from None
+                raise InvalidRequestError(f"This is not an llmkit message: {error}") from None
 
         return await exchange.reading.message(exchange, read)
 
@@ -262,6 +269,11 @@ class EngineRoutes:
         if isinstance(request.prompt, tuple):
             _check_tokens(model, request.prompt, "prompt")
         mine = replace(request, request_id=self._id(exchange, request.request_id))
+        if mine.hearing is not None:
+            wanted = mine.hearing.max_s
+            most = self._max_sound_s if wanted is None else min(wanted, self._max_sound_s)
+            limit = most if math.isfinite(most) else None
+            mine = replace(mine, hearing=replace(mine.hearing, max_s=limit))
         if ADMIN in exchange.identity.scopes:
             return mine
         for name, is_wanted in (
@@ -286,7 +298,8 @@ class EngineRoutes:
     def _seen(self, exchange: Exchange, question: Question[Any], found: Any) -> Any:
         """An answer without what is other callers'.
 
-        How much a slot shares with another would tell whose prompts are like one's own.
+        How long those are, and how much a slot shares with another, is not shown either: it would
+        tell whose prompts are like one's own.
         """
         tag, is_admin = self._tag(exchange), ADMIN in exchange.identity.scopes
 
@@ -301,14 +314,25 @@ class EngineRoutes:
                 return tuple(replace(r, request=own(r.request) or r.request) for r in rows)
             case ListSlots():
                 return tuple(
-                    replace(s, request=own(s.request), shared=s.shared if is_admin else 0)
+                    replace(s, request=own(s.request))
+                    if is_admin
+                    else replace(
+                        s,
+                        request=own(s.request),
+                        tokens=s.tokens if own(s.request) is not None else 0,
+                        shared=0,
+                    )
                     for s in found
                 )
             case ListSteps():
                 return tuple(
                     replace(
                         step,
-                        chunks=tuple(replace(c, request=own(c.request) or "") for c in step.chunks),
+                        chunks=tuple(
+                            replace(c, request=mine)
+                            for c in step.chunks
+                            if (mine := own(c.request)) is not None
+                        ),
                     )
                     for step in found
                 )
@@ -334,10 +358,10 @@ def _shown(exchange: Exchange, description: ModelDescription) -> ModelDescriptio
     return replace(description, path=exchange.shown_path(description.path), adapters=adapters)
 
 
-def _check_tokens(model: ModelDescription, tokens: Iterable[int], param: str) -> None:
+def _check_tokens(model: ModelDescription, tokens: Sequence[int], param: str) -> None:
     """Raises `InvalidRequestError` for what is no token of a model."""
     most = model.n_vocab or 1 << 31
-    for token in tokens:
+    for token in (min(tokens), max(tokens)) if tokens else ():  # there may be a million
         if not 0 <= token < most:
             raise InvalidRequestError(
                 f"{param}: token id {token!r:.30} is out of range (0–{most - 1}).", param
