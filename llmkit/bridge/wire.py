@@ -6,7 +6,7 @@ server → client   WELCOME · DENIED · EVENTS · EMBEDDED · ANSWER · PONG ·
 The first frame is the kind, the second a body. Greetings, requests and answers are JSON; EVENTS and
 PONG, the frequent ones, are MessagePack. SUBMIT, EMBED and INQUIRE have a third frame naming the
 caller (`About`), so that the request can be routed unparsed; that of EMBEDDED is the raw vectors.
-The sound of a SUBMIT is in a fourth: as text it would take a long time to write and to read.
+The sound or the media of a SUBMIT are in a fourth: as text they would take long to write and read.
 
 Kernels and servers have environments of their own, so neighbouring versions must understand each
 other. Unknown fields are ignored, missing ones have their default, and messages of an unknown kind
@@ -282,6 +282,7 @@ _json = msgspec.json.Encoder(enc_hook=_plain)
 _msgpack = msgspec.msgpack.Encoder(enc_hook=_plain)
 _decoders: dict[Any, msgspec.json.Decoder[Any]] = {}
 _events, _stats = msgspec.msgpack.Decoder(Events), msgspec.msgpack.Decoder(EngineStats)
+_media = msgspec.msgpack.Decoder(dict[str, bytes])
 # Among the sampling parameters, of which an older engine refuses those that it does not know: it
 # would begin the answer anew otherwise.
 _RESUME = "resume"
@@ -356,18 +357,22 @@ def decode_request(data: bytes) -> GenerationRequest:
 
 
 def apart(request: GenerationRequest) -> tuple[GenerationRequest, bytes]:
-    """A request without its sound, and the sound."""
+    """A request without the bytes of its sound or media, and these bytes as one frame."""
     hearing = request.hearing
-    if hearing is None:
-        return request, b""
-    return replace(request, hearing=replace(hearing, audio=b"")), hearing.audio
+    if hearing is not None:
+        return replace(request, hearing=replace(hearing, audio=b"")), hearing.audio
+    if request.media:
+        return replace(request, media={}), _msgpack.encode(request.media)
+    return request, b""
 
 
-def together(request: GenerationRequest, sound: bytes) -> GenerationRequest:
-    """The opposite of `apart`."""
-    if request.hearing is None or not sound:
+def together(request: GenerationRequest, frame: bytes) -> GenerationRequest:
+    """The opposite of `apart`. Raises `msgspec.DecodeError` for a frame that is not one."""
+    if not frame:
         return request
-    return replace(request, hearing=replace(request.hearing, audio=sound))
+    if request.hearing is not None:
+        return replace(request, hearing=replace(request.hearing, audio=frame))
+    return replace(request, media=_media.decode(frame))
 
 
 def stranger(version: int, llmkit: str) -> str | None:

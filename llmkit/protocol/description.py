@@ -142,12 +142,13 @@ class ModelDescription:
     hears: bool = False  # writes down speech
     voices: tuple[str, ...] = ()  # with which it speaks, the default first
     languages: tuple[str, ...] = ()  # that it hears or speaks
+    inputs: tuple[str, ...] = ()  # what its messages may hold beside text: "image", "audio"
 
     def __post_init__(self) -> None:
         # A connection file's JSON has lists.
         pairs = tuple((path, scale) for path, scale in self.adapters)
         object.__setattr__(self, "adapters", pairs)
-        for name in ("voices", "languages"):
+        for name in ("voices", "languages", "inputs"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
 
     @property

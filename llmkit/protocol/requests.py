@@ -86,6 +86,7 @@ class GenerationRequest:
     message, an assistant's, is the beginning of the answer. ``resume`` goes on where another engine
     stopped, and ``show_tokens`` has deltas carry what that takes. ``hearing`` is for models that
     write down speech, ``saying`` for those that speak the ``prompt``; see `llmkit.protocol.speech`.
+    ``media`` has the files of the messages' `Media`, by digest.
     """
 
     request_id: str
@@ -110,6 +111,7 @@ class GenerationRequest:
     show_tokens: bool = False
     hearing: Hearing | None = None
     saying: Saying | None = None
+    media: dict[str, bytes] = field(default_factory=dict, hash=False, repr=False)
 
     @property
     def salt(self) -> str:
