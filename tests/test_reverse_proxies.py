@@ -11,9 +11,10 @@ import socket
 import ssl
 import subprocess
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -21,12 +22,13 @@ from access_client import Served, entry, served
 from deploy_tools import DEPLOY, run, tool
 from fake_runner import FakeRunner
 from fakes import FakeClient
-from tornado.httpclient import AsyncHTTPClient, HTTPRequest, HTTPResponse
+from tornado.httpclient import AsyncHTTPClient, HTTPError, HTTPRequest, HTTPResponse
 from tornado.websocket import websocket_connect
 
 from llmkit.bridge.server import BridgeServer
 from llmkit.engine.batch import Batch, StepOutput
 from llmkit.gateway.exchange import Exchange
+from llmkit.gateway.server import HEADER_S
 
 KEY = entry().key
 BODY_MB = 0.25
@@ -131,6 +133,8 @@ def haproxy(folder: Path, port: int, target: str) -> list[str]:
     program = tool("haproxy", "haproxy")
     text = changed(
         "haproxy.cfg",
+        # An account and a folder that the test may lack, and root may not give up everywhere.
+        ("    user haproxy\n    group haproxy\n    chroot /var/lib/haproxy\n", ""),
         ("bind :443", f"bind 127.0.0.1:{port}"),
         ("/etc/haproxy/llm.pem", str(folder / "both.pem")),
         ("127.0.0.1:3000", target),
@@ -158,17 +162,25 @@ def running(command: list[str], folder: Path) -> Iterator[subprocess.Popen[bytes
                 process.wait(10)
 
 
-@pytest.fixture(params=[nginx, caddy, haproxy], ids=lambda make: make.__name__)
-async def behind(
-    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> AsyncIterator[Behind]:
-    make: Callable[[Path, int, str], list[str]] = request.param
-    monkeypatch.setenv("HOME", str(tmp_path))  # of Caddy's storage
+def make_certificate(folder: Path) -> None:
     run(
         tool("openssl", "openssl"), "req", "-x509", "-newkey", "ec", "-pkeyopt",
         "ec_paramgen_curve:prime256v1", "-nodes", "-subj", f"/CN={HOST}", "-addext",
-        f"subjectAltName=DNS:{HOST}", "-keyout", tmp_path / "tls.key", "-out", tmp_path / "tls.crt",
+        f"subjectAltName=DNS:{HOST}", "-keyout", folder / "tls.key", "-out", folder / "tls.crt",
     )  # fmt: skip
+
+
+Proxy = Callable[[Path, int, str], list[str]]
+PROXIES = [pytest.param(make, id=make.__name__) for make in (nginx, caddy, haproxy)]
+
+
+@pytest.fixture(params=PROXIES)
+async def behind(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[Behind]:
+    make: Proxy = request.param
+    monkeypatch.setenv("HOME", str(tmp_path))  # of Caddy's storage
+    make_certificate(tmp_path)
     addresses: list[str] = []
 
     @contextlib.contextmanager
@@ -266,34 +278,40 @@ async def test_a_token_is_there_before_the_next_is_computed(behind: Behind) -> N
 
 
 async def posted(
-    behind: Behind, path: str, body: bytes
+    behind: Behind,
+    path: str,
+    body: bytes,
+    headers: Mapping[str, str] = MappingProxyType({}),
+    local: str = "127.0.0.1",
 ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
     """A connection on which this is being sent, whether or not anything comes back."""
     context = ssl.create_default_context()
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     reader, writer = await asyncio.open_connection(
-        "127.0.0.1", int(behind.url.rpartition(":")[2]), ssl=context, server_hostname=HOST
-    )
-    head = f"POST {path} HTTP/1.1\r\nHost: {HOST}\r\nAuthorization: Bearer {KEY}\r\n"
-    writer.write(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        "127.0.0.1", int(behind.url.rpartition(":")[2]), ssl=context, server_hostname=HOST,
+        local_addr=(local, 0),
+    )  # fmt: skip
+    sent = {"Host": HOST, "Authorization": f"Bearer {KEY}", "Content-Length": len(body), **headers}
+    head = "".join(f"{name}: {value}\r\n" for name, value in sent.items())
+    writer.write(f"POST {path} HTTP/1.1\r\n{head}\r\n".encode() + body)
     return reader, writer
 
 
-async def test_whoever_goes_away_ends_the_request(behind: Behind) -> None:
+@pytest.mark.parametrize("when", ["amid a stream", "before its first token", "no stream"])
+async def test_whoever_goes_away_ends_the_request(behind: Behind, when: str) -> None:
     behind.runner.shut = True
-    body = json.dumps({**CHAT, "max_tokens": 4000}).encode()
+    body = json.dumps({**CHAT, "max_tokens": 4000, "stream": when != "no stream"}).encode()
     reader, writer = await posted(behind, "/v1/chat/completions", body)
-    behind.runner.tickets.release()
     async with asyncio.timeout(20):
-        await reader.readuntil(b"content")
-    assert behind.engine.stats().num_running == 1
-    behind.runner.shut = False
-    behind.runner.step_s = 0.01  # 40 s of work, if nobody ends it
-    writer.transport.abort()
-    async with asyncio.timeout(15):
-        while behind.engine.stats().num_running:
+        while not behind.engine.engine.requests():
             await asyncio.sleep(0.01)
-    behind.runner.step_s = 0.0
+        if when == "amid a stream":
+            behind.runner.tickets.release()
+            await reader.readuntil(b"content")
+    writer.transport.abort()
+    async with asyncio.timeout(15):  # it is held up, and nothing else ends it
+        while behind.engine.engine.requests():
+            await asyncio.sleep(0.01)
     assert (await behind.fetch("/v1/models")).code == 200
 
 
@@ -345,21 +363,52 @@ async def test_who_asks_is_known_and_cannot_be_feigned(behind: Behind) -> None:
         "Forwarded": "for=6.6.6.6",
         "X-Real-IP": "6.6.6.6",
     }
-    body = {**CHAT, "stream": False}
-    reply = await behind.fetch("/v1/chat/completions", body, headers=feigned)
-    assert reply.code == 200 and set(behind.addresses) == {"127.0.0.1"}
+    body = json.dumps({**CHAT, "stream": False}).encode()
+    # From an address that is not the proxy's own.
+    reader, writer = await posted(
+        behind, "/v1/chat/completions", body, headers=feigned, local="127.0.0.2"
+    )
+    async with asyncio.timeout(20):
+        assert (await reader.readline()).startswith(b"HTTP/1.1 200 ")
+    writer.transport.abort()
+    assert set(behind.addresses) == {"127.0.0.2"}
     wrong = await behind.fetch("/v1/models", headers={"Authorization": "Bearer wrong"})
     assert wrong.code == 401
 
 
-async def test_idle_connections_are_closed_by_the_proxy_first() -> None:
+@pytest.mark.parametrize("make", PROXIES)
+async def test_idle_connections_are_closed_by_the_proxy_first(
+    make: Proxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Else a request now and then meets a connection that is just being closed."""
-    from llmkit.gateway.server import HEADER_S
+    ended = asyncio.Event()
 
-    for name, line in (
-        ("nginx.conf", "    keepalive_timeout 15s;"),
-        ("Caddyfile", "\t\t\tkeepalive 15s"),
-        ("haproxy.cfg", "pool-purge-delay 15s"),
-    ):
-        assert line in (DEPLOY / "proxy" / name).read_text()
-    assert HEADER_S > 15
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(OSError, asyncio.IncompleteReadError):
+            asked = await reader.readuntil(b"\r\n\r\n")
+            writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
+            if await reader.read() == b"" and asked.startswith(b"GET /idle"):
+                ended.set()
+        writer.close()
+
+    async with await asyncio.start_server(answer, "127.0.0.1", 0) as upstream:
+        port = free_port()
+        monkeypatch.setenv("HOME", str(tmp_path))
+        make_certificate(tmp_path)
+        command = make(tmp_path, port, f"127.0.0.1:{upstream.sockets[0].getsockname()[1]}")
+        assert HEADER_S > 15
+        for name in {"site.conf", "Caddyfile"} & {path.name for path in tmp_path.iterdir()}:
+            text = (tmp_path / name).read_text()
+            assert text.count("15s") == 1
+            (tmp_path / name).write_text(text.replace("15s", "1s"))
+        with running(command, tmp_path):
+            request = HTTPRequest(
+                f"https://127.0.0.1:{port}/idle", headers={"Host": HOST}, validate_cert=False
+            )
+            async with asyncio.timeout(10):
+                while True:
+                    with contextlib.suppress(OSError, HTTPError):
+                        await AsyncHTTPClient(force_instance=True).fetch(request)
+                        break
+                    await asyncio.sleep(0.05)
+                await ended.wait()

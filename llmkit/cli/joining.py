@@ -226,6 +226,8 @@ class _Starter:
                 pass
         self.is_gone = True
         if not self._loaded.is_set():
+            with contextlib.suppress(OSError):
+                os.write(2, b"llmkit: standard input, a pipe, has ended, and with it this engine\n")
             os._exit(1)
         self._something.set()
 
