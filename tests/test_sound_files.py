@@ -18,7 +18,7 @@ from llmkit.speech.decoding import RATE, pcm_of
 from llmkit.speech.encoding import encoder_of
 from llmkit.speech.formats import srt, vtt
 from llmkit.speech.hibari import Hibari
-from llmkit.speech.resampling import Resampler
+from llmkit.media.resampling import Resampler
 from llmkit.speech.whisper import _pieces
 
 

@@ -9,6 +9,8 @@ import numpy as np
 __all__ = ["Resampler"]
 
 ZEROS = 16  # crossings of the sinc on each side: more is sharper and slower
+MAX_PHASES = 1024  # the usual rates need fewer; of others the nearest is taken
+AT_ONCE = 1 << 14  # samples made in one go
 
 
 class Resampler:
@@ -22,18 +24,17 @@ class Resampler:
     def __init__(self, source: int, target: int) -> None:
         common = math.gcd(source, target)
         self._up, self._down = target // common, source // common
+        self._phases = min(self._up, MAX_PHASES)
         widest = max(1.0, source / target)  # of the filter, where it also cuts what would alias
         half = math.ceil(ZEROS * widest)
         self._taps = 2 * half + 1
-        phases = np.arange(self._up)
-        self._offsets = phases * self._down // self._up
-        shift = phases * self._down / self._up - self._offsets
+        shift = np.arange(self._phases + 1) / self._phases
         at = np.arange(-half, half + 1)[None, :] - shift[:, None]
         window = np.cos(np.clip(at / (half + 1), -1, 1) * math.pi / 2) ** 2
         filters = np.sinc(at / widest) * window
         self._filters = (filters / filters.sum(axis=1, keepdims=True)).astype(np.float32)
         self._rest = np.zeros(half, np.float32)
-        self._half, self._read, self._written = half, 0, 0
+        self._half, self._read, self._written, self._dropped = half, 0, 0, 0
 
     def push(self, samples: np.ndarray) -> np.ndarray:
         """What is certain once these have come."""
@@ -44,22 +45,26 @@ class Resampler:
         """What is left."""
         total = -(-self._read * self._up // self._down)
         left = total - self._written
-        rest = self._take(np.zeros(self._half + 2 * self._down, np.float32))
-        self._written = total
-        return rest[:left]
+        return self._take(np.zeros(self._half + 1, np.float32))[:left]
 
     def _take(self, samples: np.ndarray) -> np.ndarray:
-        """As many whole rounds of all phases as there are samples for."""
+        """As many samples as there are whole windows for."""
         sound = np.concatenate([self._rest, samples.astype(np.float32, copy=False)])
-        rounds = (len(sound) - self._taps + 1) // self._down
-        if rounds <= 0:
-            self._rest = sound
-            return np.zeros(0, np.float32)
-        made = np.empty((rounds, self._up), np.float32)
-        windows = np.lib.stride_tricks.sliding_window_view(sound, self._taps)
-        end = rounds * self._down
-        for phase, offset in enumerate(self._offsets):
-            made[:, phase] = windows[offset : end : self._down] @ self._filters[phase]
-        self._rest = sound[end:]
-        self._written += made.size
-        return made.ravel()
+        last = self._dropped + len(sound) - self._taps  # where the last window begins
+        end = max(self._written, (last + 1) * self._up // self._down + 1)
+        while end > self._written and (end - 1) * self._down // self._up > last:
+            end -= 1
+        made = np.empty(end - self._written, np.float32)
+        if len(made):
+            windows = np.lib.stride_tricks.sliding_window_view(sound, self._taps)
+            for first in range(self._written, end, AT_ONCE):
+                at = np.arange(first, min(end, first + AT_ONCE)) * self._down
+                begins = at // self._up - self._dropped
+                phases = (at % self._up * self._phases + self._up // 2) // self._up
+                part = np.einsum("ij,ij->i", windows[begins], self._filters[phases])
+                made[first - self._written :][: len(part)] = part
+        self._written = end
+        begin = end * self._down // self._up  # of the next window
+        drop = min(max(0, begin - self._dropped), len(sound))
+        self._rest, self._dropped = sound[drop:], self._dropped + drop
+        return made
