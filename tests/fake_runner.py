@@ -1,13 +1,15 @@
-"""A model of about fifty lines: deterministic, and strict about the KV discipline. Tokens are
-bytes, so text needs no vocabulary."""
+"""A small model: deterministic, and strict about the KV discipline, positions included. Tokens are
+bytes, so text needs no vocabulary; what an image or a sound is encoded to is its key."""
 
 from __future__ import annotations
 
 import threading
 import zlib
+from collections.abc import Sequence
 
 from llmkit.engine.batch import (
     Batch,
+    Chunk,
     Close,
     Drop,
     Fork,
@@ -20,6 +22,7 @@ from llmkit.engine.batch import (
     StepOutput,
     Truncate,
 )
+from llmkit.engine.media import cells
 from llmkit.protocol import (
     SamplingParams,
 )
@@ -53,6 +56,9 @@ class FakeRunner:
         self.capacity, self.host_tokens = capacity, host_tokens
         self.step_s, self.end_after, self.letters = step_s, end_after, letters
         self.slots: list[list[int]] = [[] for _ in range(n_slots)]
+        # The position after each token; None within an image, which cannot be cut there.
+        self.places: list[list[int | None]] = [[] for _ in range(n_slots)]
+        self.parked_places: dict[int, list[int | None]] = {}
         self.parked: dict[int, list[int]] = {}
         self.saved_keys: set[int] = set()
         self.adapters: list[tuple[tuple[str, float], ...]] = [
@@ -82,7 +88,10 @@ class FakeRunner:
         return []
 
     def next_token(self, tokens: list[int], adapters: tuple[tuple[str, float], ...] = ()) -> int:
-        seen = bytes(t % 256 for t in tokens[-40:]) + (repr(adapters).encode() if adapters else b"")
+        # A cell of an image by all of its number, not by its last byte.
+        seen = bytes(t % 256 if t >= 0 else t % 251 for t in tokens[-40:]) + (
+            repr(adapters).encode() if adapters else b""
+        )
         return END if len(tokens) >= self.end_after else 97 + zlib.crc32(seen) % self.letters
 
     def score(self, tokens: list[int], token: int) -> Score:
@@ -99,18 +108,26 @@ class FakeRunner:
                     self.can_fork and (self.can_truncate or op.length == len(self.slots[op.source]))
                 )
                 self.slots[op.target] = self.slots[op.source][: op.length]
+                self.places[op.target] = self.places[op.source][: op.length]
                 self.adapters[op.target] = self.adapters[op.source]
                 if op.source in broken:
-                    self.slots[op.target] = []
+                    self.slots[op.target], self.places[op.target] = [], []
                     broken.add(op.target)
+                else:
+                    self._cut_right(op.target, op.length, op.offset)
             case Truncate():
                 assert op.slot in broken or (
                     op.length <= len(self.slots[op.slot]) and (self.can_truncate or op.length == 0)
                 )
                 del self.slots[op.slot][op.length :]
+                del self.places[op.slot][op.length :]
+                if op.slot not in broken:
+                    self._cut_right(op.slot, op.length, op.offset)
             case Shift():
                 assert op.keep + op.discard < len(self.slots[op.slot])
                 del self.slots[op.slot][op.keep : op.keep + op.discard]
+                assert min(self.slots[op.slot]) >= 0, "an image would lose its place"
+                self.places[op.slot] = [i + 1 for i in range(len(self.slots[op.slot]))]
             case Park():
                 assert list(op.tokens) == self.slots[op.slot], "parked is what is resident"
                 if op.save and self.lose_parked:
@@ -121,11 +138,12 @@ class FakeRunner:
                     list(op.tokens),
                     self.adapters[op.slot],
                 )
+                self.parked_places[op.key] = list(self.places[op.slot])
                 if op.save:
                     self.saved_keys.add(op.key)
             case Restore():
                 if self.lose_parked:
-                    self.slots[op.slot] = []
+                    self.slots[op.slot], self.places[op.slot] = [], []
                     broken.add(op.slot)
                     lost.append(op.key)
                 else:
@@ -133,6 +151,8 @@ class FakeRunner:
                         self.can_truncate or op.length == len(self.parked[op.key])
                     )
                     self.slots[op.slot] = self.parked[op.key][: op.length]
+                    self.places[op.slot] = self.parked_places[op.key][: op.length]
+                    self._cut_right(op.slot, op.length, op.offset)
                     self.adapters[op.slot] = self.parked_adapters[op.key]
             case Drop():
                 del self.parked[op.key]
@@ -149,6 +169,41 @@ class FakeRunner:
             case Close():
                 self.open.pop(op.serial, None)
 
+    def _cut_right(self, slot: int, length: int, offset: int) -> None:
+        """Whether a slot that was cut ends at the position that the engine means, and not within an
+        image."""
+        assert length != len(self.slots[slot]) or self._end(slot) == length + offset
+
+    def _end(self, slot: int) -> int | None:
+        return self.places[slot][-1] if self.places[slot] else 0
+
+    def _grow(self, chunk: Chunk, tokens: Sequence[int]) -> None:
+        """Add tokens of a chunk to its slot."""
+        slot, places, item = self.slots[chunk.slot], self.places[chunk.slot], chunk.item
+        for token in tokens:
+            if item is None:
+                assert token >= 0, "text does not go with cells of an image"
+                places.append(len(slot) + 1 + chunk.offset)
+            else:
+                is_last = len(slot) + 1 == item.end
+                places.append(item.start + chunk.offset + item.n_positions if is_last else None)
+            slot.append(token)
+
+    def _check_place(self, chunk: Chunk) -> None:
+        """A chunk continues its slot, in positions too, and brings what its cells stand for."""
+        slot, item, end = self.slots[chunk.slot], chunk.item, self._end(chunk.slot)
+        assert len(slot) == chunk.start, "positions must be contiguous"
+        if item is None:
+            assert end == chunk.start + chunk.offset
+            return
+        assert item.start <= chunk.start and chunk.start + len(chunk.tokens) <= item.end
+        begun = chunk.start - item.start
+        assert list(chunk.tokens) == cells(item.key, item.n_tokens)[begun:][: len(chunk.tokens)]
+        assert chunk.encoded == ("encoded", item.key) and not (chunk.draft or chunk.targets)
+        assert end is None if begun else end == item.start + chunk.offset
+        assert not item.whole or len(chunk.tokens) == item.n_tokens
+        assert not chunk.sample, "a prompt ends with text"
+
     def execute(self, batch: Batch) -> StepOutput:
         assert not self.closed
         self.batches.append(batch)
@@ -162,7 +217,13 @@ class FakeRunner:
         )
         if self.crash_next:
             raise RuntimeError("the fake is broken")
-        assert batch.num_tokens <= self.max_batch_tokens
+        for whole, media in ((True, True), (False, True), (False, False)):  # a decode each
+            together = [
+                len(c.tokens)
+                for c in batch.chunks
+                if media == (c.item is not None) and whole == (c.item is not None and c.item.whole)
+            ]
+            assert sum(together) <= self.max_batch_tokens
         assert [c.slot for c in batch.chunks] == sorted({c.slot for c in batch.chunks}), (
             "one chunk a slot, in order"
         )
@@ -199,19 +260,23 @@ class FakeRunner:
                 tokens.append(())
                 continue
             slot = self.slots[chunk.slot]
-            assert self.serials[chunk.slot] in self.open and len(slot) == chunk.start, (
-                "positions must be contiguous"
-            )
+            assert self.serials[chunk.slot] in self.open
+            self._check_place(chunk)
             assert chunk.tokens and chunk.start + len(chunk.tokens) <= self.n_ctx
             known = list(chunk.tokens)[: len(chunk.tokens) - chunk.draft]
             if interrupted:  # half of it was done
-                slot.extend(known[: len(known) // 2])
+                if chunk.item is None:
+                    self._grow(chunk, known[: len(known) // 2])
+                else:  # it cannot be cut but at its beginning
+                    del slot[chunk.item.start :]
+                    del self.places[chunk.slot][chunk.item.start :]
                 continue
-            slot.extend(known)
+            self._grow(chunk, known)
             if chunk.slot == fault:
                 assert self.fault_next is not None
                 if self.fault_next[1]:
                     slot.clear()
+                    self.places[chunk.slot].clear()
                 self.fault_next = None
                 tokens.append(())
                 continue
@@ -221,7 +286,7 @@ class FakeRunner:
                     chosen.append(self.next_token(slot, self.adapters[chunk.slot]))
                     if guess != chosen[-1]:
                         break
-                    slot.append(guess)
+                    self._grow(chunk, [guess])
             tokens.append(tuple(chosen))
         resident = [len(self.slots[c.slot]) for c in batch.chunks]
         if interrupted:
@@ -259,7 +324,7 @@ class FakeRunner:
 
     def reference(
         self,
-        prompt: bytes,
+        prompt: Sequence[int],
         max_tokens: int,
         adapters: tuple[tuple[str, float], ...] = (),
         shifts: bool = False,

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from typing import Any
 
 from fake_runner import END, FakeRunner, piece
 
 from llmkit.engine.budget import StepClock
 from llmkit.engine.detokenize import Detokenizer
+from llmkit.engine.encoding import Encodings
 from llmkit.engine.integrity import check
 from llmkit.engine.request import Request
 from llmkit.engine.scheduler import Scheduler
@@ -30,6 +32,7 @@ class Bench:
         deterministic: bool = False,
         shifts: bool = False,
         max_running: int | None = None,
+        encodings: Encodings | None = None,
     ) -> None:
         self.runner = runner
         self.shifts = shifts
@@ -53,16 +56,22 @@ class Bench:
             deterministic=deterministic,
             context_shift=shifts,
             max_running=max_running,
+            encodings=encodings,
         )
         self.ended: list[Request] = []
 
     def add(
-        self, prompt: bytes, max_tokens: int = 8, prompt_logprobs: int | None = None, **options: Any
+        self,
+        prompt: Sequence[int],
+        max_tokens: int = 8,
+        prompt_logprobs: int | None = None,
+        **options: Any,
     ) -> Request:
         params = SamplingParams(
             temperature=0, max_tokens=max_tokens, prompt_logprobs=prompt_logprobs
         )
-        room = max_tokens if self.shifts else self.runner.n_ctx - len(prompt)
+        shifts = self.shifts and not options.get("media")
+        room = max_tokens if shifts else self.runner.n_ctx - len(prompt)
         channel = Channel(f"r{next(_ids)}", lambda _: None)
         request = Request(
             list(prompt), params, min(max_tokens, room), Detokenizer(piece), channel, **options

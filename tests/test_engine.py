@@ -8,11 +8,14 @@ import threading
 import time
 
 import pytest
-from fake_runner import BAD_SEED, FakeRunner
+from fake_runner import BAD_SEED, FakeRunner, piece
 from fakes import FakeClient, ask, wait_for
 
+from llmkit.engine.detokenize import Detokenizer
+from llmkit.engine.request import Request
 from llmkit.errors import EngineError, ModelUnloadedError, QueueFullError
-from llmkit.protocol import FinishReason
+from llmkit.protocol import FinishReason, SamplingParams
+from llmkit.protocol.stream import Channel, Stream
 
 
 def test_batched_equals_one_by_one(fake: FakeClient) -> None:
@@ -32,6 +35,21 @@ def test_cached_equals_cold_and_is_counted(fake: FakeClient) -> None:
     assert warm.usage.cached_tokens == 99 and longer.usage.cached_tokens >= 99
     assert longer.text.encode() == fake.runner.reference(b"x" * 100 + b"yz", 8)
     assert fake.stats().cached_tokens_total >= 198
+
+
+def test_a_prefix_that_is_on_disk_is_not_saved_again(fake: FakeClient) -> None:
+    for _ in range(2):
+        made = Request(
+            list(b"keep this. " * 9),
+            SamplingParams(temperature=0, max_tokens=0),
+            0,
+            Detokenizer(piece),
+            Channel("saved", fake.abort),
+            keep_on_disk=True,
+        )
+        fake.engine.submit(made)
+        assert Stream(made.channel).result(5).finish_reason is FinishReason.LENGTH
+    assert len(fake.runner.saved_keys) == 1
 
 
 def test_decodes_are_in_every_step_of_a_long_prefill() -> None:

@@ -41,6 +41,7 @@ class Backlog:
         self._service: dict[str, float] = {}
         self._active: dict[str, int] = {}  # each caller's requests, waiting or running
         self._size = 0
+        self.num_with_media = 0
 
     def __len__(self) -> int:
         return self._size
@@ -59,12 +60,16 @@ class Backlog:
             self._service[caller] = max(self._service.get(caller, 0.0), least)
         self._active[caller] = self._active.get(caller, 0) + 1
         self._queue(request).append(request)
-        self._size += 1
+        self._count(request, 1)
 
     def put_back(self, request: Request) -> None:
         """Queue a preempted request again, ahead of its caller's others."""
         self._queue(request).appendleft(request)
-        self._size += 1
+        self._count(request, 1)
+
+    def _count(self, request: Request, change: int) -> None:
+        self._size += change
+        self.num_with_media += change if request.media else 0
 
     def _queue(self, request: Request) -> deque[Request]:
         return self._queues.setdefault((request.priority, request.caller), deque())
@@ -153,8 +158,8 @@ class Backlog:
         self._queues[key].remove(request)
         if not self._queues[key]:
             del self._queues[key]
-        self._size -= 1
+        self._count(request, -1)
 
     def clear(self) -> None:
         self._queues.clear()
-        self._size = 0
+        self._size = self.num_with_media = 0

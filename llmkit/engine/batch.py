@@ -1,4 +1,8 @@
-"""What one step sends to the model, and what it returns. Plain frozen data."""
+"""What one step sends to the model, and what it returns. Plain frozen data.
+
+``offset`` is how many more positions the tokens before a place take than their number: 0 for text,
+usually less than 0 after an image.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from llmkit.engine.media import Item
 from llmkit.protocol import SamplingParams
 
 __all__ = [
@@ -31,6 +36,7 @@ class Truncate:
 
     slot: int
     length: int
+    offset: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +55,7 @@ class Fork:
     source: int
     target: int
     length: int
+    offset: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +77,7 @@ class Restore:
     key: int
     slot: int
     length: int
+    offset: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,11 +118,13 @@ SlotOp = Truncate | Shift | Fork | Park | Restore | Drop | Open | Close
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Consecutive tokens of one slot: ``tokens[i]`` goes to position ``start + i``.
+    """Consecutive tokens of one slot: ``tokens[i]`` goes to position ``start + i + offset``.
 
     ``sample``: choose a token after the last one. The last ``draft`` tokens are guesses; each is
     valid only if the model chooses the same token there. ``targets``: the tokens that follow each
-    of the first ``len(targets)`` tokens, to be scored (prompt logprobs).
+    of the first ``len(targets)`` tokens, to be scored (prompt logprobs). With an ``item`` they are
+    cells of it, whose first position is ``item.start + offset``, and ``encoded`` is what its
+    encoder made of it.
     """
 
     slot: int
@@ -123,6 +133,9 @@ class Chunk:
     sample: bool
     draft: int = 0
     targets: Sequence[int] = ()
+    offset: int = 0
+    item: Item | None = None
+    encoded: object | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ Saxena, "Prompt Lookup Decoding", 2023.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import takewhile
 
 __all__ = ["Payoff", "PromptLookup"]
 
@@ -102,13 +103,15 @@ class PromptLookup:
         period = len(tokens) - end
         while len(guess) < size:  # a repetition at the very end continues
             guess.append(guess[len(guess) - period])
-        return guess
+        return list(takewhile(lambda token: token >= 0, guess))  # text alone, no cells of images
 
     def index(self, tokens: Sequence[int], upto: int) -> None:
         """Index n-grams of the first ``upto`` tokens, a bounded number per call: called during
         prefill, it is done by the first token."""
         upto = min(upto, self._indexed + MAX_INDEXED)
         for end in range(max(self._indexed, MIN_NGRAM), upto):
+            if tokens[end - 1] < 0:  # within an image
+                continue
             for size in range(MIN_NGRAM, min(NGRAM, end) + 1):
                 self._ends[tuple(tokens[end - size : end])] = end
         self._indexed = max(self._indexed, upto)

@@ -15,6 +15,7 @@ from llmkit.engine.admission import Admission, MakeWay
 from llmkit.engine.batch import Batch
 from llmkit.engine.budget import StepClock
 from llmkit.engine.drafter import ModelDrafter
+from llmkit.engine.encoding import Encoded, Encoder, Encodings
 from llmkit.engine.journal import Journal, requests_of, slots_of
 from llmkit.engine.request import Request
 from llmkit.engine.runner import ModelRunner
@@ -42,6 +43,7 @@ class Engine:
     ``target_itl_s`` is the inter-token latency that others' prompts must not exceed.
     ``deterministic`` and ``max_running``: see `Scheduler`. ``turns`` is held while a step computes.
     When idle, the first request waits ``batch_wait_s`` for others, to be computed with them.
+    ``encoder`` makes embeddings of images and sounds, of which ``encoded_bytes`` are kept.
     """
 
     def __init__(
@@ -58,6 +60,8 @@ class Engine:
         context_shift: bool = False,
         max_running: int | None = None,
         batch_wait_s: float = 0.0,
+        encoder: Encoder | None = None,
+        encoded_bytes: int = 0,
     ) -> None:
         self._runner = runner
         self._batch_wait_s = batch_wait_s
@@ -88,7 +92,9 @@ class Engine:
             context_shift=context_shift,
             max_running=max_running,
             on_leave=lambda request: self._admission.leave(request.caller),
+            encodings=Encodings(encoder, encoded_bytes, lambda done: self._inbox.put(done)),
         )
+        self._is_stuck = False  # all that runs waits for encodings: only a message changes that
         self._most = self._scheduler.max_running
         self._cache, self._journal = cache, Journal()
         self._drafter = drafter
@@ -96,7 +102,9 @@ class Engine:
         self._stats = StatsCounter(
             cache, self._scheduler, runner.capacity or runner.n_slots * runner.n_ctx, self._clock
         )
-        self._inbox: queue.SimpleQueue[Request | MakeWay | str | None] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[Request | MakeWay | Encoded | str | None] = (
+            queue.SimpleQueue()
+        )
         self._lock = threading.Lock()
         self._closed = False
         self._failure: str | None = None
@@ -148,7 +156,7 @@ class Engine:
 
     def requests(self) -> tuple[RunningRequest, ...]:
         """The running requests."""
-        return requests_of(self._scheduler.running)
+        return requests_of(self._scheduler.running, self._scheduler.encodings.blocks)
 
     def abort(self, request_id: str) -> None:
         """End a request early. A step is interrupted only if all its requests are aborted; tokens
@@ -180,7 +188,7 @@ class Engine:
         failure: Exception = ModelUnloadedError("the model was unloaded while this request ran")
         try:
             while self._take_messages():
-                if self._scheduler.has_work:
+                if self._has_work:
                     self._step()
         except BaseException as error:  # a bug or a broken runner: no reader may wait forever
             self._failure = f"the engine stopped: {error!r:.500}. Load the model again."
@@ -188,6 +196,10 @@ class Engine:
             failure.__cause__ = error
             logger.exception("the engine stopped")
         self._shut_down(failure)
+
+    @property
+    def _has_work(self) -> bool:
+        return self._scheduler.has_work and not self._is_stuck
 
     def _take_messages(self) -> bool:
         """Empty the inbox, waiting for a message when idle. False: close."""
@@ -198,13 +210,13 @@ class Engine:
             self._runner.clear_interrupt()
         aborted: list[str] = []
         refused: list[Request] = []
-        ended: list[Request] = []
+        ended: list[Request] = []  # and those of which an image could not be encoded
         is_closing = False
-        is_idle = not self._scheduler.has_work
+        is_idle = not self._has_work
         begin_at = 0.0  # how long the first request of an idle engine waits for others
         while True:
             try:
-                if not (self._scheduler.has_work or aborted or refused or ended):
+                if not (self._has_work or aborted or refused or ended):
                     message = self._inbox.get()
                 elif aborted or refused or ended or len(self._scheduler.waiting) >= self._most:
                     message = self._inbox.get_nowait()
@@ -213,11 +225,15 @@ class Engine:
                     message = self._inbox.get(left > 0, max(left, 0.0))
             except queue.Empty:
                 break
+            self._is_stuck = False
             if message is None:
                 is_closing = True
                 break
             if isinstance(message, str):
                 aborted.append(message)
+            elif isinstance(message, Encoded):
+                ended += self._scheduler.take(message)
+                self._stats.refresh()
             elif isinstance(message, MakeWay):
                 refused += (
                     self._scheduler.displace(message.caller)
@@ -255,7 +271,10 @@ class Engine:
         batch = self._scheduler.schedule()
         running = {r.slot: r.request_id for r in self._scheduler.running}
         if not batch.chunks and not batch.ops and running:
-            time.sleep(HELD_S)  # all of them wait for their grammars
+            # All of them wait: for encodings, or for their grammars.
+            self._is_stuck = self._scheduler.num_encoding == len(running)
+            if not self._is_stuck:
+                time.sleep(HELD_S)
             return
         with self._step_lock:
             self._in_step = frozenset(running[c.slot] for c in batch.chunks)
@@ -301,6 +320,7 @@ class Engine:
             if request.finish_reason is not None:
                 self._stats.prompt_tokens += request.num_prompt_tokens
                 self._stats.cached_tokens += request.num_cached_tokens
+                self._stats.media += len(request.media)
         self._stats.refresh()
         for request in requests:
             reason = failure

@@ -134,18 +134,16 @@ class Intake:
                 self._finish(request, FinishReason.REPETITION)
                 return
             full = len(request.tokens) >= self._n_ctx
-            if request.num_output_tokens >= request.max_tokens or (
-                full and not self._context_shift
-            ):
+            shifts = self._context_shift and not request.media  # an image's positions stay
+            if request.num_output_tokens >= request.max_tokens or (full and not shifts):
                 self._finish(request, FinishReason.LENGTH)
                 return
             if full:
                 self._shift(request)
-        if self._is_done_without_output(request):
-            if request.keep_on_disk:
-                self._roster.save(request)
-            else:
-                self._finish(request, request.ended_as or FinishReason.LENGTH)
+        if self._is_done_without_output(request) and not (
+            request.keep_on_disk and self._roster.save(request)
+        ):
+            self._finish(request, request.ended_as or FinishReason.LENGTH)
 
     def _shift(self, request: Request) -> None:
         """Make room in a full context: keep the start of the prompt and the newer half of the

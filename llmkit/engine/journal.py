@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from llmkit.engine.batch import Batch
 from llmkit.engine.request import Request
@@ -57,7 +57,9 @@ class Journal:
         )
 
 
-def requests_of(running: Sequence[Request]) -> tuple[RunningRequest, ...]:
+def requests_of(
+    running: Sequence[Request], is_encoding: Callable[[Request], bool]
+) -> tuple[RunningRequest, ...]:
     """The running requests."""
     now = time.perf_counter()
     return tuple(
@@ -69,6 +71,7 @@ def requests_of(running: Sequence[Request]) -> tuple[RunningRequest, ...]:
             cached_tokens=r.num_cached_tokens,
             output_tokens=r.num_output_tokens,
             seconds=now - r.arrived_at,
+            is_encoding=is_encoding(r),
         )
         for r in list(running)
     )

@@ -23,11 +23,15 @@ class PrefillPlanner:
         self._deterministic = deterministic
         self._short_first = False
 
-    def plan(self, prefilling: list[Request], room: int, budget: int) -> list[tuple[Request, int]]:
+    def plan(
+        self, prefilling: list[Request], room: int, budget: int, most: int
+    ) -> list[tuple[Request, int]]:
         """How many tokens of which prompts: about ``budget`` in total, at most ``room``.
 
         In order of priority, then arrival; but a much shorter prompt need not wait behind the
-        first: every other step serves such ones first.
+        first: every other step serves such ones first. An image that must be computed whole may
+        take up to ``most`` tokens if nothing else of a prompt is planned: it has a decode to
+        itself.
         """
         budget = min(room, max(budget, self._least(prefilling)))
         order = sorted(prefilling, key=lambda r: r.priority)
@@ -43,7 +47,12 @@ class PrefillPlanner:
             order = short + [r for r in order if r not in short]
         planned: list[tuple[Request, int]] = []
         for request in order:
-            size = self._size(request, budget, alone=not planned)
+            item = request.item
+            if item is not None and item.whole:
+                limit = budget if planned else most
+                size = item.n_tokens if item.n_tokens <= limit else 0
+            else:
+                size = self._size(request, budget, alone=not planned)
             if size > 0:
                 planned.append((request, size))
                 budget -= size
@@ -59,10 +68,11 @@ class PrefillPlanner:
         ) * self._tile + 1
 
     def _size(self, request: Request, limit: int, alone: bool) -> int:
-        """Tokens of a prompt for this step, at most ``limit``: its rest or whole tiles, less only
-        where it would run ``alone``."""
-        size = min(request.num_uncomputed_tokens, limit)
-        if size < request.num_uncomputed_tokens:
+        """Tokens of a prompt for this step, at most ``limit``: its rest (up to the next image, or
+        the end of one) or whole tiles, less only where it would run ``alone``."""
+        rest = request.num_alike
+        size = min(rest, limit)
+        if size < rest:
             if size > self._tile:
                 size -= (size - 1) % self._tile
                 if (
@@ -71,7 +81,7 @@ class PrefillPlanner:
                     and request.num_computed_tokens == request.num_cached_tokens
                 ):
                     # The partial chunk comes first, where attention is cheapest.
-                    size = request.num_uncomputed_tokens % size or size
+                    size = rest % size or size
             elif self._tile > 1 and not alone:
                 return 0
         if request.scores_prompt:
@@ -80,7 +90,7 @@ class PrefillPlanner:
             # Prompt chunks at fixed positions; generated tokens singly, even after a preemption.
             at = request.num_computed_tokens
             whole = (
-                min(ALIGNMENT - at % ALIGNMENT, request.num_prompt_tokens - at)
+                min(ALIGNMENT - at % ALIGNMENT, rest, request.num_prompt_tokens - at)
                 if at < request.num_prompt_tokens
                 else 1
             )

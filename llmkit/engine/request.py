@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from llmkit.engine.batch import Score
 from llmkit.engine.detokenize import Detokenizer
 from llmkit.engine.draft import Payoff, PromptLookup
+from llmkit.engine.media import Item
 from llmkit.engine.repetition import Repetitions
 from llmkit.engine.runner import Constraint
 from llmkit.protocol import (
@@ -51,6 +52,7 @@ class Request:
         "first_token_at",
         "forced",
         "guessed_by",
+        "is_encoded_ahead",
         "is_late",
         "is_queued",
         "is_refused",
@@ -61,10 +63,12 @@ class Request:
         "lookup",
         "max_itl_s",
         "max_tokens",
+        "media",
         "num_accepted",
         "num_cached_tokens",
         "num_computed_tokens",
         "num_drafted",
+        "num_foreseen",
         "num_prompt_tokens",
         "num_resumed_tokens",
         "num_unsent_tokens",
@@ -104,6 +108,7 @@ class Request:
         sampler: object | None = None,
         adapters: tuple[tuple[str, float], ...] = (),
         show_tokens: bool = False,
+        media: tuple[Item, ...] = (),
     ) -> None:
         self.serial = next(_serials)
         self.request_id = channel.request_id
@@ -133,6 +138,9 @@ class Request:
         # What one adapter computed is useless with another.
         self.cache_salt = f"{cache_salt}\0{adapters}" if adapters else cache_salt
         self.adapters = adapters
+        self.media = media  # of its prompt, in order
+        self.is_encoded_ahead = False  # while it waits
+        self.num_foreseen = 0  # tokens that it will probably find cached
         self.constraint = constraint  # the runner's own type
         self.sampler = sampler  # the runner's, if made beforehand; opaque here
         self.is_queued = True  # counts as waiting until it runs for the first time
@@ -160,6 +168,26 @@ class Request:
     @property
     def num_uncomputed_tokens(self) -> int:
         return len(self.tokens) - self.num_computed_tokens
+
+    @property
+    def item(self) -> Item | None:
+        """What its next tokens are cells of; None if they are text."""
+        at = self.num_computed_tokens
+        return next((i for i in self.media if i.start <= at < i.end), None)
+
+    @property
+    def num_alike(self) -> int:
+        """How many of the uncomputed tokens are of one kind: text up to the next item of media, or
+        the rest of an item."""
+        at = self.num_computed_tokens
+        ends = (i.start if at < i.start else i.end for i in self.media if at < i.end)
+        return next(ends, len(self.tokens)) - at
+
+    @property
+    def offset(self) -> int:
+        """See `llmkit.engine.batch`, for its next tokens."""
+        at = self.num_computed_tokens
+        return sum(i.n_positions - i.n_tokens for i in self.media if i.end <= at)
 
     @property
     def num_output_tokens(self) -> int:
@@ -210,6 +238,7 @@ class Request:
     def preempt(self) -> None:
         """Return to waiting; generated tokens stay."""
         self.slot = None
+        self.num_foreseen, self.is_encoded_ahead = self.num_computed_tokens, False
         self.num_computed_tokens = 0
         if self.scores_prompt:
             self.prompt_logprobs.clear()
@@ -267,6 +296,9 @@ class Request:
         if self.finish_reason is not None:
             self.channel.finish(self._completion(str(failure) if failure else None), failure)
 
+    def _num_media_tokens(self, kind: str) -> int:
+        return sum(i.n_tokens for i in self.media if i.kind == kind)
+
     def _completion(self, error: str | None) -> Completion:
         assert self.finish_reason is not None
         start = self.started_at or time.perf_counter()
@@ -274,7 +306,13 @@ class Request:
         return Completion(
             text="".join(self.channel.text_parts),
             finish_reason=self.finish_reason,
-            usage=Usage(self.num_prompt_tokens, self.num_output_tokens, self.num_cached_tokens),
+            usage=Usage(
+                self.num_prompt_tokens,
+                self.num_output_tokens,
+                self.num_cached_tokens,
+                image_tokens=self._num_media_tokens("image"),
+                audio_tokens=self._num_media_tokens("audio"),
+            ),
             metrics=RequestMetrics(
                 queue_s=start - self.arrived_at,
                 ttft_s=first - self.arrived_at,

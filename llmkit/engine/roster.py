@@ -59,12 +59,16 @@ class Roster:
         self.num_preemptions += 1
         return ops
 
-    def save(self, request: Request) -> None:
-        """Save the prefix of a computed request to disk; it ends when the next step is done."""
+    def save(self, request: Request) -> bool:
+        """Save the prefix of a computed request to disk; it ends when the next step is done. False:
+        it is there already."""
         ops = self.cache.park(self.slot(request), save=True)
+        if not ops:
+            return False
         request.parked_key = next((op.key for op in ops if isinstance(op, Park)), None)
         self.pending += ops
         self.saving.append(request)
+        return True
 
     def finish(self, request: Request, reason: FinishReason) -> None:
         """End a request that waits or runs."""

@@ -16,6 +16,7 @@ from llmkit.engine.backlog import Backlog
 from llmkit.engine.batch import Batch, Chunk, Open, SlotOp, StepOutput
 from llmkit.engine.budget import StepClock
 from llmkit.engine.drafter import ModelDrafter
+from llmkit.engine.encoding import Encoded, Encodings
 from llmkit.engine.intake import Intake
 from llmkit.engine.prefill import ALIGNMENT, PrefillPlanner
 from llmkit.engine.request import Request, slot_of
@@ -41,7 +42,8 @@ class Scheduler:
 
     ``capacity``: tokens that all slots together can hold (None: each slot has its own ``n_ctx``).
     ``deterministic``: every chunk's place and size depend on its request alone. ``max_running``:
-    requests computed at once, where that is less than the slots.
+    requests computed at once, where that is less than the slots. ``encodings``: of the images and
+    sounds in prompts; a request whose next one is not there yet is no work.
     """
 
     def __init__(
@@ -61,8 +63,10 @@ class Scheduler:
         context_shift: bool = False,
         max_running: int | None = None,
         on_leave: Callable[[Request], None] = lambda _: None,
+        encodings: Encodings | None = None,
     ) -> None:
         self.cache = cache
+        self.encodings = encodings or Encodings(None, 0, lambda _: None)
         self.max_running = min(max_running or len(cache.slots), len(cache.slots))
         self._max_batch_tokens = max_batch_tokens
         self._clock = clock
@@ -89,7 +93,12 @@ class Scheduler:
 
     @property
     def has_work(self) -> bool:
-        return bool(len(self.waiting) or self.running)
+        return bool(len(self.waiting)) or self.num_encoding < len(self.running)
+
+    @property
+    def num_encoding(self) -> int:
+        """Running requests that wait for an image or a sound to be encoded."""
+        return sum(map(self.encodings.blocks, self.running))
 
     @property
     def num_preemptions(self) -> int:
@@ -108,7 +117,18 @@ class Scheduler:
         return self._speculation.num_accepted
 
     def add(self, request: Request) -> None:
+        if request.media:
+            request.num_foreseen = self.cache.longest(request.tokens, request.cache_salt)
         self.waiting.add(request)
+
+    def take(self, encoded: Encoded) -> list[Request]:
+        """Take in what became of an image or a sound. Returns the requests that its failure
+        ended."""
+        failed = self.encodings.take(encoded, self.running, self.waiting)
+        for request in failed:
+            request.error = f"the {encoded.item.kind} could not be encoded: {encoded.result}"
+            self._roster.finish(request, FinishReason.ERROR)
+        return failed
 
     def schedule(self) -> Batch:
         """The next step. It includes every running stream that can continue."""
@@ -116,18 +136,25 @@ class Scheduler:
         self._pending.clear()
         ops += self._admit()
         ops += self._make_room()
-        able = [r for r in self.running if r not in self._saving and not r.is_held]
+        self.encodings.advance(self.running, self.waiting)
+        able = [
+            r
+            for r in self.running
+            if r not in self._saving and not r.is_held and not self.encodings.blocks(r)
+        ]
         decoding = [r for r in able if not r.is_prefill]
         prefilling = [r for r in able if r.is_prefill]
         for request in prefilling:
             if request.lookup is not None:
                 request.lookup.index(request.tokens, request.num_computed_tokens)
-        room = self._max_batch_tokens - len(decoding)
+        most = self._max_batch_tokens
+        room = most - len(decoding)
         if self._capacity is not None:
-            room = min(room, self._capacity - self.cache.num_tokens - len(decoding))
+            most = min(most, self._capacity - self.cache.num_tokens - len(decoding))
+            room = min(room, most)
         budget = self._clock.prefill_budget(len(decoding)) if decoding else room
         planned: list[tuple[Request, int, list[int]]] = [
-            (r, n, []) for r, n in self._prompts.plan(prefilling, room, budget)
+            (r, n, []) for r, n in self._prompts.plan(prefilling, room, budget, most)
         ]
         room -= sum(count for _, count, _ in planned)
         # Drafts are for steps without prompts, which already use up the step's time.
@@ -135,8 +162,9 @@ class Scheduler:
         drafts = self._speculation.guess(decoding, limit)
         planned += [(r, 1, drafts.get(slot_of(r), [])) for r in decoding]
         if not planned and able and not self._saving:
-            # No room at all: schedule one token and let the runner report it.
-            planned = [(able[0], 1, [])]
+            # No room at all: schedule one token, or image, and let the runner report it.
+            item = able[0].item
+            planned = [(able[0], item.n_tokens if item is not None and item.whole else 1, [])]
         # llama.cpp joins neighbouring streams only in ascending order.
         planned.sort(key=lambda p: slot_of(p[0]))
         self._scheduled = [r for r, _, _ in planned]
@@ -146,6 +174,7 @@ class Scheduler:
         start = request.num_computed_tokens
         end = start + count
         last = end == len(request.tokens)
+        item = request.item
         targets = (
             request.tokens[start + 1 : min(end, request.num_prompt_tokens - 1) + 1]
             if request.scores_prompt
@@ -158,6 +187,9 @@ class Scheduler:
             last and request.max_tokens > 0,
             len(draft),
             targets,
+            request.offset,
+            item,
+            self.encodings.of(item),
         )
 
     def _admit(self) -> list[SlotOp]:

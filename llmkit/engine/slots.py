@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from llmkit.engine.batch import Drop, Fork, Park, Restore, SlotOp, Truncate
+from llmkit.engine.media import item_start, offset
 
 __all__ = ["Parked", "PrefixCache", "Slot"]
 
@@ -101,7 +102,7 @@ class PrefixCache:
         limit = len(prompt) - 1
         if isinstance(entry, Slot) and entry.shareable is not None:
             limit = min(limit, entry.shareable)
-        shared = common_prefix(entry.tokens, prompt, limit)
+        shared = item_start(prompt, common_prefix(entry.tokens, prompt, limit))
         return (
             shared
             if self._can_truncate or shared == len(entry.tokens) or isinstance(entry, Slot)
@@ -145,9 +146,8 @@ class PrefixCache:
             target.tokens = parked.tokens[:outside]
             self._clock += 1
             parked.last_used = self._clock
-            return self._take(
-                target, outside, salt, [*ops, Restore(parked.key, target.index, outside)]
-            )
+            restore = Restore(parked.key, target.index, outside, offset(prompt, outside))
+            return self._take(target, outside, salt, [*ops, restore])
         if (
             best is not None
             and best is not target
@@ -159,7 +159,8 @@ class PrefixCache:
             target.tokens = best.tokens[:shared]
             if not best.busy:
                 self._touch(best)
-            return self._take(target, shared, salt, [*ops, Fork(best.index, target.index, shared)])
+            fork = Fork(best.index, target.index, shared, offset(prompt, shared))
+            return self._take(target, shared, salt, [*ops, fork])
         keep = lengths.get(target.index, 0)
         return self._take(
             target, keep, salt, self.park(target) if keep < len(target.tokens) else []
@@ -196,12 +197,13 @@ class PrefixCache:
         self._touch(slot)
 
     def cut(self, slot: Slot, length: int) -> list[SlotOp]:
-        """Keep a slot's first ``length`` tokens, or none where the model cannot truncate."""
+        """Keep a slot's first ``length`` tokens, fewer if that is within an image, or none where
+        the model cannot truncate."""
         if length >= len(slot.tokens):
             return []
-        length = length if self._can_truncate else 0
+        length = item_start(slot.tokens, length) if self._can_truncate else 0
         del slot.tokens[length:]
-        return [Truncate(slot.index, length)]
+        return [Truncate(slot.index, length, offset(slot.tokens, length))]
 
     def evict(self, slot: Slot) -> list[SlotOp]:
         """Empty an idle slot, parking its tokens if worthwhile."""

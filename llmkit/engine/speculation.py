@@ -48,6 +48,7 @@ class Speculation:
                 if (
                     self._drafter is not None
                     and not drafts[slot]
+                    and not request.media  # which the draft model cannot see
                     and self._drafter.missing(slot, request.tokens) <= MAX_CATCH_UP * left
                 ):
                     request.guessed_by = request.draft_payoff

@@ -22,7 +22,7 @@ class StatsCounter:
         self._capacity = capacity
         self.prompt_tokens = self.cached_tokens = self.generation_tokens = self.requests = (
             self.steps
-        ) = self.busy_slots = 0
+        ) = self.busy_slots = self.media = 0
         self.step_s = self.backend_s = 0.0
         self.snapshot = self._take()
 
@@ -56,4 +56,9 @@ class StatsCounter:
             prompt_token_s=self._clock.prompt_token_s,
             decode_step_s=self._clock.step_s(len(self._scheduler.running)),
             num_parked=len(self._cache.parked),
+            media_total=self.media,
+            encoded_total=self._scheduler.encodings.num_encoded,
+            encode_seconds_total=self._scheduler.encodings.seconds,
+            num_encoding=self._scheduler.num_encoding,
+            encoded_bytes=self._scheduler.encodings.num_bytes,
         )

@@ -21,23 +21,24 @@ class EngineState:
     """Whether a model can be used.
 
     ``loading`` (``share`` is the fraction done, 0 to 1, if known), ``ready``, ``draining``
-    (running requests finish, new ones are refused) or ``gone``, for a ``reason``; ``expected``: it
-    said goodbye, so nobody's request is to blame.
+    (running requests finish, new ones are refused) or ``gone``, for a ``reason``; ``blameless``:
+    no request can have ended it, since it said goodbye, its connection was lost in the middle of a
+    silence, or was closed from this side.
     """
 
     phase: Literal["loading", "ready", "draining", "gone"] = "ready"
     reason: str | None = None
     share: float | None = None
-    expected: bool = False
+    blameless: bool = False
 
     @property
     def is_gone(self) -> bool:
         return self.phase == "gone"
 
     @classmethod
-    def gone_for(cls, reason: str | None, *, expected: bool = False) -> EngineState:
+    def gone_for(cls, reason: str | None, *, blameless: bool = False) -> EngineState:
         """Gone for this reason; ready without one."""
-        return cls("gone", reason, expected=expected) if reason else READY
+        return cls("gone", reason, blameless=blameless) if reason else READY
 
 
 READY = EngineState()
@@ -77,7 +78,9 @@ class EngineStats:
     ``busy_slots_total`` adds up, over all steps, the slots that were computed in each; ``drafts``
     are guesses of ``draft_tokens`` together. ``prompt_token_s`` and ``decode_step_s`` are what a
     prompt's token and a step of the present streams cost by the latest steps, 0 before the first;
-    ``num_parked`` counts the prefixes kept in RAM beside those in slots.
+    ``num_parked`` counts the prefixes kept in RAM beside those in slots. ``media_total`` counts
+    images (tiles of them) and pieces of sound in prompts, ``encoded_total`` those that had to be
+    encoded, ``encode_seconds_total`` the time for that; ``num_encoding`` requests wait for it now.
     """
 
     num_running: int = 0
@@ -102,6 +105,11 @@ class EngineStats:
     prompt_token_s: float = 0.0
     decode_step_s: float = 0.0
     num_parked: int = 0
+    media_total: int = 0
+    encoded_total: int = 0
+    encode_seconds_total: float = 0.0
+    num_encoding: int = 0
+    encoded_bytes: int = 0
 
     @property
     def kv_usage(self) -> float:

@@ -91,7 +91,10 @@ class RenderChat(Question[str]):
 
 @dataclass(frozen=True, slots=True)
 class TokenizeChat(Question[Tokens]):
-    """The tokens of a conversation as the chat template renders it."""
+    """The tokens of a conversation as the chat template renders it.
+
+    ``media`` has the files of the messages' `Media`, by digest.
+    """
 
     messages: tuple[Message, ...]
     tools: tuple[Tool, ...] = ()
@@ -99,6 +102,7 @@ class TokenizeChat(Question[Tokens]):
     add_generation_prompt: bool = True
     continue_final: bool = False
     with_pieces: bool = False
+    media: dict[str, bytes] = field(default_factory=dict, hash=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,7 +166,10 @@ class ListSlots(Question[tuple[SlotContent, ...]]):
 
 @dataclass(frozen=True, slots=True)
 class RunningRequest:
-    """A request that has a slot; counts are in tokens, ``seconds`` are since its arrival."""
+    """A request that has a slot; counts are in tokens, ``seconds`` are since its arrival.
+
+    ``is_encoding``: it waits for an image or a sound of its prompt to be encoded.
+    """
 
     request: str
     caller: str
@@ -171,6 +178,7 @@ class RunningRequest:
     cached_tokens: int
     output_tokens: int
     seconds: float
+    is_encoding: bool = False
 
 
 @dataclass(frozen=True, slots=True)

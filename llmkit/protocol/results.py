@@ -33,13 +33,16 @@ class Usage:
     """Token counts of one request.
 
     ``cached_tokens`` of the prompt came from a cached prefix; ``reasoning_tokens`` of the
-    completion were reasoning (counted when an answer is read as chat).
+    completion were reasoning (counted when an answer is read as chat); ``image_tokens`` and
+    ``audio_tokens`` of the prompt stand for images and sounds.
     """
 
     prompt_tokens: int = 0
     completion_tokens: int = 0
     cached_tokens: int = 0
     reasoning_tokens: int = 0
+    image_tokens: int = 0
+    audio_tokens: int = 0
 
     @property
     def total_tokens(self) -> int:
