@@ -44,7 +44,7 @@ class _Sounding(Handle):
 
 
 class SpeechToText(_Sounding):
-    """A model that writes down speech.
+    """A model that transcribes speech.
 
     >>> whisper = llmkit.load("whisper-tiny.en")        # doctest: +SKIP
     >>> print(whisper.transcribe("meeting.mp3"))        # doctest: +SKIP
@@ -78,7 +78,7 @@ class SpeechToText(_Sounding):
         request = GenerationRequest(new_id(), prompt=prompt, hearing=hearing)
         segments: list[Segment] = []
         duration, began = 0.0, time.monotonic()
-        live = LiveText(f"{self.name} listens", show)
+        live = LiveText(self.name, show)
         self.last = None
         finished = False
         try:
@@ -132,7 +132,7 @@ class TextToSpeech(_Sounding):
             with self._events(request) as events:
                 parts = [event for event in events if isinstance(event, bytes)]
         except KeyboardInterrupt:
-            raise Interrupted("speaking was stopped; nothing goes on") from None
+            raise Interrupted("speaking was stopped") from None
         return Speech(b"".join(parts), text, play=play)
 
     def _knows(self) -> tuple[str, ...]:

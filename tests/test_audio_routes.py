@@ -20,6 +20,7 @@ from gateway_client import serve
 from speech import HOSTILE, SENTENCES, cues, decoded, encoded, folded, silence, tone
 from test_cli import Served
 
+import llmkit
 from llmkit.errors import InvalidRequestError
 from llmkit.gateway.directory import EngineDirectory
 from llmkit.gateway.forms import fields_of
@@ -81,7 +82,7 @@ def test_models_are_listed_and_told_apart(server: Served, client: openai.OpenAI)
             client.chat.completions.create(
                 model=model, messages=[{"role": "user", "content": "Hi"}], max_tokens=3
             )
-    with pytest.raises(openai.BadRequestError, match="no model that speaks"):
+    with pytest.raises(openai.BadRequestError, match="cannot speak"):
         say(client, model="whisper-tiny.en")
     with pytest.raises(openai.NotFoundError, match="tts-1"):
         say(client, model="tts-1")
@@ -240,7 +241,9 @@ def test_what_a_transcription_refuses_is_named(
         assert caught.value.param == param
     url = server.url + "/audio/translations"
     reply = httpx.post(url, files={"file": ("a.wav", sound)})
-    assert reply.status_code == 400 and "English only" in reply.text
+    assert reply.status_code == 400
+    said = reply.json()["error"]["message"]
+    assert "knows English only" in said and "needs a multilingual Whisper" in said
     url = server.url + "/audio/transcriptions"
     reply = httpx.post(url, json={"model": "whisper-tiny.en"})
     assert reply.status_code == 400 and "multipart/form-data" in reply.text
@@ -265,6 +268,18 @@ def test_hostile_sound_is_refused_and_the_server_lives(
     assert large.value.status_code == 413
     assert hear(file=("a.wav", sound), model="whisper-tiny.en").text
     assert stats(server, "whisper-tiny.en")["pid"] == pid
+
+
+def test_an_attached_notebook_may_not_send_more_than_callers(server: Served) -> None:
+    hours = encoded(silence(3 * 3600, 8000), 8000, format="FLAC")
+    whisper: Any = llmkit.attach(server.url.removesuffix("/v1"), model="whisper-tiny.en")
+    try:
+        with pytest.raises(InvalidRequestError, match="longer than 3 minutes") as caught:
+            whisper.transcribe(hours)
+        assert caught.value.param == "file"
+        assert whisper.transcribe(silence(1), rate=16_000).text == ""
+    finally:
+        whisper.unload()
 
 
 async def test_a_caller_who_leaves_ends_the_work(server: Served, sound: bytes) -> None:

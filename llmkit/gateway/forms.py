@@ -16,6 +16,7 @@ from llmkit.errors import InvalidRequestError
 __all__ = ["fields_of"]
 
 MAX_TEXT = 64 << 10
+MAX_HEADER = 500  # characters of Content-Type, whose reader takes the square of its length
 NUMBER = re.compile(r"-?\d{1,15}(\.\d{1,15})?")
 
 
@@ -28,6 +29,10 @@ def fields_of(content_type: str, body: bytes, lists: frozenset[str]) -> dict[str
     >>> fields_of("multipart/form-data; boundary=x", form, frozenset())
     {'n': 3}
     """
+    if len(content_type) > MAX_HEADER:
+        raise InvalidRequestError(
+            f"The header Content-Type has {len(content_type)} characters; at most {MAX_HEADER}."
+        )
     head = Message()
     head["Content-Type"] = content_type
     boundary = head.get_param("boundary")

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmkit.errors import InvalidRequestError
+from llmkit.media.sounds import HIGHEST, LOWEST, MAX_CHANNELS
 from llmkit.notebook import charts
 from llmkit.protocol.speech import Segment, Word
 from llmkit.speech.formats import clock, srt, text_of, vtt
@@ -108,7 +109,7 @@ class LiveText:
         """The answer shows itself, so that a line is left here."""
         if self._handle is None:
             return
-        how = "took" if finished else "ended after"
+        how = "transcribed in" if finished else "stopped after"
         text = f"{self._title}: {how} {time.monotonic() - self._began:.1f} s"
         html = f'<span style="color:{charts.MUTED};font-size:90%">{escape(text)}</span>'
         with contextlib.suppress(Exception):
@@ -202,19 +203,48 @@ def sound_bytes(sound: Any, rate: int | None) -> bytes:
     from llmkit.speech.encoding import wav_header
 
     samples = np.asarray(sound)
-    if samples.ndim not in (1, 2) or samples.dtype.kind not in "if":
+    if samples.ndim not in (1, 2) or samples.dtype.kind not in "iuf":
         raise InvalidRequestError(
             "sound must be a path, a file's bytes, or an array of samples: floats from -1 to 1 or "
-            f"16-bit integers, of shape (n,) or (n, channels); not {type(sound).__name__:.40}"
-            f"{samples.shape}.",
+            f"integers, of shape (n,) or (n, channels); not {type(sound).__name__:.40} of "
+            f"{samples.dtype}, {samples.shape}.",
+            "sound",
+        )
+    if samples.ndim == 2 and not 1 <= samples.shape[1] <= MAX_CHANNELS:
+        raise InvalidRequestError(
+            f"sound has the shape {samples.shape}, and must be (n, channels) with {MAX_CHANNELS} "
+            "channels at most; transpose it.",
             "sound",
         )
     if rate is None:
         raise InvalidRequestError(f"say how many samples a second: rate={RATE}, say.", "rate")
-    floats = samples / 32768 if samples.dtype.kind == "i" else np.nan_to_num(samples)
+    if not LOWEST <= rate <= HIGHEST:
+        raise InvalidRequestError(
+            f"rate is {rate!r:.20}; sound has {LOWEST} to {HIGHEST} samples a second.", "rate"
+        )
+    floats = _floats(samples)
     mono = floats.mean(axis=1) if floats.ndim == 2 else floats
     pcm = (np.clip(mono, -1, 1) * 32767).astype("<i2")
-    return wav_header(int(rate), len(pcm)) + pcm.tobytes()
+    return bytes(wav_header(int(rate), len(pcm)) + pcm.tobytes())
+
+
+def _floats(samples: np.ndarray) -> np.ndarray:
+    """From -1 to 1, by the range of their type; what Python's own integers hold are 16 bits."""
+    import numpy as np
+
+    if samples.dtype.kind == "f":
+        return np.asarray(np.nan_to_num(samples), np.float32)
+    if samples.dtype.itemsize == 8:
+        if samples.size and max(-int(samples.min()), int(samples.max())) > 32768:
+            raise InvalidRequestError(
+                "sound has 64-bit integers above 32768: give it the type that it was recorded in, "
+                'such as sound.astype("int32").',
+                "sound",
+            )
+        samples = np.clip(samples, -32768, 32767).astype(np.int16)
+    half = 1 << (8 * samples.dtype.itemsize - 1)
+    middle = half if samples.dtype.kind == "u" else 0
+    return np.asarray((samples.astype(np.float64) - middle) / half, np.float32)
 
 
 def _in_kernel() -> bool:

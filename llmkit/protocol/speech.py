@@ -121,7 +121,7 @@ class Saying:
 
 
 class Transcriber(Protocol):
-    """A model that writes down speech. One thread at a time."""
+    """A model that transcribes speech. One thread at a time."""
 
     @property
     def languages(self) -> tuple[str, ...]:
@@ -161,9 +161,15 @@ class Speaker(Protocol):
         ...
 
     def speak(
-        self, text: str, voice: str | None, speed: float, seed: int | None
+        self,
+        text: str,
+        voice: str | None,
+        speed: float,
+        seed: int | None,
+        is_over: Callable[[], bool] = lambda: False,
     ) -> Iterator[np.ndarray]:
-        """Mono float32, sentence by sentence. Between two sentences the caller may stop."""
+        """Mono float32, sentence by sentence, of 30 s at most. Between two the caller may stop;
+        once ``is_over`` says so, the rest is left out."""
         ...
 
     def close(self) -> None:

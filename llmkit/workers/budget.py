@@ -9,6 +9,7 @@ from typing import Any
 
 from llmkit.models import gguf, memory
 from llmkit.models.memory import free_ram
+from llmkit.models.projectors import NONE
 from llmkit.models.registry import resolve
 from llmkit.models.speech_files import speech_kind
 from llmkit.runtime.assembly import estimate
@@ -18,7 +19,8 @@ __all__ = ["Budget", "Need", "need_of"]
 
 GIB = 1 << 30
 POOLING = (1, 2, 3, 4)
-SPEECH_BYTES = 300 << 20  # libraries, and five minutes of sound
+SPEECH_BYTES = 300 << 20  # libraries, and what is computed at once
+HOUR_BYTES = 3600 * 16_000 * 4  # the samples of the longest sound, by default
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,12 +97,14 @@ def need_of(task: dict[str, Any]) -> Need:
     Where there is a GPU, layers count as its own unless the options keep them off it. Raises what
     `llmkit.models.gguf.read_header` raises.
     """
-    if speech_kind(Path(task["path"])):
-        return Need(SPEECH_BYTES + 2 * Path(task["path"]).stat().st_size)
+    if kind := speech_kind(Path(task["path"])):
+        sound = HOUR_BYTES if kind == "whisper" else 0
+        return Need(SPEECH_BYTES + sound + 2 * Path(task["path"]).stat().st_size)
     options = EngineOptions(**task["options"])
     need = _need(Path(task["path"]), options)
     if options.draft is not None:
-        draft = _need(resolve(options.draft).path, replace(options, draft=None, lora=()))
+        alone = replace(options, draft=None, lora=(), projector=NONE)
+        draft = _need(resolve(options.draft).path, alone)
         need = replace(
             need,
             ram_bytes=need.ram_bytes + draft.ram_bytes,
@@ -128,5 +132,7 @@ def _need(path: Path, options: EngineOptions) -> Need:
         kv_type=options.kv_type,
         kv_tokens=options.kv_tokens,
         gpu_free_bytes=1 << 62,
+        projector_bytes=whole.projector_bytes,
+        projector_gpu=options.projector_gpu,
     )
     return Need(split.ram_bytes, split.gpu_bytes, n_ctx=n_ctx)

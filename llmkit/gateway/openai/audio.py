@@ -36,10 +36,10 @@ __all__ = ["AudioRoutes"]
 
 VERBS = {
     "hear": (
-        "writes down speech",
+        "transcribe speech",
         'llmkit serve whisper-tiny.en, or llmkit.load("whisper-tiny.en")',
     ),
-    "speak": ("speaks", 'llmkit serve hibari, or llmkit.load("hibari")'),
+    "speak": ("speak", 'llmkit serve hibari, or llmkit.load("hibari")'),
 }
 Event = Facts | Segment | bytes | Completion
 
@@ -197,8 +197,8 @@ class AudioRoutes:
             if model == DEFAULT:
                 raise ModelNotFoundError(self._none(use))
             raise InvalidRequestError(
-                f"{found.description.name!r} is no model that {does}. "
-                + (f"There is {able[0].description.name!r}." if able else f"Load one: {how}."),
+                f"{found.description.name!r} cannot {does}. "
+                + (f"{able[0].description.name!r} can." if able else f"Load one that can: {how}."),
                 "model",
             )
         return found
@@ -206,7 +206,7 @@ class AudioRoutes:
     @staticmethod
     def _none(use: Use) -> str:
         does, how = VERBS[use]
-        return f"No model here {does}. Load one: {how}; its packages come with {INSTALL}."
+        return f"No model here can {does}. Load one: {how}; its packages come with {INSTALL}."
 
     def _submit(
         self, exchange: Exchange, engine: EngineClient, request: GenerationRequest
