@@ -16,7 +16,7 @@ __all__ = ["FORMATS", "Facts", "facts_of", "format_of"]
 
 FORMATS = ("JPEG", "PNG", "WebP", "GIF", "BMP", "AVIF")
 MAX_SEGMENTS = 10_000
-_MARKER = re.compile(rb"\xff+([^\xff])", re.DOTALL)
+_FILL = re.compile(rb"\xff*+")
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # JPEG's markers that hold a size
 _ALONE = frozenset((0x01, *range(0xD0, 0xDA)))  # and those without a length
 
@@ -66,10 +66,11 @@ def facts_of(data: bytes) -> Facts | None:
 def _jpeg(data: bytes) -> tuple[int, int]:
     at = 2
     for _ in range(MAX_SEGMENTS):
-        found = _MARKER.search(data, at)
-        if found is None:
+        start = data.find(b"\xff", at)
+        fill = None if start < 0 else _FILL.match(data, start)
+        if fill is None or fill.end() == len(data):
             raise ValueError("its header is cut off")
-        at, marker = found.end(), found[1][0]
+        at, marker = fill.end() + 1, data[fill.end()]
         if marker in _ALONE:
             continue
         if marker == 0xDA:  # the picture begins
