@@ -35,6 +35,9 @@ class Mortal(FakeClient):
         self.channels: dict[str, Channel] = {}
         self.asked: list[str] = []
         self.on_submit: Callable[[], None] = lambda: None
+        self.on_ask: Callable[[], None] = lambda: None
+        self.refuses: Exception | None = None  # what its streams fail with at once
+        self.answers: dict[type, Any] = {}  # by the kind of question
         self.silent = False  # answers no question
         self.hides_tokens = False
 
@@ -53,6 +56,10 @@ class Mortal(FakeClient):
             raise EngineGoneError(self.phase.reason or "gone")
         if self.phase.phase == "draining":
             raise DrainingError("it drains")
+        if self.refuses is not None:
+            channel = Channel(request.request_id, self.abort)
+            channel.fail(self.refuses)
+            return Stream(channel)
         if self.hides_tokens:
             request = replace(request, show_tokens=False)
         stream = super().submit(request)
@@ -63,10 +70,16 @@ class Mortal(FakeClient):
         return self._answered(lambda: super(Mortal, self).embed(request))
 
     def inquire(self, inquiry: Inquiry[Any]) -> Future[Any]:
+        known = self.answers.get(type(inquiry.question))
+        if known is not None:
+            answer: Future[Any] = Future()
+            answer.set_result(known)
+            return answer
         return self._answered(lambda: super(Mortal, self).inquire(inquiry))
 
     def _answered(self, ask: Callable[[], Future[Any]]) -> Future[Any]:
         self.asked.append("question")
+        self.on_ask()
         if self.phase.is_gone:
             raise EngineGoneError(self.phase.reason or "gone")
         if not self.silent:
@@ -77,9 +90,9 @@ class Mortal(FakeClient):
     def drain(self) -> None:
         self.phase = EngineState("draining", "it drains")
 
-    def end(self, *, expected: bool = False) -> None:
+    def end(self, *, blameless: bool = False) -> None:
         """As its client sees the end of its process."""
-        self.phase = EngineState("gone", f"{self.label} has ended", expected=expected)
+        self.phase = EngineState("gone", f"{self.label} has ended", blameless=blameless)
         channels = list(self.channels.values())
         for channel in channels:
             channel.fail(EngineGoneError(f"{self.label} has ended."))
@@ -91,7 +104,7 @@ class Mortal(FakeClient):
 
     def close(self) -> None:
         if not self.phase.is_gone:
-            self.end(expected=True)
+            self.end(blameless=True)
 
 
 def request(

@@ -69,7 +69,7 @@ def test_an_engine_joins_answers_and_leaves(
     assert find_connections() == [], "its file would offer it to this host twice"
     joined.close()
     wait_for(lambda: client.state.is_gone)
-    assert client.state.expected and "unloaded" in str(client.state.reason)
+    assert client.state.blameless and "unloaded" in str(client.state.reason)
     assert not fleet.find()
 
 
@@ -91,7 +91,7 @@ def test_last_words_are_heard_by_who_is_late(slow: FakeClient, ending: ExitStack
     assert looked.wait(5)
     joined.close()
     wait_for(lambda: client.state.is_gone)
-    assert client.state.expected
+    assert client.state.blameless
     with pytest.raises(EngineGoneError, match="unloaded"):
         stream.result(5)
 
@@ -146,7 +146,7 @@ def test_a_killed_engine_is_seen_at_once(fleet: Fleet) -> None:
         with pytest.raises(EngineGoneError, match="was lost"):
             stream.result(5)
         assert time.monotonic() - start < 1
-        assert client.state.is_gone and not client.state.expected and not fleet.find()
+        assert client.state.is_gone and not client.state.blameless and not fleet.find()
         client.close()
 
 
@@ -160,6 +160,7 @@ def test_a_stopped_engine_is_lost_and_comes_back(fleet: Fleet) -> None:
         with pytest.raises(EngineGoneError, match="was lost"):
             stream.result(15)
         assert 2 < time.monotonic() - start < 8
+        assert client.state.blameless, "it was silent: no request can have ended it"
         assert not fleet.find()
         os.kill(process.pid, signal.SIGCONT)
         again = only(fleet)

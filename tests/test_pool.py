@@ -142,7 +142,7 @@ def test_drained_past_the_grace_is_no_death(replicas: Any) -> None:
     stream = pool.submit(request(max_tokens=200))
     for i in range(3):
         wait_for(lambda n=i: len(stream.text) > 3 + 3 * n)
-        busy(members).end(expected=True)
+        busy(members).end(blameless=True)
     assert stream.result(10).text == undisturbed(request(max_tokens=200)).text
     assert pool.submit(request()).result(10).usage.completion_tokens == 40
 
@@ -235,7 +235,7 @@ def test_questions_and_texts_are_asked_again(replicas: Any) -> None:
         member.silent = False
         if hasattr(member, "kept"):
             member.silent = True
-            member.end(expected=True)
+            member.end(blameless=True)
     assert futures[0].result(5).num_tokens == (2, 1)
     assert futures[1].result(5).tokens == (104, 105)
     assert pool.inquire(Inquiry("s", ListSlots())).result(5) == ()
@@ -313,7 +313,7 @@ def test_races(replicas: Any, seed: int) -> None:
             case 1:
                 victim.drain()
                 time.sleep(0.01)
-                victim.end(expected=True)
+                victim.end(blameless=True)
             case 2:
                 victim.drain()
         del names[victim.label]

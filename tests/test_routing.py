@@ -13,6 +13,7 @@ from llmkit.cluster.prefixes import MAX_BLOCKS, chain_of, chained
 from llmkit.cluster.quarantine import QUARANTINE_S, Quarantine
 from llmkit.cluster.routing import Figures, Router, Ticket
 from llmkit.protocol import GenerationRequest, Message, Tool
+from llmkit.protocol.speech import Hearing, Saying
 
 TEXTS = st.lists(st.binary(max_size=3000), max_size=8)
 
@@ -48,6 +49,10 @@ def test_a_conversation_continues_its_chain() -> None:
         {"lora": (("a", 1.0),)},
         {"tools": (Tool("look"),)},
         {"template_options": {"enable_thinking": False}},
+        {"saying": Saying(voice="other")},
+        {"hearing": Hearing(b"RIFF")},
+        {"hearing": Hearing(b"RIFF", translate=True)},
+        {"hearing": Hearing(b"RIFX")},
     ],
 )
 def test_what_keeps_caches_apart_keeps_chains_apart(other: dict[str, object]) -> None:
@@ -55,6 +60,38 @@ def test_what_keeps_caches_apart_keeps_chains_apart(other: dict[str, object]) ->
     plain = chain_of(GenerationRequest("a", messages=said))
     changed = chain_of(GenerationRequest("a", messages=said, **other))  # type: ignore[arg-type]
     assert not set(plain.marks) & set(changed.marks)
+
+
+def test_what_is_heard_and_filled_in_tells_prompts_apart() -> None:
+    made = [
+        GenerationRequest("a", prompt="x", **more)
+        for more in (
+            {},
+            {"suffix": ""},
+            {"suffix": "y"},
+            {"hearing": Hearing(b"RIFF")},
+            {"hearing": Hearing(b"RIFX")},
+            {"hearing": Hearing(b"RIFF", words=True)},
+            {"saying": Saying()},
+            {"saying": Saying(format="mp3")},
+        )
+    ]
+    assert len({chain_of(each).whole for each in made}) == len(made)
+
+
+def test_what_was_refused_is_not_held() -> None:
+    router = fleet(1)
+    turn = router.route(chained([text(1, 600)]))
+    assert turn is not None
+    told(router, turn)
+    before = router.num_held
+    longer = router.route(chained([text(1, 600), text(2, 5000)]))
+    assert longer is not None and router.num_held > before
+    router.refused(longer)
+    router.refused(longer)
+    assert router.num_held == before
+    again = router.route(chained([text(1, 600)]))
+    assert again is not None and again.depth == 1, "what it would have continued is still there"
 
 
 def fleet(count: int, seed: int = 1, **figures: float) -> Router:
@@ -185,11 +222,12 @@ def test_the_index_is_bounded_and_consistent(
 
 
 def test_quarantine_lasts_a_minute() -> None:
-    quarantine, prompt = Quarantine(), chained([b"boom"])
+    quarantine, prompt = Quarantine(), chained([b"boom"]).whole
     quarantine.add(prompt, 100.0)
-    assert quarantine.left(prompt, 101.0) == QUARANTINE_S - 1
-    assert quarantine.left(chained([b"other"]), 101.0) == 0
+    assert quarantine.left(prompt, 101.0) == QUARANTINE_S - 1 and not quarantine.is_empty(101.0)
+    assert quarantine.left(chained([b"other"]).whole, 101.0) == 0
     assert quarantine.left(prompt, 100.0 + QUARANTINE_S) == 0
+    assert quarantine.is_empty(100.0 + QUARANTINE_S)
 
 
 def test_a_thousand_replicas() -> None:

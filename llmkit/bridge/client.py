@@ -66,7 +66,8 @@ class BridgeClient:
         self._lock = threading.Lock()
         self._gone: str | None = None
         self._draining: str | None = None
-        self._said_goodbye = False
+        self._is_blameless = False
+        self._version = wire.VERSION  # until it says its own
         self._line = EngineLine(connection, self, weighs=weighs, keys=keys)
         self._line.begin()
 
@@ -79,8 +80,13 @@ class BridgeClient:
         if self._gone is None and self._draining is not None:
             return EngineState("draining", self._draining)
         return EngineState.gone_for(
-            self._gone, expected=self._said_goodbye or self._draining is not None
+            self._gone, blameless=self._is_blameless or self._draining is not None
         )
+
+    @property
+    def version(self) -> int:
+        """Of the wire, that the engine speaks."""
+        return self._version
 
     @property
     def origin(self) -> Origin:
@@ -220,15 +226,15 @@ class BridgeClient:
         elif kind == wire.WELCOME:
             welcome = wire.decode(body, wire.Welcome)
             self._line.greeting = False
-            self._description = welcome.description
+            self._description, self._version = welcome.description, welcome.version
             why = wire.stranger(welcome.version, welcome.llmkit)
             if why is not None:
                 self.lose(f"the model {self._description.name!r} cannot be used: {why}.")
         elif kind == wire.GOODBYE:
-            self._said_goodbye = True
             self.lose(
                 f"the model {self._description.name!r} is no longer served: "
-                f"{wire.decode(body, wire.Goodbye).reason}. Load it again."
+                f"{wire.decode(body, wire.Goodbye).reason}. Load it again.",
+                blameless=True,
             )
         elif kind == wire.DENIED and wire.decode(body, wire.Denied).key:
             self.lose("the engine refused the key of its connection file")
@@ -281,10 +287,11 @@ class BridgeClient:
         for channel in dict.fromkeys(touched):
             channel.wake()
 
-    def lose(self, reason: str) -> None:
+    def lose(self, reason: str, *, blameless: bool = False) -> None:
         """The engine is gone; everything that waits for it fails."""
         with self._lock:
             if self._gone is None:
+                self._is_blameless = blameless
                 self._gone = reason
         self._fail_all(EngineGoneError(self._gone or reason))
 

@@ -29,6 +29,8 @@ __all__ = ["EngineLine"]
 logger = logging.getLogger("llmkit.bridge")
 
 PING_S = 0.5
+SILENT_S = 1.5  # engines answer pings: a request that ends one does so in the middle of talk
+MAX_MESSAGES = 256  # read before other engines have a turn
 WELCOME_S = 10.0  # for an engine of another host to answer the greeting
 # Until a connection is made again. With -1, libzmq would drop what has come and was not yet read:
 # the last words.
@@ -53,12 +55,13 @@ class Receiver(Protocol):
 
     def receive(self, kind: bytes, body: bytes, data: bytes) -> None: ...
 
-    def lose(self, reason: str) -> None: ...
+    def lose(self, reason: str, *, blameless: bool = False) -> None: ...
 
 
 class EngineLine:
     """An engine on this host is gone when its process is, one of another host (``keys``) when its
-    connection is: that is never made again, since nobody could say what was lost meanwhile."""
+    connection is: that is never made again, since nobody could say what was lost meanwhile. If the
+    engine had been silent before, it was stopped or cut off, and no request is to blame."""
 
     def __init__(
         self,
@@ -73,7 +76,7 @@ class EngineLine:
         self._outbox: queue.SimpleQueue[tuple[bytes, list[bytes]]] = queue.SimpleQueue()
         self._closed = False
         self._over = threading.Event()
-        self._opened = self._started = 0.0
+        self._greeted = self._heard = self._started = 0.0
         self._is_secure = False  # both sides have shown their keys
         self.greeting = False
         self._sock: zmq.Socket[bytes] | None = None
@@ -119,13 +122,13 @@ class EngineLine:
             server = self._connection.server_key.encode()
             CurveKeys(public, secret, server).connect(sock)
         sock.connect(self._connection.address)
-        self._opened = time.monotonic()
+        self._heard = time.monotonic()
         self.greet()
         return sockets
 
     def greet(self) -> None:
         """Say who we are."""
-        self.greeting = True
+        self.greeting, self._greeted = True, time.monotonic()
         with contextlib.suppress(OSError):
             self._started = self._started or process_start_time(os.getpid()) or 0.0
         # Elsewhere a process id means nothing.
@@ -134,7 +137,7 @@ class EngineLine:
         self._send(wire.HELLO, wire.encode(hello))
 
     def work(self) -> bool:
-        self._receive_all()
+        self._receive()
         if self._monitor is not None:
             self._watch(self._monitor)
         if not self._outbox.empty():
@@ -143,29 +146,36 @@ class EngineLine:
                     kind, frames = self._outbox.get_nowait()
                     self._send(kind, *frames)
             # What has come while we sent: the socket's descriptor may not tell of it again.
-            self._receive_all()
+            self._receive()
         return not self._closed and not self._receiver.is_gone
 
     def tick(self) -> float:
         self._send(wire.PING, b"{}")
         name = self._connection.model.name
         if self._keys is not None:
-            if self.greeting and time.monotonic() - self._opened > WELCOME_S:
+            if self.greeting and time.monotonic() - self._greeted > WELCOME_S:
                 self._receiver.lose(
                     f"the engine of {name!r} at {self._connection.address} does not answer"
                 )
         elif not self._connection.is_alive:
-            self._receive_all()  # its last words
-            self._receiver.lose(
-                f"the process with the model {name!r} (pid {self._connection.pid}) has ended: "
-                "killed or restarted. Load it again."
-            )
+            self._lose_process()
         return PING_S
 
+    def _lose_process(self) -> None:
+        self._receive_all()  # its last words
+        self._receiver.lose(
+            f"the process with the model {self._connection.model.name!r} "
+            f"(pid {self._connection.pid}) has ended: killed or restarted. Load it again."
+        )
+
     def shut(self, failure: Exception | None) -> None:
-        reason = CLOSED if failure is None else f"{FAILED}: {failure!r:.200}"
         try:
-            self._receiver.lose(reason)
+            if self._sock is not None and self._keys is None and not self._connection.is_alive:
+                self._lose_process()  # before we had looked
+            if failure is None:
+                self._receiver.lose(CLOSED, blameless=True)
+            else:
+                self._receiver.lose(f"{FAILED}: {failure!r:.200}", blameless=True)
         finally:
             if self._sock is not None:
                 if self._monitor is not None:
@@ -180,14 +190,29 @@ class EngineLine:
             self._sock.send_multipart([kind, *frames], zmq.NOBLOCK)
 
     def _receive_all(self) -> None:
+        while self._receive_some():
+            pass
+
+    def _receive(self) -> None:
+        """Read what has come; after many messages the rest with the next turn."""
+        if self._receive_some():
+            assert self._loop is not None
+            self._loop.post(self)
+
+    def _receive_some(self) -> bool:
+        """Whether there may be more."""
         assert self._sock is not None
-        with contextlib.suppress(zmq.Again):
-            while True:
+        for _ in range(MAX_MESSAGES):
+            try:
                 kind, body, *more = self._sock.recv_multipart(zmq.NOBLOCK)
-                try:
-                    self._receiver.receive(kind, body, more[0] if more else b"")
-                except Exception:  # one bad message must not end all streams
-                    logger.exception("a message from the engine (%r) could not be read", kind)
+            except zmq.Again:
+                return False
+            self._heard = time.monotonic()
+            try:
+                self._receiver.receive(kind, body, more[0] if more else b"")
+            except Exception:  # one bad message must not end all streams
+                logger.exception("a message from the engine (%r) could not be read", kind)
+        return True
 
     def _watch(self, monitor: zmq.Socket[bytes]) -> None:
         """What has become of the connection to another host."""
@@ -198,11 +223,23 @@ class EngineLine:
                     self._is_secure = True
                     continue
                 self._receive_all()  # its last words
+                silent_s = time.monotonic() - self._heard
                 name, address = self._connection.model.name, self._connection.address
-                self._receiver.lose(
-                    f"the connection to the engine of {name!r} at {address} was lost: the process "
-                    "or its host has ended, or the network between"
-                    if self._is_secure
-                    else f"the engine of {name!r} cannot be reached at {address}, or does not know "
-                    "our fleet key"
-                )
+                if not self._is_secure:
+                    reason = (
+                        f"the engine of {name!r} cannot be reached at {address}, or does not know "
+                        "our fleet key"
+                    )
+                elif silent_s > SILENT_S:
+                    reason = (
+                        f"the connection to the engine of {name!r} at {address} was lost after a "
+                        f"silence of {silent_s:.1f} s: the process is stopped, its host has ended, "
+                        "or the network between"
+                    )
+                else:
+                    reason = (
+                        f"the connection to the engine of {name!r} at {address} was lost: the "
+                        "process or its host has ended, or the network between"
+                    )
+                is_cut_off = not self._is_secure or silent_s > SILENT_S
+                self._receiver.lose(reason, blameless=is_cut_off)

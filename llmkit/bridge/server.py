@@ -67,6 +67,7 @@ class BridgeServer:
         self._waker = Waker()
         self._closing: str | None = None
         self._ends_at: float | None = None  # by time.monotonic(), once it drains
+        self._is_drained = False
         self._peers: dict[bytes, Peer] = {}
         self._intake = Intake(client, self._waker, self._send, self._is_connected)
         connection = files.make_connection(client.description, kernel_id, time.time(), tcp=tcp)
@@ -135,8 +136,7 @@ class BridgeServer:
     @property
     def is_drained(self) -> bool:
         """Whether `drain` has taken effect, and nothing is left to do."""
-        peers = list(self._peers.values())
-        return self._intake.draining and not any(peer.num_requests for peer in peers)
+        return self._is_drained
 
     def drain(self, seconds: float) -> None:
         """Refuse new requests with `DrainingError` and tell the clients so; running ones go on.
@@ -201,6 +201,9 @@ class BridgeServer:
             more = self._receive_some()
             self._intake.settle()
             self._send_news()
+            self._is_drained = self._intake.draining and not any(
+                peer.num_requests for peer in self._peers.values()
+            )
             self._judge_silent()
             self._end_with_client()
 

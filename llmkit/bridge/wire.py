@@ -42,7 +42,7 @@ from llmkit.version import __version__
 
 __all__ = [
     "ABORT", "ANSWER", "DENIED", "DRAINING", "EMBED", "EMBEDDED", "EVENTS", "GOODBYE", "HELLO",
-    "INQUIRE", "PING", "PONG", "SUBMIT", "VERSION", "WELCOME",
+    "INQUIRE", "PING", "PONG", "RESUMES", "SUBMIT", "VERSION", "WELCOME",
     "About", "Answer", "Denied", "Draining", "Embedded", "End", "Events", "Failure", "Goodbye",
     "Hello", "Name", "News", "Welcome",
     "apart", "choice_ids", "decode", "decode_request", "encode", "encode_request", "pack",
@@ -69,6 +69,7 @@ WELCOME, DENIED, EVENTS, EMBEDDED, ANSWER, PONG, DRAINING, GOODBYE = (
 )
 VERSION = 6  # of the protocol
 OLDEST = 5  # that is still understood
+RESUMES = 6  # the first whose engines go on with an answer that another began
 
 T = TypeVar("T")
 

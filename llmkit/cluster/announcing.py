@@ -13,7 +13,7 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +26,7 @@ from llmkit.bridge.curve import CurveKeys, beat
 from llmkit.bridge.waker import Waker
 from llmkit.cluster import announcements as words
 from llmkit.cluster.announcements import Announcement, Place
+from llmkit.settings.options import EngineOptions
 from llmkit.system.reporting import report
 from llmkit.version import __version__
 
@@ -36,6 +37,7 @@ RECONNECT_MS, MAX_RECONNECT_MS = 200, 2000
 LINGER_MS = 500  # for the last words
 CLOSE_S = 3.0
 SAMPLE_BYTES = 1 << 20
+ANSWERING = ("kv_type", "rope_scaling", "deterministic", "context_shift")
 WATCHED = (
     zmq.EVENT_CONNECTED
     | zmq.EVENT_DISCONNECTED
@@ -65,8 +67,9 @@ def announcement(**facts: object) -> Announcement:
     return Announcement(**{**own, **versions, **facts})  # type: ignore[arg-type]
 
 
-def model_hash(path: Path) -> str:
-    """Tells a model's file from others, by its size, first and last mebibyte; "" without one."""
+def model_hash(path: Path, options: Mapping[str, object]) -> str:
+    """Tells what answers the same from what does not: by a model's file (its size, first and last
+    mebibyte), and those of its ``options`` that change answers; "" without a file."""
     try:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
@@ -75,6 +78,11 @@ def model_hash(path: Path) -> str:
             digest.update(file.read(SAMPLE_BYTES))
     except OSError:
         return ""
+    usual = EngineOptions()
+    chosen = [(name, options.get(name)) for name in ANSWERING]
+    unusual = [(n, value) for n, value in chosen if value not in (None, getattr(usual, n))]
+    if unusual:
+        digest.update(repr(unusual).encode())
     return digest.hexdigest()[:32]
 
 

@@ -3,47 +3,38 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
-from llmkit.cluster.relay import LOSSES, MAX_DEATHS, Leg
-from llmkit.errors import EngineDiedError, EngineGoneError
-from llmkit.protocol import (
-    ListRequests,
-    ListSlots,
-    ListSteps,
-    Question,
-    Unload,
-)
+from llmkit.cluster.blame import MAX_DEATHS, Suspect
+from llmkit.cluster.members import LOSSES, Leg
+from llmkit.cluster.roster import Roster
+from llmkit.errors import EngineDiedError, EngineGoneError, QueueFullError
+from llmkit.protocol import ListRequests, ListSlots, ListSteps, Question, Unload
 from llmkit.protocol.client import EngineClient
+from llmkit.protocol.inquiries import RunningRequest, SlotContent, Step
 
 __all__ = ["Asking", "all_of", "merged"]
 
+Found = tuple[int, Any]  # the number of a replica's first slot, and its answer
+
 MAX_TRIES = 10
-
-
-class Places(Protocol):
-    """What is needed of a pool."""
-
-    def any_leg(self, avoid: set[str]) -> Leg | None: ...
-
-    def leave(self, leg: Leg) -> None: ...
-
-    def lost(self, leg: Leg, failure: Exception) -> bool: ...
+MAX_IN_COMPANY = 2 * MAX_DEATHS  # then it fails, though others may have been to blame
 
 
 class Asking:
-    """One question, asked again elsewhere when the replica is lost before its answer."""
+    """One question, asked again elsewhere when the replica is lost before its answer, or full."""
 
-    def __init__(self, places: Places, ask: Callable[[EngineClient], Future[Any]]) -> None:
-        self._places, self._ask = places, ask
+    def __init__(self, roster: Roster, ask: Callable[[EngineClient], Future[Any]]) -> None:
+        self._roster, self._ask = roster, ask
         self._answer: Future[Any] = Future()
         self._asked: Future[Any] | None = None
         self._avoid: set[str] = set()
-        self._deaths = self._tries = 0
+        self._suspect = Suspect(object())
+        self._tries = 0
 
     def begin(self) -> Future[Any]:
         """The answer to come. Raises what the first replica raises at once."""
@@ -53,46 +44,55 @@ class Asking:
 
     def _try(self, failure: BaseException | None) -> None:
         while True:
-            leg = self._places.any_leg(self._avoid)
+            leg = self._roster.choose_any(self._suspect, self._avoid)
             self._tries += 1
-            if leg is None or leg.member in self._avoid or self._tries > MAX_TRIES:
+            if leg is None or leg.member.name in self._avoid or self._tries > MAX_TRIES:
                 if leg is not None:
-                    self._places.leave(leg)
+                    self._roster.leave(leg)
                 raise failure or EngineGoneError("no replica of this model is there")
             try:
                 asked = self._asked = self._ask(leg.client)
-            except LOSSES as error:
+            except (*LOSSES, QueueFullError) as error:
                 failure = error
-                self._places.lost(leg, error)
-                self._avoid.add(leg.member)
-                self._places.leave(leg)
+                self._left(leg, error)
                 continue
-            except BaseException:
-                self._places.leave(leg)
+            except Exception as error:
+                self._roster.leave(leg, failure=error)
                 raise
             asked.add_done_callback(partial(self._answered, leg))
             if self._answer.cancelled():
                 asked.cancel()
             return
 
+    def _left(self, leg: Leg, error: Exception) -> None:
+        """This replica does not answer it, but another may."""
+        if isinstance(error, QueueFullError):
+            self._roster.leave(leg, failure=error)
+        else:
+            self._roster.lost(leg, error)
+        self._avoid.add(leg.member.name)
+
     def _answered(self, leg: Leg, asked: Future[Any]) -> None:
-        self._places.leave(leg)
-        if asked.cancelled():
+        error = None if asked.cancelled() else asked.exception()
+        if asked.cancelled() or self._answer.cancelled():
+            self._roster.leave(leg)
             self._answer.cancel()
             return
-        error = asked.exception()
-        if isinstance(error, LOSSES) and not self._answer.cancelled():
-            self._avoid.add(leg.member)
-            self._deaths += self._places.lost(leg, error)
-            if self._deaths >= MAX_DEATHS:
+        if isinstance(error, (*LOSSES, QueueFullError)):
+            self._left(leg, error)
+            suspect = self._suspect
+            if suspect.is_guilty or suspect.deaths >= MAX_IN_COMPANY:
                 error = EngineDiedError(
-                    f"{self._deaths} engines ended while they computed this; the last one: {error}"
+                    f"{suspect.deaths} engines ended while they computed this; the last one: "
+                    f"{error}"
                 )
             else:
                 try:
                     return self._try(error)
-                except BaseException as failure:
+                except Exception as failure:
                     error = failure
+        else:
+            self._roster.leave(leg, failure=error if isinstance(error, Exception) else None)
         if not self._answer.set_running_or_notify_cancel():
             return
         if error is not None:
@@ -109,19 +109,23 @@ class Asking:
 def all_of(
     clients: Sequence[EngineClient],
     ask: Callable[[EngineClient], Future[Any]],
-    merge: Callable[[list[Any]], Any],
+    merge: Callable[[list[Found]], Any],
 ) -> Future[Any]:
     """The answers of all that are there, as one; those that are lost meanwhile count for nothing.
 
-    Raises `EngineGoneError` if nobody is there.
+    Slots are counted on from one replica to the next. Raises `EngineGoneError` if nobody is there.
     """
     answer: Future[Any] = Future()
     asked: list[Future[Any]] = []
+    firsts: list[int] = []  # the number of a replica's first slot
+    num_slots = 0
     for client in clients:
+        first, num_slots = num_slots, num_slots + client.description.n_slots
         try:
             asked.append(ask(client))
         except LOSSES:
             continue
+        firsts.append(first)
     if not asked:
         raise EngineGoneError("no replica of this model is there")
     lock, left = threading.Lock(), [len(asked)]
@@ -133,8 +137,8 @@ def all_of(
                 return
         errors = [None if f.cancelled() else f.exception() for f in asked]
         found = [
-            f.result()
-            for f, e in zip(asked, errors, strict=True)
+            (first, f.result())
+            for first, f, e in zip(firsts, asked, errors, strict=True)
             if e is None and not f.cancelled()
         ]
         if not answer.set_running_or_notify_cancel():
@@ -151,24 +155,59 @@ def all_of(
     return answer
 
 
-def merged(question: Question[Any]) -> Callable[[list[Any]], Any] | None:
-    """How the answers of all replicas make one; None where any one's will do."""
+def merged(
+    question: Question[Any], moved: Callable[[], Mapping[str, str]]
+) -> Callable[[list[Found]], Any] | None:
+    """How the answers of all replicas make one; None where any one's will do.
+
+    ``moved`` are the ids of requests at their present replica, and what their readers call them.
+    """
     match question:
         case ListRequests():
-            return lambda found: tuple(each for answer in found for each in answer)
+            return lambda found: _requests(found, moved())
         case ListSteps():
-            return lambda found: tuple(sorted((s for a in found for s in a), key=lambda s: s.at))
+            return lambda found: _steps(found, moved())
         case ListSlots():
-            return _numbered
+            return lambda found: _slots(found, moved())
         case Unload():
-            return all
+            return lambda found: all(answer for _, answer in found)
     return None
 
 
-def _numbered(found: list[Any]) -> Any:
-    """Slots of all replicas, counted on."""
-    slots: list[Any] = []
-    for answer in found:
-        first = len(slots)
-        slots += [replace(each, slot=first + each.slot) for each in answer]
-    return tuple(slots)
+def _requests(found: list[Found], names: Mapping[str, str]) -> tuple[RunningRequest, ...]:
+    return tuple(
+        replace(
+            each,
+            request=names.get(each.request, each.request),
+            slot=None if each.slot is None else first + each.slot,
+        )
+        for first, answer in found
+        for each in answer
+    )
+
+
+def _steps(found: list[Found], names: Mapping[str, str]) -> tuple[Step, ...]:
+    steps = [
+        replace(
+            step,
+            chunks=tuple(
+                replace(c, slot=first + c.slot, request=names.get(c.request, c.request))
+                for c in step.chunks
+            ),
+        )
+        for first, answer in found
+        for step in answer
+    ]
+    return tuple(sorted(steps, key=lambda step: step.at))
+
+
+def _slots(found: list[Found], names: Mapping[str, str]) -> tuple[SlotContent, ...]:
+    return tuple(
+        replace(
+            each,
+            slot=first + each.slot,
+            request=None if each.request is None else names.get(each.request, each.request),
+        )
+        for first, answer in found
+        for each in answer
+    )

@@ -37,10 +37,11 @@ RETRY_S, MAX_RETRY_S = 0.5, 30.0
 
 
 class FleetEngine(BridgeClient):
-    """An engine of another host."""
+    """An engine of another host; engines of one ``model_hash`` answer the same."""
 
     def __init__(self, announced: Announcement, keys: CurveKeys) -> None:
         place = words.Place.read(announced.address, "address")
+        self.model_hash = announced.model_hash
         self._origin = Origin("host", host=f"{announced.host or place.host}:{place.port}")
         connection = Connection(
             announced.address,

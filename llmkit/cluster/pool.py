@@ -1,7 +1,7 @@
 """Several engines of one model as one `EngineClient`: replicas that come, drain, die and go.
 
 Any thread. One thread of a pool's own looks at its members four times a second, as long as it is
-used; there is none for a request.
+used, and moves requests; there is none for a request.
 """
 
 from __future__ import annotations
@@ -12,18 +12,19 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass, fields, replace
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from llmkit.cluster.asking import Asking, all_of, merged
+from llmkit.cluster.blame import Suspect
+from llmkit.cluster.members import LOSSES, Leg, Member
 from llmkit.cluster.prefixes import PrefixChain, chain_of
 from llmkit.cluster.quarantine import Quarantine
-from llmkit.cluster.relay import LOSSES, Leg, Relay
-from llmkit.cluster.routing import Figures, Router, Ticket
-from llmkit.errors import DrainingError, EngineDiedError, EngineGoneError
+from llmkit.cluster.relay import MAX_FULL, Relay
+from llmkit.cluster.roster import Roster
+from llmkit.errors import EngineDiedError, EngineGoneError, QueueFullError
 from llmkit.protocol import (
     READY,
-    Completion,
     EmbeddingRequest,
     Embeddings,
     EngineState,
@@ -32,30 +33,17 @@ from llmkit.protocol import (
     Inquiry,
     ModelDescription,
     Origin,
+    check_size,
 )
 from llmkit.protocol.client import EngineClient
 from llmkit.protocol.stream import Stream
 
-__all__ = ["Member", "ReplicaPool"]
+__all__ = ["ReplicaPool"]
 
 Answer = TypeVar("Answer")
 
 LOOK_S = 0.25
 PATIENCE_S = 10.0  # requests that have lost their replica wait so long for another
-COUNTED = tuple(f.name for f in fields(EngineStats) if f.name.endswith("_total"))
-AVERAGED = ("prompt_token_s", "decode_step_s")
-SUMMED = tuple(f.name for f in fields(EngineStats) if f.name not in AVERAGED)
-
-
-@dataclass(slots=True, eq=False)
-class Member:
-    """A replica; ``drained``: it said that it would end."""
-
-    name: str
-    client: EngineClient
-    stats: EngineStats
-    drained: bool = False
-    away: bool = False  # gone, or not to be used any more
 
 
 class ReplicaPool:
@@ -63,8 +51,9 @@ class ReplicaPool:
 
     A request goes where it is expected to be answered soonest (`Router`). When its replica is
     lost, another goes on from the last token: nothing is sent twice, and nothing is left out.
-    After two deaths under one request it fails with `EngineDiedError`, as does its prompt for a
-    minute. Without any replica, requests that are under way wait ten seconds for one.
+    A request that engines die of fails with `EngineDiedError` after the second, as does its prompt
+    for a minute; while others ran beside it, it is first found out which one it is. Without any
+    replica, requests that are under way wait ten seconds for one.
     """
 
     def __init__(
@@ -77,68 +66,58 @@ class ReplicaPool:
         patience_s: float = PATIENCE_S,
     ) -> None:
         self._name, self._patience_s = name, patience_s
-        self._rng = rng or random.Random()
         self._lock = threading.RLock()
-        self._router = Router(self._rng)
-        self._quarantine = quarantine or Quarantine()
-        self._members: dict[str, Member] = {}
-        self._departed = EngineStats()
+        self._roster = Roster(
+            f"no replica of {name!r} is there", rng or random.Random(), quarantine or Quarantine()
+        )
         self._description: ModelDescription | None = None
-        self._reason = f"no replica of {name!r} is there"
         self._relays: dict[str, Relay] = {}
         self._parked: list[Relay] = []
-        self._moves = 0
-        self._closed = threading.Event()
+        self._closed = False
+        self._wake = threading.Event()
         self._thread: threading.Thread | None = None
         self.update(members or {})
 
     def update(self, members: Mapping[str, EngineClient]) -> None:
         """The engines there are now, newest first, by names that never come again."""
-        with self._lock:
-            for name, client in members.items():
-                if name not in self._members:
-                    self._members[name] = Member(name, client, client.stats())
-                    self._router.add(name, _home(client.origin))
-                    self._router.report(name, _figures(client.stats()))
-            first = next(iter(members.values()), None)
-            if first is not None:
-                self._description = first.description
-            left = [m for name, m in self._members.items() if name not in members]
-            for member in left:
-                self._part(member)
+        first = next(iter(members.values()), None)
+        if first is not None:
+            self._description = first.description
+        left = self._roster.update(members)
         for member in left:  # what they still had moves
             member.client.close()
-        self._look()
+        self._roster.mourn(left)
+        self._roster.hear()
+        self._wake.set()
 
     @property
     def members(self) -> tuple[Member, ...]:
         """The replicas."""
-        with self._lock:
-            return tuple(self._members.values())
+        return self._roster.members
 
     @property
     def is_closed(self) -> bool:
         """Whether it will have no members again."""
-        return self._closed.is_set()
+        return self._closed
 
     @property
     def num_moves(self) -> int:
         """How often a request went on at another replica."""
-        return self._moves
+        return self._roster.num_moves
 
     @property
     def description(self) -> ModelDescription:
         """The newest replica's, with the slots of all."""
-        members = self.members
         if self._description is None:
-            raise EngineGoneError(self._reason)
-        slots = sum(m.client.description.n_slots for m in members if not m.away)
+            raise EngineGoneError(self._roster.reason)
+        slots = sum(m.client.description.n_slots for m in self.members if not m.away)
         return replace(self._description, n_slots=slots or self._description.n_slots)
 
     @property
     def state(self) -> EngineState:
-        if self._closed.is_set():
-            return EngineState("gone", self._reason)
+        reason = self._roster.reason
+        if self._closed:
+            return EngineState("gone", reason)
         states = []
         for member in self.members:
             state = member.client.state
@@ -150,8 +129,8 @@ class ReplicaPool:
             if found is not None:
                 return found
         if self._relays:
-            return EngineState("loading", f"{self._reason}; requests wait for another")
-        return EngineState("gone", next((s.reason for s in states if s.reason), self._reason))
+            return EngineState("loading", f"{reason}; requests wait for another")
+        return EngineState("gone", next((s.reason for s in states if s.reason), reason))
 
     @property
     def origin(self) -> Origin:
@@ -162,66 +141,81 @@ class ReplicaPool:
         return self.submit_choices(request)[0]
 
     def submit_choices(self, request: GenerationRequest) -> list[Stream]:
+        self._begin()
+        if self._description is not None:  # before it is noted for a replica
+            check_size(request, self._description.n_ctx)
         chain = chain_of(request)
-        refusal = self.refused(chain)
+        refusal = self._roster.refused(chain)
         if refusal is not None:
             raise refusal
-        self._begin()
-        relays = [Relay(choice, chain, self, self.abort) for choice in request.choices()]
-        legs = self._first_legs(request, chain, len(relays))
+        suspect = Suspect(chain.whole)
+        relays = [Relay(choice, chain, suspect, self._roster, self) for choice in request.choices()]
+        legs = self._first_legs(request, chain, suspect)
         with self._lock:
             self._relays.update((r.request_id, r) for r in relays)
         for relay, leg in zip(relays, legs, strict=True):
             relay.start(leg)
         return [Stream(relay.channel) for relay in relays]
 
-    def _first_legs(self, request: GenerationRequest, chain: PrefixChain, n: int) -> list[Leg]:
+    def _first_legs(
+        self, request: GenerationRequest, chain: PrefixChain, suspect: Suspect
+    ) -> list[Leg]:
         """All choices at one replica, which computes their prompt once. Raises as ``submit``."""
         avoid: set[str] = set()
+        full: list[QueueFullError] = []
+        wanted = replace(request, show_tokens=True)
         while True:
-            leg = self.choose(chain, 0, avoid)
-            if leg is None or leg.member in avoid:
+            leg = self._choose(chain, suspect, avoid)
+            if leg is None or leg.member.name in avoid or len(full) >= MAX_FULL:
+                failure = (
+                    full[-1] if full else EngineGoneError(self.state.reason or self._roster.reason)
+                )
                 if leg is not None:
-                    self.leave(leg)
-                raise EngineGoneError(self.state.reason or self._reason)
+                    self._roster.leave(leg, failure=failure)
+                raise failure
             try:
-                streams = leg.client.submit_choices(replace(request, show_tokens=True))
+                streams = leg.client.submit_choices(wanted)
             except LOSSES as error:
-                self.leave(leg)
-                self.lost(leg, error)
+                self._roster.lost(leg, error)
                 if isinstance(error, EngineDiedError):
                     raise
-                avoid.add(leg.member)
+                avoid.add(leg.member.name)
                 continue
-            except BaseException:
-                self.leave(leg)
-                raise
-            with self._lock:
-                more = [self._router.beside(leg.ticket) for _ in range(n - 1)]
-            return [
-                Leg(leg.member, leg.client, ticket, stream, leg.source)
-                for ticket, stream in zip((leg.ticket, *more), streams, strict=True)
-            ]
+            except Exception as error:
+                self._roster.leave(leg, failure=error)
+                if not isinstance(error, QueueFullError):
+                    raise
+                full.append(error)
+                avoid.add(leg.member.name)
+                continue
+            legs = [leg, *(self._roster.beside(leg) for _ in streams[1:])]
+            for each, stream in zip(legs, streams, strict=True):
+                each.stream = stream
+            return legs
+
+    def _choose(self, chain: PrefixChain, suspect: Suspect, avoid: set[str]) -> Leg | None:
+        return None if self._closed else self._roster.choose(chain, suspect, avoid)
 
     def embed(self, request: EmbeddingRequest) -> Future[Embeddings]:
         return self._ask(lambda client: client.embed(request))
 
     def inquire(self, inquiry: Inquiry[Answer]) -> Future[Answer]:
-        merge = merged(inquiry.question)
+        merge = merged(inquiry.question, self._moved_ids)
         if merge is not None:
             clients = [m.client for m in self.members if not m.client.state.is_gone]
             return all_of(clients, lambda client: client.inquire(inquiry), merge)
         return self._ask(lambda client: client.inquire(inquiry))
 
+    def _moved_ids(self) -> dict[str, str]:
+        """Requests by their ids at another replica than the first."""
+        with self._lock:
+            relays = list(self._relays.values())
+        return {r.id_there: r.request_id for r in relays if r.id_there is not None}
+
     def _ask(self, ask: Callable[[EngineClient], Future[Any]]) -> Future[Any]:
         """Anybody's single answer; asked again elsewhere when a replica is lost meanwhile."""
         self._begin()
-        return Asking(self, ask).begin()
-
-    def any_leg(self, avoid: set[str]) -> Leg | None:
-        """A replica for something that leaves no prefix."""
-        with self._lock:
-            return self._leg(self._router.spread(avoid))
+        return Asking(self._roster, ask).begin()
 
     def abort(self, request_id: str) -> None:
         relay = self._relays.get(request_id)
@@ -230,91 +224,38 @@ class ReplicaPool:
 
     def stats(self) -> EngineStats:
         """The sum of all replicas, with what those counted that have left; costs are means."""
-        with self._lock:
-            each = [m.client.stats() for m in self._members.values()]
-            departed = self._departed
-        total = {name: sum(getattr(s, name) for s in (*each, departed)) for name in SUMMED}
-        for name in AVERAGED:
-            known = [getattr(s, name) for s in each if getattr(s, name) > 0]
-            total[name] = sum(known) / len(known) if known else 0.0
-        return EngineStats(**total)
+        return self._roster.stats()
 
     def close(self) -> None:
         """Disconnect from all replicas; what still runs fails."""
-        self._reason = f"the connection to the replicas of {self._name!r} was closed"
-        self._closed.set()
-        with self._lock:
-            members = list(self._members.values())
-        for member in members:
+        if not self.state.is_gone:
+            self._roster.reason = f"the connection to the replicas of {self._name!r} was closed"
+        self._closed = True
+        self._wake.set()
+        failure = EngineGoneError(self._roster.reason)
+        for member in self.members:
             member.client.close()
-        for relay in list(self._relays.values()):
-            relay.give_up(EngineGoneError(self._reason))
-
-    def choose(self, chain: PrefixChain, answered: int, avoid: set[str]) -> Leg | None:
         with self._lock:
-            return self._leg(self._router.route(chain, answered=answered, avoid=avoid))
-
-    def leave(self, leg: Leg, completion: Completion | None = None) -> None:
-        with self._lock:
-            if completion is None:
-                self._router.ended(leg.ticket)
-                return
-            usage = completion.usage
-            self._router.ended(
-                leg.ticket,
-                prompt_tokens=usage.prompt_tokens,
-                cached_tokens=usage.cached_tokens,
-                answer_tokens=usage.completion_tokens,
-            )
-
-    def started(self, leg: Leg) -> None:
-        with self._lock:
-            self._router.started(leg.ticket)
-
-    def lost(self, leg: Leg, failure: Exception) -> bool:
-        member, state = leg.source, leg.client.state
-        assert isinstance(member, Member)
-        with self._lock:
-            self._moves += 1
-            if isinstance(failure, DrainingError):
-                member.drained = True
-                self._router.close(member.name)
-                return False
-            if not state.is_gone:
-                return False
-            self._retire(member)
-            return not (member.drained or state.expected)
-
-    def condemn(self, relay: Relay) -> None:
-        with self._lock:
-            self._quarantine.add(relay.chain, time.monotonic())
-
-    def refused(self, chain: PrefixChain) -> EngineDiedError | None:
-        with self._lock:
-            left = self._quarantine.left(chain, time.monotonic())
-        if not left:
-            return None
-        return EngineDiedError(
-            "this prompt is refused: two engines ended while they computed it. "
-            f"Try again in {left:.0f} s, after looking at their logs."
-        )
+            relays = list(self._relays.values())
+        for relay in relays:
+            relay.give_up(failure)
 
     def park(self, relay: Relay) -> None:
+        """Place it once it is due and there is a replica."""
+        if self._closed:
+            return relay.give_up(EngineGoneError(self._roster.reason))
         with self._lock:
             self._parked.append(relay)
+        if relay.due <= time.monotonic():
+            self._wake.set()
 
     def forget(self, relay: Relay) -> None:
+        """It has ended."""
         self._relays.pop(relay.request_id, None)
 
-    def _leg(self, ticket: Ticket | None) -> Leg | None:
-        if ticket is None or self._closed.is_set():
-            return None
-        member = self._members[ticket.replica]
-        return Leg(member.name, member.client, ticket, source=member)
-
     def _begin(self) -> None:
-        if self._closed.is_set():
-            raise EngineGoneError(self._reason)
+        if self._closed:
+            raise EngineGoneError(self._roster.reason)
         if self._thread is None:
             with self._lock:
                 if self._thread is None:
@@ -324,75 +265,31 @@ class ReplicaPool:
                     self._thread.start()
 
     def _watch(self) -> None:
-        while not self._closed.wait(LOOK_S):
+        while not self._closed:
+            self._wake.wait(LOOK_S)
+            self._wake.clear()
             with contextlib.suppress(Exception):  # a member's fault must not end the watch
-                self._look()
+                self._roster.hear()
+            self._place_parked()
 
-    def _look(self) -> None:
-        """Learn what the members say of themselves, and place what waits for one."""
+    def _place_parked(self) -> None:
+        """Place what waits for a replica, and give up what has waited too long."""
         with self._lock:
-            for member in list(self._members.values()):
-                self._hear(member)
             parked, self._parked = self._parked, []
-            has_place = self._router.num_open > 0
-        now = time.monotonic()
+        waiting = []
         for relay in parked:
-            waited = now - (relay.parked_at or now)
-            if has_place or relay.is_aborted:
+            now = time.monotonic()
+            has_open = self._roster.has_open
+            if relay.is_aborted or (has_open and now >= relay.due):
                 relay.place()
-            elif waited > self._patience_s:
+            elif not has_open and now - relay.parked_at > self._patience_s:
                 relay.give_up(
                     EngineGoneError(
-                        f"{self._reason}, and none came within {self._patience_s:.0f} s; "
+                        f"{self._roster.reason}, and none came within {self._patience_s:.0f} s; "
                         "send the request again."
                     )
                 )
             else:
-                self.park(relay)
-
-    def _hear(self, member: Member) -> None:
-        state, stats = member.client.state, member.client.stats()
-        if member.away:
-            return
-        if state.is_gone:
-            self._retire(member)
-            return
-        if state.phase == "ready":
-            self._router.open(member.name)
-        else:
-            member.drained = member.drained or state.phase == "draining"
-            self._router.close(member.name)
-        if stats is not member.stats:
-            member.stats = stats
-            self._router.report(member.name, _figures(stats))
-
-    def _retire(self, member: Member) -> None:
-        """It takes nothing any more."""
-        if not member.away:
-            member.away = True
-            self._reason = member.client.state.reason or self._reason
-        self._router.remove(member.name)
-
-    def _part(self, member: Member) -> None:
-        """It is no member any more; what it counted stays."""
-        self._retire(member)
-        del self._members[member.name]
-        last = member.client.stats()
-        counted = {n: getattr(self._departed, n) + getattr(last, n) for n in COUNTED}
-        self._departed = EngineStats(**counted)
-
-
-def _figures(stats: EngineStats) -> Figures:
-    slots = max(1, stats.num_slots)
-    return Figures(
-        stats.prompt_token_s,
-        stats.decode_step_s,
-        slots,
-        slots + stats.num_parked,
-        stats.num_running + stats.num_waiting,
-    )
-
-
-def _home(origin: Origin) -> str:
-    """What all gateways call it."""
-    return f"{origin.host} {origin.url} {origin.label}"
+                waiting.append(relay)
+        with self._lock:
+            self._parked += waiting

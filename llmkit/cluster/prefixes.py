@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from hashlib import blake2b
 
 from llmkit.protocol import GenerationRequest
@@ -41,7 +41,10 @@ class PrefixChain:
 
 
 def chain_of(request: GenerationRequest) -> PrefixChain:
-    """The chain of a request: what keeps caches apart comes first, then tools, then the prompt."""
+    """The chain of a request: what keeps caches apart comes first, then tools, then the prompt.
+
+    Sound and media are in it by their digests.
+    """
     return chained(_pieces(request))
 
 
@@ -82,11 +85,18 @@ def _pieces(request: GenerationRequest) -> Iterator[bytes]:
     ]
     if request.template_options:
         head.append(repr(request.template_options))
+    if request.saying is not None:
+        head.append(repr(request.saying))
+    if request.hearing is not None:
+        options = asdict(replace(request.hearing, audio=b""))
+        head += [blake2b(request.hearing.audio, digest_size=16).hexdigest(), repr(options)]
     yield _bytes("\0".join(head))
     if isinstance(request.prompt, tuple):
         yield repr(request.prompt).encode()
     elif request.prompt is not None:
         yield _bytes(request.prompt)
+    if request.suffix is not None:
+        yield _bytes(f"\0{request.suffix}")
     for message in request.messages or ():
         said = [message.role, message.text, *(m.digest for m in message.media)]
         said += [f"{call.name}\0{call.arguments}" for call in message.tool_calls]

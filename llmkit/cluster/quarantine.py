@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections import OrderedDict
 
-from llmkit.cluster.prefixes import PrefixChain
-
 __all__ = ["QUARANTINE_S", "Quarantine"]
 
 QUARANTINE_S, MAX_PROMPTS = 60.0, 10_000
@@ -18,19 +16,19 @@ class Quarantine:
     def __init__(self) -> None:
         self._until: OrderedDict[int, float] = OrderedDict()
 
-    def add(self, chain: PrefixChain, now: float) -> None:
+    def add(self, prompt: int, now: float) -> None:
         """Refuse this prompt for a minute."""
-        self._until[chain.whole] = now + QUARANTINE_S
-        self._until.move_to_end(chain.whole)
+        self._until[prompt] = now + QUARANTINE_S
+        self._until.move_to_end(prompt)
         while len(self._until) > MAX_PROMPTS:
             self._until.popitem(last=False)
 
-    def left(self, chain: PrefixChain, now: float) -> float:
+    def left(self, prompt: int, now: float) -> float:
         """Seconds for which this prompt is refused; 0 if it is not."""
-        until = self._until.get(chain.whole)
-        if until is None:
-            return 0.0
-        if until <= now:
-            del self._until[chain.whole]
-            return 0.0
-        return until - now
+        return max(0.0, self._until.get(prompt, now) - now)
+
+    def is_empty(self, now: float) -> bool:
+        """Whether it refuses nothing. Forgets what is over."""
+        while self._until and next(iter(self._until.values())) <= now:
+            self._until.popitem(last=False)
+        return not self._until

@@ -1,71 +1,54 @@
 """One answer through a pool: the stream that its reader holds, whichever replica writes it.
 
-Runs on the threads of the replicas' clients; a move to another replica too.
+Runs on the threads of the replicas' clients, which must not wait: a move to another replica is
+left to the pool's own thread.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Protocol
 
+from llmkit.cluster.blame import Suspect
+from llmkit.cluster.members import LOSSES, Leg
 from llmkit.cluster.prefixes import PrefixChain
-from llmkit.cluster.routing import Ticket
-from llmkit.errors import DrainingError, EngineDiedError, EngineGoneError, ModelUnloadedError
+from llmkit.cluster.roster import Roster
+from llmkit.errors import (
+    DrainingError,
+    EngineDiedError,
+    EngineGoneError,
+    QueueFullError,
+)
 from llmkit.protocol import Completion, FinishReason, GenerationRequest, Resume
-from llmkit.protocol.client import EngineClient
-from llmkit.protocol.stream import Channel, Stream
+from llmkit.protocol.stream import Channel
 
-__all__ = ["LOSSES", "MAX_DEATHS", "Leg", "Places", "Relay"]
+__all__ = ["Owner", "Relay"]
 
-# What says that another replica may do it; the first that nothing was begun here.
-LOSSES = (DrainingError, EngineGoneError, ModelUnloadedError)
-MAX_DEATHS = 2  # of replicas, under one request
-MAX_MOVES = 10  # of one request, for whatever reason
-
-
-@dataclass(slots=True, eq=False)
-class Leg:
-    """A request at one replica; ``stream`` is None until it is there."""
-
-    member: str
-    client: EngineClient
-    ticket: Ticket
-    stream: Stream | None = None
-    source: object = None  # what the pool knows of the replica
+MAX_LOSSES = 10  # of replicas, by one request, for whatever reason
+MAX_FULL = 4  # replicas with a full queue are asked one after another
+LATER_S = 0.25  # until one is looked for again where there was none
+FULL_S = 1.0  # then those whose answer has begun are tried again after this
+SHIFTED = (
+    "the engine that computed this request has ended, and no other can go on with it: "
+    "its context was shifted, or the engine is of an older version. Send it again."
+)
+SOUND = (
+    "the engine that computed this request has ended, and no other can go on with sound that was "
+    "heard or spoken in part. Send it again."
+)
 
 
-class Places(Protocol):
-    """What a relay needs of its pool. Any thread."""
+class Owner(Protocol):
+    """What keeps relays: a pool. Any thread."""
 
-    def choose(self, chain: PrefixChain, answered: int, avoid: set[str]) -> Leg | None:
-        """A replica for a request, or None if there is none now."""
-        ...
-
-    def leave(self, leg: Leg, completion: Completion | None = None) -> None:
-        """A request has left its replica."""
-        ...
-
-    def started(self, leg: Leg) -> None:
-        """Its first token is there."""
-        ...
-
-    def lost(self, leg: Leg, failure: Exception) -> bool:
-        """A replica has failed or refused a request: whether it ended without being told to."""
-        ...
-
-    def condemn(self, relay: Relay) -> None:
-        """Replicas died of it: refuse its prompt for a while."""
-        ...
-
-    def refused(self, chain: PrefixChain) -> EngineDiedError | None:
-        """Why this prompt is refused now."""
+    def abort(self, request_id: str) -> None:
+        """End one early."""
         ...
 
     def park(self, relay: Relay) -> None:
-        """Call `place` again once there is a replica."""
+        """Call `place` once it is due and there is a replica."""
         ...
 
     def forget(self, relay: Relay) -> None:
@@ -84,28 +67,38 @@ class Relay:
         self,
         request: GenerationRequest,
         chain: PrefixChain,
-        places: Places,
-        abort: Callable[[str], None],
+        suspect: Suspect,
+        roster: Roster,
+        owner: Owner,
     ) -> None:
-        self.request, self.chain = request, chain
-        self.channel = Channel(request.request_id, abort)
+        self.request, self.chain, self.suspect = request, chain, suspect
+        self.channel = Channel(request.request_id, owner.abort)
         begun = request.resume
         self._tokens = [] if begun is None else list(begun.tokens)
         self._sent = 0 if begun is None else begun.sent_chars
         self._counted = len(self._tokens)
-        self._places = places
+        self._roster, self._owner = roster, owner
         self._lock = threading.RLock()
         self._leg: Leg | None = None
-        self._avoid: set[str] = set()
-        self._deaths = self._moves = 0
+        self._left: set[str] = set()  # replicas that were lost, or refused it
+        self._full: set[str] = set()  # those without room for it, this time
+        self._no_room: QueueFullError | None = None
+        self._losses = self._tries = 0
+        self._is_admitted = False
         self._aborted = False
         self._began, self._first_at, self._last_at = time.monotonic(), 0.0, 0.0
         self._gap = 0.0
-        self.parked_at: float | None = None
+        self.parked_at = self.due = 0.0
 
     @property
     def request_id(self) -> str:
         return self.request.request_id
+
+    @property
+    def id_there(self) -> str | None:
+        """What the replica calls it."""
+        leg = self._leg
+        return None if leg is None or leg.stream is None else leg.stream.request_id
 
     def start(self, leg: Leg) -> None:
         """Follow the stream of a replica that has the request."""
@@ -143,31 +136,55 @@ class Relay:
             leg.client.abort(stream.request_id)
 
     def _place(self) -> None:
-        self.parked_at = None
-        refusal = self._places.refused(self.chain) if self._deaths else None
+        refusal = self._roster.refused(self.chain) if self.suspect.deaths else None
         if refusal is not None:
             return self._fail(refusal)
         while not self._aborted:
-            leg = self._places.choose(self.chain, len(self._tokens), self._avoid)
+            leg = self._roster.choose(
+                self.chain, self.suspect, self._left | self._full, self._tokens
+            )
+            if self._no_room is not None and (
+                leg is None or leg.member.name in self._full or len(self._full) >= MAX_FULL
+            ):
+                if leg is not None:
+                    self._roster.leave(leg, failure=self._no_room)
+                return self._wait_for_room(self._no_room)
             if leg is None:
-                self._leg = None
-                self.parked_at = time.monotonic()
-                return self._places.park(self)
+                return self._park(LATER_S)
+            self._tries += 1
             try:
                 leg.stream = leg.client.submit(self._rest())
             except LOSSES as error:
-                self._places.leave(leg)
-                self._places.lost(leg, error)
-                self._avoid.add(leg.member)
-                self._moves += 1
-                if self._moves > MAX_MOVES or isinstance(error, EngineDiedError):
-                    raise
+                self._lose(leg, error)
                 continue
-            except BaseException:
-                self._places.leave(leg)
+            except QueueFullError as error:
+                self._is_full(leg, error)
+                continue
+            except Exception as error:
+                self._roster.leave(leg, failure=error)
                 raise
             return self._follow(leg)
         self._finish(self._cut(), None)
+
+    def _park(self, seconds: float) -> None:
+        self._leg = None
+        self.parked_at = time.monotonic()
+        self.due = self.parked_at + seconds
+        self._owner.park(self)
+
+    def _is_full(self, leg: Leg, error: QueueFullError) -> None:
+        """This replica has no room for it; nothing was begun there."""
+        self._roster.leave(leg, failure=error)
+        self._full.add(leg.member.name)
+        self._no_room = error
+
+    def _wait_for_room(self, error: QueueFullError) -> None:
+        """No replica has room. An answer that was begun waits, since it was admitted once."""
+        self._full, self._no_room = set(), None
+        if self._is_admitted:
+            self._park(FULL_S)
+        else:
+            self._fail(error)
 
     def _follow(self, leg: Leg) -> None:
         assert leg.stream is not None
@@ -178,9 +195,8 @@ class Relay:
 
     def _rest(self) -> GenerationRequest:
         """What is left to compute. Its id is new: the engine may still know the last one."""
-        request = replace(self.request, show_tokens=True)
-        if self._moves:
-            request = replace(request, request_id=f"{self.request_id:.200}~{self._moves}")
+        request_id = f"{self.request_id:.200}~{self._tries}"
+        request = replace(self.request, request_id=request_id, show_tokens=True)
         if self._tokens:
             request = replace(request, resume=Resume(tuple(self._tokens), self._sent))
         return request
@@ -200,7 +216,9 @@ class Relay:
                     self._gap = now - self._last_at
                 self._last_at = now
                 if leg.ticket.is_pending:
-                    self._places.started(leg)
+                    self._roster.started(leg)
+                    self._is_admitted = True
+                    self._full, self._no_room = set(), None
                 push, tokens = self.channel.push, self._tokens
                 for delta in deltas:
                     tokens.extend(delta.tokens)
@@ -215,41 +233,45 @@ class Relay:
     def _ended(self, leg: Leg, completion: Completion) -> None:
         assert leg.stream is not None
         failure = leg.stream.failure
-        if not isinstance(failure, LOSSES) or isinstance(failure, EngineDiedError):
-            self._places.leave(leg, completion)
-            self._finish(self._whole(completion), failure)
-            return
-        self._places.leave(leg)
-        if self._aborted:
-            self._finish(self._cut(), None)
-            return
         try:
+            if isinstance(failure, QueueFullError) and leg.ticket.is_pending:
+                self._leg = None
+                self._is_full(leg, failure)
+                return self._park(0.0)
+            if not isinstance(failure, LOSSES) or isinstance(failure, EngineDiedError):
+                self._roster.leave(leg, completion, failure)
+                return self._finish(self._whole(completion), failure)
             self._move(leg, failure)
         except Exception as error:  # this thread is the replica's client
             self._fail(error)
 
     def _move(self, leg: Leg, failure: Exception) -> None:
         self._leg = None
-        self._avoid.add(leg.member)
-        self._moves += 1
-        if self._places.lost(leg, failure):
-            self._deaths += 1
-        if self._deaths >= MAX_DEATHS:
-            self._places.condemn(self)
+        self._is_admitted = self._is_admitted or not isinstance(failure, DrainingError)
+        self._lose(leg, failure)
+        if self._aborted:
+            return self._finish(self._cut(), None)
+        if self.suspect.is_guilty:
+            last = str(failure).rstrip(".")
             message = (
-                f"{self._deaths} engines ended while they computed this request; the last one: "
-                f"{failure} The prompt is refused for a minute."
+                f"{self.suspect.deaths} engines ended while they computed this request; "
+                f"the last one: {last}. The prompt is refused for a minute."
             )
             return self._fail(EngineDiedError(message))
+        is_sound = self.request.hearing is not None or self.request.saying is not None
+        if is_sound and self._last_at:
+            return self._fail(EngineGoneError(SOUND))
         if len(self._tokens) != self._counted:
-            message = (
-                "the engine that computed this request has ended, and no other can go on with it: "
-                "its context was shifted, or the engine is of an older version. Send it again."
-            )
-            return self._fail(EngineGoneError(message))
-        if self._moves > MAX_MOVES:
-            return self._fail(failure)
-        self._place()
+            return self._fail(EngineGoneError(SHIFTED))
+        self._park(0.0)
+
+    def _lose(self, leg: Leg, failure: Exception) -> None:
+        """A replica is lost to it. Raises the failure if it has lost too many."""
+        self._roster.lost(leg, failure)
+        self._left.add(leg.member.name)
+        self._losses += 1
+        if self._losses > MAX_LOSSES or isinstance(failure, EngineDiedError):
+            raise failure
 
     def _fail(self, error: Exception) -> None:
         self.channel.fail(error)
@@ -263,7 +285,7 @@ class Relay:
         leg, self._leg = self._leg, None
         if leg is not None:
             leg.stream = None  # whose listener holds us
-        self._places.forget(self)
+        self._owner.forget(self)
 
     def _cut(self) -> Completion:
         return Completion(
@@ -276,7 +298,7 @@ class Relay:
 
     def _whole(self, completion: Completion) -> Completion:
         """The end of an answer, and what other replicas computed of it."""
-        if not self._moves:
+        if not self._tries:
             return completion
         metrics = replace(
             completion.metrics,

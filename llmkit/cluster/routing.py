@@ -73,6 +73,8 @@ class Ticket:
     depth: int
     work: float
     _of: _Replica
+    _noted: bool = False  # the index had not known of it there
+    _instead_of: tuple[tuple[int, ...], ...] = ()  # what the index held in its place
     _pending: bool = True
     _ended: bool = False
 
@@ -183,8 +185,9 @@ class Router:
         replica.own += 1
         replica.since += 1
         replica.pending += work
-        self._note(replica, chain)
-        return Ticket(replica.name, chain, depth, work, replica)
+        is_new = chain.marks[-1] not in replica.prefixes
+        instead_of = self._note(replica, chain.marks)
+        return Ticket(replica.name, chain, depth, work, replica, is_new, instead_of)
 
     def beside(self, ticket: Ticket) -> Ticket:
         """Another answer to the same prompt, at the same replica: computed once."""
@@ -208,6 +211,19 @@ class Router:
         if ticket._pending:
             ticket._pending = False
             ticket._of.pending = max(0.0, ticket._of.pending - ticket.work)
+
+    def refused(self, ticket: Ticket) -> None:
+        """It has ended, and nothing of it was computed: it is not held there."""
+        if ticket._ended:
+            return
+        self.ended(ticket)
+        replica, last = ticket._of, ticket.chain.marks[-1]
+        if not ticket._noted or self._replicas.get(ticket.replica) is not replica:
+            return
+        if last in replica.prefixes:
+            self._drop(replica, last)
+        for marks in ticket._instead_of:
+            self._note(replica, marks)
 
     def ended(
         self,
@@ -312,13 +328,12 @@ class Router:
                 high = middle - 1
         return low
 
-    def _note(self, replica: _Replica, chain: PrefixChain) -> None:
-        """From now on it holds this, in place of what it continues."""
-        marks = chain.marks
+    def _note(self, replica: _Replica, marks: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
+        """From now on it holds this, in place of what it continues, which is returned."""
         last = marks[-1]
         if last in replica.prefixes:
             replica.prefixes.move_to_end(last)
-            return
+            return ()
         held = replica.held
         for mark in marks:
             count = held.get(mark)
@@ -328,15 +343,16 @@ class Router:
                 self._index.setdefault(mark, []).append(replica)
             else:
                 held[mark] = count + 1
-        for mark in marks[:-1]:
-            if mark in replica.prefixes:
-                self._drop(replica, mark)
+        continued = tuple(replica.prefixes[mark] for mark in marks[:-1] if mark in replica.prefixes)
+        for each in continued:
+            self._drop(replica, each[-1])
         replica.prefixes[last] = marks
         most = max(replica.figures.prefixes, replica.figures.slots)
         while len(replica.prefixes) > most or (
             self._num_held > MAX_HELD and len(replica.prefixes) > 1
         ):
             self._drop(replica, next(iter(replica.prefixes)))
+        return continued
 
     def _drop(self, replica: _Replica, last: int) -> None:
         held = replica.held

@@ -53,9 +53,11 @@ class EngineDirectory:
         self._gone: dict[str, str] = {}
         self._refreshed = 0.0
 
-    def add(self, source: EngineSource) -> None:
-        """Look there too, after all others."""
+    def add(self, source: EngineSource, absent: Callable[[str], str | None]) -> None:
+        """Look there too, after all others; ``absent`` is as at the start."""
         self._sources.append(source)
+        first = self._absent
+        self._absent = lambda model: first(model) or absent(model)
 
     def entries(self) -> list[Entry]:
         self._refresh()

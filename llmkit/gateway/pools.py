@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from pathlib import PurePath
 
+from llmkit.cluster.fleet import FleetEngine
 from llmkit.cluster.pool import ReplicaPool
 from llmkit.cluster.quarantine import Quarantine
 from llmkit.gateway.sources import EngineSource
-from llmkit.protocol import ModelDescription
 from llmkit.protocol.client import EngineClient
 
 __all__ = ["Pooled"]
@@ -23,13 +25,18 @@ LOOK_S = 0.5
 class Pooled:
     """An `EngineSource` over others: each model that their engines have is one `ReplicaPool`.
 
-    Engines are replicas of each other if they have one name and one model with the same context.
+    Engines are replicas of each other if they have one name and one model with the same options.
     Kernels are never pooled: there the newest of a name wins. Give their source to the directory
-    as it is.
+    as it is. What ``pools`` does not let in is found as it is, too.
     """
 
-    def __init__(self, sources: Sequence[EngineSource]) -> None:
-        self._sources = sources
+    def __init__(
+        self,
+        sources: Sequence[EngineSource],
+        *,
+        pools: Callable[[Hashable], bool] = lambda _: True,
+    ) -> None:
+        self._sources, self._is_pooled = sources, pools
         self._clients: dict[Hashable, EngineClient] = {}
         self._names: dict[Hashable, str] = {}
         self._pools: dict[Hashable, ReplicaPool] = {}
@@ -39,7 +46,9 @@ class Pooled:
 
     def find(self) -> Mapping[Hashable, Callable[[], EngineClient]]:
         """Raises what the sources raise."""
-        found = {key: reach for s in self._sources for key, reach in s.find().items()}
+        everything = {key: reach for s in self._sources for key, reach in s.find().items()}
+        found = {key: reach for key, reach in everything.items() if self._is_pooled(key)}
+        single = {key: reach for key, reach in everything.items() if key not in found}
         for key in [k for k, c in self._clients.items() if k not in found or c.state.is_gone]:
             del self._clients[key], self._names[key]
             found.pop(key, None)  # it may be reached again the next time
@@ -49,10 +58,16 @@ class Pooled:
                 self._clients[key], self._names[key] = reach(), f"#{self._made}"
         groups: dict[Hashable, dict[str, EngineClient]] = {}
         for key in found:
-            if key in self._clients:
-                client = self._clients[key]
-                group = groups.setdefault(_identity(client.description), {})
-                group[self._names[key]] = client
+            client = self._clients[key]
+            groups.setdefault(_identity(client), {})[self._names[key]] = client
+        self._update(groups)
+        self._keep_looking()
+        # Those with engines first, in the order of their newest; then those that wait for some.
+        ordered = [*groups, *(i for i in self._pools if i not in groups)]
+        return {**{("pool", i): _held(self._pools[i]) for i in ordered}, **single}
+
+    def _update(self, groups: Mapping[Hashable, Mapping[str, EngineClient]]) -> None:
+        """Make the pools these groups."""
         for identity, pool in list(self._pools.items()):
             if identity not in groups:
                 pool.update({})
@@ -67,10 +82,10 @@ class Pooled:
                 self._pools[identity] = ReplicaPool(name, group, quarantine=quarantine)
             else:
                 known.update(group)
-        self._keep_looking()
-        # Those with engines first, in the order of their newest; then those that wait for some.
-        ordered = [*groups, *(i for i in self._pools if i not in groups)]
-        return {("pool", i): _held(self._pools[i]) for i in ordered}
+        now = time.monotonic()
+        for identity in [i for i in self._quarantines if i not in self._pools]:
+            if self._quarantines[identity].is_empty(now):
+                del self._quarantines[identity]
 
     def _keep_looking(self) -> None:
         """Requests that wait for a replica cause no look themselves."""
@@ -89,10 +104,12 @@ def _held(pool: ReplicaPool) -> Callable[[], EngineClient]:
     return lambda: pool
 
 
-def _identity(model: ModelDescription) -> Hashable:
+def _identity(client: EngineClient) -> Hashable:
     """Engines with the same answer the same."""
+    model = client.description
     return (
         model.name,
+        client.model_hash if isinstance(client, FleetEngine) else "",
         model.architecture,
         model.quantization,
         model.n_params,
@@ -101,5 +118,8 @@ def _identity(model: ModelDescription) -> Hashable:
         model.n_ctx,
         model.embedding_size,
         model.ranks,
-        tuple(scale for _, scale in model.adapters),
+        tuple((PurePath(path).stem, scale) for path, scale in model.adapters),
+        model.hears,
+        model.voices,
+        model.inputs,
     )

@@ -33,5 +33,28 @@ class ConnectionFiles:
         return {c: _reach(c) for c in find_connections() if self._accept(c.origin)}
 
 
+class Pids(Protocol):
+    """Gives process ids of workers: those that are replicas, or those that are none."""
+
+    def __call__(self, *, replicated: bool) -> frozenset[int]: ...
+
+
+class WorkerFiles:
+    """The engines of this gateway's own workers, found in one look at the connection files."""
+
+    def __init__(self, pids: Pids) -> None:
+        self._pids = pids
+        self._replicas: frozenset[int] = frozenset()
+
+    def find(self) -> Mapping[Hashable, Callable[[], EngineClient]]:
+        self._replicas = self._pids(replicated=True)
+        own = self._replicas | self._pids(replicated=False)
+        return {c: _reach(c) for c in find_connections() if c.pid in own}
+
+    def is_replica(self, key: Hashable) -> bool:
+        """Whether what `find` has under this key is one of several."""
+        return isinstance(key, Connection) and key.pid in self._replicas
+
+
 def _reach(connection: Connection) -> Callable[[], EngineClient]:
     return lambda: BridgeClient(connection, weighs=True)

@@ -23,6 +23,7 @@ from llmkit.workers.place import ServedModel
 
 if TYPE_CHECKING:
     from llmkit.cluster.fleet import Fleet
+    from llmkit.settings.hub_place import HubPlace
 
 __all__ = ["serve"]
 
@@ -36,14 +37,16 @@ def serve(
     read: Callable[[], ServeSettings] | None = None,
     attach_pid: int | None = None,
     echo: EngineClient | None = None,
+    hub: HubPlace | None = None,
 ) -> int:
     """Serve until a signal: these ``models`` and those that ``find`` names, within a ``budget``,
     or an ``echo``, or, without any, all engines found: with ``fleet_listen`` those that announce
     themselves there, which are served beside ``models`` too.
 
     ``read`` reads the settings again, at SIGHUP. With ``attach_pid`` only that process's engines,
-    until it ends. Raises `InvalidRequestError` (address, key, certificate) and `StoreError`, with
-    nothing left loaded, and `ModelLoadError` if no model can be loaded.
+    until it ends. With ``hub`` it is that hub's service. Raises `InvalidRequestError` (address,
+    key, certificate) and `StoreError`, with nothing left loaded, and `ModelLoadError` if no model
+    can be loaded.
     """
     options = settings.gateway
     if attach_pid is not None and (models or echo is not None):
@@ -80,14 +83,15 @@ def serve(
         if workers is not None:
             directory = workers.directory
             if fleet is not None:
-                directory.add(Pooled([fleet]))
+                directory.add(Pooled([fleet]), fleet.absent)
         elif echo is not None:
             directory = EchoDirectory(echo)
         elif fleet is not None:
             directory = EngineDirectory([Pooled([fleet])], absent=fleet.absent)
         else:
             directory = EngineDirectory([ConnectionFiles(accepts)])
-        server = Server(settings, read, sockets, workers, directory, shared=attach_pid is None)
+        is_shared = attach_pid is None
+        server = Server(settings, read, sockets, workers, directory, shared=is_shared, hub=hub)
         return asyncio.run(server.run(is_attached))
 
 

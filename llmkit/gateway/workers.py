@@ -78,14 +78,11 @@ class Workers:
         """Tornado loop only."""
         from llmkit.gateway.directory import EngineDirectory
         from llmkit.gateway.pools import Pooled
-        from llmkit.gateway.sources import ConnectionFiles
+        from llmkit.gateway.sources import WorkerFiles
 
-        pids = self.manager.pids
+        files = WorkerFiles(self.manager.pids)
         return EngineDirectory(
-            [
-                Pooled([ConnectionFiles(lambda origin: origin.pid in pids(replicated=True))]),
-                ConnectionFiles(lambda origin: origin.pid in pids(replicated=False)),
-            ],
+            [Pooled([files], pools=files.is_replica)],
             default=lambda: self.manager.default,
             names=lambda model: self.served.names(model),
             absent=lambda model: self.served.absent(model),

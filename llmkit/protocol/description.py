@@ -13,7 +13,7 @@ from llmkit.system.process import kernel_id
 
 __all__ = ["READY", "EngineState", "EngineStats", "ModelDescription", "Origin", "Use"]
 
-Use = Literal["generate", "embed", "hear", "speak"]
+Use = Literal["generate", "embed", "hear", "speak", "draw"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +150,7 @@ class ModelDescription:
     hears: bool = False  # writes down speech
     voices: tuple[str, ...] = ()  # with which it speaks, the default first
     languages: tuple[str, ...] = ()  # that it hears or speaks
+    image_size: str = ""  # of the images that it draws, by default, such as "512x512"
     inputs: tuple[str, ...] = ()  # what its messages may hold beside text: "image", "audio"
 
     def __post_init__(self) -> None:
@@ -164,4 +165,6 @@ class ModelDescription:
         """What it is for."""
         if self.hears or self.voices:
             return "hear" if self.hears else "speak"
+        if self.image_size:
+            return "draw"
         return "embed" if self.embedding_size or self.ranks else "generate"

@@ -45,7 +45,7 @@ class StatusRoutes:
 
     ``places`` gives notebooks by kernel id, ``offered`` the models of a `ModelManager`, ``actions``
     the paths of what administrators may do. Callers without the scope ``admin`` see these not, nor
-    the requests of anybody else.
+    processes and hosts, nor the requests of anybody else.
     """
 
     def __init__(
@@ -84,17 +84,21 @@ class StatusRoutes:
     async def state(self, exchange: Exchange) -> dict[str, Any]:
         """Models, requests and callers that this caller may see."""
 
+        is_admin = ADMIN in exchange.identity.scopes
+
         def is_seen(caller: str) -> bool:
-            return ADMIN in exchange.identity.scopes or caller == exchange.caller
+            return is_admin or caller == exchange.caller
 
         places = await self._places() if self._places is not None else {}
         now = time.monotonic()
         return {
             "version": __version__,
             "up_s": round(time.time() - self._started, 1),
-            "models": [self._model(entry, places) for entry in self._directory.entries()],
+            "models": [
+                self._model(entry, places, is_admin) for entry in self._directory.entries()
+            ],
             "offered": [asdict(each) for each in self._offered() if may_use(each.name)],
-            "actions": list(self._actions()) if ADMIN in exchange.identity.scopes else [],
+            "actions": list(self._actions()) if is_admin else [],
             "gone": [
                 {"id": name, "reason": reason}
                 for name, reason in self._directory.gone.items()
@@ -113,7 +117,7 @@ class StatusRoutes:
         }
 
     @staticmethod
-    def _model(entry: Entry, places: dict[str, str]) -> dict[str, Any]:
+    def _model(entry: Entry, places: dict[str, str], is_admin: bool) -> dict[str, Any]:
         model, stats, origin = entry.client.description, entry.client.stats(), entry.client.origin
         rss = sum(map(resident, pids_of(entry.client)))
         return {
@@ -125,8 +129,8 @@ class StatusRoutes:
             "n_ctx": model.n_ctx,
             "kernel": origin.kernel_id,
             "place": places.get(origin.kernel_id or "", ""),
-            "pid": origin.pid,
-            "replicas": _replicas(entry.client),
+            "pid": origin.pid if is_admin else None,
+            "replicas": _replicas(entry.client) if is_admin else [],
             "weights_bytes": model.weights_bytes,
             "kv_bytes": model.kv_bytes,
             "rss_bytes": rss,
@@ -149,7 +153,8 @@ class StatusRoutes:
 
 
 def _replicas(client: EngineClient) -> list[dict[str, Any]]:
-    """Those of a pool."""
+    """Those of a pool. ``requests`` are this gateway's own, counted as they come and go; the other
+    numbers are an engine's of all gateways, up to half a second old."""
     if not isinstance(client, ReplicaPool):
         return []
     shown = client.members[:MAX_REPLICAS]
@@ -157,6 +162,7 @@ def _replicas(client: EngineClient) -> list[dict[str, Any]]:
         {
             "name": member.client.origin.label,
             "phase": member.client.state.phase,
+            "requests": member.num_requests,
             "num_running": member.client.stats().num_running,
             "num_waiting": member.client.stats().num_waiting,
         }
