@@ -22,6 +22,7 @@ from llmkit.chat.parsers.events import Call, Content, Reasoning
 from llmkit.gateway.anthropic.blocks import BlockStream
 from llmkit.gateway.anthropic.schemas import MessagesBody
 from llmkit.gateway.bodies import parse
+from llmkit.gateway.media.attached import Attached
 from llmkit.protocol import ModelDescription, ToolCall
 from llmkit.runtime.local import LocalEngine
 
@@ -144,7 +145,8 @@ def test_a_conversation_with_tools_is_translated() -> None:
         "tools": [tool],
         "tool_choice": {"type": "any", "disable_parallel_tool_use": True},
     }
-    chat = parse(MessagesBody, json.dumps(body).encode()).chat(ModelDescription("m", "m.gguf"))
+    plain = ModelDescription("m", "m.gguf")
+    chat = parse(MessagesBody, json.dumps(body).encode()).chat(plain, Attached(plain))
     assert [m.role for m in chat.messages] == ["system", "user", "assistant", "tool", "user"]
     assert (
         chat.messages[2].tool_calls == (ToolCall("t1", "add", '{"a": 1}'),)

@@ -14,6 +14,7 @@ from test_dialects import reference
 
 from llmkit.bridge.server import BridgeServer
 from llmkit.gateway.bodies import parse
+from llmkit.gateway.media.attached import Attached
 from llmkit.gateway.ollama.routes import OLLAMA_VERSION
 from llmkit.gateway.ollama.schemas import ChatBody
 from llmkit.protocol import Grammar, ModelDescription
@@ -138,9 +139,8 @@ def test_ollama_words_are_translated() -> None:
         "options": {"num_predict": -1, "stop": ["x"], "repeat_penalty": 1.1, "num_ctx": 100},
         "think": False,
     }
-    chat = parse(ChatBody, json.dumps(given).encode()).chat(
-        ModelDescription("m", "m.gguf", n_ctx=200)
-    )
+    model = ModelDescription("m", "m.gguf", n_ctx=200)
+    chat = parse(ChatBody, json.dumps(given).encode()).chat(model, Attached(model))
     sampling = chat.sampling
     assert (
         sampling.max_tokens is None

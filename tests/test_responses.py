@@ -18,6 +18,7 @@ from gateway_client import Api, is_error, serve
 from llmkit.bridge.server import BridgeServer
 from llmkit.chat.parsers.events import Call, Content, Reasoning
 from llmkit.gateway.bodies import parse
+from llmkit.gateway.media.attached import Attached
 from llmkit.gateway.openai.event_stream import EventStream
 from llmkit.gateway.openai.responses import ResponsesBody, input_items
 from llmkit.gateway.openai.stored import Kept, Stored
@@ -251,7 +252,8 @@ def test_items_become_a_conversation() -> None:
         },
     ]
     body = parse(ResponsesBody, json.dumps({"input": items, "instructions": "Be kind."}).encode())
-    chat = body.chat(input_items(body), ModelDescription("m", "m.gguf"))
+    plain = ModelDescription("m", "m.gguf")
+    chat = body.chat(input_items(body), plain, Attached(plain))
     assert [m.role for m in chat.messages] == [
         "system",
         "user",

@@ -16,6 +16,7 @@ from llmkit.chat.conversation import message_dict, tool_dict
 from llmkit.chat.template import CHATML, ChatTemplate
 from llmkit.chat.tools import reasoning_form, tool_form
 from llmkit.errors import InvalidRequestError
+from llmkit.gateway.media.attached import Attached
 from llmkit.gateway.openai.chat import ChatRequest
 from llmkit.protocol import Message, ModelDescription, ToolCall
 from llmkit.sessions.messages import as_messages, from_json, to_json
@@ -211,7 +212,8 @@ def test_what_is_asked_of_the_engine() -> None:
     model = ModelDescription("m", "m.gguf")
 
     def asked(**more: Any) -> Any:
-        return ChatRequest.model_validate({**body(), **more}).chat(model).request("r", model)
+        asked = ChatRequest.model_validate({**body(), **more})
+        return asked.chat(model, Attached(model)).request("r", model)
 
     assert asked().sampling.grammar is not None and [t.name for t in asked().tools] == [
         "get_weather",

@@ -79,7 +79,7 @@ class JupyterChatSocket(WebSocketMixin, websocket.WebSocketHandler, JupyterHandl
     def get_websocket_protocol(self) -> websocket.WebSocketProtocol | None:
         # The mixin sends the pings.
         gateway = self._gateway
-        return ChatProtocol(self, gateway.max_body_bytes, gateway.held, self._counted_as, ping_s=0)
+        return ChatProtocol(self, gateway.message_limit(), gateway.held, self._counted_as, ping_s=0)
 
     def _counted_as(self) -> str:
         assert self._connection is not None

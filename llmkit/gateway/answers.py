@@ -112,6 +112,7 @@ async def count_tokens(engine: EngineClient, chat: Chat, request_id: str, caller
         request.tools,
         request.template_options,
         continue_final=chat.continue_final,
+        media=request.media,
     )
     reply = await asyncio.wrap_future(engine.inquire(Inquiry(request_id, question, caller)))
     return len(reply.tokens)

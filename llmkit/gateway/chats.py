@@ -6,7 +6,7 @@ Pure; knows no dialect. What a dialect calls otherwise than we do, its errors ca
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -59,7 +59,8 @@ class Chat:
     ``tools`` may be called as ``tool_choice`` says, several at once with ``parallel_calls``.
     ``template_options`` go to the chat template; ``reasoning_effort`` too, unless they set it.
     ``continue_final``: the last message, an assistant's, is the beginning of the answer. ``n``
-    answers are wanted. ``priority`` and ``cache_salt`` are those of `GenerationRequest`.
+    answers are wanted. ``priority``, ``cache_salt`` and ``media`` are those of `GenerationRequest`;
+    there may be more files than the messages hold.
 
     Raises `InvalidRequestError` for tools that do not fit together, or not with the rest.
     """
@@ -75,6 +76,7 @@ class Chat:
     n: int = 1
     priority: int = 0
     cache_salt: str = ""
+    media: dict[str, bytes] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         if len(self.tools) > MAX_TOOLS:
@@ -129,7 +131,13 @@ class Chat:
             cache_salt=self.cache_salt,
             n=self.n,
             show_marks=True,
+            media=self.files_of(self.messages),
         )
+
+    def files_of(self, messages: Sequence[Message]) -> dict[str, bytes]:
+        """The files of some messages, by digest."""
+        digests = [item.digest for message in messages for item in message.media]
+        return {digest: self.media[digest] for digest in digests if digest in self.media}
 
     def _call_grammar(self, model: ModelDescription) -> Grammar | None:
         """What holds the model to calls that fit their tools."""

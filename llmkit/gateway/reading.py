@@ -122,6 +122,10 @@ class Reading:
             return read()
         return await asyncio.wrap_future(self._lanes.submit(exchange.caller, read))
 
+    async def aside(self, exchange: Exchange, work: Callable[[], Message]) -> Message:
+        """Do what takes long on a lane, in its caller's turn. Raises what that raises."""
+        return await asyncio.wrap_future(self._lanes.submit(exchange.caller, work))
+
     async def admit(self, exchange: Exchange, model: str) -> None:
         """A request is for a model that its body need not name. Raises what the admissions do."""
         for admit in self._admissions:

@@ -31,7 +31,8 @@ __all__ = ["ResponseCache"]
 MAX_SHARE = 4  # an answer that takes a larger part of the cache is not stored
 BASE_BYTES, DELTA_BYTES, TOKEN_BYTES, LOGPROB_BYTES = 3000, 270, 40, 300
 # Not part of what is asked: whose it is, and how it goes.
-BESIDE = frozenset({"request_id", "caller", "priority", "weight", "cache_scope"})
+# The digests of media are in the messages.
+BESIDE = frozenset({"request_id", "caller", "priority", "weight", "cache_scope", "media"})
 Key = tuple[str, bytes]  # whose it is, and a digest of all that matters
 Place = tuple[Key, str, int]  # of a computation under way: its caller's, with its priority
 

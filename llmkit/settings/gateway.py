@@ -109,6 +109,14 @@ class GatewayOptions:
     body_mb: float = option(
         "number", 16.0, "Largest body of a request.", GATEWAY, low=0.001, high=1024.0, unit="MB"
     )
+    media_body_mb: float = option(
+        "number", 64.0, "Largest body of a chat, where a model takes pictures or sound.", GATEWAY,
+        low=0.001, high=1024.0, unit="MB",
+    )  # fmt: skip
+    media_hosts: tuple[str, ...] = option(
+        "texts", (), "Hosts from which pictures and sounds may be fetched, such as "
+        "images.example.org; by default they must be sent along.", GATEWAY, live=True,
+    )  # fmt: skip
     audio_mb: float = option(
         "number", 25.0, "Largest file of a transcription.", GATEWAY,
         low=0.001, high=1024.0, unit="MB",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-__all__ = ["BOUNDED", "COMPUTING", "GENERATING", "HEARING", "SPEAKING", "VECTORS"]
+import re
+
+__all__ = ["BOUNDED", "COMPUTING", "GENERATING", "HEARING", "SEEING", "SPEAKING", "VECTORS"]
 
 GENERATING = frozenset(
     {
@@ -43,6 +45,12 @@ ASKING = LOOKS | {
     "/apply-template",
     "/engine/inquire",
 }
+# Whose bodies may hold pictures and sounds.
+SEEING = re.compile(
+    r"(/v1)?/chat/completions|/v1/responses|/v1/messages(/count_tokens)?|/api/(chat|generate)"
+    r"|/v1/sessions(/import|/[^/]+/messages(/[^/]+(/regenerate)?)?)?|/engine/(submit|inquire)"
+    r"|(/v1)?/tokenize"
+)
 HEARING = frozenset({"/v1/audio/transcriptions", "/v1/audio/translations"})
 SPEAKING = frozenset({"/v1/audio/speech"})
 BOUNDED = GENERATING | VECTORS | ASKING | HEARING | SPEAKING  # in time

@@ -9,10 +9,12 @@ from llmkit.chat.parsers.events import Call
 from llmkit.gateway.answers import Answer, count_tokens
 from llmkit.gateway.anthropic.blocks import BlockStream, content_blocks
 from llmkit.gateway.anthropic.schemas import CountBody, MessagesBody
+from llmkit.gateway.chats import Chat
 from llmkit.gateway.conversations.recall import recalled
 from llmkit.gateway.directory import EngineDirectory
 from llmkit.gateway.exchange import Exchange
 from llmkit.gateway.ids import new_id
+from llmkit.gateway.media.attached import Attached
 from llmkit.protocol import Completion
 from llmkit.protocol.client import EngineClient
 
@@ -29,14 +31,14 @@ class AnthropicRoutes:
     async def count_tokens(self, exchange: Exchange) -> None:
         body = await exchange.read(CountBody)
         engine = self._directory.lookup(body.model, "generate")
-        chat = body.chat(engine.description, exchange.ignore)
+        chat = await _chat(exchange, body, engine)
         count = await count_tokens(engine, chat, new_id("count"), exchange.caller)
         exchange.send_json({"input_tokens": count})
 
     async def messages(self, exchange: Exchange) -> None:
         body = await exchange.read(MessagesBody)
         engine = self._directory.lookup(body.model, "generate")
-        chat = body.chat(engine.description, exchange.ignore)
+        chat = await _chat(exchange, body, engine)
         chat = await recalled(exchange, engine, chat, body.session_id)
         reply_id = new_id("msg", "_")
         head = {
@@ -97,6 +99,12 @@ class AnthropicRoutes:
         )
         await exchange.send_named_event({"type": "message_stop"})
         exchange.end_events("")
+
+
+async def _chat(exchange: Exchange, body: CountBody, engine: EngineClient) -> Chat:
+    attached = Attached(engine.description)
+    chat = body.chat(engine.description, attached, exchange.ignore)
+    return await attached.taken(exchange, chat)
 
 
 def _end(completion: Completion, has_calls: bool) -> dict[str, Any]:

@@ -11,8 +11,18 @@ from pydantic import Field
 from llmkit.errors import InvalidRequestError
 from llmkit.gateway.bodies import SessionId, Strict
 from llmkit.gateway.chats import Chat, Effort, NamedTool, ToolChoice, sampling_params
+from llmkit.gateway.media.attached import Attached
 from llmkit.gateway.tolerance import unnoticed
-from llmkit.protocol import Grammar, Message, ModelDescription, SamplingParams, Tool, ToolCall
+from llmkit.protocol import (
+    Grammar,
+    Media,
+    Message,
+    ModelDescription,
+    SamplingParams,
+    Tool,
+    ToolCall,
+)
+from llmkit.protocol.messages import Part
 
 __all__ = ["CountBody", "MessagesBody"]
 
@@ -81,8 +91,41 @@ class DocumentBlock(Strict):
         return "\n".join(filter(None, (self.title, self.context, self.source.data)))
 
 
+class Base64Source(Strict):
+    type: Literal["base64"]
+    media_type: str | None = None  # the file itself says what it is
+    data: str
+
+
+class UrlSource(Strict):
+    type: Literal["url"]
+    url: str
+
+
+class FileSource(Strict):
+    type: Literal["file"]
+    file_id: str
+
+
+class ImageBlock(Strict):
+    type: Literal["image"]
+    source: Annotated[Base64Source | UrlSource | FileSource, Field(discriminator="type")]
+    cache_control: Any = None
+
+    def media(self, attached: Attached) -> Media:
+        match self.source:
+            case Base64Source(data=data):
+                return attached.image(data, is_url=False)
+            case UrlSource(url=url):
+                return attached.image(url, is_url=True)
+        raise InvalidRequestError(
+            "messages: there are no uploaded files here; send a picture as base64.", "messages"
+        )
+
+
 ResultBlock = Annotated[
-    TextBlock | ToolReferenceBlock | SearchResultBlock | DocumentBlock, Field(discriminator="type")
+    TextBlock | ToolReferenceBlock | SearchResultBlock | DocumentBlock | ImageBlock,
+    Field(discriminator="type"),
 ]
 
 
@@ -93,9 +136,10 @@ class ToolResultBlock(Strict):
     is_error: bool | None = None
     cache_control: Any = None
 
-    def message(self) -> Message:
-        said = "Error: " if self.is_error else ""
-        return Message("tool", said + _text(self.content), tool_call_id=self.tool_use_id)
+    def message(self, attached: Attached) -> Message:
+        said = ("Error: ",) if self.is_error else ()
+        content = (*said, *_parts(self.content, attached))
+        return Message("tool", content, tool_call_id=self.tool_use_id)
 
 
 class ThinkingBlock(Strict):
@@ -115,24 +159,25 @@ class AnthropicMessage(Strict):
                 | ToolResultBlock
                 | ThinkingBlock
                 | SearchResultBlock
-                | DocumentBlock,
+                | DocumentBlock
+                | ImageBlock,
                 Field(discriminator="type"),
             ]
         ]
     )
 
-    def messages(self) -> list[Message]:
+    def messages(self, attached: Attached) -> list[Message]:
         """As our messages: first one for each tool result, then one of the rest."""
         if isinstance(self.content, str):
             return [Message(self.role, self.content)]
-        results = [b.message() for b in self.content if isinstance(b, ToolResultBlock)]
-        shown = TextBlock | SearchResultBlock | DocumentBlock
-        text = _text([b for b in self.content if isinstance(b, shown)])
+        results = [b.message(attached) for b in self.content if isinstance(b, ToolResultBlock)]
+        shown = TextBlock | SearchResultBlock | DocumentBlock | ImageBlock
+        told = _parts([b for b in self.content if isinstance(b, shown)], attached)
         calls = tuple(b.call() for b in self.content if isinstance(b, ToolUseBlock))
         thinking = "".join(b.thinking for b in self.content if isinstance(b, ThinkingBlock))
-        if results and not text and not calls:
+        if results and not any(told) and not calls:
             return results
-        rest = Message(self.role, text, tool_calls=calls, reasoning_content=thinking or None)
+        rest = Message(self.role, told, tool_calls=calls, reasoning_content=thinking or None)
         return [*results, rest]
 
 
@@ -192,13 +237,20 @@ class CountBody(Strict):
     output_config: OutputConfig | None = None
     output_format: OutputFormat | None = None  # the old name of output_config.format
 
-    def chat(self, model: ModelDescription, ignore: Callable[[str], None] = unnoticed) -> Chat:
+    def chat(
+        self,
+        model: ModelDescription,
+        attached: Attached,
+        ignore: Callable[[str], None] = unnoticed,
+    ) -> Chat:
         """The chat that it asks for. Raises `InvalidRequestError`.
 
-        What ``model`` cannot honour and does not change the answer is passed to ``ignore``.
+        What it holds beside text is noted in ``attached``. What ``model`` cannot honour and does
+        not change the answer is passed to ``ignore``.
         """
         system = [Message("system", _text(self.system))] if self.system else []
-        messages = [*system, *(m for message in self.messages for m in message.messages())]
+        told = [m for message in self.messages for m in message.messages(attached)]
+        messages = [*system, *told]
         last, choice = messages[-1], self.tool_choice
         thinking = self.thinking.type if self.thinking is not None else None
         return Chat(
@@ -267,9 +319,16 @@ class MessagesBody(CountBody):
         )
 
 
-def _text(
+def _text(content: str | Sequence[TextBlock]) -> str:
+    return content if isinstance(content, str) else "".join(part.text for part in content)
+
+
+def _parts(
     content: str
-    | Sequence[TextBlock | ToolReferenceBlock | SearchResultBlock | DocumentBlock]
+    | Sequence[TextBlock | ToolReferenceBlock | SearchResultBlock | DocumentBlock | ImageBlock]
     | None,
-) -> str:
-    return content if isinstance(content, str) else "".join(part.text for part in content or [])
+    attached: Attached,
+) -> tuple[Part, ...]:
+    if isinstance(content, str):
+        return (content,)
+    return tuple(b.media(attached) if isinstance(b, ImageBlock) else b.text for b in content or ())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from llmkit.protocol import Completion, FinishReason, SamplingParams, TokenLogprob
@@ -191,7 +191,7 @@ def final(
     }
 
 
-def listed(model: str) -> dict[str, Any]:
+def listed(model: str, inputs: Collection[str] = ()) -> dict[str, Any]:
     """A model in ``models`` of /v1/models; llama-server leaves most of it empty too."""
     details = {
         "parent_model": "",
@@ -210,7 +210,7 @@ def listed(model: str) -> dict[str, Any]:
         "type": "model",
         "description": "",
         "tags": [""],
-        "capabilities": ["completion"],
+        "capabilities": ["completion", *(["multimodal"] if {"image", "audio"} & {*inputs} else [])],
         "parameters": "",
         "details": details,
     }

@@ -112,7 +112,7 @@ def scales_of(given: Sequence[LoraScale], model: ModelDescription) -> tuple[tupl
 
 class MediaPrompt(Strict):
     prompt_string: str
-    multimodal_data: Annotated[list[Any], Field(max_length=0)] | None = None
+    multimodal_data: list[Any] | None = None
 
 
 class LlamaGenerationBody(Strict):
@@ -237,7 +237,15 @@ class LlamaCompletionBody(LlamaGenerationBody):
 
 
 def _text(prompt: str | MediaPrompt) -> str:
-    return prompt if isinstance(prompt, str) else prompt.prompt_string
+    if isinstance(prompt, str):
+        return prompt
+    if prompt.multimodal_data:
+        raise InvalidRequestError(
+            "prompt: multimodal_data is only for chats here; send pictures and sounds to "
+            "/v1/chat/completions.",
+            "prompt",
+        )
+    return prompt.prompt_string
 
 
 class InfillChunk(Strict):

@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from llmkit.errors import InvalidRequestError
+from llmkit.gateway.access.identity import ADMIN
 from llmkit.gateway.adapters import Adapters
 from llmkit.gateway.bodies import check_counts, parse_json, validated
 from llmkit.gateway.compat import llama_objects as objects
@@ -55,7 +56,11 @@ class LlamaStateRoutes:
                 "model_alias": model.name,
                 "model_ftype": model.quantization,
                 "model_path": exchange.shown_path(model.path),
-                "modalities": {"vision": False, "video": False, "audio": False},
+                "modalities": {
+                    "vision": "image" in model.inputs,
+                    "video": False,
+                    "audio": "audio" in model.inputs,
+                },
                 "media_marker": "<__media__>",
                 "endpoint_slots": True,
                 "endpoint_props": False,
@@ -83,7 +88,8 @@ class LlamaStateRoutes:
         except InvalidRequestError:  # an embedding model has none
             slots = ()
         busy = {slot.slot for slot in slots if slot.request is not None}
-        held = {slot.slot: slot.tokens for slot in slots}
+        is_admin = ADMIN in exchange.identity.scopes  # lengths tell whose prompts are like one's own
+        held = {slot.slot: slot.tokens for slot in slots if is_admin}
         number = max(engine.description.n_slots, len(slots))
         if exchange.query("fail_on_no_slot") and len(busy) >= number:
             raise ApiError(503, "no slot available", "unavailable_error")
@@ -137,7 +143,10 @@ def with_models(listing: Callable[[], dict[str, Any]]) -> Callable[[Exchange], A
     async def answer(exchange: Exchange) -> None:
         listed = listing()
         data = [{**each, "aliases": [each["id"]], "tags": []} for each in listed["data"]]
-        models = [objects.listed(each["id"]) for each in data]
+        models = [
+            objects.listed(each["id"], each.get("architecture", {}).get("input_modalities", ()))
+            for each in data
+        ]
         exchange.send_json({"models": models, **listed, "data": data})
 
     return answer

@@ -12,6 +12,7 @@ import math
 import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, TypeVar
 
 import msgspec
@@ -25,6 +26,7 @@ from llmkit.gateway.directory import DEFAULT, EngineDirectory, Use
 from llmkit.gateway.exchange import Exchange
 from llmkit.gateway.failures import NO_RETRY, ApiError
 from llmkit.gateway.ids import new_id
+from llmkit.gateway.media.attached import check_all
 from llmkit.gateway.ops.openapi import Query, Route
 from llmkit.gateway.streams import close_all, merge, submit_all
 from llmkit.gateway.vectors import embed
@@ -36,15 +38,17 @@ from llmkit.protocol import (
     ListRequests,
     ListSlots,
     ListSteps,
+    Message,
     ModelDescription,
     Question,
+    TokenizeChat,
     Unload,
 )
 from llmkit.protocol.client import EngineClient
 
 __all__ = ["EngineRoutes"]
 
-Message = TypeVar("Message")
+Read = TypeVar("Read")
 MAX_ID = 100  # characters of a client's own id that an engine sees
 MODEL = Query("model", "A model's name, as in the bodies of other routes.")
 LOOK = Query.choice("look", "Ask what the engine does instead.", *over_http.LOOKS)
@@ -166,6 +170,7 @@ class EngineRoutes:
         engine = await self._engine(exchange, "generate")
         exchange.given = given
         ids = wire.choice_ids(request.request_id, request.n)
+        await _check_media(exchange, engine, request.messages or (), request.media)
         mine = self._allowed(exchange, engine.description, request)
         streams = submit_all(engine, exchange.owned(engine, [mine]))
         try:
@@ -219,6 +224,8 @@ class EngineRoutes:
             message = "Over HTTP a model is unloaded by POST /admin/models/unload."
             raise ApiError(403, message, "permission_error", code="not_allowed", headers=NO_RETRY)
         engine = await self._engine(exchange, None)
+        if isinstance(question, TokenizeChat):
+            await _check_media(exchange, engine, question.messages, question.media)
         if isinstance(question, Detokenize):
             _check_tokens(engine.description, question.tokens, "tokens")
         await self._answer(exchange, engine, inquiry.request_id, question)
@@ -231,12 +238,12 @@ class EngineRoutes:
         answer = encode_answer(request_id, self._seen(exchange, question, found))
         exchange.send_bytes(wire.encode(answer))
 
-    async def _read(self, exchange: Exchange, decode: Callable[[bytes], Message]) -> Message:
+    async def _read(self, exchange: Exchange, decode: Callable[[bytes], Read]) -> Read:
         """The message in a body. Raises `InvalidRequestError`."""
         _greet(exchange)
         assert exchange.reading is not None
 
-        def read(data: bytes) -> Message:
+        def read(data: bytes) -> Read:
             try:
                 return decode(data)
             except (msgspec.MsgspecError, ValueError, TypeError, OverflowError) as error:
@@ -341,6 +348,17 @@ class EngineRoutes:
 
 def _request(data: bytes) -> tuple[GenerationRequest, frozenset[str]]:
     return wire.decode_request(data), over_http.given(data)
+
+
+async def _check_media(
+    exchange: Exchange, engine: EngineClient, messages: Sequence[Message], media: dict[str, bytes]
+) -> None:
+    """Raises `InvalidRequestError` for files that the model does not take, or that are others."""
+    if not media and not any(message.media for message in messages):
+        return
+    assert exchange.reading is not None
+    check = partial(check_all, engine.description, messages, media)
+    await exchange.reading.aside(exchange, check)
 
 
 def _greet(exchange: Exchange) -> None:

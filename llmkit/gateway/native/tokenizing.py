@@ -9,18 +9,20 @@ import asyncio
 from typing import Any, TypeVar
 
 from llmkit.errors import InvalidRequestError
+from llmkit.gateway.chats import Chat
 from llmkit.gateway.directory import EngineDirectory
 from llmkit.gateway.exchange import Exchange
 from llmkit.gateway.ids import new_id
+from llmkit.gateway.media.attached import Attached
 from llmkit.gateway.openai.chat import ChatMessage, ToolBody
 from llmkit.gateway.openai.schemas import Ignored
 from llmkit.protocol import (
     DescribeVocabulary,
     Detokenize,
     Inquiry,
-    Message,
     Question,
     RenderChat,
+    SamplingParams,
     Tokenize,
     TokenizeChat,
     Tokens,
@@ -92,9 +94,11 @@ class TokenizerRoutes:
                 }
             )
             return
+        chat = await self._chat(exchange, body.model, body.messages or [])
         question = (
             TokenizeChat(
-                _messages(body.messages),
+                chat.messages,
+                media=chat.media,
                 add_generation_prompt=body.add_generation_prompt,
                 with_pieces=body.return_token_strs,
             )
@@ -125,7 +129,7 @@ class TokenizerRoutes:
     async def apply_template(self, exchange: Exchange) -> None:
         body = await exchange.read(TemplateBody)
         question = RenderChat(
-            _messages(body.messages),
+            (await self._chat(exchange, body.model, body.messages)).messages,
             tuple(tool.tool() for tool in body.tools or ()),
             body.chat_template_kwargs or {},
             body.add_generation_prompt,
@@ -147,15 +151,16 @@ class TokenizerRoutes:
             }
         )
 
+    async def _chat(self, exchange: Exchange, model: str, messages: list[ChatMessage]) -> Chat:
+        attached = Attached(self._directory.lookup(model).description)
+        told = tuple(message.message(attached) for message in messages)
+        return await attached.taken(exchange, Chat(messages=told, sampling=SamplingParams()))
+
     async def _ask(self, exchange: Exchange, model: str, question: Question[Answer]) -> Answer:
         engine = self._directory.lookup(model)
         return await asyncio.wrap_future(
             engine.inquire(Inquiry(new_id("ask"), question, exchange.caller))
         )
-
-
-def _messages(messages: list[ChatMessage]) -> tuple[Message, ...]:
-    return tuple(m.message() for m in messages)
 
 
 def _with_piece(token: int, piece: bytes) -> dict[str, Any]:

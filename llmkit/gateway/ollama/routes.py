@@ -16,6 +16,7 @@ from llmkit.gateway.conversations.recall import recalled
 from llmkit.gateway.directory import EngineDirectory
 from llmkit.gateway.exchange import Exchange
 from llmkit.gateway.ids import new_id
+from llmkit.gateway.media.attached import Attached
 from llmkit.gateway.ollama.durations import read_keep_alive
 from llmkit.gateway.ollama.objects import (
     NDJSON,
@@ -51,6 +52,7 @@ __all__ = ["OLLAMA_VERSION", "OllamaRoutes"]
 
 # Clients require a minimum: VS Code 0.6.4, Codex 0.13.4, Ollama's own tools 0.14.
 OLLAMA_VERSION = "0.14.2"
+SENSES = {"image": "vision", "audio": "audio"}  # what Ollama calls the kinds of inputs
 
 
 class OllamaRoutes:
@@ -75,7 +77,9 @@ class OllamaRoutes:
             exchange.send_json(loaded_line(body.model, empty, ends=ends))
             return
         engine = self._engine(body.model)
-        chat = body.chat(engine.description, exchange.ignore)
+        attached = Attached(engine.description)
+        chat = body.chat(engine.description, attached, exchange.ignore)
+        chat = await attached.taken(exchange, chat)
         await self._answer(
             exchange,
             body,
@@ -96,12 +100,20 @@ class OllamaRoutes:
                 "suffix uses no template, so it cannot be combined with system or think.",
                 "suffix",
             )
-        if not body.prompt and body.suffix is None:
+        if body.images and (body.raw or body.suffix is not None):
+            raise InvalidRequestError(
+                "images need a chat template, so they cannot be combined with raw or suffix.",
+                "images",
+            )
+        if not body.is_asked:
             if not ends:
                 self._engine(body.model)
             exchange.send_json(loaded_line(body.model, {"response": ""}, ends=ends))
             return
         engine = self._engine(body.model)
+        attached = Attached(engine.description, "images")
+        chat = body.chat(engine.description, attached, exchange.ignore)
+        chat = await attached.taken(exchange, chat)
 
         def shape(fields: dict[str, Any]) -> dict[str, Any]:
             thinking = {"thinking": fields["thinking"]} if "thinking" in fields else {}
@@ -111,7 +123,7 @@ class OllamaRoutes:
             exchange,
             body,
             engine,
-            body.chat(engine.description, exchange.ignore),
+            chat,
             shape,
             prompt=body.prompt if body.raw or body.suffix is not None else None,
             suffix=body.suffix,
@@ -254,6 +266,7 @@ class OllamaRoutes:
             capabilities = ["embedding"]
         else:
             capabilities = ["completion", "tools", *(["thinking"] if model.reasoning else [])]
+            capabilities += [SENSES[kind] for kind in model.inputs if kind in SENSES]
         facts = {
             "general.architecture": model.architecture,
             "general.parameter_count": model.n_params,

@@ -12,9 +12,18 @@ from pydantic import BeforeValidator, Field
 from llmkit.errors import InvalidRequestError
 from llmkit.gateway.bodies import SessionId, Strict
 from llmkit.gateway.chats import Chat, Effort, check_reasons, sampling_params
+from llmkit.gateway.media.attached import Attached
 from llmkit.gateway.ollama.durations import read_keep_alive
 from llmkit.gateway.tolerance import unnoticed
-from llmkit.protocol import Grammar, Message, ModelDescription, SamplingParams, Tool, ToolCall
+from llmkit.protocol import (
+    Grammar,
+    Media,
+    Message,
+    ModelDescription,
+    SamplingParams,
+    Tool,
+    ToolCall,
+)
 
 __all__ = ["ChatBody", "EmbedBody", "GenerateBody", "GenerationBody", "OldEmbedBody", "ShowBody"]
 
@@ -60,19 +69,24 @@ class OllamaMessage(Strict):
     tool_calls: list[OllamaCall] | None = None
     tool_name: str | None = None
     tool_call_id: str | None = None
-    images: Annotated[list[str], Field(max_length=0)] | None = None
+    images: list[str] | None = None
 
-    def message(self, index: int) -> Message:
+    def message(self, index: int, attached: Attached) -> Message:
         """As our message; ``index`` is its position in the chat."""
         calls = tuple(c.call(f"call_{index}_{i}") for i, c in enumerate(self.tool_calls or ()))
         return Message(
             self.role,
-            self.content or "",
+            (*_images(self.images, attached), self.content or ""),
             self.tool_name,
             calls,
             self.tool_call_id,
             self.thinking,
         )
+
+
+def _images(images: list[str] | None, attached: Attached) -> list[Media]:
+    """Pictures stand before the text, as Ollama has them."""
+    return [attached.image(data, is_url=False) for data in images or ()]
 
 
 class OllamaToolFunction(Strict):
@@ -185,11 +199,16 @@ class ChatBody(GenerationBody):
         """Whether the model must be loaded: not to be unloaded only."""
         return bool(self.messages) or not self.ends_model
 
-    def chat(self, model: ModelDescription, ignore: Callable[[str], None] = unnoticed) -> Chat:
-        """The chat that it asks for, as in `_chat`."""
+    def chat(
+        self,
+        model: ModelDescription,
+        attached: Attached,
+        ignore: Callable[[str], None] = unnoticed,
+    ) -> Chat:
+        """The chat that it asks for, as in `_chat`; pictures are noted in ``attached``."""
         last = self.messages[-1]
         return self._chat(
-            [m.message(i) for i, m in enumerate(self.messages)],
+            [m.message(i, attached) for i, m in enumerate(self.messages)],
             model,
             ignore,
             tools=tuple(tool.tool() for tool in self.tools or ()),
@@ -204,16 +223,28 @@ class GenerateBody(GenerationBody):
     suffix: str | None = None
     system: str | None = None
     raw: bool = False
+    images: list[str] | None = None
+
+    @property
+    def is_asked(self) -> bool:
+        """Whether there is anything to answer."""
+        return bool(self.prompt or self.images) or self.suffix is not None
 
     @property
     def uses_model(self) -> bool:
         """Whether the model must be loaded: not to be unloaded only."""
-        return bool(self.prompt) or self.suffix is not None or not self.ends_model
+        return self.is_asked or not self.ends_model
 
-    def chat(self, model: ModelDescription, ignore: Callable[[str], None] = unnoticed) -> Chat:
-        """The chat that it asks for, as in `_chat`."""
+    def chat(
+        self,
+        model: ModelDescription,
+        attached: Attached,
+        ignore: Callable[[str], None] = unnoticed,
+    ) -> Chat:
+        """The chat that it asks for, as in `_chat`; pictures are noted in ``attached``."""
         system = [Message("system", self.system)] if self.system else []
-        return self._chat([*system, Message("user", self.prompt)], model, ignore)
+        asked = Message("user", (*_images(self.images, attached), self.prompt))
+        return self._chat([*system, asked], model, ignore)
 
 
 class EmbedBody(Strict):

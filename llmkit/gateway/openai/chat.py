@@ -14,8 +14,10 @@ from llmkit.chat.template import RESERVED
 from llmkit.errors import InvalidRequestError
 from llmkit.gateway.bodies import SessionId, Strict
 from llmkit.gateway.chats import MAX_TOOLS, Chat, Effort, NamedTool, check_reasons
+from llmkit.gateway.media.attached import Attached
 from llmkit.gateway.openai.logprobs import chat_logprobs
 from llmkit.gateway.openai.objects import Head, ending, usage_object
+from llmkit.gateway.openai.parts import ChatPart
 from llmkit.gateway.openai.schemas import MAX_TOP_LOGPROBS, GenerationFields
 from llmkit.protocol import (
     Completion,
@@ -29,23 +31,9 @@ from llmkit.protocol import (
     Usage,
 )
 
-__all__ = ["ChatChunks", "ChatMessage", "ChatRequest", "RefusalPart", "ToolBody", "chat_object"]
+__all__ = ["ChatChunks", "ChatMessage", "ChatRequest", "ToolBody", "chat_object"]
 
 MARK = "\0"  # in no name or text of ours
-
-
-class TextPart(Strict):
-    type: Literal["text"]
-    text: str
-
-
-class RefusalPart(Strict):
-    type: Literal["refusal"]
-    refusal: str
-
-    @property
-    def text(self) -> str:
-        return self.refusal
 
 
 class CalledFunction(Strict):
@@ -65,9 +53,7 @@ class CalledTool(Strict):
 
 class ChatMessage(Strict):
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[Annotated[TextPart | RefusalPart, Field(discriminator="type")]] | None = (
-        None
-    )
+    content: str | list[ChatPart] | None = None
     name: str | None = None
     refusal: str | None = None
     tool_calls: list[CalledTool] | None = None
@@ -78,15 +64,13 @@ class ChatMessage(Strict):
     audio: None = None
     function_call: None = None
 
-    def message(self) -> Message:
-        content = (
-            self.content
-            if isinstance(self.content, str)
-            else "".join(part.text for part in self.content or [])
-        )
+    def message(self, attached: Attached) -> Message:
+        content = self.content
         return Message(
             self.role,
-            content,
+            content
+            if isinstance(content, str)
+            else tuple(part.part(attached) for part in content or ()),
             self.name,
             tuple(call.call() for call in self.tool_calls or ()),
             self.tool_call_id,
@@ -140,8 +124,8 @@ class ChatRequest(GenerationFields):
     continue_final_message: bool | None = None
     add_generation_prompt: bool | None = None
 
-    def chat(self, model: ModelDescription) -> Chat:
-        """The chat that it asks for. Raises `InvalidRequestError`."""
+    def chat(self, model: ModelDescription, attached: Attached) -> Chat:
+        """The chat that it asks for, but for what is ``attached``. Raises `InvalidRequestError`."""
         limit = (
             self.max_completion_tokens
             if self.max_completion_tokens is not None
@@ -154,7 +138,7 @@ class ChatRequest(GenerationFields):
             check_reasons(model, "reasoning_effort")
         choice = self.tool_choice
         return Chat(
-            messages=tuple(m.message() for m in self.messages),
+            messages=tuple(m.message(attached) for m in self.messages),
             sampling=self.sampling(limit),
             tools=tuple(tool.tool() for tool in self.tools or ()),
             tool_choice=NamedTool(choice.function.name)

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Field, Tag
 
 from llmkit.gateway.bodies import Strict
-from llmkit.gateway.openai.chat import RefusalPart
+from llmkit.gateway.openai.parts import InputAudioPart, InputImagePart, RefusalPart
 
 __all__ = ["InputItem", "ItemReference"]
 
@@ -24,10 +24,15 @@ class ReasoningPart(Strict):
     text: str
 
 
+ItemPart = Annotated[
+    ItemTextPart | RefusalPart | InputImagePart | InputAudioPart, Field(discriminator="type")
+]
+
+
 class MessageItem(Strict):
     type: Literal["message"] = "message"
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[Annotated[ItemTextPart | RefusalPart, Field(discriminator="type")]]
+    content: str | list[ItemPart]
     id: str | None = None
     status: str | None = None
     phase: str | None = None
@@ -65,7 +70,7 @@ class ShellCallItem(Strict):
 
 class OutputItem(Strict):
     type: Literal["function_call_output", "custom_tool_call_output", "local_shell_call_output"]
-    output: str | list[ItemTextPart]
+    output: str | list[ItemPart]
     call_id: str | None = None
     id: str | None = None
     status: str | None = None

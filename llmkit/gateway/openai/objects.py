@@ -110,8 +110,13 @@ def model_object(model_id: str, description: ModelDescription) -> dict[str, Any]
         "created": description.created,
         "owned_by": "llmkit",
         "status": {"value": "loaded"},
+        **({"architecture": _modalities(description)} if description.use == "generate" else {}),
         "meta": meta,
     }
+
+
+def _modalities(description: ModelDescription) -> dict[str, Any]:
+    return {"input_modalities": ["text", *description.inputs], "output_modalities": ["text"]}
 
 
 def unloaded_object(model_id: str) -> dict[str, Any]:

@@ -17,10 +17,13 @@ from llmkit.errors import InvalidRequestError
 from llmkit.gateway.bodies import SessionId, Strict
 from llmkit.gateway.chats import Chat, Effort, NamedTool, sampling_params
 from llmkit.gateway.ids import new_id
+from llmkit.gateway.media.attached import Attached
 from llmkit.gateway.openai.items import InputItem, ItemReference
+from llmkit.gateway.openai.parts import kept
 from llmkit.gateway.openai.schemas import Metadata
 from llmkit.gateway.tolerance import unnoticed
 from llmkit.protocol import Completion, Grammar, Message, ModelDescription, Tool, ToolCall
+from llmkit.protocol.messages import Part
 
 __all__ = ["ResponsesBody", "finished", "input_items", "opened", "referenced"]
 
@@ -108,19 +111,20 @@ class ResponsesBody(Strict):
         self,
         items: list[Item],
         model: ModelDescription,
+        attached: Attached,
         ignore: Callable[[str], None] = unnoticed,
     ) -> Chat:
         """The chat that it asks for; ``items`` are those it continues, and its own.
 
-        What ``model`` cannot honour and does not change the answer is passed to ``ignore``. Raises
-        `InvalidRequestError`.
+        What these hold beside text is noted in ``attached``. What ``model`` cannot honour and does
+        not change the answer is passed to ``ignore``. Raises `InvalidRequestError`.
         """
         if self.include:
             raise InvalidRequestError(
                 f"include: {self.include[0]:.60} is not supported.", "include"
             )
         system = [Message("system", self.instructions)] if self.instructions else []
-        messages = (*system, *_messages(items))
+        messages = (*system, *_messages(items, attached))
         if not messages:
             raise InvalidRequestError("input must hold at least one item.", "input")
         form = self.text.format if self.text is not None else None
@@ -196,24 +200,28 @@ def referenced(body: ResponsesBody) -> list[str]:
     return [item.id for item in body.input if isinstance(item, ItemReference)]
 
 
-def _messages(items: list[Item]) -> Iterator[Message]:
+def _messages(items: list[Item], attached: Attached) -> Iterator[Message]:
     """Items as messages; calls and reasoning join the assistant message next to them."""
     for is_assistants, group in groupby(items, _is_assistants):
         if is_assistants:
             yield _assistant_message(group)
         else:
-            yield from map(_message, group)
+            yield from (_message(item, attached) for item in group)
 
 
 def _is_assistants(item: Item) -> bool:
     return item.get("role") == "assistant" or item["type"] in ("reasoning", *CALLS)
 
 
-def _message(item: Item) -> Message:
+def _message(item: Item, attached: Attached) -> Message:
     if item["type"] == "message":
-        return Message(item["role"], _text(item["content"]))
+        return Message(item["role"], _content(item["content"], attached))
     call_id = item.get("call_id") or item["id"]
-    return Message("tool", _text(item["output"]), tool_call_id=call_id)
+    return Message("tool", _content(item["output"], attached), tool_call_id=call_id)
+
+
+def _content(content: str | list[Item], attached: Attached) -> str | tuple[Part, ...]:
+    return content if isinstance(content, str) else tuple(kept(p, attached) for p in content)
 
 
 def _assistant_message(items: Iterator[Item]) -> Message:

@@ -12,6 +12,7 @@ from llmkit.gateway.conversations.recall import recalled
 from llmkit.gateway.directory import EngineDirectory
 from llmkit.gateway.exchange import Exchange
 from llmkit.gateway.ids import new_id
+from llmkit.gateway.media.attached import Attached
 from llmkit.gateway.openai.event_stream import EventStream, output_items
 from llmkit.gateway.openai.responses import (
     ResponsesBody,
@@ -69,7 +70,9 @@ class ResponsesRoutes:
         own_items = input_items(body, lambda item_id: dict(known[item_id]))
         engine = self._directory.lookup(body.model, "generate")
         response_id = new_id("resp", "_")
-        chat = body.chat([*before, *own_items], engine.description, exchange.ignore)
+        attached = Attached(engine.description, "input")
+        chat = body.chat([*before, *own_items], engine.description, attached, exchange.ignore)
+        chat = await attached.taken(exchange, chat)
         chat = await recalled(exchange, engine, chat, body.session_id)
         answer = Answer(engine, chat, response_id, exchange, self._on_use)
         run = Run(answer, opened(body, response_id, engine.description.name), owner)

@@ -13,6 +13,7 @@ from llmkit.gateway.conversations.recall import recalled
 from llmkit.gateway.directory import EngineDirectory
 from llmkit.gateway.exchange import Exchange
 from llmkit.gateway.ids import new_id
+from llmkit.gateway.media.attached import Attached
 from llmkit.gateway.openai import objects
 from llmkit.gateway.openai.chat import ChatChunks, ChatRequest, chat_object
 from llmkit.gateway.openai.logprobs import Offsets
@@ -77,7 +78,8 @@ class OpenAIRoutes:
         request = await exchange.read(ChatRequest)
         reply_id = new_id("chatcmpl")
         engine = self._engine(request.model)
-        chat = request.chat(engine.description)
+        attached = Attached(engine.description)
+        chat = await attached.taken(exchange, request.chat(engine.description, attached))
         chat = await recalled(exchange, engine, chat, request.session_id)
         head = self._head(
             reply_id, "chat.completion.chunk" if request.stream else "chat.completion", engine

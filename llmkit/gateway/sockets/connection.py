@@ -256,7 +256,7 @@ class Connection:
         if not self._has_greeted and self._identity is not None:
             self._has_greeted = True
             models = self._room.models(self._identity)
-            await self._say(messages.Hello(__version__, models, self._room.max_message_bytes))
+            await self._say(messages.Hello(__version__, models, self._room.max_message_bytes()))
 
     async def _known(self) -> Identity:
         """The caller as it is now: its key may have other rights, or none."""

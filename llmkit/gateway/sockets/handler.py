@@ -25,18 +25,23 @@ __all__ = ["PATHS", "SUBPROTOCOL", "ChatSocketHandler", "check_handshake", "key_
 
 PATHS = r"(v1/chat/ws|ws/chat|chat/ws|ws)/?"
 SUBPROTOCOL, KEY_PREFIX = "llmkit.chat", "llmkit.key."
+XSRF, XSRF_HEADER = "_xsrf", "X-XSRFToken"
 
 
 class ChatSocketHandler(websocket.WebSocketHandler):
     """Checks origin, caller and number of sockets, then hands messages to a `Connection`.
 
     The key comes as a header, or, from browsers, which cannot send one, as a subprotocol beside
-    ``llmkit.chat`` or as the first message. What stands in the address is not looked at.
+    ``llmkit.chat`` or as the first message. Of the address only the value that a page of ours has
+    for its login's cookie is looked at.
     """
 
     def initialize(self, gateway: Gateway, authenticator: Authenticator, edge: Edge) -> None:
         self._gateway, self._edge = gateway, edge
         address = edge.proxies.client(str(self.request.remote_ip), self.request.headers)
+        proof = self.get_query_argument(XSRF, "")
+        if proof:  # a browser that logs in with a cookie can send no header
+            self.request.headers[XSRF_HEADER] = proof
         self._address = address
         self._caller = KeyCaller(authenticator, self.request, address)
         self._identity: Identity | None = None
@@ -81,7 +86,7 @@ class ChatSocketHandler(websocket.WebSocketHandler):
 
     def get_websocket_protocol(self) -> websocket.WebSocketProtocol | None:
         gateway = self._gateway
-        return ChatProtocol(self, gateway.max_body_bytes, gateway.held, self._counted_as)
+        return ChatProtocol(self, gateway.message_limit(), gateway.held, self._counted_as)
 
     def _counted_as(self) -> str:
         assert self._connection is not None

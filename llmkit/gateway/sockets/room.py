@@ -42,7 +42,7 @@ class SocketRoom:
         models: Callable[[Identity], list[str]],
         held: Held,
         *,
-        max_message_bytes: int,
+        max_message_bytes: Callable[[], int],
         most: int = MAX_SOCKETS,
         most_per_caller: int = MAX_PER_CALLER,
         most_unknown: int = MAX_UNKNOWN,

@@ -1,0 +1,3 @@
+"""Pictures and sounds of requests: read, fetched and bounded."""
+
+__all__: list[str] = []

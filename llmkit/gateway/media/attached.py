@@ -1,0 +1,172 @@
+"""The pictures and sounds of a request, from what its dialect writes to the files an engine gets.
+
+Tornado loop only; files are decoded from base64, looked at and made smaller on a lane. Knows no
+dialect: each says what stands where.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, Literal
+
+from llmkit.errors import InvalidRequestError
+from llmkit.media import pictures, sounds
+from llmkit.media.addresses import decoded, digest_of, from_data_url, is_data_url
+from llmkit.protocol import Media, Message, ModelDescription
+
+if TYPE_CHECKING:
+    from llmkit.gateway.chats import Chat
+    from llmkit.gateway.exchange import Exchange
+
+__all__ = ["MAX_MEDIA", "Attached", "check_all", "check_takes"]
+
+MAX_MEDIA = 16  # in one request
+LOW_SIDE = 512  # pixels, for what is to be looked at in low detail
+Kind = Literal["image", "audio"]
+WORDS: dict[str, tuple[str, str]] = {
+    "image": ("a picture", "images"),
+    "audio": ("a sound", "sound"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Sent:
+    """A file as it was sent: in base64, or as an address. ``param`` is the field it stands in."""
+
+    kind: Kind
+    text: str
+    param: str
+    is_url: bool = False
+    is_low: bool = False
+
+
+class Attached:
+    """What a request to ``model`` has attached, gathered while its body becomes messages.
+
+    Until they are ``read``, `Media` have a number in place of their digest; asked for again, they
+    have the digest. Raises `InvalidRequestError` for the first that the model does not take, and
+    for too many. Without a model, any may be attached.
+    """
+
+    def __init__(self, model: ModelDescription | None, param: str = "messages") -> None:
+        self._model, self._param = model, param
+        self._numbers: dict[Sent, str] = {}
+        self._count = 0
+        self._known: dict[str, Media] = {}  # by number
+        self.files: dict[str, bytes] = {}  # by digest
+
+    def image(self, text: str, *, is_url: bool, detail: str | None = None) -> Media:
+        """A picture: base64, or with ``is_url`` an address, ``data:`` or https."""
+        return self._add(Sent("image", text, self._param, is_url, detail == "low"))
+
+    def audio(self, text: str) -> Media:
+        """A sound: base64; a ``data:`` address will do."""
+        return self._add(Sent("audio", text, self._param, is_data_url(text)))
+
+    def _add(self, sent: Sent) -> Media:
+        number = self._numbers.get(sent)
+        if number in self._known:
+            return self._known[number]
+        if self._model is not None:
+            check_takes(self._model, sent.kind, sent.param)
+        self._count += 1
+        if self._count > MAX_MEDIA:
+            raise InvalidRequestError(
+                f"{sent.param}: there may be at most {MAX_MEDIA} pictures and sounds in one "
+                "request. Leave out the oldest.",
+                sent.param,
+            )
+        number = self._numbers.setdefault(sent, f"sent-{len(self._numbers)}")
+        return Media(number, sent.kind)
+
+    async def read(self, exchange: Exchange) -> None:
+        """Read what is attached. Raises `InvalidRequestError` for what is no such file, or cannot
+        be had."""
+        assert exchange.reading is not None
+        for sent, number in self._numbers.items():
+            work: Callable[[], tuple[str, bytes]] = partial(_read, sent)
+            if sent.is_url and not is_data_url(sent.text):
+                fetched = await exchange.fetcher.fetch(sent.text, sent.param)
+                work = partial(_looked_at, fetched, sent)
+            digest, data = await exchange.reading.aside(exchange, work)
+            self.files[digest], self._known[number] = data, Media(digest, sent.kind)
+
+    async def taken(self, exchange: Exchange, chat: Chat) -> Chat:
+        """The chat with its files, each known by its digest. Raises as ``read`` does."""
+        if not self._numbers:
+            return chat
+        await self.read(exchange)
+        messages = tuple(self._settled(message) for message in chat.messages)
+        return replace(chat, messages=messages, media={**chat.media, **self.files})
+
+    def _settled(self, message: Message) -> Message:
+        if not message.media:
+            return message
+        if message.role == "assistant":
+            raise InvalidRequestError(
+                "messages: an assistant's message may hold text only; pictures and sounds belong "
+                "into messages of the user.",
+                "messages",
+            )
+        parts = (self._known[p.digest] if isinstance(p, Media) else p for p in message.parts)
+        return replace(message, content=tuple(parts))
+
+
+def check_takes(model: ModelDescription, kind: str, param: str) -> None:
+    """Raises `InvalidRequestError` if a model takes none of this kind."""
+    if kind in model.inputs:
+        return
+    a_file, files = WORDS[kind]
+    others = f" It takes {' and '.join(model.inputs)}." if model.inputs else ""
+    raise InvalidRequestError(
+        f"{param}: there is {a_file}, but the model {model.name} takes no {files}: it was loaded "
+        f"without a projector (mmproj) for them.{others} Load it with projector=…, or leave "
+        f"{a_file.split()[-1]}s out.",
+        param,
+    )
+
+
+def check_all(
+    model: ModelDescription, messages: Sequence[Message], media: Mapping[str, bytes]
+) -> None:
+    """What a client of llmkit's own has attached, which gives the digests itself.
+
+    Raises `InvalidRequestError`; nobody may pass off one file as another.
+    """
+    for item in [item for message in messages for item in message.media]:
+        check_takes(model, item.kind, "messages")
+        if item.digest not in media:
+            raise InvalidRequestError("messages: a file of a message is missing.", "messages")
+    if len(media) > MAX_MEDIA:
+        raise InvalidRequestError(
+            f"messages: there may be at most {MAX_MEDIA} pictures and sounds in one request.",
+            "messages",
+        )
+    for digest, data in media.items():
+        if digest_of(data) != digest:
+            raise InvalidRequestError("messages: a file has another digest.", "messages")
+
+
+def _read(sent: Sent) -> tuple[str, bytes]:
+    """A file from base64. Runs on a lane."""
+    try:
+        data = from_data_url(sent.text) if sent.is_url else decoded(sent.text)
+    except InvalidRequestError as error:
+        raise InvalidRequestError(f"{sent.param}: {error}", sent.param) from None
+    return _looked_at(data, sent)
+
+
+def _looked_at(data: bytes, sent: Sent) -> tuple[str, bytes]:
+    """The file and its digest, if it is one that is read. Runs on a lane."""
+    try:
+        if sent.kind == "audio":
+            sounds.check(data)
+        else:
+            pictures.facts(data)
+            if sent.is_low:
+                data = pictures.reduced(data, LOW_SIDE)
+    except InvalidRequestError as error:
+        raise InvalidRequestError(f"{sent.param}: {error}", sent.param) from None
+    return digest_of(data), data

@@ -1,0 +1,104 @@
+"""The parts of messages in OpenAI's interfaces: text, pictures and sounds. Pure."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from llmkit.errors import InvalidRequestError
+from llmkit.gateway.bodies import Strict
+from llmkit.gateway.media.attached import Attached
+from llmkit.protocol.messages import Part
+
+__all__ = ["ChatPart", "ImagePart", "InputAudioPart", "InputImagePart", "RefusalPart", "kept"]
+
+Detail = Literal["auto", "low", "high", "original"]
+
+
+class TextPart(Strict):
+    type: Literal["text"]
+    text: str
+
+    def part(self, attached: Attached) -> Part:
+        return self.text
+
+
+class RefusalPart(Strict):
+    type: Literal["refusal"]
+    refusal: str
+
+    @property
+    def text(self) -> str:
+        return self.refusal
+
+    def part(self, attached: Attached) -> Part:
+        return self.refusal
+
+
+class ImageAddress(Strict):
+    url: str
+    detail: Detail | None = None
+
+
+class ImagePart(Strict):
+    """A picture in a chat."""
+
+    type: Literal["image_url"]
+    image_url: str | ImageAddress
+
+    def part(self, attached: Attached) -> Part:
+        given = self.image_url
+        if isinstance(given, str):
+            return attached.image(given, is_url=True)
+        return attached.image(given.url, is_url=True, detail=given.detail)
+
+
+class Sound(Strict):
+    """``format`` is what the file itself says, whatever is given."""
+
+    data: str
+    format: str | None = None
+
+
+class InputAudioPart(Strict):
+    """A sound, in a chat or a response."""
+
+    type: Literal["input_audio"]
+    input_audio: Sound
+
+    def part(self, attached: Attached) -> Part:
+        return attached.audio(self.input_audio.data)
+
+
+ChatPart = Annotated[
+    TextPart | RefusalPart | ImagePart | InputAudioPart, Field(discriminator="type")
+]
+
+
+class InputImagePart(Strict):
+    """A picture in a response."""
+
+    type: Literal["input_image"]
+    image_url: str | None = None
+    file_id: str | None = None
+    detail: Detail | None = None
+
+    def part(self, attached: Attached) -> Part:
+        if self.image_url is None or self.file_id is not None:
+            raise InvalidRequestError(
+                "input: there are no uploaded files here; send a picture as image_url, "
+                "data:…;base64,….",
+                "input",
+            )
+        return attached.image(self.image_url, is_url=True, detail=self.detail)
+
+
+def kept(part: dict[str, Any], attached: Attached) -> Part:
+    """The part that was kept of an item in a response."""
+    match part["type"]:
+        case "input_image":
+            return InputImagePart.model_validate(part).part(attached)
+        case "input_audio":
+            return InputAudioPart.model_validate(part).part(attached)
+    return str(part.get("text") or part.get("refusal") or "")
