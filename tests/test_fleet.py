@@ -13,7 +13,6 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from fake_runner import FakeRunner
 from fakes import FakeClient, ask, wait_for
 from fleet_parts import ENGINE, GATEWAY, Joined, engine_process, said_to
 
@@ -25,25 +24,7 @@ from llmkit.errors import DrainingError, EngineGoneError, InvalidRequestError
 from llmkit.protocol import ModelDescription
 from llmkit.protocol.client import EngineClient
 
-
-@pytest.fixture
-def slow() -> Iterator[FakeClient]:
-    client = FakeClient("fleeting", FakeRunner(n_ctx=200_000, step_s=0.002))
-    yield client
-    client.close()
-
-
-@pytest.fixture
-def ending() -> Iterator[ExitStack]:
-    with ExitStack() as stack:
-        yield stack
-
-
-@pytest.fixture
-def fleet(ending: ExitStack) -> Fleet:
-    fleet = Fleet("tcp://127.0.0.1:0", GATEWAY)
-    ending.callback(fleet.close)
-    return fleet
+pytest_plugins = ["fleet_fixtures"]
 
 
 def only(fleet: Fleet) -> EngineClient:

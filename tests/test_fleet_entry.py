@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
 import msgspec
 import pytest
 import zmq
-from fake_runner import FakeRunner
 from fakes import FakeClient, ask
 from fleet_parts import ENGINE, GATEWAY, KEY, Joined, said_to, speak
 
@@ -29,24 +27,7 @@ from llmkit.protocol import ModelDescription
 STRANGE = CurveKeys(*zmq.curve_keypair(), other=GATEWAY.public)
 
 
-@pytest.fixture
-def slow() -> Iterator[FakeClient]:
-    client = FakeClient("fleeting", FakeRunner(n_ctx=200_000, step_s=0.002))
-    yield client
-    client.close()
-
-
-@pytest.fixture
-def ending() -> Iterator[ExitStack]:
-    with ExitStack() as stack:
-        yield stack
-
-
-@pytest.fixture
-def fleet(ending: ExitStack) -> Fleet:
-    fleet = Fleet("tcp://127.0.0.1:0", GATEWAY)
-    ending.callback(fleet.close)
-    return fleet
+pytest_plugins = ["fleet_fixtures"]
 
 
 @pytest.mark.parametrize("keys", [None, STRANGE, CurveKeys(*zmq.curve_keypair(), STRANGE.public)])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from fakes import FakeClient, wait_for
-from fleet_parts import GATEWAY, Joined
+from fleet_parts import Joined
 from mortal import Mortal
 
 from llmkit.bridge.connection import make_connection
@@ -24,11 +24,7 @@ from llmkit.gateway.pools import Pooled
 from llmkit.gateway.sources import WorkerFiles
 from llmkit.protocol.client import EngineClient
 
-
-@pytest.fixture
-def ending() -> Iterator[ExitStack]:
-    with ExitStack() as stack:
-        yield stack
+pytest_plugins = ["fleet_fixtures"]
 
 
 class Given:
@@ -77,14 +73,12 @@ def test_only_what_answers_the_same_is_pooled(ending: ExitStack) -> None:
 
 
 def test_engines_of_other_weights_or_options_are_not_pooled(
-    ending: ExitStack, tmp_path: Path
+    ending: ExitStack, fleet: Fleet, tmp_path: Path
 ) -> None:
     file = tmp_path / "m.gguf"
     file.write_bytes(b"GGUF one")
     plain = model_hash(file, {"n_slots": 4, "kv_type": "f16", "deterministic": None})
     assert plain == model_hash(file, {}) != model_hash(file, {"deterministic": True})
-    fleet = Fleet("tcp://127.0.0.1:0", GATEWAY)
-    ending.callback(fleet.close)
     client = FakeClient()
     ending.callback(client.close)
     for digest in (plain, plain, model_hash(file, {"kv_type": "q8_0"})):
