@@ -29,6 +29,7 @@ CASES: dict[str, dict[str, Any]] = {
         "imagePullSecrets": [{"name": "registry"}],
         "gateway": {
             "replicas": 3, "config": 'log_level = "debug"\n', "args": ["--admin"],
+            "basePath": "/llm",
             "nodeSelector": {"pool": "cpu"}, "tolerations": [{"operator": "Exists"}],
         },
         "database": {"existingSecret": "postgres"},
@@ -57,6 +58,17 @@ CASES: dict[str, dict[str, Any]] = {
         "models": {"persistence": {"enabled": False}},
         "gateway": {"persistence": {"enabled": False}},
         "service": {"type": "LoadBalancer"},
+        # Names that YAML would read as numbers or as true.
+        "engines": [
+            {"name": "123", "model": "smollm2", "served": "org/small:Q4", "drainSeconds": 0},
+            {"name": "true", "model": "smollm2", "served": "org/small:Q4", "gpus": 1},
+        ],
+        "apiKey": {"existingSecret": "1234"},
+    },
+    "hub": {
+        "hub": {"enabled": True, "baseUrl": "/jupyter/"},
+        "gateway": {"config": "[quota.default]\ntokens_per_day = 100000\n"},
+        "serviceMonitor": {"enabled": True},
     },
 }  # fmt: skip
 
@@ -179,6 +191,28 @@ def test_pods_run_as_nobody_and_have_time_to_drain(
     assert "--join=tcp://llmkit-fleet:7100" in large["args"]
     small = next(e for e in rendered["many"] if e["metadata"]["name"] == "llmkit-engine-small")
     assert "replicas" not in small["spec"], "the autoscaler's"
+    bare = dict(deployments(rendered["bare"]))
+    first = bare["llmkit-engine-123"]["spec"]["containers"][0]["args"]
+    assert "--drain-s=0" in first and "--name=org/small:Q4" in first
+    probes = many["llmkit"]["spec"]["containers"][0]
+    assert probes["livenessProbe"]["httpGet"]["path"] == "/llm/health/live"
+    assert "--base-path=/llm" in probes["args"]
+
+
+def test_an_engine_on_a_gpu_makes_way_for_its_successor(
+    rendered: dict[str, list[dict[str, Any]]],
+) -> None:
+    found = {
+        each["metadata"]["name"]: each["spec"].get("strategy")
+        for each in rendered["bare"]
+        if each["kind"] == "Deployment" and "-engine-" in each["metadata"]["name"]
+    }
+    assert found == {
+        "llmkit-engine-123": None,
+        "llmkit-engine-true": {
+            "type": "RollingUpdate", "rollingUpdate": {"maxSurge": 0, "maxUnavailable": 1},
+        },
+    }  # fmt: skip
 
 
 def matches(selector: dict[str, Any], labels: dict[str, str]) -> bool:
@@ -223,6 +257,36 @@ def test_selectors_meet_their_pods(rendered: dict[str, list[dict[str, Any]]]) ->
         ({"engines": [{"name": "a"}]}, "model"),
         ({"gatway": {}}, "gatway"),
         ({"service": {"port": 70000}}, "65,535"),
+        ({"gateway": {"basePath": "llm/"}}, "pattern"),
+        ({"hub": {"enabled": True}, "gateway": {"basePath": "/llm"}}, "hub.baseUrl"),
+        ({"hub": {"baseUrl": "jupyter"}}, "pattern"),
+        ({"gateway": {"config": "# port = 1\n port = 8080\n"}}, "service.port"),
+        ({"gateway": {"config": 'tls_cert = "/a.pem"\n'}}, "an Ingress"),
+        ({"gateway": {"config": 'gateway.base_path = "/llm"\n'}}, "gateway.basePath"),
+        ({"gateway": {"args": ["--tls-cert=/a.pem"]}}, "leave --tls-cert out"),
+        ({"engines": [{"name": "a" * 40, "model": "m"}]}, "longer than the 63 characters"),
+        ({"engines": [{"name": "a", "model": "m"}] * 2}, "two of the name"),
+        (
+            {
+                "engines": [
+                    {"name": "a", "model": "m", "autoscaling": {"enabled": True, "minReplicas": 5}}
+                ]
+            },
+            "maxReplicas",
+        ),
+        (
+            {
+                "engines": [
+                    {
+                        "name": "a",
+                        "model": "m",
+                        "served": "org/m:Q4",
+                        "autoscaling": {"enabled": True},
+                    }
+                ]
+            },
+            "no value of a label",
+        ),
     ],
 )
 def test_wrong_values_are_refused(values: dict[str, Any], said: str, tmp_path: Path) -> None:
@@ -231,9 +295,11 @@ def test_wrong_values_are_refused(values: dict[str, Any], said: str, tmp_path: P
     path = tmp_path / "values.yaml"
     path.write_text(yaml.safe_dump(values))
     done = subprocess.run(
-        [tool("helm"), "template", CHART, "-f", path], capture_output=True, text=True,
+        [tool("helm"), "template", "a-release-of-llmkit", CHART, "-f", path],
+        capture_output=True,
+        text=True,
         env={**os.environ, "HOME": str(tmp_path)},
-    )  # fmt: skip
+    )
     assert done.returncode and said in done.stderr, done.stderr
 
 
@@ -315,4 +381,4 @@ def test_every_command_is_one_of_llmkits(rendered: dict[str, list[dict[str, Any]
             options[name] = set(re.findall(r"(?<!\S)--[a-z][a-z-]*", text))
         used = {each.partition("=")[0] for each in arguments if each.startswith("--")}
         assert used <= options[name], (name, used - options[name])
-    assert set(options) == {"serve", "engine"}
+    assert set(options) == {"serve", "engine", "hub"}

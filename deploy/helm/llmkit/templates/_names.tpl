@@ -5,7 +5,7 @@
 
 {{- define "llmkit.selector" -}}
 app.kubernetes.io/name: {{ .Chart.Name }}
-app.kubernetes.io/instance: {{ .Release.Name }}
+app.kubernetes.io/instance: {{ .Release.Name | quote }}
 {{- end }}
 
 {{- define "llmkit.labels" -}}
@@ -17,6 +17,20 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 
 {{- define "llmkit.keys" -}}
 {{ .Values.apiKey.existingSecret | default (printf "%s-keys" (include "llmkit.name" .)) }}
+{{- end }}
+
+{{/* The path before all routes: a hub's service has the one at which its proxy passes it on. */}}
+{{- define "llmkit.base" -}}
+{{- if .Values.hub.enabled }}
+{{- if .Values.gateway.basePath }}
+{{- fail "gateway.basePath is hub.baseUrl and hub.serviceName where hub.enabled is true: leave it out" }}
+{{- end }}
+{{- printf "%sservices/%s" .Values.hub.baseUrl .Values.hub.serviceName }}
+{{- else }}{{ .Values.gateway.basePath }}{{ end }}
+{{- end }}
+
+{{- define "llmkit.hubKey" -}}
+{{ .Values.hub.secretKey | default (printf "hub.services.%s.apiToken" .Values.hub.serviceName) }}
 {{- end }}
 
 {{- define "llmkit.fleetSecret" -}}
