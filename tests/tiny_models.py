@@ -38,7 +38,7 @@ def write(
         writer.add_ssm_inner_size(INNER)
         writer.add_ssm_state_size(STATE)
         writer.add_ssm_time_step_rank(RANK)
-    _add_vocabulary(writer, control)
+    add_vocabulary(writer, control)
     if template:
         writer.add_chat_template(template)
 
@@ -61,7 +61,7 @@ def write(
             add(f"{block}ffn_gate.weight", N_FF, N_EMBD)
             add(f"{block}ffn_up.weight", N_FF, N_EMBD)
             add(f"{block}ffn_down.weight", N_EMBD, N_FF)
-    _finish(writer)
+    finish(writer)
     return path
 
 
@@ -75,7 +75,7 @@ def write_large(path: Path, n_embd: int = 4096, n_ff: int = 14336, n_layer: int 
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_feed_forward_length(n_ff)
     writer.add_head_count(32)
-    _add_vocabulary(writer, ())
+    add_vocabulary(writer, ())
     sizes = []
 
     def add(name: str, *shape: int) -> None:
@@ -125,7 +125,7 @@ def write_lora(path: Path, scale: float = 1.0) -> Path:
             f"blk.{i}.attn_v.weight.lora_b",
             (scale * rng.standard_normal((N_EMBD, 4))).astype(np.float32),
         )
-    _finish(writer)
+    finish(writer)
     return path
 
 
@@ -145,7 +145,7 @@ def _add_mamba(add: object, block: str, *, norms: bool) -> None:
             a(f"{block}ssm_{name}_norm.weight", size, scale=0.0, base=1.0)
 
 
-def _add_vocabulary(writer: gguf.GGUFWriter, control: Sequence[str]) -> None:
+def add_vocabulary(writer: gguf.GGUFWriter, control: Sequence[str]) -> None:
     """Bytes, and control tokens."""
     kept = 256 - len(control)
     writer.add_tokenizer_model("llama")
@@ -160,7 +160,7 @@ def _add_vocabulary(writer: gguf.GGUFWriter, control: Sequence[str]) -> None:
     writer.add_add_space_prefix(False)
 
 
-def _finish(writer: gguf.GGUFWriter) -> None:
+def finish(writer: gguf.GGUFWriter) -> None:
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

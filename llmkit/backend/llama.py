@@ -16,6 +16,7 @@ import numpy as np
 from llmkit.backend import library
 from llmkit.backend.grammar import Constraint
 from llmkit.backend.library import C, num_threads, strlen
+from llmkit.backend.media_rows import MediaRows
 from llmkit.backend.model import LlamaModel
 from llmkit.backend.outputs import merged, with_gaps
 from llmkit.backend.patience import Patience
@@ -122,6 +123,7 @@ class LlamaRunner:
         self._serials = [0] * n_slots
         self._faults: dict[int, str] = {}
         self._rows = Rows(self.max_batch_tokens)
+        self._media_rows: MediaRows | None = None
         self._decode = C.llama_decode
         self._synchronize = C.llama_synchronize
         settings = {
@@ -188,13 +190,14 @@ class LlamaRunner:
         return self._step(batch.chunks, lost)
 
     def _step(self, chunks: Sequence[Chunk], lost: Sequence[int]) -> StepOutput:
-        """Chunks with different adapters are decoded separately; in a deterministic engine every
-        chunk is, since its arithmetic depends on its neighbours."""
+        """Chunks with different adapters are decoded separately, and so are text, images, and
+        images that must be whole; in a deterministic engine every chunk is, since its arithmetic
+        depends on its neighbours."""
         groups: dict[object, list[int]] = {}
         for i, chunk in enumerate(chunks):
-            groups.setdefault(
-                i if self._deterministic else self._adapters.get(self._serials[chunk.slot], ()), []
-            ).append(i)
+            kind = None if chunk.item is None else chunk.item.whole
+            adapters = self._adapters.get(self._serials[chunk.slot], ())
+            groups.setdefault(i if self._deterministic else (kind, adapters), []).append(i)
         if len(groups) <= 1:
             return self._decode_together(chunks, lost)
         outputs: dict[int, tuple[StepOutput, int]] = {}
@@ -226,6 +229,8 @@ class LlamaRunner:
         start = time.perf_counter()
         if self._lora:
             self._use_adapters(self._adapters.get(self._serials[chunks[0].slot], ()))
+        if chunks[0].item is not None:
+            return self._decode_media(chunks, chunks[0].item.whole, lost)
         rows = self._rows.fill(chunks)
         for chunk in chunks:
             if (
@@ -242,7 +247,40 @@ class LlamaRunner:
             return self._selector.select(
                 chunks, rows, self._rows.output, samplers, self._patience, lost, seconds
             )
+        return self._failed(code, chunks, lost, time.perf_counter() - start)
+
+    def _decode_media(
+        self, chunks: Sequence[Chunk], whole: bool, lost: Sequence[int]
+    ) -> StepOutput:
+        """Cells of images and sounds, of any number of requests; ``whole`` ones see all of
+        themselves, not only what came before."""
+        start = time.perf_counter()
+        if self._media_rows is None:
+            self._media_rows = MediaRows(self.max_batch_tokens)
+        self._media_rows.fill(chunks)
+        if whole:
+            C.llama_set_causal_attn(self._context, False)
+        try:
+            code = self._decode(self._context, self._media_rows.batch)
+            self._synchronize(self._context)
+        finally:
+            if whole:
+                C.llama_set_causal_attn(self._context, True)
         seconds = time.perf_counter() - start
+        if code:
+            return self._failed(code, chunks, lost, seconds)
+        return StepOutput(
+            [()] * len(chunks),
+            [c.start + len(c.tokens) for c in chunks],
+            faults=tuple(self._faults.items()),
+            lost=lost,
+            backend_s=seconds,
+        )
+
+    def _failed(
+        self, code: int, chunks: Sequence[Chunk], lost: Sequence[int], seconds: float
+    ) -> StepOutput:
+        """What an interrupted or failed decode leaves."""
         nothing: list[tuple[int, ...]] = [()] * len(chunks)
         if code == 2:
             return StepOutput(

@@ -47,7 +47,8 @@ class Rows:
         for chunk in chunks:
             end = at + len(chunk.tokens)
             self._token[at:end] = chunk.tokens
-            self._pos[at:end] = np.arange(chunk.start, chunk.start + end - at)
+            first = chunk.start + chunk.offset
+            self._pos[at:end] = np.arange(first, first + end - at)
             self._seq[at:end] = chunk.slot
             if chunk.sample:
                 self._output[end - 1 - chunk.draft : end] = 1

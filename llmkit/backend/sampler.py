@@ -201,7 +201,7 @@ class Chain:
         )
         if last_n:
             accept = short("llama_sampler_accept")
-            for token in history[-last_n:]:
+            for token in [t for t in history if t >= 0][-last_n:]:  # cells of images are no tokens
                 accept(self.chain, token)
 
     def sample(self, context: Any, row: int) -> int:

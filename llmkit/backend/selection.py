@@ -99,7 +99,7 @@ class Selector:
                 resident[i] = self._sequences.take_back(chunk)
             elif len(chosen) < 1 + chunk.draft:
                 resident[i] = chunk.start + len(chunk.tokens) - (1 + chunk.draft - len(chosen))
-                self._sequences.cut(chunk.slot, resident[i])
+                self._sequences.cut(chunk.slot, resident[i] + chunk.offset)
             tokens.append(tuple(chosen))
             scores.append(chosen_scores)
             forced.append(() if chunk.slot in self._faults else sampler.forced)

@@ -51,7 +51,7 @@ class Sequences:
             case Restore():
                 self.clear(op.slot)
                 if self._store.restore(op.key, op.slot):
-                    self.cut(op.slot, op.length)
+                    self.cut(op.slot, op.length + op.offset)
                 else:
                     self.clear(op.slot)
                     self.broken.add(op.slot)
@@ -61,7 +61,7 @@ class Sequences:
                 self._seq_rm(self._memory, op.slot, op.keep, op.keep + op.discard)
                 C.llama_memory_seq_add(self._memory, op.slot, op.keep + op.discard, -1, -op.discard)
             case Truncate():
-                if not self.cut(op.slot, op.length):
+                if not self.cut(op.slot, op.length + op.offset):
                     raise RuntimeError(
                         f"llama.cpp could not truncate sequence {op.slot} to {op.length} tokens"
                     )
@@ -76,14 +76,14 @@ class Sequences:
             return
         if not self._fork_now:
             self._seq_cp(self._memory, op.source, op.target, -1, -1)
-        self.cut(op.target, op.length)
+        self.cut(op.target, op.length + op.offset)
 
     def clear(self, slot: int) -> None:
         self._seq_rm(self._memory, slot, -1, -1)
 
-    def cut(self, slot: int, length: int) -> bool:
-        """Keep only the first ``length`` tokens; False where the model cannot."""
-        return bool(self._seq_rm(self._memory, slot, length or -1, -1))
+    def cut(self, slot: int, position: int) -> bool:
+        """Keep only what stands before ``position``; False where the model cannot."""
+        return bool(self._seq_rm(self._memory, slot, position or -1, -1))
 
     def take_back(self, chunk: Chunk) -> int:
         """Drop the last token of a chunk and the drafts after it, to be computed again. Returns how
@@ -92,21 +92,24 @@ class Sequences:
             self.clear(chunk.slot)
             return 0
         keep = chunk.start + len(chunk.tokens) - chunk.draft - 1
-        self.cut(chunk.slot, keep)
+        self.cut(chunk.slot, keep + chunk.offset)
         return keep
 
     def keep_whole(self, chunk: Chunk) -> int:
         """After an interrupt: keep what is whole. Returns how many tokens that is. The last one of
         a sampling chunk is dropped, since its logits are lost."""
-        # Restart the chunk: its position is fixed, or its scores were lost.
-        if self._deterministic or chunk.targets:
-            self.cut(chunk.slot, chunk.start)
-            return chunk.start
         if not self._can_truncate:  # its state may be half updated, undetectably
             self.clear(chunk.slot)
             return 0
-        length = int(self._pos_max(self._memory, chunk.slot)) + 1
+        # Restart the chunk: its position is fixed, or its scores were lost. An image begins again,
+        # since several of its cells may stand at one position.
+        if self._deterministic or chunk.targets or chunk.item is not None:
+            start = chunk.start if chunk.item is None else chunk.item.start
+            self.cut(chunk.slot, start + chunk.offset)
+            return start
+        length = int(self._pos_max(self._memory, chunk.slot)) + 1 - chunk.offset
+        length = max(length, chunk.start)  # an image's cells may stand before its last position
         keep = min(length, chunk.start + len(chunk.tokens) - chunk.draft - chunk.sample)
         if keep < length:
-            self.cut(chunk.slot, keep)
+            self.cut(chunk.slot, keep + chunk.offset)
         return keep

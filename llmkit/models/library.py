@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import os
-import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -24,7 +23,8 @@ from llmkit.errors import (
 )
 from llmkit.models import gguf, registry, scanning, speech_files
 from llmkit.models.names import folded, gigabytes, near
-from llmkit.models.quantization import PROJECTOR_ORDER, label_of, type_of
+from llmkit.models.projectors import nearest
+from llmkit.models.quantization import label_of, type_of
 from llmkit.models.registry import ModelSpec
 from llmkit.models.scanning import Found, Source
 from llmkit.models.splits import stem_of
@@ -364,27 +364,9 @@ def _paired(entries: list[StoredModel]) -> Iterator[StoredModel]:
             beside.setdefault(entry.path.parent, []).append(entry)
     for entry in entries:
         if entry.architecture != "clip":
-            yield replace(entry, mmproj=_projector(entry, beside.get(entry.path.parent, [])))
-
-
-def _projector(model: StoredModel, candidates: list[StoredModel]) -> Path | None:
-    """The projector of a model in its folder: the one named like it, or the only one that names no
-    model."""
-    wanted = _bare(model.path)
-    same = [c for c in candidates if _bare(c.path) == wanted] or [
-        c for c in candidates if not _bare(c.path) or wanted.startswith(_bare(c.path))
-    ]
-    order = {name: i for i, name in enumerate(PROJECTOR_ORDER)}
-    best = min(same, key=lambda c: (order.get(c.quantization, 9), c.id), default=None)
-    return None if best is None else best.path
-
-
-def _bare(path: Path) -> str:
-    """A file's name without its type of weights and ``mmproj``: what model it is of."""
-    stem = folded(stem_of(path.name))
-    label = folded(label_of(stem))
-    words = re.split(r"[-_. ]+", stem.replace(label, " ") if label else stem)
-    return "-".join(w for w in words if w not in ("", "mmproj", "model"))
+            near_by = beside.get(entry.path.parent, [])
+            found = nearest(entry.path, ((c.path, c.quantization) for c in near_by))
+            yield replace(entry, mmproj=found)
 
 
 def _packaged(alias: str) -> Iterator[StoredModel]:

@@ -41,7 +41,8 @@ KV_SHARE = 0.25  # of the free memory, for the default number of slots
 
 @dataclass(frozen=True, slots=True, repr=False)
 class MemoryEstimate:
-    """What loading would take: weights, KV cache and compute buffers, against free memory.
+    """What loading would take: weights, KV cache and compute buffers, and the projector that reads
+    images and sounds, against free memory.
 
     ``gpu_bytes`` of it go to GPUs (``n_gpu_layers`` of the model's layers), where
     ``gpu_free_bytes`` are free; None without a GPU. ``devices`` says how much each would hold,
@@ -60,14 +61,15 @@ class MemoryEstimate:
     gpu_free_bytes: int | None = None
     devices: tuple[DeviceNeed, ...] = ()
     hint: str = ""
+    projector_bytes: int = 0
 
     @property
     def kv_bytes_per_token(self) -> int:
-        return self.kv_bytes // self.kv_tokens
+        return self.kv_bytes // self.kv_tokens if self.kv_tokens else 0
 
     @property
     def total_bytes(self) -> int:
-        return self.weights_bytes + self.kv_bytes + self.compute_bytes
+        return self.weights_bytes + self.kv_bytes + self.compute_bytes + self.projector_bytes
 
     @property
     def ram_bytes(self) -> int:
@@ -79,9 +81,16 @@ class MemoryEstimate:
         return self.ram_bytes <= self.free_bytes and all(gpu.fits for gpu in self.devices)
 
     def _parts(self) -> str:
+        projector = self.projector_bytes
+        cache = (
+            f"KV cache {self.kv_bytes / GIB:.2f} for {self.n_slots} x {self.n_ctx} tokens, "
+            if self.kv_tokens
+            else ""
+        )
         return (
-            f"weights {self.weights_bytes / GIB:.2f}, KV cache {self.kv_bytes / GIB:.2f} for "
-            f"{self.n_slots} x {self.n_ctx} tokens, compute {self.compute_bytes / GIB:.2f}"
+            f"weights {self.weights_bytes / GIB:.2f}, {cache}compute "
+            f"{self.compute_bytes / GIB:.2f}"
+            + (f", projector {projector / GIB:.2f}" if projector else "")
         )
 
     def _free(self) -> str:
@@ -124,13 +133,16 @@ def estimate(
     gpus: Sequence[Gpu] = (),
     tensor_split: Sequence[float] = (),
     batch_tokens: int = BATCH_TOKENS,
+    projector_bytes: int = 0,
+    projector_gpu: bool = False,
 ) -> MemoryEstimate:
     """Estimate from a header.
 
     KV: see `ModelInfo.kv_bytes_per_token`; compute: the vocabulary's tables and the activations of
     a step of ``batch_tokens``, on a GPU also its float32 logits. ``n_gpu_layers`` counts as in
     llama.cpp, from the last layer, with the output layer as one more; -1 means all. Without a GPU
-    it counts as 0. ``gpu_free_bytes`` is short for one of ``gpus``.
+    it counts as 0. ``gpu_free_bytes`` is short for one of ``gpus``. The projector goes to the first
+    GPU (``projector_gpu``) if any layer is on one.
     """
     if not gpus and gpu_free_bytes is not None:
         gpus = (Gpu("the GPU", gpu_free_bytes),)
@@ -157,6 +169,8 @@ def estimate(
     steps = {gpu: GPU_BASE_BYTES + activations for gpu in held}
     if where:
         steps[where[-1]] += 4 * batch_tokens * vocab
+    if where and projector_gpu:
+        held[0] += projector_bytes
     compute = BASE_BYTES + VOCABULARY_BYTES * vocab + (sum(steps.values()) or activations)
     devices = tuple(
         DeviceNeed(gpu.name, held[i] + steps.get(i, 0), gpu.free_bytes)
@@ -174,6 +188,7 @@ def estimate(
         gpu_bytes=sum(device.num_bytes for device in devices),
         gpu_free_bytes=sum(gpu.free_bytes for gpu in gpus) if gpus else None,
         devices=devices,
+        projector_bytes=projector_bytes,
     )
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from llmkit.errors import ContextLengthError
+from llmkit.protocol.images import Drawing
 from llmkit.protocol.messages import Message, Tool
 from llmkit.protocol.sampling import SamplingParams, check, check_integer, check_number
 from llmkit.protocol.speech import Hearing, Saying
@@ -86,6 +87,7 @@ class GenerationRequest:
     message, an assistant's, is the beginning of the answer. ``resume`` goes on where another engine
     stopped, and ``show_tokens`` has deltas carry what that takes. ``hearing`` is for models that
     write down speech, ``saying`` for those that speak the ``prompt``; see `llmkit.protocol.speech`.
+    ``drawing`` is for those that draw it; see `llmkit.protocol.images`.
     ``media`` has the files of the messages' `Media`, by digest.
     """
 
@@ -111,6 +113,7 @@ class GenerationRequest:
     show_tokens: bool = False
     hearing: Hearing | None = None
     saying: Saying | None = None
+    drawing: Drawing | None = None
     media: dict[str, bytes] = field(default_factory=dict, hash=False, repr=False)
 
     @property

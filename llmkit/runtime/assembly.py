@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,7 @@ from llmkit.backend.advice import faster
 from llmkit.backend.placement import Placement, chosen
 from llmkit.engine.prefill import ALIGNMENT
 from llmkit.errors import InsufficientMemoryError, InvalidRequestError, ModelLoadError
-from llmkit.models import gguf, memory
+from llmkit.models import gguf, memory, projectors
 from llmkit.models.devices import Gpu
 from llmkit.models.quantization import scaled
 from llmkit.models.registry import ModelSpec, cache_folder, resolve
@@ -25,7 +26,9 @@ from llmkit.system.accelerators import accelerators
 if TYPE_CHECKING:
     from llmkit.backend.library import Device
     from llmkit.backend.llama import LlamaRunner
+    from llmkit.backend.media import Projector
     from llmkit.backend.model import LlamaModel, Loading
+    from llmkit.runtime.media import MediaUnit
 
 __all__ = ["estimate", "gpus", "load_draft", "load_target", "loading", "placement_of"]
 
@@ -59,12 +62,22 @@ def estimate(info: gguf.ModelInfo, options: EngineOptions) -> memory.MemoryEstim
         "batch_tokens": options.batch_tokens or memory.BATCH_TOKENS,
         "tensor_split": options.tensor_split,
         "gpus": used,
+        "projector_bytes": _projector_bytes(projectors.projector_of(info.path, options.projector)),
+        "projector_gpu": options.projector_gpu,
     }
     layers = options.n_gpu_layers
     if layers == "auto":
         layers = memory.layers_that_fit(info, **sizes) if used else 0
     need = memory.estimate(info, n_gpu_layers=layers, **sizes)
     return replace(need, hint=_hint(options, there) or "")
+
+
+def _projector_bytes(path: Path | None) -> int:
+    """What a projector takes, weights and computing. Raises `InvalidModelFileError`."""
+    if path is None:
+        return 0
+    info = projectors.read_projector(path)
+    return info.weights_bytes + projectors.compute_bytes(info)
 
 
 def _hint(options: EngineOptions, there: list[Device], *, sure: bool = False) -> str | None:
@@ -103,13 +116,16 @@ def load_target(
     need: memory.MemoryEstimate,
     on_progress: Callable[[float], None],
     loading: Loading | None = None,
-) -> tuple[LlamaModel, LlamaRunner]:
-    """The model that generates, which `loading` may have begun to load.
+    turns: AbstractContextManager[None] | None = None,
+) -> tuple[LlamaModel, LlamaRunner, MediaUnit | None]:
+    """The model that generates, which `loading` may have begun to load, and what reads images and
+    sounds for it; that takes ``turns`` if it is not to work beside the model.
 
     Raises `ModelLoadError`, leaving nothing in memory.
     """
     from llmkit.backend.llama import LlamaRunner
     from llmkit.backend.model import LlamaModel
+    from llmkit.runtime.media import MediaUnit
 
     better = _hint(options, gpus(), sure=True)
     if better is not None:
@@ -121,12 +137,14 @@ def load_target(
         on_progress=on_progress,
         loading=loading,
     )
+    projector: Projector | None = None
     try:
         if not model.can_generate:
             raise ModelLoadError(
                 f"{spec.path.name} is not a text generation model: "
                 "it has no plain decoder, or no vocabulary."
             )
+        projector = _load_projector(model, spec, options, need)
         runner = LlamaRunner(
             model,
             n_ctx=need.n_ctx,
@@ -134,6 +152,7 @@ def load_target(
             max_batch_tokens=max(
                 options.batch_tokens or 512,
                 ALIGNMENT + need.n_slots if options.deterministic else 0,
+                projector.largest_whole if projector is not None else 0,
             ),
             threads=options.threads,
             kv_unified=options.kv_unified,
@@ -149,10 +168,35 @@ def load_target(
             deterministic=options.deterministic,
             lora=[Path(path) for path, _ in options.lora],
         )
-        return model, runner
+        media = (
+            MediaUnit(projector, runner.max_batch_tokens, None if options.encode_beside else turns)
+            if projector is not None
+            else None
+        )
+        return model, runner, media
     except BaseException:
+        if projector is not None:
+            projector.close()
         model.close()
         raise
+
+
+def _load_projector(
+    model: LlamaModel, spec: ModelSpec, options: EngineOptions, need: memory.MemoryEstimate
+) -> Projector | None:
+    path = projectors.projector_of(spec.path, options.projector)
+    if path is None:
+        return None
+    projectors.read_projector(path)
+    from llmkit.backend.library import num_threads
+    from llmkit.backend.media import Projector
+
+    return Projector(
+        path,
+        model,
+        threads=options.threads or num_threads(),
+        use_gpu=options.projector_gpu and need.n_gpu_layers != 0,
+    )
 
 
 def load_draft(
@@ -175,7 +219,7 @@ def load_draft(
         {"kv_unified": True, "kv_tokens": need.kv_tokens} if options.kv_unified else {}
     )
     its_options = replace(
-        EngineOptions(n_ctx=need.n_ctx, n_slots=need.n_slots, **layout),
+        EngineOptions(n_ctx=need.n_ctx, n_slots=need.n_slots, projector=projectors.NONE, **layout),
         n_gpu_layers=options.n_gpu_layers,
         split_mode=options.split_mode,
         main_device=options.main_device,

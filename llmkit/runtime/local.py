@@ -45,8 +45,9 @@ from llmkit.protocol import (
 )
 from llmkit.protocol.stream import Channel, Stream
 from llmkit.runtime.assembly import estimate, load_draft, load_target
+from llmkit.runtime.cpu_turns import CpuTurns
 from llmkit.runtime.preparing import Preparing
-from llmkit.runtime.prompts import answer, request_tokens
+from llmkit.runtime.prompts import Prompt, answer, request_prompt
 from llmkit.runtime.reading import Reading
 from llmkit.runtime.running import running
 from llmkit.runtime.switching import switching
@@ -56,6 +57,7 @@ from llmkit.settings.options import EngineOptions
 if TYPE_CHECKING:
     from llmkit.backend.llama import LlamaRunner
     from llmkit.backend.model import LlamaModel, Loading
+    from llmkit.runtime.media import MediaReader
 
 __all__ = ["LocalEngine"]
 
@@ -99,7 +101,14 @@ class LocalEngine:
         self._template = ChatTemplate(source)
         if loading is not None:
             self._template.compile()  # while the weights are read
-        self._model, self._runner = load_target(spec, options, need, on_progress, loading)
+        self._on_cpu = need.n_gpu_layers == 0
+        # Without GPU all models of the process take turns; else this one's encoder may have to.
+        self._turns = (
+            running.turns if self._on_cpu else None if options.encode_beside else CpuTurns()
+        )
+        self._model, self._runner, self._media = load_target(
+            spec, options, need, on_progress, loading, self._turns
+        )
         self._draft: tuple[LlamaModel, LlamaRunner] | None = None
         try:
             self._start(spec, info, options, need, most, name, force)
@@ -126,7 +135,7 @@ class LocalEngine:
         self._shares_prefixes = options.share_prefixes
         if options.draft is not None:
             self._draft = load_draft(self._model, options, need, force)
-        if options.threads is None and need.n_gpu_layers == 0:
+        if options.threads is None and self._on_cpu:
             with running.turns:
                 self._runner.num_threads = best_threads(self._runner, spec)
         from llmkit.backend.grammar import GrammarCompiler
@@ -163,6 +172,7 @@ class LocalEngine:
             n_embd=self._model.n_embd,
             vocab_type=vocab.type,
             adapters=options.lora,
+            inputs=self._reader.inputs if self._reader is not None else (),
         )
         self._engine = Engine(
             self._runner,
@@ -171,13 +181,13 @@ class LocalEngine:
             max_waiting=options.max_waiting,
             target_itl_s=None if options.deterministic else options.target_itl_ms / 1000,
             deterministic=options.deterministic,
-            turns=running.turns if need.n_gpu_layers == 0 else None,
-            drafter=ModelDrafter(self._draft[1], running.turns if need.n_gpu_layers == 0 else None)
-            if self._draft
-            else None,
+            turns=self._turns,
+            drafter=ModelDrafter(self._draft[1], self._turns) if self._draft else None,
             context_shift=options.context_shift,
             max_running=options.batch_requests if options.batching else 1,
             batch_wait_s=options.batch_wait_ms / 1000,
+            encoder=self._media.encoder if self._media is not None else None,
+            encoded_bytes=int(options.media_cache_mb * (1 << 20)),
         )
         running.add(self)
         switching.quicken()
@@ -196,12 +206,24 @@ class LocalEngine:
             return self._vocab.tokenize(text)
 
     def render(self, request: GenerationRequest) -> list[int]:
-        """The prompt tokens of a request: chat template applied, tokenized, checked.
+        """The prompt tokens of a request: chat template applied, tokenized, checked. Those of
+        images and sounds are negative.
 
         Raises `InvalidRequestError`, `ContextLengthError` and `ModelUnloadedError`.
         """
         with self._reading():
-            return request_tokens(request, self._vocab, self._template, self._description.n_ctx)
+            return self._prompt(request).tokens
+
+    @property
+    def _reader(self) -> MediaReader | None:
+        return self._media.reader if self._media is not None else None
+
+    def _prompt(self, request: GenerationRequest) -> Prompt:
+        n_ctx, salt = self._description.n_ctx, self._salt(request)
+        return request_prompt(request, self._vocab, self._template, n_ctx, self._reader, salt)
+
+    def _salt(self, request: GenerationRequest) -> str:
+        return request.cache_salt if self._shares_prefixes else request.salt
 
     @property
     def state(self) -> EngineState:
@@ -225,14 +247,13 @@ class LocalEngine:
         adapters = self._adapters(request.lora)
         choices = request.choices()
         with self._reading(), self._preparing(c.request_id for c in choices) as check_wanted:
-            tokens = request_tokens(request, self._vocab, self._template, self._description.n_ctx)
-            room = self._description.n_ctx - len(tokens)
+            prompt = self._prompt(request)
+            room = self._description.n_ctx - len(prompt.tokens)
             wanted = request.sampling.max_tokens
-            max_tokens = (
-                room if wanted is None else wanted if self._context_shift else min(wanted, room)
-            )
+            shifts = self._context_shift and not prompt.media
+            max_tokens = room if wanted is None else wanted if shifts else min(wanted, room)
             check_wanted()
-            made = [self._request(choice, tokens, max_tokens, adapters) for choice in choices]
+            made = [self._request(choice, prompt, max_tokens, adapters) for choice in choices]
             check_wanted()
             self._check_open()
             self._engine.submit(*made)
@@ -241,7 +262,7 @@ class LocalEngine:
     def _request(
         self,
         request: GenerationRequest,
-        tokens: list[int],
+        prompt: Prompt,
         max_tokens: int,
         adapters: tuple[tuple[str, float], ...],
     ) -> Request:
@@ -250,7 +271,7 @@ class LocalEngine:
         done = begun.tokens if begun is not None else ()
         piece = self._piece_with_marks if request.show_marks else self._vocab.piece
         made = Request(
-            tokens,
+            prompt.tokens,
             params,
             max_tokens,
             Detokenizer(piece, params.stop)
@@ -260,10 +281,11 @@ class LocalEngine:
             priority=request.priority,
             caller=request.caller,
             weight=request.weight,
-            cache_salt=request.cache_salt if self._shares_prefixes else request.salt,
+            cache_salt=self._salt(request),
             keep_on_disk=request.keep_on_disk,
             adapters=adapters,
             show_tokens=request.show_tokens,
+            media=prompt.media,
         )
         if begun is not None:
             resume(
@@ -272,7 +294,7 @@ class LocalEngine:
                 is_end=self._vocab.is_end,
                 n_vocab=self._description.n_vocab,
                 n_ctx=self._description.n_ctx,
-                context_shift=self._context_shift,
+                context_shift=self._context_shift and not prompt.media,
             )
         constraint = (
             None
@@ -322,7 +344,10 @@ class LocalEngine:
                 future.set_result(self._engine.requests())
             case question:
                 with self._reading():
-                    future.set_result(answer(question, self._vocab, self._template))
+                    salt = f"{inquiry.caller}\0" if inquiry.caller else ""
+                    future.set_result(
+                        answer(question, self._vocab, self._template, self._reader, salt)
+                    )
         return future
 
     def abort(self, request_id: str) -> None:
@@ -333,10 +358,14 @@ class LocalEngine:
     def stats(self) -> EngineStats:
         return self._engine.stats
 
-    def _free(self) -> None:
+    def _free(self) -> bool:
+        """False: something is still being encoded, so nothing is freed."""
+        if self._media is not None and not self._media.close():
+            return False
         for model, runner in [(self._model, self._runner), *([self._draft] if self._draft else [])]:
             runner.close()
             model.close()
+        return True
 
     def _check_open(self) -> None:
         if self._pid != os.getpid():
@@ -361,10 +390,10 @@ class LocalEngine:
         self._reading.ended()
         if self._engine.close() and self._reading.ended(0):
             self._grammars.close()
-            self._free()
-        else:
-            warnings.warn(
-                "the engine did not stop in time, so its memory was not freed",
-                ResourceWarning,
-                stacklevel=2,
-            )
+            if self._free():
+                return
+        warnings.warn(
+            "the engine did not stop in time, so its memory was not freed",
+            ResourceWarning,
+            stacklevel=2,
+        )

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmkit.backend.placement import chosen
-from llmkit.errors import InsufficientMemoryError
+from llmkit.errors import InsufficientMemoryError, ModelLoadError
 from llmkit.models import gguf, memory
+from llmkit.models.image_files import is_image_model
+from llmkit.models.projectors import NONE, projector_of
 from llmkit.models.registry import ModelSpec, resolve
 from llmkit.models.speech_files import speech_kind
 from llmkit.runtime import assembly
@@ -23,11 +25,13 @@ from llmkit.system.reporting import report
 
 if TYPE_CHECKING:
     from llmkit.runtime.embedder import LocalEmbedder
+    from llmkit.runtime.images import LocalImages
     from llmkit.runtime.local import LocalEngine
     from llmkit.runtime.speech import LocalSpeech
 
 __all__ = ["open_model"]
 
+POOLING = (1, 2, 3, 4)
 MAKING = 0.9  # of the progress, when a copy has to be made first
 logger = logging.getLogger("llmkit")
 
@@ -40,8 +44,8 @@ def open_model(
     force: bool = False,
     on_progress: Callable[[float], None] = lambda _: None,
     meanwhile: Callable[[], None] = lambda: None,
-) -> LocalEngine | LocalEmbedder | LocalSpeech:
-    """The engine that the file calls for: one that generates, embeds, hears or speaks.
+) -> LocalEngine | LocalEmbedder | LocalSpeech | LocalImages:
+    """The engine that the file calls for: one that generates, embeds, hears, speaks or draws.
 
     ``meanwhile`` is called while the weights of one that generates are read.
     Raises what `llmkit.load` documents.
@@ -51,18 +55,39 @@ def open_model(
         from llmkit.runtime.speech import open_speech
 
         return open_speech(spec, options, name)
+    if is_image_model(spec.path):
+        from llmkit.runtime.images import open_images
+
+        return open_images(spec, options, name, force=force, on_progress=on_progress)
     info = gguf.read_header(spec.path)
     _check_memory(info, options, force)
     if options.quantize is not None:
         spec, on_progress = _quantized(spec, options.quantize, on_progress)
         info = gguf.read_header(spec.path)
-    for path, lora in [
-        (spec.path, [Path(p) for p, _ in options.lora]),
-        *([(resolve(options.draft).path, [])] if options.draft else []),
-    ]:
-        probe(path, lora, on_wait=lambda: on_progress(0.0))
+    options = _probed(spec, info, options, lambda: on_progress(0.0))
+    if options.draft:
+        probe(resolve(options.draft).path, on_wait=lambda: on_progress(0.0))
     with running.opening:
         return _open(spec, info, options, name, force, on_progress, meanwhile)
+
+
+def _probed(
+    spec: ModelSpec, info: gguf.ModelInfo, options: EngineOptions, on_wait: Callable[[], None]
+) -> EngineOptions:
+    """Try the files in a child. Returns the options with the projector that is to be loaded: one
+    that was only found beside the model is left out if it does not fit."""
+    lora = [Path(p) for p, _ in options.lora]
+    embeds = info.value("pooling_type") in POOLING
+    projector = None if embeds else projector_of(spec.path, options.projector)
+    try:
+        probe(spec.path, lora, projector, on_wait=on_wait)
+    except ModelLoadError as error:
+        if projector is None or options.projector is not None:
+            raise
+        probe(spec.path, lora, on_wait=on_wait)  # raises if the model is to blame
+        report(f"{spec.path.name} is loaded for text alone: {error}")
+        projector = None
+    return replace(options, projector=NONE if projector is None else str(projector))
 
 
 def _quantized(
@@ -89,7 +114,7 @@ def _open(
     meanwhile: Callable[[], None],
 ) -> LocalEngine | LocalEmbedder:
     """Take the memory and load; one load at a time."""
-    if info.value("pooling_type") not in (1, 2, 3, 4):
+    if info.value("pooling_type") not in POOLING:
         need = estimate(info, options)
         _check(info, need, force)
         loading = assembly.loading(spec, options, need)
@@ -121,7 +146,7 @@ def _open(
 
 def _check_memory(info: gguf.ModelInfo, options: EngineOptions, force: bool) -> None:
     """Refuse what does not fit before anything is tried with it."""
-    if info.value("pooling_type") not in (1, 2, 3, 4):
+    if info.value("pooling_type") not in POOLING:
         _check(info, estimate(info, options), force)
 
 

@@ -17,14 +17,19 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 
 from llmkit.bridge.child import Child, Line, Owner
 from llmkit.errors import LLMKitError, ModelLoadError
 from llmkit.models import gguf
+from llmkit.models.projectors import read_projector
 from llmkit.models.registry import cache_folder
 from llmkit.version import __version__
+
+if TYPE_CHECKING:
+    from llmkit.backend.model import LlamaModel
 
 __all__ = ["child", "probe"]
 
@@ -43,17 +48,23 @@ MAX_REMEMBERED = 10_000
 
 
 def probe(
-    path: Path, lora: Sequence[Path] = (), *, on_wait: Callable[[], None] = lambda: None
+    path: Path,
+    lora: Sequence[Path] = (),
+    projector: Path | None = None,
+    *,
+    on_wait: Callable[[], None] = lambda: None,
 ) -> None:
-    """Open a model file, with adapters, in a child process, unless it is known.
+    """Open a model file, with adapters and a projector, in a child process, unless it is known.
 
     ``on_wait`` is called ten times a second. Raises what the child raised, or a `ModelLoadError`
     that says how the child ended.
     """
     info = gguf.read_header(path)
-    files = [*info.files, *lora]
+    files = [*info.files, *lora, *([projector] if projector is not None else [])]
     for file in lora:
         _check_adapter(file)
+    if projector is not None:
+        read_projector(projector)
     mark = _mark(
         files, max(HEADER_BYTES, info.file_bytes - sum(t.num_bytes or 0 for t in info.tensors))
     )
@@ -61,7 +72,7 @@ def probe(
     with contextlib.suppress(OSError):  # unreadable folder: unknown
         if known.exists():
             return
-    _run(path, lora, sum(f.stat().st_size for f in files), on_wait)
+    _run(path, lora, projector, sum(f.stat().st_size for f in files), on_wait)
     with contextlib.suppress(OSError):  # unwritable folder: tried again next time
         known.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         known.write_text(f"{path.name}\n")
@@ -101,10 +112,17 @@ def _forget_the_oldest(folder: Path) -> None:
             entry.unlink(missing_ok=True)
 
 
-def _run(path: Path, lora: Sequence[Path], size: int, on_wait: Callable[[], None]) -> None:
+def _run(
+    path: Path,
+    lora: Sequence[Path],
+    projector: Path | None,
+    size: int,
+    on_wait: Callable[[], None],
+) -> None:
     task = {
         "path": str(path),
         "lora": [str(p) for p in lora],
+        "projector": None if projector is None else str(projector),
         "memory": BASE_MEMORY + 3 * size,
         "cpu_s": int(BASE_CPU_S + size / BYTES_PER_CPU_S),
     }
@@ -133,14 +151,15 @@ def _run(path: Path, lora: Sequence[Path], size: int, on_wait: Callable[[], None
             child.close_input()
             child.kill()
         words.seek(0)
-        _judge(path, child.status or 0, said, words.read(1 << 20))
+        _judge(path, projector, child.status or 0, said, words.read(1 << 20))
 
 
-def _judge(path: Path, status: int, said: Line, words: bytes) -> None:
+def _judge(path: Path, projector: Path | None, status: int, said: Line, words: bytes) -> None:
     if said.failure is not None:
         raise said.failure.error()
     if said.ready is not None:
         return
+    name = path.name if projector is None else f"{path.name} with {projector.name}"
     lines = [line for line in words.decode("utf-8", "replace").splitlines() if line.strip()]
     last = next(
         (
@@ -154,7 +173,7 @@ def _judge(path: Path, status: int, said: Line, words: bytes) -> None:
         how = "it took more time than its size explains"
     elif status == -getattr(signal, "SIGKILL", 0):
         raise ModelLoadError(
-            f"the process that checked {path.name} was killed; perhaps the machine ran out of "
+            f"the process that checked {name} was killed; perhaps the machine ran out of "
             "memory. Try again."
         )
     elif status < 0:
@@ -162,7 +181,7 @@ def _judge(path: Path, status: int, said: Line, words: bytes) -> None:
     else:
         how = f"the process ended with status {status}"
     raise ModelLoadError(
-        f"{path.name} failed its check in a separate process: {how}. {last.strip():.300}".rstrip()
+        f"{name} failed its check in a separate process: {how}. {last.strip():.300}".rstrip()
     )
 
 
@@ -171,7 +190,8 @@ def child(owner: Owner) -> None:
     task = owner.task
     _limit(task["memory"], task["cpu_s"])
     try:
-        _open(Path(task["path"]), [Path(p) for p in task["lora"]])
+        projector = task["projector"] and Path(task["projector"])
+        _open(Path(task["path"]), [Path(p) for p in task["lora"]], projector)
     except LLMKitError:
         raise
     except MemoryError:
@@ -199,7 +219,7 @@ def _limit(memory: int, cpu_s: int) -> None:
             )
 
 
-def _open(path: Path, lora: list[Path]) -> None:
+def _open(path: Path, lora: list[Path], projector: Path | None) -> None:
     """Do all that a load and a first request do."""
     from llmkit.backend.model import LlamaModel
 
@@ -223,6 +243,8 @@ def _open(path: Path, lora: list[Path]) -> None:
     from llmkit.engine.batch import Batch, Chunk, Open
     from llmkit.protocol import Message, SamplingParams
 
+    if projector is not None:
+        _encode(model, projector)
     template = ChatTemplate(
         str(info.metadata.get("tokenizer.chat_template") or ""),
         bos=vocab.token_text(vocab.bos),
@@ -242,3 +264,22 @@ def _open(path: Path, lora: list[Path]) -> None:
         raise ModelLoadError(
             f"{path.name} cannot be computed: {output.error or output.faults[0][1]}"
         )
+
+
+def _encode(model: LlamaModel, path: Path) -> None:
+    """Encode an image and a sound, of what the projector takes."""
+    import numpy as np
+
+    from llmkit.backend.media import Projector
+
+    projector = Projector(path, model, threads=2)
+    samples: dict[str, np.ndarray] = {
+        "image": np.full((48, 64, 3), 128, np.uint8),
+        "audio": np.zeros(max(projector.sample_rate, 1), np.float32),
+    }
+    for kind in projector.inputs:
+        _, prepared = projector.prepare(kind, samples[kind])
+        for chunk in prepared.chunks:
+            rows = projector.encode(chunk).rows
+            if not np.isfinite(rows).all():
+                raise ModelLoadError(f"{path.name} makes no numbers of an {kind} input.")

@@ -5,17 +5,20 @@ Any thread; no model is run.
 
 from __future__ import annotations
 
+import re
 import secrets
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from llmkit.engine.media import Item
 from llmkit.errors import ContextLengthError, InvalidRequestError
 from llmkit.protocol import (
     MAX_CHARS_PER_TOKEN,
     DescribeVocabulary,
     Detokenize,
     GenerationRequest,
+    Media,
     Message,
     Question,
     RenderChat,
@@ -30,26 +33,59 @@ from llmkit.protocol import (
 if TYPE_CHECKING:
     from llmkit.backend.vocab import Vocab
     from llmkit.chat.template import ChatTemplate
+    from llmkit.runtime.media import MediaReader
 
-__all__ = ["answer", "request_tokens"]
+__all__ = ["Prompt", "answer", "request_prompt"]
 
 Answer = TypeVar("Answer")
 
 # Texts longer than the context may be tokenized, but not without limit.
 MAX_CHARS, MAX_BYTES = 1 << 20, 1 << 20
 MAX_TOKENS, MAX_PIECES = 1 << 18, 1 << 16
+CELL = -1  # stands for each token of an image or a sound where tokens are listed
 
 
-def answer(question: Question[Answer], vocab: Vocab, template: ChatTemplate | None) -> Answer:
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """The tokens of a prompt, and the items of images and sounds among them."""
+
+    tokens: list[int]
+    media: tuple[Item, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Files:
+    """The images and sounds of a request, by digest, and who reads them; what comes of them is
+    shared within one ``salt``."""
+
+    reader: MediaReader | None
+    files: Mapping[str, bytes]
+    salt: str
+    n_ctx: int
+
+
+def answer(
+    question: Question[Answer],
+    vocab: Vocab,
+    template: ChatTemplate | None,
+    reader: MediaReader | None = None,
+    salt: str = "",
+) -> Answer:
     """The answer to a question about the vocabulary or the template.
 
     Raises `InvalidRequestError`, also for questions about an engine, which only that can answer.
     """
-    found: Any = _answer(question, vocab, template)
+    found: Any = _answer(question, vocab, template, reader, salt)
     return found  # type: ignore[no-any-return]
 
 
-def _answer(question: Question[Any], vocab: Vocab, template: ChatTemplate | None) -> Any:
+def _answer(
+    question: Question[Any],
+    vocab: Vocab,
+    template: ChatTemplate | None,
+    reader: MediaReader | None,
+    salt: str,
+) -> Any:
     match question:
         case Tokenize():
             return _tokenize(question, vocab)
@@ -63,24 +99,26 @@ def _answer(question: Question[Any], vocab: Vocab, template: ChatTemplate | None
             return pieces.decode("utf-8", "replace")
         case RenderChat():
             return _known(template).render(
-                question.messages,
+                [_with_marks(m, lambda media: f"<{media.kind}>") for m in question.messages],
                 tools=question.tools,
                 options=question.template_options,
                 add_generation_prompt=question.add_generation_prompt,
                 continue_final=question.continue_final,
             )
         case TokenizeChat():
-            tokens = prompt_tokens(
+            prompt = chat_prompt(
                 vocab,
                 _known(template),
                 question.messages,
                 question.tools,
                 question.template_options,
                 _check_length,
+                Files(reader, question.media, salt, MAX_TOKENS),
                 add_generation_prompt=question.add_generation_prompt,
                 continue_final=question.continue_final,
             )
-            return _described(tokens, question.with_pieces, vocab)
+            plain = [token if token >= 0 else CELL for token in prompt.tokens]
+            return _described(plain, question.with_pieces, vocab)
         case DescribeVocabulary():
             return Vocabulary(
                 bos_token=vocab.token_text(vocab.bos),
@@ -95,9 +133,14 @@ def _answer(question: Question[Any], vocab: Vocab, template: ChatTemplate | None
     )
 
 
-def request_tokens(
-    request: GenerationRequest, vocab: Vocab, template: ChatTemplate, n_ctx: int
-) -> list[int]:
+def request_prompt(
+    request: GenerationRequest,
+    vocab: Vocab,
+    template: ChatTemplate,
+    n_ctx: int,
+    reader: MediaReader | None = None,
+    salt: str = "",
+) -> Prompt:
     """The prompt of a request, short enough to leave room for one token.
 
     Raises `InvalidRequestError` and `ContextLengthError`.
@@ -108,17 +151,28 @@ def request_tokens(
         if len(text) > n_ctx * MAX_CHARS_PER_TOKEN:
             raise ContextLengthError(len(text) // MAX_CHARS_PER_TOKEN, n_ctx, param)
 
+    media: tuple[Item, ...] = ()
     if request.messages is not None:
-        refuse_media(request.messages)
         more = {"continue_final": True} if request.continue_final else {}
-        tokens = prompt_tokens(
+        prompt = chat_prompt(
             vocab,
             template,
             request.messages,
             request.tools,
             request.template_options,
             check,
+            Files(reader, request.media, salt, n_ctx),
             **more,
+        )
+        tokens, media = prompt.tokens, prompt.media
+        if media and request.sampling.prompt_logprobs is not None:
+            raise InvalidRequestError(
+                "prompt_logprobs: the tokens of images and sounds have none; leave it out.",
+                "prompt_logprobs",
+            )
+    elif request.media:
+        raise InvalidRequestError(
+            "images and sounds go into messages, not beside a prompt.", "prompt"
         )
     elif isinstance(request.prompt, tuple):
         tokens = list(request.prompt)
@@ -144,35 +198,29 @@ def request_tokens(
         raise InvalidRequestError("the prompt is empty; give at least one token.", param)
     if len(tokens) >= n_ctx:
         raise ContextLengthError(len(tokens), n_ctx, param)
-    return tokens
+    return Prompt(tokens, media)
 
 
-def refuse_media(messages: Sequence[Message]) -> None:
-    """Raises `InvalidRequestError` for images and audio, which no model takes yet."""
-    for i, message in enumerate(messages):
-        if message.media:
-            kind = {"image": "an image", "audio": "audio"}[message.media[0].kind]
-            raise InvalidRequestError(
-                f"messages[{i}] contains {kind}; this model reads text only.", "messages"
-            )
-
-
-def prompt_tokens(
+def chat_prompt(
     vocab: Vocab,
     template: ChatTemplate,
     messages: Sequence[Message],
     tools: Sequence[Tool],
     options: dict[str, Any],
     check: Callable[[str], None],
+    files: Files,
     **more: Any,
-) -> list[int]:
-    """The tokens of a conversation, rendered by the template.
+) -> Prompt:
+    """A conversation, rendered by the template.
 
     Control tokens spelled out within a message stay plain text. ``check`` sees the text before it
-    is tokenized.
+    is tokenized. Images and sounds pass the template as marks that nobody can guess.
     """
     fence = f"[{secrets.token_hex(12)}]"
-    fenced = [_fenced_message(message, vocab, fence) for message in messages]
+    sent = _sent(messages, files)
+    places = iter(range(len(sent)))
+    marked = [_with_marks(m, lambda _: f"{fence[:-1]}-{next(places)}]") for m in messages]
+    fenced = [_fenced_message(message, vocab, fence) for message in marked]
     text = template.render(
         fenced,
         tools=_fenced(list(tools), vocab, fence),
@@ -189,13 +237,67 @@ def prompt_tokens(
             "leave it out.",
             "messages",
         )
-    tokens = vocab.tokenize(first, parse_special=True, param="messages")
-    for i, part in enumerate(rest):
-        if part:
-            tokens += vocab.tokenize(
-                part, add_special=False, parse_special=i % 2 == 1, param="messages"
-            )
-    return tokens
+    mark = re.compile(f"{re.escape(fence[:-1])}-([0-9]+)\\]")
+    if sorted(map(int, mark.findall(text))) != list(range(len(sent))):
+        raise InvalidRequestError(
+            "messages: the chat template leaves out an image or a sound, or repeats it.", "messages"
+        )
+    tokens: list[int] = []
+    items: list[Item] = []
+    for i, part in enumerate([first, *rest]):
+        for j, piece in enumerate(mark.split(part)):
+            if j % 2:
+                media, data = sent[int(piece)]
+                assert files.reader is not None
+                placed = files.reader.place(media, data, files.salt, len(tokens), files.n_ctx)
+                tokens += placed.tokens
+                items += placed.items
+            elif piece or not (i or j):
+                tokens += vocab.tokenize(
+                    piece,
+                    add_special=not (i or j),
+                    parse_special=i % 2 == 0,
+                    param="messages",
+                )
+    if tokens and tokens[-1] < 0:
+        raise InvalidRequestError(
+            "messages: the prompt ends with an image or a sound; let text follow.", "messages"
+        )
+    return Prompt(tokens, tuple(items))
+
+
+def _sent(messages: Sequence[Message], files: Files) -> list[tuple[Media, bytes]]:
+    """The images and sounds of messages with their files. Raises `InvalidRequestError` for what the
+    model does not take."""
+    inputs = files.reader.inputs if files.reader is not None else ()
+    sent = []
+    for i, message in enumerate(messages):
+        for media in message.media:
+            what = {"image": "an image", "audio": "audio"}[media.kind]
+            if not inputs:
+                raise InvalidRequestError(
+                    f"messages[{i}] contains {what}, and this model has no projector (mmproj) for "
+                    "it: load it with projector=FILE, or send text only.",
+                    "messages",
+                )
+            if media.kind not in inputs:
+                raise InvalidRequestError(
+                    f"messages[{i}] contains {what}; beside text, this model takes only "
+                    f"{' and '.join(inputs)}.",
+                    "messages",
+                )
+            if media.digest not in files.files:
+                raise InvalidRequestError(
+                    f"messages[{i}] contains {what} without its file.", "messages"
+                )
+            sent.append((media, files.files[media.digest]))
+    return sent
+
+
+def _with_marks(message: Message, mark: Callable[[Media], str]) -> Message:
+    """The message as text, with a mark in place of each image and sound."""
+    parts = (p if isinstance(p, str) else mark(p) for p in message.parts)
+    return replace(message, content="".join(parts)) if message.media else message
 
 
 def _fenced_message(message: Message, vocab: Vocab, fence: str) -> Message:

@@ -191,6 +191,31 @@ class EngineOptions:
         "A smaller model of the same vocabulary to draft tokens; the text stays the model's own.",
         SPEED,
     )
+    projector: str | None = option(
+        "text",
+        None,
+        "The file that reads images and sounds (mmproj); by default one beside the model, none "
+        "for text alone.",
+        BEHAVIOUR,
+    )
+    projector_gpu: bool = option(
+        "flag", True, "Encode images and sounds on the GPU, if one holds layers.", SPEED
+    )
+    encode_beside: bool = option(
+        "flag",
+        True,
+        "Encode images and sounds beside the steps; without it between them, and streams stall.",
+        SPEED,
+    )
+    media_cache_mb: float = option(
+        "number",
+        256.0,
+        "RAM for encoded images and sounds.",
+        PREFIXES,
+        low=0.0,
+        high=1e9,
+        unit="MB",
+    )
     context_shift: bool = option(
         "flag",
         False,
@@ -251,6 +276,8 @@ class EngineOptions:
                     "draft",
                 )
             object.__setattr__(self, "draft", str(self.draft))
+        if self.projector is not None:
+            object.__setattr__(self, "projector", str(self.projector))
         if self.deterministic and self.kv_unified:
             raise InvalidRequestError(
                 "a deterministic engine needs a KV buffer per request; leave kv_unified out.",

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from llmkit.models import gguf, memory
+from llmkit.models.image_files import image_model, is_image_model
 from llmkit.models.memory import free_ram
 from llmkit.models.projectors import NONE
 from llmkit.models.registry import resolve
 from llmkit.models.speech_files import speech_kind
 from llmkit.runtime.assembly import estimate
+from llmkit.runtime.images import estimate as image_estimate
 from llmkit.settings.options import EngineOptions
 
 __all__ = ["Budget", "Need", "need_of"]
@@ -20,18 +22,21 @@ __all__ = ["Budget", "Need", "need_of"]
 GIB = 1 << 30
 POOLING = (1, 2, 3, 4)
 SPEECH_BYTES = 300 << 20  # libraries, and what is computed at once
+WORKER_BYTES = 120 << 20  # a worker beside the process that draws
 HOUR_BYTES = 3600 * 16_000 * 4  # the samples of the longest sound, by default
 
 
 @dataclass(frozen=True, slots=True)
 class Need:
     """Memory in bytes: in RAM, and on GPUs. ``resident``: the part of ``ram_bytes`` that the
-    system counts as used already. ``n_ctx``: the context that it is for; 0 if that is not known."""
+    system counts as used already. ``n_ctx``: the context that it is for; 0 if that is not known.
+    ``in_child``: most of it is in a child of the worker."""
 
     ram_bytes: int
     gpu_bytes: int = 0
     resident_bytes: int = 0
     n_ctx: int = 0
+    in_child: bool = False
 
     def times(self, count: int) -> Need:
         """Of so many processes; ``n_ctx`` is each one's."""
@@ -100,6 +105,9 @@ def need_of(task: dict[str, Any]) -> Need:
     if kind := speech_kind(Path(task["path"])):
         sound = HOUR_BYTES if kind == "whisper" else 0
         return Need(SPEECH_BYTES + sound + 2 * Path(task["path"]).stat().st_size)
+    if is_image_model(Path(task["path"])):
+        whole = image_estimate(image_model(Path(task["path"])))
+        return Need(WORKER_BYTES + whole.total_bytes, in_child=True)
     options = EngineOptions(**task["options"])
     need = _need(Path(task["path"]), options)
     if options.draft is not None:

@@ -1,0 +1,196 @@
+"""Images and sounds on llama.cpp: small models of three families give what libmtmd's own helper
+gives, however their prompts are cached, copied, parked or interrupted; and a real model says what
+it sees."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import media_models
+import pytest
+import tiny_models
+from fakes import wait_for
+from media_parts import asking, png, wav
+from media_reference import Reference
+
+from llmkit.chat.template import CHATML
+from llmkit.models.registry import resolve
+from llmkit.protocol import Completion, GenerationRequest, Message
+from llmkit.runtime.local import LocalEngine
+
+FAMILIES = {"causal": "phi4", "two-dimensional": "qwen2vl_merger", "whole": "gemma3"}
+TALK = "Once upon a time there was a picture, and everybody who saw it said at once: "
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def pair(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Path]:
+    """A text model and its projector."""
+    folder = tmp_path_factory.mktemp("media")
+    kind = FAMILIES[request.param]
+    text = folder / "text.gguf"
+    if kind == "qwen2vl_merger":
+        media_models.write_mrope_text(text)
+    else:
+        tiny_models.write(text, "llama")
+    return text, media_models.write_vision(folder / "mmproj-text.gguf", kind)
+
+
+@pytest.fixture(scope="module")
+def reference(pair: tuple[Path, Path]) -> Iterator[Reference]:
+    opened = Reference(*pair)
+    yield opened
+    opened.close()
+
+
+@pytest.fixture
+def small(pair: tuple[Path, Path]) -> Iterator[LocalEngine]:
+    """Its projector is found beside it."""
+    engine = LocalEngine(pair[0], n_ctx=768, n_slots=3, threads=1, batch_tokens=96)
+    yield engine
+    engine.close()
+
+
+def answers(
+    engine: LocalEngine, reference: Reference, *asked: GenerationRequest
+) -> list[Completion]:
+    """The answers to requests that come at once; each is the helper's."""
+    streams = [engine.submit(request) for request in asked]
+    done = [stream.result(60) for stream in streams]
+    for request, answer in zip(asked, done, strict=True):
+        reference.check(request, answer.tokens, CHATML)
+    return done
+
+
+def test_pictures_at_once_and_again(small: LocalEngine, reference: Reference) -> None:
+    pictures = [png(i, 40 + 30 * i, 60) for i in range(3)]
+    asked = [
+        asking(TALK[:20], pictures[0], " number 0"),
+        asking(TALK, pictures[1], pictures[2], " number 1"),
+        asking(pictures[2], " number 2"),
+        asking(TALK[:50], pictures[0], " and ", pictures[0], "?"),
+        asking(TALK, pictures[1], " number 4"),
+    ]
+    cold = answers(small, reference, *asked)
+    encoded = small.stats().encoded_total
+    assert encoded == 3 and small.stats().media_total == 7
+    warm = answers(small, reference, *asked)
+    assert small.stats().encoded_total == encoded
+    assert [a.usage.prompt_tokens for a in cold] == [a.usage.prompt_tokens for a in warm]
+    assert sum(a.usage.cached_tokens for a in warm) > sum(a.usage.cached_tokens for a in cold)
+    assert all(a.usage.image_tokens for a in cold)
+
+
+def test_a_prefix_with_a_picture_is_shared_parked_and_restored(
+    small: LocalEngine, reference: Reference
+) -> None:
+    picture = png(7, 98, 70)
+    talk = asking(TALK, picture, " Tell me more. ")
+    first = answers(small, reference, talk)[0]
+    start = len(small.render(talk)) - 40
+    follow = [asking(TALK, picture, f" Tell me more. And {i}? ") for i in range(3)]
+    for answer in answers(small, reference, *follow):  # one in place, the others copies
+        assert answer.usage.cached_tokens > start
+    others = [asking(f"{i} {TALK}", png(20 + i, 56), TALK * 2) for i in range(3)]
+    answers(small, reference, *others)
+    assert small.stats().host_cached_tokens > 0
+    before = small.stats().encoded_total
+    again = answers(small, reference, talk)[0]
+    assert again.usage.cached_tokens > start and again.tokens == first.tokens
+    assert small.stats().encoded_total == before
+
+
+def test_preempted_and_aborted(small: LocalEngine, reference: Reference) -> None:
+    slow = [
+        asking(
+            f"{i} ",
+            png(40 + i, 84),
+            " slowly ",
+            max_tokens=400,
+            priority=5,
+            sampling={"ignore_eos": True},
+        )
+        for i in range(3)
+    ]
+    streams = [small.submit(request) for request in slow]
+    wait_for(lambda: all(stream.text for stream in streams))
+    urgent = asking("urgent ", png(50, 56), " now")
+    gone = small.submit(asking("gone ", png(51, 300, 280), " never", priority=-1))
+    wait_for(lambda: small.stats().preemptions_total)
+    gone.close()
+    answers(small, reference, urgent)
+    for request, stream in zip(slow, streams, strict=True):
+        reference.check(request, stream.result(60).tokens, CHATML)
+    answers(small, reference, asking("gone ", png(51, 300, 280), " never"))
+
+
+def test_deterministic_and_saved(
+    pair: tuple[Path, Path], reference: Reference, tmp_path: Path
+) -> None:
+    talk = asking(TALK, png(3, 70, 98), " What is it? ")
+    beside = [asking(f"{i}", png(60 + i, 56), TALK) for i in range(2)]
+    options = {"n_ctx": 768, "n_slots": 3, "threads": 1, "prefix_dir": str(tmp_path / "kept")}
+    engine = LocalEngine(pair[0], deterministic=True, **options)
+    alone = answers(engine, reference, talk)[0]
+    engine.close()
+    engine = LocalEngine(pair[0], deterministic=True, **options)
+    together = answers(engine, reference, *beside, talk)[-1]
+    assert together.tokens == alone.tokens
+    assert together.usage.cached_tokens > 0 and engine.stats().encoded_total == 2, "from the disk"
+    engine.close()
+
+
+@pytest.fixture(scope="module")
+def seeing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalEngine]:
+    """SmolLM2 with a projector that knows four colours."""
+    spec = resolve("smollm2")
+    with_text = LocalEngine("smollm2", n_ctx=256, n_slots=1, projector="none")
+    words = [with_text.tokenize(word)[-1] for word in media_models.WORDS]
+    with_text.close()
+    path = media_models.write_colours(
+        tmp_path_factory.mktemp("colours") / "mmproj.gguf", spec.path, words
+    )
+    engine = LocalEngine("smollm2", n_ctx=1024, n_slots=4, projector=str(path))
+    yield engine
+    engine.close()
+
+
+def test_a_real_model_says_what_it_sees(seeing: LocalEngine) -> None:
+    """A prompt with a picture is the prompt with its word: the very same tokens."""
+    assert seeing.description.inputs == ("image",)
+    said = "What colour? The colour of the picture is"
+    for name, colour in media_models.RGB.items():
+        seen = seeing.submit(asking(said, png(colour), ".", max_tokens=24)).result(60)
+        read = seeing.submit(asking(f"{said} {name}.", max_tokens=24)).result(60)
+        assert name in seen.text and seen.tokens == read.tokens
+        assert seen.usage.prompt_tokens == read.usage.prompt_tokens
+        assert (seen.usage.image_tokens, read.usage.image_tokens) == (1, 0)
+
+
+def test_ten_turns_over_one_picture(seeing: LocalEngine) -> None:
+    picture, before = png((255, 0, 0), 56), seeing.stats().encoded_total
+    talk: list[Message] = []
+    for turn in range(10):
+        parts = ("The picture is", picture, ".") if turn == 0 else (f"Turn {turn}. Go on.",)
+        request = asking(*parts, before=talk, files=[picture])
+        answer = seeing.submit(request).result(60)
+        assert not turn or answer.usage.cached_tokens >= answer.usage.image_tokens + 5
+        assert request.messages is not None
+        talk = [*request.messages, Message("assistant", answer.text)]
+    assert seeing.stats().encoded_total == before + 1
+
+
+def test_sound_goes_the_same_way(tmp_path: Path) -> None:
+    text = tiny_models.write(tmp_path / "text.gguf", "llama")
+    projector = media_models.write_audio(tmp_path / "mmproj-text.gguf")
+    reference = Reference(text, projector, n_ctx=2048)
+    engine = LocalEngine(text, n_ctx=2048, n_slots=2, threads=1)
+    assert engine.description.inputs == ("audio",)
+    asked = [asking("Listen: ", wav(i, 0.5 + i), f" What was that, {i}?") for i in range(2)]
+    for answer in answers(engine, reference, *asked):
+        assert answer.usage.audio_tokens == 750
+    assert answers(engine, reference, asked[0])[0].usage.cached_tokens > 750
+    engine.close()
+    reference.close()
