@@ -107,6 +107,8 @@ class LLM(Handle):
         self,
         messages: Messages,
         *,
+        images: Any = (),
+        sounds: Any = (),
         stream: bool = False,
         tools: Sequence[Callable[..., Any]] = (),
         tool_choice: str = "auto",
@@ -115,14 +117,20 @@ class LLM(Handle):
     ) -> Any:
         """Answer a message or a list of messages (`Message`, or dicts with role and content).
 
-        Returns a `Completion`, or with ``stream=True`` a `Stream`. ``tools`` are Python functions
+        Returns a `Completion`, or with ``stream=True`` a `Stream`. ``images`` go with the last
+        message of the user, to models that see: PIL images, paths, the bytes of files, arrays of
+        shape (height, width, 3), matplotlib figures, one or a list. So do ``sounds``: paths, the
+        bytes of files, or samples with their rate, (array, 16000). A dict's parts may be OpenAI's
+        ``image_url`` (``data:``) and ``input_audio``. ``tools`` are Python functions
         that the model may call: described by their type hints and docstrings, called with checked
         arguments, their results given to the model, until it answers or after ``max_rounds``.
         ``tool_choice="required"`` (or a function's name) makes the first answer a call. Reasoning
         is in the completion's ``reasoning``; a stream has it in its text.
         ``continue_final_message=True`` continues a final assistant message.
         """
-        return self._answers.chat(messages, stream, tools, tool_choice, max_rounds, sampling)
+        return self._answers.chat(
+            messages, stream, tools, tool_choice, max_rounds, sampling, images, sounds
+        )
 
     @property
     def last(self) -> Completion | None:
@@ -164,7 +172,8 @@ class LLM(Handle):
         """
         from llmkit.notebook.panel import ChatPanel
 
-        return ChatPanel(session or self.session(system, **sampling), self.name)
+        sees = "image" in self._description.inputs
+        return ChatPanel(session or self.session(system, **sampling), self.name, sees=sees)
 
     def map(
         self,

@@ -6,14 +6,16 @@ import base64
 import binascii
 import hashlib
 import re
+from typing import Any
 
 from llmkit.errors import InvalidRequestError
 from llmkit.media.headers import format_of
 
-__all__ = ["data_url", "decoded", "digest_of", "from_data_url", "is_data_url", "mime_of"]
+__all__ = ["as_part", "data_url", "decoded", "digest_of", "from_data_url", "is_data_url", "mime_of"]
 
 DATA_URL = re.compile(r"data:[^,]{0,200};base64,", re.IGNORECASE)
 SPACES = re.compile(r"\s+")
+MISSING = {"image": "(a picture that was not kept)", "audio": "(a sound that was not kept)"}
 SOUNDS = {b"fLaC": "audio/flac", b"OggS": "audio/ogg", b"FORM": "audio/aiff"}
 
 
@@ -50,6 +52,21 @@ def decoded(text: str) -> bytes:
 def data_url(data: bytes) -> str:
     """A file as an address. The opposite of `from_data_url`."""
     return f"data:{mime_of(data)};base64,{base64.b64encode(data).decode()}"
+
+
+def as_part(kind: str, data: bytes | None) -> dict[str, Any]:
+    """A file as a part of OpenAI's messages; words in place of one that is gone.
+
+    >>> as_part("image", None)
+    {'type': 'text', 'text': '(a picture that was not kept)'}
+    """
+    if data is None:
+        return {"type": "text", "text": MISSING.get(kind, MISSING["image"])}
+    if kind == "audio":
+        form = mime_of(data).removeprefix("audio/").replace("mpeg", "mp3")
+        sound = {"data": base64.b64encode(data).decode(), "format": form}
+        return {"type": "input_audio", "input_audio": sound}
+    return {"type": "image_url", "image_url": {"url": data_url(data)}}
 
 
 def mime_of(data: bytes) -> str:

@@ -7,20 +7,22 @@ one format that was recognised. What is called here takes up to a second: never 
 from __future__ import annotations
 
 import io
-from typing import Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from llmkit.errors import InvalidRequestError
 from llmkit.media.headers import FORMATS, Facts, facts_of
 
-__all__ = ["MAX_BYTES", "MAX_PIXELS", "facts", "pixels", "png", "reduced", "thumbnail"]
+if TYPE_CHECKING:
+    import numpy as np
+
+__all__ = ["LOW_SIDE", "MAX_BYTES", "MAX_PIXELS", "facts", "pixels", "png", "reduced", "thumbnail"]
 
 MAX_BYTES = 20_000_000  # of a file
 MAX_PIXELS = 40_000_000
 MAX_SIDE = 32_768
 MAX_SCANS = 100  # of a progressive JPEG: each goes over the whole picture
 COLOURS = 256
+LOW_SIDE = 512  # pixels, for what is to be looked at in low detail
 READABLE = f"Readable are {', '.join(FORMATS[:-1])} and {FORMATS[-1]}."
 # EXIF's orientations: what Pillow calls the way back.
 _UPRIGHT = {
@@ -40,6 +42,7 @@ def facts(data: bytes) -> Facts:
 
     Raises `InvalidRequestError` for what is not readable, more than 20 MB or 40 megapixels.
 
+    >>> import numpy as np
     >>> facts(png(np.zeros((2, 3), np.uint8)))
     Facts(format='PNG', width=3, height=2)
     """
@@ -68,6 +71,8 @@ def pixels(data: bytes) -> np.ndarray:
     Of an animation it is the first frame. Raises `InvalidRequestError` as `facts` does, and for
     a file that is cut off or broken.
     """
+    import numpy as np
+
     return np.asarray(_decoded(data))
 
 
@@ -128,6 +133,7 @@ def _upright(image: Any, pillow: Any) -> Any:
 
 
 def _rgb(image: Any) -> Any:
+    import numpy as np
     from PIL import Image
 
     if image.mode.startswith("I"):  # 16 bits of grey, which Pillow would clip to 8

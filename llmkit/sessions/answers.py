@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from llmkit.chat.reading import AnswerReader
 from llmkit.errors import InvalidRequestError
+from llmkit.media.taking import check_takes
 from llmkit.protocol import (
     Completion,
     GenerationRequest,
@@ -18,7 +19,7 @@ from llmkit.protocol import (
 )
 from llmkit.protocol.client import EngineClient
 from llmkit.protocol.stream import Stream
-from llmkit.sessions.messages import Messages, as_messages
+from llmkit.sessions.messages import NOTHING, Messages, as_messages, with_media
 from llmkit.sessions.running import Runs, ask, is_constrained, make_request, new_id
 
 if TYPE_CHECKING:
@@ -81,9 +82,33 @@ class Answers:
         marked = request.messages is not None and bool(self._model.reasoning)
         return self.runs.submit(replace(request, show_marks=marked))
 
-    def say(self, messages: Sequence[Message], sampling: dict[str, Any]) -> Stream:
-        """Submit the messages of a session."""
-        return self.submit(make_request(sampling, messages=tuple(messages)))
+    def say(
+        self,
+        messages: Sequence[Message],
+        sampling: dict[str, Any],
+        files: Mapping[str, bytes] = NOTHING,
+    ) -> Stream:
+        """Submit the messages of a session, with their files."""
+        return self.submit(self._request(sampling, messages, files))
+
+    def _request(
+        self, sampling: dict[str, Any], messages: Sequence[Message], files: Mapping[str, bytes]
+    ) -> GenerationRequest:
+        """Raises `InvalidRequestError`, also for pictures and sounds that the model does not
+        take."""
+        return make_request(sampling, messages=tuple(messages), media=self._media(messages, files))
+
+    def _media(self, messages: Sequence[Message], files: Mapping[str, bytes]) -> dict[str, bytes]:
+        """The files of some messages."""
+        found: dict[str, bytes] = {}
+        for item in (item for message in messages for item in message.media):
+            check_takes(self._model, item.kind)
+            if item.digest not in files:
+                raise InvalidRequestError(
+                    "messages: the file of a picture or sound is gone.", "messages"
+                )
+            found[item.digest] = files[item.digest]
+        return found
 
     def session(
         self, system: str | None, path: str | Path | None, id: str | None, sampling: dict[str, Any]
@@ -107,9 +132,10 @@ class Answers:
         if self._store is not None:
             self._store.database.close()
 
-    def num_tokens(self, messages: Sequence[Message]) -> int:
+    def num_tokens(self, messages: Sequence[Message], files: Mapping[str, bytes] = NOTHING) -> int:
         """Tokens of a chat, as its template renders it."""
-        return len(ask(self._engine(), TokenizeChat(tuple(messages))).tokens)
+        question = TokenizeChat(tuple(messages), media=self._media(messages, files))
+        return len(ask(self._engine(), question).tokens)
 
     def save_prefix(self, **prompt: Any) -> int:
         """Compute a ``prompt`` or ``messages`` and keep it on disk; its length in tokens."""
@@ -125,8 +151,12 @@ class Answers:
         tool_choice: str,
         max_rounds: int,
         sampling: dict[str, Any],
+        images: Any = (),
+        sounds: Any = (),
     ) -> Completion | Stream:
         """Implements `LLM.chat`."""
+        files: dict[str, bytes] = {}
+        chat = with_media(as_messages(messages, files), files, images, sounds)
         if tools:
             if is_constrained(sampling):
                 raise InvalidRequestError(
@@ -139,8 +169,8 @@ class Answers:
                     "endpoint of llm.serve().",
                     "stream",
                 )
-            return self._converse(messages, tools, tool_choice, max_rounds, sampling)
-        request = make_request(sampling, messages=as_messages(messages))
+            return self._converse(list(chat), files, tools, tool_choice, max_rounds, sampling)
+        request = self._request(sampling, chat, files)
         return self.runs.submit(request) if stream else self._complete(request)
 
     def _complete(self, request: GenerationRequest) -> Completion:
@@ -152,7 +182,8 @@ class Answers:
 
     def _converse(
         self,
-        messages: Messages,
+        chat: list[Message],
+        files: dict[str, bytes],
         tools: Sequence[Callable[..., Any]],
         tool_choice: str,
         max_rounds: int,
@@ -162,8 +193,7 @@ class Answers:
 
         def ask(messages: list[Message], **options: Any) -> Completion:
             more = {name: options.pop(name) for name in ("tools", "show_marks")}
-            request = make_request({**sampling, **options}, messages=tuple(messages))
+            request = self._request({**sampling, **options}, messages, files)
             return self.runs.complete([replace(request, **more)])[0]
 
-        chat = list(as_messages(messages))
         return converse(ask, self._model, tools, chat, tool_choice, max_rounds)

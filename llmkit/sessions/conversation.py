@@ -60,6 +60,9 @@ class Transcript:
         self.store, self._model = store, model
         self.conversation = conversation
         path = store.path(conversation.owner, conversation.id)
+        digests = [digest for message in path for digest in message.digests]
+        # Of all messages that were ever in it: those of a session are added here.
+        self.files = store.media(conversation.owner, digests) if digests else {}
         self._children: dict[tuple[str | None, Message], str] = {}
         self._ids: list[str] = []
         self._said: list[Message] = []
@@ -103,7 +106,7 @@ class Transcript:
         place, rest = self._find(messages)
         owner, id = self.conversation.owner, self.conversation.id
         if rest:
-            new = [NewMessage.of(m, model=self._model_of(m)) for m in rest]
+            new = self._new(rest)
             added = self.store.append(owner, id, place, new)
             for stored, message in zip(added, rest, strict=True):
                 self._add(stored, message)
@@ -118,7 +121,7 @@ class Transcript:
             self.conversation.owner,
             self.id,
             place,
-            [NewMessage.of(m, model=self._model_of(m)) for m in rest],
+            self._new(rest),
             model=self._model,
         )
         for stored, message in zip(turn[:-1], rest, strict=True):
@@ -134,9 +137,13 @@ class Transcript:
             model=known.model,
             settings=known.settings,
             pruning=known.pruning,
-            messages=[NewMessage.of(m, model=self._model_of(m)) for m in messages],
+            messages=self._new(messages),
         )
         return Transcript(self.store, copy, self._model)
+
+    def _new(self, messages: Sequence[Message]) -> list[NewMessage]:
+        """Messages to be stored, with their files."""
+        return [NewMessage.of(m, model=self._model_of(m), media=self.files) for m in messages]
 
     def _model_of(self, message: Message) -> str:
         return self._model if message.role == "assistant" else ""

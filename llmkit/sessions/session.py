@@ -9,7 +9,7 @@ import contextlib
 import json
 import os
 import tempfile
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,7 @@ from llmkit.chat.reading import AnswerReader
 from llmkit.errors import InvalidRequestError
 from llmkit.protocol import Completion, Delta, FinishReason, Message, SamplingParams
 from llmkit.protocol.stream import Stream
-from llmkit.sessions.messages import as_messages, from_json, to_json
+from llmkit.sessions.messages import NOTHING, as_messages, from_json, to_json, with_media
 from llmkit.sessions.pruning import shortened
 from llmkit.sessions.running import SHAPES, Interrupted, is_constrained, make_request
 
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 __all__ = ["Session"]
 
 FORMAT = "llmkit-session"
+Submit = Callable[[Sequence[Message], dict[str, Any], Mapping[str, bytes]], Stream]
+Count = Callable[[Sequence[Message], Mapping[str, bytes]], int]
 # Options restored from a file: sampling only; a file must not choose the caller or the adapters.
 SAVED = {f.name for f in fields(SamplingParams)}
 
@@ -37,7 +39,8 @@ class Session:
     """A conversation over several turns.
 
     ``say(text)`` adds a message and its answer; ``stream(text)`` yields the answer piece by piece.
-    ``messages`` is the whole conversation. ``fork()`` branches it, ``undo()`` removes the last
+    ``messages`` is the whole conversation, ``files`` has its pictures and sounds by digest.
+    ``fork()`` branches it, ``undo()`` removes the last
     turn, ``trim()`` drops the oldest turns, ``save(path)`` and ``llm.session(path=...)`` save and
     restore it. One of ``llm.session(id=...)`` is in the database, turn by turn.
 
@@ -46,15 +49,17 @@ class Session:
 
     def __init__(
         self,
-        submit: Callable[[Sequence[Message], dict[str, Any]], Stream],
-        count: Callable[[Sequence[Message]], int],
+        submit: Submit,
+        count: Count,
         reader: Callable[[bool], AnswerReader],
         n_ctx: int,
         messages: Sequence[Message] = (),
         *,
         transcript: Transcript | None = None,
+        files: dict[str, bytes] | None = None,
         **sampling: Any,
     ) -> None:
+        self.files = {} if files is None else files
         self._submit, self._count, self._reader, self._n_ctx = submit, count, reader, n_ctx
         self._transcript = transcript
         self.sampling = sampling
@@ -67,13 +72,13 @@ class Session:
 
     @messages.setter
     def messages(self, messages: Sequence[Message | dict[str, Any]]) -> None:
-        self._messages = list(as_messages(messages)) if messages else []
+        self._messages = list(as_messages(messages, self.files)) if messages else []
 
     @classmethod
     def open(
         cls,
-        submit: Callable[[Sequence[Message], dict[str, Any]], Stream],
-        count: Callable[[Sequence[Message]], int],
+        submit: Submit,
+        count: Count,
         reader: Callable[[bool], AnswerReader],
         n_ctx: int,
         system: str | None,
@@ -82,13 +87,17 @@ class Session:
         transcript: Transcript | None = None,
     ) -> Session:
         """A new conversation, a saved one, or one of the database."""
-        messages, kept = cls.read(path) if path is not None else ([], {})
+        files: dict[str, bytes] = {}
+        messages, kept = cls.read(path, files) if path is not None else ([], {})
         if transcript is not None:
             messages, kept = transcript.messages, checked(transcript.conversation.settings)
+            files = transcript.files
         if system is not None:
             messages = [Message("system", system), *(m for m in messages if m.role != "system")]
         options = {**kept, **sampling}
-        return cls(submit, count, reader, n_ctx, messages, transcript=transcript, **options)
+        return cls(
+            submit, count, reader, n_ctx, messages, transcript=transcript, files=files, **options
+        )
 
     @property
     def id(self) -> str | None:
@@ -103,9 +112,12 @@ class Session:
         if self._transcript is not None:
             self._transcript.keep(self.messages)
 
-    def say(self, text: str, **sampling: Any) -> Completion:
-        """Send a message and wait for the answer. ■ stops it; the partial answer stays."""
-        return self._wait(self.stream(text, **sampling))
+    def say(self, text: str, *, images: Any = (), sounds: Any = (), **sampling: Any) -> Completion:
+        """Send a message and wait for the answer. ■ stops it; the partial answer stays.
+
+        ``images`` and ``sounds`` go with it, as with `LLM.chat`.
+        """
+        return self._wait(self.stream(text, images=images, sounds=sounds, **sampling))
 
     @staticmethod
     def _wait(turn: Turn) -> Completion:
@@ -116,11 +128,12 @@ class Session:
             raise Interrupted("stopped; the answer so far is in the session") from None
         return turn.completion
 
-    def stream(self, text: str, **sampling: Any) -> Turn:
+    def stream(self, text: str, *, images: Any = (), sounds: Any = (), **sampling: Any) -> Turn:
         """Send a message; the answer piece by piece. Leaving the loop ends the answer there."""
         if not isinstance(text, str) or not text.strip():
             raise InvalidRequestError("the message must be a non-empty text.", "text")
-        return self._turn([Message("user", text)], sampling)
+        said = with_media([Message("user", text)], self.files, images, sounds)
+        return self._turn(list(said), sampling)
 
     def regenerate(self, **sampling: Any) -> Completion:
         """Another answer to the last message."""
@@ -139,7 +152,7 @@ class Session:
             raise
 
     def _turn(self, new: list[Message], sampling: dict[str, Any]) -> Turn:
-        stream = self._submit([*self.messages, *new], {**self.sampling, **sampling})
+        stream = self._submit([*self.messages, *new], {**self.sampling, **sampling}, self.files)
         try:
             kept = self._transcript
             reply = None if kept is None else kept.begin(self.messages, new)
@@ -166,7 +179,7 @@ class Session:
     @property
     def num_tokens(self) -> int:
         """Tokens of the conversation so far."""
-        return self._count(self.messages) if self.messages else 0
+        return self._count(self.messages, self.files) if self.messages else 0
 
     def fork(self, *, stored: bool = True) -> Session:
         """A copy to continue differently; the shared prefix is computed once.
@@ -182,6 +195,7 @@ class Session:
             self._n_ctx,
             self.messages,
             transcript=copy,
+            files=self.files,
             **self.sampling,
         )
 
@@ -205,24 +219,31 @@ class Session:
         """
         limit = self._n_ctx // 2 if max_tokens is None else max_tokens
         before = self.num_turns
-        self.messages = list(shortened(self.messages, self._count, limit))
+        self.messages = list(
+            shortened(self.messages, lambda each: self._count(each, self.files), limit)
+        )
         if self.num_turns < before:
             self.commit()
         return before - self.num_turns
 
     def save(self, path: str | Path) -> Path:
         """Write the conversation as JSON; an existing file is replaced atomically."""
-        return self.write(path, self.messages, self.sampling)
+        return self.write(path, self.messages, self.sampling, self.files)
 
     @staticmethod
-    def write(path: str | Path, messages: Sequence[Message], sampling: dict[str, Any]) -> Path:
+    def write(
+        path: str | Path,
+        messages: Sequence[Message],
+        sampling: dict[str, Any],
+        files: Mapping[str, bytes] = NOTHING,
+    ) -> Path:
         """Write any conversation as `save` does."""
         path = Path(path)
         data = {
             "format": FORMAT,
             "version": 1,
             "sampling": sampling,
-            "messages": [to_json(m) for m in messages],
+            "messages": [to_json(m, files) for m in messages],
         }
         try:
             text = json.dumps(data, indent=1, ensure_ascii=False)
@@ -241,13 +262,20 @@ class Session:
         return path
 
     @staticmethod
-    def read(path: str | Path) -> tuple[list[Message], dict[str, Any]]:
-        """Messages and options of a saved conversation. Raises `InvalidRequestError` if invalid."""
+    def read(
+        path: str | Path, files: dict[str, bytes] | None = None
+    ) -> tuple[list[Message], dict[str, Any]]:
+        """Messages and options of a saved conversation; its ``files`` are added.
+
+        Raises `InvalidRequestError` if invalid.
+        """
         try:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
             if data["format"] != FORMAT or data["version"] != 1:
                 raise ValueError("unknown format or version")
-            messages, sampling = [from_json(m) for m in data["messages"]], dict(data["sampling"])
+            files = {} if files is None else files
+            messages = [from_json(m, files) for m in data["messages"]]
+            sampling = dict(data["sampling"])
             if not all(isinstance(m.role, str) for m in messages):
                 raise ValueError("a message without a role")
             return messages, checked(sampling)
