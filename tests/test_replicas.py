@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import pytest
 from replica_parts import REQUESTS, Gateway
 
-KILLS = max(2, int(os.environ.get("SOAK", "0")) // 100)  # 20 with `make soak`
+KILLS = 2  # a worker that ends five times in a row is given up; `test_replicas_fleet.py` does more
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,6 @@ def test_replicas_are_seen_and_answer(gateway: Gateway) -> None:
     assert offered["replicas"] == offered["replicas_ready"] == len(offered["pids"]) == 2
 
 
-@pytest.mark.timeout(120 + 60 * KILLS)
 def test_killed_replicas_lose_nothing(gateway: Gateway) -> None:
     """kill -9 of the busier replica at a random moment of eight streams, six of text and two of
     JSON: each is what it is undisturbed."""
