@@ -19,8 +19,10 @@ sys.path[:0] = [str(ROOT), str(ROOT / "jupyter_ext")]
 
 from llmkit.settings.entries import KEY_OPTIONS, MODEL_OPTIONS  # noqa: E402
 from llmkit.settings.gateway import GATEWAY_OPTIONS  # noqa: E402
+from llmkit.settings.hub import HUB_OPTIONS  # noqa: E402
 from llmkit.settings.listing import as_toml  # noqa: E402
 from llmkit.settings.options import OPTIONS  # noqa: E402
+from llmkit.settings.quotas import QUOTA_OPTIONS  # noqa: E402
 from llmkit.settings.sampling import SAMPLING_OPTIONS  # noqa: E402
 from llmkit.settings.table import Option  # noqa: E402
 from llmkit.version import __version__  # noqa: E402
@@ -149,6 +151,8 @@ SETTINGS = {
     "sampling": SAMPLING_OPTIONS,
     "models": MODEL_OPTIONS,
     "keys": KEY_OPTIONS,
+    "hub": HUB_OPTIONS,
+    "quota": QUOTA_OPTIONS,
 }
 KINDS = {
     "flag": "true or false",

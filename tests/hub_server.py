@@ -51,8 +51,9 @@ c.JupyterHub.load_roles = [
 class Hub:
     """A hub for some users, who log in with any password.
 
-    Its ``url`` ends without a slash. ``token`` makes tokens of a user, ``spawn`` a user's server;
-    ``stop`` ends them and the proxy with it. ``config`` goes on with `jupyterhub_config.py`.
+    Its ``url`` ends without a slash, as does ``hub_url``, the hub's without its proxy. ``token``
+    makes tokens of a user, ``spawn`` a user's server; ``stop`` ends them and the proxy with it.
+    ``config`` goes on with `jupyterhub_config.py`.
     """
 
     def __init__(
@@ -67,6 +68,7 @@ class Hub:
         self._admin = secrets.token_hex(16)
         self._servers: dict[str, UserServer] = {}
         self.url, hub_url, proxy_url = (f"http://127.0.0.1:{port}" for port in free_ports(3))
+        self.hub_url = hub_url
         settings = folder / "jupyterhub_config.py"
         settings.touch(mode=0o600)
         settings.write_text(

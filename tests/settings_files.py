@@ -8,16 +8,20 @@ from typing import Any
 
 from llmkit.settings.entries import KEY_OPTIONS, MODEL_OPTIONS
 from llmkit.settings.gateway import GATEWAY_OPTIONS
+from llmkit.settings.hub import HUB_OPTIONS
 from llmkit.settings.options import OPTIONS
+from llmkit.settings.quotas import QUOTA_OPTIONS
 from llmkit.settings.sampling import SAMPLING_OPTIONS
 from llmkit.settings.serving import ServeSettings, read_settings
 
 ALL_ROWS = [
     *GATEWAY_OPTIONS.values(),
+    *HUB_OPTIONS.values(),
     *OPTIONS.values(),
     *SAMPLING_OPTIONS.values(),
     *MODEL_OPTIONS.values(),
     *KEY_OPTIONS.values(),
+    *QUOTA_OPTIONS.values(),
 ]
 FULL = """
 port = 4000

@@ -15,14 +15,17 @@ from fakes import FakeClient
 from gateway_client import Api, serve
 
 from llmkit.bridge.server import BridgeServer
+from llmkit.gateway.access.clock import SteadyClock
 from llmkit.gateway.app import Gateway
 from llmkit.gateway.directory import EngineDirectory
 from llmkit.gateway.openai.chat import ChatRequest
 from llmkit.gateway.openai.schemas import CompletionRequest
 from llmkit.gateway.ops.openapi import describe
 from llmkit.gateway.ops.status import fragment
+from llmkit.gateway.ops.usage import UsageRoutes
 
 ROUTES = Gateway(EngineDirectory()).routes
+USAGE = UsageRoutes(None, SteadyClock()).routes()  # type: ignore[arg-type]  # where use is kept
 LLAMA_SERVERS = ("fail_on_no_slot",)
 
 
@@ -65,7 +68,8 @@ def test_what_routes_read_of_a_query_is_described() -> None:
         reading = r'(?:\.query\(|number_of\(exchange, |_flag\(exchange, )"(\w+)"'
         read.update(re.findall(reading, path.read_text()))
     described = {query.name for route in ROUTES for query in route.query}
-    assert read - {"part"} == described, "part is the page's own"
+    days = {query.name for route in USAGE for query in route.query}
+    assert read - {"part"} == described | days, "part is the page's own"
 
 
 async def test_the_page_runs_nothing_and_fetches_nothing(api: Api) -> None:
@@ -86,7 +90,7 @@ async def test_the_page_runs_nothing_and_fetches_nothing(api: Api) -> None:
 def test_the_written_docs_know_every_route_and_parameter() -> None:
     docs = Path(__file__).parents[1] / "docs"
     text = "".join((docs / page).read_text() for page in ("api.md", "reference/sessions.md"))
-    for route in ROUTES:
+    for route in [*ROUTES, *USAGE]:
         assert (
             re.sub(r"\{\w+\+?\}", "{id}", route.path) in text
             or f"/{route.path.rpartition('/')[2]}`" in text

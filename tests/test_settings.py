@@ -107,7 +107,7 @@ def test_every_setting_can_stand_in_every_source(tmp_path: Path) -> None:
         by_variable = read_settings(more, None, {f"LLMKIT_{key.upper()}": text})
         by_option = read_settings({**more, key: text}, None, {})
         found = [
-            getattr(s.gateway, row.attribute) if key in GATEWAY_OPTIONS else s.engine[key]
+            next(setting.value for setting in listed(s) if setting.path == (key,))
             for s in (by_variable, by_option, read_settings({**more, key: value}, None, {}))
         ]
         if row.kind != "shares":  # kept as it was written; the engine reads it

@@ -19,6 +19,7 @@ from llmkit.cli import (
     completing,
     configuring,
     doctor,
+    hub,
     keys,
     measuring,
     models,
@@ -60,7 +61,7 @@ def root(
 
 
 for group in (
-    chatting, serving, ray, configuring, keys, models, storage, measuring, doctor, smoke,
+    chatting, serving, hub, ray, configuring, keys, models, storage, measuring, doctor, smoke,
     completing,
 ):  # fmt: skip
     group.register(app)

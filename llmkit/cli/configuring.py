@@ -13,6 +13,7 @@ import typer
 from llmkit.cli.migrating import migrate
 from llmkit.cli.options import with_options
 from llmkit.settings.gateway import GATEWAY_OPTIONS
+from llmkit.settings.hub import HUB_OPTIONS
 from llmkit.settings.options import OPTIONS
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ def register(app: typer.Typer) -> None:
         help="Show where settings come from; check, write or translate a file of them.",
         no_args_is_help=True,
     )
-    rows = {**GATEWAY_OPTIONS, **OPTIONS}
+    rows = {**GATEWAY_OPTIONS, **HUB_OPTIONS, **OPTIONS}
     given = [row for name, row in rows.items() if name not in ("model", "isolated")]
     group.command()(with_options(show, given))
     group.command()(check)

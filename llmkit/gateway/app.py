@@ -20,7 +20,7 @@ from tornado import web
 
 from llmkit.gateway import pipeline
 from llmkit.gateway.access.authenticator import Authenticator
-from llmkit.gateway.access.computing import HEARING
+from llmkit.gateway.access.computing import HEARING, SEEING
 from llmkit.gateway.access.edge import Edge
 from llmkit.gateway.access.held import MAX_HELD_BYTES, Held
 from llmkit.gateway.access.identity import ADMIN, Identity
@@ -35,9 +35,10 @@ from llmkit.gateway.directory import EngineDirectory
 from llmkit.gateway.exchange import MAX_BODY_BYTES, ClientGoneError, Exchange, Keeper
 from llmkit.gateway.failures import ApiError, api_error
 from llmkit.gateway.handler import ElsewhereHandler, GatewayHandler
+from llmkit.gateway.media.fetching import Fetcher
 from llmkit.gateway.ops.health import HealthRoutes
 from llmkit.gateway.ops.openapi import Route, describe, page
-from llmkit.gateway.ops.pages import PageRoutes
+from llmkit.gateway.ops.pages import Locked, PageRoutes, Visitors
 from llmkit.gateway.ops.status import StatusRoutes
 from llmkit.gateway.pipeline import Observer, Stage, accepting, bounded
 from llmkit.gateway.reading import Admission, Reading
@@ -61,8 +62,10 @@ logger = logging.getLogger("llmkit.gateway")
 
 NOTE_S = 1.0
 MAX_SOUND_BYTES, MAX_SOUND_S = 25_000_000, 3600.0
+MAX_MEDIA_BYTES = 64_000_000
 FORM_BYTES = 256 << 10  # of a form beside its file
 HELD_BODIES = 4  # largest bodies that one caller may have pending
+HELD_MEDIA = 2  # the same of those with pictures
 
 
 class Gateway:
@@ -75,7 +78,8 @@ class Gateway:
     models of a `ModelManager`, for the page. Without ``admin`` the routes that need that scope are
     not there. ``allowed_models`` gives globs of the models that anyone may use; none means all.
     ``early`` may refuse a request whose body is large before it is read, see `Overload.early`.
-    Files of sound may have ``max_sound_bytes`` and last ``max_sound_s``.
+    Files of sound may have ``max_sound_bytes`` and last ``max_sound_s``. Chats with a model that
+    takes pictures or sound may have ``max_media_bytes``, and name files of ``media_hosts``.
     ``keeper`` decides how long models stay loaded. Without ``sessions`` there are none to keep.
     ``home`` is the tab of the page at the root.
     While ``draining``, running requests finish and new ones are refused.
@@ -98,6 +102,8 @@ class Gateway:
         max_body_bytes: int = MAX_BODY_BYTES,
         max_sound_bytes: int = MAX_SOUND_BYTES,
         max_sound_s: float = MAX_SOUND_S,
+        max_media_bytes: int = MAX_MEDIA_BYTES,
+        media_hosts: Callable[[], Sequence[str]] = tuple,
         early: Callable[[Exchange], ApiError | None] = lambda _: None,
         keeper: Keeper | None = None,
         sessions: Shelf | None = None,
@@ -105,8 +111,10 @@ class Gateway:
         api_dialect: str = "auto",
     ) -> None:
         self.max_body_bytes = max_body_bytes
-        self._max_sound_bytes = max_sound_bytes
-        self.held = Held(max(MAX_HELD_BYTES, HELD_BODIES * max(max_body_bytes, max_sound_bytes)))
+        self._max_sound_bytes, self._max_media_bytes = max_sound_bytes, max_media_bytes
+        largest = max(max_body_bytes, max_sound_bytes)
+        self.held = Held(max(MAX_HELD_BYTES, HELD_BODIES * largest, HELD_MEDIA * max_media_bytes))
+        self._directory, self._fetcher = directory, Fetcher(media_hosts)
         self.draining = False
         self._lanes = Lanes(2, "llmkit-gateway")
         self._tolerance = Tolerance(strict)
@@ -128,7 +136,7 @@ class Gateway:
             self.dispatch,
             partial(_names, directory, allowed_models),
             self.held,
-            max_message_bytes=max_body_bytes,
+            max_message_bytes=self.message_limit,
         )
         on_use = _seldom(on_use)
         every = [
@@ -137,7 +145,7 @@ class Gateway:
                 directory,
                 on_use,
                 status,
-                PageRoutes(status, home),
+                PageRoutes(status, home, has_usage=any(r.path == "/usage" for r in routes)),
                 self,
                 self._adapters,
                 api_dialect=api_dialect,
@@ -158,7 +166,7 @@ class Gateway:
             try:
                 exchange.max_body_bytes = self.body_limit(exchange)
                 exchange.keeper, exchange.turns = self._keeper, self.turns
-                exchange.lora = self._adapters.of
+                exchange.lora, exchange.fetcher = self._adapters.of, self._fetcher
                 exchange.reading = Reading(self._lanes, self._tolerance, self._admissions)
                 run = self._route(exchange)
                 await pipeline.run(() if exchange.relays else self._stages, run, exchange)
@@ -180,9 +188,16 @@ class Gateway:
             exchange.send_error(error)
 
     def body_limit(self, exchange: Exchange) -> int:
-        """The largest body of a request, in bytes: files of sound may be larger than others."""
-        is_sound = exchange.path in HEARING
-        return self._max_sound_bytes + FORM_BYTES if is_sound else self.max_body_bytes
+        """The largest body of a request, in bytes: files of sound may be larger than others, and
+        chats where a model takes pictures."""
+        if exchange.path in HEARING:
+            return self._max_sound_bytes + FORM_BYTES
+        return self.message_limit() if SEEING.fullmatch(exchange.path) else self.max_body_bytes
+
+    def message_limit(self) -> int:
+        """The largest body of a chat, in bytes, with the models that are there now."""
+        takes = any(engine.description.inputs for engine in self._directory.clients())
+        return max(self.max_body_bytes, self._max_media_bytes) if takes else self.max_body_bytes
 
     def early(self, exchange: Exchange) -> ApiError | None:
         """Why a request need not be read; None if it is to be read."""
@@ -297,13 +312,20 @@ def make_app(
     edge: Edge | None = None,
     *,
     base_path: str = "",
+    visitors: Visitors | None = None,
+    rules: Sequence[Any] = (),
 ) -> web.Application:
-    """The gateway's routes under ``base_path``, such as /llm."""
+    """The gateway's routes under ``base_path``, such as /llm.
+
+    ``visitors`` receives browsers, by default `Locked`; ``rules`` are Tornado's, and come first.
+    """
     parts = {"gateway": gateway, "authenticator": authenticator, "edge": edge or Edge()}
+    browsers = {"visitors": visitors or Locked()}
     return web.Application(
         [
+            *rules,
             (rf"{re.escape(base_path)}/{SOCKET_PATHS}", ChatSocketHandler, parts),
-            (re.escape(base_path) + r"/(.*)", GatewayHandler, parts),
+            (re.escape(base_path) + r"/(.*)", GatewayHandler, {**parts, **browsers}),
         ],
         default_handler_class=ElsewhereHandler,
         default_handler_args={"base_path": base_path},

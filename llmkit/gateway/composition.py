@@ -9,12 +9,14 @@ import asyncio
 import contextlib
 import logging
 import ssl
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from tornado import httpserver, web
 
+from llmkit.errors import InvalidRequestError
 from llmkit.gateway.access.deadlines import Deadlines
+from llmkit.gateway.access.edge import Edge
 from llmkit.gateway.access.keys import is_loopback
 from llmkit.gateway.access.opening import Access
 from llmkit.gateway.access.overload import Overload
@@ -31,6 +33,7 @@ from llmkit.gateway.ops.metrics import Metrics
 from llmkit.gateway.ops.models import ModelRoutes
 from llmkit.gateway.ops.openapi import Route
 from llmkit.gateway.ops.telemetry import start_telemetry
+from llmkit.gateway.ops.usage import UsageRoutes
 from llmkit.gateway.pipeline import Observer
 from llmkit.gateway.response_cache import ResponseCache
 from llmkit.gateway.rules import Rules
@@ -38,8 +41,10 @@ from llmkit.settings.serving import ServeSettings
 from llmkit.workers.place import ModelStatus
 
 if TYPE_CHECKING:
+    from llmkit.gateway.access.hub_opening import HubAccess
     from llmkit.gateway.served import Served
     from llmkit.gateway.workers import Workers
+    from llmkit.settings.hub_place import HubPlace
     from llmkit.store.database import Database
 
 __all__ = ["Composition"]
@@ -51,8 +56,8 @@ class Composition:
     """A gateway with all that its settings ask for, in front of a directory's engines.
 
     ``workers`` are its own models, if it has any. Without ``shared`` the user's own database is
-    not opened, whose keys would open this gateway too. Raises `InvalidRequestError` naming a
-    setting, and `StoreError`.
+    not opened, whose keys would open this gateway too. With ``hub`` it is that hub's service.
+    Raises `InvalidRequestError` naming a setting, and `StoreError`.
     """
 
     def __init__(
@@ -62,11 +67,14 @@ class Composition:
         workers: Workers | None = None,
         *,
         shared: bool = True,
+        hub: HubPlace | None = None,
     ) -> None:
         self._settings, self._directory, self._workers = settings, directory, workers
         options = settings.gateway
-        database = _database(settings) if shared or options.db_url else None
-        self.access = access = Access(options, settings.keys, database)
+        is_needed = hub is not None
+        database = _database(settings, is_needed) if shared or options.db_url else None
+        of_hub = None if hub is None else _hub_access(hub, settings)
+        self.access = access = Access(options, settings.keys, database, of_hub=of_hub)
         cache = (
             ResponseCache(
                 int(options.response_cache_mb * MB),
@@ -106,6 +114,8 @@ class Composition:
             max_body_bytes=int(options.body_mb * 1e6),
             max_sound_bytes=int(options.audio_mb * 1e6),
             max_sound_s=options.audio_minutes * 60,
+            max_media_bytes=int(options.media_body_mb * 1e6),
+            media_hosts=lambda: self._settings.gateway.media_hosts,
             sessions=Shelf.of(options, options.db_url),
             api_dialect=options.api_dialect,
             **self._models(),
@@ -127,6 +137,8 @@ class Composition:
     def _models(self) -> dict[str, Any]:
         """What the gateway must know of its own models, and the routes of operators."""
         routes = [] if self._metrics is None else self._metrics.routes()
+        if self.access.usage is not None:
+            routes += UsageRoutes(self.access.usage, self.access.clock).routes()
         if self._settings.gateway.admin:
             routes += self._storage()
         if self._workers is None:
@@ -169,8 +181,15 @@ class Composition:
             cache.clear(status.name)
 
     def app(self) -> web.Application:
-        base = self._settings.gateway.base_path
-        return make_app(self.gateway, self.access.keys, self.access.edge, base_path=base)
+        access = self.access
+        return make_app(
+            self.gateway,
+            access.authenticator,
+            access.edge,
+            base_path=self._settings.gateway.base_path,
+            visitors=access.visitors,
+            rules=() if access.hub is None else access.hub.visitors.rules(),
+        )
 
     @property
     def tls(self) -> ssl.SSLContext | None:
@@ -190,6 +209,8 @@ class Composition:
         if manager is not None and default is not None:
             manager.phase(default)  # it must be there
         self.access.apply(options, settings.keys)
+        if self.access.hub is not None:
+            self.access.hub.users.apply(settings.hub, settings.quotas)
         if manager is not None and default is not None:
             manager.set_default(default)
         self._rules.guards = guards
@@ -202,6 +223,8 @@ class Composition:
 
     async def keep(self, server: httpserver.HTTPServer) -> None:
         """What goes on beside the requests, until cancelled."""
+        if self.access.hub is not None:
+            await self.access.hub.check()
         await self.access.keep_certificates(server)
 
     async def close(self) -> None:
@@ -236,14 +259,29 @@ def guards_of(settings: ServeSettings) -> Guards:
     )
 
 
-def _database(settings: ServeSettings) -> Database | None:
+def _hub_access(hub: HubPlace, settings: ServeSettings) -> Callable[[Edge], HubAccess]:
+    """Raises `InvalidRequestError` without jupyterhub."""
+    try:
+        from llmkit.gateway.access.hub_opening import HubAccess
+    except ImportError as error:
+        raise InvalidRequestError(
+            f"a hub's service needs jupyterhub ({error}): pip install 'llmkit[hub]'.", "hub"
+        ) from None
+    return lambda edge: HubAccess(hub, settings.hub, settings.quotas, edge)
+
+
+def _database(settings: ServeSettings, is_needed: bool) -> Database | None:
     """The database of keys and use, where there is one or it may be needed."""
     from llmkit.store.place import default_path
 
     options = settings.gateway
     has_budget = any(k.tokens_per_day or k.tokens_per_month for k in settings.keys)
     if not (
-        options.db_url or has_budget or not is_loopback(options.host) or default_path().exists()
+        is_needed
+        or options.db_url
+        or has_budget
+        or not is_loopback(options.host)
+        or default_path().exists()
     ):
         return None
     from llmkit.store.database import open_database

@@ -21,6 +21,7 @@ from llmkit.gateway.access.held import Held
 from llmkit.gateway.access.identity import ADMIN, LOCAL, Identity, counted_as
 from llmkit.gateway.failures import ApiError, dialect_of
 from llmkit.gateway.ids import random_hex
+from llmkit.gateway.media.fetching import Fetcher
 from llmkit.gateway.record import Record
 from llmkit.protocol import GenerationRequest
 
@@ -104,6 +105,7 @@ class Exchange:
             self.request_id = random_hex()
         self.streaming = False
         self.reading: Reading | None = None  # set by the gateway
+        self.fetcher = Fetcher()  # the same
         self.keeper: Keeper | None = None  # the same
         self.turns: Turns | None = None  # the same
         # The adapters of its requests that name none; the same.
@@ -115,6 +117,8 @@ class Exchange:
         self.before_events: Callable[[], Awaitable[object]] | None = None  # what they wait for
         self.given: frozenset[str] = frozenset()  # names of the fields that the caller sent
         self.ignored: list[str] = []  # fields that are accepted but have no effect
+        self.framed_by = "'self'"  # whose pages may show its page in a frame
+        self.has_login = False  # whether a browser logs in at /login
         self._stream: iostream.IOStream | None = getattr(handler.request.connection, "stream", None)
         handler.set_header("x-request-id", self.request_id)
 
@@ -255,14 +259,14 @@ class Exchange:
         for name, value in (headers or {}).items():
             self._handler.set_header(name, value)
         allowed = (
-            "script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'"
+            "script-src 'self'; style-src 'self'; img-src 'self' blob:; connect-src 'self'"
             if has_assets
             else "style-src 'unsafe-inline'"
         )
         self._handler.set_header(
             "Content-Security-Policy",
             f"default-src 'none'; {allowed}; form-action 'none'; base-uri 'none'; "
-            "frame-ancestors 'self'",
+            f"frame-ancestors {self.framed_by}",
         )
         # A link in a text would have its host looked up before anybody follows it.
         self._handler.set_header("X-DNS-Prefetch-Control", "off")

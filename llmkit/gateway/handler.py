@@ -20,7 +20,7 @@ from llmkit.gateway.exchange import Exchange, body_too_large
 from llmkit.gateway.failures import ApiError
 from llmkit.gateway.heads import MAX_LINE_BYTES
 from llmkit.gateway.lingering import linger
-from llmkit.gateway.ops.pages import PAGES, send_locked_page
+from llmkit.gateway.ops.pages import PAGES, Visitors
 
 if TYPE_CHECKING:
     from llmkit.gateway.app import Gateway
@@ -32,8 +32,11 @@ __all__ = ["ElsewhereHandler", "GatewayHandler"]
 class GatewayHandler(web.RequestHandler):
     """Checks the caller and size of a request before its body is read, then runs its route."""
 
-    def initialize(self, gateway: Gateway, authenticator: Authenticator, edge: Edge) -> None:
+    def initialize(
+        self, gateway: Gateway, authenticator: Authenticator, edge: Edge, visitors: Visitors
+    ) -> None:
         self._gateway, self._authenticator, self._edge = gateway, authenticator, edge
+        self._visitors = visitors
         self._task: asyncio.Task[None] | None = None
         self._body: list[bytes] = []
         self._identity = LOCAL
@@ -59,7 +62,7 @@ class GatewayHandler(web.RequestHandler):
             identity = await self._authenticator.identify(facts)
         except ApiError as error:
             if error.status == 401 and exchange.path in PAGES and exchange.wants_page:
-                send_locked_page(exchange)
+                self._visitors.turn_away(exchange)
             elif not self._is_gone:
                 self._refuse(error)
             return
@@ -127,7 +130,10 @@ class GatewayHandler(web.RequestHandler):
         self.request.body = b"".join(self._body)
         self._body.clear()
         self._let_go()  # from here on the gateway counts it
-        self._task = asyncio.ensure_future(self._gateway.dispatch(self._exchange(path)))
+        exchange = self._exchange(path)
+        if exchange.path in PAGES and exchange.wants_page:
+            self._visitors.welcome(exchange, self.request.headers)
+        self._task = asyncio.ensure_future(self._gateway.dispatch(exchange))
         with contextlib.suppress(asyncio.CancelledError):
             await self._task
 
@@ -147,7 +153,7 @@ class GatewayHandler(web.RequestHandler):
             self._task.cancel()
 
     def check_xsrf_cookie(self) -> None:
-        """There are no cookies here."""
+        """Whoever lets cookies vouch for a caller checks where a request comes from."""
 
     def set_default_headers(self) -> None:
         self.set_header("Server", "llmkit")

@@ -16,6 +16,7 @@ from llmkit.gateway.directory import EngineDirectory
 from llmkit.gateway.ops.logs import log_to
 from llmkit.gateway.server import MAX_CONNECTIONS, SPARE_DESCRIPTORS, raise_descriptors
 from llmkit.gateway.workers import Workers, say
+from llmkit.settings.hub_place import HubPlace
 from llmkit.settings.reload import reload
 from llmkit.settings.serving import ServeSettings
 from llmkit.system.notify import Notifier
@@ -37,9 +38,10 @@ class Server:
         directory: EngineDirectory,
         *,
         shared: bool,
+        hub: HubPlace | None = None,
     ) -> None:
         self._settings, self._read, self._sockets = settings, read, sockets
-        self._shared = shared
+        self._shared, self._hub = shared, hub
         self._workers = workers
         self._directory = directory
         self._notifier = Notifier()
@@ -48,7 +50,9 @@ class Server:
 
     async def run(self, is_attached: Callable[[], bool]) -> int:
         self._stop, self._at_once = asyncio.Event(), asyncio.Event()
-        parts = Composition(self._settings, self._directory, self._workers, shared=self._shared)
+        parts = Composition(
+            self._settings, self._directory, self._workers, shared=self._shared, hub=self._hub
+        )
         most = min(MAX_CONNECTIONS, max(16, raise_descriptors() - SPARE_DESCRIPTORS))
         server = make_server(parts.app(), most, edge=parts.access.edge, tls=parts.tls)
         beside = [

@@ -8,7 +8,9 @@ from typing import Any
 
 from llmkit.settings.entries import KEY_OPTIONS, MODEL_OPTIONS
 from llmkit.settings.gateway import GATEWAY_OPTIONS
+from llmkit.settings.hub import HUB_OPTIONS
 from llmkit.settings.listing import as_toml
+from llmkit.settings.quotas import QUOTA_OPTIONS
 from llmkit.settings.reading import ENGINE_OPTIONS
 from llmkit.settings.sampling import SAMPLING_OPTIONS
 from llmkit.settings.table import Option
@@ -17,7 +19,7 @@ __all__ = ["example"]
 
 COLUMNS = 100
 HEAD = """\
-Settings of `llmkit serve`. `llmkit config example` writes this file.
+Settings of `llmkit serve` and `llmkit hub`. `llmkit config example` writes this file.
 
 Lines with ## explain; remove the # of a line that you change. `llmkit config check FILE` finds
 mistakes, `llmkit config show --config FILE` shows what counts and where it comes from.
@@ -71,6 +73,7 @@ SAMPLES: Mapping[str, Any] = {
     "batch_tokens": 512,
     "prefix_dir": "/var/lib/llmkit/prefixes",
     "draft": "/var/lib/llmkit/models/draft.gguf",
+    "projector": "/var/lib/llmkit/models/mmproj.gguf",
     "temperature": 0.7,
     "top_p": 0.95,
     "top_k": 40,
@@ -91,13 +94,15 @@ KEY_SAMPLES = {
     "expires": "2099-12-31",
 }
 
+QUOTA_SAMPLES = {"tokens_per_day": 200_000, "requests_per_minute": 30, "concurrent": 2}
+
 
 def example() -> str:
     """The text of the file: all of it is commented out, and valid when it is not."""
     lines = list(_prose(HEAD))
-    for rows in (GATEWAY_OPTIONS, ENGINE_OPTIONS):
+    for rows in (GATEWAY_OPTIONS, HUB_OPTIONS, ENGINE_OPTIONS):
         for group in dict.fromkeys(row.group for row in rows.values()):
-            what = "" if rows is GATEWAY_OPTIONS else ", of all models"
+            what = ", of all models" if rows is ENGINE_OPTIONS else ""
             lines += ["", *_prose(f"{group}{what}\n{'-' * len(group + what)}")]
             for row in rows.values():
                 lines += _explained(row, SAMPLES) if row.group == group else []
@@ -114,6 +119,11 @@ def example() -> str:
     lines += _settings(known, {**SAMPLES, **KEY_SAMPLES})
     lines += _table("keys.bob", "A key in clear.")
     lines += _settings([KEY_OPTIONS["key"]], KEY_SAMPLES)
+    lines += _table("quota.default", "What each user of a hub may use (`llmkit hub`).")
+    lines += _settings(QUOTA_OPTIONS.values(), QUOTA_SAMPLES)
+    what = "Other limits for a group of the hub; of several groups the most generous counts."
+    lines += _table("quota.groups.students", what)
+    lines += [_setting(row, QUOTA_SAMPLES) for row in QUOTA_OPTIONS.values()]
     return "\n".join(lines) + "\n"
 
 

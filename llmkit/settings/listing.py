@@ -10,6 +10,8 @@ from typing import Any
 
 from llmkit.settings.entries import KEY_OPTIONS, MODEL_OPTIONS
 from llmkit.settings.gateway import GATEWAY_OPTIONS
+from llmkit.settings.hub import HUB_OPTIONS
+from llmkit.settings.quotas import QUOTA_OPTIONS, Quota
 from llmkit.settings.reading import ENGINE_OPTIONS, dotted
 from llmkit.settings.sampling import SAMPLING_OPTIONS
 from llmkit.settings.serving import ServeSettings
@@ -55,7 +57,7 @@ class Setting:
 
 
 def listed(settings: ServeSettings) -> list[Setting]:
-    """All settings; of tables [models.NAME] and [keys.NAME] those that were set."""
+    """All settings; of tables [models.NAME], [keys.NAME] and [quota…] those that were set."""
     return list(_all(settings))
 
 
@@ -67,6 +69,8 @@ def _all(settings: ServeSettings) -> Iterator[Setting]:
 
     for key, row in GATEWAY_OPTIONS.items():
         yield setting((key,), row, getattr(settings.gateway, row.attribute))
+    for key, row in HUB_OPTIONS.items():
+        yield setting((key,), row, getattr(settings.hub, row.attribute))
     for key, row in ENGINE_OPTIONS.items():
         yield setting((key,), row, settings.engine.get(key, row.default))
     for key, row in SAMPLING_OPTIONS.items():
@@ -87,6 +91,13 @@ def _all(settings: ServeSettings) -> Iterator[Setting]:
             path = ("keys", entry.name, key)
             if key == "enabled" or dotted(*path) in sources:
                 yield setting(path, row, getattr(entry, row.attribute))
+    quotas: dict[tuple[str, ...], Quota] = {("quota", "default"): settings.quotas.default}
+    for name, quota in settings.quotas.groups.items():
+        quotas["quota", "groups", name] = quota
+    for at, quota in quotas.items():
+        for key, row in QUOTA_OPTIONS.items():
+            if dotted(*at, key) in sources:
+                yield setting((*at, key), row, getattr(quota, row.attribute))
 
 
 def _plain(value: Any) -> Any:

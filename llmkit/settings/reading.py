@@ -17,7 +17,9 @@ from llmkit.errors import InvalidRequestError
 from llmkit.settings.document import Document
 from llmkit.settings.entries import KEY_OPTIONS, MODEL_OPTIONS
 from llmkit.settings.gateway import GATEWAY_OPTIONS
+from llmkit.settings.hub import HUB_OPTIONS
 from llmkit.settings.options import OPTIONS
+from llmkit.settings.quotas import QUOTA_OPTIONS
 from llmkit.settings.sampling import SAMPLING_OPTIONS
 from llmkit.settings.table import LISTS, Option
 from llmkit.settings.values import from_text
@@ -36,12 +38,20 @@ __all__ = [
 ENVIRONMENT, COMMAND_LINE = "LLMKIT_", "command line"
 NOT_SETTINGS = ("CONFIG", "BACKEND", "HUB_URL", "JOIN")  # variables that others read
 ENGINE_OPTIONS: Mapping[str, Option] = {k: v for k, v in OPTIONS.items() if k != "isolated"}
-TOP: Mapping[str, Option] = {**GATEWAY_OPTIONS, **ENGINE_OPTIONS}
+TOP: Mapping[str, Option] = {**GATEWAY_OPTIONS, **HUB_OPTIONS, **ENGINE_OPTIONS}
 ENTRY: Mapping[str, Option] = {**MODEL_OPTIONS, **ENGINE_OPTIONS}
 TABLES: Mapping[str, Mapping[str, Option]] = {
     "sampling": SAMPLING_OPTIONS,
     "models": ENTRY,
     "keys": KEY_OPTIONS,
+    "quota": QUOTA_OPTIONS,
+}
+# How the tables are written.
+FORMS = {
+    "sampling": "[sampling]",
+    "models": "[models.NAME]",
+    "keys": "[keys.NAME]",
+    "quota": "[quota.default] or [quota.groups.NAME]",
 }
 SPLIT = ("globs", "origins", "networks")  # lists with commas on the command line; paths have some
 BARE, MAX_KEY = re.compile(r"[A-Za-z0-9_-]{1,200}"), 200
@@ -112,6 +122,8 @@ class Reading:
     sampling: dict[str, Any] = field(default_factory=dict)
     models: dict[str, dict[str, Any]] = field(default_factory=dict)
     keys: dict[str, dict[str, Any]] = field(default_factory=dict)
+    quota: dict[str, Any] = field(default_factory=dict)  # of those in no group
+    quotas: dict[str, dict[str, Any]] = field(default_factory=dict)  # by group
     sources: dict[str, str] = field(default_factory=dict)
     faults: list[Fault] = field(default_factory=list)
     document: Document | None = None
@@ -121,7 +133,9 @@ class Reading:
         self.document = document
         place = str(document.path)
         for key, value in document.values.items():
-            if key in TABLES:
+            if key == "quota":
+                self._take_quota(value, place)
+            elif key in TABLES:
                 self._take_table(key, value, place)
             elif isinstance(value, dict) and key != "lora":
                 self._refuse_table(key, place)
@@ -180,6 +194,20 @@ class Reading:
             else:
                 at = dotted(table, name)
                 self._fault((table, name), f"{at} must be a table: [{at}].", place)
+
+    def _take_quota(self, value: Any, place: str) -> None:
+        tables = value if isinstance(value, dict) else {"": value}
+        for name, given in tables.items():
+            groups = {"": given} if name != "groups" or not isinstance(given, dict) else given
+            for group, values in groups.items():
+                path = ("quota", name, group) if group else ("quota", name)
+                if not isinstance(values, dict) or not (group or name == "default"):
+                    known = FORMS["quota"]
+                    at = tuple(key for key in path if key)
+                    self._fault(at, f"a quota is a table {known}.", place)
+                    continue
+                into = self.quotas.setdefault(group, {}) if group else self.quota
+                self._take_values(path, values, QUOTA_OPTIONS, into, place)
 
     def _take_values(
         self,
@@ -268,7 +296,7 @@ def _near(key: str, path: tuple[str, ...], rows: Mapping[str, Option]) -> str:
         return "; it belongs at the top of the file, before the first [table]."
     for table, others in TABLES.items():
         if plain in others and (not path or table != path[0]):
-            return f"; it belongs into [{table}{'' if table == 'sampling' else '.NAME'}]."
+            return f"; it belongs into {FORMS[table]}."
     close = difflib.get_close_matches(plain, _names(path, rows), n=1)
     return f"; did you mean {close[0]}?" if close else "."
 

@@ -130,6 +130,8 @@ def taken_over(old: ServeSettings, new: ServeSettings) -> ServeSettings:
         models=models,
         keys=new.keys,
         sampling=new.sampling,
+        hub=new.hub,
+        quotas=new.quotas,
     )
     is_live = {each.key for each in (*listed(old), *listed(new)) if each.row.live}
     sources = {key: place for key, place in old.sources.items() if key not in is_live}

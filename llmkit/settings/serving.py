@@ -19,7 +19,9 @@ from llmkit.settings.compat_env import take_compat
 from llmkit.settings.document import Document, open_document
 from llmkit.settings.entries import KEY_OPTIONS, MODEL_OPTIONS, KeyEntry, ModelEntry
 from llmkit.settings.gateway import GATEWAY_OPTIONS, GatewayOptions
+from llmkit.settings.hub import HUB_OPTIONS, HubOptions
 from llmkit.settings.options import EngineOptions
+from llmkit.settings.quotas import Quotas
 from llmkit.settings.reading import ENGINE_OPTIONS, Fault, Reading
 from llmkit.settings.values import mask
 
@@ -32,13 +34,14 @@ AT_LINE = re.compile(r"\(at line ([0-9]+), column [0-9]+\)$")  # as tomllib says
 
 @dataclass(frozen=True, slots=True)
 class ServeSettings:
-    """Everything that `llmkit serve` was told.
+    """Everything that `llmkit serve` or `llmkit hub` was told.
 
     ``engine`` holds the options for the engines of all models that were set, ``models`` those to
-    serve, the named ones first, ``sampling`` the defaults that were set. ``sources`` says where a
-    value came from, by its key (``models.small.n_ctx``): a file, ``$LLMKIT_PORT``, "command line"
-    or ``PORT (compat)``; what is missing there has its default. ``notes`` say what of other
-    services' variables cannot be honoured.
+    serve, the named ones first, ``sampling`` the defaults that were set. ``hub`` and ``quotas`` are
+    for a hub's service. ``sources`` says where a value came from, by its key
+    (``models.small.n_ctx``): a file, ``$LLMKIT_PORT``, "command line" or ``PORT (compat)``; what is
+    missing there has its default. ``notes`` say what of other services' variables cannot be
+    honoured.
     """
 
     gateway: GatewayOptions = field(default_factory=GatewayOptions)
@@ -49,6 +52,8 @@ class ServeSettings:
     sources: dict[str, str] = field(default_factory=dict)
     file: Path | None = None
     notes: tuple[str, ...] = ()
+    hub: HubOptions = field(default_factory=HubOptions)
+    quotas: Quotas = field(default_factory=Quotas)
 
 
 def read_settings(
@@ -128,6 +133,8 @@ def _assembled(reading: Reading) -> ServeSettings:
         reading.sampling,
         reading.sources,
         None if reading.document is None else reading.document.path,
+        hub=HubOptions(**_fields(top, HUB_OPTIONS)),
+        quotas=Quotas.of(reading.quota, reading.quotas),
     )
 
 

@@ -11,7 +11,10 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 __all__ = [
     "Change",
     "Conversations",
+    "HalfHours",
     "Keys",
+    "Media",
+    "MediaUses",
     "Messages",
     "Replies",
     "Responses",
@@ -20,7 +23,7 @@ __all__ = [
     "Usage",
 ]
 
-CONVERSATION = "llmkit_conversations.id"
+CONVERSATION, SEGMENT = "llmkit_conversations.id", "llmkit_segments.id"
 
 
 class Table(DeclarativeBase):
@@ -69,6 +72,18 @@ class Usage(Table):
     cached_tokens: Mapped[int]
     completion_tokens: Mapped[int]
     seconds: Mapped[float]
+
+
+class HalfHours(Table):
+    """A caller's tokens in half an hour, counted from the epoch: for windows that roll. Rows go
+    after a day."""
+
+    __tablename__ = "llmkit_half_hours"
+    __table_args__ = (Index("llmkit_half_hours_number", "number"),)
+
+    caller: Mapped[str] = mapped_column(String(255), primary_key=True)
+    number: Mapped[int] = mapped_column(primary_key=True)
+    tokens: Mapped[int]
 
 
 class Change(Table):
@@ -187,3 +202,35 @@ class Segments(Table):
     size: Mapped[int]
     holders: Mapped[int]
     created_at: Mapped[float]
+
+
+class Media(Table):
+    """A picture or sound of an owner, known by the SHA-256 of its bytes."""
+
+    __tablename__ = "llmkit_media"
+
+    owner: Mapped[str] = mapped_column(String(255), primary_key=True)
+    digest: Mapped[str] = mapped_column(String(64), primary_key=True)
+    data: Mapped[bytes]
+    size: Mapped[int]
+    added_at: Mapped[float]
+
+
+class MediaUses(Table):
+    """What uses a file: a conversation, or a segment of a response; ``holder`` is its id."""
+
+    __tablename__ = "llmkit_media_uses"
+    __table_args__ = (
+        Index("llmkit_media_uses_conversation", "conversation_id"),
+        Index("llmkit_media_uses_segment", "segment_id"),
+    )
+
+    owner: Mapped[str] = mapped_column(String(255), primary_key=True)
+    digest: Mapped[str] = mapped_column(String(64), primary_key=True)
+    holder: Mapped[str] = mapped_column(String(32), primary_key=True)
+    conversation_id: Mapped[str | None] = mapped_column(
+        String(32), ForeignKey(CONVERSATION, ondelete="CASCADE")
+    )
+    segment_id: Mapped[str | None] = mapped_column(
+        String(32), ForeignKey(SEGMENT, ondelete="CASCADE")
+    )

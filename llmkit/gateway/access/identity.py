@@ -18,7 +18,8 @@ class Allowance:
     """How much a caller may use. None means without a limit.
 
     ``models`` are globs of model names, ``rate`` is "60/minute", ``concurrent`` counts requests at
-    once, ``weight`` is the share of a busy engine. Budgets count tokens of prompts and answers.
+    once, ``weight`` is the share of a busy engine. Budgets count tokens of prompts and answers, of
+    a day or month (UTC) or in any 24 hours.
     """
 
     models: tuple[str, ...] = ("*",)
@@ -27,6 +28,7 @@ class Allowance:
     tokens_per_day: int | None = None
     tokens_per_month: int | None = None
     weight: float = 1.0
+    tokens_in_24h: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

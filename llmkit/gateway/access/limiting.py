@@ -84,6 +84,8 @@ def _check_budget(
     exchange: Exchange, allowance: Allowance, usage: UsageWriter, clock: SteadyClock
 ) -> None:
     per_day, per_month = allowance.tokens_per_day, allowance.tokens_per_month
+    if allowance.tokens_in_24h is not None:
+        _check_window(exchange, allowance.tokens_in_24h, usage, clock)
     if per_day is None and per_month is None:
         return
     in_day, in_month = usage.tokens(exchange.identity.name, clock.today())
@@ -97,11 +99,23 @@ def _check_budget(
     _say(exchange, "tokens", most, max(0, left), reset_s)
     if left > 0:
         return
+    what = f"The budget of {most} tokens a {span} is used up; it is renewed at"
+    raise _used_up(what, reset_s, clock)
+
+
+def _check_window(exchange: Exchange, most: int, usage: UsageWriter, clock: SteadyClock) -> None:
+    used, reset_s = usage.in_window(exchange.identity.name, most)
+    _say(exchange, "tokens", most, max(0, most - used), reset_s)
+    if used >= most:
+        what = f"The quota of {most} tokens in 24 hours is used up; there is room again at"
+        raise _used_up(what, reset_s, clock)
+
+
+def _used_up(what: str, reset_s: float, clock: SteadyClock) -> ApiError:
     renewed = datetime.fromtimestamp(clock.now() + reset_s, UTC)
-    raise ApiError(
+    return ApiError(
         429,
-        f"The budget of {most} tokens a {span} is used up; it is renewed at "
-        f"{renewed:%Y-%m-%dT%H:%M:%SZ}.",
+        f"{what} {renewed:%Y-%m-%dT%H:%M:%SZ}.",
         "insufficient_quota",
         code="insufficient_quota",
         headers={"Retry-After": str(math.ceil(reset_s)), **NO_RETRY},

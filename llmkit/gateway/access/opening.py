@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import ssl
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from tornado import httpserver
 
 from llmkit.errors import InvalidRequestError
+from llmkit.gateway.access.authenticator import Authenticator
 from llmkit.gateway.access.clock import SteadyClock
 from llmkit.gateway.access.cors import Cors
 from llmkit.gateway.access.edge import Edge
@@ -23,7 +24,9 @@ from llmkit.settings.entries import KeyEntry
 from llmkit.settings.gateway import GatewayOptions
 
 if TYPE_CHECKING:
+    from llmkit.gateway.access.hub_opening import HubAccess
     from llmkit.gateway.access.watching import KeyWatch
+    from llmkit.gateway.ops.pages import Visitors
     from llmkit.gateway.pipeline import Stage
     from llmkit.store.database import Database
     from llmkit.store.usage import UsageWriter
@@ -37,9 +40,10 @@ HTTPS = 443
 class Access:
     """Who may use a server, and how much.
 
-    ``keys`` and ``edge`` are for `make_app`, ``limiting`` is a stage, ``tls`` is for `make_server`.
-    The ``database`` has keys too, and what is used is written there; it is closed with this. Raises
-    `InvalidRequestError` naming an option, and `StoreError`.
+    ``authenticator``, ``edge`` and ``visitors`` are for `make_app`, ``limiting`` is a stage,
+    ``tls`` is for `make_server`. The ``database`` has keys too, and what is used is written there
+    (``usage``); it is closed with this. With ``of_hub`` the callers are a hub's instead, and there
+    are no keys. Raises `InvalidRequestError` naming an option, and `StoreError`.
     """
 
     def __init__(
@@ -48,33 +52,51 @@ class Access:
         entries: Sequence[KeyEntry] = (),
         database: Database | None = None,
         clock: SteadyClock | None = None,
+        *,
+        of_hub: Callable[[Edge], HubAccess] | None = None,
     ) -> None:
-        self._clock = clock or SteadyClock()
+        self.clock = clock or SteadyClock()
         self._database = database
         self._check_budgets(entries)
         self._files = _files(options)
         self._certificates = None if self._files is None else Certificates(*self._files)
         redis = Redis(options.redis_url) if options.redis_url else None
         self._windows = Windows(redis)
-        watch = None if database is None else _watch(database)
-        self.keys = Keys(
-            options.api_key,
-            options.host,
-            entries=entries,
-            stored=() if watch is None else watch.records,
-            keyless=Allowance(rate=options.rate),
-            cors=Cors(options.cors_origins, local=True),
-            now=self._clock.now,
-            on_use=self._note_use,
-        )
+        watch = None if database is None or of_hub is not None else _watch(database)
+        self.keys = None
+        if of_hub is None:
+            self.keys = Keys(
+                options.api_key,
+                options.host,
+                entries=entries,
+                stored=() if watch is None else watch.records,
+                keyless=Allowance(rate=options.rate),
+                cors=Cors(options.cors_origins, local=True),
+                now=self.clock.now,
+                on_use=self._note_use,
+            )
         proxies = Proxies(options.trusted_proxies)
         is_https = self._certificates is not None and options.port == HTTPS
         self.edge = Edge(self._cors(options), proxies, is_https)
-        self._usage = None if database is None else _usage(database, self._clock)
+        self.hub = None if of_hub is None else of_hub(self.edge)
+        rolls = self.hub is not None
+        self.usage = None if database is None else _usage(database, self.clock, rolls=rolls)
         self._keys_watch = watch
-        if watch is not None:
+        if watch is not None and self.keys is not None:
             watch.start(self.keys.take_stored)
-        self.limiting: Stage = limiting(self._windows, self._usage, self._clock)
+        self.limiting: Stage = limiting(self._windows, self.usage, self.clock)
+
+    @property
+    def authenticator(self) -> Authenticator:
+        if self.hub is not None:
+            return self.hub.users
+        assert self.keys is not None
+        return self.keys
+
+    @property
+    def visitors(self) -> Visitors | None:
+        """None: as `make_app` has it."""
+        return None if self.hub is None else self.hub.visitors
 
     @property
     def tls(self) -> ssl.SSLContext | None:
@@ -96,12 +118,13 @@ class Access:
         certificates = self._certificates
         if files is not None and files != self._files:
             certificates = Certificates(*files)
-        self.keys.replace(
-            options.api_key,
-            entries,
-            keyless=Allowance(rate=options.rate),
-            cors=Cors(options.cors_origins, local=True),
-        )
+        if self.keys is not None:
+            self.keys.replace(
+                options.api_key,
+                entries,
+                keyless=Allowance(rate=options.rate),
+                cors=Cors(options.cors_origins, local=True),
+            )
         self.edge.cors = self._cors(options)
         self._files, self._certificates = files, certificates
 
@@ -118,16 +141,16 @@ class Access:
     async def close(self) -> None:
         """Write down what was used, and close the database."""
         await self._windows.close()
-        for part in (self._keys_watch, self._usage, self._database):
+        for part in (self._keys_watch, self.usage, self._database):
             if part is not None:
                 await asyncio.to_thread(part.close)
 
     def _cors(self, options: GatewayOptions) -> Cors:
-        return Cors(options.cors_origins, local=self.keys.is_open)
+        return Cors(options.cors_origins, local=self.keys is not None and self.keys.is_open)
 
     def _note_use(self, sha256: str, now: float) -> None:
-        if self._usage is not None:
-            self._usage.note_use(sha256, now)
+        if self.usage is not None:
+            self.usage.note_use(sha256, now)
 
     def _check_budgets(self, entries: Sequence[KeyEntry]) -> None:
         for entry in entries:
@@ -152,8 +175,9 @@ def _watch(database: Database) -> KeyWatch:
     return KeyWatch(KeyStore(database))
 
 
-def _usage(database: Database, clock: SteadyClock) -> UsageWriter:
+def _usage(database: Database, clock: SteadyClock, *, rolls: bool) -> UsageWriter:
     from llmkit.store.keys import KeyStore
     from llmkit.store.usage import UsageStore, UsageWriter
 
-    return UsageWriter(UsageStore(database), KeyStore(database), clock.today)
+    now = clock.now if rolls else None
+    return UsageWriter(UsageStore(database), KeyStore(database), clock.today, now=now)

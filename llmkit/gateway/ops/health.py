@@ -28,6 +28,8 @@ QUIET = frozenset(
         "/engine",
         "/metrics",
         "/status",
+        "/usage",
+        "/usage/all",
         "/docs",
         "/swagger-ui",
         "/openapi.json",

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any, Protocol
+
 from llmkit.gateway.exchange import Exchange
 from llmkit.gateway.failures import ApiError
 from llmkit.gateway.ops.openapi import Route
@@ -9,17 +12,22 @@ from llmkit.gateway.ops.status import StatusRoutes
 from llmkit.gateway.web import View, page
 from llmkit.gateway.web.assets import asset
 
-__all__ = ["PAGES", "PageRoutes", "send_locked_page"]
+__all__ = ["PAGES", "Locked", "PageRoutes", "Visitors"]
 
-PAGES = ("/", "/chat")
+PAGES = ("/", "/chat", "/usage")
 YEAR_S = 31_536_000
 
 
 class PageRoutes:
-    """The page at the gateway's root, whose tab in front is ``home``, and at ``/chat``."""
+    """The page at the gateway's root, whose tab in front is ``home``, and at ``/chat``.
 
-    def __init__(self, status: StatusRoutes, home: View = "chat") -> None:
-        self._status, self._home = status, home
+    With ``has_usage`` it leads to `/usage`.
+    """
+
+    def __init__(
+        self, status: StatusRoutes, home: View = "chat", *, has_usage: bool = False
+    ) -> None:
+        self._status, self._home, self._has_usage = status, home, has_usage
 
     def routes(self) -> list[Route]:
         return [
@@ -31,12 +39,19 @@ class PageRoutes:
     async def root(self, exchange: Exchange) -> None:
         # Without JavaScript it shows the state at least.
         state = await self._status.state(exchange) if self._home == "status" else None
-        text = page(self._home, self._home, base=_base(exchange), state=state)
+        text = page(self._home, self._home, state=state, **self._facts(exchange))
         exchange.send_page(text, headers={"Cache-Control": "no-cache"}, has_assets=True)
 
     async def chat(self, exchange: Exchange) -> None:
-        text = page("chat", self._home, base=_base(exchange))
+        text = page("chat", self._home, **self._facts(exchange))
         exchange.send_page(text, headers={"Cache-Control": "no-cache"}, has_assets=True)
+
+    def _facts(self, exchange: Exchange) -> dict[str, Any]:
+        return {
+            "base": _base(exchange),
+            "has_usage": self._has_usage,
+            "has_login": exchange.has_login,
+        }
 
     async def asset(self, exchange: Exchange) -> None:
         found = asset(exchange.args[0])
@@ -50,11 +65,29 @@ class PageRoutes:
         exchange.send_bytes(found.data, 200, headers, found.content_type)
 
 
-def send_locked_page(exchange: Exchange) -> None:
-    """A 401 whose page asks for the key, and then goes on with it."""
-    headers = {"WWW-Authenticate": "Bearer", "Cache-Control": "no-cache"}
-    text = page("chat", "chat", base=_base(exchange), locked=True)
-    exchange.send_page(text, 401, headers, has_assets=True)
+class Visitors(Protocol):
+    """Browsers that ask for a page, once it is known whether somebody is logged in."""
+
+    def welcome(self, exchange: Exchange, headers: Mapping[str, str]) -> None:
+        """Somebody is, and gets the page."""
+        ...
+
+    def turn_away(self, exchange: Exchange) -> None:
+        """Nobody is: answer in the page's place."""
+        ...
+
+
+class Locked:
+    """Who has no key gets a page that asks for it, and then goes on with it."""
+
+    def welcome(self, exchange: Exchange, headers: Mapping[str, str]) -> None:
+        """There is nothing to add."""
+
+    def turn_away(self, exchange: Exchange) -> None:
+        """A 401."""
+        headers = {"WWW-Authenticate": "Bearer", "Cache-Control": "no-cache"}
+        text = page("chat", "chat", base=_base(exchange), locked=True)
+        exchange.send_page(text, 401, headers, has_assets=True)
 
 
 def _base(exchange: Exchange) -> str:

@@ -94,9 +94,7 @@ class StatusRoutes:
         return {
             "version": __version__,
             "up_s": round(time.time() - self._started, 1),
-            "models": [
-                self._model(entry, places, is_admin) for entry in self._directory.entries()
-            ],
+            "models": [self._model(entry, places, is_admin) for entry in self._directory.entries()],
             "offered": [asdict(each) for each in self._offered() if may_use(each.name)],
             "actions": list(self._actions()) if is_admin else [],
             "gone": [
@@ -125,6 +123,7 @@ class StatusRoutes:
             "quantization": model.quantization,
             "device": model.device,
             "generates": model.use == "generate",
+            "inputs": model.inputs,
             "gpus": model.gpu_bytes,
             "n_ctx": model.n_ctx,
             "kernel": origin.kernel_id,

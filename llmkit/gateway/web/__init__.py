@@ -15,18 +15,26 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from llmkit.gateway.web.assets import MODULES, STYLES, folder
 from llmkit.version import __version__
 
-__all__ = ["View", "docs_page", "page", "status_part"]
+__all__ = ["View", "docs_page", "page", "status_part", "usage_page"]
 
 View = Literal["chat", "status"]
 
 
 def page(
-    view: View, home: View, *, base: str, state: dict[str, Any] | None = None, locked: bool = False
+    view: View,
+    home: View,
+    *,
+    base: str,
+    state: dict[str, Any] | None = None,
+    locked: bool = False,
+    has_usage: bool = False,
+    has_login: bool = False,
 ) -> str:
     """The page with its two tabs, ``view`` in front; ``home`` is the one at the gateway's root.
 
     ``base`` leads from the page's address to the other routes. ``state`` is what the second tab
     shows before its script has fetched more; a ``locked`` page asks for the key first.
+    ``has_usage`` links to what callers have used; with ``has_login`` one logs in elsewhere.
     """
     return _render(
         "page.html",
@@ -39,12 +47,29 @@ def page(
         styles=STYLES,
         state=state,
         locked=locked,
+        has_usage=has_usage,
+        has_login=has_login,
     )
 
 
 def status_part(state: dict[str, Any]) -> str:
     """The part of the status page that changes."""
     return _render("status_part.html", state=state)
+
+
+def usage_page(
+    own: dict[str, Any], every: dict[str, Any] | None, *, base: str, has_login: bool
+) -> str:
+    """What a caller has used, and what everybody has, for those who may see it."""
+    return _render(
+        "usage.html",
+        own=own,
+        every=every,
+        base=base,
+        assets=base + folder(),
+        styles=STYLES,
+        has_login=has_login,
+    )
 
 
 def docs_page(routes: Sequence[dict[str, Any]]) -> str:

@@ -2,5 +2,5 @@
 
 __all__ = ["HEAD", "VERSION_TABLE"]
 
-HEAD = "v0003"  # the newest step: looking it up in the files would import alembic at each start
+HEAD = "v0005"  # the newest step: looking it up in the files would import alembic at each start
 VERSION_TABLE = "llmkit_version"

@@ -50,7 +50,7 @@ export function ofSession(id, session) {
 }
 
 // Jupyter wants the value of its cookie with whatever changes something, a hub with everything.
-function xsrf() {
+export function xsrf() {
   const found = document.cookie.match(/(?:^|; )_xsrf=([^;]*)/);
   return found ? decodeURIComponent(found[1]) : null;
 }

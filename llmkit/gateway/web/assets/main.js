@@ -1,6 +1,6 @@
 // The page: puts its parts together, knows the address, the theme, the tabs and the keys.
 
-import {currentKey, get, isSession, onLocked, setKey} from './api.js';
+import {address, currentKey, get, isSession, onLocked, setKey} from './api.js';
 import {Composer} from './composer.js';
 import {Conversation} from './conversation.js';
 import {$, icon, note} from './dom.js';
@@ -21,7 +21,8 @@ for (const place of document.querySelectorAll('[data-icon]')) {
 const socket = new ChatSocket(event => conversation.heard(event), isThere => {
   $('offline').hidden = isThere;
 });
-const models = new Models(name => conversation.chooseModel(name));
+const models = new Models(name => conversation.chooseModel(name),
+  ({sees}) => composer.see(sees));
 const conversation = new Conversation(socket, models, (session, isNew) => {
   if (isNew) {
     history.replaceState(null, '', `${pages.chat}#${encodeURIComponent(session.id)}`);
@@ -34,7 +35,7 @@ const conversation = new Conversation(socket, models, (session, isNew) => {
 let listing = 0;
 const settings = new Settings(values => conversation.configure(values));
 const composer = new Composer({
-  send: text => conversation.send(text),
+  send: (text, pictures) => conversation.send(text, pictures),
   stop: () => conversation.stop(),
   last: () => conversation.editLast(),
 });
@@ -149,8 +150,12 @@ document.addEventListener('keydown', event => {
   }
 });
 
-// A server with a key: it is asked for, and kept in this tab only.
+// A server with a key: it is asked for, and kept in this tab only. A hub asks for a login.
 onLocked(wasGiven => {
+  if ('login' in root.dataset) {
+    location.assign(address('login?next=' + encodeURIComponent(location.pathname)));
+    return;
+  }
   const dialog = $('lock');
   if (wasGiven) $('lock-note').textContent = 'This is not the key.';
   if (!dialog.open) { dialog.showModal(); $('key').focus(); }

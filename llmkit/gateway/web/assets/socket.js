@@ -1,6 +1,6 @@
 // The socket of all turns: connects when needed, comes back after a loss, and resumes its turns.
 
-import {address, currentKey} from './api.js';
+import {address, currentKey, xsrf} from './api.js';
 
 const FIRST_DELAY_MS = 300, MOST_DELAY_MS = 8000, PING_MS = 25000;
 
@@ -29,6 +29,7 @@ export class ChatSocket {
     clearTimeout(this.timer);
     const url = address('v1/chat/ws');
     url.protocol = url.protocol.replace('http', 'ws');
+    if (xsrf()) url.searchParams.set('_xsrf', xsrf());  // a socket has no headers
     const socket = this.socket = new WebSocket(url);
     socket.onopen = () => this.opened();
     socket.onmessage = message => this.heard(JSON.parse(message.data));
