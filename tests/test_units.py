@@ -25,7 +25,7 @@ def settings(path: Path) -> dict[str, list[str]]:
 
 @pytest.mark.parametrize(
     ("name", "instance"),
-    [("llmkit-engine@.service", "llmkit-engine@small.service")],
+    [("llmkit-engine@.service", "llmkit-engine@small.service"), ("llmkit-hub.service", "")],
 )
 def test_systemd_accepts_the_unit(name: str, instance: str, tmp_path: Path) -> None:
     text = (UNITS / name).read_text().replace("/opt/llmkit/bin/llmkit", sys.executable)
@@ -42,7 +42,7 @@ def test_units_share_their_sandbox_and_have_time_to_drain() -> None:
     own = re.compile(
         r"Exec|Environment|Directory|Description|Type|Notify|Watchdog|OOM|Load|Timeout"
     )
-    for name in ("llmkit-engine@.service",):
+    for name in ("llmkit-engine@.service", "llmkit-hub.service"):
         unit = settings(UNITS / name)
         assert {k: v for k, v in unit.items() if not own.search(k)} == {
             k: v for k, v in first.items() if not own.search(k)

@@ -1,0 +1,65 @@
+"""What `deploy/` has for a JupyterHub, as far as it can be checked without a cluster."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import yaml
+from deploy_tools import DEPLOY
+from test_deploy import Loader, deployments, rendered
+
+from llmkit.cluster.address import hub_address
+from llmkit.settings.hub_place import HubPlace
+
+__all__ = ["rendered"]  # a fixture
+
+
+def test_the_service_of_a_hub(rendered: dict[str, list[dict[str, Any]]]) -> None:
+    """It has the hub's token and no key, may ask the hub, and answers where the proxy looks."""
+    resources = rendered["hub"]
+    template = dict(deployments(resources))["llmkit"]
+    assert template["metadata"]["labels"]["hub.jupyter.org/network-access-hub"] == "true"
+    (container,) = template["spec"]["containers"]
+    assert container["args"][0] == "hub" and not any("base-path" in a for a in container["args"])
+    given = {each["name"]: each for each in container["env"]}
+    token = {"name": "hub", "key": "hub.services.llmkit.apiToken"}
+    assert given["JUPYTERHUB_API_TOKEN"]["valueFrom"]["secretKeyRef"] == token
+    assert "LLMKIT_API_KEY" not in given
+    environment = {name: each["value"] for name, each in given.items() if "value" in each}
+    place = HubPlace.of({**environment, "JUPYTERHUB_API_TOKEN": "t"})
+    assert place.prefix == "/jupyter/services/llmkit" and place.base_url == "/jupyter/"
+    assert container["livenessProbe"]["httpGet"]["path"] == f"{place.prefix}/health/live"
+    assert "llmkit-keys" not in {each["metadata"]["name"] for each in resources}
+    policy = next(e for e in resources if e["metadata"]["name"] == "llmkit-gateway")
+    to_hub = {
+        "ports": [{"port": 8081, "protocol": "TCP"}],
+        "to": [{"podSelector": {"matchLabels": {"component": "hub"}}}],
+    }
+    assert to_hub in policy["spec"]["egress"]
+    (monitor,) = (e for e in resources if e["kind"] == "ServiceMonitor")
+    (endpoint,) = monitor["spec"]["endpoints"]
+    assert endpoint["path"] == f"{place.prefix}/metrics"
+    assert endpoint["authorization"]["credentials"] == token
+
+
+def test_the_hub_s_own_configuration() -> None:
+    """The samples name what there is: commands, scopes, variables and the chart's Service."""
+    folder = DEPLOY / "jupyterhub"
+    values = yaml.load((folder / "z2jh-values.yaml").read_text(), Loader)
+    scope = "access:services!service=llmkit"
+    service = values["hub"]["services"]["llmkit"]
+    assert service["url"] == "http://llmkit:3000"
+    assert scope in service["oauth_client_allowed_scopes"]
+    assert {"self", scope} <= set(values["hub"]["loadRoles"]["user"]["scopes"])
+    assert scope in values["hub"]["config"]["Spawner"]["server_token_scopes"]
+    url = values["singleuser"]["extraEnv"]["LLMKIT_HUB_URL"]
+    assert hub_address({"LLMKIT_HUB_URL": url}, "t").path == "/services/llmkit"
+    text = (folder / "jupyterhub_config.py").read_text()
+    given = SimpleNamespace(JupyterHub=SimpleNamespace(), Spawner=SimpleNamespace())
+    given.Spawner.environment = {}
+    exec(compile(text, "jupyterhub_config.py", "exec"), {"get_config": lambda: given})
+    (made,) = given.JupyterHub.services
+    assert made["command"][1] == "hub" and made["name"] == "llmkit"
+    assert scope in given.Spawner.server_token_scopes
+    assert "custom:llmkit:admin" in given.JupyterHub.custom_scopes
