@@ -17,6 +17,7 @@ from llmkit.store.conversation_records import (
     StoredMessage,
     checked_json,
 )
+from llmkit.store.media_parts import with_digests, with_files
 
 __all__ = [
     "FORMAT",
@@ -31,6 +32,7 @@ __all__ = [
 FORMAT, VERSION = "llmkit-conversation", 1
 SAVED_SESSION = "llmkit-session"  # what `Session.save` writes
 Entry = tuple[str, str | None, NewMessage]  # key, key of the parent
+NOTHING: Mapping[str, bytes] = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,8 +44,12 @@ class ImportedConversation:
     head: str | None = None
 
 
-def exported(conversation: StoredConversation, messages: list[StoredMessage]) -> dict[str, Any]:
-    """Implements `ConversationStore.export`."""
+def exported(
+    conversation: StoredConversation,
+    messages: list[StoredMessage],
+    files: Mapping[str, bytes] = NOTHING,
+) -> dict[str, Any]:
+    """Implements `ConversationStore.export`; ``files`` are those of the messages, by digest."""
     return {
         "format": FORMAT,
         "version": VERSION,
@@ -54,17 +60,19 @@ def exported(conversation: StoredConversation, messages: list[StoredMessage]) ->
         "created_at": conversation.created_at,
         "updated_at": conversation.updated_at,
         "head": conversation.head,
-        "messages": [exported_message(message) for message in messages],
+        "messages": [exported_message(message, files) for message in messages],
     }
 
 
-def exported_message(message: StoredMessage) -> dict[str, Any]:
-    """A message of an export."""
+def exported_message(
+    message: StoredMessage, files: Mapping[str, bytes] = NOTHING
+) -> dict[str, Any]:
+    """A message of an export, with its ``files`` in it."""
     data: dict[str, Any] = {
         "id": message.id,
         "parent": message.parent_id,
         "role": message.role,
-        "content": message.content,
+        "content": with_files(message.content, files),
         "status": "partial" if message.status == "running" else message.status,
         "created_at": message.created_at,
     }
@@ -161,9 +169,10 @@ def _message(data: Mapping[str, Any]) -> NewMessage:
     reason = data.get("finish_reason")
     if isinstance(reason, str) and len(reason) > 64:
         raise InvalidRequestError("its finish_reason must be a short text.", "messages")
+    files: dict[str, bytes] = {}
     return NewMessage(
         role,
-        "" if content is None else content,
+        "" if content is None else with_digests(content, files),
         data.get("reasoning", data.get("reasoning_content")),
         _calls(data.get("tool_calls")),
         data.get("tool_call_id"),
@@ -173,6 +182,7 @@ def _message(data: Mapping[str, Any]) -> NewMessage:
         model,
         None if usage is None else checked_json(usage, "usage", 10_000),
         None if created_at is None or not math.isfinite(created_at) else float(created_at),
+        files,
     )
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from llmkit.store import conversation_formats as formats
 from llmkit.store import conversation_pages as pages
 from llmkit.store import conversation_rows as rows
 from llmkit.store import conversation_search as searching
+from llmkit.store import media
 from llmkit.store.conversation_pages import MessagePage
 from llmkit.store.conversation_paths import Paths
 from llmkit.store.conversation_records import StoredConversation, StoredMessage
@@ -21,6 +22,7 @@ __all__ = ["ConversationReader"]
 ManyConversations = list[StoredConversation]
 Path = list[StoredMessage]
 Ids = list[str]
+Files, Sizes = dict[str, bytes], dict[str, int]
 
 
 class ConversationReader:
@@ -70,9 +72,10 @@ class ConversationReader:
         """All of a conversation as JSON, for a file and for `import_`."""
         with self.database.connected() as connection:
             row = rows.find(connection, owner, conversation_id, self._now())
-            return formats.exported(
-                rows.conversation_of(row), rows.read_messages(connection, row.id)
-            )
+            messages = rows.read_messages(connection, row.id)
+            digests = [digest for message in messages for digest in message.digests]
+            files = media.read(connection, row.owner, digests)
+            return formats.exported(rows.conversation_of(row), messages, files)
 
     def messages(self, owner: str, conversation_id: str) -> Path:
         """All messages of the tree, in the order in which they were stored."""
@@ -124,6 +127,16 @@ class ConversationReader:
         with self.database.connected() as connection:
             row = rows.find(connection, owner, conversation_id, self._now())
             return rows.read_message(connection, row.id, message_id)
+
+    def media(self, owner: str, digests: Collection[str]) -> Files:
+        """Those of an owner's pictures and sounds that are there, by digest."""
+        with self.database.connected() as connection:
+            return media.read(connection, rows.owner_key(owner), digests)
+
+    def media_sizes(self, owner: str, digests: Collection[str]) -> Sizes:
+        """The same, but only how many bytes they have."""
+        with self.database.connected() as connection:
+            return media.sizes(connection, rows.owner_key(owner), digests)
 
     def path(self, owner: str, conversation_id: str, leaf: str | None = None) -> Path:
         """The messages from the root to ``leaf`` (by default the head).

@@ -7,7 +7,7 @@ import math
 import re
 import secrets
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from llmkit.errors import InvalidRequestError
@@ -31,6 +31,7 @@ __all__ = [
     "Unset",
     "checked_fields",
     "checked_json",
+    "digests_of",
     "is_session_id",
     "new_id",
     "storable",
@@ -83,7 +84,8 @@ def is_session_id(text: str) -> bool:
 class NewMessage:
     """A message to be stored.
 
-    ``content`` is text, or a list of OpenAI's parts. Raises `InvalidRequestError` for a wrong role
+    ``content`` is text, or a list of OpenAI's parts; ``media`` has files that it holds, by digest,
+    and perhaps others. Raises `InvalidRequestError` for a wrong role
     or type, and for more than `MAX_MESSAGE_CHARS`.
     """
 
@@ -98,10 +100,11 @@ class NewMessage:
     model: str = ""
     usage: dict[str, Any] | None = None
     created_at: float | None = None  # None: now
+    media: Mapping[str, bytes] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
     def of(cls, message: Message, **more: Any) -> NewMessage:
-        """A message of a chat; ``more`` are other fields, such as ``model``."""
+        """A message of a chat; ``more`` are other fields, such as ``model`` and ``media``."""
         return cls(
             message.role,
             _content_of(message),
@@ -136,6 +139,11 @@ class NewMessage:
                 f"{limit:,}.",
                 "messages",
             )
+
+    @property
+    def digests(self) -> list[str]:
+        """What pictures and sounds its content holds."""
+        return digests_of(self.content)
 
     @property
     def size(self) -> int:
@@ -190,6 +198,11 @@ class StoredMessage:
         return "".join(str(p.get("text", "")) for p in self.content if p.get("type") == "text")
 
     @property
+    def digests(self) -> list[str]:
+        """What pictures and sounds its content holds."""
+        return digests_of(self.content)
+
+    @property
     def size(self) -> int:
         """Characters of its texts, about what it costs to keep."""
         calls = sum(len(c.call_id) + len(c.name) + len(c.arguments) for c in self.tool_calls)
@@ -219,6 +232,14 @@ class StoredConversation:
     ttl_s: float | None
     expires_at: float | None
     num_messages: int
+
+
+def digests_of(content: Content) -> list[str]:
+    """What pictures and sounds a content holds."""
+    if isinstance(content, str):
+        return []
+    found = (part.get("digest") for part in content if part.get("type") == "media")
+    return [digest for digest in found if isinstance(digest, str)]
 
 
 def usage_of(done: Completion) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from sqlalchemy.engine import Connection
 
 from llmkit.errors import ConflictError, InvalidRequestError, NotFoundError
 from llmkit.protocol import Message, ToolCall
+from llmkit.store import media
 from llmkit.store.conversation_bounds import MUCH_CHARS, check_owner
 from llmkit.store.conversation_records import (
     MAX_CHARS,
@@ -278,6 +279,10 @@ def insert(
     ]
     if values:
         connection.execute(INSERT_MESSAGES, values)
+    digests = [digest for _, _, message in messages for digest in message.digests]
+    if digests:
+        files = {digest: data for _, _, m in messages for digest, data in m.media.items()}
+        media.keep(connection, row.owner, digests, files, now, conversation_id=row.id)
     row.num_messages += len(messages)
     row.num_chars += size
     return [as_read(each) for each in values]

@@ -21,6 +21,7 @@ from llmkit.store import conversation_formats as formats
 from llmkit.store import conversation_replies as replies
 from llmkit.store import conversation_rows as rows
 from llmkit.store import conversation_search as searching
+from llmkit.store import media
 from llmkit.store.conversation_reading import ConversationReader
 from llmkit.store.conversation_records import (
     UNSET,
@@ -164,6 +165,7 @@ class ConversationStore(ConversationReader):
         with self.database.connected(writes=True) as connection:
             row = rows.find(connection, owner, conversation_id, self._now(), lock=True)
             connection.execute(sa.delete(CONVERSATIONS).where(CONVERSATIONS.c.id == row.id))
+            media.remove_unused(connection, self._now(), row.owner)
         self._paths.drop(conversation_id)
 
     def delete_all(self, owner: str) -> int:
@@ -172,6 +174,7 @@ class ConversationStore(ConversationReader):
             where = CONVERSATIONS.c.owner == rows.owner_key(owner)
             ids = connection.scalars(sa.select(CONVERSATIONS.c.id).where(where)).all()
             connection.execute(sa.delete(CONVERSATIONS).where(where))
+            media.remove_unused(connection, self._now(), rows.owner_key(owner))
         for each in ids:
             self._paths.drop(each)
         return len(ids)
@@ -317,9 +320,13 @@ class ConversationStore(ConversationReader):
         return count
 
     def remove_expired(self) -> int:
-        """Delete conversations that have expired and are not in use; how many."""
+        """Delete conversations that have expired and are not in use; how many. And files of all
+        that are gone."""
         with self.database.connected(writes=True) as connection:
-            return searching.remove_expired(connection, self._now())
+            now = self._now()
+            count = searching.remove_expired(connection, now)
+            media.remove_unused(connection, now)
+            return count
 
     def in_use(self, ids: Callable[[], Collection[str]]) -> None:
         """Let ``ids`` say which conversations are in use, beside those with running replies."""

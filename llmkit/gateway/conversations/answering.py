@@ -6,6 +6,7 @@ Tornado loop only.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from llmkit.chat.parsers.events import Call, Content, Event, Reasoning
 from llmkit.errors import EngineGoneError, ModelNotFoundError
@@ -22,6 +23,7 @@ from llmkit.gateway.conversations.shelf import Shelf
 from llmkit.gateway.directory import EngineDirectory
 from llmkit.gateway.failures import ApiError, api_error
 from llmkit.gateway.ids import new_id
+from llmkit.gateway.media.attached import Attached
 from llmkit.protocol import Completion, Message, ToolCall
 from llmkit.protocol.client import EngineClient
 from llmkit.store.conversation_records import NewMessage, StoredConversation, StoredMessage
@@ -54,8 +56,13 @@ class Answering:
         body = await exchange.read(BODIES[wish.kind])
         turn.is_streamed = body.stream
         shelf = self._shelf()
+        attached = Attached(None)
+        body.new(attached)  # to see what is attached
+        await attached.read(exchange)
         known = wish.session_id or turn.id  # a new session waits for no other
-        place = await shelf.call(owner, lambda store: placed(store, owner, wish, body), known)
+        place = await shelf.call(
+            owner, lambda store: placed(store, owner, wish, body, attached), known
+        )
         if isinstance(body, SendBody | EditBody) and not body.reply:
             await self._append(exchange, place, known)
             return
@@ -65,6 +72,7 @@ class Answering:
         exchange.given |= frozenset(settings.model_dump(exclude_none=True))
         new = [_message(m) for m in place.new]
         chat = chat_of(settings, new or [QUESTION], engine.description)
+        chat = replace(chat, media=attached.files)
         how = "drop" if place.session is None else place.session.pruning
         fitted = await fit(exchange, engine, chat, place.path, new, how)
         answer = Answer(engine, fitted.chat, new_id("turn"), exchange, self._on_use)

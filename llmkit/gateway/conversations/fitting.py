@@ -13,12 +13,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from llmkit.chat.parsers.events import Content
-from llmkit.errors import ContextLengthError
+from llmkit.errors import ContextLengthError, InvalidRequestError
 from llmkit.gateway.answers import Answer
 from llmkit.gateway.aside import Waiting
 from llmkit.gateway.chats import Chat
 from llmkit.gateway.exchange import Exchange
 from llmkit.gateway.ids import new_id
+from llmkit.media.taking import check_takes
 from llmkit.protocol import (
     INSTRUCTIONS,
     Inquiry,
@@ -30,6 +31,7 @@ from llmkit.protocol import (
 from llmkit.protocol.client import EngineClient
 from llmkit.sessions.pruning import Pruned, ask_for_summary, prune, with_summary
 from llmkit.store.conversation_records import Pruning, StoredMessage
+from llmkit.store.media_parts import with_words
 
 __all__ = ["Fitted", "fit"]
 
@@ -37,6 +39,8 @@ MESSAGE_BYTES, CHAT_BYTES = 64, 512  # what a template adds to texts, at most, a
 ANSWER_SHARE = 4  # at most a quarter of the context is left to the answer
 SUMMARY_TOKENS = 400
 COUNT_S = 60.0
+MAX_TOLD = 48  # pictures and sounds of a history
+MEDIA_TOKENS = 16_384  # one of them, at most, about
 SHORT, SHORT_CHARS = 64, 64 << 10  # messages, and their characters, that are walked at once
 
 
@@ -82,6 +86,7 @@ async def fit(
     what cannot be made to fit, or is not to be.
     """
     assert exchange.turns is not None
+    chat, path = await _with_media(exchange, engine, chat, path, new)
     who, counting = exchange.counted_as, exchange.turns.counting(engine.description.name)
     told = (
         _told(chat, path, new, system)
@@ -119,6 +124,37 @@ async def fit(
     if summary:
         note["summary"] = summary
     return Fitted(_summed_up(chat, pruned.messages, summary), note, is_new=True)
+
+
+async def _with_media(
+    exchange: Exchange,
+    engine: EngineClient,
+    chat: Chat,
+    path: Sequence[StoredMessage],
+    new: Sequence[Message],
+) -> tuple[Chat, Sequence[StoredMessage]]:
+    """The chat with the files of the history and of the new messages.
+
+    Only the latest are told, and words in place of the others, and of those that are gone. Raises
+    `InvalidRequestError` if the model takes none of their kind.
+    """
+    items = [item for message in new for item in message.media]
+    digests = [digest for message in path for digest in message.digests]
+    if not items and not digests:
+        return chat, path
+    assert exchange.turns is not None
+    told = [*(item for m in path if m.digests for item in m.message.media), *items]
+    for item in told:
+        check_takes(engine.description, item.kind, "messages")
+    wanted = {item.digest for item in told[-MAX_TOLD:]} - chat.media.keys()
+    owner = exchange.identity.name
+    files = await exchange.turns.shelf.look(owner, lambda store: store.media(owner, wanted))
+    files = {**files, **chat.media}
+    if any(item.digest not in files for item in items):
+        raise InvalidRequestError("messages: there is no picture of this digest.", "messages")
+    return replace(chat, media=files), [
+        replace(m, content=with_words(m.content, files)) if m.digests else m for m in path
+    ]
 
 
 def _is_short(path: Sequence[StoredMessage], new: Sequence[Message]) -> bool:
@@ -195,7 +231,9 @@ def _counter(
         asked = replace(chat, messages=tuple(messages), continue_final=False)
         request = asked.request(new_id("count"), engine.description)
         check_size(request, engine.description.n_ctx)
-        question = TokenizeChat(asked.messages, request.tools, request.template_options)
+        question = TokenizeChat(
+            asked.messages, request.tools, request.template_options, media=request.media
+        )
         inquiry = Inquiry(request.request_id, question, caller)
         return len(waiting.result(engine.inquire(inquiry), COUNT_S).tokens)
 
@@ -223,7 +261,7 @@ def _most_bytes(chat: Chat) -> int:
     """Bytes of all texts of a chat: no tokenizer makes more tokens of them."""
     size = CHAT_BYTES
     for message in chat.messages:
-        size += len(message.text.encode()) + MESSAGE_BYTES
+        size += len(message.text.encode()) + MESSAGE_BYTES + MEDIA_TOKENS * len(message.media)
         size += len((message.reasoning_content or "").encode())
         size += sum(len(c.arguments.encode()) + MESSAGE_BYTES for c in message.tool_calls)
     for tool in chat.tools:

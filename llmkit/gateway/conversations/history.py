@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from llmkit.errors import InvalidRequestError
+from llmkit.errors import InvalidRequestError, NotFoundError
 from llmkit.gateway.aside import Waiting
 from llmkit.gateway.conversations.objects import Object, encoded, message_object
 from llmkit.gateway.conversations.turns import Turns
 from llmkit.gateway.exchange import ClientGoneError, Exchange
 from llmkit.gateway.ops.openapi import Query, Route
-from llmkit.store.conversation_records import StoredConversation
+from llmkit.media.addresses import mime_of
+from llmkit.store.conversation_records import StoredConversation, StoredMessage
 
 if TYPE_CHECKING:
     from llmkit.store.conversation_pages import MessagePage
@@ -27,13 +29,14 @@ __all__ = ["MAX_PAGE", "HistoryRoutes", "number_of"]
 logger = logging.getLogger("llmkit.gateway")
 
 MAX_PAGE = 1000
-PART_CHARS, PART_MESSAGES = 1 << 18, 500  # of a file, which are in memory at once
+# Of a file, which are in memory at once.
+PART_CHARS, PART_MESSAGES, PART_BYTES = 1 << 18, 500, 8 << 20
 TAG = "Sessions"
 ORDERS = ("asc", "desc")
 
 
 class HistoryRoutes:
-    """`/v1/sessions/{session_id}/messages` and `…/export`."""
+    """`/v1/sessions/{session_id}/messages`, `…/media` and `…/export`."""
 
     def __init__(self, turns: Turns) -> None:
         self._turns = turns
@@ -56,6 +59,7 @@ class HistoryRoutes:
                     Query.choice("render", "HTML beside the text.", "html"),
                 ),
             ),
+            Route("GET", f"{one}/media/{{digest}}", self.media, "A picture or sound in it", TAG),
             Route(
                 "GET",
                 f"{one}/export",
@@ -109,6 +113,24 @@ class HistoryRoutes:
             session, data = await shelf.look(owner, listed)
         self._touch(session)
         exchange.send_bytes(data)
+
+    async def media(self, exchange: Exchange) -> None:
+        """A file of a session, by its digest; it never changes."""
+        owner, (session_id, digest) = exchange.identity.name, exchange.args
+
+        def read(store: ConversationStore) -> bytes | None:
+            store.get(owner, session_id)
+            return store.media(owner, [digest]).get(digest)
+
+        data = await self._turns.shelf.look(owner, read)
+        if data is None:
+            raise NotFoundError(f"the session has no file {digest!r:.80}.")
+        headers = {
+            "Cache-Control": "private, max-age=31536000, immutable",
+            "Content-Security-Policy": "default-src 'none'; sandbox",
+            "X-Content-Type-Options": "nosniff",
+        }
+        exchange.send_bytes(data, headers=headers, content_type=mime_of(data))
 
     def _touch(self, session: StoredConversation) -> None:
         """It was read; nobody waits until that is noted."""
@@ -204,9 +226,23 @@ def _read_tree(
             max_chars=PART_CHARS,
             children=False,
         )
-        return page, b", ".join(encoded(exported_message(m)) for m in page.messages)
+        sizes = store.media_sizes(session.owner, _digests(page.messages))
+        count, size = 0, 0
+        for message in page.messages:  # as many as are in memory at once, with their files
+            size += sum(sizes.get(digest, 0) for digest in message.digests)
+            if count and size > PART_BYTES:
+                break
+            count += 1
+        if count < len(page.messages):
+            page = replace(page, messages=page.messages[:count], has_more=True)
+        files = store.media(session.owner, _digests(page.messages)) if sizes else {}
+        return page, b", ".join(encoded(exported_message(m, files)) for m in page.messages)
 
     return read
+
+
+def _digests(messages: Sequence[StoredMessage]) -> list[str]:
+    return [digest for message in messages for digest in message.digests]
 
 
 async def _markdown(turns: Turns, session: StoredConversation) -> Parts:

@@ -6,12 +6,13 @@ Raises what the store raises; then nothing was stored.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from llmkit.errors import ConflictError, InvalidRequestError
 from llmkit.gateway.conversations.detached import Wish
 from llmkit.gateway.conversations.schemas import EditBody, SendBody, TurnBody
+from llmkit.gateway.media.attached import Attached
 from llmkit.store.conversation_records import (
     UNDER_WAY,
     NewMessage,
@@ -43,17 +44,20 @@ class Place:
         return self.path[-1].id if self.path else None
 
 
-def placed(store: ConversationStore, owner: str, wish: Wish, body: TurnBody) -> Place:
-    """Where the turn goes on. Any thread; raises what the store raises."""
+def placed(
+    store: ConversationStore, owner: str, wish: Wish, body: TurnBody, attached: Attached
+) -> Place:
+    """Where the turn goes on, with what is ``attached``. Any thread; raises what the store
+    raises."""
     if wish.session_id is None:
         assert isinstance(body, SendBody)
         if isinstance(body.parent_id, str):
             raise InvalidRequestError("parent: a new session has no messages yet.", "parent")
-        return Place(None, [], body.new(), False)
+        return Place(None, [], body.new(attached), False)
     session, path = store.opened(owner, wish.session_id)
     new: list[NewMessage] = []
     if isinstance(body, SendBody):
-        new, branches = body.new(), body.branch
+        new, branches = body.new(attached), body.branch
         leaf = body.parent_id
         if isinstance(leaf, Unset):
             leaf = session.head
@@ -70,8 +74,8 @@ def placed(store: ConversationStore, owner: str, wish: Wish, body: TurnBody) -> 
         message = store.message(owner, session.id, shown)
         if isinstance(body, EditBody):
             leaf = message.parent_id
-            new = [NewMessage(message.role, body.stored, name=message.name,
-                              tool_call_id=message.tool_call_id)]  # fmt: skip
+            same = {"name": message.name, "tool_call_id": message.tool_call_id}
+            new = [replace(each, role=message.role, **same) for each in body.new(attached)]
         else:
             leaf = message.parent_id if message.role == "assistant" else message.id
             if leaf is None:

@@ -112,7 +112,8 @@ async def recalled(
     )
     fitted = await fit(exchange, engine, chat, path, new, session.pruning, system=system)
     stored = [*(() if path else system), *(new[:-1] if chat.continue_final else new)]
-    parent, told = path[-1].id if path else None, [NewMessage.of(m) for m in stored]
+    parent = path[-1].id if path else None
+    told = [NewMessage.of(m, media=chat.files_of([m])) for m in stored]
 
     async def begun() -> StoredMessage:
         stored, _ = await shelf.finish(
@@ -166,6 +167,6 @@ def _read(
 
 def _news(messages: Sequence[Message], path: Sequence[StoredMessage]) -> Sequence[Message]:
     """What of a request the session does not have: some clients send all of it each time."""
-    known = [(m.role, m.text) for m in path if m.role not in INSTRUCTIONS]
-    sent = [(m.role, m.text) for m in messages[: len(known)]]
+    known = [(m.role, m.text, m.digests) for m in path if m.role not in INSTRUCTIONS]
+    sent = [(m.role, m.text, [i.digest for i in m.media]) for m in messages[: len(known)]]
     return messages[len(known) :] if known == sent and len(messages) > len(known) else messages

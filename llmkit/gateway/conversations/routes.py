@@ -14,6 +14,7 @@ from llmkit.gateway.conversations.objects import encoded, session_object
 from llmkit.gateway.conversations.schemas import ChangeBody, ForkBody, ImportBody, SessionBody
 from llmkit.gateway.conversations.turns import Turns
 from llmkit.gateway.exchange import Exchange
+from llmkit.gateway.media.attached import Attached
 from llmkit.gateway.ops.openapi import Query, Route
 from llmkit.store.conversation_records import UNSET, StoredConversation
 
@@ -72,7 +73,10 @@ class SessionRoutes:
         body, owner = await exchange.read(SessionBody), exchange.identity.name
         settings = {} if body.settings is None else body.settings.kept()
         ttl_s = UNSET if body.ttl_s is None else body.ttl_s or None
-        new = body.new()
+        attached = Attached(None)
+        body.new(attached)  # to see what is attached
+        await attached.read(exchange)
+        new = body.new(attached)
         session = await self._call(
             exchange,
             lambda store: store.create(

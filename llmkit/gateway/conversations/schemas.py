@@ -9,7 +9,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from llmkit.errors import InvalidRequestError
 from llmkit.gateway.bodies import Strict
 from llmkit.gateway.conversations.settings import TurnSettings
-from llmkit.protocol import ToolCall
+from llmkit.gateway.media.attached import Attached
+from llmkit.gateway.openai.parts import ImagePart, InputAudioPart
+from llmkit.protocol import Media, ToolCall
 from llmkit.store.conversation_records import MAX_TITLE, UNSET, NewMessage, Pruning, Unset
 
 __all__ = [
@@ -45,13 +47,33 @@ class CallBody(Strict):
     function: FunctionCall
 
 
-Content = str | list[TextPart]
+class MediaPart(Strict):
+    """A picture or sound that one of the caller's sessions has already."""
+
+    type: Literal["media"]
+    digest: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    kind: Literal["image", "audio"]
+
+    def part(self, attached: Attached) -> Media:
+        return Media(self.digest, self.kind)
 
 
-def _stored(content: Content | None) -> str | list[dict[str, Any]]:
+Content = str | list[TextPart | ImagePart | InputAudioPart | MediaPart]
+
+
+def _stored(content: Content | None, attached: Attached) -> str | list[dict[str, Any]]:
+    """Content as it is stored: a text, or parts that name their files by digest."""
     if content is None or isinstance(content, str):
         return content or ""
-    return [part.model_dump() for part in content]
+    made: list[dict[str, Any]] = []
+    for part in content:
+        if isinstance(part, TextPart):
+            made.append({"type": "text", "text": part.text})
+        else:
+            media = part.part(attached)
+            assert isinstance(media, Media)
+            made.append({"type": "media", "digest": media.digest, "kind": media.kind})
+    return made
 
 
 class MessageBody(Strict):
@@ -65,8 +87,11 @@ class MessageBody(Strict):
     tool_calls: list[CallBody] | None = None
     tool_call_id: str | None = None
 
-    def new(self) -> NewMessage:
-        """The message as the store keeps it. Raises `InvalidRequestError`."""
+    def new(self, attached: Attached) -> NewMessage:
+        """The message as the store keeps it, with what is ``attached``.
+
+        Raises `InvalidRequestError`.
+        """
         if self.role == "tool" and not self.tool_call_id:
             raise InvalidRequestError("a tool message needs a tool_call_id.", "messages")
         if self.content is None and not self.tool_calls:
@@ -76,11 +101,12 @@ class MessageBody(Strict):
         ]
         return NewMessage(
             self.role,
-            _stored(self.content),
+            _stored(self.content, attached),
             reasoning=self.reasoning or self.reasoning_content,
             tool_calls=tuple(calls),
             tool_call_id=self.tool_call_id,
             name=self.name,
+            media=attached.files,
         )
 
 
@@ -90,6 +116,10 @@ class TurnBody(Strict):
     model: str | None = None
     settings: TurnSettings | None = None
     stream: bool = False
+
+    def new(self, attached: Attached) -> list[NewMessage]:
+        """The messages that are to be stored with it."""
+        raise NotImplementedError
 
 
 class SendBody(TurnBody):
@@ -102,7 +132,7 @@ class SendBody(TurnBody):
     branch: bool = False
     reply: bool = True
 
-    def new(self) -> list[NewMessage]:
+    def new(self, attached: Attached) -> list[NewMessage]:
         """The messages to be stored. Raises `InvalidRequestError`."""
         given = [
             x for x in (self.content, self.message, self.messages) if x is not None and x != []
@@ -112,10 +142,10 @@ class SendBody(TurnBody):
                 "give exactly one of content, message and messages.", "content"
             )
         if self.message is not None:
-            return [self.message.new()]
+            return [self.message.new(attached)]
         if self.messages is not None:
-            return [message.new() for message in self.messages]
-        return [NewMessage("user", _stored(self.content))]
+            return [message.new(attached) for message in self.messages]
+        return [NewMessage("user", _stored(self.content, attached), media=attached.files)]
 
     @property
     def parent_id(self) -> str | Unset | None:
@@ -129,13 +159,16 @@ class EditBody(TurnBody):
     content: Content
     reply: bool = True
 
-    @property
-    def stored(self) -> str | list[dict[str, Any]]:
-        return _stored(self.content)
+    def new(self, attached: Attached) -> list[NewMessage]:
+        """The message in place of the old one, but for what that keeps."""
+        return [NewMessage("user", _stored(self.content, attached), media=attached.files)]
 
 
 class RegenerateBody(TurnBody):
     """POST /v1/sessions/{session_id}/messages/{message_id}/regenerate"""
+
+    def new(self, attached: Attached) -> list[NewMessage]:
+        return []
 
 
 class SessionBody(Strict):
@@ -151,9 +184,9 @@ class SessionBody(Strict):
 
     uses_model: ClassVar[bool] = False
 
-    def new(self) -> list[NewMessage]:
+    def new(self, attached: Attached) -> list[NewMessage]:
         system = [NewMessage("system", self.system)] if self.system else []
-        return [*system, *(message.new() for message in self.messages or ())]
+        return [*system, *(message.new(attached) for message in self.messages or ())]
 
 
 class ChangeBody(Strict):

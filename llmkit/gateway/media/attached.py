@@ -12,18 +12,18 @@ from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 from llmkit.errors import InvalidRequestError
-from llmkit.media import pictures, sounds
+from llmkit.media import pictures
 from llmkit.media.addresses import decoded, digest_of, from_data_url, is_data_url
+from llmkit.media.taking import check_takes
 from llmkit.protocol import Media, Message, ModelDescription
 
 if TYPE_CHECKING:
     from llmkit.gateway.chats import Chat
     from llmkit.gateway.exchange import Exchange
 
-__all__ = ["MAX_MEDIA", "Attached", "check_all", "check_takes"]
+__all__ = ["MAX_MEDIA", "Attached", "check_all"]
 
 MAX_MEDIA = 16  # in one request
-LOW_SIDE = 512  # pixels, for what is to be looked at in low detail
 Kind = Literal["image", "audio"]
 WORDS: dict[str, tuple[str, str]] = {
     "image": ("a picture", "images"),
@@ -114,20 +114,6 @@ class Attached:
         return replace(message, content=tuple(parts))
 
 
-def check_takes(model: ModelDescription, kind: str, param: str) -> None:
-    """Raises `InvalidRequestError` if a model takes none of this kind."""
-    if kind in model.inputs:
-        return
-    a_file, files = WORDS[kind]
-    others = f" It takes {' and '.join(model.inputs)}." if model.inputs else ""
-    raise InvalidRequestError(
-        f"{param}: there is {a_file}, but the model {model.name} takes no {files}: it was loaded "
-        f"without a projector (mmproj) for them.{others} Load it with projector=…, or leave "
-        f"{a_file.split()[-1]}s out.",
-        param,
-    )
-
-
 def check_all(
     model: ModelDescription, messages: Sequence[Message], media: Mapping[str, bytes]
 ) -> None:
@@ -162,11 +148,13 @@ def _looked_at(data: bytes, sent: Sent) -> tuple[str, bytes]:
     """The file and its digest, if it is one that is read. Runs on a lane."""
     try:
         if sent.kind == "audio":
+            from llmkit.media import sounds  # needs numpy
+
             sounds.check(data)
         else:
             pictures.facts(data)
             if sent.is_low:
-                data = pictures.reduced(data, LOW_SIDE)
+                data = pictures.reduced(data, pictures.LOW_SIDE)
     except InvalidRequestError as error:
         raise InvalidRequestError(f"{sent.param}: {error}", sent.param) from None
     return digest_of(data), data
