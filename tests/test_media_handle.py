@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -223,7 +224,7 @@ def test_a_notebook_shows_thumbnails(llm: LLM, model: ScriptedModel) -> None:
         if type(w).__name__ == "FileUpload"
     )  # fmt: skip
     upload.value = ({"name": "a.png", "type": "image/png", "size": len(PNG), "content": PNG,
-                     "last_modified": 0},)  # fmt: skip
+                     "last_modified": datetime.now(UTC)},)  # fmt: skip
     panel._widgets["box"].value = "And this?"
     panel._widgets["send"].click()
     panel.wait(20)
@@ -251,6 +252,6 @@ def test_the_magic_sends_variables_and_files(
     assert [p if isinstance(p, str) else pictures.facts(p).width for p in parts] == [6, 24, ASKED]
     said = capsys.readouterr().out
     assert said.endswith(f"You said: {ASKED}\n")
-    with pytest.raises(UsageError, match="nowhere.png cannot be read"):
+    with pytest.raises(UsageError, match=r"nowhere\.png cannot be read"):
         magics.llm("-m seer --image nowhere.png", ASKED)
     loaded.forget(llm)

@@ -6,13 +6,15 @@ The formatters are registered with IPython, so that the types themselves stay fr
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
 from llmkit.errors import InvalidRequestError
 from llmkit.notebook import charts
+from llmkit.notebook.thumbnails import media_html
 from llmkit.protocol import Completion, Message
+from llmkit.sessions.messages import NOTHING
 from llmkit.sessions.session import Session
 
 __all__ = ["Tokens", "completion_html", "conversation_html", "register", "tokens_html"]
@@ -26,7 +28,7 @@ def register() -> None:
     if shell is not None:
         html = shell.display_formatter.formatters["text/html"]
         html.for_type(Completion, completion_html)
-        html.for_type(Session, lambda session: conversation_html(session.messages))
+        html.for_type(Session, lambda s: conversation_html(s.messages, s.files))
 
 
 def completion_html(c: Completion) -> str:
@@ -42,16 +44,17 @@ def completion_html(c: Completion) -> str:
     return f'{text}<div style="color:{charts.MUTED};font-size:90%">{escape(note)}</div>'
 
 
-def conversation_html(messages: Sequence[Message]) -> str:
-    """Chat bubbles: the user's messages on the right, the others on the left."""
-    bubbles = "".join(map(_bubble, messages)) or "no messages yet"
+def conversation_html(messages: Sequence[Message], files: Mapping[str, bytes] = NOTHING) -> str:
+    """Chat bubbles: the user's messages on the right, the others on the left. ``files`` are those
+    of their pictures, by digest."""
+    bubbles = "".join(_bubble(message, files) for message in messages) or "no messages yet"
     return (
         f'<div class="{charts.NO_MATH}" role="log" aria-label="conversation" '
         f'style="max-width:760px">{bubbles}</div>'
     )
 
 
-def _bubble(message: Message) -> str:
+def _bubble(message: Message, files: Mapping[str, bytes]) -> str:
     mine = message.role == "user"
     side = "margin-left:15%" if mine else "margin-right:15%"
     back = (
@@ -64,7 +67,7 @@ def _bubble(message: Message) -> str:
         f'<div style="{side};margin-top:6px;padding:6px 10px;border:1px solid {charts.LINE};'
         f'border-radius:8px;background:{back};white-space:pre-wrap">'
         f'<div style="color:{charts.MUTED};font-size:85%">{escape(message.role)}</div>'
-        f"{escape(message.text + calls)}</div>"
+        f"{media_html(message.media, files)}{escape(message.text + calls)}</div>"
     )
 
 

@@ -10,8 +10,11 @@ from typing import Any, NoReturn
 
 from IPython.core.error import UsageError
 from IPython.core.magic import Magics, line_cell_magic, magics_class, no_var_expand
+from IPython.display import HTML, display
 
 from llmkit.errors import InvalidRequestError, LLMKitError
+from llmkit.media.given import picture_file
+from llmkit.notebook.thumbnails import thumbnail_html
 from llmkit.runtime.loaded import loaded
 
 __all__ = ["COMMANDS", "LLMMagics", "complete"]
@@ -20,6 +23,8 @@ COMMANDS = ("load", "list", "use", "unload", "estimate", "status", "serve", "pro
 # A variable with attributes and keys: {topic}, {row.text}, {names[0]}. Without such a variable, the
 # braces are text.
 PLACE = re.compile(r"(?<![{$])\{([A-Za-z_]\w*(?:\.[A-Za-z_]\w*|\[\w+\])*)\}(?!\})")
+
+MISSING = object()
 
 
 class Help(Exception):
@@ -50,6 +55,14 @@ def cell_parser() -> Parser:
     parser.add_argument("-s", "--system", help="system message")
     parser.add_argument(
         "-o", "--output", metavar="VARIABLE", help="keep the completion in this variable"
+    )
+    parser.add_argument(
+        "-i",
+        "--image",
+        action="append",
+        metavar="VARIABLE",
+        default=[],
+        help="send the picture in this variable, or in this file; may be given again",
     )
     parser.add_argument(
         "-r",
@@ -129,12 +142,20 @@ class LLMMagics(Magics):
         sampling = {"max_tokens": options.max_tokens, "temperature": options.temperature}
         sampling = {k: v for k, v in sampling.items() if v is not None}
         if options.raw:
+            if options.image:
+                raise UsageError("%%llm: --raw sends no pictures; leave it out.")
             stream = llm.stream(prompt, **sampling)
         else:
             system = [{"role": "system", "content": options.system}] if options.system else []
+            images = [self._picture(name) for name in options.image]
             stream = llm.chat(
-                [*system, {"role": "user", "content": prompt}], stream=True, **sampling
+                [*system, {"role": "user", "content": prompt}],
+                images=images,
+                stream=True,
+                **sampling,
             )
+            if images:
+                display(HTML("".join(map(thumbnail_html, images))))
         try:
             for piece in stream:
                 print(piece, end="", flush=True)
@@ -143,18 +164,17 @@ class LLMMagics(Magics):
             if options.output:
                 self._variables[options.output] = stream.wait(1.0) or llm.last
 
+    def _picture(self, name: str) -> bytes:
+        """The picture in a variable, such as df.photo or photos[0], or else in a file."""
+        found = _found(self._variables, name)
+        return picture_file(name if found is None else found)
+
     def _expand(self, text: str) -> str:
         return PLACE.sub(self._value, text)
 
     def _value(self, match: re.Match[str]) -> str:
-        name, *path = re.findall(r"\w+|\[\w+\]", match[1])
-        try:
-            value = self._variables[name]
-            for part in path:
-                value = _item(value, part[1:-1]) if part.startswith("[") else getattr(value, part)
-        except (KeyError, AttributeError, IndexError, TypeError):
-            return match[0]
-        return str(value)
+        value = _found(self._variables, match[1], MISSING)
+        return match[0] if value is MISSING else str(value)
 
     def _line(self, line: str) -> Any:
         options = line_parser().parse_args(_split(line) or ["--help"])
@@ -228,6 +248,18 @@ def _split(line: str) -> list[str]:
         return shlex.split(line)
     except ValueError as error:
         raise UsageError(f"%llm: {error}") from None
+
+
+def _found(variables: dict[str, Any], place: str, default: Any = None) -> Any:
+    """The value of a variable, with attributes and keys."""
+    name, *path = re.findall(r"\w+|\[\w+\]", place) or [""]
+    try:
+        value = variables[name]
+        for part in path:
+            value = _item(value, part[1:-1]) if part.startswith("[") else getattr(value, part)
+    except (KeyError, AttributeError, IndexError, TypeError):
+        return default
+    return value
 
 
 def _item(value: Any, key: str) -> Any:

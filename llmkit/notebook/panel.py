@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Mapping, Sequence
 from functools import cache
 from html import escape
 from importlib.util import find_spec
@@ -14,46 +15,59 @@ from typing import Any
 
 from llmkit.errors import LLMKitError
 from llmkit.notebook import charts
+from llmkit.notebook.thumbnails import media_html
+from llmkit.protocol import Media, Message
+from llmkit.sessions.messages import NOTHING, with_media
 from llmkit.sessions.session import Session, Turn
 
 __all__ = ["ChatPanel", "as_html"]
 
 INTERVAL_S = 0.1  # between updates of a streaming answer
+Entry = tuple[str, str, tuple[Media, ...]]  # a message: role, text, pictures and sounds
 
 
 class ChatPanel:
     """A chat next to your code: send, stop, edit and resend the last message, start over.
 
-    ``session`` holds the conversation; your code may use it too. Displays as widgets, or as the
+    ``session`` holds the conversation; your code may use it too. With ``sees`` there is a button
+    for pictures. Displays as widgets, or as the
     conversation's text and HTML where there are none (in a saved notebook, for instance).
     """
 
-    def __init__(self, session: Session, name: str) -> None:
-        self.session, self._name = session, name
+    def __init__(self, session: Session, name: str, *, sees: bool = False) -> None:
+        self.session, self._name, self._sees = session, name, sees
         self._turn: Turn | None = None
         self._thread: threading.Thread | None = None
         self._lock = threading.RLock()
         self._widgets: dict[str, Any] | None = None
         self._said = ""  # the last message sent
+        self._shown: tuple[Media, ...] = ()  # the pictures with it
+        self._again: list[bytes] = []  # those of a message that was taken back
         self._error = ""
-        self._rendered: dict[tuple[str, str], str] = {}
+        self._rendered: dict[Entry, str] = {}
 
     @property
     def busy(self) -> bool:
         """Whether an answer is streaming."""
         return self._turn is not None
 
-    def send(self, text: str) -> None:
-        """Send a message; returns at once."""
+    def send(self, text: str, images: Any = ()) -> None:
+        """Send a message, with pictures as for `LLM.chat`; returns at once.
+
+        After ``edit()`` it has those of the message that was taken back.
+        """
         with self._lock:
             if self._turn is not None or not text.strip():
                 return
-            self._said, self._error = text, ""
+            self._said, self._shown, self._error = text, (), ""
             try:
                 branch = self.session.fork(
                     stored=False
                 )  # joins the conversation at its end, unless cleared
-                self._turn = turn = branch.stream(text)
+                (asked,) = with_media([Message("user", text)], branch.files, images or self._again)
+                self._shown, self._again = asked.media, self._files(asked)
+                self._turn = turn = branch.stream(text, images=self._again)
+                self._again = []
             except Exception as error:
                 self._fail(error)
                 # Put the message back, unless the next one is being typed: then "Edit last" does.
@@ -81,19 +95,24 @@ class ChatPanel:
             if self._error:  # the message never became a turn
                 message = self._said
             else:
-                message = next(
-                    (m.text for m in reversed(self.session.messages) if m.role == "user"), ""
-                )
+                mine = (m for m in reversed(self.session.messages) if m.role == "user")
+                last = next(mine, Message("user", ""))
+                message, self._again = last.text, self._files(last)
                 self.session.undo()
             self._error = ""
             self._show()
             return message
+
+    def _files(self, message: Message) -> list[bytes]:
+        files = self.session.files
+        return [files[item.digest] for item in message.media if item.digest in files]
 
     def clear(self) -> None:
         """Start over, at once; system messages stay, and a streaming answer is dropped."""
         with self._lock:
             self.stop()
             self._turn = None
+            self._again = []
             self.session.messages[:] = [m for m in self.session.messages if m.role == "system"]
             self._error = ""
             self._show()
@@ -134,9 +153,10 @@ class ChatPanel:
     def html(self) -> str:
         """The conversation so far."""
         messages = self.session.messages
-        entries = [(m.role, m.text) for m in messages if m.role in ("user", "assistant")]
+        entries = [(m.role, m.text, m.media) for m in messages if m.role in ("user", "assistant")]
         # Messages do not change: each is rendered once, and dropped with its message.
-        self._rendered = {e: self._rendered.get(e) or _message_html(*e) for e in entries}
+        files = self.session.files
+        self._rendered = {e: self._rendered.get(e) or _message_html(*e, files) for e in entries}
         return "".join(self._rendered[e] for e in entries) or (
             "" if self.busy else f'<span style="color:{charts.MUTED}">Say something below.</span>'
         )
@@ -144,7 +164,10 @@ class ChatPanel:
     def _coming(self, text: str | None) -> str:
         """The streaming turn, and the last error."""
         parts = (
-            [_message_html("user", self._said), _message_html("assistant", (text or "") + " ▍")]
+            [
+                _message_html("user", self._said, self._shown, self.session.files),
+                _message_html("assistant", (text or "") + " ▍"),
+            ]
             if self._turn is not None
             else []
         )
@@ -215,9 +238,14 @@ class ChatPanel:
         clear = w.Button(description="Clear", icon="trash", tooltip="Start the conversation over")
         state = w.HTML(_state_html("ready"))
 
+        picture = w.FileUpload(
+            accept="image/*", multiple=True, description="Picture", tooltip="Send pictures with it"
+        )
+
         def on_send(_: Any) -> None:
             text, box.value = box.value, ""
-            self.send(text)
+            images, picture.value = [bytes(each["content"]) for each in picture.value], ()
+            self.send(text, images)
 
         def on_edit(_: Any) -> None:
             box.value = self.edit() or box.value
@@ -227,7 +255,7 @@ class ChatPanel:
         edit.on_click(on_edit)
         clear.on_click(lambda _: self.clear())
         title = w.HTML(f"<strong>Chat with {escape(self._name)}</strong>")
-        buttons = w.HBox([send, stop, edit, clear, state])
+        buttons = w.HBox([send, *([picture] if self._sees else []), stop, edit, clear, state])
         panel = w.VBox(
             [title, window, box, buttons],
             layout=w.Layout(border=f"1px solid {charts.LINE}", padding="8px", max_width="760px"),
@@ -265,11 +293,14 @@ def _state_html(state: str) -> str:
     return f'<span role="status" aria-live="polite" style="{style}">{escape(state)}</span>'
 
 
-def _message_html(role: str, text: str) -> str:
+def _message_html(
+    role: str, text: str, media: Sequence[Media] = (), files: Mapping[str, bytes] = NOTHING
+) -> str:
     mine = role == "user"
     side = "margin-left:12%" if mine else "margin-right:12%"
     back = "var(--jp-layout-color2, rgba(127,127,127,0.15))" if mine else "transparent"
     body = f'<div style="white-space:pre-wrap">{escape(text)}</div>' if mine else as_html(text)
+    body = media_html(media, files) + body
     who = "You" if mine else "Model"
     return (
         f'<div class="{charts.NO_MATH}" style="{side};margin-top:6px;padding:4px 10px;'

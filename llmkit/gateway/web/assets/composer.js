@@ -1,13 +1,14 @@
-// The box in which a message is written, with the text files that go along.
+// The box in which a message is written, with the pictures and text files that go along.
 
 import {$, el, icon, iconButton, note} from './dom.js';
+import {isPicture, taken} from './pictures.js';
 
 const MAX_FILE = 1 << 20, MAX_FILES = 10, SAVE_MS = 400;
 const LANGUAGES = {py: 'python', js: 'javascript', ts: 'typescript', md: 'markdown', sh: 'bash',
   rs: 'rust', rb: 'ruby', yml: 'yaml', txt: '', log: '', csv: ''};
 
 export class Composer {
-  // `send(text)` sends, `stop()` stops, `last()` edits what was said last.
+  // `send(text, pictures)` sends, `stop()` stops, `last()` edits what was said last.
   constructor({send, stop, last}) {
     this.area = $('message');
     this.files = [];
@@ -15,8 +16,8 @@ export class Composer {
     this.isBusy = false;
     this.submit = () => {
       if (this.isBusy) return;
-      const text = this.content();
-      if (text) send(text);
+      const text = this.content(), pictures = this.pictures();
+      if (text || pictures.length) send(text, pictures);
     };
     $('composer').addEventListener('submit', event => {
       event.preventDefault();
@@ -31,6 +32,12 @@ export class Composer {
       }
     });
     this.area.addEventListener('input', () => this.changed());
+    this.area.addEventListener('paste', event => {
+      const pictures = [...event.clipboardData.files].filter(isPicture);
+      if (!pictures.length || !this.sees) return;
+      event.preventDefault();
+      this.take(pictures);
+    });
     $('attach').addEventListener('click', () => $('file').click());
     $('file').addEventListener('change', () => {
       this.take([...$('file').files]);
@@ -98,16 +105,33 @@ export class Composer {
   move(session) { this.place = `llmkit-draft-${session}`; }
 
   // A message that could not be sent comes back, unless another was begun.
-  giveBack(text) {
-    if (this.area.value) return;
+  giveBack(text, pictures) {
+    if (this.area.value || this.files.length) return;
     this.area.value = text;
+    this.files = pictures.map(picture => ({name: 'Picture', picture}));
+    this.showFiles();
     this.changed();
     this.keep();
+  }
+
+  // Whether the model takes pictures.
+  see(sees) {
+    this.sees = sees;
+    const label = sees ? 'Attach pictures or text files' : 'Attach text files';
+    $('attach').setAttribute('aria-label', label);
+    $('attach').title = label;
   }
 
   async take(files) {
     for (const file of files) {
       if (this.files.length >= MAX_FILES) { note(`At most ${MAX_FILES} files.`, true); break; }
+      if (isPicture(file)) {
+        if (!this.sees) { note('This model takes no pictures.', true); continue; }
+        try {
+          this.files.push({name: file.name, picture: await taken(file)});
+        } catch (error) { note(error.message, true); }
+        continue;
+      }
       if (file.size > MAX_FILE) { note(`${file.name} is larger than 1 MB.`, true); continue; }
       const text = await file.text();
       if (text.includes('\0') || text.includes('\ufffd')) {
@@ -122,7 +146,8 @@ export class Composer {
 
   showFiles() {
     $('files').hidden = !this.files.length;
-    $('files').replaceChildren(...this.files.map(file => el('li', {}, icon('file'),
+    $('files').replaceChildren(...this.files.map(file => el('li', {},
+      file.picture ? el('img', {src: file.picture.src, alt: ''}) : icon('file'),
       el('span', {}, file.name), iconButton('close', `Remove ${file.name}`, () => {
         this.files = this.files.filter(each => each !== file);
         this.showFiles();
@@ -131,9 +156,12 @@ export class Composer {
     this.show();
   }
 
+  pictures() { return this.files.flatMap(file => file.picture || []); }
+
   content() {
     const parts = [this.area.value.trim()].filter(Boolean);
-    for (const {name, text} of this.files) {
+    for (const {name, text, picture} of this.files) {
+      if (picture) continue;
       const end = name.split('.').pop().toLowerCase();
       // A fence that is longer than any in the file.
       const longest = Math.max(2, ...(text.match(/`{3,}/g) || []).map(ticks => ticks.length));

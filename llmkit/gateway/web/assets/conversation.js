@@ -2,6 +2,7 @@
 
 import {ApiError, get, isSession, ofSession, patch, post, url} from './api.js';
 import {$, note, say} from './dom.js';
+import {contentOf, forget, mediaOf, sendable} from './pictures.js';
 import {Thread} from './thread.js';
 import {Tree} from './tree.js';
 
@@ -48,6 +49,7 @@ export class Conversation {
     this.isSending = false;
     this.turns.clear();
     this.thread.clear();
+    forget();
     this.session = null;
     this.opening = id;
     this.rest = null;
@@ -172,17 +174,18 @@ export class Conversation {
     return this.tree.add({id: `local-${++this.numLocal}`, status: 'complete', ...message});
   }
 
-  async send(text) {
+  async send(text, pictures = []) {
     const round = this.round, head = this.tree.head;
-    const asked = this.local({role: 'user', content: text, parent: head});
+    const content = contentOf(pictures, text);
+    const asked = this.local({role: 'user', content, parent: head});
     this.tree.head = asked.id;
     this.thread.show();
     this.composer.sent();
     await this.begin(round, asked, async () => {
-      await this.ensureSession(text);
+      await this.ensureSession(text || 'Picture');
       const parent = head === null ? {} : {parent: head};
-      return {type: 'send', session: this.id, content: text, ...parent};
-    }, () => this.composer.giveBack(text));
+      return {type: 'send', session: this.id, content: sendable(content), ...parent};
+    }, () => this.composer.giveBack(text, pictures));
   }
 
   async ensureSession(text) {
@@ -209,12 +212,13 @@ export class Conversation {
   async edit(message, text) {
     if (this.isBusy) { note('An answer is being written: stop it first.', true); return; }
     if (message.role === 'system') { this.newSystem(text); return; }
-    const head = this.tree.head;
-    const asked = this.local({role: message.role, content: text, parent: message.parent});
+    const head = this.tree.head, content = contentOf(mediaOf(message), text);
+    const {session} = message;  // from which its pictures are shown
+    const asked = this.local({role: message.role, content, parent: message.parent, session});
     this.tree.head = asked.id;
     this.thread.show({keepsPlace: true});
     await this.begin(this.round, asked, async () =>
-      ({type: 'edit', session: this.id, message: message.id, content: text}), () => {
+      ({type: 'edit', session: this.id, message: message.id, content: sendable(content)}), () => {
       this.tree.head = head;
     });
   }

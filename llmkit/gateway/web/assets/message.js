@@ -1,6 +1,7 @@
 // One message on the page: what it says, what it took, and what can be done with it.
 
 import {copy, el, icon, iconButton} from './dom.js';
+import {shown} from './pictures.js';
 import {textOf} from './tree.js';
 
 const LONG = 4000;  // characters of a question that are shown folded
@@ -73,7 +74,10 @@ export class MessageView {
         icon(message.role === 'tool' ? 'tool' : 'tune'), el('span', {}, name), icon('down')),
         this.prose);
     } else this.body = this.prose;
-    this.element.append(heading, this.thought, this.body, this.called, this.trouble, this.foot);
+    const pictures = shown(message);
+    const seen = pictures.length ? [el('div', {class: 'pictures'}, ...pictures)] : [];
+    this.element.append(heading, ...seen, this.thought, this.body, this.called, this.trouble,
+      this.foot);
     this.showAll();
   }
 
@@ -88,6 +92,7 @@ export class MessageView {
       }));
     } else if (!this.isStreaming) {
       this.prose.textContent = this.text;
+      this.prose.hidden = message.role === 'user' && !this.text;
       if (message.role === 'user' && this.text.length > LONG) this.foldLong();
     }
     this.showReasoning();

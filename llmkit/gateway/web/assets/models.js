@@ -9,8 +9,9 @@ const WORDS = {ready: 'ready', loading: 'loading', unloaded: 'loads when asked',
   unloading: 'unloading', draining: 'unloading'};
 
 export class Models {
-  // `choose(name)` hears of another choice.
-  constructor(choose) {
+  // `choose(name)` hears of another choice, `shown(models)` of whatever is shown.
+  constructor(choose, shown = () => {}) {
+    this.shown = shown;
     this.all = [];
     this.chosen = '';
     this.choose = choose;
@@ -36,7 +37,7 @@ export class Models {
       const known = found.get(model.id) || {name: model.id, phase: 'ready'};
       const exact = `${model.id}@${model.kernel ?? model.pid}`;
       found.set(model.id, {...known, exact, context: model.n_ctx, place: model.place,
-        quantization: model.quantization});
+        quantization: model.quantization, inputs: model.inputs});
     }
     this.all = [...found.values()];
     this.show();
@@ -56,6 +57,8 @@ export class Models {
   // What a turn is to name: nothing if the conversation, or the server, decides.
   get wanted() { return this.chosen || this.current?.name || null; }
 
+  get sees() { return Boolean(this.current?.inputs?.includes('image')); }
+
   set(name) {
     this.chosen = name || '';
     this.show();
@@ -72,6 +75,7 @@ export class Models {
       `Model: ${$('model-name').textContent}, ${said}`);
     this.button.title = said;
     $('no-model').hidden = this.all.length > 0;
+    this.shown(this);
   }
 
   open() {
