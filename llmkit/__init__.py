@@ -51,6 +51,7 @@ from llmkit.version import __version__
 
 if TYPE_CHECKING:
     from llmkit.bench.tuner import tune
+    from llmkit.drawing import TextToImage
     from llmkit.llm import LLM
     from llmkit.loading import attach, compare, download, estimate, load, quantize
     from llmkit.protocol.stream import Stream
@@ -87,6 +88,7 @@ __all__ = [
     "SpeechToText",
     "StoreError",
     "Stream",
+    "TextToImage",
     "TextToSpeech",
     "TokenLogprob",
     "ToolCall",
@@ -112,6 +114,7 @@ _LATE = {
     "tune": "llmkit.bench.tuner",
     "SpeechToText": "llmkit.sound",
     "TextToSpeech": "llmkit.sound",
+    "TextToImage": "llmkit.drawing",
     "Stream": "llmkit.protocol.stream",
 }
 

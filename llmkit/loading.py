@@ -19,13 +19,14 @@ from llmkit.wanted import engine_options, resolved, with_tuning
 
 if TYPE_CHECKING:
     from llmkit.bench.comparing import Comparison
+    from llmkit.drawing import TextToImage
     from llmkit.llm import LLM
     from llmkit.models.memory import MemoryEstimate
     from llmkit.models.registry import ModelSpec
     from llmkit.protocol.client import EngineClient
     from llmkit.sound import SpeechToText, TextToSpeech
 
-    Handle: TypeAlias = LLM | SpeechToText | TextToSpeech
+    Handle: TypeAlias = LLM | SpeechToText | TextToSpeech | TextToImage
 
 __all__ = ["attach", "compare", "download", "estimate", "load", "quantize"]
 
@@ -67,8 +68,8 @@ def load(
     tuned: bool = False,
     **options: Any,
 ) -> Any:
-    """Load a GGUF model into this process; one that hears or speaks is a `SpeechToText` or a
-    `TextToSpeech`.
+    """Load a GGUF model into this process; one that hears, speaks or draws is a `SpeechToText`, a
+    `TextToSpeech` or a `TextToImage`.
 
     A file is loaded once: a second call returns the same model. The stop button ends a load.
 
@@ -181,8 +182,12 @@ def _remember(path: Path, handle: Handle) -> Handle:
     return handle
 
 
-def _handle_of(engine: EngineClient) -> type[LLM | SpeechToText | TextToSpeech]:
+def _handle_of(engine: EngineClient) -> type[LLM | SpeechToText | TextToSpeech | TextToImage]:
     """What people hold, by what the model does."""
+    if engine.description.use == "draw":
+        from llmkit.drawing import TextToImage
+
+        return TextToImage
     if engine.description.use in ("hear", "speak"):
         from llmkit.sound import SpeechToText, TextToSpeech
 
@@ -304,8 +309,11 @@ def estimate(model: str | Path = "smollm2", **options: Any) -> MemoryEstimate:
     Reads the file's header only. Raises what `load` raises for invalid files and options.
     """
     from llmkit.models import gguf
-    from llmkit.runtime import assembly
+    from llmkit.models.image_files import image_model, is_image_model
+    from llmkit.runtime import assembly, images
 
+    if is_image_model(resolved(model).path):
+        return images.estimate(image_model(resolved(model).path))
     return assembly.estimate(gguf.read_header(resolved(model).path), engine_options(**options))
 
 

@@ -225,7 +225,7 @@ def test_sound_is_not_taken_over_in_the_middle(replicas: Make) -> None:
     stream = pool.submit(request(hearing=Hearing(b"RIFF")))
     wait_for(lambda: len(stream.text) > 2)
     busy(members).end()
-    with pytest.raises(EngineGoneError, match="sound that was heard or spoken in part"):
+    with pytest.raises(EngineGoneError, match="heard, spoken or drawn in part"):
         stream.result(10)
 
 

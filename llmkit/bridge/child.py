@@ -2,8 +2,9 @@
 
 The owner writes the task, one line of JSON, to the child's standard input and keeps that open. When
 it closes the child exits, so a child never outlives its owner, not even a killed one. The child
-answers in lines of JSON (`Line`): progress, readiness, or failure. Anything else it prints, from
-Python or C, goes to its standard error.
+answers in lines of JSON (`Line`): progress, readiness, or failure; one that is asked for more when
+it is ready answers with news. Anything else it prints, from Python or C, goes to its standard
+error.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ CODE = (
     "import os; answers = os.dup(1); os.dup2(2, 1); "
     "from llmkit.bridge.child import main; main(answers, {target!r})"
 )
-MAX_LINE = 1 << 20
+MAX_LINE = 1 << 25
 
 _children: weakref.WeakSet[Child] = weakref.WeakSet()
 
@@ -71,11 +72,16 @@ def release(target: str) -> None:
 
 
 class Line(msgspec.Struct, omit_defaults=True):
-    """A message from a child: the share of work done, its facts when ready, or its failure."""
+    """A message from a child: the share of work done, its facts when ready, or its failure.
+
+    ``news`` are of what it was asked; ``done``: there are no more of them.
+    """
 
     progress: float | None = None
     ready: dict[str, Any] | None = None
     failure: Failure | None = None
+    news: str | None = None
+    done: bool = False
 
 
 class Child:
@@ -170,6 +176,12 @@ class Child:
             if line.ready is not None:
                 return line.ready
 
+    def ask(self, question: dict[str, Any]) -> None:
+        """Have a child that is ready do something more; it answers in lines. Raises `OSError`."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(question).encode() + b"\n")
+        self._process.stdin.flush()
+
     def end(self, patience_s: float) -> None:
         """Tell it to end, and kill it after ``patience_s``. A fork of the owner only lets go."""
         if self._pid != os.getpid():
@@ -208,13 +220,17 @@ class Owner:
         self.task = task
         self._answers = answers
         self._ended, self._is_ready = threading.Event(), threading.Event()
+        self._asked: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
         self._told = 0.0
         threading.Thread(target=self._watch, name="llmkit-owner", daemon=True).start()
 
     def _watch(self) -> None:
         with contextlib.suppress(OSError, ValueError):
-            sys.stdin.buffer.readline()  # told to end, or the owner is gone
+            # Until it is told to end, or the owner is gone.
+            while (line := sys.stdin.buffer.readline()) not in (b"end\n", b""):
+                self._asked.put(json.loads(line))
         self._ended.set()
+        self._asked.put(None)
         if not self._is_ready.is_set():  # a load may take hours: abandon it
             os._exit(1)
 
@@ -229,6 +245,18 @@ class Owner:
         """Report readiness. From now on the child is not killed but ends by itself."""
         self._is_ready.set()
         self._say(Line(ready=facts))
+
+    def asked(self) -> dict[str, Any] | None:
+        """The next question of `Child.ask`; waits for it. None when the owner wants an end."""
+        return self._asked.get()
+
+    def tell(self, news: str) -> None:
+        """Answer a question, in part."""
+        self._say(Line(news=news))
+
+    def done(self) -> None:
+        """The question is answered."""
+        self._say(Line(done=True))
 
     def fail(self, error: Exception) -> None:
         known = isinstance(error, LLMKitError)

@@ -77,7 +77,7 @@ class LocalPartner:
         if llm.model.use != "generate":
             llm.unload()
             raise InvalidRequestError(
-                f"{llm.name!r} is for embeddings or speech; it cannot chat.", "model"
+                f"{llm.name!r} is for embeddings, speech or images; it cannot chat.", "model"
             )
         self.name, self._llm = llm.name, llm
         self.last = Summary()

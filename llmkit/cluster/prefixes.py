@@ -87,6 +87,8 @@ def _pieces(request: GenerationRequest) -> Iterator[bytes]:
         head.append(repr(request.template_options))
     if request.saying is not None:
         head.append(repr(request.saying))
+    if request.drawing is not None:
+        head.append(repr(request.drawing))
     if request.hearing is not None:
         options = asdict(replace(request.hearing, audio=b""))
         head += [blake2b(request.hearing.audio, digest_size=16).hexdigest(), repr(options)]

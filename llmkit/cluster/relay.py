@@ -34,9 +34,9 @@ SHIFTED = (
     "the engine that computed this request has ended, and no other can go on with it: "
     "its context was shifted, or the engine is of an older version. Send it again."
 )
-SOUND = (
-    "the engine that computed this request has ended, and no other can go on with sound that was "
-    "heard or spoken in part. Send it again."
+IN_PART = (
+    "the engine that computed this request has ended, and no other can go on with what was heard, "
+    "spoken or drawn in part. Send it again."
 )
 
 
@@ -258,9 +258,10 @@ class Relay:
                 f"the last one: {last}. The prompt is refused for a minute."
             )
             return self._fail(EngineDiedError(message))
-        is_sound = self.request.hearing is not None or self.request.saying is not None
-        if is_sound and self._last_at:
-            return self._fail(EngineGoneError(SOUND))
+        asked = self.request
+        is_text = asked.hearing is None and asked.saying is None and asked.drawing is None
+        if not is_text and self._last_at:
+            return self._fail(EngineGoneError(IN_PART))
         if len(self._tokens) != self._counted:
             return self._fail(EngineGoneError(SHIFTED))
         self._park(0.0)

@@ -121,5 +121,6 @@ def _identity(client: EngineClient) -> Hashable:
         tuple((PurePath(path).stem, scale) for path, scale in model.adapters),
         model.hears,
         model.voices,
+        model.image_size,
         model.inputs,
     )

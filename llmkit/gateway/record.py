@@ -22,7 +22,14 @@ if TYPE_CHECKING:
 
 __all__ = ["Operation", "Record", "recording"]
 
-Operation = Literal["", "chat", "text_completion", "embeddings", "transcription", "speech"]
+Operation = Literal[
+    "", "chat", "text_completion", "embeddings", "transcription", "speech", "image_generation"
+]
+OPERATIONS: dict[str, Operation] = {
+    "hear": "transcription",
+    "speak": "speech",
+    "draw": "image_generation",
+}
 
 
 @dataclass(slots=True)
@@ -73,8 +80,7 @@ class Record:
         self._use(engine)
         is_chat = any(r.messages is not None for r in requests)
         self.operation = "chat" if is_chat else "text_completion"
-        if engine.description.use in ("hear", "speak"):
-            self.operation = "transcription" if engine.description.use == "hear" else "speech"
+        self.operation = OPERATIONS.get(engine.description.use, self.operation)
         self.requests += requests
 
     def begin_embedding(self, engine: EngineClient) -> None:

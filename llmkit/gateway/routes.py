@@ -38,6 +38,7 @@ from llmkit.gateway.ollama.schemas import (
 from llmkit.gateway.openai.audio import AudioRoutes
 from llmkit.gateway.openai.chat import ChatRequest
 from llmkit.gateway.openai.embeddings import EmbeddingsBody, EmbeddingsRoutes
+from llmkit.gateway.openai.images import ImageRoutes
 from llmkit.gateway.openai.responses import ResponsesBody
 from llmkit.gateway.openai.responses_routes import ResponsesRoutes
 from llmkit.gateway.openai.routes import OpenAIRoutes
@@ -156,6 +157,7 @@ def route_table(
             EmbeddingsBody,
         ),
         *AudioRoutes(directory, on_use, max_sound_s).routes(),
+        *ImageRoutes(directory, on_use).routes(),
         Route("POST", "/v1/messages", anthropic.messages, "A message", "Anthropic", MessagesBody),
         Route(
             "POST",

@@ -99,7 +99,7 @@ def resolve(
         # A symlink is resolved unless the model is split: its other files are found by name beside
         # the link.
         return ModelSpec(
-            stem_of(path.name) or text,
+            stem_of(path.name).removesuffix(".safetensors") or text,
             _absolute(first) if len(names_of(path.name)) > 1 else path.resolve(),
         )
     if hub.is_hub_name(text):

@@ -68,19 +68,26 @@ class Progress:
         label = f'role="status" aria-label="{escape(text)}"'
         bundle = {
             "text/plain": text,
-            "text/html": f'<div {label} style="max-width:360px">{bar}</div>',
+            "text/html": f'<div {label} style="max-width:360px">{bar}{self.below()}</div>',
         }
         if self._handle is None:
             self._handle = display(bundle, raw=True, display_id=True)  # type: ignore[no-untyped-call]
         else:
             self._handle.update(bundle, raw=True)
 
+    def below(self) -> str:
+        """HTML that is shown below the bar."""
+        return ""
+
+    def ending(self, seconds: float, *, finished: bool) -> str:
+        """The line that a notebook keeps."""
+        return f"{self._title} {'took' if finished else 'ended after'} {seconds:.1f} s"
+
     def close(self, *, finished: bool = True) -> None:
         """End the display; ``finished`` is False when the work failed or was stopped."""
         with contextlib.suppress(Exception):
             if self._handle is not None and not self._keep:
-                seconds = time.monotonic() - self._began
-                text = f"{self._title} {'took' if finished else 'ended after'} {seconds:.1f} s"
+                text = self.ending(time.monotonic() - self._began, finished=finished)
                 self._handle.update(
                     {
                         "text/plain": text,

@@ -16,9 +16,9 @@ from llmkit.runtime.cpu_turns import CpuTurns
 if TYPE_CHECKING:
     from llmkit.runtime.embedder import LocalEmbedder
     from llmkit.runtime.local import LocalEngine
-    from llmkit.runtime.speech import LocalSpeech
+    from llmkit.runtime.serial import SerialEngine
 
-    Engine: TypeAlias = LocalEngine | LocalEmbedder | LocalSpeech
+    Engine: TypeAlias = LocalEngine | LocalEmbedder | SerialEngine
 
 __all__ = ["Running", "running"]
 

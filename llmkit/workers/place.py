@@ -187,7 +187,8 @@ class Place:
         """What it takes, measured where it can be."""
         prepared = self._prepared
         need = Need(0) if prepared is None or prepared.need is None else prepared.need
-        resident = sum(map(_resident, () if self.worker is None else self.worker.pids))
+        pids = () if self.worker is None else self.worker.pids
+        resident = sum(_resident(pid, with_children=need.in_child) for pid in pids)
         return Need(max(need.ram_bytes, resident), need.gpu_bytes, resident)
 
     def start(self) -> None:
@@ -336,8 +337,11 @@ class Place:
         )
 
 
-def _resident(pid: int) -> int:
+def _resident(pid: int, *, with_children: bool = False) -> int:
     try:
-        return int(psutil.Process(pid).memory_info().rss)
+        process = psutil.Process(pid)
+        children = process.children() if with_children else []
+        own = int(process.memory_info().rss)
     except psutil.Error:
         return 0
+    return own + sum(_resident(child.pid) for child in children)

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import re
 
-__all__ = ["BOUNDED", "COMPUTING", "GENERATING", "HEARING", "SEEING", "SPEAKING", "VECTORS"]
+__all__ = [
+    "BOUNDED",
+    "COMPUTING",
+    "DRAWING",
+    "GENERATING",
+    "HEARING",
+    "SEEING",
+    "SPEAKING",
+    "VECTORS",
+]
 
 GENERATING = frozenset(
     {
@@ -53,5 +62,6 @@ SEEING = re.compile(
 )
 HEARING = frozenset({"/v1/audio/transcriptions", "/v1/audio/translations"})
 SPEAKING = frozenset({"/v1/audio/speech"})
-BOUNDED = GENERATING | VECTORS | ASKING | HEARING | SPEAKING  # in time
+DRAWING = frozenset({"/v1/images/generations"})
+BOUNDED = GENERATING | VECTORS | ASKING | HEARING | SPEAKING | DRAWING  # in time
 COMPUTING = BOUNDED - LOOKS  # for rates and budgets, which a look at a model costs nothing

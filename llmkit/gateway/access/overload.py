@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from llmkit.errors import QueueFullError
 from llmkit.gateway.access import refusals
-from llmkit.gateway.access.computing import GENERATING, HEARING, SPEAKING, VECTORS
+from llmkit.gateway.access.computing import DRAWING, GENERATING, HEARING, SPEAKING, VECTORS
 from llmkit.gateway.access.places import Caller, Load, Place, Use, Work, is_over, slots_of
 from llmkit.gateway.access.service_rate import ServiceRate
 from llmkit.gateway.failures import ApiError
@@ -344,4 +344,6 @@ def _use(exchange: Exchange) -> Use | None:
         return "generate"
     if exchange.route in HEARING | SPEAKING:
         return "hear" if exchange.route in HEARING else "speak"
+    if exchange.route in DRAWING:
+        return "draw"
     return "embed" if exchange.route in VECTORS else None

@@ -230,7 +230,8 @@ class OllamaRoutes:
         models = [
             model_entry(e.model_id, e.client.description)
             for e in self._directory.entries()
-            if e.client.description.use not in ("hear", "speak")  # for which Ollama has no routes
+            # For others Ollama has no routes.
+            if e.client.description.use in ("generate", "embed")
         ]
         models += [
             model_entry(name, ModelDescription(name, "")) for name in self._directory.unloaded

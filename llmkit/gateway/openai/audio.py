@@ -9,8 +9,7 @@ import base64
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
-from llmkit.errors import EngineGoneError, InvalidRequestError, ModelNotFoundError
-from llmkit.gateway.directory import DEFAULT, EngineDirectory
+from llmkit.gateway.directory import EngineDirectory
 from llmkit.gateway.exchange import Exchange
 from llmkit.gateway.ids import new_id
 from llmkit.gateway.openai.audio_objects import (
@@ -24,23 +23,15 @@ from llmkit.gateway.openai.audio_objects import (
     transcript,
 )
 from llmkit.gateway.ops.openapi import Route
-from llmkit.gateway.streams import close_all, merge, submit_all
+from llmkit.gateway.specialists import Specialists
+from llmkit.gateway.streams import close_all
 from llmkit.protocol import Completion, GenerationRequest, Usage
 from llmkit.protocol.client import EngineClient
-from llmkit.protocol.description import Use
 from llmkit.protocol.speech import Facts, Lines, Segment
 from llmkit.protocol.stream import Stream
-from llmkit.speech.extra import INSTALL
 
 __all__ = ["AudioRoutes"]
 
-VERBS = {
-    "hear": (
-        "transcribe speech",
-        'llmkit serve whisper-tiny.en, or llmkit.load("whisper-tiny.en")',
-    ),
-    "speak": ("speak", 'llmkit serve hibari, or llmkit.load("hibari")'),
-}
 Event = Facts | Segment | bytes | Completion
 
 
@@ -56,7 +47,7 @@ class AudioRoutes:
         on_use: Callable[[EngineClient], None] = lambda _: None,
         max_s: float | None = None,
     ) -> None:
-        self._directory, self._on_use, self._max_s = directory, on_use, max_s
+        self._specialists, self._max_s = Specialists(directory, on_use), max_s
 
     def routes(self) -> list[Route]:
         form = "multipart/form-data"
@@ -91,12 +82,12 @@ class AudioRoutes:
 
     async def speech(self, exchange: Exchange) -> None:
         body = await exchange.read(SpeechBody)
-        engine = self._engine(body.model, "speak")
+        engine = self._specialists.engine(body.model, "speak")
         saying, ignored = body.saying(engine.description.voices)
         for name in ignored:
             exchange.ignore(name)
         request = GenerationRequest(new_id("speech"), prompt=body.input, saying=saying)
-        streams = self._submit(exchange, engine, request)
+        streams = self._specialists.submit(exchange, engine, request)
         is_sound = body.stream_format == "audio"
         try:
             async for event in self._events(engine, streams):
@@ -130,9 +121,9 @@ class AudioRoutes:
 
     async def _hear(self, exchange: Exchange, body: TranslationBody, is_stream: bool) -> None:
         hearing = body.hearing(self._max_s)
-        engine = self._engine(body.model, "hear")
+        engine = self._specialists.engine(body.model, "hear")
         request = GenerationRequest(new_id("transc"), prompt=body.prompt, hearing=hearing)
-        streams = self._submit(exchange, engine, request)
+        streams = self._specialists.submit(exchange, engine, request)
         segments: list[Segment] = []
         duration, usage = 0.0, Usage()
         try:
@@ -181,51 +172,14 @@ class AudioRoutes:
             done = {"type": "transcript.text.done", "text": whole, "usage": usage}
             await exchange.send_event(done)
 
-    def _engine(self, model: str, use: Use) -> EngineClient:
-        """The engine. Raises `ModelNotFoundError`, which says what to load, and what to install."""
-        does, how = VERBS[use]
-        able = [e.client for e in self._directory.entries() if e.client.description.use == use]
-        try:
-            found = self._directory.lookup(model, use)
-        except (ModelNotFoundError, EngineGoneError) as error:
-            if able or (model != DEFAULT and isinstance(error, EngineGoneError)):
-                raise
-            raise ModelNotFoundError(self._none(use)) from error
-        if found.description.use != use:
-            if model == DEFAULT and able:
-                return able[0]
-            if model == DEFAULT:
-                raise ModelNotFoundError(self._none(use))
-            raise InvalidRequestError(
-                f"{found.description.name!r} cannot {does}. "
-                + (f"{able[0].description.name!r} can." if able else f"Load one that can: {how}."),
-                "model",
-            )
-        return found
-
-    @staticmethod
-    def _none(use: Use) -> str:
-        does, how = VERBS[use]
-        return f"No model here can {does}. Load one: {how}; its packages come with {INSTALL}."
-
-    def _submit(
-        self, exchange: Exchange, engine: EngineClient, request: GenerationRequest
-    ) -> list[Stream]:
-        self._on_use(engine)
-        return submit_all(engine, exchange.owned(engine, [request]))
-
     async def _events(
         self, engine: EngineClient, streams: list[Stream]
     ) -> AsyncIterator[Event | None]:
         """What the stream says, the completion last; None after a silence."""
         lines = Lines()
-        async for update in merge(streams):
-            self._on_use(engine)
-            if update is None:
-                yield None
-                continue
-            _, deltas, completion = update
-            for event in lines.read("".join(delta.text for delta in deltas)):
-                yield event
-            if completion is not None:
-                yield completion
+        async for said in self._specialists.texts(engine, streams):
+            if isinstance(said, str):
+                for event in lines.read(said):
+                    yield event
+            else:
+                yield said

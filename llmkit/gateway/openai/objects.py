@@ -39,9 +39,18 @@ def usage_object(usages: list[Usage], num_prompts: int = 1) -> dict[str, Any]:
         "prompt_tokens": prompt,
         "completion_tokens": completion,
         "total_tokens": prompt + completion,
-        "prompt_tokens_details": {"cached_tokens": sum(u.cached_tokens for u in prompts)},
+        "prompt_tokens_details": {
+            "cached_tokens": sum(u.cached_tokens for u in prompts),
+            **_media_tokens(prompts),
+        },
         "completion_tokens_details": {"reasoning_tokens": sum(u.reasoning_tokens for u in usages)},
     }
+
+
+def _media_tokens(prompts: list[Usage]) -> dict[str, int]:
+    """Tokens that stand for pictures and sounds, where there are any."""
+    images, sounds = (sum(getattr(u, f"{k}_tokens") for u in prompts) for k in ("image", "audio"))
+    return {"image_tokens": images, "audio_tokens": sounds} if images or sounds else {}
 
 
 def text_chunk(
@@ -110,13 +119,18 @@ def model_object(model_id: str, description: ModelDescription) -> dict[str, Any]
         "created": description.created,
         "owned_by": "llmkit",
         "status": {"value": "loaded"},
-        **({"architecture": _modalities(description)} if description.use == "generate" else {}),
+        **(
+            {"architecture": _modalities(description)}
+            if description.use in ("generate", "draw")
+            else {}
+        ),
         "meta": meta,
     }
 
 
 def _modalities(description: ModelDescription) -> dict[str, Any]:
-    return {"input_modalities": ["text", *description.inputs], "output_modalities": ["text"]}
+    made = "image" if description.use == "draw" else "text"
+    return {"input_modalities": ["text", *description.inputs], "output_modalities": [made]}
 
 
 def unloaded_object(model_id: str) -> dict[str, Any]:

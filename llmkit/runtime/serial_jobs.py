@@ -1,4 +1,4 @@
-"""One request to a model that hears or speaks, and what came of it so far."""
+"""One request to a model that works on one at a time, and what came of it so far."""
 
 from __future__ import annotations
 

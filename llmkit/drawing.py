@@ -1,0 +1,97 @@
+"""The handle of models that draw: `TextToImage`. As `LLM` is for models that write."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+from llmkit.errors import InvalidRequestError
+from llmkit.handle import Handle
+from llmkit.notebook.drawing import Images, LiveImages, image_of
+from llmkit.protocol import GenerationRequest
+from llmkit.protocol.images import MAX_PREVIEWS, Drawing, ImageLines, Picture
+from llmkit.sessions.running import Interrupted, new_id
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+__all__ = ["TextToImage"]
+
+
+class TextToImage(Handle):
+    """A model that draws, in a process of its own.
+
+    >>> sd = llmkit.load("sd-turbo.safetensors")                    # doctest: +SKIP
+    >>> sd.generate("a lighthouse at dusk, oil on canvas", seed=7)  # doctest: +SKIP
+    """
+
+    last: Images | None = None  # the latest images; after an interrupt those that were finished
+
+    def generate(
+        self,
+        prompt: str,
+        *,
+        negative_prompt: str = "",
+        n: int = 1,
+        size: str | tuple[int, int] | None = None,
+        seed: int | None = None,
+        steps: int | None = None,
+        cfg_scale: float | None = None,
+    ) -> Image | Images:
+        """Draw a prompt: an image of PIL, or for ``n`` above 1 a list of them.
+
+        size: width and height, ``"768x512"`` or ``(768, 512)``, multiples of 64; by default what
+            the model was made for.
+        seed: the same gives the same image; by default a new one. ``image.info`` has it.
+        steps: of denoising, 1 to 150: more take longer and show more detail.
+        cfg_scale: how closely the prompt is followed, 0 to 30.
+        negative_prompt: what is not to be seen.
+
+        A notebook shows the steps with a preview. ■ ends the work at once and gives the memory
+        back; the next call loads the model again. Raises `InvalidRequestError`, and `EngineError`
+        if the process that draws has ended.
+        """
+        width, height = _sides(size)
+        drawing = Drawing(
+            n,
+            width,
+            height,
+            seed,
+            steps,
+            cfg_scale,
+            negative_prompt,
+            previews=MAX_PREVIEWS,
+            small_previews=True,
+        )
+        request = GenerationRequest(new_id(), prompt=prompt, drawing=drawing)
+        live, images, finished = LiveImages(self.name, n), Images(), False
+        self.last = images
+        try:
+            with self.engine.submit(request) as stream:
+                lines = ImageLines()
+                for event in (event for text in stream for event in lines.read(text)):
+                    live.add(event)
+                    if isinstance(event, Picture):
+                        images.append(image_of(event))
+            finished = True
+        except KeyboardInterrupt:
+            raise Interrupted(
+                f"drawing was stopped; {self.name!r} has what was finished in .last"
+            ) from None
+        finally:
+            live.close(finished=finished)
+        return images[0] if n == 1 else images
+
+    def __repr__(self) -> str:
+        what = "unloaded" if self.closed else self._description.image_size
+        return f"TextToImage({self.name!r}, {what})"
+
+
+def _sides(size: str | tuple[int, int] | None) -> tuple[int | None, int | None]:
+    if size is None:
+        return None, None
+    if isinstance(size, str) and (found := re.fullmatch(r"(\d{1,5})x(\d{1,5})", size.strip())):
+        return int(found[1]), int(found[2])
+    if isinstance(size, tuple) and len(size) == 2:
+        return size
+    raise InvalidRequestError(f'size is {size!r:.40}; write "768x512" or (768, 512).', "size")

@@ -1,0 +1,172 @@
+"""OpenAI's body and answers for images. Pure."""
+
+from __future__ import annotations
+
+import base64
+import re
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from llmkit.errors import InvalidRequestError
+from llmkit.gateway.openai.schemas import Ignored
+from llmkit.protocol import Usage
+from llmkit.protocol.images import IMAGE_FORMATS, MAX_IMAGES, Drawing, Picture, Step
+
+__all__ = ["ImageBody", "completed", "image_usage", "images_object", "partial"]
+
+MAX_PARTIAL = 3
+QUALITY = 90  # of JPEG and WebP
+PATCH = 16 * 16  # pixels of a token
+SIZE = re.compile(r"([1-9]\d{0,4})x([1-9]\d{0,4})")
+Word = Annotated[str, Field(max_length=40)]
+
+
+class ImageBody(Ignored):
+    """POST /v1/images/generations"""
+
+    model: str = "default"
+    prompt: str
+    n: Annotated[int, Field(ge=1, le=MAX_IMAGES)] | None = None
+    size: str = "auto"
+    seed: int | None = None
+    steps: int | None = None
+    cfg_scale: float | None = None
+    negative_prompt: str = ""
+    response_format: Literal["b64_json", "url"] = "b64_json"
+    output_format: str = "png"
+    output_compression: Annotated[int, Field(ge=0, le=100)] | None = None
+    background: Literal["auto", "opaque", "transparent"] = "auto"
+    quality: Word | None = None
+    style: Word | None = None
+    moderation: Word | None = None
+    stream: bool = False
+    partial_images: Annotated[int, Field(ge=0, le=MAX_PARTIAL)] | None = None
+
+    def drawing(self) -> tuple[Drawing, list[str]]:
+        """What is asked for, and the fields that have no effect. Raises `InvalidRequestError`."""
+        if self.response_format == "url":
+            raise InvalidRequestError(
+                "response_format: images are not kept here, so they have no addresses; use "
+                "b64_json.",
+                "response_format",
+            )
+        if self.background == "transparent":
+            raise InvalidRequestError(
+                "background: these models have no transparency; use opaque or auto.", "background"
+            )
+        if self.output_format not in IMAGE_FORMATS:
+            raise InvalidRequestError(
+                f"output_format: {self.output_format:.20} cannot be written here; there are "
+                f"{', '.join(IMAGE_FORMATS)}.",
+                "output_format",
+            )
+        if self.partial_images and not self.stream:
+            raise InvalidRequestError("partial_images needs stream.", "partial_images")
+        ignored = [
+            name
+            for name in ("quality", "style", "moderation")
+            if getattr(self, name) not in (None, "auto")
+        ]
+        if self.output_compression is not None and self.output_format == "png":
+            ignored.append("output_compression")
+        width, height = self._sides()
+        form: Any = self.output_format
+        quality = QUALITY if self.output_compression is None else self.output_compression
+        drawing = Drawing(
+            self.n or 1,
+            width,
+            height,
+            self.seed,
+            self.steps,
+            self.cfg_scale,
+            self.negative_prompt,
+            form,
+            quality,
+            self.partial_images or 0,
+        )
+        return drawing, ignored
+
+    def _sides(self) -> tuple[int | None, int | None]:
+        if self.size == "auto":
+            return None, None
+        found = SIZE.fullmatch(self.size)
+        if found is None:
+            raise InvalidRequestError(
+                f"size: {self.size:.40} is neither auto nor a size such as 512x768.", "size"
+            )
+        return int(found[1]), int(found[2])
+
+
+def images_object(
+    pictures: Sequence[Picture], drawing: Drawing, usage: Usage, created: int
+) -> dict[str, Any]:
+    """The answer; each image names the seed that gives it again."""
+    return {
+        "created": created,
+        "data": [{"b64_json": _text(p.data), "seed": p.seed} for p in pictures],
+        "background": "opaque",
+        "output_format": drawing.format,
+        "size": f"{pictures[0].width}x{pictures[0].height}" if pictures else "auto",
+        "seed": pictures[0].seed if pictures else drawing.seed,
+        "usage": _usage(usage.prompt_tokens, usage.completion_tokens),
+    }
+
+
+def partial(step: Step, index: int, drawing: Drawing, created: int) -> dict[str, Any]:
+    """A preview; ``index`` counts those of its image."""
+    size = "auto" if drawing.width is None else f"{drawing.width}x{drawing.height}"
+    return {
+        "type": "image_generation.partial_image",
+        "b64_json": _text(step.preview),
+        "partial_image_index": index,
+        "image_index": step.index,
+        "step": step.step,
+        "steps": step.steps,
+        **_facts(size, drawing, created),
+    }
+
+
+def completed(
+    picture: Picture, drawing: Drawing, usage: dict[str, Any], created: int
+) -> dict[str, Any]:
+    """A finished image."""
+    return {
+        "type": "image_generation.completed",
+        "b64_json": _text(picture.data),
+        "image_index": picture.index,
+        "seed": picture.seed,
+        **_facts(f"{picture.width}x{picture.height}", drawing, created),
+        "usage": usage,
+    }
+
+
+def image_usage(picture: Picture, counted: int, whole: Usage | None) -> dict[str, Any]:
+    """Of an image in a stream: the last has the prompt's tokens, and what was not ``counted``."""
+    if whole is None:
+        return _usage(0, picture.width * picture.height // PATCH)
+    return _usage(whole.prompt_tokens, whole.completion_tokens - counted)
+
+
+def _facts(size: str, drawing: Drawing, created: int) -> dict[str, Any]:
+    return {
+        "created_at": created,
+        "size": size,
+        "quality": "auto",
+        "background": "opaque",
+        "output_format": drawing.format,
+    }
+
+
+def _usage(num_read: int, num_made: int) -> dict[str, Any]:
+    return {
+        "input_tokens": num_read,
+        "output_tokens": num_made,
+        "total_tokens": num_read + num_made,
+        "input_tokens_details": {"text_tokens": num_read, "image_tokens": 0},
+    }
+
+
+def _text(data: bytes) -> str:
+    return base64.b64encode(data).decode()

@@ -1,0 +1,192 @@
+"""`ImageProcess`: a model that draws, in a child process; an `ImageGenerator`.
+
+A cancelled image ends the process, which gives all memory back at once, and so does a crash, which
+harms nobody else; the next image starts another. One thread at a time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import subprocess
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from typing import Any
+
+from llmkit.bridge.child import Child
+from llmkit.errors import EngineError, LLMKitError, ModelLoadError
+from llmkit.models.image_files import ImageModel
+from llmkit.protocol.images import Drawing, ImageLines, Picture, Step
+from llmkit.runtime import image_child
+
+__all__ = ["ImageProcess"]
+
+LOOK_S = 0.1
+END_S = 1.0
+
+
+class ImageProcess:
+    """Loads at once. Raises `ModelLoadError`, with the library's own words."""
+
+    def __init__(
+        self,
+        model: ImageModel,
+        *,
+        threads: int | None = None,
+        on_progress: Callable[[float], None] = lambda _: None,
+    ) -> None:
+        self._model, self._threads = model, threads
+        self._child: Child | None = None
+        self._words: deque[str] = deque(maxlen=20)
+        self._facts: dict[str, Any] = {}
+        self._start(on_progress, lambda: False)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self._model.size
+
+    @property
+    def steps(self) -> int:
+        return self._model.steps
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        device = "gpu" if self._facts.get("uses_gpu") else "cpu"
+        return {
+            "architecture": self._model.family,
+            "weights_bytes": self._model.weights_bytes,
+            "compute_bytes": self._model.buffer_bytes,
+            "device": device,
+        }
+
+    @property
+    def pid(self) -> int | None:
+        """Of the child; None while there is none."""
+        child = self._child
+        return None if child is None or child.status is not None else child.pid
+
+    def images(
+        self, prompt: str, options: Drawing, is_over: Callable[[], bool] = lambda: False
+    ) -> Iterator[Step | Picture]:
+        """Leaving the loop early ends the process as well."""
+        is_whole = False
+        try:
+            if self.pid is None:
+                self._start(lambda _: None, is_over)
+            child = self._child
+            if child is None:  # nobody waits any longer
+                return
+            self._ask(child, prompt, options)
+            lines = ImageLines()
+            for news in self._news(child, is_over):
+                yield from lines.read(news)
+            is_whole = not is_over()
+        except EngineError:
+            is_whole = self.pid is not None  # it said so itself, and lives
+            raise
+        finally:
+            if not is_whole:
+                self.close()
+
+    def close(self) -> None:
+        """End the process."""
+        child, self._child = self._child, None
+        if child is not None:
+            child.close_input()
+            child.kill()
+
+    def _ask(self, child: Child, prompt: str, options: Drawing) -> None:
+        try:
+            child.ask({"prompt": prompt, "drawing": asdict(options)})
+        except OSError:
+            raise EngineError(self._why(child)) from None
+
+    def _news(self, child: Child, is_over: Callable[[], bool]) -> Iterator[str]:
+        while not is_over():
+            try:
+                line = child.read(LOOK_S)
+            except EOFError:
+                child.wait(END_S)
+                raise EngineError(self._why(child)) from None
+            if line is None:
+                continue
+            if line.failure is not None:
+                raise line.failure.error()
+            if line.news is not None:
+                yield line.news
+            if line.done:
+                return
+
+    def _start(self, on_progress: Callable[[float], None], is_over: Callable[[], bool]) -> None:
+        """Start a process and wait for the model; ends early once nobody waits for it."""
+        self.close()
+        model = self._model
+        task = {
+            "path": str(model.path),
+            "is_whole": model.is_whole,
+            "cfg_scale": model.cfg_scale,
+            "parts": {name: str(path) for name, path in model.parts.items()},
+            "threads": self._threads,
+        }
+        self._words.clear()
+        child = Child(image_child.TARGET, task, errors=subprocess.PIPE)
+        threading.Thread(
+            target=self._read_words, args=(child,), name="llmkit-words", daemon=True
+        ).start()
+        try:
+            self._await_ready(child, on_progress, is_over)
+        except BaseException:  # the stop button too
+            child.close_input()
+            child.kill()
+            raise
+        if is_over():
+            child.close_input()
+            child.kill()
+            return
+        self._child = child
+
+    def _await_ready(
+        self, child: Child, on_progress: Callable[[float], None], is_over: Callable[[], bool]
+    ) -> None:
+        while not is_over():
+            try:
+                line = child.read(LOOK_S)
+            except EOFError:
+                child.wait(END_S)
+                raise ModelLoadError(self._why(child)) from None
+            if line is None:
+                continue
+            if line.failure is not None:
+                error = line.failure.error()
+                raise error if isinstance(error, LLMKitError) else ModelLoadError(str(error))
+            if line.progress is not None:
+                on_progress(line.progress)
+            if line.ready is not None:
+                self._facts = line.ready
+                return
+
+    def _read_words(self, child: Child) -> None:
+        """Its standard error goes to ours; the last lines may say why it ended."""
+        assert child.stderr is not None
+        with contextlib.suppress(ValueError, OSError), child.stderr:
+            for raw in child.stderr:
+                line = raw.decode("utf-8", "replace").rstrip()
+                self._words.append(line)
+                print(line, file=sys.stderr, flush=True)
+
+    def _why(self, child: Child) -> str:
+        status = child.status
+        how = f"with status {status}"
+        if status is not None and status < 0:
+            with contextlib.suppress(ValueError):
+                how = f"by {signal.Signals(-status).name}"
+            if status == -signal.SIGKILL:
+                how += ", perhaps because memory ran out"
+        last = next((word for word in reversed(list(self._words)) if word.strip()), "")
+        return (
+            f"the process that draws with {self._model.path.stem!r} ended {how}"
+            f"{f': {last:.300}' if last else ''}. The next request starts it again."
+        )

@@ -1,0 +1,148 @@
+"""`LocalImages`: a model of this process that draws, behind the `EngineClient` protocol.
+
+One request at a time, on the thread of a `SerialEngine`. The model itself is in a child process
+(`llmkit.runtime.image_process`), which an aborted request ends.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+from llmkit.diffusion.extra import check_installed
+from llmkit.errors import InsufficientMemoryError, InvalidRequestError
+from llmkit.models.image_files import ImageModel, image_model
+from llmkit.models.memory import MemoryEstimate, free_ram
+from llmkit.models.registry import ModelSpec
+from llmkit.protocol import GenerationRequest, ModelDescription
+from llmkit.protocol.images import (
+    MAX_PROMPT_CHARS,
+    Drawing,
+    ImageGenerator,
+    ImageLines,
+    Picture,
+)
+from llmkit.runtime.image_process import ImageProcess
+from llmkit.runtime.running import running
+from llmkit.runtime.serial import SerialEngine
+from llmkit.runtime.serial_jobs import Job
+from llmkit.settings.options import EngineOptions
+
+__all__ = ["LocalImages", "estimate", "open_images"]
+
+PROCESS_BYTES = 150 << 20  # of the process, without a model
+PATCH = 16 * 16  # pixels of a token, as services count images
+CHARS = 4  # of a token of a prompt, about
+PIECE = 1 << 18  # characters of a line that are sent at once
+
+
+def open_images(
+    spec: ModelSpec,
+    options: EngineOptions,
+    name: str | None = None,
+    *,
+    force: bool = False,
+    on_progress: Callable[[float], None] = lambda _: None,
+) -> LocalImages:
+    """The engine for a file that is one of `llmkit.models.image_files`.
+
+    Raises `InsufficientMemoryError`, and `ModelLoadError`, which may name the package to install.
+    """
+    check_installed()
+    model = image_model(spec.path)
+    model.check()
+    need = estimate(model)
+    if not (force or need.fits):
+        raise InsufficientMemoryError(
+            f"{spec.path.name} needs {need.total_bytes / 1e9:.1f} GB of memory, "
+            f"{need.compute_bytes / 1e9:.1f} of it for an image of {_said(model.size)}; "
+            f"{need.free_bytes / 1e9:.1f} GB are free. Unload other models, take a smaller file, "
+            "or put taesd.safetensors beside it, a small decoder; force=True tries it anyway."
+        )
+    process = ImageProcess(model, threads=options.threads, on_progress=on_progress)
+    engine = LocalImages(spec, process, options, name)
+    running.add(engine)
+    return engine
+
+
+def estimate(model: ImageModel) -> MemoryEstimate:
+    """The memory that loading a model takes, and one image of its own size with it."""
+    return MemoryEstimate(
+        weights_bytes=model.weights_bytes,
+        kv_bytes=0,
+        compute_bytes=PROCESS_BYTES + model.buffer_bytes,
+        free_bytes=free_ram(),
+        n_ctx=0,
+        n_slots=1,
+        kv_tokens=0,
+    )
+
+
+class LocalImages(SerialEngine):
+    """An `EngineClient` that only draws."""
+
+    kind = "images"
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        model: ImageGenerator,
+        options: EngineOptions,
+        name: str | None = None,
+    ) -> None:
+        self._model = model
+        description = ModelDescription(
+            name=name or spec.name,
+            path=str(spec.path),
+            n_ctx=MAX_PROMPT_CHARS,
+            n_slots=1,
+            created=int(time.time()),
+            image_size=_said(model.size),
+            **model.facts,
+        )
+        super().__init__(description, options.max_waiting)
+
+    def _does(self) -> str:
+        name = self.description.name
+        return f"{name!r} draws images (/v1/images/generations); it cannot generate text."
+
+    def _check(self, request: GenerationRequest) -> None:
+        if not isinstance(request.prompt, str) or request.drawing is None:
+            raise InvalidRequestError(self._does(), "model")
+        if not request.prompt.strip():
+            raise InvalidRequestError("prompt: say what is to be drawn.", "prompt")
+        if len(request.prompt) > MAX_PROMPT_CHARS:
+            raise InvalidRequestError(
+                f"prompt: {len(request.prompt)} characters; at most {MAX_PROMPT_CHARS} are read.",
+                "prompt",
+            )
+
+    def _lines(self, job: Job) -> Iterator[tuple[str, int]]:
+        """Long lines come in pieces."""
+        drawing, prompt = job.request.drawing, str(job.request.prompt)
+        assert drawing is not None
+        job.prompt_tokens = -(-(len(prompt) + len(drawing.negative_prompt)) // CHARS)
+        for event in self._model.images(prompt, self._whole(drawing), lambda: job.is_over):
+            line = ImageLines.of(event)
+            made = event.width * event.height // PATCH if isinstance(event, Picture) else 0
+            for at in range(0, len(line), PIECE):
+                yield line[at : at + PIECE], 0 if at else made
+
+    def _whole(self, drawing: Drawing) -> Drawing:
+        width, height = self._model.size
+        return replace(
+            drawing,
+            width=drawing.width or width,
+            height=drawing.height or height,
+            seed=secrets.randbelow(2**31) if drawing.seed is None else drawing.seed,
+            steps=drawing.steps or self._model.steps,
+        )
+
+    def _free(self) -> None:
+        self._model.close()
+
+
+def _said(size: tuple[int, int]) -> str:
+    return f"{size[0]}x{size[1]}"

@@ -1,0 +1,245 @@
+"""`SerialEngine`: what models have in common that work on one request at a time, as an
+`EngineClient`.
+
+One thread computes; callers take turns. Between two pieces of its work a model looks whether its
+request was aborted.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import sys
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from concurrent.futures import Future
+from typing import TypeVar
+
+from llmkit.engine.admission import Admission
+from llmkit.errors import (
+    EngineError,
+    EngineGoneError,
+    InvalidRequestError,
+    LLMKitError,
+    ModelUnloadedError,
+    QueueFullError,
+)
+from llmkit.protocol import (
+    EmbeddingRequest,
+    Embeddings,
+    EngineState,
+    EngineStats,
+    FinishReason,
+    GenerationRequest,
+    Inquiry,
+    ListRequests,
+    ListSlots,
+    ListSteps,
+    ModelDescription,
+    Origin,
+)
+from llmkit.protocol.stream import Channel, Stream
+from llmkit.runtime.serial_jobs import Job
+
+__all__ = ["SerialEngine"]
+
+logger = logging.getLogger("llmkit.engine")
+Answer = TypeVar("Answer")
+
+
+class SerialEngine(ABC):
+    """An engine whose requests have one line of work each; ``kind`` names it in errors."""
+
+    kind = "the"
+
+    def __init__(self, description: ModelDescription, max_waiting: int) -> None:
+        self._pid = os.getpid()
+        self.description = description
+        self._admission = Admission(max_waiting)
+        self._lock = threading.Condition()
+        self._waiting: list[Job] = []
+        self._running: Job | None = None
+        self._served: dict[str, float] = {}  # seconds of each caller with a request, by weight
+        self._closed = False
+        self._failure: str | None = None
+        self._requests = self._taken = self._made = 0
+        self._thread = threading.Thread(target=self._run, name=f"llmkit-{self.kind}", daemon=True)
+        self._thread.start()
+
+    @abstractmethod
+    def _does(self) -> str:
+        """What the model is for, for those who ask it for something else."""
+
+    @abstractmethod
+    def _check(self, request: GenerationRequest) -> None:
+        """Raises `InvalidRequestError` for what it cannot do."""
+
+    @abstractmethod
+    def _lines(self, job: Job) -> Iterator[tuple[str, int]]:
+        """The lines of the stream, and how many tokens each has; ends early if ``job.is_over``."""
+
+    @abstractmethod
+    def _free(self) -> None:
+        """Free the memory of the model; nothing computes."""
+
+    @property
+    def closed(self) -> bool:
+        return self._closed
+
+    @property
+    def state(self) -> EngineState:
+        return EngineState.gone_for(
+            str(ModelUnloadedError.of(self.description.name)) if self._closed else self._failure
+        )
+
+    @property
+    def origin(self) -> Origin:
+        return Origin.here()
+
+    def submit(self, request: GenerationRequest) -> Stream:
+        """Queue a request with a `Hearing` or a `Saying`. Raises as `EngineClient` says."""
+        self._check(request)
+        job = Job(request, Channel(request.request_id, self.abort))
+        with self._lock:
+            self._check_open()
+            displaced = self._admission.enter(request.caller)
+            self._waiting.append(job)
+            self._served.setdefault(request.caller, min(self._served.values(), default=0.0))
+            out = [found for c in displaced if (found := self._newest(c)) is not None]
+            for each in out:
+                self._waiting.remove(each)
+                self._admission.leave(each.request.caller)
+            self._requests += 1
+            self._lock.notify()
+        for each in out:
+            each.channel.fail(
+                QueueFullError(
+                    "the queue is full, and this caller has the most requests in it; try again "
+                    "later"
+                )
+            )
+            each.channel.wake()
+        return Stream(job.channel)
+
+    def submit_choices(self, request: GenerationRequest) -> list[Stream]:
+        return [self.submit(each) for each in request.choices()]
+
+    def abort(self, request_id: str) -> None:
+        """End a request early: its reader at once, its work after the running piece."""
+        with self._lock:
+            jobs = [*self._waiting, *filter(None, [self._running])]
+            found = [j for j in jobs if j.request.request_id == request_id]
+            for job in found:
+                job.is_over = True
+                if job in self._waiting:
+                    self._waiting.remove(job)
+                    self._admission.leave(job.request.caller)
+        for job in found:
+            job.finish(FinishReason.ABORT)
+            job.channel.wake()
+
+    def stats(self) -> EngineStats:
+        return EngineStats(
+            num_running=int(self._running is not None),
+            num_waiting=len(self._waiting),
+            num_slots=1,
+            requests_total=self._requests,
+            prompt_tokens_total=self._taken,
+            generation_tokens_total=self._made,
+        )
+
+    def embed(self, request: EmbeddingRequest) -> Future[Embeddings]:
+        raise InvalidRequestError(self._does(), "model")
+
+    def inquire(self, inquiry: Inquiry[Answer]) -> Future[Answer]:
+        if not isinstance(inquiry.question, ListSteps | ListSlots | ListRequests):
+            raise InvalidRequestError(self._does(), "model")
+        future: Future[Answer] = Future()
+        future.set_result(())  # type: ignore[arg-type]
+        return future
+
+    def close(self) -> None:
+        """Free the memory; the running piece, some seconds at most, is waited for."""
+        if self._pid != os.getpid():
+            return
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            self._lock.notify()
+        self.abort(self._running.request.request_id if self._running is not None else "")
+        self._thread.join()
+        self._free()
+        if sys.platform == "linux":
+            ctypes.CDLL(None).malloc_trim(0)
+
+    def _newest(self, caller: str) -> Job | None:
+        mine = (j for j in reversed(self._waiting) if j.request.caller == caller)
+        return next(mine, None) if self._admission.owes(caller) else None
+
+    def _check_open(self) -> None:
+        if self._failure is not None:
+            raise EngineGoneError(self._failure)
+        if self._closed or self._pid != os.getpid():
+            raise ModelUnloadedError.of(self.description.name)
+
+    def _run(self) -> None:
+        failure: Exception = ModelUnloadedError("the model was unloaded during this request")
+        try:
+            while (job := self._next()) is not None:
+                self._compute(job)
+        except BaseException as error:  # no request may wait forever
+            logger.exception("the %s engine stopped", self.kind)
+            self._failure = f"the {self.kind} engine stopped: {error!r:.500}. Load it again."
+            failure = EngineGoneError(self._failure)
+        with self._lock:
+            left, self._waiting = self._waiting, []
+        for job in left:
+            job.channel.fail(failure)
+            job.channel.wake()
+
+    def _next(self) -> Job | None:
+        """The first request of the caller that was served least; None when closed."""
+        with self._lock:
+            self._lock.wait_for(lambda: self._waiting or self._closed)
+            if self._closed:
+                return None
+            there = {j.request.caller for j in self._waiting}
+            self._served = {c: s for c, s in self._served.items() if c in there}
+            job = min(
+                self._waiting, key=lambda j: (j.request.priority, self._served[j.request.caller])
+            )
+            self._waiting.remove(job)
+            self._admission.leave(job.request.caller)
+            self._running = job
+            job.begun = time.monotonic()
+            return job
+
+    def _compute(self, job: Job) -> None:
+        try:
+            for line, num_tokens in self._lines(job):
+                if job.is_over:
+                    return
+                job.push(line, num_tokens)
+            job.finish(FinishReason.STOP)
+        except LLMKitError as error:
+            job.channel.fail(error)
+        except Exception as error:
+            logger.exception("a request of %s failed", self.description.name)
+            job.channel.fail(EngineError(f"the model failed: {error!r:.300}"))
+        except BaseException as error:  # the thread ends of it, and its reader must not wait
+            job.channel.fail(EngineGoneError(f"the {self.kind} engine stopped: {error!r:.300}"))
+            raise
+        finally:
+            caller, weight = job.request.caller, job.request.weight
+            with self._lock:
+                self._running = None
+                self._taken += job.prompt_tokens
+                self._made += job.tokens
+                seconds = (time.monotonic() - job.begun) / weight
+                if caller in self._served:
+                    self._served[caller] += seconds
+            job.channel.wake()
