@@ -5,6 +5,7 @@ it sees."""
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import media_models
@@ -14,9 +15,18 @@ from fakes import wait_for
 from media_parts import asking, png, wav
 from media_reference import Reference
 
+from llmkit.bridge.client import BridgeClient
+from llmkit.bridge.server import BridgeServer
 from llmkit.chat.template import CHATML
 from llmkit.models.registry import resolve
-from llmkit.protocol import Completion, GenerationRequest, Message
+from llmkit.protocol import (
+    Completion,
+    GenerationRequest,
+    Inquiry,
+    Message,
+    Resume,
+    TokenizeChat,
+)
 from llmkit.runtime.local import LocalEngine
 
 FAMILIES = {"causal": "phi4", "two-dimensional": "qwen2vl_merger", "whole": "gemma3"}
@@ -142,6 +152,20 @@ def test_deterministic_and_saved(
     engine.close()
 
 
+def test_an_answer_goes_on_elsewhere(pair: tuple[Path, Path], reference: Reference) -> None:
+    """Its picture is sent again, and read again."""
+    talk = asking("It is ", png(9, 98, 70), " that ", max_tokens=16)
+    options = {"n_ctx": 768, "n_slots": 2, "threads": 1, "deterministic": True}
+    tokens: list[tuple[int, ...]] = []
+    for begun in (0, 6):
+        engine = LocalEngine(pair[0], **options)
+        resume = Resume(tokens[0][:begun]) if begun else None
+        answer = answers(engine, reference, replace(talk, resume=resume))[0]
+        tokens.append(answer.tokens)
+        engine.close()
+    assert tokens[0] == tokens[1] and len(tokens[0]) > 6
+
+
 @pytest.fixture(scope="module")
 def seeing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalEngine]:
     """SmolLM2 with a projector that knows four colours."""
@@ -180,6 +204,33 @@ def test_ten_turns_over_one_picture(seeing: LocalEngine) -> None:
         assert request.messages is not None
         talk = [*request.messages, Message("assistant", answer.text)]
     assert seeing.stats().encoded_total == before + 1
+
+
+def test_text_loses_nothing_beside_pictures(seeing: LocalEngine) -> None:
+    """Lookup, shared prefixes and several at once, while a picture is encoded and computed."""
+    before = seeing.stats()
+    again = "one two three four five six seven eight nine ten, " * 4
+    seen = seeing.submit(asking("The picture is", png((0, 0, 255), 112), ".", max_tokens=40))
+    read = [seeing.submit(asking(f"Repeat: {again}", max_tokens=40)) for _ in range(2)]
+    done = [stream.result(60) for stream in read]
+    after = seeing.stats()
+    assert done[0].tokens == done[1].tokens and "blue" in seen.result(60).text
+    assert after.accepted_tokens_total > before.accepted_tokens_total
+    assert done[1].usage.cached_tokens > 40
+
+
+def test_pictures_cross_the_bridge(seeing: LocalEngine) -> None:
+    server = BridgeServer(seeing)
+    client = BridgeClient(server.connection)
+    assert client.description.inputs == ("image",)
+    answer = client.submit(asking("The picture is", png((0, 255, 0)), ".")).result(60)
+    assert "green" in answer.text and answer.usage.image_tokens == 1
+    asked = asking("The picture is", png((0, 255, 0)), ".")
+    question = TokenizeChat(asked.messages or (), media=asked.media)
+    listed = client.inquire(Inquiry("i", question)).result(10).tokens
+    assert len(listed) == answer.usage.prompt_tokens and listed.count(-1) == 1
+    client.close()
+    server.close()
 
 
 def test_sound_goes_the_same_way(tmp_path: Path) -> None:

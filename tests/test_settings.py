@@ -15,7 +15,7 @@ from llmkit.cli import main
 from llmkit.errors import InvalidRequestError
 from llmkit.settings.entries import KeyEntry, ModelEntry
 from llmkit.settings.example import example
-from llmkit.settings.gateway import GATEWAY_OPTIONS, GatewayOptions
+from llmkit.settings.gateway import GatewayOptions
 from llmkit.settings.listing import listed
 from llmkit.settings.reading import TOP
 from llmkit.settings.serving import ServeSettings, read_settings

@@ -12,13 +12,13 @@ from speech import SENTENCES, cues, decoded, encoded, tone, wav
 
 import llmkit
 from llmkit.errors import InvalidRequestError, ModelLoadError, ModelNotFoundError
+from llmkit.media.resampling import Resampler
 from llmkit.protocol.speech import FORMATS, Segment
 from llmkit.speech import extra
 from llmkit.speech.decoding import RATE, pcm_of
 from llmkit.speech.encoding import encoder_of
 from llmkit.speech.formats import srt, vtt
 from llmkit.speech.hibari import Hibari
-from llmkit.media.resampling import Resampler
 from llmkit.speech.whisper import _pieces
 
 

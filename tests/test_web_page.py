@@ -15,7 +15,8 @@ from llmkit.gateway.web.assets import MODULES, STYLES, folder
 
 HERE = Path(web.__file__).parent
 POLICY = (
-    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob:; connect-src 'self'; "
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob:; "
+    "connect-src 'self'; "
     "form-action 'none'; base-uri 'none'; frame-ancestors 'self'"
 )
 

@@ -96,7 +96,8 @@ class Projector:
             self.handle = mtmd.mtmd_init_from_file(os.fsencode(path), model.handle, params)
         if not self.handle:
             raise ModelLoadError(
-                f"llama.cpp could not load the projector {path}: " + "; ".join(library.log.errors(2))
+                f"llama.cpp could not load the projector {path}: "
+                + "; ".join(library.log.errors(2))
             )
         self.path = path
         self.device_bytes, self.gpu_bytes = library.log.device_bytes(), library.log.gpu_bytes()
@@ -132,7 +133,7 @@ class Projector:
         return self._tokenized(self._bitmap(kind, content.shape, content))
 
     def _bitmap(self, kind: str, shape: tuple[int, ...], content: np.ndarray | None) -> Any:
-        at = None if content is None else content.ctypes.data
+        at = ctypes.c_void_p() if content is None else ctypes.c_void_p(content.ctypes.data)
         if kind == "image":
             pixels = ctypes.cast(at, ctypes.POINTER(ctypes.c_uint8))
             return self._mtmd.mtmd_bitmap_init(shape[1], shape[0], pixels)

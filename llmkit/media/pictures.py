@@ -102,6 +102,7 @@ def png(pixels: np.ndarray) -> bytes:
 
 def _decoded(data: bytes, side: int | None = None) -> Any:
     """An RGB image of Pillow's; with a ``side``, possibly smaller, but not smaller than that."""
+    import PIL
     from PIL import Image
 
     found = facts(data)
@@ -118,7 +119,7 @@ def _decoded(data: bytes, side: int | None = None) -> Any:
         raise _refused("needs more memory than there is. Send it smaller") from error
     except Exception as error:  # decoders raise anything: OSError, SyntaxError, KeyError…
         if found.format == "AVIF" and "AVIF" not in Image.OPEN:
-            raise _refused(f"is AVIF, which Pillow {Image.__version__} cannot read") from error
+            raise _refused(f"is AVIF, which this Pillow ({PIL.__version__}) cannot read") from error
         raise _refused(
             f"is cut off or broken: as {found.format} it cannot be read ({error!s:.120})"
         ) from error

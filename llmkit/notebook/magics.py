@@ -155,7 +155,8 @@ class LLMMagics(Magics):
                 **sampling,
             )
             if images:
-                display(HTML("".join(map(thumbnail_html, images))))
+                page = HTML("".join(map(thumbnail_html, images)))  # type: ignore[no-untyped-call]
+                display(page)  # type: ignore[no-untyped-call]
         try:
             for piece in stream:
                 print(piece, end="", flush=True)

@@ -22,7 +22,6 @@ __all__ = ["ConversationReader"]
 ManyConversations = list[StoredConversation]
 Path = list[StoredMessage]
 Ids = list[str]
-Files, Sizes = dict[str, bytes], dict[str, int]
 
 
 class ConversationReader:
@@ -128,12 +127,12 @@ class ConversationReader:
             row = rows.find(connection, owner, conversation_id, self._now())
             return rows.read_message(connection, row.id, message_id)
 
-    def media(self, owner: str, digests: Collection[str]) -> Files:
+    def media(self, owner: str, digests: Collection[str]) -> dict[str, bytes]:
         """Those of an owner's pictures and sounds that are there, by digest."""
         with self.database.connected() as connection:
             return media.read(connection, rows.owner_key(owner), digests)
 
-    def media_sizes(self, owner: str, digests: Collection[str]) -> Sizes:
+    def media_sizes(self, owner: str, digests: Collection[str]) -> dict[str, int]:
         """The same, but only how many bytes they have."""
         with self.database.connected() as connection:
             return media.sizes(connection, rows.owner_key(owner), digests)

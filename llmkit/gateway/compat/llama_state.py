@@ -88,7 +88,8 @@ class LlamaStateRoutes:
         except InvalidRequestError:  # an embedding model has none
             slots = ()
         busy = {slot.slot for slot in slots if slot.request is not None}
-        is_admin = ADMIN in exchange.identity.scopes  # lengths tell whose prompts are like one's own
+        # Lengths tell whose prompts are like one's own.
+        is_admin = ADMIN in exchange.identity.scopes
         held = {slot.slot: slot.tokens for slot in slots if is_admin}
         number = max(engine.description.n_slots, len(slots))
         if exchange.query("fail_on_no_slot") and len(busy) >= number:

@@ -74,8 +74,15 @@ def placed(
         message = store.message(owner, session.id, shown)
         if isinstance(body, EditBody):
             leaf = message.parent_id
-            same = {"name": message.name, "tool_call_id": message.tool_call_id}
-            new = [replace(each, role=message.role, **same) for each in body.new(attached)]
+            new = [
+                replace(
+                    each,
+                    role=message.role,
+                    name=message.name,
+                    tool_call_id=message.tool_call_id,
+                )
+                for each in body.new(attached)
+            ]
         else:
             leaf = message.parent_id if message.role == "assistant" else message.id
             if leaf is None:

@@ -10,7 +10,7 @@ from llmkit.errors import InvalidRequestError
 from llmkit.gateway.bodies import Strict
 from llmkit.gateway.conversations.settings import TurnSettings
 from llmkit.gateway.media.attached import Attached
-from llmkit.gateway.openai.parts import ImagePart, InputAudioPart
+from llmkit.gateway.media.parts import ImagePart, InputAudioPart
 from llmkit.protocol import Media, ToolCall
 from llmkit.store.conversation_records import MAX_TITLE, UNSET, NewMessage, Pruning, Unset
 
@@ -71,7 +71,6 @@ def _stored(content: Content | None, attached: Attached) -> str | list[dict[str,
             made.append({"type": "text", "text": part.text})
         else:
             media = part.part(attached)
-            assert isinstance(media, Media)
             made.append({"type": "media", "digest": media.digest, "kind": media.kind})
     return made
 

@@ -7,7 +7,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Field, Tag
 
 from llmkit.gateway.bodies import Strict
-from llmkit.gateway.openai.parts import InputAudioPart, InputImagePart, RefusalPart
+from llmkit.gateway.media.parts import InputAudioPart
+from llmkit.gateway.openai.parts import InputImagePart, RefusalPart
 
 __all__ = ["InputItem", "ItemReference"]
 

@@ -9,11 +9,10 @@ from pydantic import Field
 from llmkit.errors import InvalidRequestError
 from llmkit.gateway.bodies import Strict
 from llmkit.gateway.media.attached import Attached
+from llmkit.gateway.media.parts import Detail, ImagePart, InputAudioPart
 from llmkit.protocol.messages import Part
 
-__all__ = ["ChatPart", "ImagePart", "InputAudioPart", "InputImagePart", "RefusalPart", "kept"]
-
-Detail = Literal["auto", "low", "high", "original"]
+__all__ = ["ChatPart", "InputImagePart", "RefusalPart", "kept"]
 
 
 class TextPart(Strict):
@@ -34,41 +33,6 @@ class RefusalPart(Strict):
 
     def part(self, attached: Attached) -> Part:
         return self.refusal
-
-
-class ImageAddress(Strict):
-    url: str
-    detail: Detail | None = None
-
-
-class ImagePart(Strict):
-    """A picture in a chat."""
-
-    type: Literal["image_url"]
-    image_url: str | ImageAddress
-
-    def part(self, attached: Attached) -> Part:
-        given = self.image_url
-        if isinstance(given, str):
-            return attached.image(given, is_url=True)
-        return attached.image(given.url, is_url=True, detail=given.detail)
-
-
-class Sound(Strict):
-    """``format`` is what the file itself says, whatever is given."""
-
-    data: str
-    format: str | None = None
-
-
-class InputAudioPart(Strict):
-    """A sound, in a chat or a response."""
-
-    type: Literal["input_audio"]
-    input_audio: Sound
-
-    def part(self, attached: Attached) -> Part:
-        return attached.audio(self.input_audio.data)
 
 
 ChatPart = Annotated[
