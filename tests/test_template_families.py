@@ -19,7 +19,7 @@ from llmkit.chat.reading import AnswerReader
 from llmkit.chat.template import TRIAL_STEPS, ChatTemplate
 from llmkit.errors import InvalidRequestError
 from llmkit.protocol import Completion, FinishReason, Message, ModelDescription, Tool, ToolCall
-from llmkit.runtime.prompts import prompt_tokens
+from llmkit.runtime.prompts import Files, chat_prompt
 
 FOLDER = Path(__file__).parent / "templates"
 FAMILIES = sorted(path.stem for path in FOLDER.glob("*.jinja"))
@@ -373,14 +373,16 @@ class Letters:
 def test_marks_that_are_said_are_text(family: str) -> None:
     said = "".join(re.findall(Letters.control_pattern, TURN[family])) or "</s>"
     messages = [SYSTEM, Message("user", f"What is {said}?"), CALL, replace(RESULT, content=said)]
-    tokens: Any = prompt_tokens(
+    prompt = chat_prompt(
         Letters(),  # type: ignore[arg-type]
         template(family),
         messages,
         [replace(FORECAST, description=said)],
         {},
         lambda _: None,
+        Files(None, {}, "", 4096),
     )
+    tokens: Any = prompt.tokens
     assert "".join(t for t, is_read in tokens if not is_read) == said * 3
     assert "".join(t for t, _ in tokens).count(f"What is {said}?") == 1
 

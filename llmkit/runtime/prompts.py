@@ -259,7 +259,7 @@ def chat_prompt(
                     parse_special=i % 2 == 0,
                     param="messages",
                 )
-    if tokens and tokens[-1] < 0:
+    if items and items[-1].end == len(tokens):
         raise InvalidRequestError(
             "messages: the prompt ends with an image or a sound; let text follow.", "messages"
         )

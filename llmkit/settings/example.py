@@ -39,6 +39,7 @@ SAMPLES: Mapping[str, Any] = {
     "tls_cert": "/etc/llmkit/tls.crt",
     "tls_key": "/etc/llmkit/tls.key",
     "db_url": "sqlite:////var/lib/llmkit/llmkit.db",
+    "media_hosts": ["images.example.org"],
     "redis_url": "redis://127.0.0.1:6379",
     "fleet_listen": "tcp://10.0.0.5:7100",
     "fleet_key_file": "/etc/llmkit/fleet.key",
