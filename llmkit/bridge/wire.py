@@ -368,12 +368,17 @@ def apart(request: GenerationRequest) -> tuple[GenerationRequest, bytes]:
 
 
 def together(request: GenerationRequest, frame: bytes) -> GenerationRequest:
-    """The opposite of `apart`. Raises `msgspec.DecodeError` for a frame that is not one."""
+    """The opposite of `apart`; a frame that nothing in the request asks for is left out.
+
+    Raises `msgspec.DecodeError` for one that cannot be read.
+    """
     if not frame:
         return request
     if request.hearing is not None:
         return replace(request, hearing=replace(request.hearing, audio=frame))
-    return replace(request, media=_media.decode(frame))
+    if any(message.media for message in request.messages or ()):
+        return replace(request, media=_media.decode(frame))
+    return request
 
 
 def stranger(version: int, llmkit: str) -> str | None:
