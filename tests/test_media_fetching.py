@@ -14,6 +14,7 @@ from pictures import picture
 from llmkit.errors import InvalidRequestError
 from llmkit.gateway.media import fetching
 from llmkit.gateway.media.fetching import Fetcher
+from llmkit.settings.gateway import GatewayOptions
 
 PUBLIC = "93.184.215.14"
 URL = "https://images.example.org/a%20b.png?size=1"
@@ -156,3 +157,10 @@ async def test_a_host_that_says_nothing_is_left(
     assert "cannot be reached" in await why(fetcher(PUBLIC))
     server.close()
     await server.wait_closed()
+
+
+def test_hosts_are_named_without_their_addresses() -> None:
+    assert GatewayOptions(media_hosts=("images.example.org", "EXAMPLE.org")).media_hosts
+    for wrong in ("https://example.org", "example.org:443", "*.example.org", "example.org/a", ""):
+        with pytest.raises(InvalidRequestError, match="media_hosts"):
+            GatewayOptions(media_hosts=(wrong,))

@@ -40,7 +40,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def served(folder: Path, model: ScriptedModel) -> Iterator[ServedModels]:
-    served = ServedModels(folder, model, ScriptedModel("blind"), max_media_bytes=500_000)
+    served = ServedModels(folder, model, ScriptedModel("blind"), max_media_bytes=5_000_000)
     yield served
     served.stop()
 
@@ -176,3 +176,35 @@ def test_an_owner_may_not_have_too_much(tmp_path: Path, monkeypatch: pytest.Monk
         store.append(OWNER, known.id, known.head, [said(OTHER)])
     assert store.export(OWNER, known.id)["messages"][0]["content"][1] == PART
     database.close()
+
+
+def test_a_stored_response_keeps_its_picture_apart(
+    served: ServedModels, model: ScriptedModel
+) -> None:
+    large = picture(RED, (900, 700), "BMP")  # more than a response may be
+    assert len(large) > 1 << 20
+    image = {"type": "input_image", "image_url": address(large, "image/bmp")}
+    text = {"type": "input_text", "text": ASKED}
+    asked = {"model": "seer", "input": [{"role": "user", "content": [image, text]}]}
+    httpx.delete(served.url + "v1/sessions")
+    first = post(served, "v1/responses", asked)
+    assert first["store"] is True
+    second = post(
+        served,
+        "v1/responses",
+        {"model": "seer", "input": "And?", "previous_response_id": first["id"]},
+    )
+    assert told(model)[0] == ("user", [large, ASKED]) and told(model)[-1] == ("user", ["And?"])
+    items = httpx.get(served.url + f"v1/responses/{first['id']}/input_items").json()["data"]
+    assert items[0]["content"] == [image, text]
+    reference = {"type": "item_reference", "id": items[0]["id"]}
+    post(served, "v1/responses", {"model": "seer", "input": [reference]})
+    assert told(model) == [("user", [large, ASKED])]
+    # What continues a response keeps what that was asked with.
+    assert httpx.delete(served.url + f"v1/responses/{first['id']}").status_code == 200
+    again = {"model": "seer", "input": "And?", "previous_response_id": second["id"]}
+    post(served, "v1/responses", again)
+    assert told(model)[0] == ("user", [large, ASKED])
+    strange = {"type": "input_image", "image_url": "llmkit-media:" + "0" * 64}
+    asked["input"] = [{"role": "user", "content": [strange]}]
+    post(served, "v1/responses", asked, 400)

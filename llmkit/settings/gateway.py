@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from llmkit.errors import InvalidRequestError
@@ -18,6 +19,7 @@ DIALECTS, SERVICES = ("auto", "ollama", "llms"), ("none", "otron")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 MOST_TOKENS = 2**31 - 1
 DAY_S = 86_400.0
+HOST = r"[A-Za-z0-9](?:[A-Za-z0-9.-]*[A-Za-z0-9])?"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -262,6 +264,13 @@ class GatewayOptions:
         if self.name is not None and len(self.models) > 1:
             raise InvalidRequestError(
                 "name is for one model; give several their names by tables [models.NAME].", "name"
+            )
+        wrong = next((h for h in self.media_hosts if not re.fullmatch(HOST, h)), None)
+        if wrong is not None:
+            raise InvalidRequestError(
+                f"media_hosts: {wrong!r:.80} is no host; name it as in images.example.org, without "
+                "https:// and without a port.",
+                "media_hosts",
             )
         check_tokens(self.default_max_tokens, self.max_tokens_limit)
 

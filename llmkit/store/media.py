@@ -16,13 +16,17 @@ from sqlalchemy.engine import Connection
 from llmkit.errors import InvalidRequestError
 from llmkit.store.tables import Media, MediaUses
 
-__all__ = ["MAX_OWNER_BYTES", "keep", "num_bytes", "read", "remove_unused", "sizes"]
+__all__ = ["MAX_OWNER_BYTES", "TooMuchError", "keep", "num_bytes", "read", "remove_unused", "sizes"]
 
 MAX_OWNER_BYTES = 512 << 20
 UNUSED_S = 60.0
 MANY = 500  # digests in one question
 MEDIA: Any = Media.__table__
 USES: Any = MediaUses.__table__
+
+
+class TooMuchError(InvalidRequestError):
+    """An owner would have too much."""
 
 
 def keep(
@@ -37,8 +41,7 @@ def keep(
 ) -> None:
     """Note that a conversation or a segment of a response uses these; ``files`` are added.
 
-    Those that are neither there nor given are left out. Raises `InvalidRequestError` if the owner
-    would have too much.
+    Those that are neither there nor given are left out. Raises `TooMuchError`.
     """
     stored = set(sizes(connection, owner, digests))
     new = {digest: files[digest] for digest in digests if digest in files and digest not in stored}
@@ -46,7 +49,7 @@ def keep(
         remove_unused(connection, now, owner)
         more = sum(len(data) for data in new.values())
         if num_bytes(connection, owner) + more > MAX_OWNER_BYTES:
-            raise InvalidRequestError(
+            raise TooMuchError(
                 f"all sessions of a caller hold {MAX_OWNER_BYTES >> 20} MiB of pictures and sounds "
                 "at most; delete some first.",
                 "messages",

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,9 +18,11 @@ import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
 from llmkit.errors import InvalidRequestError, NotFoundError
+from llmkit.store import media
 from llmkit.store.conversation_records import new_id, storable
 from llmkit.store.conversation_rows import owner_key
 from llmkit.store.database import Database
+from llmkit.store.media import TooMuchError
 from llmkit.store.tables import Responses, Segments
 from llmkit.store.writers import is_gone, new_writer
 
@@ -33,6 +35,7 @@ ADVISORY_LOCK = 0x6C6C6D72  # of PostgreSQL
 IN_PROGRESS = "in_progress"
 RESPONSES: Any = Responses.__table__
 Item = dict[str, Any]
+NOTHING: Mapping[str, bytes] = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,13 +148,34 @@ class ResponseStore:
         items: Sequence[Item],
         previous_id: str | None = None,
         before: Sequence[Item] = (),
+        digests: Collection[str] = (),
+        files: Mapping[str, bytes] = NOTHING,
     ) -> bool:
         """Keep a response, or its latest state; False if it is too large.
 
         ``items`` are those that it was asked with, after those of ``previous_id``. Should that be
-        gone by now, ``before`` are its items. A response that is in progress fails when its process
-        is gone, see `recover`.
+        gone by now, ``before`` are its items. They hold the pictures and sounds of ``digests``, of
+        which ``files`` has those that may be new. A response that is in progress fails when its
+        process is gone, see `recover`.
         """
+        try:
+            return self._put(
+                owner, response_id, response, items, previous_id, before, digests, files
+            )
+        except TooMuchError:
+            return False
+
+    def _put(
+        self,
+        owner: str,
+        response_id: str,
+        response: dict[str, Any],
+        items: Sequence[Item],
+        previous_id: str | None,
+        before: Sequence[Item],
+        digests: Collection[str],
+        files: Mapping[str, bytes],
+    ) -> bool:
         body = json.dumps(response).encode()
         asked, said = json.dumps(list(items)).encode(), json.dumps(response["output"]).encode()
         with self._changing() as session:
@@ -173,6 +197,8 @@ class ResponseStore:
             if known is None:
                 first = _add(session, owner, parent, asked, now)
                 created_at = now
+                if digests:
+                    media.keep(session.connection(), owner, digests, files, now, segment_id=first)
             else:
                 first, created_at = known.input_id, known.created_at
             last = _add(session, owner, first, said, now)

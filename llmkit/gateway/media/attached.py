@@ -21,9 +21,10 @@ if TYPE_CHECKING:
     from llmkit.gateway.chats import Chat
     from llmkit.gateway.exchange import Exchange
 
-__all__ = ["MAX_MEDIA", "Attached", "check_all"]
+__all__ = ["KEPT", "MAX_MEDIA", "Attached", "check_all"]
 
 MAX_MEDIA = 16  # in one request
+KEPT = "llmkit-media:"  # before the digest of a file that one of the caller's answers has already
 Kind = Literal["image", "audio"]
 WORDS: dict[str, tuple[str, str]] = {
     "image": ("a picture", "images"),
@@ -87,7 +88,9 @@ class Attached:
         assert exchange.reading is not None
         for sent, number in self._numbers.items():
             work: Callable[[], tuple[str, bytes]] = partial(_read, sent)
-            if sent.is_url and not is_data_url(sent.text):
+            if sent.text.startswith(KEPT):
+                work = partial(_looked_at, await _kept(exchange, sent), sent)
+            elif sent.is_url and not is_data_url(sent.text):
                 fetched = await exchange.fetcher.fetch(sent.text, sent.param)
                 work = partial(_looked_at, fetched, sent)
             digest, data = await exchange.reading.aside(exchange, work)
@@ -133,6 +136,16 @@ def check_all(
     for digest, data in media.items():
         if digest_of(data) != digest:
             raise InvalidRequestError("messages: a file has another digest.", "messages")
+
+
+async def _kept(exchange: Exchange, sent: Sent) -> bytes:
+    """A file that is stored. Raises `InvalidRequestError` if it is not there."""
+    assert exchange.turns is not None
+    owner, digest = exchange.identity.name, sent.text.removeprefix(KEPT)
+    files = await exchange.turns.shelf.look(owner, lambda store: store.media(owner, [digest]))
+    if digest not in files:
+        raise InvalidRequestError(f"{sent.param}: a file is not kept any more.", sent.param)
+    return files[digest]
 
 
 def _read(sent: Sent) -> tuple[str, bytes]:

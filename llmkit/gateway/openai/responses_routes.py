@@ -14,6 +14,7 @@ from llmkit.gateway.exchange import Exchange
 from llmkit.gateway.ids import new_id
 from llmkit.gateway.media.attached import Attached
 from llmkit.gateway.openai.event_stream import EventStream, output_items
+from llmkit.gateway.openai.item_media import apart
 from llmkit.gateway.openai.responses import (
     ResponsesBody,
     finished,
@@ -78,7 +79,7 @@ class ResponsesRoutes:
         run = Run(answer, opened(body, response_id, engine.description.name), owner)
         kept = None
         if body.store is not False and stored.is_on:
-            kept = Kept(response_id, own_items, previous, before)
+            kept = Kept(response_id, apart(own_items, attached), previous, before, attached.files)
         elif body.store is not False:
             run.response["store"] = False
         self._running[response_id] = run

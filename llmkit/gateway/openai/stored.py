@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from llmkit.errors import NotFoundError
 from llmkit.gateway.exchange import Exchange
 from llmkit.gateway.failures import ApiError
+from llmkit.gateway.openai.item_media import digests_of, together
 
 if TYPE_CHECKING:
     from llmkit.store.responses import StoredResponse
@@ -26,12 +27,16 @@ Item = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """A response that is to be stored: what it is asked with, and what it continues."""
+    """A response that is to be stored: what it is asked with, and what it continues.
+
+    ``files`` has the pictures and sounds that its items name.
+    """
 
     response_id: str
     items: list[Item]
     previous_id: str | None
     before: list[Item]
+    files: Mapping[str, bytes] = field(default_factory=dict)
 
 
 class Stored:
@@ -99,7 +104,11 @@ class Stored:
     async def input_items(self, response_id: str) -> list[Item]:
         """What a response was asked with."""
         owner = self._owner
-        return await self._turns.shelf.responses(owner, lambda s: s.input_items(owner, response_id))
+        shelf = self._turns.shelf
+        items = await shelf.responses(owner, lambda s: s.input_items(owner, response_id))
+        if not (digests := digests_of(items)):
+            return items
+        return together(items, await shelf.look(owner, lambda s: s.media(owner, digests)))
 
     async def put(self, kept: Kept, response: dict[str, Any]) -> bool:
         """Keep a response, or its latest state. False if it is too large."""
@@ -107,7 +116,14 @@ class Stored:
         return await self._turns.shelf.responses(
             owner,
             lambda s: s.put(
-                owner, kept.response_id, response, kept.items, kept.previous_id, kept.before
+                owner,
+                kept.response_id,
+                response,
+                kept.items,
+                kept.previous_id,
+                kept.before,
+                digests_of([*kept.before, *kept.items]),
+                kept.files,
             ),
         )
 
