@@ -4,6 +4,8 @@ gets. The model only says what it was told."""
 from __future__ import annotations
 
 import hashlib
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -307,3 +309,20 @@ def test_attached_over_http_a_digest_must_be_the_files(
         with pytest.raises(llmkit.InvalidRequestError, match=r"digest|missing"):
             engine.submit(request).result()
     engine.close()
+
+
+def test_the_command_sends_a_picture(
+    served: ServedModels, model: ScriptedModel, tmp_path: Path
+) -> None:
+    (tmp_path / "red.png").write_bytes(PNG)
+
+    def run(name: str, file: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "llmkit", "chat", "--base-url", served.url + "v1"]
+        command += ["--api-key", "none", "--model", name, "--image", str(tmp_path / file), ASKED]
+        return subprocess.run(command, capture_output=True, text=True, timeout=60, input="")
+
+    done = run("seer", "red.png")
+    assert (done.returncode, done.stdout) == (0, f"You said: {ASKED}\n"), done.stderr
+    assert told(model) == [("user", [PNG, ASKED])]
+    assert "cannot be read" in run("seer", "none.png").stderr
+    assert "takes no images" in run("blind", "red.png").stderr

@@ -34,6 +34,10 @@ Files = Annotated[
     list[Path] | None,
     typer.Option("--file", "-f", metavar="PATH", help="Text file that goes with the question."),
 ]
+Images = Annotated[
+    list[Path] | None,
+    typer.Option("--image", "-i", metavar="PATH", help="Picture that goes with the question."),
+]
 NoPaths = Annotated[
     bool, typer.Option("--no-paths", help="Take @path as text: send no file that it names.")
 ]
@@ -64,6 +68,7 @@ def chat(
     ] = "",
     system: System = "",
     file: Files = None,
+    image: Images = None,
     no_paths: NoPaths = False,
     session: Session = "",
     temperature: Temperature = None,
@@ -86,7 +91,7 @@ def chat(
             return RemotePartner(Endpoint(base_url, api_key), model, sampling, session)
         return LocalPartner(_running(model, screen), sampling, session)
 
-    return _talk(open_partner, " ".join(question or []), system, file, json, not no_paths)
+    return _talk(open_partner, " ".join(question or []), system, file, image, json, not no_paths)
 
 
 def run(
@@ -96,6 +101,7 @@ def run(
     question: Prompt = None,
     system: System = "",
     file: Files = None,
+    image: Images = None,
     no_paths: NoPaths = False,
     session: Session = "",
     temperature: Temperature = None,
@@ -113,7 +119,7 @@ def run(
     def open_partner(_: Screen) -> Partner:
         return LocalPartner(load(model, **given), sampling, session)
 
-    return _talk(open_partner, " ".join(question or []), system, file, json, not no_paths)
+    return _talk(open_partner, " ".join(question or []), system, file, image, json, not no_paths)
 
 
 def _sampling(**given: Any) -> dict[str, Any]:
@@ -149,6 +155,7 @@ def _talk(
     question: str,
     system: str,
     files: list[Path] | None,
+    images: list[Path] | None,
     as_json: bool,
     paths: bool,
 ) -> int:
@@ -169,6 +176,8 @@ def _talk(
     person = sys.stdin is not None and sys.stdin.isatty()
     if not text and (as_json or not person):
         raise typer.BadParameter("there is no question: give one here or through a pipe")
+    if images and not text:
+        raise typer.BadParameter("--image goes with a question: give one here")
     with closing(open_partner(screen)) as partner:
         if system:
             others = [m for m in partner.messages if m.role != "system"]
@@ -176,11 +185,11 @@ def _talk(
         if not text:
             return Chat(partner, screen, paths=paths).run()
         if as_json:
-            for _ in partner.answer(text):
+            for _ in partner.answer(text, images or ()):
                 pass
             print(json_module.dumps(_as_json(partner.name, partner.last)))
             return 0
-        summary = answer_once(partner, text, screen)
+        summary = answer_once(partner, text, screen, images or ())
         if screen.is_terminal:
             screen.note(told(summary))
     return 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
 
@@ -32,10 +32,12 @@ QUOTES = '"""'
 COMMAND = re.compile(r"/([a-z?]+)(?:\s+(.*))?", re.DOTALL)
 
 
-def answer_once(partner: Partner, question: str, screen: Screen) -> Summary:
+def answer_once(
+    partner: Partner, question: str, screen: Screen, images: Sequence[Path] = ()
+) -> Summary:
     """One answer, piece by piece; what there was of it stays where Ctrl-C stops it."""
     try:
-        with closing(partner.answer(question)) as events:
+        with closing(partner.answer(question, images)) as events:
             for event in events:
                 (screen.text if isinstance(event, Content) else screen.thought)(event.text)
     finally:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -12,8 +12,11 @@ from llmkit.chat.parsers.events import Content, Reasoning
 from llmkit.cli.endpoint import Endpoint, EndpointError, checked, events_of
 from llmkit.errors import InvalidRequestError
 from llmkit.protocol import Message
+from llmkit.sessions.messages import to_json, with_media
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from llmkit.llm import LLM
     from llmkit.sessions.conversation import Transcript
 
@@ -56,8 +59,8 @@ class Partner(Protocol):
     messages: list[Message]
     last: Summary
 
-    def answer(self, text: str) -> Generator[Told, None, None]:
-        """Say something; the answer as it arrives.
+    def answer(self, text: str, images: Sequence[Path] = ()) -> Generator[Told, None, None]:
+        """Say something, with pictures; the answer as it arrives.
 
         Both are added to ``messages`` at its end, or where the loop is left; a failed answer
         changes nothing. ``last`` tells about it.
@@ -96,9 +99,9 @@ class LocalPartner:
         self._session.messages = messages
         self._session.commit()
 
-    def answer(self, text: str) -> Generator[Told, None, None]:
+    def answer(self, text: str, images: Sequence[Path] = ()) -> Generator[Told, None, None]:
         began = time.monotonic()
-        turn = self._session.stream(text)
+        turn = self._session.stream(text, images=list(images))
         try:
             with closing(turn.events()) as events:
                 yield from events
@@ -129,6 +132,7 @@ class RemotePartner:
         self.name = model or _first_model(endpoint)
         self._transcript = _transcript(session, self.name) if session else None
         self._messages = self._transcript.messages if self._transcript is not None else []
+        self._files = {} if self._transcript is None else self._transcript.files
         self.last = Summary()
 
     @property
@@ -141,11 +145,12 @@ class RemotePartner:
         if self._transcript is not None:
             self._transcript.keep(messages)
 
-    def answer(self, text: str) -> Generator[Told, None, None]:
-        question = Message("user", text)
+    def answer(self, text: str, images: Sequence[Path] = ()) -> Generator[Told, None, None]:
+        (question,) = with_media([Message("user", text)], self._files, list(images))
+        told = [to_json(message, self._files) for message in [*self.messages, question]]
         body = {
             "model": self.name,
-            "messages": [{"role": m.role, "content": m.text} for m in [*self.messages, question]],
+            "messages": [{"role": m["role"], "content": m["content"]} for m in told],
             "stream": True,
             "stream_options": {"include_usage": True},
             **self._sampling,
