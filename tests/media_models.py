@@ -21,14 +21,15 @@ SECTIONS = [2, 3, 3, 0]
 # What each type of projector wants to know, by the sides of a picture and a patch.
 KNOWS: dict[str, Mapping[str, int]] = {
     "phi4": {"image_min_pixels": 1, "image_max_pixels": 64},  # in patches
-    "gemma3": {"projector.scale_factor": 2},
+    "gemma3": {},
     "qwen2vl_merger": {"spatial_merge_size": 2},
 }
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of an encoder: width, width within, blocks, heads, the sides of a patch and a picture."""
+    """Of an encoder: width, width within, blocks, heads, the sides of a patch and a picture; and
+    how many patches, across and down, become one token of a gemma3."""
 
     width: int = 32
     inner: int = 48
@@ -36,10 +37,11 @@ class Sizes:
     heads: int = 2
     patch: int = 14
     picture: int = 56
+    merged: int = 2
 
 
 # As in SmolVLM: 86 million weights, 512 x 512 pixels, 64 tokens.
-SIGLIP = Sizes(768, 3072, 12, 12, 16, 512)
+SIGLIP = Sizes(768, 3072, 12, 12, 16, 512, 4)
 
 
 class _Maker:
@@ -118,6 +120,8 @@ class _Maker:
         area = sizes.patch**2
         scaled = {k: v * (area if "pixels" in k else 1) for k, v in KNOWS[kind].items()}
         self.keys("vision", scaled)
+        if kind == "gemma3":
+            self.keys("vision", {"projector.scale_factor": sizes.merged})
 
 
 def write_vision(
@@ -249,3 +253,9 @@ def _word_rows(model: Path, tokens: Sequence[int]) -> np.ndarray:
     table = tensors["token_embd.weight"]
     rows = gguf.quants.dequantize(table.data[list(tokens)], table.tensor_type)
     return np.asarray(rows, np.float32)
+
+
+def width_of(model: Path) -> int:
+    """The numbers in an embedding of a text model."""
+    tensors = {t.name: t for t in gguf.GGUFReader(model).tensors}
+    return int(tensors["token_embd.weight"].shape[0])

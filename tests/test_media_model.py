@@ -9,15 +9,21 @@ from dataclasses import replace
 from pathlib import Path
 
 import media_models
+import numpy as np
 import pytest
 import tiny_models
 from fakes import wait_for
 from media_parts import asking, png, wav
 from media_reference import Reference
 
+from llmkit.backend.llama import LlamaRunner
+from llmkit.backend.media import Embeddings
+from llmkit.backend.model import LlamaModel
 from llmkit.bridge.client import BridgeClient
 from llmkit.bridge.server import BridgeServer
 from llmkit.chat.template import CHATML
+from llmkit.engine.batch import Batch, Chunk, Open, Truncate
+from llmkit.engine.media import Item, cells
 from llmkit.models.registry import resolve
 from llmkit.protocol import (
     Completion,
@@ -25,6 +31,7 @@ from llmkit.protocol import (
     Inquiry,
     Message,
     Resume,
+    SamplingParams,
     TokenizeChat,
 )
 from llmkit.runtime.local import LocalEngine
@@ -150,6 +157,35 @@ def test_deterministic_and_saved(
     assert together.tokens == alone.tokens
     assert together.usage.cached_tokens > 0 and engine.stats().encoded_total == 2, "from the disk"
     engine.close()
+
+
+def test_whole_images_of_several_sizes_at_once(tmp_path: Path) -> None:
+    """Each sees all of itself, whatever is computed beside it."""
+    model = LlamaModel(tiny_models.write(tmp_path / "text.gguf", "llama"), n_gpu_layers=0)
+    runner = LlamaRunner(model, n_ctx=256, n_slots=3, max_batch_tokens=128, threads=1)
+    rng, greedy = np.random.default_rng(0), SamplingParams(temperature=0, logprobs=0)
+
+    def image(slot: int, size: int) -> Chunk:
+        rows = rng.standard_normal((size, model.n_embd)).astype(np.float32)
+        places = np.arange(size, dtype=np.int32)[None]
+        item = Item(slot + 1, 0, size, size, whole=True)
+        encoded = Embeddings(rows, places)
+        return Chunk(slot, 0, cells(item.key, size), False, item=item, encoded=encoded)
+
+    images = [image(0, 9), image(1, 40), image(2, 17)]
+    texts = [Chunk(c.slot, len(c.tokens), [5, 6, 7], True) for c in images]
+    opened = tuple(Open(i, i + 1, greedy, ()) for i in range(3))
+    runner.execute(Batch(tuple(images), opened))
+    together = runner.execute(Batch(tuple(texts))).scores
+    alone = []
+    for picture, text in zip(images, texts, strict=True):
+        runner.execute(Batch((picture,), (Truncate(picture.slot, 0),)))
+        alone.append(runner.execute(Batch((text,))).scores[0])
+    assert [s[0].logprob for s in together] == pytest.approx(
+        [s[0].logprob for s in alone], abs=1e-4
+    )
+    runner.close()
+    model.close()
 
 
 def test_an_answer_goes_on_elsewhere(pair: tuple[Path, Path], reference: Reference) -> None:

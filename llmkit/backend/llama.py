@@ -191,11 +191,13 @@ class LlamaRunner:
 
     def _step(self, chunks: Sequence[Chunk], lost: Sequence[int]) -> StepOutput:
         """Chunks with different adapters are decoded separately, and so are text, images, and
-        images that must be whole; in a deterministic engine every chunk is, since its arithmetic
-        depends on its neighbours."""
+        images that must be whole, those of each size (llama.cpp takes equal parts of sequences
+        together, and so would cut the longer ones). In a deterministic engine every chunk is, since
+        its arithmetic depends on its neighbours."""
         groups: dict[object, list[int]] = {}
         for i, chunk in enumerate(chunks):
-            kind = None if chunk.item is None else chunk.item.whole
+            item = chunk.item
+            kind = None if item is None else item.n_tokens * item.whole
             adapters = self._adapters.get(self._serials[chunk.slot], ())
             groups.setdefault(i if self._deterministic else (kind, adapters), []).append(i)
         if len(groups) <= 1:

@@ -25,6 +25,9 @@ COUNTERS = (
     ("generation_tokens", "Generated tokens.", "generation_tokens_total"),
     ("draft_tokens", "Drafted tokens.", "draft_tokens_total"),
     ("accepted_draft_tokens", "Drafted tokens that were accepted.", "accepted_tokens_total"),
+    ("media", "Images and pieces of sound in prompts.", "media_total"),
+    ("encoded_media", "Images and pieces of sound that were encoded.", "encoded_total"),
+    ("encode_seconds", "Time of encoding images and sound.", "encode_seconds_total"),
     ("engine_requests", "Requests to the engine, of notebooks too.", "requests_total"),
     ("preemptions", "Requests that made way for others.", "preemptions_total"),
     ("engine_steps", "Steps of the engine.", "steps_total"),
@@ -39,6 +42,8 @@ GAUGES = (
     ("kv_cached_tokens", "KV cells that hold prefixes for later.", "kv_cached_tokens"),
     ("kv_capacity_tokens", "KV cells.", "kv_capacity_tokens"),
     ("host_cached_tokens", "Tokens of prefixes parked in RAM.", "host_cached_tokens"),
+    ("requests_encoding", "Running requests that wait for an image to be encoded.", "num_encoding"),
+    ("encoded_bytes", "Encoded images and sound in RAM.", "encoded_bytes"),
 )
 LABELS = ("model",)
 
