@@ -193,6 +193,8 @@ def test_an_older_database_gets_the_new_column(tmp_path: Path) -> None:
     known = store.create("ann", title="kept", messages=[Message("user", "x")])
     store.database.close()
     with sqlite3.connect(path) as connection:
+        for table in ("llmkit_media_uses", "llmkit_media", "llmkit_half_hours"):
+            connection.execute(f"DROP TABLE {table}")
         connection.execute("DROP INDEX llmkit_conversations_updated")
         connection.execute("ALTER TABLE llmkit_conversations DROP COLUMN by_title")
         connection.execute("UPDATE llmkit_version SET version_num = 'v0002'")
