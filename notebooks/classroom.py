@@ -93,8 +93,9 @@ class Classroom:
             if " is ready" in said:
                 return said.partition("llmkit gateway at ")[2].split()[0].removesuffix("/v1")
             time.sleep(0.1)
+        said = log.read_text()
         self.close()
-        raise RuntimeError(f"the service did not start:\n{log.read_text()}")
+        raise RuntimeError(f"the service did not start:\n{said}")
 
     def close(self) -> None:
         self._service.terminate()

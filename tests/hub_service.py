@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import http.cookiejar
 import json
 import os
+import re
 import subprocess
 import sys
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,20 +23,20 @@ from hub_server import Hub, free_ports
 
 READY_S = 120.0
 CACHE_S = 2.0
-# Ann and bob may use both services, dan is an admin of them, cat has no rights there.
+# Ann, bob, eve and fay may use both services, dan is an admin of them, cat has no rights there.
 CONFIG = """
 c.JupyterHub.services += {services!r}
 c.JupyterHub.custom_scopes = {{"custom:llmkit:admin": {{"description": "Runs llmkit"}}}}
 c.JupyterHub.load_groups = {{"students": {{"users": ["bob", "eve"]}}}}
 USE = {use!r}
 c.JupyterHub.load_roles += [
-    {{"name": "llm", "scopes": USE, "users": ["ann", "bob", "eve", "dan"], "services": ["robot"]}},
+    {{"name": "llm", "scopes": USE, "users": {users!r}, "services": ["robot"]}},
     {{"name": "llm-admin", "scopes": ["custom:llmkit:admin"], "users": ["dan"]}},
 ]
 c.Spawner.server_token_scopes = ["users:activity!user", "access:servers!server", *USE]
 c.Spawner.environment["LLMKIT_HUB_URL"] = {url!r} + "/services/llmkit/"
 """
-USERS = ("ann", "bob", "cat", "dan", "eve")
+USERS = ("ann", "bob", "cat", "dan", "eve", "fay")
 ROBOT = "robot-" + "0" * 32
 
 
@@ -81,8 +85,7 @@ class HubWithModels(Hub):
     ``alone``, which `StandsAlone` is."""
 
     def __init__(self, folder: Path, models: Sequence[str], settings: str) -> None:
-        managed, alone = free_ports(2)
-        self.alone_port, self.alone_token = alone, "alone-" + "0" * 32
+        self.alone_token = "alone-" + "0" * 32
         file = folder / "llmkit.toml"
         file.touch(mode=0o600)
         file.write_text(f"hub_cache_s = {CACHE_S}\n{settings}")
@@ -92,12 +95,16 @@ class HubWithModels(Hub):
             "HOME": str(folder),
             **{name: os.environ[name] for name in ("JUPYTER_RUNTIME_DIR",) if name in os.environ},
         }
+        super().__init__(folder, USERS, partial(self._config, models, environment))
+
+    def _config(self, models: Sequence[str], environment: Mapping[str, str]) -> str:
+        managed, self.alone_port = free_ports(2)
         services = [
             {
                 "name": "llmkit",
                 "url": f"http://127.0.0.1:{managed}",
                 "command": [sys.executable, "-m", "llmkit", "hub", *models],
-                "environment": environment,
+                "environment": dict(environment),
                 "oauth_no_confirm": True,
                 "oauth_client_allowed_scopes": [
                     "access:services!service=llmkit", "custom:llmkit:admin"
@@ -105,7 +112,7 @@ class HubWithModels(Hub):
             },
             {
                 "name": "alone",
-                "url": f"http://127.0.0.1:{alone}",
+                "url": f"http://127.0.0.1:{self.alone_port}",
                 "api_token": self.alone_token,
                 "oauth_no_confirm": True,
             },
@@ -113,18 +120,19 @@ class HubWithModels(Hub):
         ]  # fmt: skip
         use = [f"access:services!service={name}" for name in ("llmkit", "alone")]
         public = "c.JupyterHub.bind_url.rstrip('/')"
-        config = CONFIG.format(services=services, use=use, url="{url}")
-        super().__init__(folder, USERS, config.replace("'{url}'", public))
-        self.service = f"{self.url}/services/llmkit"
-        try:
-            self._wait_for_models()
-        except BaseException:
-            self.stop()
-            raise
+        config = CONFIG.format(
+            services=services, use=use, users=[u for u in USERS if u != "cat"], url="{url}"
+        )
+        return config.replace("'{url}'", public)
 
-    def _wait_for_models(self) -> None:
+    @property
+    def service(self) -> str:
+        return f"{self.url}/services/llmkit"
+
+    def wait_until_ready(self) -> None:
+        super().wait_until_ready()
         end = time.monotonic() + READY_S
-        while time.monotonic() < end:
+        while time.monotonic() < end and not self.is_port_taken():
             if ask("GET", f"{self.service}/health/ready").status == 200:
                 return
             time.sleep(0.1)
@@ -186,3 +194,50 @@ class StandsAlone:
             self._process.kill()
             self._process.wait(10)
         self._log.close()
+
+
+class Visitor:
+    """A browser without scripts."""
+
+    def __init__(self, hub: HubWithModels) -> None:
+        self.hub = hub
+        self.jar = http.cookiejar.CookieJar()
+        self.opener = urllib.request.build_opener(urllib.request.HTTPCookieProcessor(self.jar))
+
+    def get(self, url: str, **headers: str) -> Reply:
+        return self._open(urllib.request.Request(url, headers=_named(headers)))
+
+    def post(self, url: str, data: bytes, **headers: str) -> Reply:
+        return self._open(urllib.request.Request(url, data, _named(headers), method="POST"))
+
+    def _open(self, request: urllib.request.Request) -> Reply:
+        try:
+            with self.opener.open(request, timeout=60) as reply:
+                body = reply.read() + f"<!-- {reply.url} -->".encode()
+                return Reply(reply.status, reply.headers, body)
+        except urllib.error.HTTPError as error:
+            with error:
+                return Reply(error.code, error.headers, error.read())
+
+    def log_in(self, user: str, page: str) -> Reply:
+        """Ask for a page, and log in at the hub, which leads back to it."""
+        login = self.get(page, Accept="text/html").body.decode()
+        action = re.search(r'<form action="([^"]+)"', login)
+        assert action, login
+        form = {"username": user, "password": "any", "_xsrf": self.cookie("_xsrf", "/hub/")}
+        url = urllib.parse.urljoin(self.hub.url, action[1].replace("&amp;", "&"))
+        return self.post(url, urllib.parse.urlencode(form).encode(), Accept="text/html")
+
+    def proof(self) -> str:
+        """What the pages' scripts send with each request of theirs."""
+        page = self.get(f"{self.hub.service}/chat", Accept="text/html").body.decode()
+        found = re.search(r'data-proof="(\w+)"', page)
+        assert found, page
+        return found[1]
+
+    def cookie(self, name: str, path: str) -> str:
+        return next(str(c.value) for c in self.jar if c.name == name and c.path == path)
+
+
+def _named(headers: dict[str, str]) -> dict[str, str]:
+    return {name.replace("_", "-"): value for name, value in headers.items()}

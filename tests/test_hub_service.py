@@ -3,10 +3,8 @@ use, what nobody sees of others, and browsers that log in."""
 
 from __future__ import annotations
 
-import http.cookiejar
 import itertools
 import json
-import re
 import threading
 import time
 import urllib.error
@@ -21,7 +19,7 @@ import websocket
 from browser_page import browser
 from fake_runner import FakeRunner
 from fakes import FakeClient, wait_for
-from hub_service import CACHE_S, ROBOT, HubWithModels, Reply, StandsAlone, ask
+from hub_service import CACHE_S, ROBOT, USERS, HubWithModels, Reply, StandsAlone, Visitor, ask
 from playwright.sync_api import Browser, expect
 from test_jupyterhub import log_in
 
@@ -52,7 +50,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HubWithModels]:
 
 @pytest.fixture(scope="module")
 def tokens(hub: HubWithModels) -> dict[str, str]:
-    return {user: hub.token(user) for user in ("ann", "bob", "cat", "dan", "eve")}
+    return {user: hub.token(user) for user in USERS}
 
 
 def chat(hub: HubWithModels, token: str, **more: Any) -> Reply:
@@ -108,22 +106,26 @@ def test_admins_may_more(hub: HubWithModels, tokens: dict[str, str]) -> None:
 
 
 def test_usage_is_the_sum_of_what_was_said(hub: HubWithModels, tokens: dict[str, str]) -> None:
-    said = [chat(hub, tokens["ann"], max_tokens=n).json["usage"] for n in (1, 2, 5)]
-    embedded = ask("POST", f"{hub.service}/v1/embeddings", {"input": "one two"}, tokens["ann"])
+    fay = tokens["fay"]
+    before = ask("GET", f"{hub.service}/usage", token=fay).json["total"]
+    said = [chat(hub, fay, max_tokens=n).json["usage"] for n in (1, 2, 5)]
+    embedded = ask("POST", f"{hub.service}/v1/embeddings", {"input": "one two"}, fay)
     said.append(embedded.json["usage"])
-    usage = ask("GET", f"{hub.service}/usage", token=tokens["ann"]).json
-    assert usage["caller"] == "hub user ann" and usage["limits"]["rate"] == "1000/minute"
+    usage = ask("GET", f"{hub.service}/usage", token=fay).json
+    assert usage["caller"] == "hub user fay" and usage["limits"]["rate"] == "1000/minute"
     for field in ("prompt_tokens", "completion_tokens", "total_tokens"):
-        assert usage["total"][field] == sum(each.get(field, 0) for each in said)
-    assert usage["total"]["requests"] == 4
-    every = ask("GET", f"{hub.service}/usage/all?days=1", token=tokens["dan"]).json["data"]
-    (row,) = [row for row in every if row["caller"] == "hub user ann"]
-    assert row["total_tokens"] == usage["total"]["total_tokens"] and row["model"] == "echo"
+        made = usage["total"][field] - before[field]
+        assert made == sum(each.get(field, 0) for each in said)
+    assert usage["total"]["requests"] - before["requests"] == 4
+    every = ask("GET", f"{hub.service}/usage/all", token=tokens["dan"]).json["data"]
+    rows = [row for row in every if row["caller"] == "hub user fay"]
+    assert sum(row["total_tokens"] for row in rows) == usage["total"]["total_tokens"]
+    assert {row["model"] for row in rows} == {"echo"}
     assert ask("GET", f"{hub.service}/usage?days=0", token=tokens["ann"]).status == 400
 
 
 def test_a_quota_ends_with_its_window(hub: HubWithModels, tokens: dict[str, str]) -> None:
-    used = 0
+    used = ask("GET", f"{hub.service}/usage", token=tokens["eve"]).json["window"]["used"]
     while used < LIMIT:
         reply = chat(hub, tokens["eve"])
         assert reply.headers["x-ratelimit-remaining-tokens"] == str(LIMIT - used)
@@ -254,46 +256,6 @@ def test_while_the_hub_is_away(
 # Browsers
 
 
-class Visitor:
-    """A browser without scripts."""
-
-    def __init__(self, hub: HubWithModels) -> None:
-        self.hub = hub
-        self.jar = http.cookiejar.CookieJar()
-        self.opener = urllib.request.build_opener(urllib.request.HTTPCookieProcessor(self.jar))
-
-    def get(self, url: str, **headers: str) -> Reply:
-        return self._open(urllib.request.Request(url, headers=_named(headers)))
-
-    def post(self, url: str, data: bytes, **headers: str) -> Reply:
-        return self._open(urllib.request.Request(url, data, _named(headers), method="POST"))
-
-    def _open(self, request: urllib.request.Request) -> Reply:
-        try:
-            with self.opener.open(request, timeout=60) as reply:
-                body = reply.read() + f"<!-- {reply.url} -->".encode()
-                return Reply(reply.status, reply.headers, body)
-        except urllib.error.HTTPError as error:
-            with error:
-                return Reply(error.code, error.headers, error.read())
-
-    def log_in(self, user: str, page: str) -> Reply:
-        """Ask for a page, and log in at the hub, which leads back to it."""
-        login = self.get(page, Accept="text/html").body.decode()
-        action = re.search(r'<form action="([^"]+)"', login)
-        assert action, login
-        form = {"username": user, "password": "any", "_xsrf": self.cookie("_xsrf", "/hub/")}
-        url = urllib.parse.urljoin(self.hub.url, action[1].replace("&amp;", "&"))
-        return self.post(url, urllib.parse.urlencode(form).encode(), Accept="text/html")
-
-    def cookie(self, name: str, path: str) -> str:
-        return next(str(c.value) for c in self.jar if c.name == name and c.path == path)
-
-
-def _named(headers: dict[str, str]) -> dict[str, str]:
-    return {name.replace("_", "-"): value for name, value in headers.items()}
-
-
 def test_a_browser_logs_in_and_out(hub: HubWithModels) -> None:
     visitor, home = Visitor(hub), f"{hub.service}/usage"
     page = visitor.log_in("ann", home)
@@ -303,7 +265,7 @@ def test_a_browser_logs_in_and_out(hub: HubWithModels) -> None:
     policy = str(page.headers["Content-Security-Policy"])
     assert "frame-ancestors 'none'" in policy
     path = "/services/llmkit/"
-    session, proof = visitor.cookie("service-llmkit", path), visitor.cookie("_xsrf", path)
+    session, proof = visitor.cookie("service-llmkit", path), visitor.proof()
     (kept,) = [c for c in visitor.jar if c.name == "service-llmkit"]
     assert session and kept.has_nonstandard_attr("HttpOnly")
     assert not any("oauth-state" in cookie.name for cookie in visitor.jar)
@@ -349,7 +311,7 @@ def test_a_socket_of_a_browser(hub: HubWithModels) -> None:
     visitor = Visitor(hub)
     visitor.log_in("ann", f"{hub.service}/chat")
     path = "/services/llmkit/"
-    proof = visitor.cookie("_xsrf", path)
+    proof = visitor.proof()
     cookie = f"service-llmkit={visitor.cookie('service-llmkit', path)}"
     url = f"{hub.service}/v1/chat/ws".replace("http", "ws", 1)
     with pytest.raises(websocket.WebSocketBadStatusException) as refused:
@@ -368,6 +330,34 @@ def test_a_socket_of_a_browser(hub: HubWithModels) -> None:
     )
     assert json.loads(ws.recv())["models"] == ["echo"]
     ws.close()
+
+
+OPENS = """async url => {
+  const opened = window.open(url);
+  for (let tries = 0; tries < 200; tries++) {
+    await new Promise(resolve => setTimeout(resolve, 50));
+    try {
+      const proof = opened.document.documentElement?.dataset.proof;
+      if (proof) return proof;
+    } catch (error) {
+      return error.name;
+    }
+  }
+}"""
+
+
+@pytest.mark.browser
+def test_a_page_that_opens_one_of_ours_reads_nothing(hub: HubWithModels, browser: Browser) -> None:
+    """One of another user's server has the same origin as the hub's own."""
+    page = browser.new_page()
+    log_in(page, hub, "dan")
+    page.goto(f"{hub.service}/chat")
+    assert page.locator("html[data-proof]").count() == 1
+    page.goto(f"{hub.url}/hub/token")
+    with page.context.expect_page() as opened:
+        assert page.evaluate(OPENS, f"{hub.service}/chat") == "SecurityError"
+    expect(opened.value.locator("html[data-proof]")).to_have_count(1)
+    page.context.close()
 
 
 @pytest.mark.browser

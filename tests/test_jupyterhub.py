@@ -40,7 +40,7 @@ ASK = {"messages": [{"role": "user", "content": "What is the capital of France?"
 
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
-    hub = Hub(tmp_path_factory.mktemp("hub"), ("ann", "bob", "cat"), CONFIG)
+    hub = Hub(tmp_path_factory.mktemp("hub"), ("ann", "bob", "cat"), lambda: CONFIG)
     yield hub
     hub.stop()
 

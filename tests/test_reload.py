@@ -102,7 +102,8 @@ def test_what_is_live() -> None:
     assert live == {
         "access_log", "allowed_models", "api_key", "cors_origins", "default_max_tokens",
         "default_model", "log_level", "max_concurrent", "max_prompt_chars", "max_queue",
-        "max_tokens_limit", "over_limit", "rate", "request_timeout_s", "tls_cert", "tls_key",
+        "max_tokens_limit", "media_hosts", "over_limit", "rate", "request_timeout_s",
+        "tls_cert", "tls_key",
     }  # fmt: skip
     assert all(row.live for row in (*KEY_OPTIONS.values(), *SAMPLING_OPTIONS.values()))
     assert not any(row.live for row in OPTIONS.values())

@@ -9,7 +9,8 @@ c.JupyterHub.services = [
     {
         "name": "llmkit",
         "url": "http://127.0.0.1:3000",
-        "command": ["llmkit", "hub", "--config", "/etc/llmkit/hub.toml", "smollm2"],
+        # The whole path, as `which llmkit` says it: a hub's own PATH may be another.
+        "command": ["/opt/hub/bin/llmkit", "hub", "--config", "/etc/llmkit/hub.toml", "smollm2"],
         # Its database and models; the hub's own user must be able to write there.
         "environment": {"HOME": "/var/lib/llmkit"},
         "oauth_no_confirm": True,

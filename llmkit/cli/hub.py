@@ -22,8 +22,6 @@ __all__ = ["register"]
 
 # Of the gateway's, what is the hub's to say, or has no meaning where the hub knows all callers.
 NOT_HERE = ("model", "api_key", "rate", "base_path", "admin", "compat_env")
-# A hub's proxy is always in between, on this machine or on a private network.
-PROXIES = ("127.0.0.0/8", "::1/128", "10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "fc00::/7")
 
 
 def register(app: typer.Typer) -> None:
@@ -84,10 +82,13 @@ def hub(
 
 
 def settled(settings: ServeSettings, place: HubPlace) -> ServeSettings:
-    """The settings with what the hub says: where to listen, under which path, for whom.
+    """The settings with what the hub says: where to listen, under which path, for whom; notes say
+    what of them that leaves without effect.
 
     Raises `InvalidRequestError` for keys, which a hub's service has none of.
     """
+    from llmkit.settings.serving import ignored
+
     options = settings.gateway
     if settings.keys or options.api_key is not None:
         raise InvalidRequestError(
@@ -96,16 +97,27 @@ def settled(settings: ServeSettings, place: HubPlace) -> ServeSettings:
             "keys" if settings.keys else "api_key",
         )
     host, port = options.host, options.port
+    notes = [
+        *settings.notes,
+        *ignored(settings, ["rate"], "tables [quota…] say how much the hub's users may use."),
+        *ignored(settings, ["base_path"], f"the hub has this service at {place.prefix}/."),
+    ]
+    if not options.admin:
+        notes += ignored(
+            settings, ["admin"], "the hub's scope custom:llmkit:admin says who may administer."
+        )
     if place.listen is not None:
         host, port = place.listen
+        why = f"the hub expects this service at http://{host}:{port}, as its configuration says."
+        notes += ignored(settings, ["host", "port"], why)
     return replace(
         settings,
+        notes=tuple(notes),
         gateway=replace(
             options,
             host=host,
             port=port,
             base_path=place.prefix,
             admin=True,  # for those with the scope custom:llmkit:admin
-            trusted_proxies=options.trusted_proxies or PROXIES,
         ),
     )

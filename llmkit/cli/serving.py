@@ -10,11 +10,13 @@ import typer
 from llmkit.cli.options import with_options
 from llmkit.errors import InvalidRequestError
 from llmkit.settings.gateway import GATEWAY_OPTIONS
+from llmkit.settings.hub import HUB_OPTIONS
 from llmkit.settings.options import OPTIONS
 
 __all__ = ["register"]
 
 ENGINE = [row for name, row in OPTIONS.items() if name != "isolated"]
+HUBS = (*HUB_OPTIONS, "quota")
 HELD = [GATEWAY_OPTIONS[name] for name in ("name", "tuned", "force")]
 
 
@@ -50,7 +52,7 @@ def serve(
     """
     from llmkit.bridge import child
     from llmkit.cli import offering
-    from llmkit.settings.serving import ServeSettings, read_settings
+    from llmkit.settings.serving import ServeSettings, ignored, read_settings
     from llmkit.system.reporting import report
     from llmkit.workers import engine as worker
 
@@ -60,7 +62,7 @@ def serve(
         return read_settings({**given, "model": models} if models else given, config)
 
     settings = read()
-    for note in settings.notes:
+    for note in (*settings.notes, *ignored(settings, HUBS, "it is for `llmkit hub`.")):
         report(note)
     echo = offering.echo(settings)
     offered = () if echo is not None else offering.offered(settings)

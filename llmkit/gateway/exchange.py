@@ -119,6 +119,7 @@ class Exchange:
         self.ignored: list[str] = []  # fields that are accepted but have no effect
         self.framed_by = "'self'"  # whose pages may show its page in a frame
         self.has_login = False  # whether a browser logs in at /login
+        self.proof = ""  # what scripts of its page send with each request
         self._stream: iostream.IOStream | None = getattr(handler.request.connection, "stream", None)
         handler.set_header("x-request-id", self.request_id)
 
@@ -182,6 +183,11 @@ class Exchange:
             "Accept", ""
         )
 
+    @property
+    def query_string(self) -> str:
+        """The query as it was sent, without its question mark."""
+        return self._handler.request.query
+
     def header(self, name: str) -> str | None:
         """A header of the request."""
         return self._handler.request.headers.get(name)
@@ -237,6 +243,14 @@ class Exchange:
             self.drop()
         finally:
             self._held.add(self.counted_as, -size)
+
+    def hold(self, size: int) -> None:
+        """Count bytes that a request brings in as held for its caller, until its route has ended.
+
+        Raises `ApiError` if too much is held.
+        """
+        self._held.add(self.counted_as, size)
+        self.cleanup.callback(self._held.add, self.counted_as, -size)
 
     def _say_ignored(self) -> None:
         if self.ignored:

@@ -19,7 +19,7 @@ from llmkit.gateway.access.identity import LOCAL, counted_as
 from llmkit.gateway.exchange import Exchange, body_too_large
 from llmkit.gateway.failures import ApiError
 from llmkit.gateway.heads import MAX_LINE_BYTES
-from llmkit.gateway.lingering import linger
+from llmkit.gateway.lingering import discard_body
 from llmkit.gateway.ops.pages import PAGES, Visitors
 
 if TYPE_CHECKING:
@@ -101,12 +101,7 @@ class GatewayHandler(web.RequestHandler):
 
     def _refuse(self, error: ApiError) -> None:
         """Answer before the body is read, and discard the rest."""
-        if (
-            self.request.headers.get("Content-Length", "0") != "0"
-            or "Transfer-Encoding" in self.request.headers
-        ):
-            self.set_header("Connection", "close")
-            linger(self.request.connection)
+        discard_body(self)
         self._gateway.refuse(self._exchange(self.path_args[0]), error)
 
     def data_received(self, chunk: bytes) -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
-__all__ = ["linger"]
+from tornado import web
+
+__all__ = ["discard_body", "has_body", "linger"]
 
 LINGER_S = 2.0
 LOOK_S = 0.02
@@ -24,6 +26,18 @@ def linger(connection: Any) -> None:
     """
     room, close = _rooms.setdefault(asyncio.get_running_loop(), _Room()), connection.close
     connection.close = lambda: room.enter(connection, close)
+
+
+def has_body(headers: Mapping[str, str]) -> bool:
+    """Whether a request announces a body."""
+    return headers.get("Content-Length", "0") != "0" or "Transfer-Encoding" in headers
+
+
+def discard_body(handler: web.RequestHandler) -> None:
+    """Before the answer to a request whose body nobody reads: see to it that it is read."""
+    if has_body(handler.request.headers):
+        handler.set_header("Connection", "close")
+        linger(handler.request.connection)
 
 
 class _Room:

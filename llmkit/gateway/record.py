@@ -9,12 +9,18 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
-from llmkit.protocol import Completion, GenerationRequest, RequestMetrics, Usage
+from llmkit.protocol import (
+    Completion,
+    EmbeddingRequest,
+    GenerationRequest,
+    RequestMetrics,
+    Usage,
+)
 from llmkit.protocol.client import EngineClient
 
 if TYPE_CHECKING:
@@ -39,8 +45,10 @@ class Record:
     ``operation`` and ``model`` are empty until an engine is used. ``requests`` were submitted;
     ``completions`` are the answers that have ended, with their `RequestMetrics`. ``status`` is the
     HTTP status of the answer, ``error`` its code; 499 means that the client went away first.
-    ``num_unfinished_tokens`` have arrived of answers that have not ended. ``cache`` says whether
-    the answer was a stored one ("hit"), where one could be. ``deadline`` is when it must be over.
+    ``num_unfinished_tokens`` have arrived of answers that have not ended; ``unfinished`` has their
+    requests, by the ids of the answers, and ``unfinished_texts`` what is being embedded. ``cache``
+    says whether the answer was a stored one ("hit"), where one could be. ``deadline`` is when it
+    must be over.
     """
 
     operation: Operation = ""
@@ -50,6 +58,8 @@ class Record:
     completions: list[Completion] = field(default_factory=list)
     num_embedded_tokens: int = 0
     num_unfinished_tokens: int = 0
+    unfinished: dict[str, GenerationRequest] = field(default_factory=dict)
+    unfinished_texts: tuple[str | tuple[int, ...], ...] = ()
     started_at: float = field(default_factory=time.monotonic)
     submitted_at: float | None = None
     first_token_at: float | None = None
@@ -75,17 +85,22 @@ class Record:
         """Times of each answer, measured in the engine."""
         return [c.metrics for c in self.completions]
 
-    def begin(self, engine: EngineClient, requests: list[GenerationRequest]) -> None:
-        """Requests were submitted to an engine."""
+    def begin(
+        self, engine: EngineClient, requests: list[GenerationRequest], answers: Iterable[str] = ()
+    ) -> None:
+        """Requests were submitted to an engine; ``answers`` are the ids of all their choices."""
         self._use(engine)
         is_chat = any(r.messages is not None for r in requests)
         self.operation = "chat" if is_chat else "text_completion"
         self.operation = OPERATIONS.get(engine.description.use, self.operation)
         self.requests += requests
+        choices = (request for request in requests for _ in range(request.n))
+        self.unfinished.update(zip(answers, choices, strict=False))
 
-    def begin_embedding(self, engine: EngineClient) -> None:
+    def begin_embedding(self, engine: EngineClient, request: EmbeddingRequest) -> None:
         """Texts were submitted to an engine."""
         self._use(engine)
+        self.unfinished_texts = request.inputs
         self.operation = "embeddings"
 
     def _use(self, engine: EngineClient) -> None:
@@ -100,6 +115,11 @@ class Record:
             self.first_token_at = time.monotonic()
         if completion is not None:
             self.completions.append(completion)
+
+    def forget_unfinished(self) -> None:
+        """What has not ended was never begun."""
+        self.unfinished.clear()
+        self.unfinished_texts = ()
 
 
 _current: ContextVar[Record | None] = ContextVar("record", default=None)

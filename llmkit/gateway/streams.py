@@ -11,15 +11,30 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import ClassVar
 
-from llmkit.errors import EngineGoneError
+from llmkit.errors import (
+    DrainingError,
+    EngineGoneError,
+    InvalidRequestError,
+    ModelBusyError,
+    ModelUnloadedError,
+    QueueFullError,
+)
 from llmkit.gateway import record, rules
 from llmkit.protocol import Completion, Delta, FinishReason, GenerationRequest
 from llmkit.protocol.client import EngineClient
 from llmkit.protocol.stream import Stream
 
-__all__ = ["StreamUpdate", "close_all", "gather", "merge", "submit_all"]
+__all__ = ["NEVER_BEGUN", "StreamUpdate", "close_all", "gather", "merge", "submit_all"]
 
 PING_S = 15.0
+# How engines refuse requests, which then cost nothing.
+NEVER_BEGUN = (
+    InvalidRequestError,
+    QueueFullError,
+    DrainingError,
+    ModelBusyError,
+    ModelUnloadedError,
+)
 StreamUpdate = tuple[int, list[Delta], Completion | None]  # the index of the stream first
 
 
@@ -69,7 +84,7 @@ def submit_all(engine: EngineClient, requests: list[GenerationRequest]) -> list[
         close_all(streams)
         raise
     if (kept := record.current()) is not None:
-        kept.begin(engine, requests)
+        kept.begin(engine, requests, [stream.request_id for stream in streams])
     return streams
 
 
@@ -133,6 +148,8 @@ async def merge(streams: list[Stream]) -> AsyncIterator[StreamUpdate | None]:
                     new = sum([delta.num_tokens for delta in deltas])
                     counts[index] += new
                     kept.progress(completion, new if completion is None else new - counts[index])
+                    if completion is not None:
+                        kept.unfinished.pop(streams[index].request_id, None)
                 yield update
             if waiting and kept is not None and deadline is not None and deadline.is_over:
                 raise deadline.error(kept)
@@ -140,6 +157,10 @@ async def merge(streams: list[Stream]) -> AsyncIterator[StreamUpdate | None]:
         timer.cancel()
         if end is not None:
             end.cancel()
+        if kept is not None:
+            for index, stream in enumerate(streams):
+                if not counts[index] and isinstance(stream.failure, NEVER_BEGUN):
+                    kept.unfinished.pop(stream.request_id, None)
 
 
 def _take(waiting: dict[int, Stream]) -> Iterator[StreamUpdate]:

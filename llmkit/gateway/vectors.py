@@ -10,6 +10,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from llmkit.gateway import record, rules
+from llmkit.gateway.streams import NEVER_BEGUN
 from llmkit.protocol import EmbeddingRequest, Embeddings
 from llmkit.protocol.client import EngineClient
 
@@ -26,12 +27,17 @@ async def embed(engine: EngineClient, request: EmbeddingRequest) -> Embeddings:
     kept, visit = record.current(), rules.current()
     future = engine.embed(request) if visit is None else visit.embed(engine, request)
     if kept is not None:
-        kept.begin_embedding(engine)
+        kept.begin_embedding(engine, request)
     try:
         embeddings = await asyncio.wrap_future(future)
         if kept is not None:
             kept.num_embedded_tokens += sum(embeddings.num_tokens)
+            kept.unfinished_texts = ()
         return embeddings
+    except NEVER_BEGUN:
+        if kept is not None:
+            kept.unfinished_texts = ()
+        raise
     except asyncio.CancelledError:
         if not future.cancelled():  # it runs in this process
             engine.abort(request.request_id)

@@ -53,7 +53,7 @@ class HubPlace:
         if missing:
             raise InvalidRequestError(_missing(missing), missing[0])
         api_url = given[API_URL].rstrip("/")
-        if http_parts(api_url) is None:
+        if http_parts(api_url) is None or not urlsplit(api_url).path.endswith("/hub/api"):
             raise _wrong(API_URL, api_url, f"an address such as {SAMPLES[API_URL]}")
         name = given.get(SERVICE_NAME) or NAME
         base_url = given.get(BASE_URL) or urlsplit(api_url).path.removesuffix("/hub/api") or "/"

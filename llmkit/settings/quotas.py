@@ -42,7 +42,7 @@ QUOTA_OPTIONS: dict[str, Option] = table.table(Quota)
 
 @dataclass(frozen=True, slots=True)
 class Quotas:
-    """The quota of those who are in none of the ``groups``, and those of the groups.
+    """The quota of users whose groups have no table, and those of the ``groups``.
 
     What a group's table does not say is as in the default one.
     """

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from llmkit.settings.quotas import Quotas
 from llmkit.settings.reading import ENGINE_OPTIONS, Fault, Reading
 from llmkit.settings.values import mask
 
-__all__ = ["CONFIG", "ServeSettings", "faults_in", "faults_of", "read_settings"]
+__all__ = ["CONFIG", "ServeSettings", "faults_in", "faults_of", "ignored", "read_settings"]
 
 CONFIG = "LLMKIT_CONFIG"
 VARIABLE = "the environment variable "  # how a fault of one begins
@@ -83,6 +83,15 @@ def read_settings(
     if reading.document is not None and _holds_secret(reading):
         reading.document.warn_if_readable()
     return settings
+
+
+def ignored(settings: ServeSettings, names: Collection[str], why: str) -> tuple[str, ...]:
+    """A note on each of the settings and tables ``names`` that was set: it has no effect."""
+    return tuple(
+        f"{key} ({place}) has no effect: {why}"
+        for key, place in settings.sources.items()
+        if key.partition(".")[0] in names
+    )
 
 
 def faults_of(file: Path) -> list[Fault]:

@@ -152,8 +152,9 @@ class UsageWriter:
     def rows(self, since: date, caller: str | None = None) -> list[tuple[str, date, str, Spending]]:
         """As `UsageStore.rows`, with what was not written yet. Waits for the disk."""
         with self._lock:
-            is_new = bool(self._new if caller is None else self._new.get(caller))
-        if is_new:
+            parts = (self._new, self._moving)
+            is_new = any(part if caller is None else part.get(caller) for part in parts)
+        if is_new:  # waits for what is being written
             self.flush()
         return self._usage.rows(since, caller)
 

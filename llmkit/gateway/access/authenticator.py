@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
 from llmkit.gateway.access.identity import Identity
 
-__all__ = ["ANONYMOUS", "Authenticator", "Facts", "is_open"]
+__all__ = [
+    "ANONYMOUS",
+    "XSRF",
+    "XSRF_HEADER",
+    "Authenticator",
+    "Facts",
+    "given_key",
+    "is_open",
+]
+
+# How a page of ours proves itself where a cookie vouches for its user; sockets have no headers.
+XSRF, XSRF_HEADER = "_xsrf", "X-XSRFToken"
 
 OPEN_PATHS = frozenset(
     {
@@ -42,6 +53,14 @@ class Facts:
     host: str
     address: str
     headers: Mapping[str, str]
+
+
+def given_key(headers: Mapping[str, str], schemes: Collection[str] = ("bearer",)) -> str:
+    """The key or token sent with a request; empty if there is none."""
+    scheme, _, key = headers.get("Authorization", "").partition(" ")
+    if scheme.lower() in schemes:
+        return key.strip()
+    return headers.get("x-api-key", "").strip()
 
 
 class Authenticator(Protocol):

@@ -1,67 +1,26 @@
 """Authenticates callers of a JupyterHub's service: users and services, by the hub's tokens.
 
-Tornado loop only. Knows nothing of how a hub is asked, nor of logins: `Asks` and `Cookies` do.
+Tornado loop only. Knows nothing of how a hub is asked, nor of logins: `TokenOwners` and `Cookies`
+do.
 """
 
 from __future__ import annotations
 
-import asyncio
-import hashlib
-import logging
-import math
-import re
-import time
-from collections import OrderedDict
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections.abc import Mapping
+from typing import Protocol
 
-from llmkit.gateway.access.authenticator import ANONYMOUS, Facts, is_open
+from llmkit.gateway.access.authenticator import ANONYMOUS, Facts, given_key, is_open
+from llmkit.gateway.access.hub_tokens import Owner, TokenOwners
 from llmkit.gateway.access.identity import ADMIN, INFERENCE, Allowance, Identity
-from llmkit.gateway.access.throttle import Throttle
 from llmkit.gateway.failures import ApiError
 from llmkit.settings.hub import HubOptions
 from llmkit.settings.quotas import Quotas
 
-__all__ = ["ADMIN_SCOPE", "Asks", "Cookies", "HubGoneError", "HubUsers", "Owner", "TokenOwners"]
-
-logger = logging.getLogger("llmkit.gateway")
+__all__ = ["ADMIN_SCOPE", "Cookies", "HubUsers"]
 
 ADMIN_SCOPE = "custom:llmkit:admin"
-MAX_KNOWN, MAX_UNKNOWN, MAX_AT_ONCE = 10_000, 1_000, 16
 MAX_TOKEN = 1000
-BRIDGED_S = 300.0  # how long those who are known go on while the hub does not answer
-PAUSE_S = 2.0  # between two questions to a hub that does not answer
-SCHEME = re.compile(r"(?:token|bearer)\s+(\S+)\s*", re.IGNORECASE)
-
-
-class HubGoneError(Exception):
-    """The hub does not answer."""
-
-
-@dataclass(frozen=True, slots=True)
-class Owner:
-    """Whose a token is, and what it may: its scopes are those of the token."""
-
-    name: str
-    kind: str
-    groups: frozenset[str]
-    scopes: frozenset[str]
-
-    @classmethod
-    def of(cls, model: Mapping[str, Any]) -> Owner:
-        """As a hub says it."""
-        kind = "service" if model.get("kind") == "service" else "user"
-        groups, scopes = model.get("groups") or (), model.get("scopes") or ()
-        return cls(str(model["name"]), kind, frozenset(groups), frozenset(scopes))
-
-
-class Asks(Protocol):
-    """Asks a hub whose a token is."""
-
-    async def owner(self, token: str) -> Owner | None:
-        """None for a token that is no token, or no longer. Raises `HubGoneError`."""
-        ...
+SCHEMES = ("bearer", "token")
 
 
 class Cookies(Protocol):
@@ -78,95 +37,6 @@ class Cookies(Protocol):
     def check(self, facts: Facts, token: str) -> None:
         """That a page of ours sent the request, if a cookie alone vouches. Raises `ApiError`."""
         ...
-
-
-@dataclass(slots=True)
-class _Known:
-    owner: Owner
-    asked_at: float
-
-
-class TokenOwners:
-    """What the hub has said about tokens, for ``cache_s`` seconds, of the last 10,000.
-
-    While the hub does not answer, what it said within five minutes counts. Who tries tokens is
-    slowed down by address; those that were good before are not.
-    """
-
-    def __init__(
-        self,
-        asks: Asks,
-        cache_s: float,
-        *,
-        now: Callable[[], float] = time.monotonic,
-        throttle: Throttle | None = None,
-        most: int = MAX_KNOWN,
-    ) -> None:
-        self.cache_s = cache_s
-        self._asks, self._now, self._most = asks, now, most
-        self.throttle = throttle or Throttle()
-        self._known: OrderedDict[str, _Known] = OrderedDict()
-        self._unknown: OrderedDict[str, float] = OrderedDict()
-        self._asking: dict[str, asyncio.Task[Owner | None]] = {}
-        self._at_once = asyncio.Semaphore(MAX_AT_ONCE)
-        self._gone_until = -math.inf
-
-    async def owner(self, token: str, session: str, address: str) -> Owner | None:
-        """None for a token that the hub does not know. Raises `ApiError`: 503, or 429."""
-        key = hashlib.sha256(f"{session}\n{token}".encode()).hexdigest()
-        now, known = self._now(), self._known.get(key)
-        if known is not None:
-            self._known.move_to_end(key)
-            if now - known.asked_at < self.cache_s:
-                return known.owner
-        elif now - self._unknown.get(key, -math.inf) < self.cache_s:
-            return None
-        elif key not in self._asking:
-            wait_s = self.throttle.wait_s(address)
-            if wait_s:
-                raise _throttled(wait_s)
-        try:
-            owner = await self._ask(key, token)
-        except HubGoneError as error:
-            if known is not None and now - known.asked_at < max(self.cache_s, BRIDGED_S):
-                return known.owner
-            raise _hub_gone(error) from None
-        if owner is None and known is None:
-            self.throttle.note(address)
-        return owner
-
-    async def _ask(self, key: str, token: str) -> Owner | None:
-        """Once for all who wait for the same answer."""
-        if self._now() < self._gone_until:
-            raise HubGoneError("the hub does not answer")
-        task = self._asking.get(key)
-        if task is None:
-            task = self._asking[key] = asyncio.create_task(self._asked(key, token))
-            task.add_done_callback(lambda _: self._asking.pop(key, None))
-        return await asyncio.shield(task)
-
-    async def _asked(self, key: str, token: str) -> Owner | None:
-        began = self._now()
-        try:
-            async with self._at_once:
-                owner = await self._asks.owner(token)
-        except HubGoneError:
-            self._gone_until = self._now() + PAUSE_S
-            raise
-        if owner is None:
-            self._known.pop(key, None)
-            _keep(self._unknown, key, began, MAX_UNKNOWN)
-        else:
-            self._unknown.pop(key, None)
-            _keep(self._known, key, _Known(owner, began), self._most)
-        return owner
-
-
-def _keep(kept: OrderedDict[str, Any], key: str, value: Any, most: int) -> None:
-    kept[key] = value
-    kept.move_to_end(key)
-    while len(kept) > most:
-        kept.popitem(last=False)
 
 
 class HubUsers:
@@ -192,7 +62,7 @@ class HubUsers:
 
     async def identify(self, facts: Facts) -> Identity:
         """The caller. Raises `ApiError`."""
-        token, session = given_token(facts.headers), ""
+        token, session = given_key(facts.headers, SCHEMES), ""
         if is_open(facts.path):
             return await self._known_or_not(token, facts.address)
         if not token:
@@ -261,12 +131,6 @@ class HubUsers:
         )
 
 
-def given_token(headers: Mapping[str, str]) -> str:
-    """The token sent with a request, in any of the usual ways; empty if there is none."""
-    match = SCHEME.fullmatch(headers.get("Authorization", ""))
-    return match[1] if match else headers.get("x-api-key", "").strip()
-
-
 def _refusal(message: str) -> ApiError:
     return ApiError(
         401,
@@ -274,25 +138,4 @@ def _refusal(message: str) -> ApiError:
         "authentication_error",
         code="invalid_api_key",
         headers={"WWW-Authenticate": "Bearer"},
-    )
-
-
-def _throttled(wait_s: float) -> ApiError:
-    return ApiError(
-        429,
-        "Too many wrong tokens came from this address; try again later.",
-        "rate_limit_error",
-        code="too_many_attempts",
-        headers={"Retry-After": str(math.ceil(wait_s))},
-    )
-
-
-def _hub_gone(error: HubGoneError) -> ApiError:
-    logger.warning("whose a token is cannot be found out: %s", error)
-    return ApiError(
-        503,
-        "The hub does not answer, so whose this token is cannot be found out; try again soon.",
-        "server_error",
-        code="hub_unavailable",
-        headers={"Retry-After": "5"},
     )

@@ -12,6 +12,8 @@ import hashlib
 import hmac
 import json
 import logging
+import os
+import re
 import secrets
 from collections.abc import Mapping
 from hmac import compare_digest
@@ -22,11 +24,12 @@ from jupyterhub.services.auth import HubOAuth
 from jupyterhub.utils import get_browser_protocol
 from tornado import httputil, web
 
-from llmkit.gateway.access.authenticator import Facts
+from llmkit.gateway.access.authenticator import XSRF_HEADER, Facts
 from llmkit.gateway.access.edge import SECURITY_HEADERS, Edge
-from llmkit.gateway.access.hub import HubGoneError, Owner, TokenOwners
+from llmkit.gateway.access.hub_tokens import HubGoneError, NoHubError, Owner, TokenOwners
 from llmkit.gateway.exchange import Exchange
-from llmkit.gateway.failures import ApiError
+from llmkit.gateway.failures import ApiError, api_error
+from llmkit.gateway.lingering import discard_body, has_body
 from llmkit.gateway.ops.pages import PAGES
 from llmkit.settings.hub_place import HubPlace
 
@@ -37,9 +40,11 @@ logger = logging.getLogger("llmkit.gateway")
 ASK_S = 10.0
 LOGIN_DAYS, STATE_S = 14.0, 600
 CALLBACK, LOGIN, LOGOUT = "oauth_callback", "login", "logout"
-XSRF, XSRF_HEADER = "_xsrf", "X-XSRFToken"
 HUB_SESSION = "jupyterhub-session-id"
 READING = ("GET", "HEAD")
+REFUSED = "Failed to check authorization"  # how `HubOAuth` says that an answer is 4xx, not 403
+OAUTH_FILE = os.path.join("jupyterhub", "services", "auth.py")
+NO_ANSWER = (ValueError, KeyError, TypeError, AttributeError)  # what JSON of others leads to
 
 
 class HubApi:
@@ -58,13 +63,23 @@ class HubApi:
         )
 
     async def owner(self, token: str) -> Owner | None:
-        """Whose a token is. Raises `HubGoneError`."""
+        """Whose a token is. Raises `HubGoneError`, and `NoHubError` if something else answers."""
         try:
             async with asyncio.timeout(ASK_S):
                 model = await self.oauth.user_for_token(token, use_cache=False, sync=False)
+            return None if model is None else Owner.of(model)
         except (web.HTTPError, TimeoutError, OSError) as error:
+            is_4xx = isinstance(error, web.HTTPError) and error.status_code == 500
+            if is_4xx and _reason(error).startswith(REFUSED):
+                raise self._no_hub("it knows no /user") from None
             raise HubGoneError(_reason(error)) from None
-        return None if model is None else Owner.of(model)
+        except NO_ANSWER:
+            raise self._no_hub("its answer is none of a hub's") from None
+
+    def _no_hub(self, reason: str) -> NoHubError:
+        return NoHubError(
+            f"$JUPYTERHUB_API_URL, {self.place.api_url}, is not a hub's API ({reason:.200})"
+        )
 
     async def token(self, code: str, verifier: str | None) -> str:
         """The token for the code of a login. Raises `ApiError`."""
@@ -72,14 +87,15 @@ class HubApi:
         try:
             async with asyncio.timeout(ASK_S):
                 return str(await self.oauth.token_for_code(code, sync=False, **more))
-        except (web.HTTPError, TimeoutError, OSError) as error:
+        except (web.HTTPError, TimeoutError, OSError, *NO_ANSWER) as error:
             logger.warning("a login at the hub failed: %s", _reason(error))
             raise _stale() from None
 
 
 def _is_no_question(record: logging.LogRecord) -> bool:
-    """A wrong token is the caller's affair, not worth a line of `HubOAuth` each."""
-    return not str(record.msg).startswith("No Hub user identified")
+    """A wrong token is the caller's affair, and an outage is said once by `TokenOwners`: neither
+    is worth a line of `HubOAuth` each time."""
+    return not record.pathname.endswith(OAUTH_FILE) or record.levelno < logging.WARNING
 
 
 def _reason(error: Exception) -> str:
@@ -107,7 +123,8 @@ class HubCookies:
 
     def check(self, facts: Facts, token: str) -> None:
         """All pages of a hub without a domain for each user have one origin, so a page of another
-        user's server could send this cookie: pages of ours prove themselves with each request."""
+        user's server could send this cookie: pages of ours prove themselves with each request. A
+        cookie alone shows pages only, since such a page could read whatever else is opened."""
         headers = facts.headers
         origin = headers.get("Origin")
         if (
@@ -121,17 +138,14 @@ class HubCookies:
                 "permission_error",
                 code="forbidden_origin",
             )
-        mode = headers.get("Sec-Fetch-Mode")
-        if facts.method in READING and (
-            mode == "navigate" or (mode is None and facts.path in PAGES)
-        ):
-            return  # a browser shows it; no page reads it
+        if facts.method in READING and facts.path in PAGES and _is_shown(headers):
+            return
         if not compare_digest(headers.get(XSRF_HEADER, "").encode(), self.xsrf(token).encode()):
             raise ApiError(
                 403,
-                f"A login alone does not do: this needs the header {XSRF_HEADER} that the pages "
-                "here send (load them again), or a token of the hub as `Authorization: Bearer "
-                "TOKEN`.",
+                f"A login cookie alone is not enough: this needs the header {XSRF_HEADER} that "
+                "the pages here send (load them again), or a token of the hub as "
+                "`Authorization: Bearer TOKEN`.",
                 "permission_error",
                 code="missing_xsrf",
             )
@@ -148,9 +162,11 @@ class HubCookies:
     def signed(self, name: str, value: str) -> str:
         return web.create_signed_value(self._secret, name, value).decode()
 
-    def is_in(self, headers: Mapping[str, str], token: str) -> bool:
-        """Whether a browser has what its page sends."""
-        return compare_digest(_cookie(headers, XSRF).encode(), self.xsrf(token).encode())
+
+def _is_shown(headers: Mapping[str, str]) -> bool:
+    """Whether a browser shows the answer in a window of its own, as far as it says."""
+    mode, place = headers.get("Sec-Fetch-Mode"), headers.get("Sec-Fetch-Dest")
+    return mode in (None, "navigate") and place in (None, "document")
 
 
 def _cookie(headers: Mapping[str, str], name: str) -> str:
@@ -171,7 +187,7 @@ class HubVisitors:
         self.api, self.cookies, self.owners, self.edge = api, cookies, owners, edge
 
     def rules(self) -> list[Any]:
-        base, parts = self.api.place.prefix, {"visitors": self}
+        base, parts = re.escape(self.api.place.prefix), {"visitors": self}
         return [
             (f"{base}/{LOGIN}", LoginHandler, parts),
             (f"{base}/{CALLBACK}", CallbackHandler, parts),
@@ -179,34 +195,55 @@ class HubVisitors:
         ]
 
     def welcome(self, exchange: Exchange, headers: Mapping[str, str]) -> None:
-        """A page is about to be sent: see that its requests can prove where they come from."""
+        """A page is about to be sent: its requests can prove where they come from, and pages of
+        other users' servers, which may have the same origin, reach into none of its windows."""
         exchange.has_login = True
-        exchange.framed_by = "'none'"  # pages of other users' servers have the same origin
+        exchange.framed_by = "'none'"
         exchange.set_header("X-Frame-Options", "DENY")
+        exchange.set_header("Cross-Origin-Opener-Policy", "noopener-allow-popups")
         token = self.cookies.token(headers)
-        if token and not self.cookies.is_in(headers, token):
-            secure = "; Secure" if exchange.header("X-Forwarded-Proto") == "https" else ""
-            value = f"{XSRF}={self.cookies.xsrf(token)}; Path={self.cookies.path}; SameSite=Lax"
-            exchange.set_header("Set-Cookie", value + secure)
+        if token:
+            exchange.proof = self.cookies.xsrf(token)
 
     def turn_away(self, exchange: Exchange) -> None:
         """Send a browser that nobody has logged in with to the hub."""
-        wanted = f"{self.api.place.prefix}{exchange.path}"
+        query = f"?{exchange.query_string}" if exchange.query_string else ""
+        wanted = f"{self.api.place.prefix}{exchange.path}{query}"
         where = f"{self.api.place.prefix}/{LOGIN}?next={quote(wanted)}"
         exchange.send_bytes(b"", 302, {"Location": where, "Cache-Control": "no-store"})
 
 
+@web.stream_request_body  # which nobody has asked for: it is discarded as it comes
 class VisitorHandler(web.RequestHandler):
     """What the three handlers of a login share."""
 
     def initialize(self, visitors: HubVisitors) -> None:
         self._visitors, self._api, self._cookies = visitors, visitors.api, visitors.cookies
 
+    def prepare(self) -> None:
+        if self.request.method != "GET":
+            message = f"{self.request.method} is not allowed here: browsers come with GET."
+            allowed = {"Allow": "GET"}
+            self._refuse(ApiError(405, message, code="method_not_allowed", headers=allowed))
+        elif has_body(self.request.headers):
+            self._refuse(ApiError(400, "A login has no body.", code="invalid_request"))
+
     async def get(self) -> None:
         try:
             await self._answer()
-        except ApiError as error:
-            Exchange(self, self.request.path).send_error(error)
+        except (ApiError, web.HTTPError) as error:
+            self._refuse(api_error(error))
+
+    def _refuse(self, error: ApiError) -> None:
+        discard_body(self)
+        Exchange(self, self.request.path).send_error(error)
+
+    def data_received(self, chunk: bytes) -> None:
+        """Nobody wants it."""
+
+    def write_error(self, status_code: int, **kwargs: object) -> None:
+        kind = "server_error" if status_code >= 500 else "invalid_request_error"
+        self._refuse(ApiError(status_code, self._reason, kind))
 
     async def _answer(self) -> None:
         raise NotImplementedError
@@ -291,8 +328,7 @@ class LogoutHandler(VisitorHandler):
     """Forgets the login here, and goes on to the hub's own logout, which ends its token."""
 
     async def _answer(self) -> None:
-        for name in (self._cookies.name, XSRF):
-            self._drop(name)
+        self._drop(self._cookies.name)
         oauth = self._api.oauth
         self.redirect(f"{oauth.hub_host}{oauth.hub_prefix}logout")
 

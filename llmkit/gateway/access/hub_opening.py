@@ -8,8 +8,9 @@ from __future__ import annotations
 import logging
 
 from llmkit.gateway.access.edge import Edge
-from llmkit.gateway.access.hub import HubGoneError, HubUsers, TokenOwners
+from llmkit.gateway.access.hub import HubUsers
 from llmkit.gateway.access.hub_login import HubApi, HubCookies, HubVisitors
+from llmkit.gateway.access.hub_tokens import HubGoneError, NoHubError, TokenOwners
 from llmkit.settings.hub import HubOptions
 from llmkit.settings.hub_place import HubPlace
 from llmkit.settings.quotas import Quotas
@@ -34,6 +35,9 @@ class HubAccess:
         place = self._api.place
         try:
             owner = await self._api.owner(place.token)
+        except NoHubError as error:
+            logger.error("%s. It ends in /hub/api, at the hub's own address.", error)
+            return
         except HubGoneError as error:
             logger.warning("the hub at %s does not answer yet: %s", place.api_url, error)
             return

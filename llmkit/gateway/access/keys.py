@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from hmac import compare_digest
 
 from llmkit.errors import InvalidRequestError
-from llmkit.gateway.access.authenticator import ANONYMOUS, Facts, is_open
+from llmkit.gateway.access.authenticator import ANONYMOUS, Facts, given_key, is_open
 from llmkit.gateway.access.cors import Cors
 from llmkit.gateway.access.grants import Grant
 from llmkit.gateway.access.identity import SCOPES, Allowance, Identity
@@ -167,14 +167,6 @@ def _check_keyless(host: str, cors: Cors) -> None:
             "the model. Name origins in cors_origins, or use keys.",
             "cors_origins",
         )
-
-
-def given_key(headers: Mapping[str, str]) -> str:
-    """The key sent with a request; empty if there is none."""
-    scheme, _, token = headers.get("Authorization", "").partition(" ")
-    if scheme.lower() == "bearer":
-        return token.strip()
-    return headers.get("x-api-key", "").strip()
 
 
 def _refusal(message: str) -> ApiError:

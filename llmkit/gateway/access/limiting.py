@@ -29,8 +29,9 @@ if TYPE_CHECKING:
 
 __all__ = ["duration", "limiting", "spending_of"]
 
-CHARACTERS_PER_TOKEN = 4  # an estimate, for prompts that the engine did not count
-GONE = 499
+# Estimates, for prompts that the engine did not count.
+CHARACTERS_PER_TOKEN = 4
+TOKENS_PER_FILE = 256
 
 
 def limiting(
@@ -147,16 +148,16 @@ def duration(seconds: float) -> str:
 def spending_of(record: Record) -> Spending:
     """What a request cost.
 
-    Answers that a client left once they had begun cost what it got of them, and their prompts by
-    estimate: the engine counts only what it finishes.
+    Answers that have not ended, whyever, cost what has arrived of them, and their prompts by
+    estimate: the engine counts only what it finishes. What it refused costs nothing.
     """
     usage = record.usage
-    prompt = usage.prompt_tokens
-    if record.status == GONE and record.first_token_at is not None and not record.completions:
-        prompt += sum(_prompt_tokens(request) for request in record.requests)
+    most = math.inf if record.engine is None else record.engine.description.n_ctx
+    prompts = [_prompt_tokens(request) for request in record.unfinished.values()]
+    prompts += [_num_tokens(text) for text in record.unfinished_texts]
     return Spending(
         1,
-        prompt,
+        usage.prompt_tokens + int(sum(min(most, tokens) for tokens in prompts)),
         usage.cached_tokens,
         usage.completion_tokens + record.num_unfinished_tokens,
         time.monotonic() - record.started_at,
@@ -165,7 +166,11 @@ def spending_of(record: Record) -> Spending:
 
 def _prompt_tokens(request: GenerationRequest) -> int:
     """An estimate of the tokens of a prompt."""
-    if isinstance(request.prompt, tuple):
-        return len(request.prompt)
-    texts = [message.text for message in request.messages or ()]
-    return sum(map(len, texts), len(request.prompt or "")) // CHARACTERS_PER_TOKEN
+    if request.prompt is not None:
+        return _num_tokens(request.prompt)
+    texts = "".join(message.text for message in request.messages or ())
+    return _num_tokens(texts) + TOKENS_PER_FILE * len(request.media)
+
+
+def _num_tokens(text: str | tuple[int, ...]) -> int:
+    return len(text) if isinstance(text, tuple) else len(text) // CHARACTERS_PER_TOKEN

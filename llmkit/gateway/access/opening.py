@@ -75,7 +75,9 @@ class Access:
                 now=self.clock.now,
                 on_use=self._note_use,
             )
-        proxies = Proxies(options.trusted_proxies)
+        # A hub's own proxy is always in between.
+        is_given = of_hub is None or options.trusted_proxies
+        proxies = Proxies(options.trusted_proxies) if is_given else Proxies.nearest()
         is_https = self._certificates is not None and options.port == HTTPS
         self.edge = Edge(self._cors(options), proxies, is_https)
         self.hub = None if of_hub is None else of_hub(self.edge)

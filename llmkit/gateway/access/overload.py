@@ -76,6 +76,7 @@ class Overload:
         except asyncio.CancelledError:
             task = place.task
             if place.is_displaced and task is not None and task.uncancel() <= 0:
+                exchange.record.forget_unfinished()
                 refusal = refusals.displaced(self.retry_after(exchange))
                 raise self._say(exchange, refusal) from None
             raise

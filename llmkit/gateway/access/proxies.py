@@ -13,6 +13,7 @@ __all__ = ["FORWARDING", "OURSELVES", "Proxies", "is_loopback", "place"]
 
 OURSELVES = "local"
 MAX_HOPS, MAX_HEADER = 32, 4096
+PRIVATE = ("127.0.0.0/8", "::1/128", "10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "fc00::/7")
 FORWARDING = ("X-Forwarded-For", "Forwarded", "X-Real-IP")  # headers of proxies, the first counts
 Address = IPv4Address | IPv6Address
 
@@ -59,12 +60,20 @@ class Proxies:
 
     Of ``X-Forwarded-For``, ``Forwarded`` and ``X-Real-IP`` the first that is there counts, read
     from its end: each proxy appends whom it heard, so the last address that is not a proxy's is the
-    client's, and what stands before it may be invented. Raises `InvalidRequestError`.
+    client's, and what stands before it may be invented. No more than ``hops`` of them are
+    believed. Raises `InvalidRequestError`.
     """
 
-    def __init__(self, trusted: Sequence[str] = ()) -> None:
+    def __init__(self, trusted: Sequence[str] = (), hops: int = MAX_HOPS) -> None:
+        self._hops = hops
         GATEWAY_OPTIONS["trusted_proxies"].check(tuple(trusted))
         self._networks = [ipaddress.ip_network(text.strip()) for text in trusted]
+
+    @classmethod
+    def nearest(cls) -> Proxies:
+        """Who connects from this machine or a private network is the one proxy in between; its
+        own clients may be in the same networks, so nothing that they say is believed."""
+        return cls(PRIVATE, hops=1)
 
     def trusts(self, address: str) -> bool:
         """Whether this is a proxy's address."""
@@ -81,7 +90,7 @@ class Proxies:
         if not self.trusts(peer):
             return peer
         client = peer
-        for hop in reversed(_hops(headers)):
+        for hop in _hops(headers)[: -self._hops - 1 : -1]:
             try:
                 client = str(_plain(hop))
             except ValueError:

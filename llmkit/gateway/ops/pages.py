@@ -39,18 +39,23 @@ class PageRoutes:
     async def root(self, exchange: Exchange) -> None:
         # Without JavaScript it shows the state at least.
         state = await self._status.state(exchange) if self._home == "status" else None
-        text = page(self._home, self._home, state=state, **self._facts(exchange))
-        exchange.send_page(text, headers={"Cache-Control": "no-cache"}, has_assets=True)
+        self._send(exchange, page(self._home, self._home, state=state, **self._facts(exchange)))
 
     async def chat(self, exchange: Exchange) -> None:
-        text = page("chat", self._home, **self._facts(exchange))
-        exchange.send_page(text, headers={"Cache-Control": "no-cache"}, has_assets=True)
+        self._send(exchange, page("chat", self._home, **self._facts(exchange)))
+
+    @staticmethod
+    def _send(exchange: Exchange, text: str) -> None:
+        # Other pages of this origin could read a proof in a browser's cache.
+        kept = "no-store" if exchange.proof else "no-cache"
+        exchange.send_page(text, headers={"Cache-Control": kept}, has_assets=True)
 
     def _facts(self, exchange: Exchange) -> dict[str, Any]:
         return {
             "base": _base(exchange),
             "has_usage": self._has_usage,
             "has_login": exchange.has_login,
+            "proof": exchange.proof,
         }
 
     async def asset(self, exchange: Exchange) -> None:

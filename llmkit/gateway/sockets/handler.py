@@ -6,15 +6,21 @@ import base64
 import binascii
 from typing import TYPE_CHECKING, Any
 
-from tornado import httputil, websocket
+from tornado import httputil, web, websocket
 
-from llmkit.gateway.access.authenticator import Authenticator, Facts
+from llmkit.gateway.access.authenticator import (
+    XSRF,
+    XSRF_HEADER,
+    Authenticator,
+    Facts,
+    given_key,
+)
 from llmkit.gateway.access.edge import SECURITY_HEADERS, Edge
 from llmkit.gateway.access.identity import LOCAL, Identity
-from llmkit.gateway.access.keys import given_key
 from llmkit.gateway.exchange import Exchange
 from llmkit.gateway.failures import ApiError
 from llmkit.gateway.heads import MAX_LINE_BYTES
+from llmkit.gateway.lingering import discard_body, has_body
 from llmkit.gateway.sockets.connection import Connection
 from llmkit.gateway.sockets.wire import ChatProtocol, ChatWire
 
@@ -25,9 +31,9 @@ __all__ = ["PATHS", "SUBPROTOCOL", "ChatSocketHandler", "check_handshake", "key_
 
 PATHS = r"(v1/chat/ws|ws/chat|chat/ws|ws)/?"
 SUBPROTOCOL, KEY_PREFIX = "llmkit.chat", "llmkit.key."
-XSRF, XSRF_HEADER = "_xsrf", "X-XSRFToken"
 
 
+@web.stream_request_body  # which no handshake has: it is discarded as it comes
 class ChatSocketHandler(websocket.WebSocketHandler):
     """Checks origin, caller and number of sockets, then hands messages to a `Connection`.
 
@@ -67,6 +73,9 @@ class ChatSocketHandler(websocket.WebSocketHandler):
             self._gateway.sockets.check(self._identity, self._address)
         except ApiError as error:
             self._refuse(error)
+
+    def data_received(self, chunk: bytes) -> None:
+        """Nobody wants it."""
 
     async def _identified(self) -> Identity | None:
         """The caller; None if it may still say who it is."""
@@ -113,6 +122,7 @@ class ChatSocketHandler(websocket.WebSocketHandler):
 
     def _refuse(self, error: ApiError) -> None:
         path = self.path_args[0] if self.path_args else ""
+        discard_body(self)
         exchange = Exchange(self, path, LOCAL, self._gateway.held, self._address)
         self._gateway.refuse(exchange, error)
 
@@ -173,6 +183,8 @@ def check_handshake(request: httputil.HTTPServerRequest) -> None:
             code="upgrade_required",
             headers={"Upgrade": "websocket", "Sec-WebSocket-Version": "13"},
         )
+    if has_body(headers):
+        raise ApiError(400, "A handshake has no body.", code="invalid_handshake")
     if not headers.get("Sec-WebSocket-Key"):
         raise ApiError(400, "Sec-WebSocket-Key is missing.", code="invalid_handshake")
 

@@ -29,12 +29,14 @@ def page(
     locked: bool = False,
     has_usage: bool = False,
     has_login: bool = False,
+    proof: str = "",
 ) -> str:
     """The page with its two tabs, ``view`` in front; ``home`` is the one at the gateway's root.
 
     ``base`` leads from the page's address to the other routes. ``state`` is what the second tab
     shows before its script has fetched more; a ``locked`` page asks for the key first.
     ``has_usage`` links to what callers have used; with ``has_login`` one logs in elsewhere.
+    Its scripts send ``proof`` with each request.
     """
     return _render(
         "page.html",
@@ -49,6 +51,7 @@ def page(
         locked=locked,
         has_usage=has_usage,
         has_login=has_login,
+        proof=proof,
     )
 
 

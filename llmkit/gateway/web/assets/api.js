@@ -49,8 +49,10 @@ export function ofSession(id, session) {
   return session;
 }
 
-// Jupyter wants the value of its cookie with whatever changes something, a hub with everything.
+// Jupyter wants the value of its cookie with whatever changes something, a hub's service what it
+// has put into the page with everything.
 export function xsrf() {
+  if (root.dataset.proof) return root.dataset.proof;
   const found = document.cookie.match(/(?:^|; )_xsrf=([^;]*)/);
   return found ? decodeURIComponent(found[1]) : null;
 }

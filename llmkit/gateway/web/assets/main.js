@@ -153,7 +153,8 @@ document.addEventListener('keydown', event => {
 // A server with a key: it is asked for, and kept in this tab only. A hub asks for a login.
 onLocked(wasGiven => {
   if ('login' in root.dataset) {
-    location.assign(address('login?next=' + encodeURIComponent(location.pathname)));
+    const here = location.pathname + location.search + location.hash;
+    location.assign(address('login?next=' + encodeURIComponent(here)));
     return;
   }
   const dialog = $('lock');
