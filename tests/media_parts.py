@@ -16,6 +16,7 @@ from PIL import Image
 
 from llmkit.engine.encoding import Encoded
 from llmkit.engine.media import Item, cells, key_of
+from llmkit.errors import InvalidRequestError
 from llmkit.protocol import GenerationRequest, Media, Message, SamplingParams
 
 Prompt = tuple[list[int], tuple[Item, ...]]
@@ -59,7 +60,8 @@ def prompt_of(*parts: bytes | Picture) -> Prompt:
 
 
 class FakeEncoder:
-    """Encodes at once, or, ``by_hand``, when a test says so. Pictures called "bad…" fail."""
+    """Encodes at once, or, ``by_hand``, when a test says so. Pictures called "bad…" fail, and one
+    called "refused" is refused."""
 
     def __init__(self, by_hand: bool = False) -> None:
         self.by_hand = by_hand
@@ -79,8 +81,12 @@ class FakeEncoder:
     def go_on(self) -> None:
         """Finish what was begun first."""
         item, done = self._left.pop(0)
-        is_bad = str(item.source).startswith("bad")
-        done(Encoded(item, ValueError("it is bad") if is_bad else ("encoded", item.key), 0.5))
+        result: object = "encoded", item.key
+        if str(item.source).startswith("bad"):
+            result = ValueError("it is bad")
+        elif item.source == "refused":
+            result = InvalidRequestError("it is cut off")
+        done(Encoded(item, result, 0.5))
 
 
 def png(colour: tuple[int, int, int] | int, width: int = 28, height: int | None = None) -> bytes:

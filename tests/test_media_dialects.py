@@ -21,6 +21,7 @@ from speech import tone, wav
 
 import llmkit
 from llmkit.media import pictures
+from llmkit.media.taking import MAX_MEDIA
 from llmkit.protocol import GenerationRequest, Media, Message
 
 PNG, OTHER = picture(RED), picture(BLUE)
@@ -247,7 +248,7 @@ def test_a_model_without_a_projector_says_so(served: ServedModels) -> None:
 @pytest.mark.parametrize(
     ("url", "reason"),
     [
-        ("data:image/svg+xml;base64," + encoded(b"<svg/>"), "JPEG, PNG, WebP, GIF, BMP and AVIF"),
+        ("data:image/svg+xml;base64," + encoded(b"<svg/>"), "JPEG, PNG, WebP, GIF, BMP, AVIF"),
         (address(b"<html></html>"), "SVG, HTML"),
         (address(bomb()), "12000 × 12000"),
         (address(b""), "empty"),
@@ -260,18 +261,19 @@ def test_a_model_without_a_projector_says_so(served: ServedModels) -> None:
         ("https://example.org/a.png", "fetches nothing"),
         ("gopher://example.org", "must be sent"),
         ("/etc/passwd", "must be sent"),
+        ("llmkit-media:" + "0" * 64, "must be sent"),  # as in stored items only
     ],
 )
 def test_what_is_no_picture_is_refused(served: ServedModels, url: str, reason: str) -> None:
     assert reason in refused(served, url)
 
 
-def test_seventeen_are_too_many(served: ServedModels, model: ScriptedModel) -> None:
-    parts = [{"type": "image_url", "image_url": {"url": address(PNG)}}] * 17
+def test_more_than_a_model_is_told_are_too_many(served: ServedModels, model: ScriptedModel) -> None:
+    parts = [{"type": "image_url", "image_url": {"url": address(PNG)}}] * (MAX_MEDIA + 1)
     body = {"model": "seer", "messages": [{"role": "user", "content": parts}]}
     reply = post(served, "v1/chat/completions", body)
-    assert reply.status_code == 400 and "at most 16" in reply.json()["error"]["message"]
-    body["messages"][0]["content"] = parts[:16]  # type: ignore[index]
+    assert reply.status_code == 400 and f"at most {MAX_MEDIA}" in reply.json()["error"]["message"]
+    body["messages"][0]["content"] = parts[:MAX_MEDIA]  # type: ignore[index]
     assert post(served, "v1/chat/completions", body).status_code == 200
     assert len(asked(model).media) == 1
 

@@ -19,7 +19,7 @@ from llmkit.engine.encoding import Encoded, Encodings
 from llmkit.engine.engine import Engine
 from llmkit.engine.media import item_start, offset
 from llmkit.engine.request import Request
-from llmkit.errors import EngineError
+from llmkit.errors import EngineError, InvalidRequestError
 from llmkit.protocol import FinishReason, SamplingParams
 from llmkit.protocol.stream import Channel, Stream
 
@@ -353,6 +353,18 @@ def test_a_picture_that_fails_ends_its_own_requests(hand: FakeEncoder) -> None:
             stream.result(5)
     hand.go_on()
     assert good.result(5).text.encode() == runner.reference(prompt_of(RED, b"?")[0], 4)
+    assert engine.close()
+
+
+def test_a_file_that_is_refused_when_it_is_read_again_is_the_callers_fault(
+    hand: FakeEncoder,
+) -> None:
+    engine = Engine(FakeRunner(), is_end=lambda t: t == END, encoder=hand, encoded_bytes=100)
+    stream = submit(engine, prompt_of(Picture("refused"), b"?"))
+    wait_for(lambda: hand.left)
+    hand.go_on()
+    with pytest.raises(InvalidRequestError, match="could not be encoded: it is cut off"):
+        stream.result(5)
     assert engine.close()
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import asyncio
 import ssl
+import threading
 from collections.abc import AsyncIterator, Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ from pictures import picture
 
 from llmkit.errors import InvalidRequestError
 from llmkit.gateway.media import fetching
+from llmkit.gateway.media.attached import Attached
 from llmkit.gateway.media.fetching import Fetcher
 from llmkit.settings.gateway import GatewayOptions
 
@@ -78,6 +81,67 @@ async def test_an_allowed_host_is_asked_at_the_address_that_was_checked(host: Ho
     (asked,) = host.asked
     assert asked.startswith("GET /a%20b.png?size=1 HTTP/1.0\r\nHost: images.example.org\r\n")
     assert "cookie" not in asked.lower() and "authorization" not in asked.lower()
+
+
+async def test_every_address_of_a_host_is_tried(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host.answer = b"HTTP/1.1 200 OK\r\n\r\nfile"
+    tried = []
+
+    async def reach(address: str, port: int, **how: Any) -> Any:
+        tried.append(address)
+        if len(tried) == 1:
+            raise ConnectionRefusedError
+        return await host.connect(address, port, **how)
+
+    monkeypatch.setattr(fetching.asyncio, "open_connection", reach)
+    assert await fetcher(PUBLIC, "93.184.215.15").fetch(URL, "messages") == b"file"
+    assert tried == [PUBLIC, "93.184.215.15"]
+
+
+async def test_certificates_are_read_once_and_not_on_the_loop(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[threading.Thread] = []
+    make = ssl.create_default_context
+    monkeypatch.setattr(
+        fetching.ssl,
+        "create_default_context",
+        lambda: [read.append(threading.current_thread()), make()][1],
+    )
+    host.answer = b"HTTP/1.1 200 OK\r\n\r\nfile"
+    one = fetcher(PUBLIC)
+    for _ in range(2):
+        await one.fetch(URL, "messages")
+    assert len(read) == 1 and read[0] is not threading.main_thread()
+
+
+async def test_files_of_one_request_have_one_deadline(host: Host) -> None:
+    now = asyncio.get_running_loop().time()
+    with pytest.raises(InvalidRequestError, match=r"could not fetch the file from images\.ex"):
+        await fetcher(PUBLIC).fetch(URL, "messages", now)
+
+
+async def test_what_is_fetched_is_held_for_its_caller() -> None:
+    data, held = picture(), list[int]()
+
+    async def fetch(url: str, param: str, until: float) -> bytes:
+        return data
+
+    async def aside(exchange: Any, work: Callable[[], Any]) -> Any:
+        return work()
+
+    exchange: Any = SimpleNamespace(
+        reading=SimpleNamespace(aside=aside),
+        fetcher=SimpleNamespace(fetch=fetch),
+        hold=held.append,
+    )
+    attached = Attached(None)
+    attached.image(URL, is_url=True)
+    attached.image(URL + "2", is_url=True)
+    await attached.read(exchange)
+    assert held == [len(data)] * 2 and list(attached.files.values()) == [data]
 
 
 @pytest.mark.parametrize(

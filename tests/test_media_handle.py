@@ -170,7 +170,9 @@ def test_a_model_that_sees_nothing(model: ScriptedModel) -> None:
     blind = LLM(ScriptedModel("blind"))
     with pytest.raises(llmkit.InvalidRequestError, match="blind takes no images"):
         blind.chat(ASKED, images=PNG)
-    with pytest.raises(llmkit.InvalidRequestError, match="no message of the user"):
+    with pytest.raises(TypeError, match=r"llm.chat\(…, images=\[…\]\), with stream=True"):
+        blind.stream("What is this?", images=[PNG])
+    with pytest.raises(llmkit.InvalidRequestError, match="no user message"):
         LLM(model).chat([{"role": "system", "content": "x"}], images=PNG)
     blind.unload()
 

@@ -4,7 +4,9 @@ is computed; and projectors that would end the process."""
 from __future__ import annotations
 
 import shutil
+import threading
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,9 +15,12 @@ import gguf
 import media_models
 import pytest
 import tiny_models
-from media_models import Sizes
+from fakes import wait_for
 from media_parts import asking, png, wav
+from toy_models import ProjectorWriter, Sizes
 
+from llmkit.backend.media import Projector
+from llmkit.backend.media_encoder import Preparations
 from llmkit.errors import (
     ContextLengthError,
     InvalidModelFileError,
@@ -74,11 +79,11 @@ def refusal(engine: LocalEngine, request: GenerationRequest) -> InvalidRequestEr
 def test_a_model_of_text_says_how_to_load_it(text: Path) -> None:
     blind = LocalEngine(text, n_ctx=256, n_slots=1, threads=1)
     assert blind.description.inputs == ()
-    assert "has no projector (mmproj) for it: load it with projector=FILE" in str(
+    assert "loaded without a projector (mmproj) for them. Load it with projector=FILE" in str(
         refusal(blind, asking("?", RED))
     )
     question = TokenizeChat((asking("?", RED).messages or ())[:1])
-    with pytest.raises(InvalidRequestError, match="has no projector"):
+    with pytest.raises(InvalidRequestError, match="without a projector"):
         blind.inquire(Inquiry("i", question)).result(5)
     assert blind.submit(asking("hello")).result(30).usage.completion_tokens
     blind.close()
@@ -88,9 +93,9 @@ def test_what_is_refused_before_anything_is_computed(engine: LocalEngine) -> Non
     seen = asking("look: ", RED, "!")
     before = engine.stats().encoded_total
     refused: dict[str, GenerationRequest] = {
-        "takes only image": asking("listen: ", wav(1), "!"),
+        "It takes image": asking("listen: ", wav(1), "!"),
         "without its file": replace(seen, media={}),
-        "not the one of its digest": replace(seen, media=dict.fromkeys(seen.media, png(5))),
+        "does not match its digest": replace(seen, media=dict.fromkeys(seen.media, png(5))),
         "beside a prompt": replace(seen, messages=None, prompt="look"),
         "prompt_logprobs": replace(seen, sampling=SamplingParams(prompt_logprobs=1)),
         "SVG, HTML or other text": asking(b"<svg></svg>"),
@@ -114,9 +119,68 @@ def test_text_cannot_pass_for_an_image(engine: LocalEngine) -> None:
     assert "a<image>b" in shown.result(5)
     asked = asking("a", RED, "b")
     listed = engine.inquire(
-        Inquiry("i", TokenizeChat(asked.messages or (), media=asked.media, with_pieces=False))
+        Inquiry("i", TokenizeChat(asked.messages or (), media=asked.media, with_pieces=True))
     ).result(5)
     assert list(listed.tokens) == [max(t, -1) for t in engine.render(asked)]
+    assert [piece == b"" for piece in listed.pieces or ()] == [t == -1 for t in listed.tokens]
+
+
+class Chunks:
+    def __init__(self, n: int = 1) -> None:
+        self.chunks = list(range(n))
+
+
+def test_what_waits_for_the_encoder_is_kept_within_a_bound() -> None:
+    kept, held = Preparations(100), {bytes([i]): Chunks() for i in range(9)}
+    for key, prepared in held.items():
+        kept.add(key, prepared, 40)  # type: ignore[arg-type]
+    assert [kept.get(key) is not None for key in held] == [False] * 7 + [True] * 2
+    assert kept.num_bytes == 80
+    kept.add(b"tiles", Chunks(2), 400)  # type: ignore[arg-type]
+    assert kept.num_bytes == 400, "alone, since its second tile comes next"
+    kept.encoded(b"tiles", 0)
+    assert kept.get(b"tiles") is not None
+    kept.encoded(b"tiles", 1)
+    assert kept.get(b"tiles") is None and kept.num_bytes == 0
+
+
+def test_waiting_pictures_hold_a_bounded_number_of_pixels(
+    text: Path, projector: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llmkit.runtime.media.MAX_PREPARED_BYTES", 20_000)
+    with closing(
+        LocalEngine(text, n_ctx=256, n_slots=1, threads=1, projector=str(projector))
+    ) as engine:
+        streams = [engine.submit(asking(png(i, 56), f" {i}?")) for i in range(8)]
+        reader = engine._reader
+        assert reader is not None and reader.prepared.num_bytes <= 2 * 56 * 56 * 12
+        assert all(stream.result(60).usage.image_tokens for stream in streams)
+        assert reader.prepared.num_bytes == 0
+
+
+def test_a_model_that_is_unloaded_while_it_encodes_is_freed_afterwards(
+    text: Path, projector: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llmkit.runtime.media.CLOSE_S", 0.01)
+    began, go_on = threading.Event(), threading.Event()
+    encode = Projector.encode
+
+    def slowly(self: Projector, chunk: Any) -> Any:
+        began.set()
+        assert go_on.wait(60)
+        return encode(self, chunk)
+
+    monkeypatch.setattr(Projector, "encode", slowly)
+    engine = LocalEngine(text, n_ctx=256, n_slots=1, threads=1, projector=str(projector))
+    stream = engine.submit(asking("look: ", RED, "!"))
+    assert began.wait(60)
+    with pytest.warns(ResourceWarning, match="an image is still being encoded"):
+        engine.close()
+    with pytest.raises(LLMKitError):
+        stream.result(5)
+    assert engine._model.handle
+    go_on.set()
+    wait_for(lambda: not engine._model.handle)
 
 
 @pytest.mark.parametrize(
@@ -124,7 +188,7 @@ def test_text_cannot_pass_for_an_image(engine: LocalEngine) -> None:
     [
         ("{{ messages[0].content }}{{ messages[0].content }}>", "repeats it"),
         ("hello{% if add_generation_prompt %}>{% endif %}", "leaves out an image"),
-        ("{% for m in messages %}{{ m.content }}{% endfor %}", "let text follow"),
+        ("{% for m in messages %}{{ m.content }}{% endfor %}", "add text after it"),
     ],
 )
 def test_templates_that_lose_images(
@@ -206,7 +270,7 @@ def test_what_is_no_projector(tmp_path: Path, text: Path, projector: Path) -> No
     cut.write_bytes(projector.read_bytes()[:-8])
     with pytest.raises(InvalidModelFileError, match="truncated"):
         read_projector(cut)
-    with pytest.raises(InvalidModelFileError, match="is no projector but a llama"):
+    with pytest.raises(InvalidModelFileError, match="not a projector; its architecture is llama"):
         read_projector(text)
     with pytest.raises(ModelNotFoundError, match="there is no projector"):
         projector_of(text, str(tmp_path / "nowhere.gguf"))
@@ -225,13 +289,13 @@ def test_what_is_no_projector(tmp_path: Path, text: Path, projector: Path) -> No
 def test_a_projector_is_tried_in_a_child(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a bias that llama.cpp relies on it would take this process with it."""
     text = media_models.write_mrope_text(tmp_path / "text.gguf")
-    wanted = media_models._Maker.matrix
+    wanted = ProjectorWriter.matrix
 
     def without(self: Any, name: str, *shape: int, **more: Any) -> None:
         if not name.endswith("attn_k.bias"):
             wanted(self, name, *shape, **more)
 
-    monkeypatch.setattr(media_models._Maker, "matrix", without)
+    monkeypatch.setattr(ProjectorWriter, "matrix", without)
     media_models.write_vision(tmp_path / "mmproj-text.gguf", "qwen2vl_merger")
     options = EngineOptions(n_ctx=256, n_slots=1, threads=1)
     named = replace(options, projector=str(tmp_path / "mmproj-text.gguf"))

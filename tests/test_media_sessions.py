@@ -4,7 +4,9 @@ their files, and gone with the last conversation that has them."""
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import Future
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -14,8 +16,10 @@ from scripted_model import ScriptedModel, ServedModels
 from test_media_dialects import ASKED, told
 
 from llmkit.errors import InvalidRequestError
+from llmkit.gateway.chats import Chat
+from llmkit.gateway.conversations.fitting import _counter
 from llmkit.media.addresses import digest_of
-from llmkit.protocol import Media, Message
+from llmkit.protocol import Inquiry, Media, Message, SamplingParams, Tokens
 from llmkit.store import media
 from llmkit.store.conversation_records import NewMessage
 from llmkit.store.conversations import ConversationStore
@@ -86,6 +90,31 @@ def test_later_turns_see_the_picture(served: ServedModels, model: ScriptedModel)
     post(served, f"v1/sessions/{session}/messages", {"model": "blind", "content": "See?"}, 400)
     strange = [{"type": "media", "digest": "0" * 64, "kind": "image"}]
     post(served, f"v1/sessions/{session}/messages", {"model": "seer", "content": strange}, 400)
+
+
+@pytest.mark.parametrize("forgets", [False, True])
+def test_to_be_counted_each_file_is_sent_once(forgets: bool) -> None:
+    """And once more to an engine that has forgotten it."""
+    sent: list[int] = []
+
+    def inquire(inquiry: Inquiry[Any]) -> Future[Tokens]:
+        sent.append(len(inquiry.question.media))
+        if forgets and len(sent) == 2:
+            raise InvalidRequestError("messages: the file of a message is missing.")
+        counted: Future[Tokens] = Future()
+        counted.set_result(Tokens((1, 2, 3)))
+        return counted
+
+    engine: Any = SimpleNamespace(
+        description=ScriptedModel("seer", inputs=("image",)).description, inquire=inquire
+    )
+    waiting: Any = SimpleNamespace(check=lambda: None, result=lambda f, s: f.result(s))
+    files = {digest_of(data): data for data in (PNG, OTHER)}
+    said = [Message("user", ("?", Media(digest, "image"))) for digest in files]
+    chat = Chat(messages=tuple(said), sampling=SamplingParams(), media=files)
+    count = _counter(engine, chat, "", waiting)
+    assert [count(said), count(said), count(said[:1])] == [3, 3, 3]
+    assert sent == ([2, 0, 2, 0] if forgets else [2, 0, 0])
 
 
 def test_a_fork_and_an_import_have_the_picture(served: ServedModels, model: ScriptedModel) -> None:
@@ -175,6 +204,54 @@ def test_an_owner_may_not_have_too_much(tmp_path: Path, monkeypatch: pytest.Monk
     with pytest.raises(InvalidRequestError, match="delete some first"):
         store.append(OWNER, known.id, known.head, [said(OTHER)])
     assert store.export(OWNER, known.id)["messages"][0]["content"][1] == PART
+    database.close()
+
+
+def test_conversations_with_pictures_make_way_for_new_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    database = open_database(f"sqlite:///{tmp_path}/sessions.db")
+    clock = Clock()
+    store = ConversationStore(database, now=lambda: clock.now)
+    files = [picture(RED, (20 + i, 20), "BMP") for i in range(5)]
+    monkeypatch.setattr(media, "MAX_OWNER_BYTES", sum(len(files[i]) for i in (0, 1, 3, 4)))
+
+    def said(data: bytes) -> NewMessage:
+        message = Message("user", (ASKED, Media(digest_of(data), "image")))
+        return NewMessage.of(message, media={digest_of(data): data})
+
+    known = []
+    for data in files[:3]:
+        known.append(store.create(OWNER, messages=[said(data)]).id)
+        clock.now += 100
+    plain = store.create(OWNER, messages=[Message("user", "no picture")]).id
+    store.in_use(lambda: [known[1]])
+    clock.now += 100
+    store.append(OWNER, known[0], None, [said(files[4]), said(files[3])])  # it is the oldest itself
+
+    def left() -> list[str]:
+        return [each.id for each in store.listed(OWNER)[0]]
+
+    assert sorted(left()) == sorted([known[0], known[1], plain])
+    assert set(store.media(OWNER, map(digest_of, files))) == {
+        digest_of(files[i]) for i in (0, 1, 3, 4)
+    }
+    database.close()
+
+
+def test_what_others_added_to_an_imported_part_is_left_out(tmp_path: Path) -> None:
+    database = open_database(f"sqlite:///{tmp_path}/sessions.db")
+    store = ConversationStore(database)
+    far = {"type": "image_url", "image_url": {"url": "https://example.org/a", "x": 1}, "src": "b"}
+    near = {**PART, "src": "https://example.org/b"}
+    content = [{"type": "text", "text": ASKED, "onclick": "c"}, far, near]
+    known = store.import_(OWNER, {"messages": [{"role": "user", "content": content}]})
+    (message,) = store.opened(OWNER, known.id)[1]
+    assert message.content == [
+        {"type": "text", "text": ASKED},
+        {"type": "image_url", "image_url": {"url": "https://example.org/a"}},
+        {"type": "media", "digest": digest_of(PNG), "kind": "image"},
+    ]
     database.close()
 
 

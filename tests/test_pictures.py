@@ -160,30 +160,27 @@ def test_hostile_files_are_refused_at_no_cost(name: str) -> None:
     data = HOSTILE[name]()
     pictures.pixels(picture())  # what is needed is imported
     script = (
-        "import sys, resource, time\n"
+        "import sys, resource\n"
         "from PIL import Image\n"
         "from llmkit.errors import InvalidRequestError\n"
         "from llmkit.media import pictures\n"
         "Image.init()\n"
         "data = sys.stdin.buffer.read()\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-        "began = time.process_time()\n"
         "try:\n"
         "    pictures.pixels(data)\n"
         "    print('it was read')\n"
         "except InvalidRequestError as error:\n"
         "    print('refused', error)\n"
         "grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before\n"
-        "print(grown, time.process_time() - began)\n"
+        "print(grown)\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", script], input=data, capture_output=True, timeout=120, check=True
     )
-    said, costs = done.stdout.decode().strip().split("\n")
-    grown, seconds = costs.split()
-    assert said.startswith("refused")
+    said, grown = done.stdout.decode().strip().split("\n")
+    assert said.startswith("refused") and " at 0x" not in said
     assert int(grown) / 1024 < GROWTH_MB
-    assert float(seconds) < 1.0
 
 
 def test_what_is_no_sound_of_a_message() -> None:

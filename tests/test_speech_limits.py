@@ -163,7 +163,7 @@ def test_other_formats_reach_no_decoder(head: bytes, monkeypatch: pytest.MonkeyP
     import soundfile
 
     monkeypatch.setattr(soundfile, "SoundFile", None)
-    with pytest.raises(InvalidRequestError, match="Readable are WAV") as caught:
+    with pytest.raises(InvalidRequestError, match="Supported formats: WAV") as caught:
         pcm_of(head + bytes(4000))
     assert caught.value.param == "file"
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -26,6 +27,8 @@ __all__ = ["Embeddings", "Part", "Prepared", "Projector"]
 
 TEXT = 0
 LARGE = 16_000  # pixels: the side of a picture that takes as many tokens as any
+USUAL_SIDE = 560  # pixels, of a picture whose projector does not say
+FLOAT_BYTES, CHANNELS = 4, 3
 ASPECTS = (1, 1.25, 4 / 3, 1.5, 1.75, 2, 3, 4, 8)
 # fmt: off
 FUNCTIONS = (
@@ -78,11 +81,12 @@ class Projector:
 
     ``inputs``: what it takes, of "image" and "audio"; ``width``: numbers in an embedding;
     ``largest_whole``: tokens of the largest image that must be computed at once (0: none must).
-    ``identity`` is another for other weights. Raises `ModelLoadError`.
+    ``identity`` is another for other weights; ``side`` of its usual picture, in pixels, is in its
+    header. Raises `ModelLoadError`.
     """
 
     def __init__(
-        self, path: Path, model: LlamaModel, *, threads: int, use_gpu: bool = False
+        self, path: Path, model: LlamaModel, *, threads: int, use_gpu: bool = False, side: int = 0
     ) -> None:
         self._mtmd = mtmd = _bindings()
         self.handle: Any = None
@@ -109,6 +113,7 @@ class Projector:
         try:
             self.identity = fingerprint(path)
             self.largest_whole = self._largest_whole() if "image" in self.inputs else 0
+            self._token_bytes = self._pixels_per_token(side or USUAL_SIDE) * CHANNELS * FLOAT_BYTES
         except BaseException:
             self.close()
             raise
@@ -117,6 +122,19 @@ class Projector:
         sides = [(LARGE, int(LARGE / a)) for a in ASPECTS]
         shapes = [(h, w, 3) for a, b in sides for h, w in ((a, b), (b, a))]
         return max(p.n_tokens * p.whole for shape in shapes for p in self.parts("image", shape))
+
+    def _pixels_per_token(self, side: int) -> float:
+        """Of a scaled picture, or of a tile of one; about, since libmtmd does not say."""
+        if "image" not in self.inputs:
+            return 0.0
+        largest = max(part.n_tokens for part in self.parts("image", (side, side, 3)))
+        return side * side / max(largest, 1)
+
+    def prepared_bytes(self, content: np.ndarray, parts: Sequence[Part]) -> int:
+        """About what `prepare` keeps of an image or a sound with these parts."""
+        if content.ndim == 1:
+            return content.nbytes
+        return round(self._token_bytes * sum(part.n_tokens for part in parts))
 
     def parts(self, kind: str, shape: tuple[int, ...]) -> list[Part]:
         """How an image or sound of this shape stands in a prompt; costs nothing.

@@ -72,7 +72,7 @@ class Intake:
                     request, num_prompt=max(0, chunk.start + len(chunk.tokens) - 1 - resident)
                 )
             if request.constraint is not None:
-                self._charge_time(request, request.constraint.take_seconds())
+                self.charge_time(request, request.constraint.take_seconds())
             if chunk.slot in faults:
                 request.error, request.is_refused = faults[chunk.slot], chunk.slot in output.refused
                 self._finish(request, FinishReason.ERROR)
@@ -101,8 +101,9 @@ class Intake:
             self._finish(request, FinishReason.ERROR if request.error else FinishReason.LENGTH)
         return saved
 
-    def _charge_time(self, request: Request, seconds: float) -> None:
-        """Charge, in tokens, for time that this request's grammar took from others' steps."""
+    def charge_time(self, request: Request, seconds: float) -> None:
+        """Charge, in tokens, for time that this request's grammar took from others' steps, or one
+        of its images from the encoder."""
         if seconds > 0:
             self._waiting.charge(request, num_output=round(seconds / self._clock.decode_s(1)))
 

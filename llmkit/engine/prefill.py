@@ -22,6 +22,7 @@ class PrefillPlanner:
         self._tile = tile
         self._deterministic = deterministic
         self._short_first = False
+        self._owed = 0  # tokens by which whole images went beyond the budgets of their steps
 
     def plan(
         self, prefilling: list[Request], room: int, budget: int, most: int
@@ -31,9 +32,11 @@ class PrefillPlanner:
         In order of priority, then arrival; but a much shorter prompt need not wait behind the
         first: every other step serves such ones first. An image that must be computed whole may
         take up to ``most`` tokens if nothing else of a prompt is planned: it has a decode to
-        itself.
+        itself. The next one waits for as many steps as that was budgets too much.
         """
-        budget = min(room, max(budget, self._least(prefilling)))
+        granted = max(budget, self._least(prefilling))
+        self._owed = max(0, self._owed - granted)
+        budget = min(room, granted)
         order = sorted(prefilling, key=lambda r: r.priority)
         if not order:
             return []
@@ -49,8 +52,9 @@ class PrefillPlanner:
         for request in order:
             item = request.item
             if item is not None and item.whole:
-                limit = budget if planned else most
+                limit = budget if planned or self._owed else most
                 size = item.n_tokens if item.n_tokens <= limit else 0
+                self._owed += max(0, size - granted)
             else:
                 size = self._size(request, budget, alone=not planned)
             if size > 0:

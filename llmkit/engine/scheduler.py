@@ -23,6 +23,7 @@ from llmkit.engine.request import Request, slot_of
 from llmkit.engine.roster import Roster
 from llmkit.engine.slots import PrefixCache, common_prefix
 from llmkit.engine.speculation import Speculation
+from llmkit.errors import InvalidRequestError
 from llmkit.protocol import FinishReason
 
 __all__ = ["Scheduler"]
@@ -124,9 +125,11 @@ class Scheduler:
     def take(self, encoded: Encoded) -> list[Request]:
         """Take in what became of an image or a sound. Returns the requests that its failure
         ended."""
-        failed = self.encodings.take(encoded, self.running, self.waiting)
+        asked, failed = self.encodings.take(encoded, self.running, self.waiting)
+        self._intake.charge_time(asked, encoded.seconds)  # also of one that was aborted
         for request in failed:
             request.error = f"the {encoded.item.kind} could not be encoded: {encoded.result}"
+            request.is_refused = isinstance(encoded.result, InvalidRequestError)
             self._roster.finish(request, FinishReason.ERROR)
         return failed
 

@@ -33,7 +33,7 @@ def from_data_url(url: str) -> bytes:
     head = DATA_URL.match(url)
     if head is None:
         raise InvalidRequestError(
-            "A picture or sound in an address must be data:…;base64,… .", "messages"
+            "A picture or sound in an address must be a base64 data: URL.", "messages"
         )
     return decoded(url[head.end() :])
 

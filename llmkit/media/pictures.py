@@ -23,7 +23,7 @@ MAX_SIDE = 32_768
 MAX_SCANS = 100  # of a progressive JPEG: each goes over the whole picture
 COLOURS = 256
 LOW_SIDE = 512  # pixels, for what is to be looked at in low detail
-READABLE = f"Readable are {', '.join(FORMATS[:-1])} and {FORMATS[-1]}."
+READABLE = f"Supported formats: {', '.join(FORMATS)}."
 # EXIF's orientations: what Pillow calls the way back.
 _UPRIGHT = {
     2: "FLIP_LEFT_RIGHT",
@@ -47,21 +47,23 @@ def facts(data: bytes) -> Facts:
     Facts(format='PNG', width=3, height=2)
     """
     if not data:
-        raise _refused("is empty")
+        raise _refused("The picture is empty.")
     if len(data) > MAX_BYTES:
         raise _refused(
-            f"has {len(data) / 1e6:.1f} MB; {MAX_BYTES // 1_000_000} MB is the most. "
-            "Send it smaller: models see far fewer pixels"
+            f"The picture has {len(data) / 1e6:.1f} MB; the limit is {MAX_BYTES // 1_000_000} MB. "
+            "Send it smaller: models see far fewer pixels."
         )
     try:
         found = facts_of(data)
     except ValueError as error:
-        raise _refused(f"cannot be read: {error}") from error
+        raise _refused(f"The picture cannot be read: {error}.") from error
     if found is None:
-        raise _refused(f"is {_other(data)}. {READABLE[:-1]}")
+        raise _refused(f"{_other(data)} {READABLE}")
     _check_size(found.width, found.height)
     if found.format == "JPEG" and data.count(b"\xff\xda") > MAX_SCANS:
-        raise _refused(f"comes in more than {MAX_SCANS} scans. Save it as a plain JPEG")
+        raise _refused(
+            f"The picture comes in more than {MAX_SCANS} scans. Save it as a plain JPEG."
+        )
     return found
 
 
@@ -116,12 +118,16 @@ def _decoded(data: bytes, side: int | None = None) -> Any:
     except InvalidRequestError:
         raise
     except MemoryError as error:
-        raise _refused("needs more memory than there is. Send it smaller") from error
+        raise _refused("The picture needs more memory than there is. Send it smaller.") from error
     except Exception as error:  # decoders raise anything: OSError, SyntaxError, KeyError…
         if found.format == "AVIF" and "AVIF" not in Image.OPEN:
-            raise _refused(f"is AVIF, which this Pillow ({PIL.__version__}) cannot read") from error
+            raise _refused(
+                f"The picture is AVIF, which this Pillow ({PIL.__version__}) cannot read."
+            ) from error
+        # Pillow names the object that it read from, with its place in memory.
+        said = "" if isinstance(error, PIL.UnidentifiedImageError) else f" ({error!s:.120})"
         raise _refused(
-            f"is cut off or broken: as {found.format} it cannot be read ({error!s:.120})"
+            f"The picture is cut off or broken: as {found.format} it cannot be read{said}."
         ) from error
 
 
@@ -165,21 +171,21 @@ def _written(image: Any) -> bytes:
 def _check_size(width: int, height: int) -> None:
     if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
         raise _refused(
-            f"has {width} × {height} pixels; at most {MAX_PIXELS // 1_000_000} megapixels are "
-            f"read, and {MAX_SIDE} a side. Send it smaller: models see far fewer"
+            f"The picture has {width} × {height} pixels; the limit is {MAX_PIXELS // 1_000_000} "
+            f"megapixels and {MAX_SIDE:,} pixels per side. Send it smaller: models see far fewer."
         )
 
 
 def _other(data: bytes) -> str:
     start = data[:256].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     if start.startswith(b"<"):
-        return "SVG, HTML or other text"
+        return "The picture is SVG, HTML or other text, which cannot be read."
     if data[4:8] == b"ftyp":
-        return "HEIC or a video"
+        return "The picture is a HEIC or video file."
     if data[:4] in (b"II*\0", b"MM\0*"):
-        return "TIFF"
-    return "of a format that is not known here"
+        return "The picture is a TIFF file."
+    return "This is not a picture format llmkit can read."
 
 
 def _refused(why: str) -> InvalidRequestError:
-    return InvalidRequestError(f"A picture {why}.", "messages")
+    return InvalidRequestError(why, "messages")

@@ -27,7 +27,8 @@ LOWEST, HIGHEST = 4_000, 192_000
 MAX_CHANNELS = 16
 BLOCK = 1 << 16
 GROWTH = 1 << 20  # samples
-READABLE = "WAV, MP3, FLAC, OGG (Vorbis or Opus), AIFF"
+READABLE = "Supported formats: WAV, MP3, FLAC, OGG (Vorbis or Opus), AIFF."
+UNKNOWN = f"This is not a sound format llmkit can read. {READABLE}"
 
 
 def samples(
@@ -48,8 +49,7 @@ def samples(
         raise InvalidRequestError(f"{param}: the sound is empty.", param)
     if not _is_readable(data):  # the library knows two dozen more formats, which nobody tested
         raise InvalidRequestError(
-            f"{param}: it is not a sound file of a format that is known here. Readable are "
-            f"{READABLE}; `ffmpeg -i FILE sound.flac` converts others.",
+            f"{param}: {UNKNOWN} `ffmpeg -i FILE sound.flac` converts others.",
             param,
         )
     try:
@@ -64,7 +64,7 @@ def samples(
             return _read(file, read, rate, max_s, param, is_over)
     except soundfile.SoundFileError as error:
         raise InvalidRequestError(
-            f"{param}: it cannot be read as sound ({error!s:.120}). Readable are {READABLE}.", param
+            f"{param}: it cannot be read as sound ({error!s:.120}). {READABLE}", param
         ) from error
     except (RuntimeError, ValueError, OSError) as error:
         if isinstance(error, InvalidRequestError):
@@ -79,14 +79,12 @@ def check(data: bytes) -> None:
     """
     if len(data) > MAX_BYTES:
         raise InvalidRequestError(
-            f"A sound has {len(data) / 1e6:.1f} MB; {MAX_BYTES // 1_000_000} MB is the most. "
+            f"The sound has {len(data) / 1e6:.1f} MB; the limit is {MAX_BYTES // 1_000_000} MB. "
             "Send it as MP3 or Opus.",
             "messages",
         )
     if not _is_readable(data):
-        raise InvalidRequestError(
-            f"A sound is of a format that is not known here. Readable are {READABLE}.", "messages"
-        )
+        raise InvalidRequestError(UNKNOWN, "messages")
 
 
 def _is_readable(data: bytes) -> bool:

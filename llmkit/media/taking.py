@@ -2,23 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from llmkit.errors import InvalidRequestError
 from llmkit.protocol import ModelDescription
 
-__all__ = ["check_takes"]
+__all__ = ["MAX_MEDIA", "check_takes", "refusal"]
 
-WORDS = {"image": ("a picture", "images", "pictures"), "audio": ("a sound", "sound", "sounds")}
+MAX_MEDIA = 48  # pictures and sounds that one request is told
+WORDS = {"image": ("images", "pictures"), "audio": ("sound", "sounds")}
 
 
 def check_takes(model: ModelDescription, kind: str, param: str = "messages") -> None:
     """Raises `InvalidRequestError` if a model takes none of this kind, image or audio."""
-    if kind in model.inputs:
-        return
-    one, some, many = WORDS[kind]
-    others = f" It takes {' and '.join(model.inputs)}." if model.inputs else ""
-    raise InvalidRequestError(
-        f"{param}: there is {one}, but the model {model.name} takes no {some}: it was loaded "
-        f"without a projector (mmproj) for them.{others} Load it with projector=…, or leave {many} "
-        "out.",
+    if kind not in model.inputs:
+        raise refusal(kind, model.inputs, param, f"the model {model.name}", param)
+
+
+def refusal(
+    kind: str, inputs: Collection[str], place: str, who: str = "this model", param: str = "messages"
+) -> InvalidRequestError:
+    """Why a model refuses what is at a place of a request, and what to do.
+
+    >>> print(str(refusal("image", (), "messages"))[:40])
+    messages: this model takes no images: it
+    """
+    some, many = WORDS[kind]
+    others = f" It takes {' and '.join(inputs)}." if inputs else ""
+    return InvalidRequestError(
+        f"{place}: {who} takes no {some}: it was loaded without a projector (mmproj) for them."
+        f"{others} Load it with projector=FILE, or leave {many} out.",
         param,
     )

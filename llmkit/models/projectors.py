@@ -81,8 +81,8 @@ def read_projector(path: Path) -> ModelInfo:
     info = gguf.read_header(path)
     if info.architecture != "clip":
         raise InvalidModelFileError(
-            f"{path} is no projector but a {info.architecture or 'file without architecture'}; "
-            "name the mmproj file of the model."
+            f"{path} is not a projector; its architecture is {info.architecture or 'unknown'}. "
+            "Name the mmproj file of the model."
         )
     kinds = [kind for kind in KINDS if info.metadata.get(f"clip.has_{kind}_encoder") is True]
     if not kinds:

@@ -13,6 +13,7 @@ from IPython.core.magic import Magics, line_cell_magic, magics_class, no_var_exp
 from IPython.display import HTML, display
 
 from llmkit.errors import InvalidRequestError, LLMKitError
+from llmkit.media.addresses import digest_of
 from llmkit.media.given import picture_file
 from llmkit.notebook.thumbnails import thumbnail_html
 from llmkit.runtime.loaded import loaded
@@ -155,7 +156,8 @@ class LLMMagics(Magics):
                 **sampling,
             )
             if images:
-                page = HTML("".join(map(thumbnail_html, images)))  # type: ignore[no-untyped-call]
+                shown = "".join(thumbnail_html(each, digest_of(each)) for each in images)
+                page = HTML(shown)  # type: ignore[no-untyped-call]
                 display(page)  # type: ignore[no-untyped-call]
         try:
             for piece in stream:

@@ -203,7 +203,7 @@ class Monitor:
                 r.caller or "this notebook",
                 r.prompt_tokens,
                 r.cached_tokens,
-                r.output_tokens,
+                "encoding" if r.is_encoding else r.output_tokens,
                 f"{r.seconds:.1f}",
             )
             for r in s.requests[:MAX_ROWS]

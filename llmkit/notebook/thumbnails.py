@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterable, Mapping
-from functools import lru_cache
 from html import escape
 
 from llmkit.errors import InvalidRequestError
@@ -14,11 +14,14 @@ from llmkit.protocol import Media
 
 __all__ = ["media_html", "thumbnail_html"]
 
+MAX_SHOWN = 128
+_shown: OrderedDict[str, str] = OrderedDict()  # by digest, without the files
+
 
 def media_html(items: Iterable[Media], files: Mapping[str, bytes]) -> str:
     """The pictures of a message as thumbnails; words in place of sounds, and of what is gone."""
     shown = [
-        thumbnail_html(files[item.digest])
+        thumbnail_html(files[item.digest], item.digest)
         if item.kind == "image" and item.digest in files
         else _words("a sound" if item.kind == "audio" else "a picture")
         for item in items
@@ -26,9 +29,17 @@ def media_html(items: Iterable[Media], files: Mapping[str, bytes]) -> str:
     return f"<div>{''.join(shown)}</div>" if shown else ""
 
 
-@lru_cache(maxsize=128)
-def thumbnail_html(data: bytes) -> str:
-    """One picture; words in place of one that cannot be read."""
+def thumbnail_html(data: bytes, digest: str) -> str:
+    """One picture; words in place of one that cannot be read. The last ones are remembered."""
+    shown = _shown.get(digest)
+    if shown is None:
+        shown = _shown[digest] = _made(data)
+        while len(_shown) > MAX_SHOWN:
+            _shown.popitem(last=False)
+    return shown
+
+
+def _made(data: bytes) -> str:
     try:
         facts, small = pictures.facts(data), pictures.thumbnail(data)
     except InvalidRequestError:

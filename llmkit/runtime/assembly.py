@@ -187,7 +187,7 @@ def _load_projector(
     path = projectors.projector_of(spec.path, options.projector)
     if path is None:
         return None
-    projectors.read_projector(path)
+    info = projectors.read_projector(path)
     from llmkit.backend.library import num_threads
     from llmkit.backend.media import Projector
 
@@ -196,6 +196,7 @@ def _load_projector(
         model,
         threads=options.threads or num_threads(),
         use_gpu=options.projector_gpu and need.n_gpu_layers != 0,
+        side=info.integer("vision.image_size"),
     )
 
 

@@ -359,13 +359,15 @@ class LocalEngine:
         return self._engine.stats
 
     def _free(self) -> bool:
-        """False: something is still being encoded, so nothing is freed."""
-        if self._media is not None and not self._media.close():
-            return False
+        """False: something is still being encoded, after which the rest is freed."""
+        if self._media is None:
+            self._free_models()
+        return self._media is None or self._media.close(self._free_models)
+
+    def _free_models(self) -> None:
         for model, runner in [(self._model, self._runner), *([self._draft] if self._draft else [])]:
             runner.close()
             model.close()
-        return True
 
     def _check_open(self) -> None:
         if self._pid != os.getpid():
@@ -392,8 +394,7 @@ class LocalEngine:
             self._grammars.close()
             if self._free():
                 return
-        warnings.warn(
-            "the engine did not stop in time, so its memory was not freed",
-            ResourceWarning,
-            stacklevel=2,
-        )
+            why = "an image is still being encoded; the memory is freed when that is done"
+        else:
+            why = "the engine did not stop in time, so its memory was not freed"
+        warnings.warn(why, ResourceWarning, stacklevel=2)

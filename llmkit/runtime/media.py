@@ -17,7 +17,7 @@ from functools import partial
 import numpy as np
 
 from llmkit.backend.media import Part, Projector
-from llmkit.backend.media_encoder import MediaEncoder, Source
+from llmkit.backend.media_encoder import MediaEncoder, Preparations, Source
 from llmkit.engine.media import Item, cells, key_of
 from llmkit.errors import ContextLengthError, InvalidRequestError
 from llmkit.protocol import Media
@@ -25,9 +25,10 @@ from llmkit.protocol import Media
 __all__ = ["MediaReader", "MediaUnit", "Placed"]
 
 MAX_KNOWN = 4096
-CLOSE_S = 30.0  # for what is being encoded, which nothing can interrupt
+CLOSE_S = 10.0  # for what is being encoded, which nothing can interrupt
 DIGEST_BYTES = 12
 FLOAT_BYTES = 4
+MAX_PREPARED_BYTES = 128 << 20  # of scaled pixels that wait for the encoder
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,37 +61,42 @@ class MediaReader:
         self._batch_tokens = batch_tokens
         self._known: OrderedDict[tuple[str, str, str], _Known] = OrderedDict()
         self._lock = threading.Lock()
+        self.prepared = Preparations(MAX_PREPARED_BYTES)
 
     @property
     def inputs(self) -> tuple[str, ...]:
         return self._projector.inputs
 
-    def place(self, media: Media, data: bytes, salt: str, start: int, n_ctx: int) -> Placed:
+    def place(self, media: Media, data: bytes | None, salt: str, start: int, n_ctx: int) -> Placed:
         """What a file is at place ``start`` of a prompt. What is encoded of it is shared only by
-        requests of one ``salt``.
+        requests of one ``salt``. Without its ``data`` one that is known can be counted only.
 
         Raises `InvalidRequestError`, and `ContextLengthError` before anything is scaled.
         """
-        if hashlib.sha256(data).hexdigest() != media.digest:
-            raise InvalidRequestError("media: a file is not the one of its digest.", "messages")
+        if data is not None and hashlib.sha256(data).hexdigest() != media.digest:
+            raise InvalidRequestError("messages: a file does not match its digest.", "messages")
         name = salt, media.kind, media.digest
         with self._lock:
             known = self._known.get(name)
             if known is not None:
                 self._known.move_to_end(name)
-        prepared = None
+        if known is None and data is None:
+            raise InvalidRequestError("messages: the file of a message is missing.", "messages")
         if known is None:
             content = self._read(media.kind, data)
             parts = self._projector.parts(media.kind, content.shape)
             self._check(parts, start, n_ctx)
             parts, prepared = self._projector.prepare(media.kind, content)
             known = _Known(self._digest(content, media.kind, salt), parts)
+            size = self._projector.prepared_bytes(content, parts)
+            self.prepared.add(known.digest, prepared, size)
             with self._lock:
                 self._known[name] = known
                 while len(self._known) > MAX_KNOWN:
                     self._known.popitem(last=False)
         self._check(known.parts, start, n_ctx)
-        source = Source(media.kind, partial(self._read, media.kind, data), prepared)
+        read = partial(self._read, media.kind, data)
+        source = Source(media.kind, known.digest, read, self.prepared)
         placed = Placed([], [])
         for part in known.parts:
             if not part.n_tokens:
@@ -112,7 +118,8 @@ class MediaReader:
             placed.tokens.extend(cells(key, part.n_tokens))
         return placed
 
-    def _read(self, kind: str, data: bytes) -> np.ndarray:
+    def _read(self, kind: str, data: bytes | None) -> np.ndarray:
+        assert data is not None  # what is only counted is never encoded
         if kind == "image":
             return self._pixels(data)
         return self._samples(data, self._projector.sample_rate)
@@ -156,9 +163,12 @@ class MediaUnit:
         self.reader = MediaReader(projector, pixels, samples, batch_tokens)
         self.encoder = MediaEncoder(projector, turns)
 
-    def close(self) -> bool:
-        """Free the memory, before the model's. False: it is still in use."""
-        if not self.encoder.close(CLOSE_S):
-            return False
-        self._projector.close()
-        return True
+    def close(self, then: Callable[[], None]) -> bool:
+        """Free the memory, and ``then`` the model's. False: something is still being encoded, and
+        the encoder's thread does both afterwards."""
+
+        def free() -> None:
+            self._projector.close()
+            then()
+
+        return self.encoder.close(CLOSE_S, free)

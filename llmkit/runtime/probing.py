@@ -282,4 +282,4 @@ def _encode(model: LlamaModel, path: Path) -> None:
         for chunk in prepared.chunks:
             rows = projector.encode(chunk).rows
             if not np.isfinite(rows).all():
-                raise ModelLoadError(f"{path.name} makes no numbers of an {kind} input.")
+                raise ModelLoadError(f"{path.name} produces invalid numbers for {kind} input.")

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from llmkit.engine.media import Item
 from llmkit.errors import ContextLengthError, InvalidRequestError
+from llmkit.media.taking import refusal
 from llmkit.protocol import (
     MAX_CHARS_PER_TOKEN,
     DescribeVocabulary,
@@ -56,12 +57,14 @@ class Prompt:
 @dataclass(frozen=True, slots=True)
 class Files:
     """The images and sounds of a request, by digest, and who reads them; what comes of them is
-    shared within one ``salt``."""
+    shared within one ``salt``. ``may_lack``: of files that are known already the digests will do,
+    since nothing is computed."""
 
     reader: MediaReader | None
     files: Mapping[str, bytes]
     salt: str
     n_ctx: int
+    may_lack: bool = False
 
 
 def answer(
@@ -113,7 +116,7 @@ def _answer(
                 question.tools,
                 question.template_options,
                 _check_length,
-                Files(reader, question.media, salt, MAX_TOKENS),
+                Files(reader, question.media, salt, MAX_TOKENS, may_lack=True),
                 add_generation_prompt=question.add_generation_prompt,
                 continue_final=question.continue_final,
             )
@@ -261,36 +264,26 @@ def chat_prompt(
                 )
     if items and items[-1].end == len(tokens):
         raise InvalidRequestError(
-            "messages: the prompt ends with an image or a sound; let text follow.", "messages"
+            "messages: the prompt ends with an image or a sound; add text after it.", "messages"
         )
     return Prompt(tokens, tuple(items))
 
 
-def _sent(messages: Sequence[Message], files: Files) -> list[tuple[Media, bytes]]:
+def _sent(messages: Sequence[Message], files: Files) -> list[tuple[Media, bytes | None]]:
     """The images and sounds of messages with their files. Raises `InvalidRequestError` for what the
     model does not take."""
     inputs = files.reader.inputs if files.reader is not None else ()
     sent = []
     for i, message in enumerate(messages):
         for media in message.media:
-            what = {"image": "an image", "audio": "audio"}[media.kind]
-            if not inputs:
-                raise InvalidRequestError(
-                    f"messages[{i}] contains {what}, and this model has no projector (mmproj) for "
-                    "it: load it with projector=FILE, or send text only.",
-                    "messages",
-                )
             if media.kind not in inputs:
+                raise refusal(media.kind, inputs, f"messages[{i}]")
+            data = files.files.get(media.digest)
+            if data is None and not files.may_lack:
                 raise InvalidRequestError(
-                    f"messages[{i}] contains {what}; beside text, this model takes only "
-                    f"{' and '.join(inputs)}.",
-                    "messages",
+                    f"messages[{i}] contains {media.kind} without its file.", "messages"
                 )
-            if media.digest not in files.files:
-                raise InvalidRequestError(
-                    f"messages[{i}] contains {what} without its file.", "messages"
-                )
-            sent.append((media, files.files[media.digest]))
+            sent.append((media, data))
     return sent
 
 
@@ -364,7 +357,11 @@ def _described(tokens: list[int], with_pieces: bool, vocab: Vocab) -> Tokens:
             "leave the pieces out.",
             "prompt",
         )
-    pieces = tuple(_piece(vocab, token) for token in tokens) if with_pieces else None
+    pieces = (
+        tuple(b"" if token == CELL else _piece(vocab, token) for token in tokens)
+        if with_pieces
+        else None
+    )
     return Tokens(tuple(tokens), pieces)
 
 

@@ -69,7 +69,7 @@ def with_media(
     parts = attached(files, images, sounds)
     place = next((i for i in reversed(range(len(messages))) if messages[i].role == "user"), None)
     if place is None:
-        raise InvalidRequestError("there is no message of the user for the images.", "images")
+        raise InvalidRequestError("there is no user message to attach the images to.", "images")
     said = messages[place]
     told = replace(said, content=(*parts, *said.parts))
     return (*messages[:place], told, *messages[place + 1 :])

@@ -91,6 +91,11 @@ def make_request(options: dict[str, Any], **prompt: Any) -> GenerationRequest:
     }
     known = [f.name for f in fields(SamplingParams)]
     unknown = next((k for k in sampling if k not in known), None)
+    if unknown in ("images", "sounds") and "messages" not in prompt:
+        raise TypeError(
+            f"{unknown} go with a chat, not with a raw prompt: llm.chat(…, {unknown}=[…]), with "
+            "stream=True piece by piece."
+        )
     if unknown is not None:
         names = [*known, *REQUEST_OPTIONS, *SHAPES, "continue_final_message"]
         near = difflib.get_close_matches(unknown, names, n=1)

@@ -1,8 +1,9 @@
-"""Finding conversations: by words, by pages, by age."""
+"""Finding conversations: by words, by pages, by age, by their files."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from typing import Any
 
 import sqlalchemy as sa
@@ -18,12 +19,45 @@ from llmkit.store.conversation_rows import (
     in_progress,
     owner_key,
 )
+from llmkit.store.media import MEDIA, UNUSED_S, USES, remove_unused
 
-__all__ = ["remove_expired", "search", "titled"]
+__all__ = ["forget_files", "remove_expired", "search", "titled"]
 
 MAX_QUERY, MAX_LISTED = 1000, 1000
 PAGE_CHARS = 2 << 20  # of settings, after which a page of conversations ends
 ROWS = 8  # that are read from the database at once
+
+
+def forget_files(connection: Connection, owner: str, used_now: Collection[str], now: float) -> str:
+    """Delete the owner's least recently used conversation with pictures or sounds that nothing but
+    conversations uses, none that is in use. Its id, or "" if there is none."""
+    files, uses, other = MEDIA.c, USES.c, USES.alias("other").c
+    has_files = sa.exists().where(
+        uses.conversation_id == CONVERSATIONS.c.id,
+        files.owner == uses.owner,
+        files.digest == uses.digest,
+        files.added_at < now - UNUSED_S,
+        ~sa.exists().where(
+            other.owner == uses.owner,
+            other.digest == uses.digest,
+            other.segment_id.is_not(None),
+        ),
+    )
+    is_free = ~in_progress(CONVERSATIONS.c.id)
+    where = CONVERSATIONS.c.owner == owner, CONVERSATIONS.c.id.not_in(list(used_now)), is_free
+    oldest = connection.scalar(
+        sa.select(CONVERSATIONS.c.id)
+        .where(*where, has_files)
+        .order_by(CONVERSATIONS.c.by_title.desc(), CONVERSATIONS.c.used_at, CONVERSATIONS.c.id)
+        .limit(1)
+        .with_for_update(skip_locked=True)
+    )
+    # Asked again now that nobody can begin a reply in it.
+    delete = sa.delete(CONVERSATIONS).where(CONVERSATIONS.c.id == oldest, is_free)
+    if oldest is None or not connection.execute(delete).rowcount:
+        return ""
+    remove_unused(connection, now, owner)
+    return str(oldest)
 
 
 def search(

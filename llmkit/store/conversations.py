@@ -10,7 +10,7 @@ import contextlib
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
@@ -53,6 +53,7 @@ FIELDS = ("title", "model", "settings", "pruning", "head", "ttl_s")
 New = Sequence[NewMessage | Message]
 Path = list[StoredMessage]
 Ids = list[Callable[[], Collection[str]]]
+Done = TypeVar("Done")
 TOUCH_S = 60.0
 
 
@@ -93,19 +94,39 @@ class ConversationStore(ConversationReader):
         """A conversation; ``messages`` are a path.
 
         Where there are too many, the least recently used one makes way, but none that is in use:
-        first of those that were begun ``by_title`` and that nobody has changed since.
+        first of those that were begun ``by_title`` and that nobody has changed since. So do those
+        with pictures and sounds, where there are too many bytes of these.
         """
         ttl_s = self._ttl_s if isinstance(ttl_s, Unset) else ttl_s
         fields = {"title": title, "model": model, "settings": dict(settings or {})}
         values = checked_fields({**fields, "pruning": pruning, "ttl_s": ttl_s})
         values["by_title"] = by_title
         new = rows.as_new(messages)
-        with self.database.connected(writes=True) as connection:
-            row = self._add(connection, owner, values)
-            added = rows.add_chain(connection, row, None, new, self._now())
-            row.head = added[-1].id if added else None
-            rows.save(connection, row)
-            return rows.conversation_of(row)
+
+        def create() -> StoredConversation:
+            with self.database.connected(writes=True) as connection:
+                row = self._add(connection, owner, values)
+                added = rows.add_chain(connection, row, None, new, self._now())
+                row.head = added[-1].id if added else None
+                rows.save(connection, row)
+                return rows.conversation_of(row)
+
+        return self._with_room(owner, None, create)
+
+    def _with_room(self, owner: str, mine: str | None, act: Callable[[], Done]) -> Done:
+        """``act``; where the owner's files leave no room, conversations with files make way, the
+        least recently used first: none that is in use, nor ``mine``."""
+        while True:
+            try:
+                return act()
+            except media.TooMuchError:
+                used = {each for ids in self._in_use for each in ids()} | {mine or ""}
+                key = rows.owner_key(owner)
+                with self.database.connected(writes=True) as connection:
+                    gone = searching.forget_files(connection, key, used, self._now())
+                if not gone:
+                    raise
+                self._paths.drop(gone)
 
     def _add(self, connection: Connection, owner: str, values: dict[str, Any]) -> Row:
         now = self._now()
@@ -196,6 +217,11 @@ class ConversationStore(ConversationReader):
         """
         read = formats.read(data)
         values = checked_fields({**read.fields, "ttl_s": self._ttl_s})
+        return self._with_room(owner, None, lambda: self._import(owner, values, read))
+
+    def _import(
+        self, owner: str, values: dict[str, Any], read: formats.ImportedConversation
+    ) -> StoredConversation:
         with self.database.connected(writes=True) as connection:
             row = self._add(connection, owner, values)
             ids = {key: new_id("msg") for key, _, _ in read.messages}
@@ -220,14 +246,19 @@ class ConversationStore(ConversationReader):
         Another child of the same parent is a branch. ``head``: it is then shown.
         """
         new = rows.as_new(messages)
-        with self._changing(owner, conversation_id) as (connection, row, now):
-            rows.check_version(row, version)
-            if parent_id is not None:
-                replies.check_parent(connection, row, parent_id, now)
-            added = rows.add_chain(connection, row, parent_id, new, now)
-            if head and added:
-                row.head = added[-1].id
-            rows.used(row, now)
+
+        def append() -> Path:
+            with self._changing(owner, conversation_id) as (connection, row, now):
+                rows.check_version(row, version)
+                if parent_id is not None:
+                    replies.check_parent(connection, row, parent_id, now)
+                added = rows.add_chain(connection, row, parent_id, new, now)
+                if head and added:
+                    row.head = added[-1].id
+                rows.used(row, now)
+            return added
+
+        added = self._with_room(owner, conversation_id, append)
         self._paths.extend(conversation_id, added)
         return added
 
@@ -248,9 +279,15 @@ class ConversationStore(ConversationReader):
         sibling then. The reply becomes the head.
         """
         new = rows.as_new(messages)
-        with self._changing(owner, conversation_id, relaxed=True) as (connection, row, now):
-            rows.check_version(row, version)
-            added = replies.begin(connection, row, parent_id, new, model, branch, self._writer, now)
+
+        def begin() -> Path:
+            with self._changing(owner, conversation_id, relaxed=True) as (connection, row, now):
+                rows.check_version(row, version)
+                return replies.begin(
+                    connection, row, parent_id, new, model, branch, self._writer, now
+                )
+
+        added = self._with_room(owner, conversation_id, begin)
         self._paths.extend(conversation_id, added)
         return added
 

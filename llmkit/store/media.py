@@ -16,7 +16,18 @@ from sqlalchemy.engine import Connection
 from llmkit.errors import InvalidRequestError
 from llmkit.store.tables import Media, MediaUses
 
-__all__ = ["MAX_OWNER_BYTES", "TooMuchError", "keep", "num_bytes", "read", "remove_unused", "sizes"]
+__all__ = [
+    "MAX_OWNER_BYTES",
+    "MEDIA",
+    "UNUSED_S",
+    "USES",
+    "TooMuchError",
+    "keep",
+    "num_bytes",
+    "read",
+    "remove_unused",
+    "sizes",
+]
 
 MAX_OWNER_BYTES = 512 << 20
 UNUSED_S = 60.0

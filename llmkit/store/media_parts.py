@@ -13,6 +13,8 @@ from llmkit.media.addresses import as_part, decoded, digest_of, from_data_url, i
 
 __all__ = ["with_digests", "with_files", "with_words"]
 
+KEYS = ("type", "text", "refusal", "image_url", "input_audio", "digest", "kind")
+KEYS_WITHIN = ("url", "detail", "data", "format")
 Content = str | list[dict[str, Any]]
 
 
@@ -23,7 +25,17 @@ def with_digests(content: Content, files: dict[str, bytes]) -> Content:
     """
     if not isinstance(content, list):
         return content
-    return [_taken(part, files) if isinstance(part, dict) else part for part in content]
+    return [_taken(_known(part), files) if isinstance(part, dict) else part for part in content]
+
+
+def _known(part: dict[str, Any]) -> dict[str, Any]:
+    """A part without what others may have added to it."""
+    kept = {key: value for key, value in part.items() if key in KEYS}
+    return kept | {
+        key: {k: v for k, v in value.items() if k in KEYS_WITHIN}
+        for key, value in kept.items()
+        if isinstance(value, dict)
+    }
 
 
 def _taken(part: dict[str, Any], files: dict[str, bytes]) -> dict[str, Any]:

@@ -211,9 +211,9 @@ class Media(Table):
 
     owner: Mapped[str] = mapped_column(String(255), primary_key=True)
     digest: Mapped[str] = mapped_column(String(64), primary_key=True)
-    data: Mapped[bytes]
     size: Mapped[int]
     added_at: Mapped[float]
+    data: Mapped[bytes]
 
 
 class MediaUses(Table):

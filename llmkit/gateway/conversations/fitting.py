@@ -19,7 +19,7 @@ from llmkit.gateway.aside import Waiting
 from llmkit.gateway.chats import Chat
 from llmkit.gateway.exchange import Exchange
 from llmkit.gateway.ids import new_id
-from llmkit.media.taking import check_takes
+from llmkit.media.taking import MAX_MEDIA, check_takes
 from llmkit.protocol import (
     INSTRUCTIONS,
     Inquiry,
@@ -39,7 +39,6 @@ MESSAGE_BYTES, CHAT_BYTES = 64, 512  # what a template adds to texts, at most, a
 ANSWER_SHARE = 4  # at most a quarter of the context is left to the answer
 SUMMARY_TOKENS = 400
 COUNT_S = 60.0
-MAX_TOLD = 48  # pictures and sounds of a history
 MEDIA_TOKENS = 16_384  # one of them, at most, about
 SHORT, SHORT_CHARS = 64, 64 << 10  # messages, and their characters, that are walked at once
 
@@ -146,7 +145,7 @@ async def _with_media(
     told = [*(item for m in path if m.digests for item in m.message.media), *items]
     for item in told:
         check_takes(engine.description, item.kind, "messages")
-    wanted = {item.digest for item in told[-MAX_TOLD:]} - chat.media.keys()
+    wanted = {item.digest for item in told[-MAX_MEDIA:]} - chat.media.keys()
     owner = exchange.identity.name
     files = await exchange.turns.shelf.look(owner, lambda store: store.media(owner, wanted))
     files = {**files, **chat.media}
@@ -224,18 +223,32 @@ def _counter(
     engine: EngineClient, chat: Chat, caller: str, waiting: Waiting
 ) -> Callable[[Sequence[Message]], int]:
     """Counts the prompt tokens of messages, while somebody waits for that. Any thread: the engine
-    takes its time."""
+    takes its time. It is sent each file once, then knows how many tokens that takes."""
+    sent: set[str] = set()
 
     def count(messages: Sequence[Message]) -> int:
         waiting.check()
         asked = replace(chat, messages=tuple(messages), continue_final=False)
         request = asked.request(new_id("count"), engine.description)
         check_size(request, engine.description.n_ctx)
-        question = TokenizeChat(
-            asked.messages, request.tools, request.template_options, media=request.media
-        )
-        inquiry = Inquiry(request.request_id, question, caller)
-        return len(waiting.result(engine.inquire(inquiry), COUNT_S).tokens)
+        used = {item.digest for message in asked.messages for item in message.media}
+        media = {digest: request.media[digest] for digest in used & request.media.keys()}
+
+        def tokens(files: dict[str, bytes]) -> int:
+            question = TokenizeChat(
+                asked.messages, request.tools, request.template_options, media=files
+            )
+            inquiry = Inquiry(request.request_id, question, caller)
+            return len(waiting.result(engine.inquire(inquiry), COUNT_S).tokens)
+
+        try:
+            number = tokens({digest: media[digest] for digest in media.keys() - sent})
+        except InvalidRequestError as error:
+            if isinstance(error, ContextLengthError) or not media.keys() & sent:
+                raise
+            number = tokens(media)  # it knows them no longer
+        sent.update(media)
+        return number
 
     return count
 

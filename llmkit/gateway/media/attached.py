@@ -6,7 +6,8 @@ dialect: each says what stands where.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import asyncio
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Literal
@@ -14,22 +15,18 @@ from typing import TYPE_CHECKING, Literal
 from llmkit.errors import InvalidRequestError
 from llmkit.media import pictures
 from llmkit.media.addresses import decoded, digest_of, from_data_url, is_data_url
-from llmkit.media.taking import check_takes
+from llmkit.media.taking import MAX_MEDIA, check_takes
 from llmkit.protocol import Media, Message, ModelDescription
 
 if TYPE_CHECKING:
     from llmkit.gateway.chats import Chat
     from llmkit.gateway.exchange import Exchange
 
-__all__ = ["KEPT", "MAX_MEDIA", "Attached", "check_all"]
+__all__ = ["KEPT", "Attached", "check_all"]
 
-MAX_MEDIA = 16  # in one request
-KEPT = "llmkit-media:"  # before the digest of a file that one of the caller's answers has already
+KEPT = "llmkit-media:"  # before the digest of a file, in what is stored
+FETCHING_S = 20.0  # for all files of a request
 Kind = Literal["image", "audio"]
-WORDS: dict[str, tuple[str, str]] = {
-    "image": ("a picture", "images"),
-    "audio": ("a sound", "sound"),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,11 +45,17 @@ class Attached:
 
     Until they are ``read``, `Media` have a number in place of their digest; asked for again, they
     have the digest. Raises `InvalidRequestError` for the first that the model does not take, and
-    for too many. Without a model, any may be attached.
+    for too many. Without a model, any may be attached. ``kept`` are the digests that may stand in
+    place of files: those of stored items, which no client can make up.
     """
 
-    def __init__(self, model: ModelDescription | None, param: str = "messages") -> None:
-        self._model, self._param = model, param
+    def __init__(
+        self,
+        model: ModelDescription | None,
+        param: str = "messages",
+        kept: Collection[str] = (),
+    ) -> None:
+        self._model, self._param, self._kept = model, param, kept
         self._numbers: dict[Sent, str] = {}
         self._count = 0
         self._known: dict[str, Media] = {}  # by number
@@ -86,12 +89,14 @@ class Attached:
         """Read what is attached. Raises `InvalidRequestError` for what is no such file, or cannot
         be had."""
         assert exchange.reading is not None
+        until = asyncio.get_running_loop().time() + FETCHING_S
         for sent, number in self._numbers.items():
             work: Callable[[], tuple[str, bytes]] = partial(_read, sent)
-            if sent.text.startswith(KEPT):
+            if sent.text.startswith(KEPT) and sent.text.removeprefix(KEPT) in self._kept:
                 work = partial(_looked_at, await _kept(exchange, sent), sent)
             elif sent.is_url and not is_data_url(sent.text):
-                fetched = await exchange.fetcher.fetch(sent.text, sent.param)
+                fetched = await exchange.fetcher.fetch(sent.text, sent.param, until)
+                exchange.hold(len(fetched))
                 work = partial(_looked_at, fetched, sent)
             digest, data = await exchange.reading.aside(exchange, work)
             self.files[digest], self._known[number] = data, Media(digest, sent.kind)
@@ -110,7 +115,7 @@ class Attached:
         if message.role == "assistant":
             raise InvalidRequestError(
                 "messages: an assistant's message may hold text only; pictures and sounds belong "
-                "into messages of the user.",
+                "in user messages.",
                 "messages",
             )
         parts = (self._known[p.digest] if isinstance(p, Media) else p for p in message.parts)
@@ -135,7 +140,7 @@ def check_all(
         )
     for digest, data in media.items():
         if digest_of(data) != digest:
-            raise InvalidRequestError("messages: a file has another digest.", "messages")
+            raise InvalidRequestError("messages: a file does not match its digest.", "messages")
 
 
 async def _kept(exchange: Exchange, sent: Sent) -> bytes:

@@ -10,9 +10,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ipaddress
+import math
 import socket
 import ssl
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from urllib.parse import SplitResult, urlsplit
 
 from llmkit.errors import InvalidRequestError
@@ -23,6 +24,7 @@ __all__ = ["Fetcher"]
 MAX_BYTES = 10_000_000
 MAX_HEAD = 32 << 10
 FETCH_S = 10.0
+CONNECT_S = 3.0  # to one of several addresses
 HTTPS = 443
 MAX_URL = 4096
 Resolve = Callable[[str, int], Awaitable[list[str]]]
@@ -43,17 +45,22 @@ class Fetcher:
     ) -> None:
         self._hosts, self._resolve, self._tls = hosts, resolve or _resolved, tls
 
-    async def fetch(self, url: str, param: str) -> bytes:
-        """The file at an address. Raises `InvalidRequestError`, for each reason in the same words:
-        nothing is to be learnt about what this server can reach."""
+    async def fetch(self, url: str, param: str, until: float = math.inf) -> bytes:
+        """The file at an address, by a time of the loop's clock.
+
+        Raises `InvalidRequestError`. Why a host cannot be reached is not said: nothing is to be
+        learnt about what this server can reach.
+        """
         parts = self._allowed(url, param)
+        now = asyncio.get_running_loop().time()
         try:
-            async with asyncio.timeout(FETCH_S):
+            async with asyncio.timeout_at(min(until, now + FETCH_S)):
                 return await self._get(parts)
         except (OSError, TimeoutError, ValueError, EOFError, asyncio.LimitOverrunError) as error:
             why = str(error) if isinstance(error, FetchError) else "it cannot be reached"
             raise InvalidRequestError(
-                f"{param}: {parts.hostname:.100} gave no file: {why}. Send it as data:…;base64,…",
+                f"{param}: could not fetch the file from {parts.hostname:.100}: {why}. Send it as "
+                "a data: URL.",
                 param,
             ) from None
 
@@ -67,7 +74,7 @@ class Fetcher:
         is_plain = parts is not None and not parts.username and not parts.password
         if parts is None or not is_plain or parts.scheme != "https" or port not in (None, HTTPS):
             raise InvalidRequestError(
-                f"{param}: pictures and sounds must be sent as data:…;base64,…"
+                f"{param}: pictures and sounds must be sent as a data: URL"
                 + ("" if not hosts else ", or be at an https:// address")
                 + ".",
                 param,
@@ -76,7 +83,7 @@ class Fetcher:
         if host not in {each.lower() for each in hosts}:
             raise InvalidRequestError(
                 f"{param}: this server fetches nothing from {host:.100}: send the file as "
-                "data:…;base64,…. (Its operator may allow hosts by media_hosts.)",
+                "a data: URL. (Its operator may allow hosts by media_hosts.)",
                 param,
             )
         return parts
@@ -86,10 +93,9 @@ class Fetcher:
         addresses = await self._resolve(host, HTTPS)
         if not addresses or not all(_is_public(each) for each in addresses):
             raise FetchError("its address is not a public one")
-        context = self._tls or ssl.create_default_context()
-        reader, writer = await asyncio.open_connection(
-            addresses[0], HTTPS, ssl=context, server_hostname=host, limit=MAX_HEAD
-        )
+        if self._tls is None:  # reads all certificates of the system
+            self._tls = await asyncio.to_thread(ssl.create_default_context)
+        reader, writer = await _connected(addresses, host, self._tls)
         try:
             target = parts.path or "/"
             target += f"?{parts.query}" if parts.query else ""
@@ -115,6 +121,23 @@ class Fetcher:
             writer.close()
             with contextlib.suppress(OSError, ssl.SSLError):
                 writer.transport.abort()
+
+
+async def _connected(
+    addresses: Sequence[str], host: str, tls: ssl.SSLContext
+) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """To the first address that answers. Raises what the last one did."""
+    for i, address in enumerate(addresses):
+        is_last = i + 1 == len(addresses)
+        try:
+            async with asyncio.timeout(None if is_last else CONNECT_S):
+                return await asyncio.open_connection(
+                    address, HTTPS, ssl=tls, server_hostname=host, limit=MAX_HEAD
+                )
+        except OSError:  # also a timeout
+            if is_last:
+                raise
+    raise FetchError("it has no address")
 
 
 class FetchError(ValueError):

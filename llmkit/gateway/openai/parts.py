@@ -51,8 +51,8 @@ class InputImagePart(Strict):
     def part(self, attached: Attached) -> Part:
         if self.image_url is None or self.file_id is not None:
             raise InvalidRequestError(
-                "input: there are no uploaded files here; send a picture as image_url, "
-                "data:…;base64,….",
+                "input: there are no uploaded files here; send a picture as image_url, a data: "
+                "URL.",
                 "input",
             )
         return attached.image(self.image_url, is_url=True, detail=self.detail)

@@ -14,7 +14,7 @@ from llmkit.gateway.exchange import Exchange
 from llmkit.gateway.ids import new_id
 from llmkit.gateway.media.attached import Attached
 from llmkit.gateway.openai.event_stream import EventStream, output_items
-from llmkit.gateway.openai.item_media import apart
+from llmkit.gateway.openai.item_media import apart, digests_of
 from llmkit.gateway.openai.responses import (
     ResponsesBody,
     finished,
@@ -71,7 +71,8 @@ class ResponsesRoutes:
         own_items = input_items(body, lambda item_id: dict(known[item_id]))
         engine = self._directory.lookup(body.model, "generate")
         response_id = new_id("resp", "_")
-        attached = Attached(engine.description, "input")
+        kept_media = digests_of([*before, *known.values()])
+        attached = Attached(engine.description, "input", kept_media)
         chat = body.chat([*before, *own_items], engine.description, attached, exchange.ignore)
         chat = await attached.taken(exchange, chat)
         chat = await recalled(exchange, engine, chat, body.session_id)

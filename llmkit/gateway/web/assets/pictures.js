@@ -53,7 +53,7 @@ export function shown(message) {
   return mediaOf(message).map(part => {
     if (part.kind === 'audio') return el('span', {class: 'hint'}, '(a sound)');
     const image = el('img', {alt: 'Picture', decoding: 'async'});
-    if (part.src) image.src = part.src;
+    if (String(part.src).startsWith('blob:')) image.src = part.src;  // what this page made
     else {
       const {session} = message;
       if (!known.has(part.digest)) known.set(part.digest, load(session, part.digest));

@@ -16,9 +16,9 @@ def upgrade() -> None:
         FILES,
         sa.Column("owner", sa.String(255), primary_key=True),
         sa.Column("digest", sa.String(64), primary_key=True),
-        sa.Column("data", sa.LargeBinary, nullable=False),
         sa.Column("size", sa.BigInteger, nullable=False),
         sa.Column("added_at", sa.Float, nullable=False),
+        sa.Column("data", sa.LargeBinary, nullable=False),  # last: SQLite reads a row in order
     )
     op.create_table(
         USES,
