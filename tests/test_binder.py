@@ -1,4 +1,4 @@
-"""Binder's steps, in a scratch environment: what they install runs the lessons' model, found
+"""Binder's steps, in a scratch environment: what they install runs the lessons' models, found
 without a network."""
 
 from __future__ import annotations
@@ -41,7 +41,9 @@ def test_post_build_makes_an_image_that_works(tmp_path: Path) -> None:
     code = (
         "import llmkit; llm = llmkit.load(); "
         "print(llm.generate('Once', max_tokens=2).usage.completion_tokens, "
-        "llmkit.load('minilm').embed('a').shape)"
+        "llmkit.load('minilm').embed('a').shape); "
+        "speech = llmkit.load('hibari').say('Good morning.', seed=1); "
+        "print(llmkit.load('whisper-tiny.en').transcribe(speech))"
     )
     offline = {**env, "http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}
     used = subprocess.run(
@@ -52,7 +54,7 @@ def test_post_build_makes_an_image_that_works(tmp_path: Path) -> None:
         text=True,
         timeout=120,
     )
-    assert used.stdout == "2 (384,)\n", used.stderr
+    assert used.stdout == "2 (384,)\nGood morning.\n", used.stderr
     lessons = subprocess.run(
         [tmp_path / "env" / "bin" / "jupyter", "lab", "--version"],
         env=env,

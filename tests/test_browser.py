@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,7 +20,10 @@ FIRST, *OTHERS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[JupyterServer]:
-    with jupyterlab(tmp_path_factory.mktemp("lab")) as server:
+    folder = tmp_path_factory.mktemp("lab")
+    for module in (ROOT / "notebooks").glob("*.py"):
+        shutil.copy(module, folder)
+    with jupyterlab(folder) as server:
         yield server
 
 

@@ -13,9 +13,10 @@ from typing import Any
 
 import openai
 import pytest
-from drawing import FakePainter, image, write_decoder, write_model
+from drawing import FakePainter, image
 from fakes import wait_for
 from gateway_client import Api, serve
+from toy_models import write_checkpoint, write_decoder
 
 from llmkit.diffusion import extra
 from llmkit.diffusion.stable_diffusion import _Counter
@@ -203,7 +204,7 @@ async def test_without_the_extra_the_route_says_what_to_install() -> None:
 def test_loading_without_the_extra_says_what_to_install(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write_model(tmp_path / "sd.safetensors")
+    write_checkpoint(tmp_path / "sd.safetensors")
     spec = resolve(tmp_path / "sd.safetensors")
     assert spec.name == "sd"
     monkeypatch.setattr(extra, "PACKAGE", "no_such_package")
@@ -214,7 +215,7 @@ def test_loading_without_the_extra_says_what_to_install(
 def test_a_model_that_does_not_fit_is_not_begun(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write_model(tmp_path / "sd.safetensors")
+    write_checkpoint(tmp_path / "sd.safetensors")
     monkeypatch.setattr(images, "check_installed", lambda: None)
     monkeypatch.setattr(images, "free_ram", lambda: 1 << 30)
     with pytest.raises(InsufficientMemoryError, match=r"2\.8 GB of memory.*taesd"):
@@ -298,7 +299,12 @@ def test_tensors_and_tiles_are_no_steps() -> None:
     steps = [step.step for pair in told if (step := counter.count(*pair)) is not None]
     assert steps == [0, 1, 2, 3, 4]
     assert [s for s in range(5) if counter.shows(s)] == [1, 2, 3]
-    assert [s for s in range(21) if _Counter(0, 20, 2).shows(s)] == [7, 13]
+    for steps, previews, shown in (
+        (20, 2, [7, 14]), (5, 2, [2, 4]), (6, 3, [1, 2, 3]), (2, 3, [1]), (1, 1, []), (9, 0, []),
+        (3, 150, [1, 2]), (150, 150, list(range(1, 150))),
+    ):  # fmt: skip
+        counter = _Counter(0, steps, previews)
+        assert [s for s in range(steps + 1) if counter.shows(s)] == shown
 
 
 def test_lines_are_read_in_any_pieces() -> None:

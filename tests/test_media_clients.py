@@ -8,16 +8,15 @@ from typing import Any
 
 import anthropic
 import httpx
-import media_models
 import ollama
 import openai
 import pytest
 from pictures import BLUE, RED, address, encoded, picture
 from PIL import Image
 from scripted_model import ServedModels
+from toy_models import write_colours
 
 from llmkit.llm import LLM
-from llmkit.models.registry import resolve
 from llmkit.runtime.local import LocalEngine
 
 pytestmark = pytest.mark.model
@@ -31,11 +30,7 @@ MODEL = "smollm2"
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalEngine]:
     """SmolLM2 with a projector that knows four colours."""
-    plain = LocalEngine(MODEL, n_ctx=256, n_slots=1, projector="none")
-    words = [plain.tokenize(word)[-1] for word in media_models.WORDS]
-    plain.close()
-    path = tmp_path_factory.mktemp("colours") / "mmproj.gguf"
-    media_models.write_colours(path, resolve(MODEL).path, words)
+    path = write_colours(tmp_path_factory.mktemp("colours") / "mmproj.gguf", MODEL)
     engine = LocalEngine(MODEL, n_ctx=1024, n_slots=2, projector=str(path))
     yield engine
     engine.close()

@@ -15,6 +15,7 @@ import tiny_models
 from fakes import wait_for
 from media_parts import asking, png, wav
 from media_reference import Reference
+from toy_models import COLOURS, write_colours
 
 from llmkit.backend.llama import LlamaRunner
 from llmkit.backend.media import Embeddings
@@ -24,7 +25,6 @@ from llmkit.bridge.server import BridgeServer
 from llmkit.chat.template import CHATML
 from llmkit.engine.batch import Batch, Chunk, Open, Truncate
 from llmkit.engine.media import Item, cells
-from llmkit.models.registry import resolve
 from llmkit.protocol import (
     Completion,
     GenerationRequest,
@@ -205,13 +205,7 @@ def test_an_answer_goes_on_elsewhere(pair: tuple[Path, Path], reference: Referen
 @pytest.fixture(scope="module")
 def seeing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalEngine]:
     """SmolLM2 with a projector that knows four colours."""
-    spec = resolve("smollm2")
-    with_text = LocalEngine("smollm2", n_ctx=256, n_slots=1, projector="none")
-    words = [with_text.tokenize(word)[-1] for word in media_models.WORDS]
-    with_text.close()
-    path = media_models.write_colours(
-        tmp_path_factory.mktemp("colours") / "mmproj.gguf", spec.path, words
-    )
+    path = write_colours(tmp_path_factory.mktemp("colours") / "mmproj.gguf")
     engine = LocalEngine("smollm2", n_ctx=1024, n_slots=4, projector=str(path))
     yield engine
     engine.close()
@@ -221,7 +215,7 @@ def test_a_real_model_says_what_it_sees(seeing: LocalEngine) -> None:
     """A prompt with a picture is the prompt with its word: the very same tokens."""
     assert seeing.description.inputs == ("image",)
     said = "What colour? The colour of the picture is"
-    for name, colour in media_models.RGB.items():
+    for name, colour in COLOURS.items():
         seen = seeing.submit(asking(said, png(colour), ".", max_tokens=24)).result(60)
         read = seeing.submit(asking(f"{said} {name}.", max_tokens=24)).result(60)
         assert name in seen.text and seen.tokens == read.tokens

@@ -107,7 +107,7 @@ class StableDiffusion:
 
         self._on_progress, self._on_preview = count, show
         kind = TINY if "taesd" in self._model.parts else PROJECTION
-        self._set_preview(kind if options.previews else 0)
+        self._set_preview(kind if options.previews else 0, counter.interval)
         asked = self._asked(prompt, options, seed)
         found = self._library.generate_image(self._context, ctypes.byref(asked))
         flush(b"")
@@ -171,9 +171,9 @@ class StableDiffusion:
         self._library.sd_set_log_callback(said, None)
         self._library.sd_set_progress_callback(went, None)
 
-    def _set_preview(self, kind: int) -> None:
+    def _set_preview(self, kind: int, interval: int) -> None:
         callback = self._callbacks[2] if kind else None
-        self._library.sd_set_preview_callback(callback, kind, 1, True, False, None)
+        self._library.sd_set_preview_callback(callback, kind, interval, True, False, None)
 
 
 @dataclass(slots=True)
@@ -192,10 +192,18 @@ class _Counter:
         self.last = done
         return Step(self.index, done, self.steps)
 
+    @property
+    def interval(self) -> int:
+        """After how many steps one is shown; the last is not, since the image itself follows."""
+        if not self.previews:
+            return self.steps
+        even = round(self.steps / (self.previews + 1))
+        return max(1, min(even, (self.steps - 1) // self.previews))
+
     def shows(self, step: int) -> bool:
-        """Whether it is one of those that are shown, spread evenly, none of them the last."""
-        shown = (round(self.steps * (i + 1) / (self.previews + 1)) for i in range(self.previews))
-        return 0 < step < self.steps and step in shown
+        """Whether it is one of those that are shown."""
+        number, rest = divmod(step, self.interval)
+        return not rest and 0 < number <= self.previews and step < self.steps
 
 
 def _pixels(image: Any) -> bytes:

@@ -173,9 +173,9 @@ class ImageProcess:
         assert child.stderr is not None
         with contextlib.suppress(ValueError, OSError), child.stderr:
             for raw in child.stderr:
-                line = raw.decode("utf-8", "replace").rstrip()
-                self._words.append(line)
-                print(line, file=sys.stderr, flush=True)
+                if line := raw.decode("utf-8", "replace").rstrip():
+                    self._words.append(line)
+                    print(line, file=sys.stderr, flush=True)
 
     def _why(self, child: Child) -> str:
         status = child.status
