@@ -8,8 +8,9 @@ from typing import Any
 
 import httpx
 import pytest
-from drawing import image, write_decoder, write_model
+from drawing import image
 from jupyter_client_http import JupyterServer, Kernel
+from toy_models import write_checkpoint, write_decoder
 
 from llmkit.diffusion.extra import INSTALL, is_installed
 
@@ -22,7 +23,7 @@ pytestmark = [
 
 
 def test_a_notebook_draws(server: JupyterServer, kernel: Kernel, tmp_path: Path) -> None:
-    write_model(tmp_path / "small.safetensors")
+    write_checkpoint(tmp_path / "small.safetensors")
     write_decoder(tmp_path / "taesd.safetensors")
     file = str(tmp_path / "small.safetensors")
     kernel.run(f"import llmkit, psutil; sd = llmkit.load({file!r}, threads=1)")

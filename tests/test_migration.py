@@ -218,7 +218,7 @@ def test_mistralrs_own_file(tmp_path: Path) -> None:
         },
     }
     why = left(found)
-    assert "not served here" in why["models[1] black-forest-labs/FLUX.1"]
+    assert "by the name of its file" in why["models[1] black-forest-labs/FLUX.1"]
     assert {"command", "global.seed", "server.ui", "paged_attn.mode"} <= why.keys()
 
 

@@ -217,14 +217,14 @@ def test_sound_travels_as_it_is() -> None:
 
 
 def test_a_picture_travels_and_is_refused_in_words(engine: Any) -> None:
-    """Every layer carries it; no model takes it yet."""
+    """Every layer carries it; this model takes none."""
     picture = replace(
         ask("x"), prompt=None, messages=(Message("user", ("What is ", Media("5d41", "image"))),)
     )
     assert wire.decode_request(wire.encode_request(picture)) == picture
     bridge = BridgeServer(engine)
     remote = BridgeClient(bridge.connection)
-    with pytest.raises(InvalidRequestError, match=r"messages\[0\] contains an image"):
+    with pytest.raises(InvalidRequestError, match=r"messages\[0\]: this model takes no images"):
         remote.submit(picture).result(10)
     remote.close()
     bridge.close()

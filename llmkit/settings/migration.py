@@ -227,7 +227,7 @@ class _Translator:
             self._left(theirs, "has no name")
             return
         if str(given.get("kind", "")) in ("diffusion", "speech"):
-            self._left(f"{theirs} {names[0]}", "is a kind of model that is not served here")
+            self._left(f"{theirs} {names[0]}", "draws or speaks: serve it by the name of its file")
             return
         name, *others = dict.fromkeys(names)
         table = ("models", name)

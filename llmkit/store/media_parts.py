@@ -13,6 +13,7 @@ from llmkit.media.addresses import as_part, decoded, digest_of, from_data_url, i
 
 __all__ = ["with_digests", "with_files", "with_words"]
 
+TYPES = ("text", "refusal", "image_url", "input_audio", "media")
 KEYS = ("type", "text", "refusal", "image_url", "input_audio", "digest", "kind")
 KEYS_WITHIN = ("url", "detail", "data", "format")
 Content = str | list[dict[str, Any]]
@@ -29,7 +30,9 @@ def with_digests(content: Content, files: dict[str, bytes]) -> Content:
 
 
 def _known(part: dict[str, Any]) -> dict[str, Any]:
-    """A part without what others may have added to it."""
+    """A part of ours, without what others may have added to it; any other as it is."""
+    if part.get("type") not in TYPES:
+        return part
     kept = {key: value for key, value in part.items() if key in KEYS}
     return kept | {
         key: {k: v for k, v in value.items() if k in KEYS_WITHIN}
