@@ -256,16 +256,16 @@ def test_an_abort_while_it_is_prepared_keeps_it_from_the_engine(
     made: list[str] = []
 
     def held(name: str, work: Any) -> Any:
-        def run(*args: Any) -> Any:
+        def run(*args: Any, **more: Any) -> Any:
             made.append(name)
             if name == stage:
                 reached.set()
                 assert going.wait(10)
-            return work(*args)
+            return work(*args, **more)
 
         return run
 
-    monkeypatch.setattr(local, "request_tokens", held("tokens", local.request_tokens))
+    monkeypatch.setattr(local, "request_prompt", held("tokens", local.request_prompt))
     monkeypatch.setattr(engine._grammars, "compile", held("grammar", engine._grammars.compile))
     server = BridgeServer(engine)
     remote = BridgeClient(server.connection)
