@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
-from llmkit.errors import InvalidRequestError
+from llmkit.errors import EngineError, InvalidRequestError, ModelUnloadedError
 from llmkit.handle import Handle
 from llmkit.notebook.drawing import Images, LiveImages, image_of
 from llmkit.protocol import GenerationRequest
@@ -38,7 +38,7 @@ class TextToImage(Handle):
         steps: int | None = None,
         cfg_scale: float | None = None,
     ) -> Image | Images:
-        """Draw a prompt: an image of PIL, or for ``n`` above 1 a list of them.
+        """Draw a prompt: a PIL image, or for ``n`` above 1 a list of them.
 
         size: width and height, ``"768x512"`` or ``(768, 512)``, multiples of 64; by default what
             the model was made for.
@@ -48,8 +48,8 @@ class TextToImage(Handle):
         negative_prompt: what is not to be seen.
 
         A notebook shows the steps with a preview. ■ ends the work at once and gives the memory
-        back; the next call loads the model again. Raises `InvalidRequestError`, and `EngineError`
-        if the process that draws has ended.
+        back; the next call loads the model again. Raises `InvalidRequestError`, `EngineError` if
+        the process that draws has ended, and `ModelUnloadedError` after an ``unload()`` meanwhile.
         """
         width, height = _sides(size)
         drawing = Drawing(
@@ -73,10 +73,16 @@ class TextToImage(Handle):
                     live.add(event)
                     if isinstance(event, Picture):
                         images.append(image_of(event))
+            if len(images) < n:
+                raise (
+                    ModelUnloadedError("the model was unloaded during this request")
+                    if self.closed
+                    else EngineError("the request was ended before all images were finished")
+                )
             finished = True
         except KeyboardInterrupt:
             raise Interrupted(
-                f"drawing was stopped; {self.name!r} has what was finished in .last"
+                f"drawing was stopped; what was finished is in .last of {self.name!r}"
             ) from None
         finally:
             live.close(finished=finished)

@@ -10,7 +10,7 @@ from typing import Any
 from PIL import Image
 
 from llmkit.diffusion.files import encoded
-from llmkit.errors import EngineError
+from llmkit.errors import EngineError, InvalidRequestError
 from llmkit.protocol.images import Drawing, Picture, Step
 
 __all__ = ["FakePainter", "image"]
@@ -20,13 +20,18 @@ class FakePainter:
     """An `ImageGenerator` whose images have the colour of their seed. ``gate``, if set, is waited
     for before each step after the first."""
 
-    size, steps = (128, 64), 4
+    size, steps, load_s = (128, 64), 4, 0.0
+    max_pixels = 1 << 22
 
     def __init__(self) -> None:
         self.facts: dict[str, Any] = {"architecture": "fake", "weights_bytes": 1000}
         self.gate: threading.Semaphore | None = None
         self.stopped = threading.Event()
         self.asked: list[tuple[str, Drawing]] = []
+
+    def check_room(self, width: int, height: int) -> None:
+        if width * height > self.max_pixels:
+            raise InvalidRequestError("size: 64x64 fits.", "size")
 
     def images(
         self, prompt: str, options: Drawing, is_over: Callable[[], bool] = lambda: False
@@ -36,7 +41,7 @@ class FakePainter:
         assert options.seed is not None and options.steps is not None
         for index in range(options.n):
             if prompt == "crash":
-                raise EngineError("the process that draws ended by SIGKILL")
+                raise EngineError("the process that draws was ended by SIGKILL")
             shown = [
                 round(options.steps * (i + 1) / (options.previews + 1))
                 for i in range(options.previews)

@@ -81,7 +81,7 @@ async def test_images_in_every_format_and_size(drawn: Drawn) -> None:
             if form == "png":
                 assert found.getpixel((9, 9)) == (seed, 7, 9)
                 assert found.info["seed"] == str(seed)
-        assert made.usage.output_tokens == 2 * 192 * 128 // 256
+        assert made.usage.output_tokens == 3 * 2 * 192 * 128 // 256
         assert made.usage.total_tokens == made.usage.output_tokens + made.usage.input_tokens
     made = await drawn.draw(model="default")
     assert made.size == "128x64" and made.data[0].seed == made.seed >= 0
@@ -117,7 +117,8 @@ async def test_a_stream_shows_steps_in_order_and_then_the_image(drawn: Drawn) ->
             assert (found.format, found.size) == ("WEBP", (128, 64))
         done = [e for e in events if e.type == "image_generation.completed"]
         assert [e.seed for e in done] == [1, 2]
-        assert sum(e.usage.output_tokens for e in done) == 2 * 128 * 64 // 256
+        assert sum(e.usage.output_tokens for e in done) == 8 * 2 * 128 * 64 // 256
+        assert done[0].usage.output_tokens == 8 * 128 * 64 // 256
         assert [e.usage.input_tokens > 0 for e in done] == [False, True]
 
 
@@ -132,6 +133,7 @@ async def test_events_have_their_names(drawn: Drawn) -> None:
 
 
 async def test_what_is_refused_is_named(drawn: Drawn) -> None:
+    drawn.painter.max_pixels = 512 * 512
     for options, param in (
         ({"prompt": "  "}, "prompt"),
         ({"prompt": "x" * 4001}, "prompt"),
@@ -151,6 +153,10 @@ async def test_what_is_refused_is_named(drawn: Drawn) -> None:
         ({"partial_images": 2}, "partial_images"),
         ({"stream": True, "partial_images": 4}, "partial_images"),
         ({"extra_body": {}, "user": 7}, "user"),
+        ({"n": 10, "size": "2048x2048", "steps": 100}, "n"),
+        ({"size": "1024x1024"}, "size"),
+        ({"prompt": "a \0 cat"}, "prompt"),
+        ({"negative_prompt": "\ud800"}, "negative_prompt"),
     ):
         body = {"model": "fake", "prompt": "a cat", **options}
         body.pop("extra_body", None)
@@ -254,11 +260,15 @@ def test_families_are_told_by_their_tensors(tmp_path: Path) -> None:
     with pytest.raises(ModelLoadError, match=r"vae\.safetensors, clip_l\.safetensors, t5xxl"):
         found.check()
     for part in ("vae", "clip_l"):
-        (tmp_path / f"{part}.safetensors").write_bytes(b"")
+        (tmp_path / f"{part}.safetensors").write_bytes(safetensors(["weight"]))
     (tmp_path / "flux-turbo.t5xxl.gguf").write_bytes(b"")
     found = image_files.image_model(file)
-    found.check()
     assert set(found.parts) == {"vae", "clip_l", "t5xxl"}
+    with pytest.raises(InvalidModelFileError, match="t5xxl"):
+        found.check()
+    (tmp_path / "flux-turbo.t5xxl.safetensors").write_bytes(safetensors(["weight"]))
+    image_files.image_model(file).check()
+    assert image_files.image_model(tmp_path / "sd1-turbo.safetensors").parts == {}
 
 
 def test_what_is_no_model_that_draws(tmp_path: Path) -> None:
@@ -269,6 +279,7 @@ def test_what_is_no_model_that_draws(tmp_path: Path) -> None:
         ("long.safetensors", (1 << 60).to_bytes(8, "little") + b"{}"),
         ("list.safetensors", (2).to_bytes(8, "little") + b"[]"),
         ("deep.safetensors", (200_000).to_bytes(8, "little") + b"[" * 200_000),
+        ("wide.safetensors", (300_000).to_bytes(8, "little") + b"[" + b"[]," * 99_999 + b"[]"),
         ("cut.safetensors", safetensors(["model.diffusion_model.input_blocks.0"])[:-1]),
         ("minus.safetensors", b'\x20\0\0\0\0\0\0\0{"a": {"data_offsets": [-1, 0]} }'),
         ("text.gguf", b"hello"),
@@ -341,10 +352,12 @@ def test_an_aborted_request_ends_and_others_wait_their_turn(tmp_path: Path) -> N
     assert first.wait(5).finish_reason is FinishReason.ABORT
     for _ in range(8):
         painter.gate.release()
-    assert [type(e).__name__ for e in ImageLines().read(second.result(10).text)] == [
+    lines = ImageLines()
+    assert [type(e).__name__ for text in second for e in lines.read(text)] == [
         *["Step"] * 5,
         "Picture",
     ]
+    assert second.result(10).text == second.text == ""  # images are not kept
     with pytest.raises(EngineError, match="SIGKILL"):
         third.result(10)
     with pytest.raises(InvalidRequestError, match="cannot generate text"):

@@ -88,6 +88,7 @@ class Child:
     """A process that runs ``target`` ("module:function", called with an `Owner`) on a ``task``.
 
     It has its own session: ■ and Ctrl-C signal a whole process group, but only the owner ends it.
+    ``kept`` says which of the owner's variables it gets; by default all.
     """
 
     def __init__(
@@ -97,11 +98,15 @@ class Child:
         *,
         environment: dict[str, str] | None = None,
         errors: IO[Any] | int | None = None,
+        kept: Callable[[str], bool] | None = None,
     ) -> None:
         self._pid = os.getpid()
         code = code_of(target)
-        ready = prepared.take(code) if errors == subprocess.PIPE and not environment else None
-        self._process = ready or prepared.start(code, errors, environment or {})
+        is_plain = errors == subprocess.PIPE and not environment and kept is None
+        ready = prepared.take(code) if is_plain else None
+        self._process = ready or prepared.start(
+            code, errors, environment or {}, kept or (lambda _: True)
+        )
         assert self._process.stdout is not None
         self._lines: queue.SimpleQueue[Line | None] = queue.SimpleQueue()
         threading.Thread(

@@ -99,7 +99,8 @@ class BridgeClient:
         self._check_taking()
         check_size(request, self._description.n_ctx)
         channels = [
-            Channel(choice, self.abort) for choice in wire.choice_ids(request.request_id, request.n)
+            Channel(choice, self.abort, keeps_text=request.keeps_text)
+            for choice in wire.choice_ids(request.request_id, request.n)
         ]
         self._check_process()
         with self._lock:

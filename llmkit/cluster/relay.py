@@ -72,7 +72,7 @@ class Relay:
         owner: Owner,
     ) -> None:
         self.request, self.chain, self.suspect = request, chain, suspect
-        self.channel = Channel(request.request_id, owner.abort)
+        self.channel = Channel(request.request_id, owner.abort, keeps_text=request.keeps_text)
         begun = request.resume
         self._tokens = [] if begun is None else list(begun.tokens)
         self._sent = 0 if begun is None else begun.sent_chars

@@ -101,7 +101,9 @@ class RemoteEngine:
         check_size(request, self._description.n_ctx)
         body = _encoded(lambda: wire.encode_request(request))
         ids = wire.choice_ids(request.request_id, request.n)
-        submission = Submission(body, [Channel(each, self.abort) for each in ids])
+        submission = Submission(
+            body, [Channel(each, self.abort, keeps_text=request.keeps_text) for each in ids]
+        )
         self._check()
         for channel in submission.channels:
             self._submissions[channel.request_id] = submission

@@ -20,6 +20,8 @@ from typing import Any
 from llmkit.diffusion.files import encoded
 from llmkit.errors import EngineError, ModelLoadError
 from llmkit.protocol.images import Drawing, Picture, Step
+from llmkit.system.resources import usable_cores
+from llmkit.system.text import printable
 
 __all__ = ["StableDiffusion", "Weights"]
 
@@ -61,7 +63,7 @@ class StableDiffusion:
         setattr(parameters, whole, os.fsencode(model.path))
         for name, path in model.parts.items():
             setattr(parameters, f"{name}_path", os.fsencode(path))
-        parameters.n_threads = threads or _cores()
+        parameters.n_threads = threads or usable_cores()
         parameters.free_params_immediately = False
         parameters.vae_decode_only = True
         parameters.diffusion_flash_attn = True
@@ -76,6 +78,7 @@ class StableDiffusion:
 
     def draw(self, prompt: str, options: Drawing, tell: Callable[[Step | Picture], None]) -> None:
         """Draw the images one after the other. Raises `EngineError`."""
+        self._words.clear()
         for index in range(options.n):
             picture = self._one(prompt, options, index, tell)
             tell(picture)
@@ -152,7 +155,7 @@ class StableDiffusion:
     def _set_callbacks(self) -> None:
         @self._library.sd_log_callback  # type: ignore[untyped-decorator]
         def said(level: int, text: bytes, _: Any) -> None:
-            words = text.decode("utf-8", "replace").strip()
+            words = printable(text.decode("utf-8", "replace").strip())
             self._uses_gpu |= words.endswith(("Using CUDA backend", "Using Metal backend"))
             if level >= WARNING and words:
                 self._words.append(words.partition(" - ")[2] or words)
@@ -219,7 +222,3 @@ def _free(*pointers: Any) -> None:
         free.argtypes, free.restype = [ctypes.c_void_p], None
         for pointer in pointers:
             free(ctypes.cast(pointer, ctypes.c_void_p))
-
-
-def _cores() -> int:
-    return max(1, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 4)

@@ -18,7 +18,8 @@ from llmkit.system.files import open_plain
 
 __all__ = ["PARTS", "ImageModel", "image_model", "is_image_model"]
 
-MAX_HEADER = 32 << 20
+MAX_HEADER = 4 << 20
+MAX_BRACKETS = 100_000  # three a tensor: each becomes an object of much more than a byte
 WHOLE = "model.diffusion_model."  # a checkpoint with its encoders and decoder
 # What is beside a model in files of its own, and the names that such files have.
 PARTS = ("vae", "taesd", "clip_l", "clip_g", "t5xxl", "llm")
@@ -79,12 +80,18 @@ class ImageModel:
     @property
     def buffer_bytes(self) -> int:
         """What an image of its own size takes besides, about."""
-        width, height = self.size
+        return self.buffer_of(*self.size)
+
+    def buffer_of(self, width: int, height: int) -> int:
+        """What an image of this size takes besides, about, in bytes."""
         decoder = DECODED_SMALL if "taesd" in self.parts else DECODED
         return max(decoder * min(width * height, 512 * 512), DENOISED * width * height)
 
     def check(self) -> None:
-        """Raises `ModelLoadError`, which names the files that are missing beside it."""
+        """Raises `ModelLoadError`, which names the files that are missing beside it, and
+        `InvalidModelFileError` for one that is broken."""
+        for part in self.parts.values():
+            _names(part)
         if self.is_whole:
             return
         missing = [name for name in NEEDED.get(self.family, ()) if name not in self.parts]
@@ -113,7 +120,7 @@ def image_model(path: Path) -> ImageModel:
     if not family:
         raise InvalidModelFileError(f"{path} is not a model that draws.")
     parts = {}
-    for name in PARTS:
+    for name in ("taesd",) if is_whole else PARTS:  # the others are in it
         names = [f"{stem}{end}" for stem in (f"{path.stem}.{name}", name) for end in SUFFIXES]
         found = next((path.with_name(n) for n in names if path.with_name(n).is_file()), None)
         if found is not None:
@@ -123,20 +130,23 @@ def image_model(path: Path) -> ImageModel:
 
 def _family(path: Path) -> tuple[str, bool]:
     """The family by a file's tensors, empty if it is none, and whether it holds all parts."""
-    if path.suffix == ".gguf":
-        info = gguf.read_header(path)
-        names = frozenset(tensor.name for tensor in info.tensors)
-        architecture = info.architecture if info.architecture in NEEDED else ""
-    elif path.suffix == ".safetensors":
-        status = path.stat()
-        names = _tensor_names(path, status.st_size, status.st_mtime_ns)
-        architecture = ""
-    else:
+    if path.suffix not in SUFFIXES:
         return "", False
+    names, architecture = _names(path)
+    architecture = architecture if architecture in NEEDED else ""
     whole = [name.removeprefix(WHOLE) for name in names if name.startswith(WHOLE)]
     if not whole:
         return architecture or _family_of(names, is_whole=False), False
     return architecture or _family_of(frozenset(whole), is_whole=True, beside=names), True
+
+
+def _names(path: Path) -> tuple[frozenset[str], str]:
+    """The tensors of a file, and the architecture that it names, if it does."""
+    if path.suffix == ".gguf":
+        info = gguf.read_header(path)
+        return frozenset(tensor.name for tensor in info.tensors), info.architecture
+    status = path.stat()
+    return _tensor_names(path, status.st_size, status.st_mtime_ns), ""
 
 
 def _family_of(
@@ -164,8 +174,11 @@ def _tensor_names(path: Path, size: int, modified: int) -> frozenset[str]:
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
         if not 2 <= length <= min(MAX_HEADER, size - 8):
             raise InvalidModelFileError(f"{path} is not a safetensors file, or it is cut off.")
+        text = file.read(length)
+        if text.count(b"[") + text.count(b"{") > MAX_BRACKETS:
+            raise InvalidModelFileError(f"{path} has a damaged header: too many brackets.")
         try:
-            header: Any = json.loads(file.read(length))
+            header: Any = json.loads(text)
         except (ValueError, RecursionError) as error:
             raise InvalidModelFileError(f"{path} has a damaged header: {error!s:.100}") from None
     if not isinstance(header, dict):

@@ -21,6 +21,7 @@ __all__ = [
     "MAX_PREVIEWS",
     "MAX_PROMPT_CHARS",
     "MAX_STEPS",
+    "MAX_WORK",
     "Drawing",
     "ImageFormat",
     "ImageGenerator",
@@ -33,6 +34,7 @@ ImageFormat = Literal["png", "webp", "jpeg"]
 IMAGE_FORMATS: tuple[ImageFormat, ...] = ("png", "webp", "jpeg")
 MAX_IMAGES = 10
 MAX_STEPS = 150
+MAX_WORK = 300 * 1024 * 1024  # pixels of all steps of a request
 MAX_PREVIEWS = MAX_STEPS  # one for each step
 MAX_PROMPT_CHARS = 4000
 MAX_SEED = 2**53 - 1 - MAX_IMAGES  # what JSON's readers hold exactly
@@ -64,7 +66,11 @@ class Drawing:
 
     def __post_init__(self) -> None:
         check_integer(self.n, "n", 1, MAX_IMAGES)
-        check((self.width is None) == (self.height is None), "size", "has a width and a height.")
+        check(
+            (self.width is None) == (self.height is None),
+            "size",
+            "needs both a width and a height.",
+        )
         for side in (self.width, self.height):
             fine = side is None or (
                 isinstance(side, int) and MIN_SIDE <= side <= MAX_SIDE and side % SIDE == 0
@@ -89,7 +95,7 @@ class Drawing:
         check(
             self.format in IMAGE_FORMATS,
             "output_format",
-            f"{self.format!r:.20} cannot be written here; there are {', '.join(IMAGE_FORMATS)}.",
+            f"{self.format!r:.20} is not supported; use png, webp or jpeg.",
         )
         check_integer(self.quality, "output_compression", 0, 100)
         check_integer(self.previews, "partial_images", 0, MAX_PREVIEWS)
@@ -135,12 +141,22 @@ class ImageGenerator(Protocol):
         """Of a `ModelDescription`: its architecture, its device."""
         ...
 
+    @property
+    def load_s(self) -> float:
+        """Seconds that it took to load: so long it takes again after a request that was left."""
+        ...
+
+    def check_room(self, width: int, height: int) -> None:
+        """Raises `InvalidRequestError` if there is no memory for an image of this size."""
+        ...
+
     def images(
         self, prompt: str, options: Drawing, is_over: Callable[[], bool] = lambda: False
     ) -> Iterator[Step | Picture]:
         """Each image's steps from 0 on, then its picture. ``options`` have all but the scale.
 
-        Once ``is_over`` says so, the rest is left out, within a second. Raises `EngineError`.
+        Once ``is_over`` says so, the rest is left out, within a second. Raises `EngineError`, and
+        what ``check_room`` raises.
         """
         ...
 

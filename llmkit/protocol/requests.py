@@ -125,6 +125,11 @@ class GenerationRequest:
         scope = self.caller if self.cache_scope is None else self.cache_scope
         return f"{scope}\0{self.cache_salt}" if scope else self.cache_salt
 
+    @property
+    def keeps_text(self) -> bool:
+        """Whether the whole text is kept until the end; that of images is large."""
+        return self.drawing is None
+
     def choices(self) -> list[GenerationRequest]:
         """One request for each of the ``n`` choices, with its own id and seed."""
         if self.n == 1:

@@ -31,13 +31,15 @@ class Channel:
 
     ``push`` and ``finish`` only store; ``wake`` then notifies the reader. A producer with many
     channels stores first and wakes afterwards, so that a reader of many channels sees a whole
-    step at once. None of them blocks.
+    step at once. None of them blocks. Without ``keeps_text`` the text is gone once it is read:
+    images are large, and nobody wants them twice.
     """
 
     __slots__ = (
         "__weakref__",
         "_deltas",
         "_failure",
+        "_keeps_text",
         "_listener",
         "_lock",
         "_result",
@@ -48,7 +50,10 @@ class Channel:
         "text_parts",
     )
 
-    def __init__(self, request_id: str, abort_request: Callable[[str], None]) -> None:
+    def __init__(
+        self, request_id: str, abort_request: Callable[[str], None], *, keeps_text: bool = True
+    ) -> None:
+        self._keeps_text = keeps_text
         self.request_id = request_id
         self.abort_request = abort_request
         self.text_parts: list[str] = []
@@ -64,7 +69,7 @@ class Channel:
         """Store new text."""
         with self._lock:
             self._deltas.append(delta)
-            if delta.text:
+            if delta.text and self._keeps_text:
                 self.text_parts.append(delta.text)
             self.logprobs.extend(delta.logprobs)
 

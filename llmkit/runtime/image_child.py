@@ -17,11 +17,14 @@ from llmkit.protocol.images import Drawing, ImageLines
 __all__ = ["TARGET", "run"]
 
 TARGET = "llmkit.runtime.image_child:run"
+NICE = 5  # chats go first: each of their tokens is waited for
 
 
 def run(owner: Owner) -> None:
     """Load, and draw what is asked for. Raises what a load raises, and `EngineError`."""
     task = owner.task
+    if hasattr(os, "nice"):
+        os.nice(NICE)
     parts = {name: Path(path) for name, path in task["parts"].items()}
     weights = Weights(Path(task["path"]), task["is_whole"], task["cfg_scale"], parts)
     model = StableDiffusion(weights, task["threads"], owner.progress)

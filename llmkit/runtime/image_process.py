@@ -11,21 +11,45 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from typing import Any
 
 from llmkit.bridge.child import Child
-from llmkit.errors import EngineError, LLMKitError, ModelLoadError
+from llmkit.errors import EngineError, InvalidRequestError, LLMKitError, ModelLoadError
 from llmkit.models.image_files import ImageModel
-from llmkit.protocol.images import Drawing, ImageLines, Picture, Step
+from llmkit.models.memory import free_ram
+from llmkit.protocol.images import (
+    MAX_SIDE,
+    MIN_SIDE,
+    SIDE,
+    Drawing,
+    ImageLines,
+    Picture,
+    Step,
+)
 from llmkit.runtime import image_child
+from llmkit.system.text import printable
 
-__all__ = ["ImageProcess"]
+__all__ = ["PROCESS_BYTES", "ImageProcess"]
 
 LOOK_S = 0.1
 END_S = 1.0
+PROCESS_BYTES = 150 << 20  # of the process, without a model
+# Variables of the environment that the child gets: it needs no key or token. By the start of their
+# names, in capitals.
+KEPT = (
+    *("PATH", "HOME", "USERPROFILE", "LANG", "LC_", "TZ", "TMP", "TEMP", "SYSTEMROOT", "WINDIR"),
+    *("LD_LIBRARY_PATH", "DYLD_", "PYTHON", "VIRTUAL_ENV", "CONDA_PREFIX"),
+    *("CUDA_", "NVIDIA_", "GGML_", "HIP_", "HSA_", "ROCR_", "VK_", "OMP_", "GOMP_", "KMP_"),
+)
+AGAIN = "The next request starts it again."
+
+
+def _is_kept(name: str) -> bool:
+    return name.upper().startswith(KEPT)
 
 
 class ImageProcess:
@@ -37,8 +61,10 @@ class ImageProcess:
         *,
         threads: int | None = None,
         on_progress: Callable[[float], None] = lambda _: None,
+        force: bool = False,
     ) -> None:
-        self._model, self._threads = model, threads
+        self._model, self._threads, self._force = model, threads, force
+        self._load_s = 0.0
         self._child: Child | None = None
         self._words: deque[str] = deque(maxlen=20)
         self._facts: dict[str, Any] = {}
@@ -63,6 +89,35 @@ class ImageProcess:
         }
 
     @property
+    def load_s(self) -> float:
+        return self._load_s
+
+    def check_room(self, width: int, height: int) -> None:
+        """Any thread. Nothing is refused if it was loaded with ``force``, or is on a GPU."""
+        if self._force or self._facts.get("uses_gpu"):
+            return
+        room = free_ram() + self._taken() - self._model.weights_bytes - PROCESS_BYTES
+        need = self._model.buffer_of(width, height)
+        if need <= room:
+            return
+        fits = [s for s in range(MIN_SIDE, MAX_SIDE, SIDE) if self._model.buffer_of(s, s) <= room]
+        raise InvalidRequestError(
+            f"size: {width}x{height} needs {need / 1e9:.1f} GB of memory besides the model, "
+            f"{max(0, room) / 1e9:.1f} GB are free; "
+            + (f"{fits[-1]}x{fits[-1]} fits." if fits else "no image fits: unload other models."),
+            "size",
+        )
+
+    def _taken(self) -> int:
+        """Bytes that the child has now, which are the next image's as well."""
+        import psutil
+
+        with contextlib.suppress(psutil.Error):
+            if (pid := self.pid) is not None:
+                return int(psutil.Process(pid).memory_info().rss)
+        return 0
+
+    @property
     def pid(self) -> int | None:
         """Of the child; None while there is none."""
         child = self._child
@@ -75,10 +130,12 @@ class ImageProcess:
         is_whole = False
         try:
             if self.pid is None:
+                self.check_room(options.width or 0, options.height or 0)
                 self._start(lambda _: None, is_over)
             child = self._child
             if child is None:  # nobody waits any longer
                 return
+            self._words.clear()
             self._ask(child, prompt, options)
             lines = ImageLines()
             for news in self._news(child, is_over):
@@ -102,7 +159,7 @@ class ImageProcess:
         try:
             child.ask({"prompt": prompt, "drawing": asdict(options)})
         except OSError:
-            raise EngineError(self._why(child)) from None
+            raise EngineError(f"{self._why(child)}. {AGAIN}") from None
 
     def _news(self, child: Child, is_over: Callable[[], bool]) -> Iterator[str]:
         while not is_over():
@@ -110,7 +167,7 @@ class ImageProcess:
                 line = child.read(LOOK_S)
             except EOFError:
                 child.wait(END_S)
-                raise EngineError(self._why(child)) from None
+                raise EngineError(f"{self._why(child)}. {AGAIN}") from None
             if line is None:
                 continue
             if line.failure is not None:
@@ -132,7 +189,8 @@ class ImageProcess:
             "threads": self._threads,
         }
         self._words.clear()
-        child = Child(image_child.TARGET, task, errors=subprocess.PIPE)
+        begun = time.monotonic()
+        child = Child(image_child.TARGET, task, errors=subprocess.PIPE, kept=_is_kept)
         threading.Thread(
             target=self._read_words, args=(child,), name="llmkit-words", daemon=True
         ).start()
@@ -146,7 +204,7 @@ class ImageProcess:
             child.close_input()
             child.kill()
             return
-        self._child = child
+        self._child, self._load_s = child, time.monotonic() - begun
 
     def _await_ready(
         self, child: Child, on_progress: Callable[[float], None], is_over: Callable[[], bool]
@@ -156,7 +214,7 @@ class ImageProcess:
                 line = child.read(LOOK_S)
             except EOFError:
                 child.wait(END_S)
-                raise ModelLoadError(self._why(child)) from None
+                raise ModelLoadError(f"{self._why(child)}.") from None
             if line is None:
                 continue
             if line.failure is not None:
@@ -173,20 +231,20 @@ class ImageProcess:
         assert child.stderr is not None
         with contextlib.suppress(ValueError, OSError), child.stderr:
             for raw in child.stderr:
-                if line := raw.decode("utf-8", "replace").rstrip():
+                if line := printable(raw.decode("utf-8", "replace").rstrip()):
                     self._words.append(line)
                     print(line, file=sys.stderr, flush=True)
 
     def _why(self, child: Child) -> str:
         status = child.status
-        how = f"with status {status}"
+        how = f"ended with status {status}"
         if status is not None and status < 0:
             with contextlib.suppress(ValueError):
-                how = f"by {signal.Signals(-status).name}"
+                how = f"was ended by {signal.Signals(-status).name}"
             if status == -signal.SIGKILL:
                 how += ", perhaps because memory ran out"
         last = next((word for word in reversed(list(self._words)) if word.strip()), "")
         return (
-            f"the process that draws with {self._model.path.stem!r} ended {how}"
-            f"{f': {last:.300}' if last else ''}. The next request starts it again."
+            f"the process that draws with {self._model.path.stem!r} {how}"
+            f"{f': {last:.300}' if last else ''}"
         )

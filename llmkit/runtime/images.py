@@ -19,21 +19,21 @@ from llmkit.models.registry import ModelSpec
 from llmkit.protocol import GenerationRequest, ModelDescription
 from llmkit.protocol.images import (
     MAX_PROMPT_CHARS,
+    MAX_WORK,
     Drawing,
     ImageGenerator,
     ImageLines,
-    Picture,
+    Step,
 )
-from llmkit.runtime.image_process import ImageProcess
+from llmkit.runtime.image_process import PROCESS_BYTES, ImageProcess
 from llmkit.runtime.running import running
-from llmkit.runtime.serial import SerialEngine
+from llmkit.runtime.serial import PAUSE, SerialEngine
 from llmkit.runtime.serial_jobs import Job
 from llmkit.settings.options import EngineOptions
 
 __all__ = ["LocalImages", "estimate", "open_images"]
 
-PROCESS_BYTES = 150 << 20  # of the process, without a model
-PATCH = 16 * 16  # pixels of a token, as services count images
+PATCH = 16 * 16  # pixels of a token, which each step costs
 CHARS = 4  # of a token of a prompt, about
 PIECE = 1 << 18  # characters of a line that are sent at once
 
@@ -61,7 +61,7 @@ def open_images(
             f"{need.free_bytes / 1e9:.1f} GB are free. Unload other models, take a smaller file, "
             "or put taesd.safetensors beside it, a small decoder; force=True tries it anyway."
         )
-    process = ImageProcess(model, threads=options.threads, on_progress=on_progress)
+    process = ImageProcess(model, threads=options.threads, on_progress=on_progress, force=force)
     engine = LocalImages(spec, process, options, name)
     running.add(engine)
     return engine
@@ -115,20 +115,46 @@ class LocalImages(SerialEngine):
             raise InvalidRequestError("prompt: say what is to be drawn.", "prompt")
         if len(request.prompt) > MAX_PROMPT_CHARS:
             raise InvalidRequestError(
-                f"prompt: {len(request.prompt)} characters; at most {MAX_PROMPT_CHARS} are read.",
+                f"prompt: {len(request.prompt)} characters; at most {MAX_PROMPT_CHARS} are "
+                "allowed.",
                 "prompt",
             )
+        for name, text in (
+            ("prompt", request.prompt),
+            ("negative_prompt", request.drawing.negative_prompt),
+        ):
+            if "\0" in text or any("\ud800" <= c <= "\udfff" for c in text):
+                raise InvalidRequestError(
+                    f"{name}: NUL and halves of surrogate pairs are no text; leave them out.", name
+                )
+        drawing = self._whole(request.drawing)
+        width, height, steps = drawing.width or 0, drawing.height or 0, drawing.steps or 0
+        if drawing.n * steps * width * height > MAX_WORK:
+            most = MAX_WORK // (width * height)
+            raise InvalidRequestError(
+                f"n: {drawing.n} x {steps} steps of {width}x{height} are too much for one request; "
+                f"at this size at most {most} steps of all images together are allowed.",
+                "n",
+            )
+        self._model.check_room(width, height)
 
     def _lines(self, job: Job) -> Iterator[tuple[str, int]]:
-        """Long lines come in pieces."""
+        """Long lines come in pieces. Between two images others may have their turn."""
         drawing, prompt = job.request.drawing, str(job.request.prompt)
         assert drawing is not None
         job.prompt_tokens = -(-(len(prompt) + len(drawing.negative_prompt)) // CHARS)
-        for event in self._model.images(prompt, self._whole(drawing), lambda: job.is_over):
-            line = ImageLines.of(event)
-            made = event.width * event.height // PATCH if isinstance(event, Picture) else 0
-            for at in range(0, len(line), PIECE):
-                yield line[at : at + PIECE], 0 if at else made
+        whole = self._whole(drawing)
+        made_a_step = (whole.width or 0) * (whole.height or 0) // PATCH
+        for index in range(whole.n):
+            if index:
+                yield PAUSE, 0
+            one = replace(whole, n=1, seed=(whole.seed or 0) + index)
+            job.redone_s = self._model.load_s
+            for event in self._model.images(prompt, one, lambda: job.is_over):
+                line = ImageLines.of(replace(event, index=index))
+                made = made_a_step if isinstance(event, Step) and event.step else 0
+                for at in range(0, len(line), PIECE):
+                    yield line[at : at + PIECE], 0 if at else made
 
     def _whole(self, drawing: Drawing) -> Drawing:
         width, height = self._model.size

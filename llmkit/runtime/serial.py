@@ -1,8 +1,8 @@
 """`SerialEngine`: what models have in common that work on one request at a time, as an
 `EngineClient`.
 
-One thread computes; callers take turns. Between two pieces of its work a model looks whether its
-request was aborted.
+One thread computes; callers take turns, also in the middle of a request where a model says so.
+Between two pieces of its work a model looks whether its request was aborted.
 """
 
 from __future__ import annotations
@@ -44,10 +44,12 @@ from llmkit.protocol import (
 from llmkit.protocol.stream import Channel, Stream
 from llmkit.runtime.serial_jobs import Job
 
-__all__ = ["SerialEngine"]
+__all__ = ["PAUSE", "SerialEngine"]
 
 logger = logging.getLogger("llmkit.engine")
 Answer = TypeVar("Answer")
+MAX_OWED = 1000
+PAUSE = "\0"  # in no line of JSON
 
 
 class SerialEngine(ABC):
@@ -61,8 +63,10 @@ class SerialEngine(ABC):
         self._admission = Admission(max_waiting)
         self._lock = threading.Condition()
         self._waiting: list[Job] = []
+        self._paused: list[Job] = []  # begun, and waiting for their next turn
         self._running: Job | None = None
         self._served: dict[str, float] = {}  # seconds of each caller with a request, by weight
+        self._owed: dict[str, float] = {}  # such seconds of callers who left a running request
         self._closed = False
         self._failure: str | None = None
         self._requests = self._taken = self._made = 0
@@ -79,7 +83,10 @@ class SerialEngine(ABC):
 
     @abstractmethod
     def _lines(self, job: Job) -> Iterator[tuple[str, int]]:
-        """The lines of the stream, and how many tokens each has; ends early if ``job.is_over``."""
+        """The lines of the stream, and how many tokens each has; ends early if ``job.is_over``.
+
+        At a `PAUSE` other requests may have their turn first.
+        """
 
     @abstractmethod
     def _free(self) -> None:
@@ -100,14 +107,20 @@ class SerialEngine(ABC):
         return Origin.here()
 
     def submit(self, request: GenerationRequest) -> Stream:
-        """Queue a request with a `Hearing` or a `Saying`. Raises as `EngineClient` says."""
+        """Queue a request with a `Hearing`, a `Saying` or a `Drawing`.
+
+        Raises as `EngineClient` says.
+        """
         self._check(request)
-        job = Job(request, Channel(request.request_id, self.abort))
+        channel = Channel(request.request_id, self.abort, keeps_text=request.keeps_text)
+        job = Job(request, channel)
         with self._lock:
             self._check_open()
             displaced = self._admission.enter(request.caller)
             self._waiting.append(job)
-            self._served.setdefault(request.caller, min(self._served.values(), default=0.0))
+            least = min(self._served.values(), default=0.0)
+            if request.caller not in self._served:
+                self._served[request.caller] = least + self._owed.pop(request.caller, 0.0)
             out = [found for c in displaced if (found := self._newest(c)) is not None]
             for each in out:
                 self._waiting.remove(each)
@@ -130,10 +143,12 @@ class SerialEngine(ABC):
     def abort(self, request_id: str) -> None:
         """End a request early: its reader at once, its work after the running piece."""
         with self._lock:
-            jobs = [*self._waiting, *filter(None, [self._running])]
+            jobs = [*self._waiting, *self._paused, *filter(None, [self._running])]
             found = [j for j in jobs if j.request.request_id == request_id]
             for job in found:
                 job.is_over = True
+                if job in self._paused:
+                    self._paused.remove(job)
                 if job in self._waiting:
                     self._waiting.remove(job)
                     self._admission.leave(job.request.caller)
@@ -144,7 +159,7 @@ class SerialEngine(ABC):
     def stats(self) -> EngineStats:
         return EngineStats(
             num_running=int(self._running is not None),
-            num_waiting=len(self._waiting),
+            num_waiting=len(self._waiting) + len(self._paused),
             num_slots=1,
             requests_total=self._requests,
             prompt_tokens_total=self._taken,
@@ -169,8 +184,9 @@ class SerialEngine(ABC):
             if self._closed:
                 return
             self._closed = True
+            running = self._running
             self._lock.notify()
-        self.abort(self._running.request.request_id if self._running is not None else "")
+        self.abort(running.request.request_id if running is not None else "")
         self._thread.join()
         self._free()
         if sys.platform == "linux":
@@ -196,7 +212,8 @@ class SerialEngine(ABC):
             self._failure = f"the {self.kind} engine stopped: {error!r:.500}. Load it again."
             failure = EngineGoneError(self._failure)
         with self._lock:
-            left, self._waiting = self._waiting, []
+            left = [*self._paused, *self._waiting]
+            self._waiting, self._paused = [], []
         for job in left:
             job.channel.fail(failure)
             job.channel.wake()
@@ -204,25 +221,34 @@ class SerialEngine(ABC):
     def _next(self) -> Job | None:
         """The first request of the caller that was served least; None when closed."""
         with self._lock:
-            self._lock.wait_for(lambda: self._waiting or self._closed)
+            self._lock.wait_for(lambda: self._waiting or self._paused or self._closed)
             if self._closed:
                 return None
-            there = {j.request.caller for j in self._waiting}
+            jobs = [*self._waiting, *self._paused]
+            there = {j.request.caller for j in jobs}
             self._served = {c: s for c, s in self._served.items() if c in there}
-            job = min(
-                self._waiting, key=lambda j: (j.request.priority, self._served[j.request.caller])
-            )
-            self._waiting.remove(job)
-            self._admission.leave(job.request.caller)
+            job = min(jobs, key=lambda j: (j.request.priority, self._served[j.request.caller]))
+            job.resumed = time.monotonic()
+            if job in self._paused:
+                self._paused.remove(job)
+            else:
+                self._waiting.remove(job)
+                self._admission.leave(job.request.caller)
+                job.begun = job.resumed
             self._running = job
-            job.begun = time.monotonic()
             return job
 
     def _compute(self, job: Job) -> None:
+        lines, job.lines = job.lines or self._lines(job), None
         try:
-            for line, num_tokens in self._lines(job):
+            for line, num_tokens in lines:
                 if job.is_over:
                     return
+                if line == PAUSE:
+                    if self._waiting or self._paused:
+                        job.lines = lines
+                        return
+                    continue
                 job.push(line, num_tokens)
             job.finish(FinishReason.STOP)
         except LLMKitError as error:
@@ -237,9 +263,19 @@ class SerialEngine(ABC):
             caller, weight = job.request.caller, job.request.weight
             with self._lock:
                 self._running = None
-                self._taken += job.prompt_tokens
-                self._made += job.tokens
-                seconds = (time.monotonic() - job.begun) / weight
-                if caller in self._served:
-                    self._served[caller] += seconds
+                if job.lines is not None and not job.is_over:
+                    self._paused.append(job)
+                else:
+                    self._taken += job.prompt_tokens
+                    self._made += job.tokens
+                seconds = time.monotonic() - job.resumed + (job.redone_s if job.is_over else 0.0)
+                jobs = [*self._waiting, *self._paused]
+                is_gone = not any(j.request.caller == caller for j in jobs)
+                if job.is_over and is_gone:
+                    self._served.pop(caller, None)
+                    self._owed[caller] = seconds / weight
+                    if len(self._owed) > MAX_OWED:
+                        del self._owed[next(iter(self._owed))]
+                elif caller in self._served:
+                    self._served[caller] += seconds / weight
             job.channel.wake()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from llmkit.protocol import (
@@ -30,6 +31,9 @@ class Job:
     prompt_tokens: int = 0
     tokens: int = 0
     is_over: bool = False
+    resumed: float = 0.0  # when it last had its turn
+    lines: Iterator[tuple[str, int]] | None = None  # its work, while others have their turn
+    redone_s: float = 0.0  # seconds that the next request takes longer if this one is left
 
     def push(self, line: str, num_tokens: int) -> None:
         self.first = self.first or time.monotonic()

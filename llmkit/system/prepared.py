@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from typing import IO, Any
 
 from llmkit.system.process import python_path
@@ -18,12 +19,19 @@ _prepared: dict[str, subprocess.Popen[bytes]] = {}  # by code
 
 
 def start(
-    code: str, errors: IO[Any] | int | None, environment: dict[str, str]
+    code: str,
+    errors: IO[Any] | int | None,
+    environment: dict[str, str],
+    kept: Callable[[str], bool] = lambda _: True,
 ) -> subprocess.Popen[bytes]:
-    """A process that runs ``code`` with this package importable, in a session of its own."""
+    """A process that runs ``code`` with this package importable, in a session of its own.
+
+    ``environment`` is added to those of this process's variables that are ``kept``, by name.
+    """
+    inherited = {name: value for name, value in os.environ.items() if kept(name)}
     return subprocess.Popen(
         [sys.executable, "-P", "-c", code],
-        env={**os.environ, "PYTHONPATH": python_path(), **environment},
+        env={**inherited, "PYTHONPATH": python_path(), **environment},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=errors,

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import base64
+import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -18,7 +19,7 @@ __all__ = ["ImageBody", "completed", "image_usage", "images_object", "partial"]
 
 MAX_PARTIAL = 3
 QUALITY = 90  # of JPEG and WebP
-PATCH = 16 * 16  # pixels of a token
+PATCH = 16 * 16  # pixels of a token, which each step costs
 SIZE = re.compile(r"([1-9]\d{0,4})x([1-9]\d{0,4})")
 Word = Annotated[str, Field(max_length=40)]
 
@@ -58,8 +59,7 @@ class ImageBody(Ignored):
             )
         if self.output_format not in IMAGE_FORMATS:
             raise InvalidRequestError(
-                f"output_format: {self.output_format:.20} cannot be written here; there are "
-                f"{', '.join(IMAGE_FORMATS)}.",
+                f"output_format: {self.output_format:.20} is not supported; use png, webp or jpeg.",
                 "output_format",
             )
         if self.partial_images and not self.stream:
@@ -101,17 +101,25 @@ class ImageBody(Ignored):
 
 def images_object(
     pictures: Sequence[Picture], drawing: Drawing, usage: Usage, created: int
-) -> dict[str, Any]:
-    """The answer; each image names the seed that gives it again."""
-    return {
+) -> Iterator[bytes]:
+    """The answer as JSON in parts; each image names the seed that gives it again.
+
+    A part for each image, made when it is asked for: as one they may be 100 MB.
+    """
+    head = {
         "created": created,
-        "data": [{"b64_json": _text(p.data), "seed": p.seed} for p in pictures],
         "background": "opaque",
         "output_format": drawing.format,
         "size": f"{pictures[0].width}x{pictures[0].height}" if pictures else "auto",
         "seed": pictures[0].seed if pictures else drawing.seed,
         "usage": _usage(usage.prompt_tokens, usage.completion_tokens),
     }
+    yield json.dumps(head).encode()[:-1] + b', "data": ['
+    for number, picture in enumerate(pictures):
+        comma = b", " if number else b""
+        text = base64.b64encode(picture.data)
+        yield b'%s{"b64_json": "%s", "seed": %d}' % (comma, text, picture.seed)
+    yield b"]}"
 
 
 def partial(step: Step, index: int, drawing: Drawing, created: int) -> dict[str, Any]:
@@ -142,10 +150,10 @@ def completed(
     }
 
 
-def image_usage(picture: Picture, counted: int, whole: Usage | None) -> dict[str, Any]:
+def image_usage(picture: Picture, steps: int, counted: int, whole: Usage | None) -> dict[str, Any]:
     """Of an image in a stream: the last has the prompt's tokens, and what was not ``counted``."""
     if whole is None:
-        return _usage(0, picture.width * picture.height // PATCH)
+        return _usage(0, picture.width * picture.height // PATCH * steps)
     return _usage(whole.prompt_tokens, whole.completion_tokens - counted)
 
 

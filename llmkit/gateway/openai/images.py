@@ -5,8 +5,9 @@ Images are encoded in the process of the model, not here.
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 
 from llmkit.gateway.directory import EngineDirectory
 from llmkit.gateway.exchange import Exchange
@@ -28,6 +29,7 @@ from llmkit.protocol.stream import Stream
 
 __all__ = ["ImageRoutes"]
 
+PIECE = 1 << 20  # bytes of an answer that are sent at once
 Event = Step | Picture | Completion
 
 
@@ -64,16 +66,30 @@ class ImageRoutes:
                     pictures.append(event)
                 elif isinstance(event, Completion):
                     usage = event.usage
-            exchange.send_json(images_object(pictures, drawing, usage, int(time.time())))
+            parts = images_object(pictures, drawing, usage, int(time.time()))
+            await self._send(exchange, parts)
         finally:
             close_all(streams)
+
+    @staticmethod
+    async def _send(exchange: Exchange, parts: Iterator[bytes]) -> None:
+        """Each part is made on a thread, when the one before it has gone."""
+        await exchange.start_events("application/json")
+        try:
+            while (part := await asyncio.to_thread(next, parts, None)) is not None:
+                for at in range(0, len(part), PIECE):
+                    await exchange.send_part(part[at : at + PIECE])
+        except Exception:
+            exchange.drop()  # an error's words are no part of it
+            raise
+        exchange.end_events("")
 
     @staticmethod
     async def _stream(
         exchange: Exchange, events: AsyncIterator[Event | None], drawing: Drawing
     ) -> None:
         """Each image's previews, then the image; the last one has what is left of the usage."""
-        num_partial, counted, waiting = 0, 0, None
+        num_partial, counted, steps, waiting = 0, 0, 0, None
         async for event in events:
             if not exchange.streaming:
                 await exchange.start_events()
@@ -83,15 +99,17 @@ class ImageRoutes:
             now = int(time.time())
             if waiting is not None:
                 rest = event.usage if isinstance(event, Completion) else None
-                usage = image_usage(waiting, counted, rest)
+                usage = image_usage(waiting, steps, counted, rest)
                 counted += usage["output_tokens"]
                 await exchange.send_named_event(completed(waiting, drawing, usage, now))
                 waiting, num_partial = None, 0
             if isinstance(event, Picture):
                 waiting = event
-            elif isinstance(event, Step) and event.preview:
-                await exchange.send_named_event(partial(event, num_partial, drawing, now))
-                num_partial += 1
+            elif isinstance(event, Step):
+                steps = event.steps
+                if event.preview:
+                    await exchange.send_named_event(partial(event, num_partial, drawing, now))
+                    num_partial += 1
         exchange.end_events("")
 
     async def _events(
