@@ -3,6 +3,7 @@
 stall    the longest gap of a running stream while another request's picture is encoded and read
 clients  how long eight requests at once take, each with a picture of its own
 turns    how long ten turns over one picture take, and the first of them
+--text   tokens a second of text alone, in a gateway with a projector and in one without, in turn
 
 The weights are random: what is answered means nothing, and costs what it would.
 """
@@ -42,6 +43,7 @@ def main() -> int:
     parser.add_argument("--reps", type=int, default=3)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--no-peer", action="store_true", help="without llama-server")
+    parser.add_argument("--text", action="store_true", help="only what text loses, or does not")
     args = parser.parse_args()
     from llmkit.models.registry import resolve
 
@@ -60,6 +62,11 @@ def main() -> int:
         theirs = ["-c", "4096", "-np", "4", "-t", threads, "-tb", threads, "-fa", "on"]
         arms = [gateway_arm(model, *ours, "--projector", str(projector))]
         running.callback(arms[0].close)
+        if args.text:
+            without = gateway_arm(model, *ours)
+            running.callback(without.close)
+            compare_text(arms[0], without, args.reps)
+            return 0
         if not args.no_peer:
             arms.append(llama_arm(model, "-no-kvu", *theirs, "-no-kvu", "--mmproj", str(projector)))
             running.callback(arms[1].close)
@@ -74,6 +81,32 @@ def main() -> int:
             values = [run[name] for run in runs]
             print(f"  {name:32} {statistics.median(values):8.2f}   {sorted(values)}")
     return 0
+
+
+def compare_text(seeing: ServerArm, blind: ServerArm, reps: int) -> None:
+    ratios = []
+    for rep in range(reps + 1):
+        order = [seeing, blind] if rep % 2 else [blind, seeing]
+        speed = {arm.base_url: tokens_per_s(arm, f"Round {rep}:") for arm in order}
+        if rep:  # the first warms up
+            ratios.append(speed[seeing.base_url] / speed[blind.base_url])
+    print(f"text with a projector / without: {statistics.median(ratios):.3f}", end="   ")
+    print([round(ratio, 3) for ratio in sorted(ratios)])
+
+
+def tokens_per_s(arm: ServerArm, mark: str) -> float:
+    """Of four requests at once."""
+    began = time.perf_counter()
+
+    def ask(number: int) -> None:
+        list(chat(arm, f"{mark} story {number}", max_tokens=200, ignore_eos=True))
+
+    threads = [threading.Thread(target=ask, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return 800 / (time.perf_counter() - began)
 
 
 def measured(arm: ServerArm, seeds: Iterator[int]) -> dict[str, float]:
