@@ -199,7 +199,7 @@ async def test_before_its_key_a_client_sends_little(tmp_path: Path) -> None:
 async def test_large_messages_count_as_held_until_they_are_taken(tmp_path: Path) -> None:
     async with sockets(tmp_path, max_body_bytes=16 << 20) as there:
         writers = []
-        for _ in range(8):
+        for _ in range(10):
             reader, writer = await asyncio.open_connection("127.0.0.1", there.port)
             writer.write(HEAD)
             await reader.readuntil(b"\r\n\r\n")
