@@ -15,6 +15,7 @@ import logging
 import os
 import re
 import secrets
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from hmac import compare_digest
 from typing import Any
@@ -214,7 +215,7 @@ class HubVisitors:
 
 
 @web.stream_request_body  # which nobody has asked for: it is discarded as it comes
-class VisitorHandler(web.RequestHandler):
+class VisitorHandler(web.RequestHandler, ABC):
     """What the three handlers of a login share."""
 
     def initialize(self, visitors: HubVisitors) -> None:
@@ -245,8 +246,9 @@ class VisitorHandler(web.RequestHandler):
         kind = "server_error" if status_code >= 500 else "invalid_request_error"
         self._refuse(ApiError(status_code, self._reason, kind))
 
+    @abstractmethod
     async def _answer(self) -> None:
-        raise NotImplementedError
+        """What this address is for."""
 
     def _put(self, name: str, value: str, max_age: float, *, http_only: bool = True) -> None:
         secure = get_browser_protocol(self.request) == "https"

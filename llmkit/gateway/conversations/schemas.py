@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -116,9 +117,9 @@ class TurnBody(Strict):
     settings: TurnSettings | None = None
     stream: bool = False
 
+    @abstractmethod
     def new(self, attached: Attached) -> list[NewMessage]:
         """The messages that are to be stored with it."""
-        raise NotImplementedError
 
 
 class SendBody(TurnBody):
