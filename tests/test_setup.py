@@ -21,7 +21,8 @@ STUB = "#!/bin/sh\nexit 0\n"
 PYTHON = """#!/bin/sh
 case "$*" in
   *"cache dir") echo /somewhere/pip ;;
-  *"install"*) echo "[$CMAKE_ARGS] [$PIP_CACHE_DIR] $*" >> "$LOG" ;;
+  *"install"*) echo "[$CMAKE_ARGS] [$PIP_CACHE_DIR] [$CXXFLAGS] $*" >> "$LOG" ;;
+  *"cache remove"*) echo "$*" >> "$LOG" ;;
 esac
 """
 

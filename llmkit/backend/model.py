@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmkit.backend import library
+from llmkit.backend.amx import amx_is_broken
 from llmkit.backend.library import C
 from llmkit.backend.placement import Placement
 from llmkit.errors import ModelLoadError
@@ -47,6 +48,10 @@ class Loading:
 
         self._params = C.llama_model_default_params()
         self._params.n_gpu_layers = n_gpu_layers
+        if amx_is_broken():
+            # AMX's layout of weights is one of the CPU's extra buffer types; so are those that are
+            # repacked for AVX-512, which only a build without AMX keeps.
+            self._params.use_extra_bufts = False
         (placement or Placement()).apply(self._params, int(C.llama_max_devices()))
         self._params.progress_callback = progress
         self._handle: Any = None

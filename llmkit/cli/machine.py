@@ -32,7 +32,7 @@ PATIENCE_S = 60.0
 ASK = """
 import json, sys
 try:
-    from llmkit.backend import library
+    from llmkit.backend import amx, library
 except ModuleNotFoundError as error:
     print(json.dumps({"missing": str(error)}))
     sys.exit()
@@ -41,6 +41,7 @@ print(json.dumps({
     "backends": library.backends(),
     "gpus": [list(gpu) for gpu in library.gpus()],
     "features": library.C.llama_print_system_info().decode(),
+    "avoided": ["AMX_INT8"] if amx.amx_is_broken() else [],
 }))
 """
 PACKAGES = ("llama-cpp-python", "jupyter-server", "jupyterlab", "tornado", "pyzmq")
@@ -95,7 +96,7 @@ def _said(said: dict[str, Any]) -> Llama:
         part.split("=")[0].split(":")[-1].strip()
         for part in said["features"].split("|")
         if part.strip().endswith("= 1")
-    }
+    } - set(said["avoided"])
     found = [(g[0], g[1], g[3], g[4]) for g in said["gpus"]]
     return Llama(said["version"], said["backends"], found, built)
 
@@ -208,6 +209,8 @@ def llama(known: Llama, root: Path = Path("/")) -> Iterator[Finding]:
             "    pip install --force-reinstall --no-cache-dir --no-binary :all: --no-deps "
             "llama-cpp-python"
         )
+        if "AMX_INT8" in unused:
+            advice += "\n    AMX needs clang, or a GCC that compiles it right: 11.5, 12.4, 13.3, 14"
         yield Finding("llama.cpp", "warn", text, f"faster: {advice}")
     else:
         yield Finding("llama.cpp", "ok", f"{text}; nothing faster is known for this machine")
