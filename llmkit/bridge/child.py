@@ -27,7 +27,8 @@ import msgspec
 
 from llmkit.bridge.wire import Failure
 from llmkit.errors import LLMKitError, ModelLoadError
-from llmkit.system import prepared
+from llmkit.system import collecting, prepared
+from llmkit.system.endings import ended
 
 __all__ = ["Child", "Line", "Owner", "code_of", "main", "prepare", "release"]
 
@@ -168,10 +169,8 @@ class Child:
             try:
                 line = self.read(1.0)
             except EOFError:
-                status = self._process.wait()
-                raise ModelLoadError(
-                    f"the model's process ended with status {status}: it crashed or was killed."
-                ) from None
+                how = ended(self._process.wait())
+                raise ModelLoadError(f"the model's process {how}.") from None
             if line is None:
                 continue
             if line.failure is not None:
@@ -288,6 +287,7 @@ class Owner:
 def main(answers_fd: int, target: str) -> None:
     """What the child process runs."""
     module, _, function = target.partition(":")
+    collecting.pause()
     with contextlib.suppress(Exception):  # whatever it is, the task fails of it too, and says so
         for needed in getattr(importlib.import_module(module), "WARM_UP", ()):
             # Windows can only wait for sockets.
@@ -297,6 +297,7 @@ def main(answers_fd: int, target: str) -> None:
     task = sys.stdin.buffer.readline()
     if not task:  # its owner ended before it had any
         os._exit(0)
+    collecting.resume()
     owner = Owner(json.loads(task), os.fdopen(answers_fd, "wb"))
     status = 0
     try:

@@ -9,7 +9,6 @@ import contextlib
 import json
 import os
 import platform
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -22,6 +21,7 @@ from llmkit.backend.advice import backend_of, faster
 from llmkit.cli.findings import Finding
 from llmkit.system import resources
 from llmkit.system.accelerators import accelerators
+from llmkit.system.endings import signal_name
 from llmkit.system.process import python_path
 
 __all__ = ["Llama", "ask_llama", "disks", "gpus", "llama", "memory", "open_limits", "processor",
@@ -78,7 +78,7 @@ def ask_llama() -> Llama:
     except OSError as error:
         return Llama(fault=f"no process could be started: {error.strerror}")
     if done.returncode < 0:
-        name = signal.Signals(-done.returncode).name
+        name = signal_name(-done.returncode)
         why = " (built for another processor)" if name == "SIGILL" else ""
         return Llama(fault=f"loading it ends with {name}{why}")
     try:

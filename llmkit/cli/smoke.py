@@ -19,6 +19,7 @@ import typer
 
 from llmkit.cli.completing import model_names
 from llmkit.errors import EngineGoneError, LLMKitError
+from llmkit.system.endings import ended
 
 if TYPE_CHECKING:
     from llmkit.cli.findings import Finding
@@ -160,7 +161,7 @@ class OwnServer:
         try:
             status = self._process.wait(STOP_S)
             if status:
-                fault = f"the server ended with status {status}"
+                fault = f"the server {ended(status)}"
         except subprocess.TimeoutExpired:
             fault = f"the server did not end within {STOP_S:.0f} s, and was killed"
             self._process.kill()

@@ -12,14 +12,13 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import threading
 import time
-from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from llmkit.errors import EngineGoneError
+from llmkit.system.endings import LastWords, ended
 
 __all__ = ["EngineChild"]
 
@@ -54,13 +53,12 @@ class EngineChild:
             os.close(writing)
         self._report: dict[str, Any] = {}
         self._heard = time.monotonic()
-        self._words: deque[str] = deque(maxlen=20)
-        self._readers = [
-            threading.Thread(target=target, args=args, name="llmkit-engine", daemon=True)
-            for target, args in ((self._hear, (reading,)), (self._pass_on, ()))
-        ]
-        for reader in self._readers:
-            reader.start()
+        assert self._process.stderr is not None
+        self._words = LastWords(self._process.stderr)
+        self._reader = threading.Thread(
+            target=self._hear, args=(reading,), name="llmkit-engine", daemon=True
+        )
+        self._reader.start()
 
     @property
     def pid(self) -> int:
@@ -109,30 +107,14 @@ class EngineChild:
 
     def _hear_out(self) -> None:
         """What it said before it ended may not have been read yet."""
-        for reader in self._readers:
-            reader.join(1)
+        self._reader.join(1)
+        self._words.wait(1)
 
     def _hear(self, fd: int) -> None:
         with contextlib.suppress(OSError, ValueError), open(fd, "rb") as pipe:
             for line in pipe:
                 self._report, self._heard = json.loads(line), time.monotonic()
 
-    def _pass_on(self) -> None:
-        """Its standard error is ours; the last lines may say why it ended."""
-        assert self._process.stderr is not None
-        with contextlib.suppress(OSError, ValueError), self._process.stderr as pipe:
-            for raw in pipe:
-                line = raw.decode("utf-8", "replace").rstrip()
-                self._words.append(line)
-                print(line, file=sys.stderr, flush=True)
-
     def _why(self) -> str:
-        status = self._process.poll()
-        told = f"the engine has ended: exit status {status}"
-        if status is not None and status < 0:
-            with contextlib.suppress(ValueError):
-                told = f"the engine was ended by {signal.Signals(-status).name}"
-            if status == -signal.SIGKILL:
-                told += ", perhaps because memory ran out"
-        last = [line for line in self._words if line.strip()][-LAST_LINES:]
-        return told + "".join(f"\n  {line:.500}" for line in last)
+        told = f"the engine {ended(self._process.poll())}"
+        return told + "".join(f"\n  {line:.500}" for line in self._words.last(LAST_LINES))

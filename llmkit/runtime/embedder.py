@@ -6,7 +6,6 @@ One thread computes; the texts of all callers are batched by tokens.
 from __future__ import annotations
 
 import logging
-import os
 import queue
 import re
 import threading
@@ -45,6 +44,7 @@ from llmkit.protocol.stream import Stream
 from llmkit.runtime.assembly import placement_of
 from llmkit.runtime.cpu_turns import CpuTurns
 from llmkit.runtime.jobs import Job, JobQueue
+from llmkit.runtime.lifetime import Lifetime
 from llmkit.runtime.prompts import answer
 from llmkit.runtime.reading import Reading
 from llmkit.settings.options import EngineOptions
@@ -69,7 +69,7 @@ class LocalEmbedder:
         turns: CpuTurns,
         name: str | None = None,
     ) -> None:
-        self._pid = os.getpid()
+        self._life = Lifetime()
         self._turns = turns
         self._model = LlamaModel(
             Path(spec.path),
@@ -112,7 +112,6 @@ class LocalEmbedder:
         self._inbox: queue.SimpleQueue[Job | MakeWay | str | None] = queue.SimpleQueue()
         self._jobs = JobQueue()
         self._admission = Admission(options.max_waiting)
-        self._closed = False
         self._failure: str | None = None
         self._lock = threading.Lock()
         self._reading = Reading(self._lock, self._check_open)
@@ -122,13 +121,11 @@ class LocalEmbedder:
 
     @property
     def closed(self) -> bool:
-        return self._closed
+        return self._life.closed
 
     @property
     def state(self) -> EngineState:
-        return EngineState.gone_for(
-            str(ModelUnloadedError.of(self.description.name)) if self._closed else self._failure
-        )
+        return self._life.state(self.description.name, self._failure)
 
     @property
     def origin(self) -> Origin:
@@ -193,10 +190,7 @@ class LocalEmbedder:
         return future
 
     def _check_open(self) -> None:
-        if self._failure is not None:
-            raise EngineGoneError(self._failure)
-        if self._closed or self._pid != os.getpid():
-            raise ModelUnloadedError.of(self.description.name)
+        self._life.check(self.description.name, self._failure)
 
     def _tokens(self, text: str | tuple[int, ...], query: str | None) -> list[int]:
         n_ctx, n_vocab, vocab = self.description.n_ctx, self.description.n_vocab, self._model.vocab
@@ -342,12 +336,12 @@ class LocalEmbedder:
             job.future.set_exception(failure)
 
     def close(self) -> None:
-        if self._pid != os.getpid():
+        if not self._life.is_ours:
             return
         with self._lock:
-            if self._closed:
+            if self._life.closed:
                 return
-            self._closed = True
+            self._life.closed = True
             self._inbox.put(None)
         self._thread.join()
         if self._reading.ended():

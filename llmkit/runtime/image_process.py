@@ -6,14 +6,11 @@ harms nobody else; the next image starts another. One thread at a time.
 
 from __future__ import annotations
 
+import base64
 import contextlib
-import signal
 import subprocess
-import sys
-import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -31,7 +28,7 @@ from llmkit.protocol.images import (
     Step,
 )
 from llmkit.runtime import image_child
-from llmkit.system.text import printable
+from llmkit.system.endings import LastWords, ended
 
 __all__ = ["PROCESS_BYTES", "ImageProcess"]
 
@@ -65,8 +62,9 @@ class ImageProcess:
     ) -> None:
         self._model, self._threads, self._force = model, threads, force
         self._load_s = 0.0
+        self._reads = False  # whether the process can read pictures
         self._child: Child | None = None
-        self._words: deque[str] = deque(maxlen=20)
+        self._words: LastWords | None = None
         self._facts: dict[str, Any] = {}
         self._start(on_progress, lambda: False)
 
@@ -124,24 +122,30 @@ class ImageProcess:
         return None if child is None or child.status is not None else child.pid
 
     def images(
-        self, prompt: str, options: Drawing, is_over: Callable[[], bool] = lambda: False
+        self,
+        prompt: str,
+        options: Drawing,
+        files: Mapping[str, bytes],
+        is_over: Callable[[], bool] = lambda: False,
     ) -> Iterator[Step | Picture]:
-        """Leaving the loop early ends the process as well."""
+        """Leaving the loop early ends the process as well. The first picture to start from loads
+        the model again, with what reads pictures."""
         is_whole = False
         try:
-            if self.pid is None:
+            if self.pid is None or (options.image and not self._reads):
+                self._reads = self._reads or bool(options.image)
                 self.check_room(options.width or 0, options.height or 0)
                 self._start(lambda _: None, is_over)
             child = self._child
-            if child is None:  # nobody waits any longer
+            if child is None or self._words is None:  # nobody waits any longer
                 return
-            self._words.clear()
-            self._ask(child, prompt, options)
+            self._words.forget()
+            self._ask(child, prompt, options, files)
             lines = ImageLines()
             for news in self._news(child, is_over):
                 yield from lines.read(news)
             is_whole = not is_over()
-        except EngineError:
+        except (EngineError, InvalidRequestError):
             is_whole = self.pid is not None  # it said so itself, and lives
             raise
         finally:
@@ -155,9 +159,10 @@ class ImageProcess:
             child.close_input()
             child.kill()
 
-    def _ask(self, child: Child, prompt: str, options: Drawing) -> None:
+    def _ask(self, child: Child, prompt: str, options: Drawing, files: Mapping[str, bytes]) -> None:
+        sent = {digest: base64.b64encode(data).decode() for digest, data in files.items()}
         try:
-            child.ask({"prompt": prompt, "drawing": asdict(options)})
+            child.ask({"prompt": prompt, "drawing": asdict(options), "files": sent})
         except OSError:
             raise EngineError(f"{self._why(child)}. {AGAIN}") from None
 
@@ -187,13 +192,12 @@ class ImageProcess:
             "cfg_scale": model.cfg_scale,
             "parts": {name: str(path) for name, path in model.parts.items()},
             "threads": self._threads,
+            "reads": self._reads,
         }
-        self._words.clear()
         begun = time.monotonic()
         child = Child(image_child.TARGET, task, errors=subprocess.PIPE, kept=_is_kept)
-        threading.Thread(
-            target=self._read_words, args=(child,), name="llmkit-words", daemon=True
-        ).start()
+        assert child.stderr is not None
+        self._words = LastWords(child.stderr)
         try:
             self._await_ready(child, on_progress, is_over)
         except BaseException:  # the stop button too
@@ -226,25 +230,12 @@ class ImageProcess:
                 self._facts = line.ready
                 return
 
-    def _read_words(self, child: Child) -> None:
-        """Its standard error goes to ours; the last lines may say why it ended."""
-        assert child.stderr is not None
-        with contextlib.suppress(ValueError, OSError), child.stderr:
-            for raw in child.stderr:
-                if line := printable(raw.decode("utf-8", "replace").rstrip()):
-                    self._words.append(line)
-                    print(line, file=sys.stderr, flush=True)
-
     def _why(self, child: Child) -> str:
-        status = child.status
-        how = f"ended with status {status}"
-        if status is not None and status < 0:
-            with contextlib.suppress(ValueError):
-                how = f"was ended by {signal.Signals(-status).name}"
-            if status == -signal.SIGKILL:
-                how += ", perhaps because memory ran out"
-        last = next((word for word in reversed(list(self._words)) if word.strip()), "")
-        return (
-            f"the process that draws with {self._model.path.stem!r} {how}"
-            f"{f': {last:.300}' if last else ''}"
+        reason = ""
+        if self._words is not None:
+            self._words.wait(END_S)
+            reason = self._words.reason
+        name = self._model.path.stem
+        return f"the process that draws with {name!r} {ended(child.status)}" + (
+            f": {reason}" if reason else ""
         )

@@ -5,7 +5,6 @@ With `opening` and `assembly` the only place that knows backend, chat, models an
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 import warnings
@@ -23,7 +22,6 @@ from llmkit.engine.engine import Engine
 from llmkit.engine.request import Request
 from llmkit.engine.resuming import resume
 from llmkit.errors import (
-    EngineGoneError,
     InsufficientMemoryError,
     InvalidRequestError,
     ModelUnloadedError,
@@ -46,6 +44,7 @@ from llmkit.protocol import (
 from llmkit.protocol.stream import Channel, Stream
 from llmkit.runtime.assembly import estimate, load_draft, load_target
 from llmkit.runtime.cpu_turns import CpuTurns
+from llmkit.runtime.lifetime import Lifetime
 from llmkit.runtime.preparing import Preparing
 from llmkit.runtime.prompts import Prompt, answer, request_prompt
 from llmkit.runtime.reading import Reading
@@ -83,11 +82,10 @@ class LocalEngine:
         begun: tuple[memory.MemoryEstimate, Loading] | None = None,
         **changes: Any,
     ) -> None:
-        self._closed = False
+        self._life = Lifetime()
         self._close_lock = threading.Lock()
         self._reading = Reading(self._close_lock, self._check_open)
         self._preparing = Preparing()
-        self._pid = os.getpid()
         options = EngineOptions(**changes) if options is None else replace(options, **changes)
         spec = resolve(model)
         info = gguf.read_header(spec.path)
@@ -198,7 +196,7 @@ class LocalEngine:
 
     @property
     def closed(self) -> bool:
-        return self._closed
+        return self._life.closed
 
     def tokenize(self, text: str) -> list[int]:
         """Token ids of a text, with the model's leading tokens."""
@@ -227,8 +225,7 @@ class LocalEngine:
 
     @property
     def state(self) -> EngineState:
-        unloaded = str(ModelUnloadedError.of(self._description.name))
-        return EngineState.gone_for(unloaded if self._closed else self._engine.failure)
+        return self._life.state(self._description.name, self._engine.failure)
 
     @property
     def origin(self) -> Origin:
@@ -352,7 +349,7 @@ class LocalEngine:
 
     def abort(self, request_id: str) -> None:
         self._preparing.abort(request_id)
-        if not self._closed:
+        if not self.closed:
             self._engine.abort(request_id)
 
     def stats(self) -> EngineStats:
@@ -370,23 +367,17 @@ class LocalEngine:
             model.close()
 
     def _check_open(self) -> None:
-        if self._pid != os.getpid():
-            raise ModelUnloadedError(
-                "this model was loaded in the parent process before a fork; "
-                "load it again here, or reach it through its gateway."
-            )
-        if not self._closed and self._engine.failure is not None:
-            raise EngineGoneError(self._engine.failure)
-        if self._closed or self._engine.closed:
+        self._life.check(self._description.name, self._engine.failure)
+        if self._engine.closed:
             raise ModelUnloadedError.of(self._description.name)
 
     def close(self) -> None:
-        if self._pid != os.getpid():
+        if not self._life.is_ours:
             return
         with self._close_lock:
-            if self._closed:
+            if self._life.closed:
                 return
-            self._closed = True
+            self._life.closed = True
             running.discard(self)
             switching.relax()
         self._reading.ended()

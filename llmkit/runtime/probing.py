@@ -26,6 +26,7 @@ from llmkit.errors import LLMKitError, ModelLoadError
 from llmkit.models import gguf
 from llmkit.models.projectors import read_projector
 from llmkit.models.registry import cache_folder
+from llmkit.system.endings import ended, reason_in, signal_name
 from llmkit.version import __version__
 
 if TYPE_CHECKING:
@@ -160,15 +161,6 @@ def _judge(path: Path, projector: Path | None, status: int, said: Line, words: b
     if said.ready is not None:
         return
     name = path.name if projector is None else f"{path.name} with {projector.name}"
-    lines = [line for line in words.decode("utf-8", "replace").splitlines() if line.strip()]
-    last = next(
-        (
-            line
-            for line in reversed(lines)
-            if "ASSERT" in line or "terminate" in line or "rror" in line
-        ),
-        lines[-1] if lines else "",
-    )
     if status == -getattr(signal, "SIGXCPU", 0):
         how = "it took more time than its size explains"
     elif status == -getattr(signal, "SIGKILL", 0):
@@ -177,12 +169,11 @@ def _judge(path: Path, projector: Path | None, status: int, said: Line, words: b
             "memory. Try again."
         )
     elif status < 0:
-        how = f"it crashed the process ({signal.Signals(-status).name})"
+        how = f"it crashed the process ({signal_name(-status)})"
     else:
-        how = f"the process ended with status {status}"
-    raise ModelLoadError(
-        f"{name} failed its check in a separate process: {how}. {last.strip():.300}".rstrip()
-    )
+        how = f"the process {ended(status)}"
+    reason = reason_in(words.decode("utf-8", "replace").splitlines())
+    raise ModelLoadError(f"{name} failed its check in a separate process: {how}. {reason}".rstrip())
 
 
 def child(owner: Owner) -> None:

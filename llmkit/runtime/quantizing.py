@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import signal
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from llmkit.models.names import gigabytes
 from llmkit.models.quantization import TYPES, kind_of, scaled, step_to, type_of
 from llmkit.models.registry import ModelSpec, cache_folder
 from llmkit.models.scanning import MAKING
+from llmkit.system.endings import ended, reason_in
 from llmkit.system.text import printable
 
 __all__ = ["Quantized", "child", "quantized"]
@@ -224,13 +224,11 @@ def _run(
         if said.ready is not None:
             return said.ready
         words.seek(0)
-        lines = words.read(1 << 20).decode("utf-8", "replace").strip().splitlines()
-        status = child.status or 0
-        how = signal.Signals(-status).name if status < 0 else f"status {status}"
-        last = next((line for line in reversed(lines) if "ASSERT" in line), (lines or [""])[-1])
+        reason = reason_in(words.read(1 << 20).decode("utf-8", "replace").splitlines())
         lack = lack_of_room(part.parent, scaled(info, kind).file_bytes)
         raise ModelLoadError(
-            f"the process that quantized {spec.name} ended with {how}. {lack or last:.300}".rstrip()
+            f"the process that quantized {spec.name} {ended(child.status)}. "
+            f"{lack or reason}".rstrip()
         )
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ctypes
 import logging
-import os
 import sys
 import threading
 import time
@@ -42,6 +41,7 @@ from llmkit.protocol import (
     Origin,
 )
 from llmkit.protocol.stream import Channel, Stream
+from llmkit.runtime.lifetime import Lifetime
 from llmkit.runtime.serial_jobs import Job
 
 __all__ = ["PAUSE", "SerialEngine"]
@@ -58,7 +58,7 @@ class SerialEngine(ABC):
     kind = "the"
 
     def __init__(self, description: ModelDescription, max_waiting: int) -> None:
-        self._pid = os.getpid()
+        self._life = Lifetime()
         self.description = description
         self._admission = Admission(max_waiting)
         self._lock = threading.Condition()
@@ -67,7 +67,6 @@ class SerialEngine(ABC):
         self._running: Job | None = None
         self._served: dict[str, float] = {}  # seconds of each caller with a request, by weight
         self._owed: dict[str, float] = {}  # such seconds of callers who left a running request
-        self._closed = False
         self._failure: str | None = None
         self._requests = self._taken = self._made = 0
         self._thread = threading.Thread(target=self._run, name=f"llmkit-{self.kind}", daemon=True)
@@ -94,13 +93,11 @@ class SerialEngine(ABC):
 
     @property
     def closed(self) -> bool:
-        return self._closed
+        return self._life.closed
 
     @property
     def state(self) -> EngineState:
-        return EngineState.gone_for(
-            str(ModelUnloadedError.of(self.description.name)) if self._closed else self._failure
-        )
+        return self._life.state(self.description.name, self._failure)
 
     @property
     def origin(self) -> Origin:
@@ -178,12 +175,12 @@ class SerialEngine(ABC):
 
     def close(self) -> None:
         """Free the memory; the running piece, some seconds at most, is waited for."""
-        if self._pid != os.getpid():
+        if not self._life.is_ours:
             return
         with self._lock:
-            if self._closed:
+            if self._life.closed:
                 return
-            self._closed = True
+            self._life.closed = True
             running = self._running
             self._lock.notify()
         self.abort(running.request.request_id if running is not None else "")
@@ -197,10 +194,7 @@ class SerialEngine(ABC):
         return next(mine, None) if self._admission.owes(caller) else None
 
     def _check_open(self) -> None:
-        if self._failure is not None:
-            raise EngineGoneError(self._failure)
-        if self._closed or self._pid != os.getpid():
-            raise ModelUnloadedError.of(self.description.name)
+        self._life.check(self.description.name, self._failure)
 
     def _run(self) -> None:
         failure: Exception = ModelUnloadedError("the model was unloaded during this request")
@@ -221,8 +215,8 @@ class SerialEngine(ABC):
     def _next(self) -> Job | None:
         """The first request of the caller that was served least; None when closed."""
         with self._lock:
-            self._lock.wait_for(lambda: self._waiting or self._paused or self._closed)
-            if self._closed:
+            self._lock.wait_for(lambda: self._waiting or self._paused or self.closed)
+            if self.closed:
                 return None
             jobs = [*self._waiting, *self._paused]
             there = {j.request.caller for j in jobs}

@@ -6,27 +6,28 @@ It has its own thread; ``state`` and ``pid`` may be read by any.
 from __future__ import annotations
 
 import contextlib
-import signal
 import subprocess
 import sys
 import threading
 import time
-from collections import deque
 from collections.abc import Callable
 from typing import Any
 
 from llmkit.bridge.child import Child
 from llmkit.errors import LLMKitError, ModelLoadError
 from llmkit.protocol import READY, EngineState
+from llmkit.system.endings import LastWords, ended
+from llmkit.system.process import life_of, process_start_time
 from llmkit.workers import engine
 
-__all__ = ["Supervisor"]
+__all__ = ["STOPPED_S", "Supervisor"]
 
 FIRST_DELAY_S, MAX_DELAY_S = 0.5, 30.0
 MAX_CRASHES = 5  # in a row
 HEALTHY_S = 60.0  # a process that was ready for longer has not crashed in a row
 END_S = 15.0
 LOOK_S = 0.2
+STOPPED_S = 60.0
 LAST_LINES = 5  # of its log, shown when it is given up
 
 
@@ -34,19 +35,24 @@ class Supervisor:
     """A worker for a task of `llmkit.workers.engine`.
 
     A first load that fails is an error, not a crash: ``check`` raises it. ``on_ready`` is called
-    after each successful load.
+    after each successful load. A worker whose process has been stopped (SIGSTOP) for ``stopped_s``
+    is killed, and started again.
     """
 
     def __init__(
-        self, task: dict[str, Any], *, on_ready: Callable[[], None] = lambda: None
+        self,
+        task: dict[str, Any],
+        *,
+        on_ready: Callable[[], None] = lambda: None,
+        stopped_s: float = STOPPED_S,
     ) -> None:
-        self._task, self._on_ready = task, on_ready
+        self._task, self._on_ready, self._stopped_s = task, on_ready, stopped_s
         self._name = str(task.get("name") or task["file"])
         self._state = EngineState("loading", f"The model {self._name!r} is being loaded.", 0.0)
         self._child: Child | None = None
         self._failure: LLMKitError | None = None
         self.restarts = 0
-        self._words: deque[str] = deque(maxlen=20)
+        self._words: LastWords | None = None
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="llmkit-supervisor", daemon=True)
         self._thread.start()
@@ -111,7 +117,7 @@ class Supervisor:
                     f"the engine process of {self._name!r} has ended {MAX_CRASHES} times; "
                     f"the last time: {failure}"
                 )
-                last = [line for line in self._words if line.strip()][-LAST_LINES:]
+                last = self._words.last(LAST_LINES) if self._words is not None else []
                 message += "".join(f"\n  {line:.500}" for line in last)
                 return self._give_up(ModelLoadError(message))
             self.restarts += 1
@@ -130,28 +136,38 @@ class Supervisor:
 
     def _live(self) -> None:
         """Run one process to its end. Raises the reason, unless it was told to end."""
-        self._words.clear()
         child = self._child = Child(engine.TARGET, self._task, errors=subprocess.PIPE)
-        reader = threading.Thread(target=self._read_words, args=(child,), daemon=True)
-        reader.start()
+        assert child.stderr is not None
+        self._words = LastWords(child.stderr)
         try:
-            self._await_ready(child)
-            while not self._stopping.wait(LOOK_S):
-                if child.status is not None:
-                    reader.join(1)
-                    raise ModelLoadError(self._why(child))
+            self._await_ready(child, self._words)
+            self._watch(child, self._words)
         finally:
             child.end(END_S)
             self._child = None
 
-    def _await_ready(self, child: Child) -> None:
+    def _watch(self, child: Child, words: LastWords) -> None:
+        """Until it is told to end. Raises the reason if it ends before."""
+        started = process_start_time(child.pid) or 0.0
+        stopped = 0  # looks in a row, not a time: that runs on while we are stopped ourselves
+        while not self._stopping.wait(LOOK_S):
+            if child.status is not None:
+                raise ModelLoadError(self._why(child, words))
+            stopped = stopped + 1 if life_of(child.pid, started) == "stopped" else 0
+            if stopped * LOOK_S >= self._stopped_s:
+                child.kill()
+                raise ModelLoadError(
+                    f"it was stopped (SIGSTOP) for {self._stopped_s:.0f} s, and was killed"
+                )
+
+    def _await_ready(self, child: Child, words: LastWords) -> None:
         told = self._state.reason
         while not self._stopping.is_set():
             try:
                 line = child.read(LOOK_S)
             except EOFError:
                 child.wait(1)
-                raise ModelLoadError(self._why(child)) from None
+                raise ModelLoadError(self._why(child, words)) from None
             if line is None:
                 continue
             if line.failure is not None:
@@ -165,25 +181,9 @@ class Supervisor:
                     self._on_ready()
                 return
 
-    def _read_words(self, child: Child) -> None:
-        """Pass its standard error on to ours; the last lines may say why it ended."""
-        assert child.stderr is not None
-        with contextlib.suppress(ValueError, OSError), child.stderr:
-            for raw in child.stderr:
-                line = raw.decode("utf-8", "replace").rstrip()
-                self._words.append(line)
-                _say(line)
-
-    def _why(self, child: Child) -> str:
-        last = next((w for w in reversed(self._words) if w.strip()), "")
-        status = child.status
-        ended = f"exit status {status}"
-        if status is not None and status < 0:
-            with contextlib.suppress(ValueError):
-                ended = f"killed by {signal.Signals(-status).name}"
-            if status == -signal.SIGKILL:
-                ended += ", perhaps because memory ran out"
-        return f"{ended}{': ' + last if last else ''}"
+    def _why(self, child: Child, words: LastWords) -> str:
+        words.wait(1)
+        return f"it {ended(child.status)}{f': {words.reason}' if words.reason else ''}"
 
 
 def _say(line: str) -> None:
