@@ -103,6 +103,11 @@ MISTAKES = {
     "[keys.'a b']\nkey = 'a'": "the name of a key",
     "[keys.a]\nkey = 'x'\n[keys.b]\nkey = 'x'": "that of 'a' too",
     "[keys]\nann = 'sk-secret'": r"keys.ann must be a table",
+    "api_key = 'x'\n[keys.a]\nkey = 'x'": r"keys\.a\.key: the key is api_key too",
+    "name = 'default'\nmodel = 'a'": "name: .*'default' stands for another",
+    "[server]\nport = 1": "port stands at the top of the file",
+    "[quota.groups]\na = 3": r"quota\.groups\.a: quotas stand in tables",
+    "[models.b]\naliases = ['y']\n[models.y]": r"models\.y\.aliases: 'y' is a name of",
 }
 
 
@@ -130,6 +135,8 @@ def test_a_mistake_says_where_it_stands(tmp_path: Path) -> None:
         read_settings({"port": 70000}, None, {})
     with pytest.raises(InvalidRequestError, match=r"LLMKIT_APIKEY.*LLMKIT_API_KEY"):
         read_settings({}, None, {"LLMKIT_APIKEY": "x"})
+    with pytest.raises(InvalidRequestError, match=r"LLMKIT_TEMPERATURE is not.*\[sampling\]"):
+        read_settings({}, None, {"LLMKIT_TEMPERATURE": "1"})
     with pytest.raises(InvalidRequestError, match="There are 2 more"):
         read_settings({}, write(tmp_path, "a = 1\nb = 2\nc = 3"), {})
 
@@ -153,6 +160,14 @@ def test_every_fault_is_found_with_its_line(tmp_path: Path) -> None:
         (17, "keys.ann.rate"),
         (18, "keys.ann.expires"),
         (19, "keys.ann.sampling"),
+    ]
+
+
+def test_a_key_that_is_wrong_is_not_said_to_be_missing(tmp_path: Path) -> None:
+    faults = faults_of(write(tmp_path, "[keys.ann]\nkey = 12345678\n[keys.bob]\nkey_sha256 = 'a'"))
+    assert [(fault.line, fault.key) for fault in faults] == [
+        (2, "keys.ann.key"),
+        (4, "keys.bob.key_sha256"),
     ]
 
 
@@ -193,7 +208,7 @@ def test_files_that_are_refused(tmp_path: Path) -> None:
     assert "so large a number" in refusal(write(tmp_path, "port = 0x" + "f" * 5000))
     file = tmp_path / "latin.toml"
     file.write_bytes(b"host = '\xe4'")
-    assert "utf-8" in refusal(file)
+    assert "not text in UTF-8" in refusal(file)
     if os.getuid():
         assert "Permission denied" in refusal(write(tmp_path, "", 0o000))
 

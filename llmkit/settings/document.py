@@ -95,7 +95,9 @@ def open_document(path: Path) -> Document:
     except InvalidRequestError:
         raise
     except (OSError, ValueError, RecursionError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        reason: object = getattr(error, "strerror", None) or error
+        if isinstance(error, UnicodeDecodeError):
+            reason = "it is not text in UTF-8"
         if isinstance(error, RecursionError):
             reason = "it is nested too deeply"
         raise InvalidRequestError(

@@ -138,7 +138,7 @@ class Reading:
             elif key in TABLES:
                 self._take_table(key, value, place)
             elif isinstance(value, dict) and key != "lora":
-                self._refuse_table(key, place)
+                self._refuse_table(key, value, place)
             else:
                 self._take((), key, value, TOP, self.top, place)
 
@@ -150,9 +150,11 @@ class Reading:
                 continue
             key, place = name.lower(), f"${variable}"
             if key not in TOP:
-                known = [ENVIRONMENT + each.upper() for each in (*TOP, *NOT_SETTINGS)]
-                near = difflib.get_close_matches(variable.upper(), known, n=1)
-                hint = f" Did you mean {near[0]}?" if near else _reason(key)
+                known = [each.upper() for each in (*TOP, *NOT_SETTINGS)]
+                near = difflib.get_close_matches(name, known, n=1)
+                hint = f" Did you mean {ENVIRONMENT}{near[0]}?" if near else _reason(key)
+                if key in SAMPLING_OPTIONS:
+                    hint = f" {key} stands in the table [sampling] of a settings file."
                 message = f"the environment variable {variable} is not a setting of llmkit.{hint}"
                 self.faults.append(Fault(variable, message))
             else:
@@ -204,7 +206,7 @@ class Reading:
                 if not isinstance(values, dict) or not (group or name == "default"):
                     known = FORMS["quota"]
                     at = tuple(key for key in path if key)
-                    self._fault(at, f"a quota is a table {known}.", place)
+                    self._fault(at, f"{dotted(*at)}: quotas stand in tables {known}.", place)
                     continue
                 into = self.quotas.setdefault(group, {}) if group else self.quota
                 self._take_values(path, values, QUOTA_OPTIONS, into, place)
@@ -260,7 +262,7 @@ class Reading:
         into[key] = value
         self.sources[dotted(*path, key)] = place
 
-    def _refuse_table(self, key: str, place: str) -> None:
+    def _refuse_table(self, key: str, value: Mapping[str, Any], place: str) -> None:
         if key in TOP:
             near = f"; tables are [models.NAME] and [keys.NAME], say [{key}s.NAME]" * (
                 f"{key}s" in TABLES
@@ -269,12 +271,14 @@ class Reading:
             return
         close = difflib.get_close_matches(key, TABLES, n=1)
         known = f"did you mean [{close[0]}]?" if close else f"tables are {', '.join(TABLES)}."
+        if not close and (found := next((name for name in value if name in TOP), None)):
+            known = f"{found} stands at the top of the file, before the first [table]."
         self._fault((key,), f"{dotted(key)} is not a table of settings; {known}", place)
 
     def _fault(self, key: tuple[str, ...], message: str, place: str) -> None:
         """Name the whole key, and find its line."""
         at = dotted(*key)
-        if len(key) > 1 and message.startswith(f"{key[-1]} "):
+        if len(key) > 1 and message.startswith((f"{key[-1]} ", f"{key[-1]}: ")):
             message = f"{dotted(*key[:-1])}.{message}"
         elif key and not message.startswith(at):
             message = f"{at}: {message}"

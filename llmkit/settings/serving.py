@@ -7,6 +7,7 @@ errors. Rows come from the tables of options.
 from __future__ import annotations
 
 import difflib
+import hashlib
 import os
 import re
 from collections.abc import Collection, Mapping
@@ -22,7 +23,7 @@ from llmkit.settings.gateway import GATEWAY_OPTIONS, GatewayOptions
 from llmkit.settings.hub import HUB_OPTIONS, HubOptions
 from llmkit.settings.options import EngineOptions
 from llmkit.settings.quotas import Quotas
-from llmkit.settings.reading import ENGINE_OPTIONS, Fault, Reading
+from llmkit.settings.reading import ENGINE_OPTIONS, Fault, Reading, dotted
 from llmkit.settings.values import mask
 
 __all__ = ["CONFIG", "ServeSettings", "faults_in", "faults_of", "ignored", "read_settings"]
@@ -138,7 +139,7 @@ def _assembled(reading: Reading) -> ServeSettings:
         gateway,
         engine,
         _models(reading, gateway, engine),
-        _keys(reading),
+        _keys(reading, gateway.api_key),
         reading.sampling,
         reading.sources,
         None if reading.document is None else reading.document.path,
@@ -186,7 +187,10 @@ def _models(
             if model in tables:
                 listed[model] = tables.pop(model)
         else:
-            listed[model] = ModelEntry(name=gateway.name, engine=engine, model=model, **general)
+            try:
+                listed[model] = ModelEntry(name=gateway.name, engine=engine, model=model, **general)
+            except InvalidRequestError as error:
+                reading.fail((), InvalidRequestError(str(error), "name"))
     models = (*listed.values(), *tables.values())
     _check_names(reading, models)
     _check_default(reading, gateway, models)
@@ -224,15 +228,22 @@ def _check_default(
     reading.fail((), InvalidRequestError(message, "default_model"))
 
 
-def _keys(reading: Reading) -> tuple[KeyEntry, ...]:
+def _keys(reading: Reading, api_key: str | None) -> tuple[KeyEntry, ...]:
     found: dict[str, KeyEntry] = {}
+    faulty = {fault.key for fault in reading.faults}
+    owner = None if api_key is None else hashlib.sha256(api_key.encode()).hexdigest()
     for name, values in reading.keys.items():
         path = ("keys", name)
+        if faulty & {dotted(*path, "key"), dotted(*path, "key_sha256")}:
+            continue  # it has no right key, which was said
         try:
             entry = KeyEntry(name=name, **_fields(values, KEY_OPTIONS))
         except InvalidRequestError as error:
             reading.fail(path, error)
             continue
+        if entry.sha256 == owner:  # which would open everything
+            message = "the key is api_key too, which has no limits; each needs its own."
+            reading.fail(path, InvalidRequestError(message, "key"))
         other = found.setdefault(entry.sha256, entry)
         if other is not entry:
             message = f"the key is that of {other.name!r} too; each needs its own."

@@ -21,6 +21,7 @@ __all__ = [
     "from_text",
     "glob_fault",
     "mask",
+    "masked",
     "moment_fault",
     "network_fault",
     "origin_fault",
@@ -157,9 +158,16 @@ def mask(address: str) -> str:
     >>> mask("postgresql://ann:secret@host/db")
     'postgresql://ann:***@host/db'
     """
-    if "://" not in address:
-        return MASK
-    return PARAMETER.sub(rf"\1{MASK}", PASSWORD.sub(rf"\1:{MASK}@", address))
+    return masked(address) if "://" in address else MASK
+
+
+def masked(text: str) -> str:
+    """A text without the passwords of addresses in it.
+
+    >>> masked("connection refused: /v1/traces?api_key=secret")
+    'connection refused: /v1/traces?api_key=***'
+    """
+    return PARAMETER.sub(rf"\1{MASK}", PASSWORD.sub(rf"\1:{MASK}@", text))
 
 
 def brief(value: object, most: int = 60) -> str:
