@@ -61,6 +61,14 @@ class RealRedis:
             self.process.wait()
             self.process = None
 
+    def tell(self, command: str) -> None:
+        with socket.create_connection(("127.0.0.1", self.port), 5) as line:
+            line.sendall(f"AUTH not-shown\r\n{command}\r\n".encode())
+            answer = b""
+            while answer.count(b"\n") < 2:
+                answer += line.recv(100)
+        assert answer == b"+OK\r\n+OK\r\n"
+
     def freeze(self, on: bool) -> None:
         assert self.process is not None
         os.kill(self.process.pid, signal.SIGSTOP if on else signal.SIGCONT)
@@ -152,6 +160,35 @@ async def test_a_redis_that_hangs_holds_nobody_up(redis: RealRedis, windows: lis
         redis.freeze(False)
 
 
+@pytest.mark.parametrize(
+    ("fault", "cure"),
+    [
+        ("CONFIG SET maxmemory 1", "CONFIG SET maxmemory 0"),
+        ("REPLICAOF 127.0.0.1 1", "REPLICAOF NO ONE"),
+    ],
+)
+async def test_a_redis_that_answers_and_cannot_count(
+    redis: RealRedis,
+    windows: list[Windows],
+    caplog: pytest.LogCaptureFixture,
+    fault: str,
+    cure: str,
+) -> None:
+    rate = Rate(1000, 60)
+    with caplog.at_level(logging.WARNING):
+        assert (await windows[0].take(rate, "ann")).is_allowed
+        redis.tell(fault)
+        for _ in range(25):
+            assert (await windows[0].take(rate, "ann")).is_allowed
+            await asyncio.sleep(0.1)
+        assert caplog.text.count("is gone") == 1 and "shared again" not in caplog.text
+        redis.tell(cure)
+        async with asyncio.timeout(15):
+            while "shared again" not in caplog.text:
+                await windows[0].take(rate, "ann")
+                await asyncio.sleep(0.1)
+
+
 async def test_a_gateway_without_its_redis_serves(
     model: FakeClient, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -179,3 +216,11 @@ async def test_a_gateway_with_a_real_redis(model: FakeClient, redis: RealRedis) 
 def test_what_is_no_redis_is_an_error(wrong: str) -> None:
     with pytest.raises(InvalidRequestError, match="redis_url"):
         Redis(wrong)
+
+
+def test_passwords_in_the_address_are_not_shown() -> None:
+    with pytest.raises(InvalidRequestError, match=r"redis_url must be like .*'foo'") as raised:
+        Redis("redis://h:1/0?foo=bar&password=not-shown")
+    assert "not-shown" not in str(raised.value)
+    assert Redis("redis://ann:not-shown@h:1/0?password=not@shown").place == "h:1/0"
+    assert Redis("unix://:not-shown@/run/redis.sock").place == "/run/redis.sock"

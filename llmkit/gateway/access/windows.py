@@ -15,6 +15,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from urllib.parse import urlsplit
 
 from limits import RateLimitItem, RateLimitItemPerSecond
 from limits.storage import SlidingWindowCounterSupport, Storage
@@ -30,6 +31,7 @@ __all__ = ["Redis", "Standing", "SteadyMemory", "Windows", "item_of", "rate_of"]
 logger = logging.getLogger("llmkit.gateway")
 
 MAX_CALLERS = 1 << 16
+PROBE = Rate(1_000_000, 1)
 REDIS_S, RETRY_S = 0.25, 1.0  # the longest wait for an answer; between tries once it is gone
 
 rate_of = lru_cache(1024)(read_rate)
@@ -186,11 +188,14 @@ class Redis:
                 socket_connect_timeout=REDIS_S,
                 retry=retry,  # type: ignore[arg-type]
             )
+            # Parameters that the client does not know are else found with the first request.
+            self._storage.bridge.storage.connection_pool.make_connection()  # type: ignore[attr-defined]
         except (ImportError, ConfigurationError):
             message = "redis_url needs a client: pip install 'llmkit[redis]'."
             raise InvalidRequestError(message, "redis_url") from None
         except (ValueError, TypeError) as error:
-            message = f"redis_url must be like redis://host:6379/0 or unix:///path: {error}."
+            why = str(error).partition(") ")[2] or error  # without the client's own function
+            message = f"redis_url must be like redis://host:6379/0 or unix:///path: {why}."
             raise InvalidRequestError(message, "redis_url") from None
         self._limiter = Limiter(self._storage)
         self._is_gone = False
@@ -225,7 +230,8 @@ class Redis:
         await asyncio.sleep(RETRY_S)
         with contextlib.suppress(Exception):
             async with asyncio.timeout(2 * REDIS_S):
-                if await self._storage.check() and self._is_gone:
+                # One that is full or a replica answers a ping, and counts nothing.
+                if await self._limiter.hit(item_of(PROBE), "probe") and self._is_gone:
                     self._is_gone = False
                     logger.warning("Redis at %s is back; rates are shared again", self.place)
 
@@ -237,7 +243,7 @@ class Redis:
 
 
 def _address(url: str) -> tuple[str, str]:
-    """How messages name it, without a password; and how `limits` does."""
+    """How messages name it, without what may be a password; and how `limits` does."""
     GATEWAY_OPTIONS["redis_url"].check(url)
     scheme, _, rest = url.partition("://")
     known = {
@@ -247,7 +253,8 @@ def _address(url: str) -> tuple[str, str]:
         "valkeys": "async+rediss",
         "unix": "async+redis+unix",
     }
-    return rest.rpartition("@")[2], f"{known[scheme]}://{rest}"
+    parts = urlsplit(url)
+    return f"{parts.netloc.rpartition('@')[2]}{parts.path}", f"{known[scheme]}://{rest}"
 
 
 class Windows:

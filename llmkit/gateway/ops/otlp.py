@@ -27,6 +27,7 @@ from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExportResult
 from opentelemetry.sdk.trace.id_generator import IdGenerator
 from opentelemetry.sdk.trace.sampling import Sampler
 
+from llmkit.settings.values import masked
 from llmkit.version import __version__
 
 __all__ = ["Export"]
@@ -108,7 +109,7 @@ class _LastWords(logging.Handler):
         self._sdk.setLevel(logging.CRITICAL)  # it says each span that finds the queue full
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.text = f"{record.getMessage():.300}"
+        self.text = f"{masked(record.getMessage()):.300}"
 
     def close(self) -> None:
         self._exporters.removeHandler(self)
