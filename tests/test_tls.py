@@ -151,6 +151,13 @@ async def test_new_files_are_used_for_new_connections(
         assert await asyncio.to_thread(subject_of, api.port) == "two"
         install("one")
         assert await becomes("one")
+        key.chmod(0o644)
+        for part, file in zip(pairs["two"], (cert, key), strict=True):
+            shutil.copyfile(part, file)
+        told = f"run `chmod 600 {key}` first"
+        await asyncio.to_thread(wait_for, lambda: told in caplog.text)
+        key.chmod(0o600)
+        assert await becomes("two"), "what the log said is enough"
 
 
 async def test_settings_may_name_other_files(pairs: dict[str, tuple[str, str]]) -> None:

@@ -42,7 +42,8 @@ class Certificates:
         for path in (self._cert, self._key):
             try:
                 s = path.stat()
-                found.append((s.st_dev, s.st_ino, s.st_mtime_ns, s.st_size))
+                # That of its mode, too: who was told to run chmod need do nothing else.
+                found.append((s.st_dev, s.st_ino, s.st_ctime_ns, s.st_size))
             except OSError:
                 found.append((0, 0, 0, 0))
         return tuple(found)
