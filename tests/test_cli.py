@@ -161,6 +161,26 @@ def test_a_crash_loop_stops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     worker.close()
 
 
+@pytest.mark.model
+def test_a_worker_that_is_stopped_is_replaced(tmp_path: Path) -> None:
+    spec = resolve(tiny_models.write(tmp_path / "tiny.gguf", "llama"))
+    task = engine.task(spec, EngineOptions(n_ctx=64), name="tiny")
+    worker = supervisor.Supervisor(task, stopped_s=1.0)
+    wait_for(lambda: worker.state.phase == "ready", 60)
+    pid = worker.pid
+    assert pid is not None
+    os.kill(pid, signal.SIGSTOP)
+    time.sleep(0.4)
+    os.kill(pid, signal.SIGCONT)  # a short stop is nothing
+    time.sleep(1.5)
+    assert worker.pid == pid and not worker.restarts
+    os.kill(pid, signal.SIGSTOP)
+    wait_for(lambda: worker.restarts == 1, 15)
+    assert "stopped (SIGSTOP)" in str(worker.state.reason)
+    wait_for(lambda: worker.state.phase == "ready" and worker.pid != pid, 60)
+    worker.close()
+
+
 def test_whatever_load_takes_serve_takes() -> None:
     """One table: a name, a type and a sentence for each option, everywhere."""
     loads = inspect.signature(llmkit.load).parameters
@@ -204,6 +224,7 @@ def fails(*args: str, **environment: str) -> str:
         text=True,
         timeout=60,
         env={**os.environ, **environment},
+        stdin=subprocess.DEVNULL,
     )
     assert done.returncode == 1, done
     assert done.stderr.startswith("llmkit: ") or "\nllmkit: " in done.stderr
@@ -217,13 +238,17 @@ def test_mistakes_get_one_clear_line(tmp_path: Path) -> None:
     (tmp_path / "text.gguf").write_text("hello")
     assert "not a GGUF file" in fails("serve", str(tmp_path / "text.gguf"), "--port", "0")
     assert "setting port" in fails("serve", "--port", "99999")
+    assert "standard input has ended" in fails("engine", "smollm2")
     assert "setting n_ctx" in fails("serve", "smollm2", "--port", "0", "--n-ctx", "0")
     assert "base-url" in fails("bench", "--base-url", "nonsense")
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         start = time.monotonic()
-        assert "in use" in fails("serve", "smollm2", "--port", str(taken.getsockname()[1]))
+        port = str(taken.getsockname()[1])
+        assert f"127.0.0.1 port {port}: another process uses it" in fails(
+            "serve", "smollm2", "--port", port
+        )
         assert time.monotonic() - start < 30
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from socket import socket
@@ -19,11 +20,13 @@ from llmkit.gateway.workers import Workers, say
 from llmkit.settings.hub_place import HubPlace
 from llmkit.settings.reload import reload
 from llmkit.settings.serving import ServeSettings
+from llmkit.system import collecting
 from llmkit.system.notify import Notifier
 
 __all__ = ["Server"]
 
 POLL_S = 0.5
+SETTLE_S = 2.0
 
 
 class Server:
@@ -58,7 +61,7 @@ class Server:
         beside = [
             asyncio.ensure_future(parts.keep(server)),
             asyncio.ensure_future(self._notifier.watch()),
-            asyncio.ensure_future(build_all()),
+            asyncio.ensure_future(self._settle()),
         ]
         try:
             with self._signals(parts):
@@ -87,6 +90,13 @@ class Server:
             await server.close_all_connections()
             self._notifier.close()
         return 0
+
+    async def _settle(self) -> None:
+        """What first requests would wait for, once a small model is loaded and has answered."""
+        collecting.resume()
+        await asyncio.sleep(SETTLE_S)
+        await build_all()
+        collecting.resume()
 
     @contextlib.contextmanager
     def _signals(self, parts: Composition) -> Iterator[None]:
@@ -121,7 +131,7 @@ class Server:
         scheme = "http" if options.tls_cert is None else "https"
         port = self._sockets[0].getsockname()[1]
         address = f"{scheme}://{host}:{port}{options.base_path}/v1"
-        print(f"llmkit gateway at {address}", flush=True)
+        say(f"llmkit gateway at {address}", sys.stdout)
         self._notifier.ready(address)
 
     async def _drain(self, gateway: Gateway) -> None:

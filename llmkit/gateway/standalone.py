@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from socket import socket
 from typing import TYPE_CHECKING
 
 from llmkit.errors import InvalidRequestError
@@ -62,10 +64,8 @@ def serve(
         return attach_pid is None or origin.pid == attach_pid
 
     # Bind first: do not load a model only to find the port taken.
-    from tornado.netutil import bind_sockets
-
     with contextlib.ExitStack() as ending:
-        sockets = bind_sockets(options.port, options.host)
+        sockets = _bound(options)
         for each in sockets:
             ending.callback(each.close)
         fleet = _fleet(options, ending) if echo is None and attach_pid is None else None
@@ -93,6 +93,22 @@ def serve(
         is_shared = attach_pid is None
         server = Server(settings, read, sockets, workers, directory, shared=is_shared, hub=hub)
         return asyncio.run(server.run(is_attached))
+
+
+def _bound(options: GatewayOptions) -> list[socket]:
+    """Sockets at the address. Raises `InvalidRequestError` if that is not to be had."""
+    from tornado.netutil import bind_sockets
+
+    host, port = options.host, options.port
+    try:
+        return bind_sockets(port, host)
+    except OSError as error:
+        why, name = error.strerror or str(error), "host"
+        if error.errno == errno.EADDRINUSE:
+            why, name = "another process uses it; choose another, or 0 for a free one", "port"
+        elif isinstance(error, PermissionError):
+            why, name = "ports below 1024 need root, or CAP_NET_BIND_SERVICE", "port"
+        raise InvalidRequestError(f"cannot listen on {host} port {port}: {why}.", name) from None
 
 
 def _fleet(options: GatewayOptions, ending: contextlib.ExitStack) -> Fleet | None:

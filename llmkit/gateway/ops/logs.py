@@ -35,6 +35,8 @@ access = logging.getLogger("llmkit.access")
 
 MAX_WAITING = 8 << 20  # characters that wait to be written
 MAX_MESSAGE, MAX_TRACEBACK = 8_000, 32_000
+# They log addresses of requests, which may hold what opens a download.
+TALKATIVE = ("httpx", "httpx2", "httpcore", "httpcore2", "urllib3", "huggingface_hub")
 LINGER_S = 0.05  # after writing: many lines at once wake the thread but once
 END_S = 1.0
 WORD = re.compile(r'[^\s"=]+')
@@ -86,6 +88,7 @@ def _message(entry: logging.LogRecord) -> str:
         text = entry.getMessage()
     except Exception:  # arguments that do not fit the message are no reason to lose it
         text = str(entry.msg)
+    text = text.removesuffix("\n")  # of a warning
     return text if len(text) <= MAX_MESSAGE else f"{text[:MAX_MESSAGE]} [...]"
 
 
@@ -245,6 +248,8 @@ def log_to(
     if form == "json":
         sys.stderr = PrintedLines(handler)
     set_level(level)
+    for name in TALKATIVE:
+        logging.getLogger(name).setLevel(logging.WARNING)
     logging.captureWarnings(True)
     sys.excepthook = _uncaught
     threading.excepthook = lambda args: _uncaught(args.exc_type, args.exc_value, args.exc_traceback)
