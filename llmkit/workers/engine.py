@@ -47,6 +47,11 @@ WARM_UP = (
     "llmkit.bridge.server",
     "llmkit.runtime.local",
     "llmkit.backend.grammar",
+    "jinja2.sandbox",
+    "jupyter_core.paths",
+    "psutil",
+    "llmkit.runtime.media",
+    "numpy.ctypeslib",
 )
 
 

@@ -1,0 +1,35 @@
+"""Garbage collection around the start of a process."""
+
+import json
+import subprocess
+import sys
+
+CODE = """
+import gc, json
+from llmkit.system import collecting
+
+class Node:
+    pass
+
+def cycle():
+    node = Node()
+    node.itself = node
+
+collecting.pause()
+for _ in range(10_000):
+    cycle()
+paused = sum(isinstance(each, Node) for each in gc.get_objects())
+collecting.resume()
+known = gc.get_freeze_count()
+for _ in range(10_000):
+    cycle()
+print(json.dumps([paused, known, gc.isenabled(), len(gc.get_objects())]))
+"""
+
+
+def test_what_a_process_starts_with_is_not_looked_at_again() -> None:
+    done = subprocess.run([sys.executable, "-c", CODE], capture_output=True, check=True, timeout=60)
+    paused, known, is_enabled, rest = json.loads(done.stdout)
+    assert paused == 10_000  # nothing was collected
+    assert known > 20_000  # with what was imported
+    assert is_enabled and rest < 20_000  # but later garbage is
