@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
 import time
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import zmq
+from fakes import wait_for
 
 from llmkit.bridge import line as lines
 from llmkit.bridge import wire
@@ -15,6 +18,7 @@ from llmkit.bridge.connection import Connection, make_connection
 from llmkit.bridge.curve import CurveKeys
 from llmkit.bridge.line import MAX_MESSAGES, EngineLine
 from llmkit.protocol import ModelDescription
+from llmkit.system.process import process_start_time
 
 
 class Socket:
@@ -87,6 +91,23 @@ def test_closing_tells_a_dead_process_from_a_living_one(is_dead: bool) -> None:
     line.shut(None)
     [(reason, blameless)] = heard.ends
     assert ("has ended: killed" in reason) is is_dead and blameless is not is_dead
+
+
+@pytest.mark.parametrize("goes_on", [False, True])
+def test_whoever_ends_a_stopped_process_blames_no_request(goes_on: bool) -> None:
+    with subprocess.Popen(["sleep", "60"]) as process:
+        line, heard, _ = made(pid=process.pid, start_time=process_start_time(process.pid))
+        process.send_signal(signal.SIGSTOP)
+        wait_for(lambda: line._connection.life == "stopped")
+        assert line.tick() and not heard.is_gone
+        if goes_on:
+            process.send_signal(signal.SIGCONT)
+            wait_for(lambda: line._connection.life == "alive")
+            line.tick()
+        process.kill()
+    line.tick()
+    [(reason, blameless)] = heard.ends
+    assert "has ended: killed" in reason and blameless is not goes_on
 
 
 @pytest.mark.parametrize("silent_s", [0.2, 2.0])

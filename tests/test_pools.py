@@ -13,7 +13,7 @@ from fakes import FakeClient, wait_for
 from fleet_parts import Joined
 from mortal import Mortal
 
-from llmkit.bridge.connection import make_connection
+from llmkit.bridge.connection import Connection, make_connection
 from llmkit.cluster.announcing import model_hash
 from llmkit.cluster.fleet import Fleet
 from llmkit.cluster.pool import ReplicaPool
@@ -125,7 +125,12 @@ def test_the_files_of_workers_are_read_once(
         return frozenset({1} if replicated else {0})
 
     monkeypatch.setattr(sources, "find_connections", scan)
-    monkeypatch.setattr(sources, "_reach", lambda connection: lambda: files[connection])
+
+    def reach(connection: Connection, again: str) -> Callable[[], Any]:
+        assert "Send the request again" in again, "callers of a server cannot load its models"
+        return lambda: files[connection]
+
+    monkeypatch.setattr(sources, "_reach", reach)
     found = WorkerFiles(pids)
     pool, alone = (reach() for reach in Pooled([found], pools=found.is_replica).find().values())
     assert scans == [1] and sorted(asked) == [False, True]

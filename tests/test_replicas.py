@@ -50,6 +50,20 @@ def test_killed_replicas_lose_nothing(gateway: Gateway) -> None:
         assert results == undisturbed
 
 
+def test_a_stopped_replica_loses_nothing_and_is_replaced(gateway: Gateway) -> None:
+    gateway.wait_for(2)
+    undisturbed = gateway.undisturbed()
+    results, threads = gateway.ask(REQUESTS)
+    time.sleep(0.5)
+    stopped = gateway.busiest()[0]
+    os.kill(int(stopped), signal.SIGSTOP)
+    for thread in threads:
+        thread.join()
+    assert results == undisturbed
+    gateway.wait_for(2)
+    assert stopped not in [replica["name"] for replica in gateway.replicas()]
+
+
 def test_a_prompt_that_kills_engines_kills_two(gateway: Gateway) -> None:
     gateway.wait_for(2)
     results, [thread] = gateway.ask([{"prompt": "Doom:", "max_tokens": 400}])

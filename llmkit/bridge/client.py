@@ -51,11 +51,16 @@ class BridgeClient:
     end treats us the same: the greeting names our process. With ``keys`` the engine is one of
     another host, which is gone when the connection is: at once when its process was killed, after
     four seconds when its host is lost. Only with ``weighs`` may requests have weights above 1: for
-    gateways, which know their callers.
+    gateways, which know their callers. ``again`` is what to do when it has ended.
     """
 
     def __init__(
-        self, connection: Connection, *, weighs: bool = False, keys: CurveKeys | None = None
+        self,
+        connection: Connection,
+        *,
+        weighs: bool = False,
+        keys: CurveKeys | None = None,
+        again: str = "Load it again.",
     ) -> None:
         self.connection = connection
         self._pid = os.getpid()
@@ -68,7 +73,8 @@ class BridgeClient:
         self._draining: str | None = None
         self._is_blameless = False
         self._version = wire.VERSION  # until it says its own
-        self._line = EngineLine(connection, self, weighs=weighs, keys=keys)
+        self._again = again
+        self._line = EngineLine(connection, self, weighs=weighs, keys=keys, again=again)
         self._line.begin()
 
     @property
@@ -232,10 +238,11 @@ class BridgeClient:
             if why is not None:
                 self.lose(f"the model {self._description.name!r} cannot be used: {why}.")
         elif kind == wire.GOODBYE:
+            goodbye = wire.decode(body, wire.Goodbye)
             self.lose(
                 f"the model {self._description.name!r} is no longer served: "
-                f"{wire.decode(body, wire.Goodbye).reason}. Load it again.",
-                blameless=True,
+                f"{goodbye.reason}. {self._again}",
+                blameless=not goodbye.failed,
             )
         elif kind == wire.DENIED and wire.decode(body, wire.Denied).key:
             self.lose("the engine refused the key of its connection file")
@@ -258,7 +265,10 @@ class BridgeClient:
         if future is None or not future.set_running_or_notify_cancel():
             return
         if failure is not None:
-            future.set_exception(failure.error())
+            error = failure.error()
+            if isinstance(error, EngineGoneError):
+                self._has_failed(error)
+            future.set_exception(error)
         else:
             try:
                 future.set_result(read(request))
@@ -277,6 +287,8 @@ class BridgeClient:
             if channel is None:
                 continue
             error = end.failure.error() if end.failure else None
+            if isinstance(error, EngineGoneError):
+                self._has_failed(error)
             completion = end.completion("".join(channel.text_parts), tuple(channel.logprobs))
             if completion is None:
                 channel.fail(
@@ -287,6 +299,12 @@ class BridgeClient:
             touched.append(channel)
         for channel in dict.fromkeys(touched):
             channel.wake()
+
+    def _has_failed(self, error: EngineGoneError) -> None:
+        """The engine says that it has ended by itself: known before anybody hears of it, and goes
+        elsewhere."""
+        with self._lock:
+            self._gone = self._gone or str(error)
 
     def lose(self, reason: str, *, blameless: bool = False) -> None:
         """The engine is gone; everything that waits for it fails."""

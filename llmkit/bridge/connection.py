@@ -23,7 +23,7 @@ from typing import Any
 
 from llmkit.protocol import ModelDescription, Origin
 from llmkit.system.files import open_plain, shallow_json
-from llmkit.system.process import life_of, process_start_time
+from llmkit.system.process import Life, life_of, process_start_time
 
 __all__ = [
     "Connection",
@@ -76,9 +76,14 @@ class Connection:
         return (self.host, self.boot_id, self.pid_namespace) == _place()
 
     @property
+    def life(self) -> Life:
+        """What has become of the process that wrote the file; "gone" only when that is certain."""
+        return life_of(self.pid, self.start_time) if self.is_here else "gone"
+
+    @property
     def is_alive(self) -> bool:
         """Whether the process that wrote the file still runs. True when in doubt."""
-        return self.is_here and life_of(self.pid, self.start_time) != "gone"
+        return self.life != "gone"
 
 
 def runtime_dir() -> Path:

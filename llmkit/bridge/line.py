@@ -60,8 +60,8 @@ class Receiver(Protocol):
 
 class EngineLine:
     """An engine on this host is gone when its process is, one of another host (``keys``) when its
-    connection is: that is never made again, since nobody could say what was lost meanwhile. If the
-    engine had been silent before, it was stopped or cut off, and no request is to blame."""
+    connection is: that is never made again, since nobody could say what was lost meanwhile. If its
+    process was stopped when it ended, or it had been silent, no request is to blame."""
 
     def __init__(
         self,
@@ -70,15 +70,17 @@ class EngineLine:
         *,
         weighs: bool = False,
         keys: CurveKeys | None = None,
+        again: str = "",
     ) -> None:
         self._connection, self._receiver = connection, receiver
-        self._weighs, self._keys = weighs, keys
+        self._weighs, self._keys, self._again = weighs, keys, again
         self._outbox: queue.SimpleQueue[tuple[bytes, list[bytes]]] = queue.SimpleQueue()
         self._closed = False
         self._over = threading.Event()
         self._greeted = self._heard = self._started = 0.0
         self._is_secure = False  # both sides have shown their keys
         self.greeting = False
+        self._is_stopped = False  # by the last look at its process
         self._sock: zmq.Socket[bytes] | None = None
         self._monitor: zmq.Socket[bytes] | None = None
         self._loop: Loop | None = None
@@ -157,15 +159,19 @@ class EngineLine:
                 self._receiver.lose(
                     f"the engine of {name!r} at {self._connection.address} does not answer"
                 )
-        elif not self._connection.is_alive:
-            self._lose_process()
+        else:
+            life = self._connection.life
+            if life == "gone":
+                self._lose_process()
+            self._is_stopped = life == "stopped"
         return PING_S
 
     def _lose_process(self) -> None:
         self._receive_all()  # its last words
         self._receiver.lose(
-            f"the process with the model {self._connection.model.name!r} "
-            f"(pid {self._connection.pid}) has ended: killed or restarted. Load it again."
+            f"the process with the model {self._connection.model.name!r} has ended: killed or "
+            f"restarted. {self._again}",
+            blameless=self._is_stopped,
         )
 
     def shut(self, failure: Exception | None) -> None:

@@ -12,6 +12,9 @@ from llmkit.protocol.client import EngineClient
 
 __all__ = ["ConnectionFiles", "EngineSource"]
 
+# Those are started again, or loaded by the next request.
+SENT_AGAIN = "Send the request again in a moment."
+
 
 class EngineSource(Protocol):
     """Finds engines, by whatever means."""
@@ -49,12 +52,12 @@ class WorkerFiles:
     def find(self) -> Mapping[Hashable, Callable[[], EngineClient]]:
         self._replicas = self._pids(replicated=True)
         own = self._replicas | self._pids(replicated=False)
-        return {c: _reach(c) for c in find_connections() if c.pid in own}
+        return {c: _reach(c, SENT_AGAIN) for c in find_connections() if c.pid in own}
 
     def is_replica(self, key: Hashable) -> bool:
         """Whether what `find` has under this key is one of several."""
         return isinstance(key, Connection) and key.pid in self._replicas
 
 
-def _reach(connection: Connection) -> Callable[[], EngineClient]:
-    return lambda: BridgeClient(connection, weighs=True)
+def _reach(connection: Connection, again: str = "Load it again.") -> Callable[[], EngineClient]:
+    return lambda: BridgeClient(connection, weighs=True, again=again)

@@ -11,7 +11,9 @@ import sys
 from pathlib import Path
 from typing import Literal
 
-__all__ = ["kernel_id", "life_of", "process_start_time", "python_path"]
+__all__ = ["Life", "kernel_id", "life_of", "process_start_time", "python_path"]
+
+Life = Literal["alive", "stopped", "gone"]
 
 
 def process_start_time(pid: int) -> float | None:
@@ -22,7 +24,7 @@ def process_start_time(pid: int) -> float | None:
     return _look_at(pid)[0]
 
 
-def life_of(pid: int, start_time: float) -> Literal["alive", "stopped", "gone"]:
+def life_of(pid: int, start_time: float) -> Life:
     """What has become of a process; "gone" only when that is certain."""
     try:
         started, is_stopped = _look_at(pid)

@@ -8,9 +8,11 @@ from typing import Any
 
 from llmkit.errors import LLMKitError
 from llmkit.protocol import EngineState
-from llmkit.workers.supervisor import Supervisor
+from llmkit.workers.supervisor import STOPPED_S, Supervisor
 
 __all__ = ["Crew"]
+
+STOPPED_BESIDE_S = 4.0  # where others go on: engines of other hosts may be silent for as long
 
 
 class Crew:
@@ -20,7 +22,10 @@ class Crew:
     def __init__(
         self, task: dict[str, Any], replicas: int, *, on_ready: Callable[[], None] = lambda: None
     ) -> None:
-        self._workers = [Supervisor(task, on_ready=on_ready) for _ in range(replicas)]
+        stopped_s = STOPPED_S if replicas == 1 else STOPPED_BESIDE_S
+        self._workers = [
+            Supervisor(task, on_ready=on_ready, stopped_s=stopped_s) for _ in range(replicas)
+        ]
 
     @property
     def state(self) -> EngineState:
