@@ -157,18 +157,18 @@ class BridgeServer:
         self._thread.join(2)
 
     def _run(self) -> None:
+        has_failed = False
         try:
             self._serve()
         except BaseException as error:  # clients must not wait for a dead thread
             logger.exception("the bridge stopped")
-            self._closing = f"its bridge stopped: {error!r:.300}"
+            self._closing, has_failed = f"its bridge stopped: {error!r:.300}", True
         files.remove(self.connection)  # first: whoever hears the goodbye must not find it again
+        state = self._client.state
+        has_failed = has_failed or (state.is_gone and not state.blameless)
+        goodbye = wire.Goodbye(self._closing or "the model was unloaded", has_failed)
         for identity in list(self._peers):
-            self._send(
-                identity,
-                wire.GOODBYE,
-                wire.encode(wire.Goodbye(self._closing or "the model was unloaded")),
-            )
+            self._send(identity, wire.GOODBYE, wire.encode(goodbye))
         for identity in list(self._peers):
             self._drop(identity)
         self._intake.close()

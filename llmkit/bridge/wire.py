@@ -106,8 +106,11 @@ class Draining(msgspec.Struct):
     seconds_left: float = 0.0
 
 
-class Goodbye(msgspec.Struct):
+class Goodbye(msgspec.Struct, omit_defaults=True):
+    """``failed``: the engine ended by itself, perhaps of a request."""
+
     reason: str
+    failed: bool = False
 
 
 Id = Annotated[str, msgspec.Meta(max_length=256)]
@@ -376,7 +379,7 @@ def together(request: GenerationRequest, frame: bytes) -> GenerationRequest:
         return request
     if request.hearing is not None:
         return replace(request, hearing=replace(request.hearing, audio=frame))
-    if any(message.media for message in request.messages or ()):
+    if request.drawing is not None or any(message.media for message in request.messages or ()):
         return replace(request, media=_media.decode(frame))
     return request
 

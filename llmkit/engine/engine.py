@@ -23,7 +23,13 @@ from llmkit.engine.scheduler import Scheduler
 from llmkit.engine.slots import PrefixCache
 from llmkit.engine.stats import StatsCounter
 from llmkit.engine.threads import ThreadGovernor
-from llmkit.errors import EngineError, InvalidRequestError, ModelUnloadedError, QueueFullError
+from llmkit.errors import (
+    EngineError,
+    EngineGoneError,
+    InvalidRequestError,
+    ModelUnloadedError,
+    QueueFullError,
+)
 from llmkit.protocol import EngineStats, FinishReason, RunningRequest, SlotContent, Step
 
 __all__ = ["Engine"]
@@ -192,7 +198,7 @@ class Engine:
                     self._step()
         except BaseException as error:  # a bug or a broken runner: no reader may wait forever
             self._failure = f"the engine stopped: {error!r:.500}. Load the model again."
-            failure = EngineError(self._failure)
+            failure = EngineGoneError(self._failure)
             failure.__cause__ = error
             logger.exception("the engine stopped")
         self._shut_down(failure)
