@@ -21,6 +21,11 @@ MIN_PREFILL = 16
 _serial = count()
 
 
+def mixed(number: int) -> int:
+    """As a hash would be, of 64 bits."""
+    return (number * 0x9E3779B97F4A7C15 ^ number << 32) & ((1 << 64) - 1)
+
+
 @dataclass(frozen=True, slots=True)
 class Speed:
     """Seconds: for a prompt's token, for a step and for each stream in it; ``target_s``: what a
@@ -45,6 +50,8 @@ class Text:
     tokens: int
     marks: list[int]
     ends: list[int]
+    opening: int = 0
+    past: int = 0  # tokens that the last turn asked with
 
     def more(self, tokens: int, rng: random.Random) -> None:
         """A message more: its end is a block's too."""
@@ -61,6 +68,8 @@ class Text:
             tuple(self.ends),
             self.tokens * BYTES,
             self.marks[-1] ^ self.tokens,
+            self.opening,
+            self.past * BYTES,
         )
 
 
@@ -262,6 +271,7 @@ class People:
         text = Text(known.tokens, list(known.marks), list(known.ends))
         turns = 1 + int(rng.expovariate(1 / 4))
         self._next += 1
+        text.opening = mixed(self._next)
         return Talk(self._next, user, system, known.tokens, text, turns)
 
     def job(self, talk: Talk, now: float, gateways: int) -> Job:
@@ -278,5 +288,6 @@ class People:
 
     def answered(self, job: Job) -> float | None:
         """The answer is read; seconds until the next turn, or None after the last one."""
+        job.talk.text.past = job.talk.text.tokens
         job.talk.text.more(job.answer, self._rng)
         return self._rng.expovariate(1 / 8) if job.talk.turns > 0 else None

@@ -50,6 +50,15 @@ def test_the_order_of_the_policies(fleet: Any) -> None:
     assert cost["ttft_p50"] < bounded["ttft_p50"] < two["ttft_p50"]
 
 
+def test_conversations_are_found_whichever_gateway_they_come_to(fleet: Any) -> None:
+    [scattered] = [s for s in fleet.SCENARIOS if s.name == "scattered-8"]
+    small = replace(fleet.quick(scattered), replicas=60, gateways=8)
+    cost, bounded = (run(fleet, small, p) for p in ("cost", "bounded"))
+    assert cost["hit_rate"] > 0.8 > bounded["hit_rate"]
+    assert cost["ttft_p99"] < 0.6 * bounded["ttft_p99"]
+    assert cost["ttft_p50"] < 0.6 * bounded["ttft_p50"]
+
+
 def test_a_noisy_user_takes_nothing_from_others(fleet: Any) -> None:
     [noisy] = [s for s in fleet.SCENARIOS if s.name == "noisy-user"]
     assert run(fleet, fleet.quick(noisy))["jain"] >= 0.95

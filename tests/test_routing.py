@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmkit.cluster.prefixes import MAX_BLOCKS, chain_of, chained
+from llmkit.cluster.homes import MANY_TURNS, Homes
+from llmkit.cluster.prefixes import MAX_BLOCKS, PrefixChain, chain_of, chained
 from llmkit.cluster.quarantine import QUARANTINE_S, Quarantine
 from llmkit.cluster.routing import Figures, Router, Ticket
 from llmkit.protocol import GenerationRequest, Message, Tool
@@ -39,6 +40,86 @@ def test_a_conversation_continues_its_chain() -> None:
     second = chain_of(GenerationRequest("b", messages=tuple(turn)))
     assert second.marks[: len(first.marks)] == first.marks
     assert len(second.marks) > len(first.marks)
+
+
+def test_all_turns_of_a_conversation_have_one_opening() -> None:
+    turns = [Message("system", "Be brief. " * 30), Message("user", "Hi")]
+    chains = [chain_of(GenerationRequest("0", messages=tuple(turns)))]
+    for i in range(1, 4):
+        turns += [Message("assistant", "Yes. " * 40), Message("user", f"And {i}? " * 40)]
+        chains.append(chain_of(GenerationRequest(f"{i}", messages=tuple(turns))))
+    assert len({chain.opening for chain in chains}) == 1 and chains[0].opening
+    # What a turn asked with is the past of the next one.
+    assert [c.past for c in chains] == [0, *(c.size for c in chains[:-1])]
+    other = (Message("system", "Be brief. " * 30), Message("user", "Ho"))
+    assert chain_of(GenerationRequest("x", messages=other)).opening != chains[0].opening
+    assert chain_of(GenerationRequest("x", prompt="Hi " * 500)).opening == 0
+
+
+def conversation(key: int, turns: int, system: int = 0) -> PrefixChain:
+    """The chain of its turn of that number, on a system prompt."""
+    pieces = [b"%d system " % system * 200]
+    for turn in range(turns):
+        pieces += [b"%d answers " % (turn - 1) * 40] if turn else []
+        pieces += [b"%d asks %d " % (key, turn) * 40]
+    return chained(pieces, 2, len(pieces) - 2 if turns > 1 else 0)
+
+
+@pytest.mark.parametrize(("systems", "share"), [(1, 0.6), (200, 0.85)])
+def test_gateways_that_never_talk_find_each_others_conversations(
+    systems: int, share: float
+) -> None:
+    """Each turn comes to any of four, which finds the replica of the turn before; less often where
+    all replicas know the system prompt, and little is lost."""
+    gateways = [Router(random.Random(i)) for i in range(4)]
+    for router in gateways:
+        for i in range(30):
+            router.add(f"r{i}")
+            router.report(f"r{i}", Figures(0.0005, 0.02, 16, 48, 4))
+    caches: dict[str, set[int]] = {f"r{i}": set() for i in range(30)}
+    hits = []
+    rng = random.Random(3)
+    for key in range(400):
+        for turn in range(1, 5):
+            router = rng.choice(gateways)
+            chain = conversation(key, turn, key % systems)
+            ticket = router.route(chain)
+            assert ticket is not None
+            known = max((e for m, e in zip(chain.marks, chain.ends, strict=True)
+                         if m in caches[ticket.replica]), default=0)  # fmt: skip
+            caches[ticket.replica].update(chain.marks)
+            if turn > 1 and key > 200:
+                hits.append(known >= chain.past)
+            router.ended(
+                ticket,
+                prompt_tokens=chain.size // 4,
+                cached_tokens=known // 4,
+                answer_tokens=50,
+            )
+    assert sum(hits) > share * len(hits)
+
+
+def test_homes_of_a_common_beginning_are_shared_out_and_agreed() -> None:
+    few, many = Homes(), Homes()
+    chains = [conversation(key, 1) for key in range(1500)]
+    for homes in (few, many):
+        for chain in chains:  # so common that 100 replicas share it
+            assert homes.of(chain, 100) is not None
+    points = {homes.of(c, 100)[0] for homes in (few, many) for c in chains}  # type: ignore[index]
+    assert len(points) == 128
+    # Who counts less of it has half of these homes, and agrees on half of the conversations.
+    halves = [few.of(c, 60)[0] for c in chains]  # type: ignore[index]
+    assert set(halves) < points and len(set(halves)) == 64
+    rare = conversation(1, 1, system=7)
+    assert few.of(rare, 100) == many.of(rare, 100) and few.of(rare, 100)[1]  # type: ignore[index]
+
+
+def test_what_everybody_asks_first_is_no_conversation() -> None:
+    homes = Homes()
+    same = conversation(1, 1)
+    found = [homes.of(same, 100) for _ in range(4 * MANY_TURNS)]
+    assert found[0] is not None and found[-1] is None
+    assert homes.of(chained([b"a prompt " * 200]), 100) is None
 
 
 @pytest.mark.parametrize(

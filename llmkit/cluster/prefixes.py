@@ -27,13 +27,17 @@ class PrefixChain:
     """Hashes of a prompt's beginnings, each over all that is before it.
 
     ``ends`` are their lengths and ``size`` the whole prompt's, in bytes; ``whole`` is the hash of
-    all of it. Two prompts with a mark in common are the same up to there.
+    all of it. Two prompts with a mark in common are the same up to there. In a conversation
+    ``opening`` is the hash up to its first question, the same in all its turns, and ``past`` the
+    bytes that the turn before asked with; else both are 0.
     """
 
     marks: tuple[int, ...]
     ends: tuple[int, ...]
     size: int
     whole: int
+    opening: int = 0
+    past: int = 0
 
     def depth_at(self, size: float) -> int:
         """How many blocks end within the first ``size`` bytes."""
@@ -45,11 +49,21 @@ def chain_of(request: GenerationRequest) -> PrefixChain:
 
     Sound and media are in it by their digests.
     """
-    return chained(_pieces(request))
+    roles = [message.role for message in request.messages or ()]
+    before = 1 + (request.prompt is not None) + (request.suffix is not None)
+    opening = past = 0
+    if "user" in roles:
+        opening = before + roles.index("user") + 1
+        answers = [i for i, role in enumerate(roles) if role == "assistant"]
+        past = before + answers[-1] if answers else 0
+    return chained(_pieces(request), opening, past)
 
 
-def chained(pieces: Iterable[bytes]) -> PrefixChain:
+def chained(pieces: Iterable[bytes], opening: int = 0, past: int = 0) -> PrefixChain:
     """The chain of a text in pieces; blocks end where pieces do, or are full.
+
+    A conversation's first question ends the first ``opening`` pieces, and the turn before had the
+    first ``past`` of them.
 
     >>> one, other = chained([b"x" * 2000, b"and"]), chained([b"x" * 2000, b"but"])
     >>> one.ends, one.marks == other.marks, one.whole == other.whole
@@ -59,7 +73,8 @@ def chained(pieces: Iterable[bytes]) -> PrefixChain:
     ends: list[int] = []
     size, held = 0, 0  # of the block that is open
     state = blake2b(digest_size=8)
-    for piece in pieces:
+    opened = begun = 0
+    for number, piece in enumerate(pieces, 1):
         view = memoryview(piece)
         while view:
             full = len(marks) == MAX_BLOCKS
@@ -71,10 +86,14 @@ def chained(pieces: Iterable[bytes]) -> PrefixChain:
                 marks.append(int.from_bytes(state.digest()))
                 ends.append(size)
                 held = 0
+        if number == opening:
+            opened = int.from_bytes(state.digest())
+        if number == past:
+            begun = size
     whole = int.from_bytes(state.digest())
     if not marks:  # too short for a block
-        return PrefixChain((whole,), (size,), size, whole)
-    return PrefixChain(tuple(marks), tuple(ends), size, whole)
+        return PrefixChain((whole,), (size,), size, whole, opened, begun)
+    return PrefixChain(tuple(marks), tuple(ends), size, whole, opened, begun)
 
 
 def _pieces(request: GenerationRequest) -> Iterator[bytes]:

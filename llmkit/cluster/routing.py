@@ -7,19 +7,16 @@ Not thread-safe.
 from __future__ import annotations
 
 import random
-from bisect import bisect_left, insort
-from collections import OrderedDict
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass, field
-from hashlib import blake2b
 
+from llmkit.cluster.homes import Homes
 from llmkit.cluster.prefixes import PrefixChain
+from llmkit.cluster.replica import Figures, Replica, Ticket
 
 __all__ = ["Figures", "Router", "Ticket"]
 
 MAX_HOLDERS, NUM_HOMES, NUM_RANDOM = 4, 2, 2
 FEW = MAX_HOLDERS + NUM_HOMES + NUM_RANDOM  # so many are all asked
-POINTS = 16  # of each replica on the ring
 MAX_HELD = 1_000_000  # blocks of all replicas together: about 100 MB
 SMOOTHING = 0.05
 SLACK = 1.1  # a template adds text that the chain does not count
@@ -27,61 +24,9 @@ SLACK_BYTES = 256
 # Until the first figures and answers are in.
 FIRST_PROMPT_TOKEN_S, FIRST_STEP_S = 0.002, 0.02
 FIRST_BYTES_PER_TOKEN, FIRST_ANSWER_TOKENS, FIRST_WORK_TOKENS = 4.0, 128.0, 256.0
+FIRST_FOUND = 0.5
+TURNS = 4  # of a conversation, that are still to come
 NOTHING = PrefixChain((0,), (0,), 0, 0)
-
-
-@dataclass(frozen=True, slots=True)
-class Figures:
-    """What a replica said of itself: seconds for a token of a prompt and for a step (0: not
-    measured yet), requests at once, ``prefixes`` it keeps, and requests it ``has``, running or
-    waiting."""
-
-    prompt_token_s: float = 0.0
-    step_s: float = 0.0
-    slots: int = 1
-    prefixes: int = 1
-    has: int = 0
-
-
-@dataclass(slots=True, eq=False)
-class _Replica:
-    name: str
-    figures: Figures = field(default_factory=Figures)
-    place: int = -1  # among those that take requests; -1: it takes none
-    own: int = 0  # requests of ours that it has
-    since: int = 0  # of them, those begun less those ended since its last report
-    pending: float = 0.0  # tokens of our prompts that it has yet to compute
-    # What it holds: chains by their last mark, the least recently used first, and how many of them
-    # each block is in.
-    prefixes: OrderedDict[int, tuple[int, ...]] = field(default_factory=OrderedDict)
-    held: dict[int, int] = field(default_factory=dict)
-
-    @property
-    def load(self) -> int:
-        return max(self.own, self.figures.has + self.since, 0)
-
-
-@dataclass(slots=True, eq=False)
-class Ticket:
-    """A request on its way to ``replica``.
-
-    ``depth`` blocks of its chain were expected there, ``work`` are the tokens that were not.
-    """
-
-    replica: str
-    chain: PrefixChain
-    depth: int
-    work: float
-    _of: _Replica
-    _noted: bool = False  # the index had not known of it there
-    _instead_of: tuple[tuple[int, ...], ...] = ()  # what the index held in its place
-    _pending: bool = True
-    _ended: bool = False
-
-    @property
-    def is_pending(self) -> bool:
-        """Whether its first token is awaited."""
-        return self._pending
 
 
 class Router:
@@ -100,14 +45,17 @@ class Router:
 
     def __init__(self, rng: random.Random) -> None:
         self._rng = rng
-        self._replicas: dict[str, _Replica] = {}
-        self._open: list[_Replica] = []
-        self._ring: list[tuple[int, str]] = []
-        self._index: dict[int, list[_Replica]] = {}
+        self._replicas: dict[str, Replica] = {}
+        self._open: list[Replica] = []
+        self._homes = Homes()
+        self._index: dict[int, list[Replica]] = {}
         self._num_held = 0
         self._bytes_per_token = FIRST_BYTES_PER_TOKEN
         self._answer_tokens, self._work_tokens = FIRST_ANSWER_TOKENS, FIRST_WORK_TOKENS
         self._prompt_token_s, self._step_s = FIRST_PROMPT_TOKEN_S, FIRST_STEP_S
+        # Of later turns: the share whose earlier ones other gateways sent somewhere, and the share
+        # of those that was found at home.
+        self._strange, self._found = 0.0, FIRST_FOUND
 
     def __len__(self) -> int:
         return len(self._replicas)
@@ -126,9 +74,8 @@ class Router:
         """A replica that takes requests. Gateways that give it the same ``home`` choose alike."""
         if name in self._replicas:
             return
-        replica = self._replicas[name] = _Replica(name)
-        for i in range(POINTS):
-            insort(self._ring, (_point(f"{home or name}\0{i}"), name))
+        replica = self._replicas[name] = Replica(name)
+        self._homes.add(name, home or name)
         self._admit(replica)
 
     def remove(self, name: str) -> None:
@@ -137,7 +84,7 @@ class Router:
         if replica is None:
             return
         self._dismiss(replica)
-        self._ring = [point for point in self._ring if point[1] != name]
+        self._homes.remove(name)
         while replica.prefixes:
             self._drop(replica, next(iter(replica.prefixes)))
 
@@ -171,12 +118,17 @@ class Router:
     ) -> Ticket | None:
         """The replica for a request that was ``answered`` with so many tokens already; None if
         none takes requests. Those to ``avoid`` only take it when there is no other."""
-        best: tuple[float, _Replica, int, float] | None = None
-        for replica in self._candidates(chain, avoid):
+        best: tuple[float, Replica, int, float] | None = None
+        home, away = self._home(chain)
+        for replica in self._candidates(chain, avoid, home):
             depth = self._depth(replica, chain)
-            matched = chain.ends[depth - 1] if depth else 0
+            matched = float(chain.ends[depth - 1] if depth else 0)
+            if replica is home and matched < chain.past:
+                matched += self._found * (chain.past - matched)
             work = (chain.size - matched) / self._bytes_per_token + answered + 1
             cost = self._cost(replica, work)
+            if home is not None and replica is not home and matched <= chain.past:
+                cost += away
             if best is None or cost < best[0]:
                 best = cost, replica, depth, work
         if best is None:
@@ -187,7 +139,9 @@ class Router:
         replica.pending += work
         is_new = chain.marks[-1] not in replica.prefixes
         instead_of = self._note(replica, chain.marks)
-        return Ticket(replica.name, chain, depth, work, replica, is_new, instead_of)
+        return Ticket(
+            replica.name, chain, depth, work, replica, replica is home, is_new, instead_of
+        )
 
     def beside(self, ticket: Ticket) -> Ticket:
         """Another answer to the same prompt, at the same replica: computed once."""
@@ -246,8 +200,11 @@ class Router:
         self._answer_tokens += SMOOTHING * (answer_tokens - self._answer_tokens)
         self._work_tokens += SMOOTHING * (prompt_tokens - cached_tokens - self._work_tokens)
         ratio = chain.size / prompt_tokens
+        true_size = cached_tokens * ratio * SLACK + SLACK_BYTES
+        if ticket._is_home and ticket.depth < chain.depth_at(chain.past):
+            self._found += SMOOTHING * ((true_size >= chain.past) - self._found)
         self._bytes_per_token += SMOOTHING * (min(max(ratio, 1.0), 16.0) - self._bytes_per_token)
-        true_depth = chain.depth_at(cached_tokens * ratio * SLACK + SLACK_BYTES)
+        true_depth = chain.depth_at(true_size)
         if true_depth < ticket.depth and self._replicas.get(ticket.replica) is replica:
             # What shared more than that with it is no longer there.
             lost = chain.marks[true_depth]
@@ -256,7 +213,7 @@ class Router:
                 if shares and last != chain.marks[-1]:
                     self._drop(replica, last)
 
-    def _cost(self, replica: _Replica, work: float) -> float:
+    def _cost(self, replica: Replica, work: float) -> float:
         """Seconds until its first token, and what the others on that replica lose by it."""
         figures, load = replica.figures, replica.load
         token_s = figures.prompt_token_s or self._prompt_token_s
@@ -269,22 +226,46 @@ class Router:
             cost += waits * service_s / slots
         return cost
 
-    def _candidates(self, chain: PrefixChain, avoid: Collection[str]) -> Iterator[_Replica]:
+    def _home(self, chain: PrefixChain) -> tuple[Replica | None, float]:
+        """Where a conversation belongs, and the seconds that it may cost to compute it elsewhere:
+        later turns that come to other gateways look for it there."""
+        if chain.past:
+            depth = chain.depth_at(chain.past)
+            is_strange = not depth or chain.marks[depth - 1] not in self._index
+            self._strange += SMOOTHING * (is_strange - self._strange)
+        found = self._homes.of(chain, len(self._replicas))
+        if found is None:
+            return None, 0.0
+        point, is_whole = found
+        lost = self._answer_tokens + self._work_tokens
+        if is_whole:  # those that begin alike are nowhere else
+            lost += chain.size / self._bytes_per_token
+        return next(self._near(point), None), self._strange * TURNS * lost * self._prompt_token_s
+
+    def _near(self, point: int) -> Iterator[Replica]:
+        """Those that all gateways find there and that take requests; some several times."""
+        return (r for r in map(self._replicas.__getitem__, self._homes.near(point)) if r.place >= 0)
+
+    def _candidates(
+        self, chain: PrefixChain, avoid: Collection[str], home: Replica | None
+    ) -> Iterator[Replica]:
         if len(self._open) <= FEW:
             found = self._open
         else:
             chosen = dict.fromkeys(self._holders(chain))
-            chosen.update(dict.fromkeys(self._homes(chain.marks[0])))
+            chosen.update(dict.fromkeys(self._first_homes(chain.marks[0])))
             chosen.update(dict.fromkeys(self._any(NUM_RANDOM)))
+            if home is not None:
+                chosen[home] = None
             found = list(chosen)
         wanted = [r for r in found if r.name not in avoid]
         if not wanted and avoid:
             wanted = [r for r in self._open if r.name not in avoid] or list(self._open)
         return iter(wanted)
 
-    def _holders(self, chain: PrefixChain) -> list[_Replica]:
+    def _holders(self, chain: PrefixChain) -> list[Replica]:
         """Some that hold the most of it."""
-        chosen: list[_Replica] = []
+        chosen: list[Replica] = []
         for mark in reversed(chain.marks):
             holders = self._index.get(mark)
             if holders is None:
@@ -298,23 +279,21 @@ class Router:
                         return chosen
         return chosen
 
-    def _homes(self, mark: int) -> list[_Replica]:
+    def _first_homes(self, mark: int) -> list[Replica]:
         """The replicas that all gateways choose for a first block that none holds."""
-        homes: list[_Replica] = []
-        start = bisect_left(self._ring, (mark, ""))
-        for i in range(min(len(self._ring), 4 * POINTS)):
-            replica = self._replicas[self._ring[(start + i) % len(self._ring)][1]]
-            if replica.place >= 0 and replica not in homes:
+        homes: list[Replica] = []
+        for replica in self._near(mark):
+            if replica not in homes:
                 homes.append(replica)
                 if len(homes) == NUM_HOMES:
                     break
         return homes
 
-    def _any(self, count: int) -> list[_Replica]:
+    def _any(self, count: int) -> list[Replica]:
         return [self._rng.choice(self._open) for _ in range(count)] if self._open else []
 
     @staticmethod
-    def _depth(replica: _Replica, chain: PrefixChain) -> int:
+    def _depth(replica: Replica, chain: PrefixChain) -> int:
         """How many blocks of it a replica holds: who holds one, holds those before it."""
         held, marks = replica.held, chain.marks
         if not held or marks[0] not in held:
@@ -328,7 +307,7 @@ class Router:
                 high = middle - 1
         return low
 
-    def _note(self, replica: _Replica, marks: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
+    def _note(self, replica: Replica, marks: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
         """From now on it holds this, in place of what it continues, which is returned."""
         last = marks[-1]
         if last in replica.prefixes:
@@ -354,7 +333,7 @@ class Router:
             self._drop(replica, next(iter(replica.prefixes)))
         return continued
 
-    def _drop(self, replica: _Replica, last: int) -> None:
+    def _drop(self, replica: Replica, last: int) -> None:
         held = replica.held
         for mark in replica.prefixes.pop(last):
             count = held[mark] - 1
@@ -368,11 +347,11 @@ class Router:
             if not holders:
                 del self._index[mark]
 
-    def _admit(self, replica: _Replica) -> None:
+    def _admit(self, replica: Replica) -> None:
         replica.place = len(self._open)
         self._open.append(replica)
 
-    def _dismiss(self, replica: _Replica) -> None:
+    def _dismiss(self, replica: Replica) -> None:
         """Take it from those that take requests; the last one gets its place."""
         if replica.place < 0:
             return
@@ -381,7 +360,3 @@ class Router:
             self._open[replica.place] = last
             last.place = replica.place
         replica.place = -1
-
-
-def _point(text: str) -> int:
-    return int.from_bytes(blake2b(text.encode(), digest_size=8).digest())
