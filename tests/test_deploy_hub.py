@@ -10,6 +10,8 @@ from deploy_tools import DEPLOY
 from test_deploy import Loader, deployments, rendered
 
 from llmkit.cluster.address import hub_address
+from llmkit.gateway.access.hub_opening import hub_proxies
+from llmkit.settings.hub import HubOptions
 from llmkit.settings.hub_place import HubPlace
 
 __all__ = ["rendered"]  # a fixture
@@ -37,6 +39,17 @@ def test_the_service_of_a_hub(rendered: dict[str, list[dict[str, Any]]]) -> None
         "to": [{"podSelector": {"matchLabels": {"component": "hub"}}}],
     }
     assert to_hub in policy["spec"]["egress"]
+    # The hub's proxy gets in and says who its clients are, and Prometheus; nobody else.
+    (http,) = (e for e in policy["spec"]["ingress"] if e["ports"][0]["port"] == "http")
+    proxy, prometheus = http["from"]
+    assert proxy == {"podSelector": {"matchLabels": {"component": "proxy"}}}
+    assert prometheus == {
+        "namespaceSelector": {},
+        "podSelector": {"matchLabels": {"app.kubernetes.io/name": "prometheus"}},
+    }
+    (proxies,) = (a for a in container["args"] if a.startswith("--hub-proxies="))
+    options = HubOptions(hub_proxies=tuple(proxies.partition("=")[2].split(",")))
+    assert hub_proxies(place, options, ()).trusts("10.1.2.3")
     (monitor,) = (e for e in resources if e["kind"] == "ServiceMonitor")
     (endpoint,) = monitor["spec"]["endpoints"]
     assert endpoint["path"] == f"{place.prefix}/metrics"

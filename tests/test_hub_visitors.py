@@ -15,9 +15,10 @@ from gateway_client import Api
 from tornado import httpserver, web
 from tornado.netutil import bind_sockets
 
+from llmkit.errors import InvalidRequestError
 from llmkit.gateway.access.edge import Edge
 from llmkit.gateway.access.hub_login import HubApi
-from llmkit.gateway.access.hub_opening import HubAccess
+from llmkit.gateway.access.hub_opening import HubAccess, hub_proxies
 from llmkit.gateway.access.hub_tokens import HubGoneError, NoHubError
 from llmkit.gateway.app import Gateway, make_app, make_server
 from llmkit.gateway.directory import EngineDirectory
@@ -174,3 +175,44 @@ async def test_a_hub_with_a_fault_is_away() -> None:
         with pytest.raises(HubGoneError) as away:
             await HubApi(place).owner("token")
         assert not isinstance(away.value, NoHubError)
+
+
+def of_hub(url: str = "http://192.0.2.7:8081/hub/api") -> HubPlace:
+    return HubPlace.of({"JUPYTERHUB_API_URL": url, "JUPYTERHUB_API_TOKEN": "secret"})
+
+
+@pytest.mark.parametrize(
+    ("peer", "said", "client"),
+    [
+        ("127.0.0.1", "203.0.113.9", "203.0.113.9"),
+        ("192.0.2.7", "6.6.6.6, 203.0.113.9", "203.0.113.9"),
+        ("192.0.2.7", "6.6.6.6, 127.0.0.1", "127.0.0.1"),
+        ("10.0.0.5", "203.0.113.9", "10.0.0.5"),
+        ("203.0.113.8", "203.0.113.9", "203.0.113.8"),
+    ],
+)
+def test_only_the_hub_s_own_proxy_says_who_a_client_is(peer: str, said: str, client: str) -> None:
+    """Connecting from a private network is not enough, and no more than its last word counts."""
+    proxies = hub_proxies(of_hub(), HubOptions(), ())
+    assert proxies.client(peer, {"X-Forwarded-For": said}) == client
+    assert proxies.trusts(peer) is (client != peer)
+
+
+def test_whose_headers_are_believed_is_a_setting(caplog: pytest.LogCaptureFixture) -> None:
+    named = hub_proxies(of_hub(), HubOptions(hub_proxies=("10.0.0.0/8",)), ())
+    assert named.client("10.0.0.5", {"X-Forwarded-For": "6.6.6.6, 10.1.1.1"}) == "10.1.1.1"
+    assert not caplog.records
+    for i in range(3):
+        assert named.client(f"127.0.0.{i}", {"X-Forwarded-For": "6.6.6.6"}) == f"127.0.0.{i}"
+    [record] = caplog.records
+    assert "127.0.0.0 sends" in record.message and "hub_proxies" in record.message
+    all_of_them = hub_proxies(of_hub(), HubOptions(), ("192.0.2.7", "10.0.0.0/8"))
+    chain = {"X-Forwarded-For": "203.0.113.9, 10.1.1.1"}
+    assert all_of_them.client("192.0.2.7", chain) == "203.0.113.9"
+    with pytest.raises(InvalidRequestError, match="hub_proxies"):
+        HubOptions(hub_proxies=("proxy.example.org",))
+
+
+def test_a_hub_whose_name_is_not_found_is_no_proxy() -> None:
+    proxies = hub_proxies(of_hub("http://no-such-host.invalid:8081/hub/api"), HubOptions(), ())
+    assert proxies.trusts("127.0.0.1") and not proxies.trusts("10.0.0.1")

@@ -42,6 +42,7 @@ from llmkit.workers.place import ModelStatus
 
 if TYPE_CHECKING:
     from llmkit.gateway.access.hub_opening import HubAccess
+    from llmkit.gateway.access.proxies import Proxies
     from llmkit.gateway.served import Served
     from llmkit.gateway.workers import Workers
     from llmkit.settings.hub_place import HubPlace
@@ -73,8 +74,10 @@ class Composition:
         options = settings.gateway
         is_needed = hub is not None
         database = _database(settings, is_needed) if shared or options.db_url else None
-        of_hub = None if hub is None else _hub_access(hub, settings)
-        self.access = access = Access(options, settings.keys, database, of_hub=of_hub)
+        of_hub, proxies = (None, None) if hub is None else _hub_access(hub, settings)
+        self.access = access = Access(
+            options, settings.keys, database, of_hub=of_hub, proxies=proxies
+        )
         cache = (
             ResponseCache(
                 int(options.response_cache_mb * MB),
@@ -259,15 +262,18 @@ def guards_of(settings: ServeSettings) -> Guards:
     )
 
 
-def _hub_access(hub: HubPlace, settings: ServeSettings) -> Callable[[Edge], HubAccess]:
+def _hub_access(
+    hub: HubPlace, settings: ServeSettings
+) -> tuple[Callable[[Edge], HubAccess], Proxies]:
     """Raises `InvalidRequestError` without jupyterhub."""
     try:
-        from llmkit.gateway.access.hub_opening import HubAccess
+        from llmkit.gateway.access.hub_opening import HubAccess, hub_proxies
     except ImportError as error:
         raise InvalidRequestError(
             f"a hub's service needs jupyterhub ({error}): pip install 'llmkit[hub]'.", "hub"
         ) from None
-    return lambda edge: HubAccess(hub, settings.hub, settings.quotas, edge)
+    proxies = hub_proxies(hub, settings.hub, settings.gateway.trusted_proxies)
+    return lambda edge: HubAccess(hub, settings.hub, settings.quotas, edge), proxies
 
 
 def _database(settings: ServeSettings, is_needed: bool) -> Database | None:

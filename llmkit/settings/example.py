@@ -36,6 +36,7 @@ SAMPLES: Mapping[str, Any] = {
     "api_key": SECRET,
     "cors_origins": ["https://chat.example.org"],
     "trusted_proxies": ["10.0.0.0/8", "127.0.0.1"],
+    "hub_proxies": ["10.0.0.7"],
     "tls_cert": "/etc/llmkit/tls.crt",
     "tls_key": "/etc/llmkit/tls.key",
     "db_url": "sqlite:////var/lib/llmkit/llmkit.db",

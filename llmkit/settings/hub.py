@@ -24,6 +24,10 @@ class HubOptions:
         "number", 60.0, "How long the hub's answer about a token counts; a revoked one is refused "
         "after that.", HUB, low=1.0, high=3600.0, unit="s", live=True,
     )  # fmt: skip
+    hub_proxies: tuple[str, ...] = option(
+        "networks", (), "Where the hub's own proxy connects from: addresses or networks; by "
+        "default this machine and that of $JUPYTERHUB_API_URL.", HUB,
+    )  # fmt: skip
     cache_scope: str = option(
         "choice", "user", "With whom a hub's user shares cached prompts: nobody, a group of its "
         "own, or everybody.", HUB, choices=CACHE_SCOPES, live=True,

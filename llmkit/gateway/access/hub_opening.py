@@ -5,17 +5,22 @@ Tornado loop only; imported only where there is a hub.
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import socket
+from collections.abc import Callable, Sequence
+from urllib.parse import urlsplit
 
 from llmkit.gateway.access.edge import Edge
 from llmkit.gateway.access.hub import HubUsers
 from llmkit.gateway.access.hub_login import HubApi, HubCookies, HubVisitors
 from llmkit.gateway.access.hub_tokens import HubGoneError, NoHubError, TokenOwners
+from llmkit.gateway.access.proxies import LOOPBACK, Proxies
 from llmkit.settings.hub import HubOptions
 from llmkit.settings.hub_place import HubPlace
 from llmkit.settings.quotas import Quotas
 
-__all__ = ["HubAccess"]
+__all__ = ["HubAccess", "hub_proxies"]
 
 logger = logging.getLogger("llmkit.gateway")
 
@@ -56,3 +61,37 @@ class HubAccess:
                 owner.name,
                 place.name,
             )
+
+
+def hub_proxies(place: HubPlace, options: HubOptions, trusted: Sequence[str]) -> Proxies:
+    """The hub's own proxy, through which all requests come: only the address that it notes itself
+    is believed, since its clients may be in the same networks. With ``trusted`` proxies, those.
+    """
+    if trusted:
+        return Proxies(trusted, on_stranger=_once())
+    named = options.hub_proxies or (*LOOPBACK, *_addresses_of(place.api_url))
+    return Proxies(named, hops=1, on_stranger=_once())
+
+
+def _addresses_of(url: str) -> list[str]:
+    """Of the host of a URL; none if they cannot be found now."""
+    with contextlib.suppress(OSError, UnicodeError):
+        found = socket.getaddrinfo(urlsplit(url).hostname, None, type=socket.SOCK_STREAM)
+        return list(dict.fromkeys(str(address[0]).partition("%")[0] for *_, address in found))
+    return []
+
+
+def _once() -> Callable[[str], None]:
+    """Says of the first proxy that is not known."""
+    said: list[str] = []
+
+    def say(address: str) -> None:
+        if not said:
+            said.append(address)
+            logger.warning(
+                "%s sends what a proxy would, and is none of hub_proxies: all whom it brings "
+                "count as one address",
+                address,
+            )
+
+    return say

@@ -43,7 +43,8 @@ class Access:
     ``authenticator``, ``edge`` and ``visitors`` are for `make_app`, ``limiting`` is a stage,
     ``tls`` is for `make_server`. The ``database`` has keys too, and what is used is written there
     (``usage``); it is closed with this. With ``of_hub`` the callers are a hub's instead, and there
-    are no keys. Raises `InvalidRequestError` naming an option, and `StoreError`.
+    are no keys, and ``proxies`` are the hub's. Raises `InvalidRequestError` naming an option, and
+    `StoreError`.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class Access:
         clock: SteadyClock | None = None,
         *,
         of_hub: Callable[[Edge], HubAccess] | None = None,
+        proxies: Proxies | None = None,
     ) -> None:
         self.clock = clock or SteadyClock()
         self._database = database
@@ -75,9 +77,7 @@ class Access:
                 now=self.clock.now,
                 on_use=self._note_use,
             )
-        # A hub's own proxy is always in between.
-        is_given = of_hub is None or options.trusted_proxies
-        proxies = Proxies(options.trusted_proxies) if is_given else Proxies.nearest()
+        proxies = proxies or Proxies(options.trusted_proxies)
         is_https = self._certificates is not None and options.port == HTTPS
         self.edge = Edge(self._cors(options), proxies, is_https)
         self.hub = None if of_hub is None else of_hub(self.edge)

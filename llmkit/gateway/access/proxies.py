@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from ipaddress import IPv4Address, IPv6Address
 
 from llmkit.settings.gateway import GATEWAY_OPTIONS
 
-__all__ = ["FORWARDING", "OURSELVES", "Proxies", "is_loopback", "place"]
+__all__ = ["FORWARDING", "LOOPBACK", "OURSELVES", "Proxies", "is_loopback", "place"]
 
 OURSELVES = "local"
 MAX_HOPS, MAX_HEADER = 32, 4096
-PRIVATE = ("127.0.0.0/8", "::1/128", "10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "fc00::/7")
+LOOPBACK = ("127.0.0.0/8", "::1/128")
 FORWARDING = ("X-Forwarded-For", "Forwarded", "X-Real-IP")  # headers of proxies, the first counts
 Address = IPv4Address | IPv6Address
 
@@ -61,19 +61,19 @@ class Proxies:
     Of ``X-Forwarded-For``, ``Forwarded`` and ``X-Real-IP`` the first that is there counts, read
     from its end: each proxy appends whom it heard, so the last address that is not a proxy's is the
     client's, and what stands before it may be invented. No more than ``hops`` of them are
-    believed. Raises `InvalidRequestError`.
+    believed. ``on_stranger`` is told the address of anybody else who sends such headers. Raises
+    `InvalidRequestError`.
     """
 
-    def __init__(self, trusted: Sequence[str] = (), hops: int = MAX_HOPS) -> None:
-        self._hops = hops
+    def __init__(
+        self,
+        trusted: Sequence[str] = (),
+        hops: int = MAX_HOPS,
+        on_stranger: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        self._hops, self._on_stranger = hops, on_stranger
         GATEWAY_OPTIONS["trusted_proxies"].check(tuple(trusted))
         self._networks = [ipaddress.ip_network(text.strip()) for text in trusted]
-
-    @classmethod
-    def nearest(cls) -> Proxies:
-        """Who connects from this machine or a private network is the one proxy in between; its
-        own clients may be in the same networks, so nothing that they say is believed."""
-        return cls(PRIVATE, hops=1)
 
     def trusts(self, address: str) -> bool:
         """Whether this is a proxy's address."""
@@ -88,6 +88,8 @@ class Proxies:
     def client(self, peer: str, headers: Mapping[str, str]) -> str:
         """The client's address, from its connection and its headers."""
         if not self.trusts(peer):
+            if any(name in headers for name in FORWARDING):
+                self._on_stranger(peer)
             return peer
         client = peer
         for hop in _hops(headers)[: -self._hops - 1 : -1]:
