@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import os
+import socket
+import time
 from contextlib import ExitStack
 from pathlib import Path
 
 import msgspec
 import pytest
 import zmq
-from fakes import FakeClient, ask
+from fakes import FakeClient, ask, wait_for
 from fleet_parts import ENGINE, GATEWAY, KEY, Joined, said_to, speak
 
 from llmkit.bridge import wire
 from llmkit.bridge.client import BridgeClient
 from llmkit.bridge.curve import CurveKeys
 from llmkit.cluster import announcements as words
+from llmkit.cluster import announcing
 from llmkit.cluster.announcements import Place
-from llmkit.cluster.announcing import announcement
+from llmkit.cluster.announcing import Announcer, announcement
 from llmkit.cluster.fleet import Fleet
 from llmkit.cluster.fleet_key import engine_keys, make_key, read_key
 from llmkit.errors import EngineGoneError, InvalidRequestError
@@ -183,3 +186,40 @@ def test_addresses() -> None:
     assert read("tcp://[::1]:7").is_loopback and read("tcp://localhost:7").is_loopback
     assert read("tcp://0.0.0.0:7").is_wild and read("tcp://*").address == "tcp://*:*"
     assert not read("tcp://10.0.0.5").is_loopback and read("tcp://a-b.c:7").host == "a-b.c"
+
+
+def test_a_gateway_that_does_not_answer_is_said_once(
+    monkeypatch: pytest.MonkeyPatch, ending: ExitStack
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(announcing, "report", said.append)
+    monkeypatch.setattr(announcing, "MISSED_S", 0.3)
+    monkeypatch.setattr(words, "EVERY_S", 0.1)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        place = Place("127.0.0.1", probe.getsockname()[1])
+
+    def tell() -> words.Announcement:
+        return announcement(model=ModelDescription("m", ""), address="tcp://127.0.0.1:9")
+
+    announcer = Announcer([place], ENGINE, tell)
+    ending.callback(announcer.close)
+    wait_for(lambda: said)
+    time.sleep(1)
+    assert said == [f"the gateway at {place.address} does not answer; trying again"]
+    fleet = Fleet(place.address, GATEWAY)
+    wait_for(fleet.find)
+    wait_for(lambda: said[1:] == [f"the gateway at {place.address} hears this engine"])
+    fleet.close()  # it is started again, and the engine stays
+    wait_for(lambda: len(said) == 3)
+    fleet = Fleet(place.address, GATEWAY)
+    ending.callback(fleet.close)
+    wait_for(fleet.find)
+    wait_for(lambda: len(said) == 4)
+    stranger = Announcer([place], STRANGE, tell)
+    ending.callback(stranger.close)
+    wait_for(lambda: len(said) == 5)
+    time.sleep(1)
+    assert said[4:] == [
+        f"the gateway at {place.address} does not know our fleet key, or is no gateway"
+    ]

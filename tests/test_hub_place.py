@@ -9,6 +9,7 @@ from settings_files import read
 
 from llmkit.cli import main
 from llmkit.cli.hub import settled
+from llmkit.cli.offering import idle_fleet
 from llmkit.cli.serving import HUBS
 from llmkit.errors import InvalidRequestError
 from llmkit.settings.hub_place import HubPlace
@@ -40,6 +41,15 @@ def test_the_place_of_a_hub() -> None:
     assert options.trusted_proxies == ()
 
 
+def test_a_fleet_that_no_engine_can_join_is_said(tmp_path: Path) -> None:
+    key, listen = 'fleet_key_file = "/k"', 'fleet_listen = "tcp://127.0.0.1:7100"'
+    [note] = idle_fleet(read(key, tmp_path))
+    assert note.startswith("fleet_key_file") and "fleet_listen" in note
+    assert not idle_fleet(read(f"{key}\n{listen}", tmp_path))
+    notes = idle_fleet(read(f'{key}\n{listen}\nmodel = ["echo"]', tmp_path))
+    assert [n.split()[0] for n in notes] == ["fleet_key_file", "fleet_listen"]
+
+
 FOR_A_HUB = """
 cache_scope = "hub"
 [quota.default]
@@ -54,6 +64,9 @@ def test_what_has_no_effect_is_said(tmp_path: Path) -> None:
     place = HubPlace.of(GIVEN)
     notes = settled(read(text, tmp_path), place).notes
     assert [note.split()[0] for note in notes] == ["rate", "base_path", "admin"]
+    both = 'hub_proxies = ["10.0.0.7"]\ntrusted_proxies = ["10.0.0.0/8"]'
+    [note] = settled(read(both, tmp_path), place).notes
+    assert note.startswith("hub_proxies") and "trusted_proxies" in note
     managed = HubPlace.of(GIVEN | {"JUPYTERHUB_SERVICE_URL": "http://127.0.0.1:4000"})
     assert "http://127.0.0.1:4000" in settled(read(text, tmp_path), managed).notes[-1]
     settings = read(FOR_A_HUB, tmp_path)

@@ -12,7 +12,8 @@ from gateway_client import Api
 from loopback_hub import Hub, serving, use
 from tornado.netutil import bind_sockets
 
-from llmkit.errors import ModelBusyError
+from llmkit.cli.offering import finder
+from llmkit.errors import ModelBusyError, ModelNotFoundError
 from llmkit.gateway.app import make_server
 from llmkit.gateway.composition import Composition
 from llmkit.gateway.directory import EngineDirectory
@@ -20,7 +21,8 @@ from llmkit.gateway.storage import Storage
 from llmkit.models.copies import places_for
 from llmkit.models.library import Library
 from llmkit.settings.gateway import GatewayOptions
-from llmkit.settings.serving import ServeSettings
+from llmkit.settings.serving import ServeSettings, read_settings
+from llmkit.workers.models import ModelManager
 
 
 @pytest.fixture
@@ -122,6 +124,20 @@ async def test_the_model_of_a_loaded_copy_stays(
     assert file.exists() and copy.exists()
     await storage.remove("tiny", frozenset())
     assert not file.exists() and not copy.exists()
+
+
+def test_a_model_whose_file_was_deleted_is_not_offered(tmp_path: Path) -> None:
+    file = tiny_models.write(tmp_path / "tiny.gguf", "llama")
+    settings = read_settings({"models_dir": str(tmp_path)}, None, {})
+    manager = ModelManager((), find=finder(settings), start=False)
+    assert manager.name_of("tiny") == "tiny" and manager.names() == ["tiny"]
+    content = file.read_bytes()
+    file.unlink()
+    assert manager.names() == [] == manager.statuses() and manager.known("tiny") is None
+    with pytest.raises(ModelNotFoundError, match="none is offered"):
+        manager.load("tiny")
+    file.write_bytes(content)
+    assert manager.name_of("tiny") == "tiny" and manager.status("tiny").phase == "unloaded"
 
 
 async def test_without_admin_the_routes_are_not_there(models_dir: Path, tiny: bytes) -> None:

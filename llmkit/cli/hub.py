@@ -62,7 +62,7 @@ def hub(
         return settled(found, place)
 
     settings = read()
-    for note in settings.notes:
+    for note in (*settings.notes, *offering.idle_fleet(settings)):
         report(note)
     echo = offering.echo(settings)
     offered = () if echo is not None else offering.offered(settings)
@@ -102,6 +102,8 @@ def settled(settings: ServeSettings, place: HubPlace) -> ServeSettings:
         *ignored(settings, ["rate"], "tables [quota…] say how much the hub's users may use."),
         *ignored(settings, ["base_path"], f"the hub has this service at {place.prefix}/."),
     ]
+    if options.trusted_proxies:
+        notes += ignored(settings, ["hub_proxies"], "trusted_proxies names all proxies.")
     if not options.admin:
         notes += ignored(
             settings, ["admin"], "the hub's scope custom:llmkit:admin says who may administer."

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from llmkit.errors import InvalidRequestError, ModelNotFoundError
 from llmkit.models.hub import is_hub_name, is_repository
-from llmkit.models.library import Library, check_folder
+from llmkit.models.library import Library, StoredModel, check_folder
 from llmkit.protocol.client import EngineClient
 from llmkit.settings.entries import ModelEntry
-from llmkit.settings.serving import ServeSettings
+from llmkit.settings.serving import ServeSettings, ignored
 from llmkit.system.resources import usable_cores
 from llmkit.wanted import worker_task
 from llmkit.workers.budget import Budget, need_of
@@ -58,6 +59,17 @@ def echo(settings: ServeSettings) -> EngineClient | None:
     return EchoEngine(entry.name or ECHO, **options)
 
 
+def idle_fleet(settings: ServeSettings) -> tuple[str, ...]:
+    """Notes on settings of a fleet that no engine can join."""
+    if any(entry.model == ECHO for entry in settings.models):
+        names, why = ["fleet_listen", "fleet_key_file"], f"{ECHO} answers without engines."
+    elif settings.gateway.fleet_listen is None:
+        names, why = ["fleet_key_file"], "engines join where fleet_listen says."
+    else:
+        return ()
+    return ignored(settings, names, why)
+
+
 def finder(settings: ServeSettings) -> Callable[[str], ServedModel | None] | None:
     """Finds models of ``models_dir`` by name; None without such a folder.
 
@@ -81,7 +93,7 @@ def finder(settings: ServeSettings) -> Callable[[str], ServedModel | None] | Non
             force=settings.gateway.force,
             replicas=settings.gateway.replicas,
         )
-        return _served(entry, library, stored.id)
+        return _served(entry, library, stored)
 
     return find
 
@@ -103,8 +115,10 @@ def _library(settings: ServeSettings) -> Library | None:
     return Library(Path(folder).expanduser(), keep_s=1.0)
 
 
-def _served(entry: ModelEntry, library: Library | None, found: str | None = None) -> ServedModel:
-    name, is_found = found or entry.name, found is not None
+def _served(
+    entry: ModelEntry, library: Library | None, found: StoredModel | None = None
+) -> ServedModel:
+    name = entry.name if found is None else found.id
 
     def task() -> dict[str, Any]:
         source: Any = entry.model
@@ -112,7 +126,7 @@ def _served(entry: ModelEntry, library: Library | None, found: str | None = None
             try:
                 source = library.resolve(entry.model)
             except ModelNotFoundError:
-                if is_found:  # and is gone: nothing else may take its place
+                if found is not None:  # and is gone: nothing else may take its place
                     raise
         options = dict(entry.engine)
         if entry.replicas > 1 and not entry.tuned:
@@ -137,4 +151,5 @@ def _served(entry: ModelEntry, library: Library | None, found: str | None = None
         force=entry.force,
         keep_s=entry.idle_unload_s,
         replicas=entry.replicas,
+        is_there=lambda: found is None or all(map(os.path.isfile, found.files)),
     )

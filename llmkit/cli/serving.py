@@ -62,7 +62,8 @@ def serve(
         return read_settings({**given, "model": models} if models else given, config)
 
     settings = read()
-    for note in (*settings.notes, *ignored(settings, HUBS, "it is for `llmkit hub`.")):
+    of_hub = ignored(settings, HUBS, "it is for `llmkit hub`.")
+    for note in (*settings.notes, *of_hub, *offering.idle_fleet(settings)):
         report(note)
     echo = offering.echo(settings)
     offered = () if echo is not None else offering.offered(settings)
@@ -128,6 +129,10 @@ def engine(
         return hold_joined(model, given, joining, report_fd)
     if listen is not None or advertise is not None:
         raise InvalidRequestError("listen and advertise are for engines that --join a gateway.")
+    if fleet_key_file is not None:
+        from llmkit.system.reporting import report
+
+        report("fleet_key_file has no effect: only engines that --join a gateway need it.")
     from llmkit.cli.holding import hold
 
     return hold(model, given, report_fd)

@@ -14,7 +14,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import msgspec
@@ -33,6 +33,7 @@ from llmkit.version import __version__
 __all__ = ["Announcer", "announcement", "model_hash"]
 
 RESOLVE_S = 5.0
+MISSED_S = 5.0  # without an answer; then it is said
 RECONNECT_MS, MAX_RECONNECT_MS = 200, 2000
 LINGER_MS = 500  # for the last words
 CLOSE_S = 3.0
@@ -57,6 +58,7 @@ class _Gateway:
     monitor: zmq.Socket[bytes]
     is_secure: bool = False
     trouble: str = ""
+    heard_at: float = field(default_factory=time.monotonic)
 
 
 def announcement(**facts: object) -> Announcement:
@@ -189,6 +191,7 @@ class Announcer:
                 said = self._tell()
                 for gateway in self._gateways.values():
                     _send(gateway, words.ANNOUNCE, words.pack(self._for(gateway, said)))
+                    self._miss(gateway)
         for gateway in self._gateways.values():
             _send(gateway, words.LEAVE, words.pack(words.Leave(self._instance)))
 
@@ -244,8 +247,16 @@ class Announcer:
                 if kind == words.REFUSED:
                     self._trouble(gateway, f"refuses this engine: {_reason(body)}")
                 elif kind == words.HEARD:
-                    gateway.trouble = ""
+                    gateway.heard_at = time.monotonic()
+                    if gateway.trouble:
+                        gateway.trouble = ""
+                        report(f"the gateway at {gateway.name} hears this engine")
         return fresh
+
+    def _miss(self, gateway: _Gateway) -> None:
+        """Say that a gateway is not there, unless it is known what is wrong."""
+        if not gateway.trouble and time.monotonic() - gateway.heard_at > MISSED_S:
+            self._trouble(gateway, "does not answer; trying again")
 
     @staticmethod
     def _trouble(gateway: _Gateway, what: str) -> None:

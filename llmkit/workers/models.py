@@ -86,12 +86,12 @@ class ModelManager:
     def names(self) -> list[str]:
         """The names of all models."""
         with self._lock:
-            return list(self._places)
+            return [name for name, place in self._places.items() if place.is_offered]
 
     def statuses(self) -> list[ModelStatus]:
         """All models, loaded or not."""
         with self._lock:
-            return [self._status(place) for place in self._places.values()]
+            return [self._status(place) for place in self._places.values() if place.is_offered]
 
     def status(self, model: str) -> ModelStatus:
         """Raises `ModelNotFoundError`."""
@@ -103,7 +103,8 @@ class ModelManager:
         """The name of a model, given that, an alias or "default"; None if it is not known yet."""
         with self._lock:
             name = self._default if model == "default" else self._aliases.get(model, model)
-            return name if name in self._places else None
+            place = self._places.get(name or "")
+            return name if place is not None and place.is_offered else None
 
     def phase(self, model: str) -> Phase:
         """Where a model is in its life. Raises `ModelNotFoundError`."""
@@ -386,7 +387,7 @@ class ModelManager:
             name = self.known(model)
             if name is not None:
                 return self._places[name]
-            names = ", ".join(repr(n) for n in list(self._places)[:20])
+            names = ", ".join(repr(n) for n in self.names()[:20])
         offered = f"there are: {names}" if names else "none is offered"
         raise ModelNotFoundError(f"there is no model {model!r:.200} here; {offered}.")
 

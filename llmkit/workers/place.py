@@ -27,7 +27,8 @@ class ServedModel:
     ``task`` makes the task of its worker (`llmkit.workers.engine`), and may take long: a file may
     have to be downloaded. ``need`` estimates the memory of a task. ``keep_s``: unload after so
     many idle seconds; None leaves it to the server. ``pinned``: never unload it to make room.
-    ``need`` is of all ``replicas`` together, the workers that it gets.
+    ``need`` is of all ``replicas`` together, the workers that it gets. ``is_there`` says whether
+    its files still are; it is asked while the model is not loaded.
     """
 
     name: str
@@ -39,6 +40,7 @@ class ServedModel:
     force: bool = False
     keep_s: float | None = None
     replicas: int = 1
+    is_there: Callable[[], bool] = lambda: True
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +132,11 @@ class Place:
     def holds(self) -> bool:
         """Whether it takes memory."""
         return self.worker is not None
+
+    @property
+    def is_offered(self) -> bool:
+        """Whether callers may ask for it: not once its files were deleted."""
+        return self.phase not in ("unloaded", "failed") or self.model.is_there()
 
     @property
     def is_wanted(self) -> bool:
