@@ -38,6 +38,7 @@ class Hub:
     ranges: bool = True
     cut_after: list[int] = field(default_factory=list)  # bytes of the next answers, then the end
     statuses: list[int] = field(default_factory=list)  # of the next answers to GET
+    retry_after: str = "0"  # with those
     damage: int = 0  # so many answers have a wrong byte
     pause_s: float = 0.0  # after each chunk
     cdn: str = ""  # where to redirect to
@@ -117,7 +118,7 @@ class Handler(BaseHTTPRequestHandler):
         org, repo, name = place.split("/", 2)
         data = hub.content[f"{org}/{repo}"][name]
         if hub.statuses:
-            return self.send(hub.statuses.pop(0), b"{}", {"Retry-After": "0"})
+            return self.send(hub.statuses.pop(0), b"{}", {"Retry-After": hub.retry_after})
         if hub.damage:
             hub.damage -= 1
             data = data[:-1] + bytes([data[-1] ^ 1])

@@ -15,7 +15,7 @@ import pytest
 from loopback_hub import DATA, FILE, Hub, fetch, parts, serving
 
 from llmkit.errors import DownloadError, ModelNotFoundError
-from llmkit.models import disk, download, transfer
+from llmkit.models import disk, download, repositories, transfer
 from llmkit.models import hub as hub_names
 
 
@@ -52,6 +52,12 @@ def test_a_hub_that_stalls_is_asked_again(hub: Hub, monkeypatch: pytest.MonkeyPa
     threading.Timer(0.8, lambda: setattr(hub, "pause_s", 0.0)).start()
     assert fetch().read_bytes() == DATA
     assert len(hub.gets()) > 1
+
+
+def test_a_hub_that_names_no_time_to_wait(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transfer, "FIRST_DELAY_S", 0.01)
+    hub.statuses, hub.retry_after = [503], "\u00b2"
+    assert fetch().is_file()
 
 
 def test_busy_hubs_are_waited_for(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -192,6 +198,16 @@ def test_a_hostile_hub_writes_nowhere_else(
     with pytest.raises(ModelNotFoundError, match=r"makes no sense|does not say"):
         fetch()
     assert {p for p in tmp_path.rglob("*") if p.is_file()} == before
+
+
+@pytest.mark.parametrize("name", ["../m/", "a/../../m/", "/", "a//", "..\\", "a\n", "\x1b[2J"])
+def test_a_hub_that_lists_what_is_no_path(hub: Hub, tmp_path: Path, name: str) -> None:
+    hub.add("org/evil", **{f"{name}{FILE}": DATA, "config.json": b"{}", f"{name}a.json": b"{}"})
+    assert hub_names.files_of(hub_names.HubName("org/evil")) == {}
+    with pytest.raises(ModelNotFoundError, match="has no GGUF model"):
+        fetch("org/evil", models_dir=tmp_path / "models")
+    assert not (tmp_path / "models").exists()
+    assert repositories._listing(hub_names.HubName("org/evil"))[1] == ["config.json"]
 
 
 def test_a_hub_that_sends_too_much(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -368,3 +368,12 @@ async def test_a_refusal_of_a_stage_is_logged_with_its_code(model: FakeClient, s
         await api.fetch("POST", "/v1/chat/completions", CHAT)
         (line,) = await entries(sink, 1)
         assert (line["status"], line["error"]) == (429, "rate_limited")
+
+
+def test_addresses_of_downloads_are_not_logged(sink: Sink) -> None:
+    handler = log_to("json", "debug", write=sink.write)
+    for name in ("httpx", "httpx2", "httpcore2.http11", "huggingface_hub.utils._http"):
+        logging.getLogger(name).info("GET https://cdn.example/file?X-Amz-Signature=not-shown")
+        logging.getLogger(name).warning("it is slow")
+    handler.close()
+    assert b"not-shown" not in sink.data and sink.data.count(b"it is slow") == 4

@@ -31,6 +31,7 @@ __all__ = [
     "choose",
     "files_of",
     "is_hub_name",
+    "is_path",
     "is_repository",
 ]
 
@@ -93,7 +94,7 @@ class HubName:
             _check_tokenizer(match["repo"], tokenizer)
             what += ".gguf"
         if what.endswith(".gguf"):
-            if any(part in ("", ".", "..") for part in what.split("/")):
+            if not is_path(what):
                 raise InvalidRequestError(f"{what!r:.200} is no path in a repository.", "model")
             return cls(match["repo"], match["revision"], file=what)
         label = label_of(what)
@@ -109,6 +110,16 @@ class HubName:
         revision = f"@{self.revision}" if self.revision else ""
         what = self.file or self.label
         return f"{self.repo}{revision}" + (f":{what}" if what else "")
+
+
+def is_path(name: str) -> bool:
+    """Whether this may be a file of a repository: it leads nowhere else, and is safe to print.
+
+    >>> is_path("sub/model.gguf"), is_path("../model.gguf")
+    (True, False)
+    """
+    parts = name.split("/")
+    return name.isprintable() and not ("\\" in name or {"", ".", ".."} & {*parts})
 
 
 def is_hub_name(text: str) -> bool:
@@ -179,7 +190,8 @@ def ask(name: HubName) -> Iterator[None]:
             "(log in with `hf auth login`)."
         ) from None
     except errors.RevisionNotFoundError:
-        raise ModelNotFoundError(f"{name.repo} has no revision {name.revision!r}.") from None
+        revision = name.revision or "main"
+        raise ModelNotFoundError(f"{name.repo} has no revision {revision!r}.") from None
     except errors.EntryNotFoundError as error:
         if isinstance(error, errors.LocalEntryNotFoundError):
             raise Unreachable(f"the Hub cannot be reached: {error.__cause__ or error}") from None
@@ -218,12 +230,16 @@ def _status(error: OSError) -> str:
 
 
 def files_of(name: HubName) -> dict[str, int | None]:
-    """The GGUF files of a repository, and their sizes. Raises as `ask` does."""
+    """The GGUF files of a repository, and their sizes; not those whose names are no paths.
+
+    Raises as `ask` does.
+    """
     from huggingface_hub import HfApi
 
     with ask(name):
         info = HfApi().model_info(name.repo, revision=name.revision, files_metadata=True)
-    return {f.rfilename: f.size for f in info.siblings or () if f.rfilename.endswith(".gguf")}
+    found = {f.rfilename: f.size for f in info.siblings or () if f.rfilename.endswith(".gguf")}
+    return {name: size for name, size in found.items() if is_path(name)}
 
 
 def about(name: HubName, file: str) -> HubFile:

@@ -96,7 +96,7 @@ def _listing(name: HubName) -> tuple[str, list[str]]:
 
     with hub.ask(name):
         info = HfApi().model_info(name.repo, revision=name.revision)
-    files = [f.rfilename for f in info.siblings or ()]
+    files = [f.rfilename for f in info.siblings or () if hub.is_path(f.rfilename)]
     # Sentence-transformers keep how they pool in a folder; weights in folders are other variants.
     wanted = [f for f in files if f.endswith(WANTED) and ("/" not in f or f.endswith(".json"))]
     # Mistral's have all weights a second time.

@@ -255,7 +255,8 @@ def _response(url: str, start: int) -> Iterator[tuple[int, Any, Iterator[bytes]]
         if code in (408, 429, 500, 502, 503, 504):
             wait = response.headers.get("Retry-After", "")
             raise _Broken(
-                f"the Hub answers with status {code}", float(wait) if wait.isdigit() else 0
+                f"the Hub answers with status {code}",
+                float(wait) if re.fullmatch("[0-9]{1,9}", wait) else 0,
             )
         if code not in (200, 206, 416):
             raise DownloadError(
