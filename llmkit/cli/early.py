@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+from llmkit.system import collecting
 from llmkit.system.prepared import prepare
 
 __all__ = ["WORKER", "main"]
@@ -22,11 +23,15 @@ WORKER = (
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; see `llmkit.cli.app`."""
-    if argv is None and _serves_a_model(sys.argv[1:]):
-        prepare(WORKER)
-    from llmkit.cli.app import main as run
+    try:
+        if argv is None and _serves_a_model(sys.argv[1:]):
+            collecting.pause()  # until the gateway runs
+            prepare(WORKER)
+        from llmkit.cli.app import main as run
 
-    return run(argv)
+        return run(argv)
+    except KeyboardInterrupt:  # while modules are imported, too
+        return 130
 
 
 def _serves_a_model(given: Sequence[str]) -> bool:

@@ -15,6 +15,10 @@ from llmkit.loading import load
 __all__ = ["hold"]
 
 LOOK_S = 0.5
+UNHELD = (
+    b"llmkit: standard input has ended, and with it the engine, before its model was loaded; keep "
+    b"it open: an engine ends with whoever started it.\n"
+)
 
 
 def hold(model: str, options: dict[str, Any], report_fd: int | None = None) -> int:
@@ -31,6 +35,9 @@ def hold(model: str, options: dict[str, Any], report_fd: int | None = None) -> i
                 pass
         ended.set()
         if not loaded.is_set():
+            if reports is None:  # whoever reads reports knows how it began
+                with contextlib.suppress(OSError):
+                    os.write(2, UNHELD)
             os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
