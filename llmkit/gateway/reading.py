@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from contextvars import copy_context
-from functools import partial
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from pydantic import AliasChoices, AliasPath, BaseModel
@@ -158,16 +158,23 @@ def _parsed(body: bytes) -> dict[str, Any]:
 
 def _given(schema: type[BaseModel], data: dict[str, Any]) -> frozenset[str]:
     """The schema's fields that have a value, and those of an object that holds the sampling."""
-    names = {
-        name
-        for name, field in schema.model_fields.items()
-        if any(data.get(each) is not None for each in _spellings(name, field.validation_alias))
-    }
+    fields = _fields_by_spelling(schema)
+    names = {fields[key] for key, value in data.items() if value is not None and key in fields}
     for nested in names & {"options", "sampling_params"}:
         values = data.get(nested)
         if isinstance(values, dict):
             names |= {name for name, value in values.items() if value is not None}
     return frozenset(names)
+
+
+@cache
+def _fields_by_spelling(schema: type[BaseModel]) -> dict[str, str]:
+    """A schema's fields, by their names and by what callers may call them instead."""
+    return {
+        spelling: name
+        for name, field in schema.model_fields.items()
+        for spelling in _spellings(name, field.validation_alias)
+    }
 
 
 def _spellings(name: str, alias: str | AliasPath | AliasChoices | None) -> list[str]:

@@ -21,9 +21,6 @@ from llmkit.store.conversation_records import (
     storable,
 )
 from llmkit.store.conversation_rows import (
-    CONVERSATIONS,
-    MESSAGES,
-    REPLIES,
     Row,
     add_chain,
     as_read,
@@ -31,6 +28,17 @@ from llmkit.store.conversation_rows import (
     message_values,
     read_message,
     used,
+)
+from llmkit.store.conversation_statements import (
+    FILL_REPLY,
+    HELD,
+    ID,
+    LEASE,
+    MESSAGES,
+    RELEASE,
+    REPLIES,
+    RUNNING,
+    USE,
 )
 from llmkit.store.writers import is_gone
 
@@ -47,34 +55,7 @@ __all__ = [
 ]
 
 COLUMNS = REPLIES.c
-ID = sa.bindparam("of", type_=sa.String)
-HELD = sa.and_(  # a lease of a writer
-    COLUMNS.message_id == ID,
-    COLUMNS.conversation_id == sa.bindparam("here"),
-    COLUMNS.writer == sa.bindparam("by"),
-)
-# What each turn asks, made once.
-RUNNING = (
-    sa.select(REPLIES, MESSAGES.c.parent_id)
-    .join(MESSAGES, MESSAGES.c.id == COLUMNS.message_id)
-    .where(COLUMNS.conversation_id == sa.bindparam("here"))
-    .order_by(MESSAGES.c.number)
-)
-LEASE, RELEASE = sa.insert(REPLIES), sa.delete(REPLIES).where(HELD)
 RENEW = sa.update(REPLIES).where(HELD)
-NOW = sa.bindparam("now", type_=sa.Float)
-USED_AT = sa.case((CONVERSATIONS.c.used_at > NOW, CONVERSATIONS.c.used_at), else_=NOW)
-USE = (  # what `used` does, and more characters
-    sa.update(CONVERSATIONS)
-    .where(CONVERSATIONS.c.id == ID)
-    .values(
-        used_at=USED_AT,
-        expires_at=USED_AT + CONVERSATIONS.c.ttl_s,
-        updated_at=NOW,
-        version=CONVERSATIONS.c.version + 1,
-        num_chars=CONVERSATIONS.c.num_chars + sa.bindparam("more", type_=sa.BigInteger),
-    )
-)
 CHANGE = sa.update(MESSAGES).where(MESSAGES.c.id == ID)
 
 
@@ -112,7 +93,7 @@ def begin(
         "writer": writer,
         "renewed_at": now,
     }
-    connection.execute(LEASE, lease)
+    LEASE.run(connection, lease)
     row.head = added[-1].id
     used(row, now)
     return added
@@ -120,10 +101,10 @@ def begin(
 
 def _running(connection: Connection, row: Row, now: float) -> Sequence[Any]:
     """The running replies, with their parents, whose writers live; others are partial now."""
-    running = connection.execute(RUNNING, {"here": row.id}).all()
+    running = RUNNING.rows(connection, {"here": row.id})
     if any(is_gone(r.writer, r.renewed_at, now) for r in running):
         recover(connection, row, now)
-        return connection.execute(RUNNING, {"here": row.id}).all()
+        return RUNNING.rows(connection, {"here": row.id})
     return running
 
 
@@ -186,7 +167,7 @@ def end_known(
     Raises `NotFoundError` if that is not running any more, to be rolled back.
     """
     use = {"of": begun.conversation_id, "now": now, "more": message.size}
-    if not connection.execute(USE, use).rowcount or not _release(
+    if not USE.run(connection, use) or not _release(
         connection, begun.conversation_id, begun.id, writer
     ):
         raise NotFoundError("the answer was taken for cut off, or has ended.")
@@ -196,7 +177,7 @@ def end_known(
 def _fill(connection: Connection, known: StoredMessage, message: NewMessage) -> StoredMessage:
     """Store all of a reply in place of its beginning."""
     values = message_values(message)
-    connection.execute(CHANGE, {"of": known.id, **values})
+    FILL_REPLY.run(connection, {"of": known.id, **values})
     fixed = ("id", "conversation_id", "parent_id", "number", "created_at")
     return as_read({name: getattr(known, name) for name in fixed} | values)
 
@@ -204,7 +185,7 @@ def _fill(connection: Connection, known: StoredMessage, message: NewMessage) -> 
 def _release(connection: Connection, conversation_id: str, message_id: str, writer: str) -> bool:
     """Give a lease back; False if it was lost."""
     lease = {"of": message_id, "here": conversation_id, "by": writer}
-    return bool(connection.execute(RELEASE, lease).rowcount)
+    return bool(RELEASE.run(connection, lease))
 
 
 def cancel(connection: Connection, row: Row, message_id: str, writer: str, now: float) -> None:

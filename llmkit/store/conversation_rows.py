@@ -24,7 +24,20 @@ from llmkit.store.conversation_records import (
     new_id,
     storable,
 )
-from llmkit.store.tables import Conversations, Messages, Replies
+from llmkit.store.conversation_statements import (
+    ANCESTORS,
+    CONVERSATIONS,
+    FIND,
+    FIND_LOCKED,
+    INSERT_MESSAGES,
+    LAST_NUMBER,
+    MESSAGES,
+    NUMBER_AFTER,
+    READ_MESSAGE,
+    REPLIES,
+    SAVE_USE,
+    USE_FIELDS,
+)
 
 __all__ = [
     "CONVERSATIONS",
@@ -53,44 +66,7 @@ __all__ = [
 
 MAX_OWNER = 255
 NEAR = 16  # ancestors looked at before a whole path is read
-CONVERSATIONS: Any = Conversations.__table__
-MESSAGES: Any = Messages.__table__
-REPLIES: Any = Replies.__table__
-ID, HERE = sa.bindparam("of", type_=sa.String), MESSAGES.c.conversation_id == sa.bindparam("here")
-# What each turn asks, made once.
-FIND = sa.select(CONVERSATIONS).where(CONVERSATIONS.c.id == ID)
-FIND_LOCKED = FIND.with_for_update()
-SAVE = sa.update(CONVERSATIONS).where(CONVERSATIONS.c.id == ID)
-SAVED = ("head", "version", "num_messages", "num_chars", "updated_at", "used_at", "expires_at")
-READ_MESSAGE = sa.select(MESSAGES).where(MESSAGES.c.id == ID, HERE)
-LAST_NUMBER = sa.select(sa.func.max(MESSAGES.c.number)).where(HERE)
-NUMBER_AFTER = sa.select(LAST_NUMBER.scalar_subquery()).where(
-    sa.exists().where(MESSAGES.c.id == ID, HERE)
-)
-INSERT_MESSAGES = sa.insert(MESSAGES)
-
-
-def _ancestors_query() -> Any:
-    columns = MESSAGES.c
-    found = (
-        sa.select(columns.id, columns.parent_id, sa.literal(1).label("depth"))
-        .where(columns.id == ID, HERE)
-        .cte("found", recursive=True)
-    )
-    above = MESSAGES.alias("above")
-    found = found.union_all(
-        sa.select(above.c.id, above.c.parent_id, found.c.depth + 1)
-        .join(found, above.c.id == found.c.parent_id)
-        .where(
-            above.c.conversation_id == sa.bindparam("here"),
-            found.c.depth < sa.bindparam("most", type_=sa.Integer),
-        )
-    )
-    query = sa.select(MESSAGES).join(found, columns.id == found.c.id)
-    return query.order_by(columns.number)
-
-
-ANCESTORS = _ancestors_query()
+SAVE = sa.update(CONVERSATIONS).where(CONVERSATIONS.c.id == sa.bindparam("of"))
 
 
 class Row(SimpleNamespace):
@@ -122,7 +98,7 @@ def find(
     Without an owner, for a reply that was begun, it may have expired meanwhile.
     """
     query = FIND_LOCKED if lock else FIND
-    found = connection.execute(query, {"of": storable(conversation_id)}).one_or_none()
+    found = query.first(connection, {"of": storable(conversation_id)})
     if found is None or (
         owner is not None
         and (found.owner != owner_key(owner) or (found.expires_at or math.inf) <= now)
@@ -131,13 +107,16 @@ def find(
             f"there is no session {conversation_id!r:.60}: it does not exist, or was deleted or "
             "expired."
         )
-    return Row(**found._mapping)
+    return Row(**found._asdict())
 
 
 def save(connection: Connection, row: Row, **more: Any) -> None:
     """Store what a turn changes of a conversation, and ``more`` columns."""
-    values = {name: getattr(row, name) for name in SAVED}
-    connection.execute(SAVE, {"of": row.id, **values, **more})
+    values = {"of": row.id, **{name: getattr(row, name) for name in USE_FIELDS}}
+    if more:
+        connection.execute(SAVE, {**values, **more})
+    else:
+        SAVE_USE.run(connection, values)
 
 
 def add(connection: Connection, owner: str, values: dict[str, Any], now: float) -> Row:
@@ -278,7 +257,7 @@ def insert(
         for number, (message_id, parent_id, message) in enumerate(messages, first)
     ]
     if values:
-        connection.execute(INSERT_MESSAGES, values)
+        INSERT_MESSAGES.run_all(connection, values)
     digests = [digest for _, _, message in messages for digest in message.digests]
     if digests:
         files = {digest: data for _, _, m in messages for digest, data in m.media.items()}
@@ -290,12 +269,12 @@ def insert(
 
 def _next_number(connection: Connection, conversation_id: str, parent_id: str | None) -> int:
     if parent_id is None:
-        return (connection.scalar(LAST_NUMBER, {"here": conversation_id}) or 0) + 1
+        return (LAST_NUMBER.first(connection, {"here": conversation_id}).number or 0) + 1
     place = {"of": storable(parent_id), "here": conversation_id}
-    number = connection.scalar(NUMBER_AFTER, place)
-    if number is None:
+    last = NUMBER_AFTER.first(connection, place)
+    if last is None:
         raise NotFoundError(f"the session has no message {parent_id!r:.60}.")
-    return int(number) + 1
+    return int(last.number) + 1
 
 
 def as_read(values: dict[str, Any]) -> StoredMessage:
@@ -325,7 +304,7 @@ def read_messages(connection: Connection, conversation_id: str) -> list[StoredMe
 def read_message(connection: Connection, conversation_id: str, message_id: str) -> StoredMessage:
     """One message. Raises `NotFoundError`."""
     place = {"of": storable(message_id), "here": conversation_id}
-    row = connection.execute(READ_MESSAGE, place).one_or_none()
+    row = READ_MESSAGE.first(connection, place)
     if row is None:
         raise NotFoundError(f"the session has no message {message_id!r:.60}.")
     return message_of(row)
@@ -363,7 +342,7 @@ def _ancestors(
 ) -> list[StoredMessage]:
     """A message and at most so many of its ancestors, oldest first."""
     place = {"of": storable(leaf), "here": conversation_id, "most": count}
-    return [message_of(row) for row in connection.execute(ANCESTORS, place)]
+    return [message_of(row) for row in ANCESTORS.rows(connection, place)]
 
 
 def in_progress(conversation_id: Any) -> sa.Exists:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import shutil
 import sqlite3
 import stat
 import time
@@ -22,6 +23,7 @@ from sqlalchemy.engine import URL, Connection, Engine
 from sqlalchemy.orm import Session
 
 from llmkit.errors import InvalidRequestError, StoreError
+from llmkit.settings.values import masked
 from llmkit.store.migrations import HEAD, VERSION_TABLE
 from llmkit.store.place import default_path
 from llmkit.system.reporting import report
@@ -29,6 +31,7 @@ from llmkit.system.reporting import report
 __all__ = ["Database", "open_database"]
 
 BUSY_S, MIGRATION_S = 10.0, 120.0
+LEAST_BYTES = 1 << 20  # free, that SQLite can work with
 ADVISORY_LOCK = 0x6C6C6D6B  # of PostgreSQL, while the tables are made
 # Of PostgreSQL's client, unless the URL says otherwise: when a server counts as gone.
 PATIENCE = {
@@ -120,7 +123,7 @@ class Database:
     def _explained(self) -> Iterator[None]:
         try:
             yield
-        except (sa.exc.DBAPIError, sa.exc.TimeoutError) as error:
+        except (sa.exc.DBAPIError, sa.exc.TimeoutError, sqlite3.Error) as error:
             raise explained(error, self.place) from None
 
     def close(self) -> None:
@@ -130,12 +133,22 @@ class Database:
 def explained(error: Exception, place: str) -> StoreError:
     """The driver's error, with what to do."""
     cause = str(getattr(error, "orig", None) or error).strip().partition("\n")[0]
-    advice = next((text for words, text in CAUSES.items() if words in cause.lower()), "")
+    words = cause.lower()
+    if "disk i/o" in words and _is_full(place):  # it had no room for its index
+        words = "disk is full"
+    advice = next((text for known, text in CAUSES.items() if known in words), "")
     return StoreError(
         f"the database {place} cannot be used: {advice} ({cause})."
         if advice
         else f"the database {place} cannot be used: {cause}"
     )
+
+
+def _is_full(place: str) -> bool:
+    try:
+        return shutil.disk_usage(Path(place).parent).free < LEAST_BYTES
+    except (OSError, ValueError):  # it is no file
+        return False
 
 
 def _migrate(connection: Connection, version: str | None, place: str) -> None:
@@ -204,7 +217,7 @@ def _parse(url: str) -> URL:
 
 def _postgresql(url: URL) -> Database:
     """A server that is gone, or a network that swallows packets, is an error after ten seconds."""
-    place = url.render_as_string(hide_password=True)
+    place = masked(url.render_as_string(hide_password=True))
     own = {name: value for name, value in PATIENCE.items() if name not in url.query}
     try:
         engine = sa.create_engine(
@@ -263,7 +276,8 @@ def _sqlite(path: Path, create: bool) -> Database:
             if connection.info.get("synchronous") != level:
                 connection.exec_driver_sql(f"PRAGMA synchronous={level}")
                 connection.info["synchronous"] = level
-        connection.exec_driver_sql("BEGIN IMMEDIATE" if options.get("writes") else "BEGIN")
+        driver: Any = connection.connection.driver_connection
+        driver.execute("BEGIN IMMEDIATE" if options.get("writes") else "BEGIN")
 
     try:
         _use_wal(connect)
