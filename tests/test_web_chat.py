@@ -138,6 +138,20 @@ def test_edit_and_regenerate_make_branches(page: Page, model: ScriptedModel) -> 
     expect(page.locator(".message.user .branches")).to_have_text("1/2")
 
 
+def test_a_branch_is_rendered_whenever_it_is_shown(page: Page, model: ScriptedModel) -> None:
+    model.script = lambda said: ANSWER
+    say(page, "Write about rain")
+    answer = page.locator(".message.assistant")
+    before = answer.locator(".prose").inner_html()
+    page.get_by_role("button", name="Regenerate").click()
+    expect(answer.locator(".branches")).to_have_text("2/2")
+    ended(page)
+    for name in ("Previous branch", "Next branch"):
+        answer.get_by_role("button", name=name).click()
+        expect(answer.locator("em")).to_have_text("quiet")
+        assert answer.locator(".prose").inner_html() == before
+
+
 def test_a_reload_in_mid_stream_goes_on(page: Page, model: ScriptedModel) -> None:
     model.script, model.token_s = lambda said: LONG, 0.01
     say(page, "Count", ends=False)
@@ -209,6 +223,7 @@ def test_reasoning_is_folded_and_calls_are_shown(
     for _ in range(2):
         for name, inner in (("Reasoning", "Let me see."), ("Calls add", '"a": 1')):
             fold = page.locator("details:visible", has_text=name)
+            expect(fold.get_by_text(inner)).to_have_count(1)
             expect(fold.get_by_text(inner)).to_be_hidden()
             fold.locator("summary").click()
             expect(fold.get_by_text(inner)).to_be_visible()
@@ -278,6 +293,22 @@ def test_a_list_that_comes_late_undoes_nothing(page: Page) -> None:
         route.fulfill(response=reply)
     page.wait_for_timeout(500)
     assert sorted(rows.all_inner_texts()) == ["About rain", "Whales of the north"]
+
+
+def test_what_was_loaded_of_the_list_stays(page: Page) -> None:
+    page.evaluate(
+        "async () => { for (let i = 0; i < 50; i++) await fetch('v1/sessions', {method: 'POST', "
+        "headers: {'Content-Type': 'application/json'}, body: JSON.stringify({title: `S${i}`})}); }"
+    )
+    page.reload()
+    rows = page.locator("#sessions li[data-id]")
+    expect(rows).to_have_count(40)
+    page.get_by_role("button", name="Show more").click()
+    expect(rows).to_have_count(50)
+    say(page, "One more")
+    expect(rows.first).to_contain_text("One more")
+    page.wait_for_timeout(1000)  # the list is loaded once more after the answer
+    expect(rows).to_have_count(50)
 
 
 def test_settings_and_model_reach_the_model(page: Page, model: ScriptedModel) -> None:

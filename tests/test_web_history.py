@@ -55,12 +55,12 @@ def opened(page: Page, served: ServedModels, data: dict[str, Any]) -> str:
 
 
 class Gate:
-    """Holds back the requests for earlier messages, until it opens."""
+    """Holds back requests, those for earlier messages say, until it opens."""
 
-    def __init__(self, page: Page) -> None:
+    def __init__(self, page: Page, requests: str = "**/messages?*after=*") -> None:
         self.waiting: list[Route] = []
         self._is_open = False
-        page.route("**/messages?*after=*", lambda route: self._take(route))
+        page.route(requests, lambda route: self._take(route))
 
     def _take(self, route: Route) -> None:
         if self._is_open:

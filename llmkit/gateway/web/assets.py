@@ -17,8 +17,8 @@ STYLES = ("base.css", "layout.css", "messages.css")
 # All that a page needs, so that none waits for another to be read.
 MODULES = (
     *("main.js", "api.js", "composer.js", "conversation.js", "dom.js", "menu.js", "message.js"),
-    *("models.js", "pictures.js", "settings.js", "sidebar.js", "socket.js", "status.js"),
-    *("thread.js", "tree.js"),
+    *("models.js", "pictures.js", "session.js", "settings.js", "sidebar.js", "socket.js"),
+    *("status.js", "thread.js", "tree.js"),
 )
 KINDS = {
     ".css": "text/css; charset=utf-8",

@@ -4,8 +4,11 @@ import {$, el, icon, iconButton, note} from './dom.js';
 import {isPicture, taken} from './pictures.js';
 
 const MAX_FILE = 1 << 20, MAX_FILES = 10, SAVE_MS = 400;
+const MAX_KEPT = 200000;  // characters that outlive the page
 const LANGUAGES = {py: 'python', js: 'javascript', ts: 'typescript', md: 'markdown', sh: 'bash',
   rs: 'rust', rb: 'ruby', yml: 'yaml', txt: '', log: '', csv: ''};
+
+const placeOf = session => `llmkit-draft-${session || 'new'}`;
 
 export class Composer {
   // `send(text, pictures)` sends, `stop()` stops, `last()` edits what was said last.
@@ -13,10 +16,13 @@ export class Composer {
     this.area = $('message');
     this.files = [];
     this.stop = stop;
+    this.drafts = new Map();  // what is written and attached elsewhere, by its place
+    this.unsent = new Map();  // what is on its way, by its place
     this.isBusy = false;
     this.submit = () => {
       if (this.isBusy) return;
       const text = this.content(), pictures = this.pictures();
+      this.given = {text: this.area.value, files: this.files};
       if (text || pictures.length) send(text, pictures);
     };
     $('composer').addEventListener('submit', event => {
@@ -84,34 +90,67 @@ export class Composer {
     this.show();
   }
 
-  // What is written stays, per conversation, until it is sent; in this tab only.
-  keep() {
+  // What is written stays, per conversation, until it is sent; text also when the page is loaded
+  // anew, in this tab only.
+  keep() { this.store(this.place, this.area.value, this.files); }
+
+  store(place, text, files) {
+    clearTimeout(this.saving);
+    this.drafts.set(place, {text, files});
+    const kept = [this.unsent.get(place), text].filter(Boolean).join('\n\n');
     try {
-      if (this.area.value) sessionStorage.setItem(this.place, this.area.value.slice(0, 200000));
-      else sessionStorage.removeItem(this.place);
+      if (kept) sessionStorage.setItem(place, kept.slice(0, MAX_KEPT));
+      else sessionStorage.removeItem(place);
     } catch (error) { /* full, or stores nothing */ }
   }
 
+  draft(place) {
+    if (this.drafts.has(place)) return this.drafts.get(place);
+    let text = '';
+    try { text = sessionStorage.getItem(place) || ''; } catch (error) { /* stores nothing */ }
+    return {text, files: []};
+  }
+
   restore(session) {
-    if (this.place) { clearTimeout(this.saving); this.keep(); }
-    this.place = `llmkit-draft-${session || 'new'}`;
-    let draft = '';
-    try { draft = sessionStorage.getItem(this.place) || ''; } catch (error) { /* stores nothing */ }
-    this.area.value = draft;
+    if (this.place) this.keep();
+    this.place = placeOf(session);
+    this.put(this.draft(this.place));
+  }
+
+  put({text, files}) {
+    this.area.value = text;
+    this.files = files;
+    this.showFiles();
     this.changed();
   }
 
   // The conversation has begun: what is written belongs to it.
-  move(session) { this.place = `llmkit-draft-${session}`; }
-
-  // A message that could not be sent comes back, unless another was begun.
-  giveBack(text, pictures) {
-    if (this.area.value || this.files.length) return;
-    this.area.value = text;
-    this.files = pictures.map(picture => ({name: 'Picture', picture}));
-    this.showFiles();
-    this.changed();
+  move(session) {
+    const before = this.place, unsent = this.unsent.get(before);
+    this.unsent.delete(before);
+    this.store(before, '', []);
+    this.place = placeOf(session);
+    if (unsent) this.unsent.set(this.place, unsent);
     this.keep();
+  }
+
+  // The conversation is not here any more: what is written for it may go into a new one.
+  carry() {
+    const before = this.draft(placeOf(null)), files = [...before.files, ...this.files];
+    const text = [before.text, this.area.value].filter(Boolean).join('\n\n');
+    this.move(null);
+    this.put({text, files});
+  }
+
+  // A message that could not be sent comes back to its conversation, before what is written there.
+  giveBack(text, pictures, session) {
+    const place = placeOf(session);
+    this.arrived(session);
+    const draft = this.draft(place);
+    const files = pictures.map(picture => ({name: 'Picture', picture}));
+    this.store(place, [text, draft.text].filter(Boolean).join('\n\n'),
+      [...files, ...draft.files]);
+    if (place === this.place) this.put(this.draft(place));
   }
 
   // Whether the model takes pictures.
@@ -172,11 +211,23 @@ export class Composer {
     return parts.join('\n\n');
   }
 
+  // What was given is on its way. What has been written or attached since stays.
   sent() {
-    this.area.value = '';
-    this.files = [];
-    this.showFiles();
-    this.changed();
+    const {text, files} = this.given, now = this.area.value;
+    this.unsent.set(this.place, text);
+    this.put({text: now.startsWith(text) ? now.slice(text.length).trimStart() : now,
+      files: this.files.filter(file => !files.includes(file))});
     this.keep();
+  }
+
+  // What was on its way to a conversation is there, or is given back.
+  arrived(session) {
+    const place = placeOf(session);
+    this.unsent.delete(place);
+    if (place === this.place) this.keep();
+    else if (this.drafts.has(place)) {
+      const {text, files} = this.drafts.get(place);
+      this.store(place, text, files);
+    }
   }
 }

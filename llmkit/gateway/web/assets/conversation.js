@@ -1,22 +1,22 @@
 // The conversation that is shown: loads it, sends, edits, regenerates, and turns to other branches.
 
-import {ApiError, get, isSession, ofSession, patch, post, url} from './api.js';
 import {$, note, say} from './dom.js';
 import {contentOf, forget, mediaOf, sendable} from './pictures.js';
+import {beginSession, changeSession, loadSession, pageBefore, setSystem} from './session.js';
 import {Thread} from './thread.js';
 import {Tree} from './tree.js';
 
 const TITLE = 60, SAID = 600;
-// Messages that are loaded at first, at once later, and without being scrolled to.
-const FIRST = 60, MORE = 500, EAGER = 5000;
-const RETRIES = 3, RETRY_MS = 1000;
+const EAGER = 5000;  // messages that are loaded without being scrolled to
 
 export class Conversation {
-  // `parts`: the socket's, models, settings, composer; `changed(session)` hears of new ones.
-  constructor(socket, models, changed) {
+  // `changed(session, isNew)` hears of what happens to conversations, `gone()` that the one to be
+  // shown is not here any more.
+  constructor(socket, models, {changed, gone}) {
     this.socket = socket;
     this.models = models;
     this.changed = changed;
+    this.gone = gone;
     this.tree = new Tree();
     this.thread = new Thread(this.tree, {
       edit: (message, text) => this.edit(message, text),
@@ -25,18 +25,24 @@ export class Conversation {
       reachTop: () => this.loadEarlier(),
     });
     this.session = this.opening = null;
+    this.missing = null;  // the id of one that could not be loaded
     this.draft = {settings: {}, system: ''};  // of a conversation that has not begun
     this.turns = new Map();  // turn → the id of its reply
     this.early = new Map();  // events of turns whose reply is not on the page yet
-    this.round = 0;
+    this.round = 0;  // counts what was loaded
+    this.visit = 0;  // counts the conversations that were shown
+    this.pending = Promise.resolve();  // until it is loaded, begun and changed as was asked
+    this.waiting = null;  // what is sent once that is done
     this.rest = null;  // where the earlier messages begin that are not loaded yet
     this.numLocal = 0;
   }
 
   get id() { return this.session?.id ?? null; }
-  // What is shown, or will be once it is loaded.
-  get wanted() { return this.opening ?? this.id; }
-  get isBusy() { return this.turns.size > 0 || Boolean(this.isSending); }
+  // What is shown, or will be once it is loaded; undefined while it begins or cannot be loaded.
+  get wanted() {
+    return this.isBeginning || this.missing !== null ? undefined : this.opening ?? this.id;
+  }
+  get isBusy() { return this.turns.size > 0 || Boolean(this.isSending || this.waiting); }
 
   bind({settings, composer}) {
     this.settings = settings;
@@ -44,65 +50,76 @@ export class Conversation {
   }
 
   // Show another conversation, or a new one for null.
-  async open(id) {
+  open(id) {
+    this.visit++;
+    this.waiting = null;
+    this.settings.close();
+    return this.pending = this.load(id);
+  }
+
+  async load(id, {joins = true} = {}) {
     const round = ++this.round;
-    this.isSending = false;
+    this.isSending = this.isBeginning = false;
     this.turns.clear();
     this.thread.clear();
     forget();
-    this.session = null;
+    this.session = this.missing = null;
     this.opening = id;
     this.rest = null;
     this.tree.replace([], null);
     this.composer.restore(id);
+    this.composer.busy(this.isBusy);
     if (id === null) {
       $('thread').removeAttribute('aria-busy');
       this.show();
-      return true;
+      return;
     }
     $('welcome').hidden = true;
     $('thread').setAttribute('aria-busy', 'true');
-    try {
-      const [session, latest, {data: [first]}, running] = await Promise.all([
-        get(url`v1/sessions/${id}`), this.messages(id, FIRST),
-        get(url`v1/sessions/${id}/messages?limit=1`), get(url`v1/sessions/${id}/turns`)]);
-      ofSession(id, session);
-      const data = [...latest.data];
-      let page = latest;
-      const isHead = each => each.id === session.head;
-      while (page.has_more && session.head && !page.data.some(isHead)) {
-        if (round !== this.round) return true;
-        page = await this.messages(id, MORE, {after: page.last_id});
-        data.push(...page.data);
-      }
-      if (round !== this.round) return true;
-      this.session = session;
-      this.first = first;
-      this.rest = page.has_more ? page.last_id : null;
-      this.tree.replace(data, session.head);
-      this.show();
-      for (const turn of running.data) this.join(turn);
-      this.loadEarlier();
-      return true;
-    } catch (error) {
-      if (round !== this.round) return true;
-      if (error.status === 404) return false;
-      if (error.status !== 401) this.thread.tell(error.message);
-      return true;
-    } finally {
-      if (round === this.round) {
-        this.opening = null;
-        $('thread').removeAttribute('aria-busy');
-      }
+    let failure = null;
+    const loaded = await loadSession(id, () => round === this.round)
+      .catch(error => { failure = error; });
+    if (round !== this.round) return;
+    this.opening = null;
+    $('thread').removeAttribute('aria-busy');
+    if (failure?.status === 404) { await this.gone(); return; }
+    if (failure) {
+      this.missing = id;
+      this.trouble = failure.message;
+      if (failure.status !== 401) this.thread.tell(failure.message);
+      return;
     }
+    ({session: this.session, first: this.first, rest: this.rest} = loaded);
+    this.tree.replace(loaded.messages, loaded.session.head);
+    this.show();
+    if (joins) for (const turn of loaded.running) this.join(turn);
+    this.loadEarlier();
   }
 
-  // A page of a conversation's messages, newest first.
-  async messages(id, limit, more = {}) {
-    const asked = new URLSearchParams({tree: 1, order: 'desc', render: 'html', limit, ...more});
-    const page = await get(url`v1/sessions/${id}/messages` + '?' + asked);
-    for (const message of page.data) ofSession(id, {id: message.session});
-    return page;
+  // Do something to the conversation that is shown: after what was asked before, and once it is
+  // loaded; one that could not be is loaded again. Nothing is done if it was left by then.
+  alter(action, undo = () => {}) {
+    const {visit} = this;
+    return this.pending = this.pending.then(async () => {
+      if (visit === this.visit && this.missing !== null) {
+        await this.load(this.missing);
+        if (this.missing !== null) note(this.trouble, true);
+      }
+      if (visit !== this.visit || this.missing !== null) return;
+      try { await action(); } catch (error) {
+        note(error.message, true);
+        if (visit === this.visit) undo();
+      }
+    });
+  }
+
+  reload(options) { return this.alter(() => this.load(this.id, options)); }
+
+  // Whether it is there and as was asked, once that is known.
+  async settled() {
+    let isThere = false;
+    await this.alter(() => { isThere = true; });
+    return isThere;
   }
 
   // Load what was said before, page by page: a long conversation only as far as it is read.
@@ -110,56 +127,48 @@ export class Conversation {
     if (this.isLoading) return;
     const round = this.round;
     const isWanted = () => round === this.round && this.rest !== null
-      && (this.tree.messages.size < EAGER || (this.thread.isAtTop && !this.isWhole));
+      && (this.tree.messages.size < EAGER || (this.thread.isAtTop && !this.tree.isWhole));
     this.isLoading = true;
-    for (let failures = 0; isWanted();) {
-      try {
-        const page = await this.messages(this.id, MORE, {after: this.rest});
+    try {
+      while (isWanted()) {
+        const page = await pageBefore(this.id, this.rest, isWanted);
         if (round !== this.round) break;
         this.rest = page.has_more ? page.last_id : null;
         this.thread.showEarlier(this.tree.addEarlier(page.data));
-        failures = 0;
-      } catch (error) {
-        if (round !== this.round) break;
-        if (++failures > RETRIES) {
-          note(`Earlier messages are missing: ${error.message}`, true);
-          break;
-        }
-        await new Promise(resolve => setTimeout(resolve, failures * RETRY_MS));
       }
+    } catch (error) {
+      if (round === this.round) note(`Earlier messages are missing: ${error.message}`, true);
     }
     this.isLoading = false;
     if (round !== this.round && this.rest !== null) this.loadEarlier();
-  }
-
-  // Whether all of what is shown is loaded.
-  get isWhole() {
-    const [first] = this.tree.path();
-    return !first || first.parent === null;
-  }
-
-  // The system prompt of what is shown; it may be before all that is loaded.
-  systemPrompt() {
-    const known = this.isWhole ? this.tree.path() : [this.first];
-    return known.find(message => message?.role === 'system')?.content || '';
   }
 
   show(options) {
     this.thread.show(options);
     this.models.set(this.session?.model || this.models.chosen);
     this.settings.set(this.session ? this.session.settings : this.draft.settings,
-      this.session ? this.systemPrompt() : this.draft.system);
-    document.title = `${this.session?.title || 'Chat'} · llmkit`;
+      this.session ? this.tree.systemPrompt(this.first) : this.draft.system);
+    this.name();
     this.showUse();
     this.composer.busy(this.isBusy);
   }
+
+  name() { document.title = `${this.session?.title || 'Chat'} · llmkit`; }
 
   showUse() {
     const last = this.tree.path().findLast(message => message.usage);
     this.models.context(last?.usage, last?.model);
   }
 
-  // A turn that runs already, begun before the page was loaded or in another tab.
+  // Whether another turn may begin.
+  async isFree() {
+    if (!(await this.settled())) return false;
+    const isFree = !this.turns.size && !this.isSending;
+    if (!isFree) note('An answer is being written: stop it first.', true);
+    return isFree;
+  }
+
+  // A turn that runs already.
   join(turn) {
     const message = this.tree.messages.get(turn.message.id);
     const view = message && this.thread.view(message.id);
@@ -175,80 +184,99 @@ export class Conversation {
   }
 
   async send(text, pictures = []) {
-    const round = this.round, head = this.tree.head;
-    const content = contentOf(pictures, text);
+    const waiting = this.waiting = {};
+    this.composer.busy(true);
+    const isFree = await this.isFree();
+    if (this.waiting !== waiting) return;  // stopped, or left: it is still in the box
+    this.waiting = null;
+    this.composer.busy(this.isBusy);
+    if (!isFree) return;
+    const head = this.tree.head, content = contentOf(pictures, text);
     const asked = this.local({role: 'user', content, parent: head});
+    let session = this.id;
     this.tree.head = asked.id;
     this.thread.show();
     this.composer.sent();
-    await this.begin(round, asked, async () => {
-      await this.ensureSession(text || 'Picture');
+    await this.begin(asked, async () => {
+      session ??= await this.beginSession(text || 'Picture');
       const parent = head === null ? {} : {parent: head};
-      return {type: 'send', session: this.id, content: sendable(content), ...parent};
-    }, () => this.composer.giveBack(text, pictures));
+      return {type: 'send', session, content: sendable(content), ...parent};
+    }, () => this.composer.giveBack(text, pictures, session));
   }
 
-  async ensureSession(text) {
-    if (this.session) return;
-    const title = text.split('\n')[0].slice(0, TITLE);
-    const {settings, system} = this.draft;
-    const session = await post('v1/sessions', {title, model: this.models.chosen, settings,
-      ...(system ? {system} : {})});
-    if (!isSession(session.id)) throw new ApiError(0, 'The server began no conversation.');
-    this.session = session;
-    if (system) {  // what was said follows it
-      const {data} = await get(url`v1/sessions/${session.id}/messages`);
-      const first = this.tree.path()[0];
-      for (const message of data) this.tree.add(message);
-      this.tree.children.set(null, this.tree.children.get(null).filter(id => id !== first.id));
-      first.parent = session.head;
-      this.tree.children.set(session.head, [first.id]);
+  // Gives its id. What is asked meanwhile waits for it. It begins also if it is left by then.
+  beginSession(text) {
+    const begun = this.makeSession(text.split('\n')[0].slice(0, TITLE));
+    this.isBeginning = true;
+    this.pending = begun.catch(() => {});
+    return begun;
+  }
+
+  async makeSession(title) {
+    const {visit} = this;
+    const {session, messages} = await beginSession({title, model: this.models.chosen,
+      ...this.draft});
+    const isShown = visit === this.visit;
+    if (isShown) {
+      this.isBeginning = false;
+      this.session = session;
+      this.tree.precede(messages, session.head);
       this.thread.show();
+      this.composer.move(session.id);
     }
-    this.composer.move(session.id);
-    this.changed(session, true);
+    this.changed(session, isShown);
+    return session.id;
   }
 
   async edit(message, text) {
-    if (this.isBusy) { note('An answer is being written: stop it first.', true); return; }
-    if (message.role === 'system') { this.newSystem(text); return; }
+    const giveBack = () => this.thread.view(message.id)?.edit(text);
+    if (message.role === 'system') {
+      await this.alter(() => this.newSystem(text), giveBack);
+      return;
+    }
+    if (!(await this.isFree())) { giveBack(); return; }
     const head = this.tree.head, content = contentOf(mediaOf(message), text);
     const {session} = message;  // from which its pictures are shown
     const asked = this.local({role: message.role, content, parent: message.parent, session});
+    const frame = {type: 'edit', session: this.id, message: message.id, content: sendable(content)};
     this.tree.head = asked.id;
     this.thread.show({keepsPlace: true});
-    await this.begin(this.round, asked, async () =>
-      ({type: 'edit', session: this.id, message: message.id, content: sendable(content)}), () => {
-      this.tree.head = head;
-    });
+    await this.begin(asked, async () => frame, giveBack, head);
   }
 
   async regenerate(message) {
-    if (this.isBusy) { note('An answer is being written: stop it first.', true); return; }
+    if (!(await this.isFree())) return;
     const head = this.tree.head;
+    const frame = {type: 'regenerate', session: this.id, message: message.id};
     this.tree.head = message.parent;
     this.thread.show({keepsPlace: true});
-    await this.begin(this.round, null, async () =>
-      ({type: 'regenerate', session: this.id, message: message.id}), () => {
-      this.tree.head = head;
-    });
+    await this.begin(null, async () => frame, () => {}, head);
   }
 
-  // Begin a turn: `asked` is the question on the page, until the server has given it an id.
-  async begin(round, asked, frame, undo) {
+  // Begin a turn: `asked` is the question on the page, until the server has given it an id. If it
+  // cannot begin, `head` is shown again, if it is given, and `giveBack()` saves what was written.
+  async begin(asked, frame, giveBack, head) {
+    const {round, visit} = this, choice = this.choice();
     this.isSending = true;
+    this.wantsStop = false;
     this.composer.busy(true);
     try {
-      const turn = await this.socket.begin({...await frame(), ...this.choice()});
-      if (round !== this.round) return;
-      this.begun(turn, asked);
+      const turn = await this.socket.begin({...await frame(), ...choice});
+      this.composer.arrived(turn.session);
+      if (round === this.round) this.begun(turn, asked);
+      // It was loaded anew meanwhile, and may know nothing of this.
+      else if (visit === this.visit && !this.turns.has(turn.turn)) await this.reload();
     } catch (error) {
-      if (round !== this.round) return;
+      const isElsewhere = error.code === 'conflict';
+      note(isElsewhere ? 'This conversation went on elsewhere: see what was said, then send again.'
+        : error.message, true);
+      if (round !== this.round) { giveBack(); return; }
+      this.isBeginning = false;
       if (asked) { this.thread.views.delete(asked.id); this.tree.drop(asked.id); }
-      undo();
-      if (error.isLost) await this.open(this.id);  // it may have begun all the same
+      if (head !== undefined) this.tree.head = head;
+      if (this.id && (error.isLost || isElsewhere)) await this.reload();  // it may have begun
       else this.thread.show({keepsPlace: true});
-      note(error.message, true);
+      giveBack();
     } finally {
       if (round === this.round) {
         this.isSending = false;
@@ -275,6 +303,7 @@ export class Conversation {
     }
     this.changed(this.session, false);
     say('The model answers.');
+    if (this.wantsStop) this.socket.cancel(turn.turn);
     for (const event of this.early.get(turn.turn) || []) this.heard(event);
     this.early.delete(turn.turn);
   }
@@ -290,6 +319,7 @@ export class Conversation {
     }
     const view = this.thread.view(id);
     if (event.type === 'turn') return;
+    if (event.type === 'lost') { this.reload({joins: false}); return; }
     if (event.type !== 'end' && event.type !== 'error') { view?.heard(event); return; }
     this.turns.delete(event.turn);
     const isStopped = event.error?.code === 'cancelled' || event.message?.status === 'partial';
@@ -304,7 +334,11 @@ export class Conversation {
   }
 
   stop() {
+    this.waiting = null;
+    this.wantsStop = this.isSending;
+    this.socket.withdraw();
     for (const turn of this.turns.keys()) this.socket.cancel(turn);
+    this.composer.busy(this.isBusy);
   }
 
   // Turn to the branch before or after a message's.
@@ -321,53 +355,46 @@ export class Conversation {
     this.showUse();
     const at = siblings.indexOf(to);
     say(`Branch ${at + 1} of ${siblings.length}`);
-    try {
-      if (head.startsWith('local-')) return;
-      await this.change({head});
-    } catch (error) { note(error.message, true); }
+    if (!head.startsWith('local-')) await this.change({head});
   }
 
-  async change(fields) {
-    const {session} = this;
-    const changed = await patch(url`v1/sessions/${session.id}`, fields);
-    Object.assign(session, ofSession(session.id, changed));
+  // Change the session, if it has begun.
+  change(fields) {
+    return this.alter(async () => {
+      if (this.session) await changeSession(this.session, fields);
+    });
   }
 
   // The settings were changed.
-  async configure({settings, system}) {
-    if (!this.session) {
-      this.draft = {settings, system};
-      this.settings.set(settings, system);
-      return;
-    }
-    try {
-      await this.change({settings});
-      if (system !== this.settings.system) await this.newSystem(system);
+  configure(values) {
+    return this.alter(async () => {
+      const {session, visit} = this, {settings, system} = values;
+      if (session) await changeSession(session, {settings});
+      else this.draft = values;
+      if (visit !== this.visit) return;
+      if (session && system !== this.settings.system) await this.newSystem(system);
       else this.settings.set(settings, system);
-    } catch (error) { note(error.message, true); }
+    }, () => this.settings.reopen(values));
   }
 
   // Another system prompt begins a branch of its own.
-  async newSystem(text) {
-    try {
-      await post(url`v1/sessions/${this.id}/messages`, {
-        message: {role: 'system', content: text}, parent: 'root', branch: true, reply: false});
-      await this.open(this.id);
-    } catch (error) { note(error.message, true); }
+  async newSystem(text, {id, visit} = this) {
+    await setSystem(id, text);
+    if (visit === this.visit) await this.load(id);
   }
 
-  async chooseModel(model) {
-    if (!this.session) return;
-    try {
-      await this.change({model});
-    } catch (error) { note(error.message, true); }
+  chooseModel(model) {
+    return this.alter(async () => {
+      this.models.set(model);
+      if (this.session) await changeSession(this.session, {model});
+    });
   }
 
   // Edit what was said last; whether there is anything.
   editLast() {
     const last = this.tree.path().findLast(message => message.role === 'user');
     const view = last && !this.isBusy && this.thread.view(last.id);
-    if (view) view.edit();
+    view?.edit();
     return Boolean(view);
   }
 }

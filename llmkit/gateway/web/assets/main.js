@@ -23,14 +23,23 @@ const socket = new ChatSocket(event => conversation.heard(event), isThere => {
 });
 const models = new Models(name => conversation.chooseModel(name),
   ({sees}) => composer.see(sees));
-const conversation = new Conversation(socket, models, (session, isNew) => {
-  if (isNew) {
-    history.replaceState(null, '', `${pages.chat}#${encodeURIComponent(session.id)}`);
-    document.title = `${session.title} · llmkit`;
-    sidebar.current = session.id;
-  }
-  clearTimeout(listing);
-  listing = setTimeout(() => sidebar.load(), isNew ? 0 : 400);
+const conversation = new Conversation(socket, models, {
+  changed(session, isNew) {
+    if (isNew) {
+      history.replaceState(null, '', `${pages.chat}#${encodeURIComponent(session.id)}`);
+      document.title = `${session.title} · llmkit`;
+      sidebar.current = session.id;
+    }
+    clearTimeout(listing);
+    listing = setTimeout(() => sidebar.load(), isNew ? 0 : 400);
+  },
+  gone() {
+    note('This conversation is not here any more.', true);
+    composer.carry();
+    sidebar.choose(null);
+    if (shown.view === 'chat') history.replaceState(null, '', pages.chat);
+    return conversation.open(null);
+  },
 });
 let listing = 0;
 const settings = new Settings(values => conversation.configure(values));
@@ -40,7 +49,7 @@ const composer = new Composer({
   last: () => conversation.editLast(),
 });
 conversation.bind({settings, composer});
-const sidebar = new Sidebar(id => go(id), id => { if (id === conversation.id) go(null); });
+const sidebar = new Sidebar(id => go(id), id => { if (id === conversation.wanted) go(null); });
 const status = new StatusTab();
 
 // Addresses: #sess_… is a conversation, #status the second tab; in Jupyter that has its own.
@@ -55,9 +64,9 @@ function wanted() {
 
 let shown = {};
 
-async function follow() {
+function follow() {
   const {view, id} = wanted();
-  const isOther = shown.view !== view;
+  const isFirst = !conversation.visit, isOther = shown.view !== view;
   shown = {view, id};
   $('chat').hidden = view !== 'chat';
   $('status').hidden = view !== 'status';
@@ -69,20 +78,22 @@ async function follow() {
   status.show(view === 'status');
   drawer(false);
   if (view === 'status') { document.title = 'Models · llmkit'; return; }
-  if (isOther || id !== conversation.wanted) {
+  if (isFirst || id !== conversation.wanted) {
     sidebar.choose(id);
-    if (!(await conversation.open(id))) {
-      note('This conversation is not here any more.', true);
-      history.replaceState(null, '', pages.chat);
-      await follow();
-    }
-    if (matchMedia('(min-width: 48rem)').matches) composer.area.focus({preventScroll: true});
-  }
+    conversation.open(id);
+  } else if (!isOther) return;
+  else conversation.name();
+  if (matchMedia('(min-width: 48rem)').matches) composer.area.focus({preventScroll: true});
 }
 
 function go(id) {
   history.pushState(null, '', id ? `${pages.chat}#${encodeURIComponent(id)}` : pages.chat);
-  return follow();
+  follow();
+}
+
+function begin() {
+  go(null);
+  composer.area.focus();
 }
 
 for (const name of ['chat', 'status']) {
@@ -91,7 +102,8 @@ for (const name of ['chat', 'status']) {
   tab.addEventListener('click', event => {
     if (event.metaKey || event.ctrlKey || event.shiftKey) return;
     event.preventDefault();
-    const {id} = conversation, mark = name === 'chat' && id ? '#' + encodeURIComponent(id) : '';
+    const id = conversation.wanted ?? conversation.missing;
+    const mark = name === 'chat' && id ? '#' + encodeURIComponent(id) : '';
     history.pushState(null, '', pages[name] + mark);
     follow();
   });
@@ -102,8 +114,10 @@ document.querySelector('.skip').addEventListener('click', event => {
   event.preventDefault();
   (shown.view === 'chat' ? composer.area : $('live')).focus();
 });
-$('new').addEventListener('click', () => go(null).then(() => composer.area.focus()));
-$('tune').addEventListener('click', () => settings.open(conversation.tree.path().length > 0));
+$('new').addEventListener('click', begin);
+$('tune').addEventListener('click', async () => {
+  if (await conversation.settled()) settings.open(conversation.tree.path().length > 0);
+});
 
 // On a narrow screen the list of conversations is a drawer.
 function drawer(isOpen) {
@@ -140,10 +154,10 @@ document.addEventListener('keydown', event => {
   const isCommand = event.ctrlKey || event.metaKey;
   if (event.key === 'Escape' && !document.querySelector('dialog[open]')) {
     if (root.classList.contains('drawer-open')) { drawer(false); $('menu').focus(); }
-    else if (conversation.turns.size) conversation.stop();
+    else if (conversation.isBusy) conversation.stop();
   } else if (event.key.toLowerCase() === 'o' && event.shiftKey && isCommand) {
     event.preventDefault();
-    go(null).then(() => composer.area.focus());
+    begin();
   } else if (event.key === '/' && !isTyping && !isCommand && shown.view === 'chat') {
     event.preventDefault();
     composer.area.focus();
@@ -182,12 +196,11 @@ $('lock-form').addEventListener('submit', async event => {
 // ?model=NAME: which one a new conversation begins with.
 const asked = new URLSearchParams(location.search).get('model');
 
-async function start() {
+function start() {
   models.load();
   sidebar.load();
-  shown = {};
-  await follow();
-  if (asked && !conversation.id) models.set(asked);
+  follow();
+  if (asked && conversation.wanted === null) models.set(asked);
 }
 
 showTheme();

@@ -181,18 +181,19 @@ export class MessageView {
     return parts.join(' · ');
   }
 
-  edit() {
-    const area = el('textarea', {value: this.text, 'aria-label': 'Edit the message', rows: 3});
+  edit(text = this.text) {
+    this.editor?.remove();
+    const area = el('textarea', {value: text, 'aria-label': 'Edit the message', rows: 3});
     const done = () => {
       this.editor.remove();
       this.body.hidden = this.foot.hidden = false;
       this.foot.querySelector('[aria-label=Edit]')?.focus();
     };
     const send = () => {
-      const text = area.value.trim();
-      if (!text) return;
+      const given = area.value.trim();
+      if (!given) return;
       done();
-      this.actions.edit(this.message, text);
+      this.actions.edit(this.message, given);
     };
     this.editor = el('form', {class: 'editor'}, area, el('div', {class: 'row end'},
       el('button', {type: 'button', class: 'plain', onclick: done}, 'Cancel'),
@@ -212,8 +213,8 @@ export class MessageView {
 
   // The answer is being written.
   begin() {
-    this.stream = {html: new Map(), lengths: [], rendered: 0, renderedAt: performance.now(),
-      tokens: 0, firstAt: 0, calls: false};
+    this.stream = {html: new Map(), blocks: [], lengths: [], rendered: 0,
+      renderedAt: performance.now(), tokens: 0, firstAt: 0, calls: false};
     this.text = this.reasoning = '';
     this.calls = [];
     this.element.classList.add('streaming');
@@ -276,6 +277,7 @@ export class MessageView {
     for (const {index, html, seq} of stream.html.values()) {
       while (this.prose.children.length <= index) this.prose.append(el('div', {class: 'block'}));
       setHtml(this.prose.children[index], html);
+      stream.blocks[index] = html;
       stream.isBig = html.length > BIG;
       while (stream.lengths.length && stream.lengths[0][0] <= seq) {
         stream.rendered = stream.lengths.shift()[1];
@@ -313,12 +315,13 @@ export class MessageView {
     if (this.isStreaming) {
       this.showBlocks();
       this.stream.tail?.remove();
-      const isRendered = this.stream.rendered >= this.text.length;
+      const {blocks, rendered} = this.stream, isRendered = rendered >= this.text.length;
       this.stream = undefined;
       const {html, ...rest} = message || {};
       Object.assign(this.message, rest);
       this.text = textOf(this.message);
-      if (html !== undefined) this.message.html = html;
+      // It may be shown again, after another branch.
+      if (html !== undefined || isRendered) this.message.html = html ?? blocks;
       else if (!isRendered) this.prose.append(el('div', {class: 'block raw'}, this.text));
       this.reasoning = this.message.reasoning || this.reasoning;
       this.calls = this.message.tool_calls || this.calls;

@@ -83,7 +83,7 @@ export class Models {
     openMenu(this.button, this.all.map(model => ({
       label: model.name, detail: detail(model), mark: model.phase,
       isChosen: model === this.current,
-      action: () => { this.set(model.name); this.choose(model.name); },
+      action: () => this.choose(model.name),
     })), 'Model');
   }
 

@@ -64,6 +64,15 @@ export class Settings {
     $('system').focus();
   }
 
+  // What was given could not be saved.
+  reopen({settings, system}) {
+    if (this.dialog.open) return;
+    this.fill(settings, system);
+    this.dialog.showModal();
+  }
+
+  close() { this.dialog.close(); }
+
   save() {
     const values = {...this.values};  // what other programs set, tools say, stays
     for (const [name] of FIELDS) {

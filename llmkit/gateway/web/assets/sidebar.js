@@ -4,7 +4,7 @@ import {get, ofSession, patch, remove, request, url} from './api.js';
 import {$, ask, el, iconButton, note, save} from './dom.js';
 import {openMenu} from './menu.js';
 
-const LIMIT = 40;
+const LIMIT = 40, MOST = 1000;
 
 export class Sidebar {
   // `open(id)` shows a conversation, `gone(id)` hears of one that was deleted.
@@ -26,7 +26,9 @@ export class Sidebar {
 
   async load(after = null) {
     const round = ++this.round;
-    const asked = new URLSearchParams({limit: LIMIT});
+    // As many as are there: what was loaded by "more" stays.
+    const limit = after ? LIMIT : Math.min(MOST, Math.max(LIMIT, this.sessions.length));
+    const asked = new URLSearchParams({limit});
     if (this.query) asked.set('query', this.query);
     if (after) asked.set('after', after);
     let found;
@@ -37,7 +39,7 @@ export class Sidebar {
     if (round !== this.round) return;
     const sessions = found.data || [];
     this.sessions = after ? [...this.sessions, ...sessions] : sessions;
-    $('more').hidden = !(found.has_more ?? sessions.length === LIMIT);
+    $('more').hidden = !(found.has_more ?? sessions.length === limit);
     this.show();
   }
 

@@ -11,6 +11,7 @@ export class ChatSocket {
     this.onState = onState;
     this.turns = new Map();  // turn → the number of its last event
     this.waiting = new Map();  // ref → what to do with the answer
+    this.resuming = new Map();  // turn → the ref of the request to go on with it
     this.queue = [];
     this.numRefs = 0;
     this.delay = FIRST_DELAY_MS;
@@ -39,7 +40,7 @@ export class ChatSocket {
   opened() {
     this.delay = FIRST_DELAY_MS;
     if (currentKey()) this.put({type: 'auth', key: currentKey()});
-    for (const [turn, after] of this.turns) this.put({type: 'resume', turn, after, render: true});
+    for (const turn of this.turns.keys()) this.resume(turn);
     for (const frame of this.queue.splice(0)) this.put(frame);
     this.onState(true);
   }
@@ -47,6 +48,7 @@ export class ChatSocket {
   closed(socket) {
     if (socket !== this.socket) return;
     this.socket = null;
+    this.resuming.clear();
     for (const [ref, {frame, reject}] of [...this.waiting]) {
       if (this.queue.includes(frame)) continue;  // it was never sent
       this.waiting.delete(ref);
@@ -73,12 +75,28 @@ export class ChatSocket {
     });
   }
 
-  // Follow a turn that runs already, from its beginning.
+  // Follow a turn that runs already, from its beginning; also one that is followed already.
   follow(turn) {
-    if (this.turns.has(turn)) return;
     this.turns.set(turn, 0);
-    if (this.isOpen) this.put({type: 'resume', turn, after: 0, render: true});
+    if (this.isOpen) this.resume(turn);
     else this.connect();
+  }
+
+  // Go on with a turn after the last event that was heard.
+  resume(turn) {
+    const ref = `r${++this.numRefs}`;
+    this.resuming.set(turn, ref);
+    this.put({type: 'resume', turn, after: this.turns.get(turn), ref, render: true});
+  }
+
+  // Give up what waits for a connection: it was never sent.
+  withdraw() {
+    for (const [ref, {frame, reject}] of [...this.waiting]) {
+      if (!this.queue.includes(frame)) continue;
+      this.queue = this.queue.filter(each => each !== frame);
+      this.waiting.delete(ref);
+      reject(new Error('It was not sent.'));
+    }
   }
 
   cancel(turn) { this.put({type: 'cancel', turn}); }
@@ -96,7 +114,15 @@ export class ChatSocket {
       this.waiting.delete(ref);
       return;
     }
-    if (!turn) return;
+    for (const [resumed, own] of this.resuming) {
+      if (own !== ref) continue;
+      this.resuming.delete(resumed);
+      if (type !== 'error') continue;
+      this.turns.delete(resumed);  // over for too long, or the server began anew
+      this.onEvent({type: 'lost', turn: resumed});
+      return;
+    }
+    if (!turn || this.resuming.has(turn)) return;  // from before it was asked for again
     if (event.seq !== undefined && type !== 'html' && this.turns.has(turn)) {
       if (event.seq <= this.turns.get(turn)) return;  // heard before the connection was lost
       this.turns.set(turn, event.seq);

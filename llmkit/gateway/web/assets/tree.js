@@ -37,6 +37,16 @@ export class Tree {
     return message;
   }
 
+  // What was stored before the first message that is here, and up to `head`.
+  precede(messages, head) {
+    if (!messages.length) return;
+    const [first] = this.path();
+    for (const message of messages) this.add(message);
+    this.children.set(null, this.children.get(null).filter(id => id !== first.id));
+    this.children.set(head, [first.id]);
+    first.parent = head;
+  }
+
   // A message has got another id: the server's.
   rename(from, to) {
     const message = this.messages.get(from);
@@ -81,6 +91,18 @@ export class Tree {
       id = message.parent;
     }
     return found.reverse();
+  }
+
+  // Whether all of what is shown is here.
+  get isWhole() {
+    const [first] = this.path();
+    return !first || first.parent === null;
+  }
+
+  // Of what is shown; `first` is the first message of all, which may not be here yet.
+  systemPrompt(first) {
+    const known = this.isWhole ? this.path() : [first];
+    return known.find(message => message?.role === 'system')?.content || '';
   }
 }
 
