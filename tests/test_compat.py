@@ -326,6 +326,9 @@ async def test_llms_errors_have_a_code(gateway: Governed) -> None:
         assert reply.json["code"] == "UNSUPPORTED_MODEL", path
         reply = await curl(url, path, {**GREEDY, "messages": []})
         assert reply.code == 400 and reply.json["code"] == "BAD_REQUEST", path
+        strange = {**GREEDY, "messages": MESSAGES, "session_id": "sess_" + "0" * 24}
+        reply = await curl(url, path, strange)
+        assert reply.code == 404 and reply.json["code"] == "NOT_FOUND", path
     ollamas = {"model": "none", "messages": MESSAGES}
     assert (await curl(url, "/api/chat", ollamas)).json.keys() == {"error"}, "as Ollama says it"
     async with governed(api_dialect="llms") as other:

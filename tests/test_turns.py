@@ -355,6 +355,29 @@ async def test_export_and_import(api: Api) -> None:
     is_error(await api.fetch("POST", "/v1/sessions/import", {"messages": 7}), 400)
 
 
+async def test_settings_that_nothing_can_be_answered_with_are_not_imported(api: Api) -> None:
+    said = {"messages": [{"role": "user", "content": "hi"}]}
+    for settings, named in (({"temperature": "hot"}, "temperature"), ({"top_p": 7}, "top_p")):
+        body = {**said, "settings": settings}
+        error = is_error(await api.fetch("POST", "/v1/sessions/import", body), 400)
+        assert error["param"] == "settings" and named in error["message"]
+    assert json.loads((await api.fetch("GET", "/v1/sessions")).body)["data"] == []
+    body = {**said, "settings": {"temperature": 0, "another_program's": 1}}
+    status, made = await api.post("/v1/sessions/import", body)
+    assert status == 200 and made["settings"] == body["settings"]
+
+
+async def test_a_part_that_nobody_reads_is_exported_all_the_same(api: Api) -> None:
+    far = {"type": "image_url", "image_url": {"url": "https://example.org/a.png"}}
+    content = [{"type": "text", "text": "What is this?"}, far]
+    body = {"messages": [{"role": "user", "content": content}]}
+    _, made = await api.post("/v1/sessions/import", body)
+    reply = await api.fetch("GET", f"/v1/sessions/{made['id']}/export?format=markdown")
+    assert reply.code == 200 and b"What is this?" in reply.body
+    reply = await api.fetch("GET", f"/v1/sessions/{made['id']}/export")
+    assert json.loads(reply.body)["messages"][0]["content"] == content
+
+
 async def test_without_a_database_sessions_are_off(model: FakeClient) -> None:
     async for api in serve(None, sessions=None):
         error = is_error(await api.fetch("GET", "/v1/sessions"), 501)

@@ -67,7 +67,11 @@ class ApiError(Exception):
         if dialect == "ollama":
             return {"error": self.message}
         if dialect == "llms":
-            code = LLMS_CODES.get(self.status) or (self.code or self.type).upper()
+            # Of what is not found, only a model has a code of its own there.
+            is_known = self.status != 404 or self.code == "model_not_found"
+            code = (LLMS_CODES.get(self.status) if is_known else None) or (
+                self.code or self.type
+            ).upper()
             return {"error": self.message, "code": code}
         if dialect == "anthropic":
             return {

@@ -56,7 +56,7 @@ def message_markdown(message: StoredMessage) -> str:
         blocks += [_heading(3, "Reasoning", {"part": "reasoning"}), ""]
         blocks += [_escaped(message.reasoning), ""]
         blocks += [_heading(3, "Answer", {"part": "content"}), ""]
-    blocks += [_escaped(message.message.text), ""]
+    blocks += [_escaped(message.text), ""]
     for call in message.tool_calls:
         part = {"part": "call", "id": call.call_id, "name": call.name}
         blocks += [_heading(3, f"Call of {_one_line(call.name)}", part), ""]

@@ -148,7 +148,7 @@ def _entry(number: int, message: Any, is_tree: bool) -> Entry:
     try:
         return key, parent, _message(message)
     except InvalidRequestError as error:
-        raise _wrong(f"message {number}: {error}") from None
+        raise _wrong(f"message {number}: {str(error).removesuffix('.')}") from None
 
 
 def _message(data: Mapping[str, Any]) -> NewMessage:

@@ -209,14 +209,18 @@ class ConversationStore(ConversationReader):
         same = {name: getattr(known, name) for name in ("title", "model", "settings", "pruning")}
         return self.create(owner, messages=copies, ttl_s=known.ttl_s, **same)
 
-    def import_(self, owner: str, data: Any) -> StoredConversation:
+    def import_(
+        self, owner: str, data: Any, check: Callable[[Mapping[str, Any]], None] = lambda _: None
+    ) -> StoredConversation:
         """A new conversation from what `export` gave, from a saved `llm.session`, or from
         ``{"messages": [...]}`` with OpenAI's messages.
 
-        Raises `InvalidRequestError` for a cycle, an unknown parent, wrong types and too much.
+        Raises `InvalidRequestError` for a cycle, an unknown parent, wrong types and too much, and
+        what ``check`` raises for its settings.
         """
         read = formats.read(data)
         values = checked_fields({**read.fields, "ttl_s": self._ttl_s})
+        check(read.fields["settings"])
         return self._with_room(owner, None, lambda: self._import(owner, values, read))
 
     def _import(

@@ -12,6 +12,7 @@ from llmkit.errors import InvalidRequestError
 from llmkit.gateway.conversations.history import MAX_PAGE, number_of
 from llmkit.gateway.conversations.objects import encoded, session_object
 from llmkit.gateway.conversations.schemas import ChangeBody, ForkBody, ImportBody, SessionBody
+from llmkit.gateway.conversations.settings import check_settings
 from llmkit.gateway.conversations.turns import Turns
 from llmkit.gateway.exchange import Exchange
 from llmkit.gateway.media.attached import Attached
@@ -158,7 +159,7 @@ class SessionRoutes:
             from llmkit.sessions.exchange_formats import from_markdown
 
             data = given if body.markdown is None else from_markdown(body.markdown)
-            return store.import_(owner, data)
+            return store.import_(owner, data, check_settings)
 
         session = await self._call(exchange, read)
         exchange.send_json(self._shown(exchange, session))

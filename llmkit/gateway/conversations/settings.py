@@ -7,12 +7,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from llmkit.errors import InvalidRequestError
 from llmkit.gateway.bodies import Strict, validated
 from llmkit.gateway.chats import MAX_TOOLS, Chat, Effort, NamedTool, check_reasons, sampling_params
 from llmkit.gateway.sampling_fields import SamplingFields
 from llmkit.protocol import Grammar, Message, ModelDescription, Tool
 
-__all__ = ["TurnSettings", "chat_of", "merged"]
+__all__ = ["TurnSettings", "chat_of", "check_settings", "merged"]
 
 
 class FunctionSetting(Strict):
@@ -73,6 +74,14 @@ def merged(stored: Mapping[str, Any], given: TurnSettings | None) -> TurnSetting
     own = {} if given is None else given.model_dump(exclude_none=True)
     known = {name: stored[name] for name in TurnSettings.model_fields if name in stored}
     return validated(TurnSettings, {**known, **own})
+
+
+def check_settings(stored: Mapping[str, Any]) -> None:
+    """Raises `InvalidRequestError` for settings that no turn could be answered with."""
+    try:
+        merged(stored, None).sampling()
+    except InvalidRequestError as error:
+        raise InvalidRequestError(f"settings.{error}", "settings") from None
 
 
 def chat_of(settings: TurnSettings, messages: Sequence[Message], model: ModelDescription) -> Chat:
