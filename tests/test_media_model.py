@@ -23,7 +23,9 @@ from llmkit.backend.model import LlamaModel
 from llmkit.bridge.client import BridgeClient
 from llmkit.bridge.server import BridgeServer
 from llmkit.chat.template import CHATML
+from llmkit.engine import drafter
 from llmkit.engine.batch import Batch, Chunk, Open, Truncate
+from llmkit.engine.draft import Payoff
 from llmkit.engine.media import Item, cells
 from llmkit.protocol import (
     Completion,
@@ -156,6 +158,30 @@ def test_deterministic_and_saved(
     together = answers(engine, reference, *beside, talk)[-1]
     assert together.tokens == alone.tokens
     assert together.usage.cached_tokens > 0 and engine.stats().encoded_total == 2, "from the disk"
+    engine.close()
+
+
+def test_beside_a_draft_model(
+    pair: tuple[Path, Path], reference: Reference, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It drafts for text alone, since it sees nothing; lookup guesses after pictures too. Both
+    change nothing, in slots that held the one and then the other."""
+    options = {"n_ctx": 768, "n_slots": 2, "threads": 1, "batch_tokens": 96}
+    engine = LocalEngine(pair[0], draft=str(pair[0]), **options)  # it drafts what will come
+    monkeypatch.setattr(Payoff, "_best_size", lambda self, most, token_cost: min(4, most))
+    monkeypatch.setattr(drafter, "MIN_LOGPROB", -100.0)
+    endless = {"max_tokens": 60, "sampling": {"ignore_eos": True}}
+    talk = asking(TALK, png(5, 70, 98), " It is ", **endless)
+    for turn in range(2):
+        before = engine.stats()
+        answers(engine, reference, asking(f"{turn} {TALK}", **endless), talk)
+        after = engine.stats()
+        assert after.accepted_tokens_total > before.accepted_tokens_total + 30
+    follow = asking(TALK, png(5, 70, 98), " It is a", png(6, 56), TALK[:30], **endless)
+    before = engine.stats()
+    followed, _ = answers(engine, reference, follow, asking(f"3 {TALK}", **endless))
+    assert followed.usage.cached_tokens > 40
+    answers(engine, reference, asking(f"0 {TALK} And then", **endless))
     engine.close()
 
 

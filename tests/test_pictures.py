@@ -6,6 +6,7 @@ import io
 import struct
 import subprocess
 import sys
+import zlib
 from typing import Any
 
 import numpy as np
@@ -73,6 +74,9 @@ def test_modes_become_the_plain_picture(scene: Image.Image) -> None:
     assert np.array_equal(pictures.pixels(saved(deep, "PNG")), expected)
     assert (pictures.pixels(saved(clear, "PNG")) == 255).all()
     assert (pictures.pixels(saved(clear, "WEBP", lossless=True)) == 255).all()
+    holes = np.array([[0, 257], [514, 0]], np.uint16)
+    seen = pictures.pixels(saved(Image.fromarray(holes), "PNG", transparency=0))
+    assert seen[..., 0].tolist() == [[255, 1], [2, 255]]
     assert pictures.pixels(saved(scene.convert("CMYK"), "JPEG")).shape == plain.shape
 
 
@@ -129,6 +133,16 @@ def many_scans() -> bytes:
     return data[:-2] + scan * 200 + data[-2:]
 
 
+def padded(kind: str, part: bytes, before: bytes, count: int = 300_000) -> bytes:
+    """A picture with many parts, or stray bytes, before one of its own."""
+    data = saved(Image.new("RGB", (4, 4)), kind)
+    at = data.index(before) - (4 if kind == "PNG" else 0)
+    return data[:at] + part * count + data[at:]
+
+
+TIME = b"\0\0\0\0tIME" + struct.pack(">I", zlib.crc32(b"tIME"))
+
+
 def cut(kind: str, **options: Any) -> bytes:
     noise = np.random.default_rng(3).integers(0, 256, (80, 80, 3), dtype=np.uint8)
     data = saved(Image.fromarray(noise), kind, **options)
@@ -150,6 +164,21 @@ HOSTILE = {
     "too many bytes": lambda: picture() + bytes(pictures.MAX_BYTES),
     "only markers": lambda: b"\xff\xd8" + b"\xff\xe0\0\2" * 2_000_000,
     "only fill bytes": lambda: b"\xff\xd8" + b"\xff" * 5_000_000,
+    # What comes behind the size, but costs a decoder's Python as much.
+    "a JPEG of many segments": lambda: padded("JPEG", b"\xff\xe5\0\2", b"\xff\xda"),
+    "a JPEG of many tables": lambda: padded("JPEG", b"\xff\xdb\0\2", b"\xff\xda"),
+    "a JPEG of stray bytes": lambda: padded("JPEG", b"\0", b"\xff\xda"),
+    "a JPEG of fill bytes": lambda: padded("JPEG", b"\xff", b"\xff\xda"),
+    "a JPEG of long segments that Pillow does not skip": lambda: padded(
+        "JPEG", b"\xff\xf0\xff\xff" + bytes(0xFFFD), b"\xff\xda", 20
+    ),
+    "a PNG of many chunks": lambda: padded("PNG", TIME, b"IDAT"),
+    "a PNG of many chunks at its end": lambda: padded("PNG", TIME, b"IEND"),
+    "a GIF of many comments": lambda: padded("GIF", b"\x21\xfe\1a\0", b"\x2c\0\0\0\0"),
+    "a GIF of a long comment": lambda: padded(
+        "GIF", b"\x21\xfe" + b"\1a" * 300_000 + b"\0", b"\x2c\0\0\0\0", 1
+    ),
+    "a GIF of stray bytes": lambda: padded("GIF", b"\0", b"\x2c\0\0\0\0"),
     **{f"a cut {kind}": (lambda kind=kind: cut(kind)) for kind in
        ("JPEG", "PNG", "WEBP", "GIF", "BMP", "AVIF")},
 }  # fmt: skip

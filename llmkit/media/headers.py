@@ -1,7 +1,8 @@
 """What kind of picture a file is and how large, from its first bytes. Pure: nothing is decoded.
 
 The bytes are a stranger's. What a header says bounds what a decoder may be asked to do, so it is
-read before any decoder sees the file.
+read before any decoder sees the file. Pillow walks over the parts of a file in Python, microseconds
+for each, so their number is bounded too.
 """
 
 from __future__ import annotations
@@ -15,10 +16,13 @@ from llmkit.media.avif import sizes
 __all__ = ["FORMATS", "Facts", "facts_of", "format_of"]
 
 FORMATS = ("JPEG", "PNG", "WebP", "GIF", "BMP", "AVIF")
-MAX_SEGMENTS = 10_000
+MAX_PARTS = 20_000  # segments, chunks or blocks of a file
+MAX_STRAY = 20_000  # bytes that belong to none of them
+TOO_MANY = "it has too many parts"
 _FILL = re.compile(rb"\xff*+")
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # JPEG's markers that hold a size
-_ALONE = frozenset((0x01, *range(0xD0, 0xDA)))  # and those without a length
+# And those behind which Pillow reads no length.
+_ALONE = frozenset((0x01, 0xC8, *range(0xD0, 0xDA), *range(0xF0, 0xFE)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,29 +68,39 @@ def facts_of(data: bytes) -> Facts | None:
 
 
 def _jpeg(data: bytes) -> tuple[int, int]:
-    at = 2
-    for _ in range(MAX_SEGMENTS):
+    at, stray, size = 2, 0, None
+    for _ in range(MAX_PARTS):
         start = data.find(b"\xff", at)
         fill = None if start < 0 else _FILL.match(data, start)
         if fill is None or fill.end() == len(data):
             raise ValueError("its header is cut off")
+        stray += fill.end() - 1 - at
+        if stray > MAX_STRAY:
+            raise ValueError(TOO_MANY)
         at, marker = fill.end() + 1, data[fill.end()]
         if marker in _ALONE:
             continue
         if marker == 0xDA:  # the picture begins
-            break
-        if marker in _FRAMES:
+            if size is None:
+                raise ValueError("its header gives it no size")
+            return size
+        if marker in _FRAMES and size is None:
             height, width = struct.unpack_from(">HH", data, at + 3)
-            return width, height
+            size = width, height
         at += struct.unpack_from(">H", data, at)[0]
-    raise ValueError("its header gives it no size")
+    raise ValueError(TOO_MANY)
 
 
 def _png(data: bytes) -> tuple[int, int]:
     if data[12:16] != b"IHDR":
         raise ValueError("its header is no PNG's")
-    width, height = struct.unpack_from(">II", data, 16)
-    return width, height
+    at = 8
+    for _ in range(MAX_PARTS):
+        if at + 12 > len(data) or data[at + 4 : at + 8] == b"IEND":
+            width, height = struct.unpack_from(">II", data, 16)
+            return width, height
+        at += 12 + struct.unpack_from(">I", data, at)[0]
+    raise ValueError(TOO_MANY)
 
 
 def _webp(data: bytes) -> tuple[int, int]:
@@ -104,8 +118,19 @@ def _webp(data: bytes) -> tuple[int, int]:
 
 
 def _gif(data: bytes) -> tuple[int, int]:
-    width, height = struct.unpack_from("<HH", data, 6)
-    return width, height
+    at = 13 + (3 << 1 + (data[10] & 7) if data[10] & 128 else 0)
+    is_inside = False  # of an extension, whose blocks end with an empty one
+    for _ in range(MAX_PARTS):
+        if is_inside:
+            is_inside, at = data[at] > 0, at + 1 + data[at]
+        elif data[at] == 0x21:
+            is_inside, at = True, at + 2
+        elif data[at] in (0x2C, 0x3B):  # a frame, or the end
+            width, height = struct.unpack_from("<HH", data, 6)
+            return width, height
+        else:
+            at += 1
+    raise ValueError(TOO_MANY)
 
 
 def _bmp(data: bytes) -> tuple[int, int]:

@@ -7,6 +7,7 @@ one format that was recognised. What is called here takes up to a second: never 
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from llmkit.errors import InvalidRequestError
@@ -15,7 +16,18 @@ from llmkit.media.headers import FORMATS, Facts, facts_of
 if TYPE_CHECKING:
     import numpy as np
 
-__all__ = ["LOW_SIDE", "MAX_BYTES", "MAX_PIXELS", "facts", "pixels", "png", "reduced", "thumbnail"]
+__all__ = [
+    "LOW_SIDE",
+    "MAX_BYTES",
+    "MAX_PIXELS",
+    "alpha",
+    "facts",
+    "pixels",
+    "png",
+    "reduced",
+    "size",
+    "thumbnail",
+]
 
 MAX_BYTES = 20_000_000  # of a file
 MAX_PIXELS = 40_000_000
@@ -78,6 +90,29 @@ def pixels(data: bytes) -> np.ndarray:
     return np.asarray(_decoded(data))
 
 
+def size(data: bytes) -> tuple[int, int]:
+    """Width and height of the picture when it is upright; nothing is decoded. Raises as `facts`
+    does."""
+    from PIL import Image
+
+    found = facts(data)
+    sides = found.width, found.height
+    try:
+        with Image.open(io.BytesIO(data), formats=[found.format.upper()]) as image:
+            is_turned = image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
+    except Exception:  # it will be told when the picture is read
+        return sides
+    return sides[::-1] if is_turned else sides
+
+
+def alpha(data: bytes) -> np.ndarray:
+    """How solid each pixel is, from 0 (clear) to 255: uint8 (height, width). Raises as `pixels`
+    does."""
+    import numpy as np
+
+    return np.asarray(_decoded(data, shown=_alpha))
+
+
 def reduced(data: bytes, side: int) -> bytes:
     """The same picture in a file, at most ``side`` pixels wide and high.
 
@@ -102,8 +137,11 @@ def png(pixels: np.ndarray) -> bytes:
     return _written(Image.fromarray(pixels[..., 0] if pixels.shape[2:] == (1,) else pixels))
 
 
-def _decoded(data: bytes, side: int | None = None) -> Any:
-    """An RGB image of Pillow's; with a ``side``, possibly smaller, but not smaller than that."""
+def _decoded(
+    data: bytes, side: int | None = None, shown: Callable[[Any], Any] | None = None
+) -> Any:
+    """An RGB image of Pillow's, or what ``shown`` makes of it; with a ``side``, possibly smaller,
+    but not smaller than that."""
     import PIL
     from PIL import Image
 
@@ -114,7 +152,7 @@ def _decoded(data: bytes, side: int | None = None) -> Any:
             if side is not None:
                 image.draft("RGB", (side, side))
             image.load()
-            return _rgb(_upright(image, Image))
+            return (shown or _rgb)(_upright(image, Image))
     except InvalidRequestError:
         raise
     except MemoryError as error:
@@ -144,13 +182,24 @@ def _rgb(image: Any) -> Any:
     from PIL import Image
 
     if image.mode.startswith("I"):  # 16 bits of grey, which Pillow would clip to 8
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+        grey = np.asarray(image)
+        clear = image.info.get("transparency")  # the one value that is
+        seen = np.where(grey == clear, 0xFFFF, grey) if isinstance(clear, int) else grey
+        return Image.fromarray((seen >> 8).astype(np.uint8)).convert("RGB")
     if not image.has_transparency_data:
         return image.convert("RGB")
     clear = image.convert("RGBA")
     white = Image.new("RGB", clear.size, "white")
     white.paste(clear, mask=clear.getchannel("A"))
     return white
+
+
+def _alpha(image: Any) -> Any:
+    from PIL import Image
+
+    if not image.has_transparency_data:
+        return Image.new("L", image.size, 255)
+    return image.convert("RGBA").getchannel("A")
 
 
 def _smaller(image: Any, side: int) -> Any:

@@ -63,8 +63,10 @@ def samples(
                 )
             return _read(file, read, rate, max_s, param, is_over)
     except soundfile.SoundFileError as error:
+        # The whole message names the object that it read from, with its place in memory.
+        said = str(getattr(error, "error_string", error)).rstrip(".")
         raise InvalidRequestError(
-            f"{param}: it cannot be read as sound ({error!s:.120}). {READABLE}", param
+            f"{param}: it cannot be read as sound ({said:.120}). {READABLE}", param
         ) from error
     except (RuntimeError, ValueError, OSError) as error:
         if isinstance(error, InvalidRequestError):
