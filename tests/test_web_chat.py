@@ -3,17 +3,21 @@ stop, branches, a reload in mid-stream, a lost connection, attacks in what the m
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from browser_page import browser, drawn, listen, shot
 from playwright.sync_api import Browser, Page, Route, expect
 from scripted_model import ScriptedModel, ServedModels
 from test_web_markdown import HOSTILE
+
+from llmkit.gateway.sockets import following
 
 __all__ = ["browser"]  # a fixture
 
@@ -150,6 +154,25 @@ def test_a_branch_is_rendered_whenever_it_is_shown(page: Page, model: ScriptedMo
         answer.get_by_role("button", name=name).click()
         expect(answer.locator("em")).to_have_text("quiet")
         assert answer.locator(".prose").inner_html() == before
+
+
+def test_an_answer_that_is_rendered_late(
+    page: Page, model: ScriptedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its text is shown meanwhile; the first answer of a busy server is one."""
+    fed = following.Page._fed
+
+    async def late(self: following.Page, text: str, *, last: bool = False) -> Any:
+        await asyncio.sleep(0.5)
+        return await fed(self, text, last=last)
+
+    monkeypatch.setattr(following.Page, "_fed", late)
+    model.script = lambda said: "*No*"  # one token, and one block of HTML
+    say(page, "Is it?", ends=False)
+    expect(page.locator(".message.assistant .tail")).to_have_text("*No*")
+    expect(page.locator(".message.assistant em")).to_have_text("No")
+    ended(page)
+    assert answers(page) == ["No"]
 
 
 def test_a_reload_in_mid_stream_goes_on(page: Page, model: ScriptedModel) -> None:

@@ -274,6 +274,7 @@ export class MessageView {
 
   showBlocks() {
     const {stream} = this;
+    if (stream.tail?.parentElement === this.prose) stream.tail.remove();  // it is no block
     for (const {index, html, seq} of stream.html.values()) {
       while (this.prose.children.length <= index) this.prose.append(el('div', {class: 'block'}));
       setHtml(this.prose.children[index], html);
