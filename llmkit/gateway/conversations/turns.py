@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import json
 import logging
-from collections import OrderedDict
+from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 from contextvars import Context
 from typing import Any, Literal
@@ -133,7 +133,9 @@ class Turns:
         shelf: Shelf | None = None,
     ) -> None:
         self._dispatch, self._held, self._shelf = dispatch, held, shelf
-        self._turns: OrderedDict[str, Turn] = OrderedDict()  # by id, those over first to go
+        self._turns: dict[str, Turn] = {}  # by id
+        self._over: deque[Turn] = deque()  # in the order of their ends
+        self._num_over_bytes = 0
         self.num_settling = 0  # those that are generated, and about to be stored
         self._finishing: set[asyncio.Task[None]] = set()
         self.rendering = Aside(NUM_RENDERING, "llmkit-rendering")
@@ -227,19 +229,24 @@ class Turns:
         turn.over_at = asyncio.get_running_loop().time()
         turn.begun.set()
         turn.over.set()
+        if turn.keeping is None:
+            del self._turns[turn.id]
+        else:
+            self._over.append(turn)
+            self._num_over_bytes += turn.num_bytes
         self._forget()
 
     def _forget(self) -> None:
         """Let go of what has been over for long, and of the oldest when it is too much."""
         now = asyncio.get_running_loop().time()
-        over = [t for t in self._turns.values() if t.over_at is not None]
-        size, count = sum(t.num_bytes for t in over), len(over)
-        for turn in sorted(over, key=lambda t: t.over_at or 0.0):
+        while self._over:
+            turn = self._over[0]
             is_old = now - (turn.over_at or now) >= KEPT_S
-            is_much = size > KEPT_BYTES or count > KEPT
-            if not (is_old or is_much or turn.keeping is None):
-                continue
-            size, count = size - turn.num_bytes, count - 1
+            is_much = self._num_over_bytes > KEPT_BYTES or len(self._over) > KEPT
+            if not (is_old or is_much):
+                return
+            self._over.popleft()
+            self._num_over_bytes -= turn.num_bytes
             del self._turns[turn.id]
 
     def find(self, identity: Identity, turn_id: str) -> Turn:
