@@ -300,7 +300,8 @@ async def test_errors_have_its_shape(
 
 async def test_what_it_has_and_we_do_not_is_said_so(gateway: Governed) -> None:
     for path, body in (("/props", {}), ("/slots/0?action=save", {"filename": "x"}),
-                       ("/embedding", {"content": "x"})):  # fmt: skip
+                       ("/embedding", {"content": "x"}),
+                       ("/embeddings", {"content": "x"})):  # fmt: skip
         reply = await ask(gateway.api, path, body)
         assert reply.code == 501 and reply.json["error"]["type"] == "not_supported_error", path
 

@@ -112,7 +112,8 @@ async def test_rerank(api: Api) -> None:
         and body["object"] == "list"
         and body["usage"]["total_tokens"] == 8
     )
-    assert (await api.post("/rerank", {"query": "aa", "documents": ["x"]}))[0] == 200
+    for path in ("/rerank", "/reranking", "/v1/reranking"):
+        assert (await api.post(path, {"query": "aa", "documents": ["x"]}))[0] == 200
 
 
 async def test_the_wrong_kind_of_model(api: Api) -> None:

@@ -208,7 +208,7 @@ def route_table(
             rerank.rerank,
             "Documents ranked by relevance to a query",
             body=RerankBody,
-            also=("/rerank",),
+            also=("/rerank", "/reranking", "/v1/reranking"),
         ),
         Route(
             "POST",

@@ -156,7 +156,13 @@ def _llama_server(server: LlamaServerRoutes, state: LlamaStateRoutes) -> list[Ro
         ),
         Route("POST", "/infill", server.infill, "Fill in code", LLAMA, InfillBody),
         Route(
-            "POST", "/embedding", server.embedding, "Vectors of texts", LLAMA, LlamaEmbeddingBody
+            "POST",
+            "/embedding",
+            server.embedding,
+            "Vectors of texts",
+            LLAMA,
+            LlamaEmbeddingBody,
+            also=("/embeddings",),
         ),
         Route("GET", "/props", state.props, "The model and its template", LLAMA, query=MODEL),
         Route("POST", "/props", state.set_props, "Not supported", LLAMA),
