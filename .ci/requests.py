@@ -42,6 +42,7 @@ SAMPLES: dict[str, Any] = {
     "name": "default",
     "title": "Skies",
     "file": "speech.wav",
+    "image": "photo.png",
 }
 USUAL = ("model", "messages", "prompt", "input", "content", "max_tokens", "max_output_tokens")
 USUAL = (*USUAL, "n_predict")
@@ -72,7 +73,7 @@ BODIES: dict[str, Any] = {
 # Of these one is enough, the first that there is.
 ALIKE = ("content", "input", "messages", "prompt")
 NOT_SUPPORTED = "Not supported"
-FORM, FILE = "multipart/form-data", "speech.wav"
+FORM, FILES = "multipart/form-data", ("file", "image")  # and its fields that are files
 # Parameters of paths.
 PLACES = {"id": "default", "name": "base.css"}
 
@@ -192,8 +193,8 @@ def _item(request: Request) -> dict[str, Any]:
     made: dict[str, Any] = {"method": request.method, "header": [], "url": url}
     if request.is_form:
         fields = [
-            {"key": key, "type": "file", "src": FILE}
-            if key == "file"
+            {"key": key, "type": "file", "src": value}
+            if key in FILES
             else {"key": key, "type": "text", "value": value}
             for key, value in request.body.items()
         ]
@@ -232,10 +233,10 @@ def _block(request: Request) -> Iterator[str]:
     if request.is_form:
         yield from (f"Content-Type: {FORM}; boundary=part", "")
         for key, value in request.body.items():
-            name = f'filename="{FILE}"' if key == "file" else ""
+            name = f'filename="{value}"' if key in FILES else ""
             yield "--part"
             yield "; ".join(filter(None, [f'Content-Disposition: form-data; name="{key}"', name]))
-            yield from ("", f"< ./{FILE}" if key == "file" else str(value))
+            yield from ("", f"< ./{value}" if key in FILES else str(value))
         yield "--part--"
     elif request.body is not None:
         yield from ("Content-Type: application/json", "", json.dumps(request.body, indent=2))

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from llmkit.errors import EngineError, InvalidRequestError, ModelUnloadedError
 from llmkit.handle import Handle
+from llmkit.media.addresses import digest_of
+from llmkit.media.given import picture_file
 from llmkit.notebook.drawing import Images, LiveImages, image_of
 from llmkit.protocol import GenerationRequest
 from llmkit.protocol.images import MAX_PREVIEWS, Drawing, ImageLines, Picture
@@ -37,6 +39,9 @@ class TextToImage(Handle):
         seed: int | None = None,
         steps: int | None = None,
         cfg_scale: float | None = None,
+        image: Any = None,
+        mask: Any = None,
+        strength: float | None = None,
     ) -> Image | Images:
         """Draw a prompt: a PIL image, or for ``n`` above 1 a list of them.
 
@@ -46,12 +51,18 @@ class TextToImage(Handle):
         steps: of denoising, 1 to 150: more take longer and show more detail.
         cfg_scale: how closely the prompt is followed, 0 to 30.
         negative_prompt: what is not to be seen.
+        image: a picture to start from: a PIL image, a path, bytes, an array or a figure. The
+            result has its shape, unless ``size`` says another.
+        mask: a picture of the same size, whose transparent pixels say what is drawn anew; by
+            default all of it.
+        strength: how far the result may be from ``image``, above 0 to 1; by default 0.75.
 
         A notebook shows the steps with a preview. ■ ends the work at once and gives the memory
         back; the next call loads the model again. Raises `InvalidRequestError`, `EngineError` if
         the process that draws has ended, and `ModelUnloadedError` after an ``unload()`` meanwhile.
         """
         width, height = _sides(size)
+        files: dict[str, bytes] = {}
         drawing = Drawing(
             n,
             width,
@@ -62,8 +73,11 @@ class TextToImage(Handle):
             negative_prompt,
             previews=MAX_PREVIEWS,
             small_previews=True,
+            image=_added(files, image, "image"),
+            mask=_added(files, mask, "mask"),
+            strength=strength,
         )
-        request = GenerationRequest(new_id(), prompt=prompt, drawing=drawing)
+        request = GenerationRequest(new_id(), prompt=prompt, drawing=drawing, media=files)
         live, images, finished = LiveImages(self.name, n), Images(), False
         self.last = images
         try:
@@ -91,6 +105,15 @@ class TextToImage(Handle):
     def __repr__(self) -> str:
         what = "unloaded" if self.closed else self._description.image_size
         return f"TextToImage({self.name!r}, {what})"
+
+
+def _added(files: dict[str, bytes], picture: Any, name: str) -> str:
+    """The digest of a picture, whose file is added to ``files``; empty if there is none."""
+    if picture is None:
+        return ""
+    data = picture_file(picture, name)
+    files[digest := digest_of(data)] = data
+    return digest
 
 
 def _sides(size: str | tuple[int, int] | None) -> tuple[int | None, int | None]:

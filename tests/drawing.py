@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from PIL import Image
@@ -28,15 +28,21 @@ class FakePainter:
         self.gate: threading.Semaphore | None = None
         self.stopped = threading.Event()
         self.asked: list[tuple[str, Drawing]] = []
+        self.files: dict[str, bytes] = {}
 
     def check_room(self, width: int, height: int) -> None:
         if width * height > self.max_pixels:
             raise InvalidRequestError("size: 64x64 fits.", "size")
 
     def images(
-        self, prompt: str, options: Drawing, is_over: Callable[[], bool] = lambda: False
+        self,
+        prompt: str,
+        options: Drawing,
+        files: Mapping[str, bytes],
+        is_over: Callable[[], bool] = lambda: False,
     ) -> Iterator[Step | Picture]:
         self.asked.append((prompt, options))
+        self.files = dict(files)
         width, height = options.width or 0, options.height or 0
         assert options.seed is not None and options.steps is not None
         for index in range(options.n):

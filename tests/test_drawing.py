@@ -93,7 +93,8 @@ async def test_images_in_every_format_and_size(drawn: Drawn) -> None:
     _, asked = drawn.painter.asked[-1]
     assert (asked.quality, asked.steps, asked.width) == (100, 4, 128)
     listed = [m for m in (await drawn.client.models.list()).data if m.id == "fake"]
-    assert listed[0].architecture["output_modalities"] == ["image"]  # type: ignore[attr-defined]
+    kinds = listed[0].architecture  # type: ignore[attr-defined]
+    assert kinds == {"input_modalities": ["text", "image"], "output_modalities": ["image"]}
 
 
 async def test_a_stream_shows_steps_in_order_and_then_the_image(drawn: Drawn) -> None:
@@ -310,6 +311,11 @@ def test_tensors_and_tiles_are_no_steps() -> None:
     steps = [step.step for pair in told if (step := counter.count(*pair)) is not None]
     assert steps == [0, 1, 2, 3, 4]
     assert [s for s in range(5) if counter.shows(s)] == [1, 2, 3]
+    counter = _Counter(0, 4, 0, is_encoding=True)  # a picture, in as many tiles
+    assert [counter.count(done, 4) for done in range(5)] == [None] * 5
+    counter.begin()
+    counted = [counter.count(done, 4) for done in range(5)]
+    assert [step and step.step for step in counted] == [0, 1, 2, 3, 4]
     for steps, previews, shown in (
         (20, 2, [7, 14]), (5, 2, [2, 4]), (6, 3, [1, 2, 3]), (2, 3, [1]), (1, 1, []), (9, 0, []),
         (3, 150, [1, 2]), (150, 150, list(range(1, 150))),

@@ -89,7 +89,7 @@ def test_a_size_without_memory_is_refused(tmp_path: Path, monkeypatch: pytest.Mo
     with pytest.raises(InvalidRequestError, match=r"2048x2048 needs 9\.2 GB.*1024x1024 fits"):
         process.check_room(2048, 2048)
     with pytest.raises(InvalidRequestError, match="2048x2048"):
-        list(process.images("a cat", Drawing(width=2048, height=2048)))
+        list(process.images("a cat", Drawing(width=2048, height=2048), {}))
     image_process.ImageProcess(model, force=True).check_room(2048, 2048)
 
 

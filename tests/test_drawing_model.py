@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import openai
 import psutil
 import pytest
@@ -25,6 +26,8 @@ import llmkit
 from llmkit import TextToImage
 from llmkit.diffusion.extra import INSTALL, is_installed
 from llmkit.errors import EngineError, InvalidModelFileError, InvalidRequestError, ModelLoadError
+from llmkit.media.addresses import digest_of
+from llmkit.media.pictures import png
 from llmkit.notebook.drawing import LiveImages
 from llmkit.protocol import GenerationRequest
 from llmkit.protocol.images import Drawing, ImageLines, Picture, Step
@@ -58,10 +61,13 @@ def pid_of(handle: TextToImage) -> int | None:
     return handle.engine._model.pid  # type: ignore[attr-defined, no-any-return]
 
 
-def events(handle: TextToImage, **options: Any) -> Iterator[Step | Picture]:
+def events(
+    handle: TextToImage, files: dict[str, bytes] | None = None, **options: Any
+) -> Iterator[Step | Picture]:
     fields: dict[str, Any] = {"width": 64, "height": 64, "steps": 2, **options}
+    drawing = Drawing(**fields)
     stream = handle.engine.submit(
-        GenerationRequest(f"r{id(fields)}", prompt="a cat", drawing=Drawing(**fields))
+        GenerationRequest(f"r{id(fields)}", prompt="a cat", drawing=drawing, media=files or {})
     )
     lines = ImageLines()
     with stream:
@@ -135,6 +141,34 @@ def test_the_stop_button_ends_the_process(
     assert small.last is not None and [i.info["seed"] for i in small.last] == [4]
     wait_for(lambda: not psutil.pid_exists(pid or 0), 5)
     assert small.generate("a cat", **SMALL).size == (64, 64)  # type: ignore[arg-type, union-attr]
+
+
+def test_an_image_starts_from_a_picture(small: TextToImage) -> None:
+    """What the mask keeps stays whatever the seed; the model is loaded again for the first one."""
+    x, y = np.meshgrid(np.arange(64), np.arange(64))
+    photo = np.stack([4 * x, 4 * y, 255 - 2 * x - 2 * y], axis=-1).clip(0, 255).astype(np.uint8)
+    mask = np.full((64, 64, 4), 255, np.uint8)
+    mask[:, :32, 3] = 0  # its left half
+
+    def drawn(picture: np.ndarray, seed: int, mask: np.ndarray | None = None) -> np.ndarray:
+        made = small.generate("a cat", image=picture, mask=mask, seed=seed, **SMALL)  # type: ignore[arg-type]
+        return np.asarray(made).astype(int)
+
+    list(events(small))
+    pid = pid_of(small)
+    first, again = drawn(photo, 1), drawn(photo, 1)
+    assert pid_of(small) not in (None, pid) and (first == again).all()
+    pid = pid_of(small)
+    assert (drawn(np.full((64, 64, 3), 90, np.uint8), 1) != first).any()
+    changed = np.abs(drawn(photo, 1, mask) - drawn(photo, 2, mask))
+    assert changed[:, 56:].mean() < 0.1 * changed[:, :32].mean()
+    with pytest.raises(InvalidRequestError, match=r"image: .*cut off or broken"):
+        small.generate("a cat", image=png(photo)[:-60], **SMALL)  # type: ignore[arg-type]
+    given = {"image": digest_of(png(photo)), "strength": 0.5, "steps": 3}
+    told = list(events(small, {given["image"]: png(photo)}, **given))
+    assert [e.step for e in told if isinstance(e, Step)] == [0, 1, 2]  # as many as there are
+    assert isinstance(told[-1], Picture) and image(told[-1].data).info["strength"] == "0.5"
+    assert isinstance(list(events(small))[-1], Picture) and pid_of(small) == pid
 
 
 def test_wrong_requests_and_files_are_refused(small: TextToImage, tmp_path: Path) -> None:

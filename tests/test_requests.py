@@ -17,6 +17,7 @@ import httpx
 import pytest
 from conftest import ROOT
 from fakes import wait_for
+from pictures import picture
 from test_cli import Served
 
 
@@ -63,7 +64,7 @@ def test_the_collection_has_every_route(made: ModuleType, files: dict[Path, str]
         variables = [v["key"] for v in request["url"].get("variable", [])]
         assert variables == re.findall(r":(\w+)", request["url"]["raw"].removeprefix("{{"))
         if request.get("body", {}).get("mode") == "formdata":
-            assert request["body"]["formdata"][0]["type"] == "file"
+            assert [f["type"] for f in request["body"]["formdata"]].count("file") == 1
         elif "body" in request:
             json.loads(request["body"]["raw"])
             assert request["header"] == [{"key": "Content-Type", "value": "application/json"}]
@@ -126,8 +127,9 @@ def test_an_echo_takes_every_request(files: dict[Path, str], tmp_path: Path) -> 
                 value = places.get(variable["key"]) or variable["value"] or "none"
                 path = path.replace(f":{variable['key']}", value)
             if request.get("body", {}).get("mode") == "formdata":
-                form = {f["key"]: f.get("value", "x") for f in request["body"]["formdata"]}
-                files_of = {"file": ("speech.wav", form.pop("file"))}
+                fields = request["body"]["formdata"]
+                form = {f["key"]: f["value"] for f in fields if f["type"] == "text"}
+                files_of = {f["key"]: (f["src"], picture()) for f in fields if "src" in f}
                 reply = httpx.post(base + path, data=form, files=files_of)
                 status, data = reply.status_code, reply.content
             else:

@@ -12,12 +12,15 @@ import importlib
 import os
 import sys
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from llmkit.diffusion.files import encoded
+from llmkit.diffusion.start import Start
 from llmkit.errors import EngineError, ModelLoadError
 from llmkit.protocol.images import Drawing, Picture, Step
 from llmkit.system.resources import usable_cores
@@ -29,6 +32,7 @@ PROJECTION = 1  # previews: the latent image's own colours, at an eighth of the 
 TINY = 2  # previews by the small decoder, where there is one
 TILED_PIXELS = 512 * 512  # larger images are decoded in tiles
 WARNING = 2  # of the library's levels
+ENCODED = "encode_first_stage completed"  # what it says before the first step from a picture
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,10 +47,18 @@ class Weights:
 
 
 class StableDiffusion:
-    """A model in this process. Raises `ModelLoadError` with the library's own last words."""
+    """A model in this process; one that ``reads`` can also start from a picture.
+
+    Raises `ModelLoadError` with the library's own last words.
+    """
 
     def __init__(
-        self, model: Weights, threads: int | None, on_progress: Callable[[float], None]
+        self,
+        model: Weights,
+        threads: int | None,
+        on_progress: Callable[[float], None],
+        *,
+        reads: bool = False,
     ) -> None:
         self._library: Any = importlib.import_module("stable_diffusion_cpp.stable_diffusion_cpp")
         self._model = model
@@ -56,6 +68,7 @@ class StableDiffusion:
             done / max(1, all_)
         )
         self._on_preview: Callable[[Any], None] = lambda _: None
+        self._on_encoded: Callable[[], None] = lambda: None
         self._set_callbacks()
         parameters = self._library.sd_ctx_params_t()
         self._library._lib.sd_ctx_params_init(ctypes.byref(parameters))
@@ -65,7 +78,7 @@ class StableDiffusion:
             setattr(parameters, f"{name}_path", os.fsencode(path))
         parameters.n_threads = threads or usable_cores()
         parameters.free_params_immediately = False
-        parameters.vae_decode_only = True
+        parameters.vae_decode_only = not reads
         parameters.diffusion_flash_attn = True
         self._context = self._library.new_sd_ctx(ctypes.byref(parameters))
         if not self._context:
@@ -76,19 +89,33 @@ class StableDiffusion:
         """Whether the library said that it computes on one."""
         return self._uses_gpu
 
-    def draw(self, prompt: str, options: Drawing, tell: Callable[[Step | Picture], None]) -> None:
-        """Draw the images one after the other. Raises `EngineError`."""
+    def draw(
+        self,
+        prompt: str,
+        options: Drawing,
+        files: Mapping[str, bytes],
+        tell: Callable[[Step | Picture], None],
+    ) -> None:
+        """Draw the images one after the other, from what ``files`` hold by digest. Raises
+        `EngineError`, and `InvalidRequestError` for a file that cannot be read."""
         self._words.clear()
+        start = Start.of(options, files)
         for index in range(options.n):
-            picture = self._one(prompt, options, index, tell)
+            picture = self._one(prompt, options, start, index, tell)
             tell(picture)
 
     def _one(
-        self, prompt: str, options: Drawing, index: int, tell: Callable[[Step | Picture], None]
+        self,
+        prompt: str,
+        options: Drawing,
+        start: Start | None,
+        index: int,
+        tell: Callable[[Step | Picture], None],
     ) -> Picture:
         assert options.seed is not None and options.steps is not None
         assert options.width is not None and options.height is not None
-        counter = _Counter(index, options.steps, options.previews)
+        steps = options.steps if start is None else start.steps
+        counter = _Counter(index, steps, options.previews, is_encoding=start is not None)
         seed = options.seed + index
         waiting: list[Step] = []
 
@@ -109,9 +136,10 @@ class StableDiffusion:
                 flush(encoded(_pixels(image), image.width, image.height, options))
 
         self._on_progress, self._on_preview = count, show
+        self._on_encoded = counter.begin
         kind = TINY if "taesd" in self._model.parts else PROJECTION
         self._set_preview(kind if options.previews else 0, counter.interval)
-        asked = self._asked(prompt, options, seed)
+        asked = self._asked(prompt, options, start, seed)
         found = self._library.generate_image(self._context, ctypes.byref(asked))
         flush(b"")
         if not found or not found[0].data:
@@ -125,12 +153,14 @@ class StableDiffusion:
             "cfg_scale": f"{self._scale(options):g}",
             "model": self._model.path.stem,
         }
+        if start is not None:
+            facts["strength"] = f"{options.strength:g}"
         data = encoded(_pixels(image), image.width, image.height, options, facts)
         width, height = int(image.width), int(image.height)
         _free(image.data, found)
         return Picture(index, seed, width, height, data)
 
-    def _asked(self, prompt: str, options: Drawing, seed: int) -> Any:
+    def _asked(self, prompt: str, options: Drawing, start: Start | None, seed: int) -> Any:
         assert options.width is not None and options.height is not None
         asked = self._library.sd_img_gen_params_t()
         self._library._lib.sd_img_gen_params_init(ctypes.byref(asked))
@@ -144,7 +174,18 @@ class StableDiffusion:
             self._context, method
         )
         asked.vae_tiling_params.enabled = options.width * options.height > TILED_PIXELS
+        if start is not None:
+            asked.strength = start.strength
+            asked.init_image = self._image(start.picture)
+            if start.mask is not None:
+                asked.mask_image = self._image(start.mask)
         return asked
+
+    def _image(self, pixels: np.ndarray) -> Any:
+        """Pixels that the caller keeps, uint8 of shape (height, width, channels)."""
+        height, width, channels = pixels.shape
+        data = pixels.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
+        return self._library.sd_image_t(width, height, channels, data)
 
     def _scale(self, options: Drawing) -> float:
         return self._model.cfg_scale if options.cfg_scale is None else options.cfg_scale
@@ -157,6 +198,8 @@ class StableDiffusion:
         def said(level: int, text: bytes, _: Any) -> None:
             words = printable(text.decode("utf-8", "replace").strip())
             self._uses_gpu |= words.endswith(("Using CUDA backend", "Using Metal backend"))
+            if ENCODED in words:
+                self._on_encoded()
             if level >= WARNING and words:
                 self._words.append(words.partition(" - ")[2] or words)
                 print(words, file=sys.stderr, flush=True)
@@ -181,16 +224,21 @@ class StableDiffusion:
 
 @dataclass(slots=True)
 class _Counter:
-    """The steps of an image among all that the library counts: tensors and tiles are none."""
+    """The steps of an image among all that the library counts: tensors and tiles are none, nor
+    what it counts while it ``is_encoding`` a picture."""
 
     index: int
     steps: int
     previews: int
+    is_encoding: bool = False
     last: int = -1
+
+    def begin(self) -> None:
+        self.is_encoding = False
 
     def count(self, done: int, all_: int) -> Step | None:
         """The step, if it is the next."""
-        if all_ != self.steps or done != self.last + 1 or self.last == self.steps:
+        if self.is_encoding or all_ != self.steps or done != self.last + 1:
             return None
         self.last = done
         return Step(self.index, done, self.steps)

@@ -20,7 +20,7 @@ from tornado import web
 
 from llmkit.gateway import pipeline
 from llmkit.gateway.access.authenticator import Authenticator
-from llmkit.gateway.access.computing import HEARING, SEEING
+from llmkit.gateway.access.computing import EDITING, HEARING, SEEING
 from llmkit.gateway.access.edge import Edge
 from llmkit.gateway.access.held import MAX_HELD_BYTES, Held
 from llmkit.gateway.access.identity import ADMIN, Identity
@@ -79,7 +79,8 @@ class Gateway:
     not there. ``allowed_models`` gives globs of the models that anyone may use; none means all.
     ``early`` may refuse a request whose body is large before it is read, see `Overload.early`.
     Files of sound may have ``max_sound_bytes`` and last ``max_sound_s``. Chats with a model that
-    takes pictures or sound may have ``max_media_bytes``, and name files of ``media_hosts``.
+    takes pictures or sound may have ``max_media_bytes``, and name files of ``media_hosts``; what
+    an image starts from may have as many.
     ``keeper`` decides how long models stay loaded. Without ``sessions`` there are none to keep.
     ``home`` is the tab of the page at the root.
     While ``draining``, running requests finish and new ones are refused.
@@ -192,6 +193,8 @@ class Gateway:
         chats where a model takes pictures."""
         if exchange.path in HEARING:
             return self._max_sound_bytes + FORM_BYTES
+        if exchange.path in EDITING:
+            return max(self.max_body_bytes, self._max_media_bytes)
         return self.message_limit() if SEEING.fullmatch(exchange.path) else self.max_body_bytes
 
     def message_limit(self) -> int:

@@ -5,6 +5,7 @@ Runs on a lane. Knows the fields of no dialect.
 
 from __future__ import annotations
 
+import json
 import re
 from email.message import Message
 from typing import Any
@@ -13,7 +14,7 @@ from tornado.httputil import HTTPFile, HTTPInputError, parse_multipart_form_data
 
 from llmkit.errors import InvalidRequestError
 
-__all__ = ["fields_of"]
+__all__ = ["as_text", "fields_of"]
 
 MAX_TEXT = 64 << 10
 MAX_HEADER = 500  # characters of Content-Type, whose reader takes the square of its length
@@ -49,9 +50,10 @@ def fields_of(content_type: str, body: bytes, lists: frozenset[str]) -> dict[str
         raise InvalidRequestError(f"The form cannot be read: {error!s:.200}") from None
     found: dict[str, Any] = {}
     for given, parts in files.items():
-        if len(parts) > 1 or given in texts:
-            raise InvalidRequestError(f"{given:.60}: one file at a time.", given[:60])
-        found[given] = parts[0].body
+        name = given.removesuffix("[]")
+        if len(parts) > 1 or given in texts or name in found:
+            raise InvalidRequestError(f"{name:.60}: one file at a time.", name[:60])
+        found[name] = parts[0].body
     for given, values in texts.items():
         name = given.removesuffix("[]")
         read = [_value(name, value) for value in values]
@@ -62,6 +64,11 @@ def fields_of(content_type: str, body: bytes, lists: frozenset[str]) -> dict[str
         else:
             found[name] = read[0]
     return found
+
+
+def as_text(value: Any) -> Any:
+    """A field that is text: in a form it may look like a number, or like true."""
+    return json.dumps(value) if isinstance(value, bool | int | float) else value
 
 
 def _value(name: str, value: bytes) -> Any:

@@ -50,15 +50,15 @@ def _listed(given: Any) -> Sequence[Any]:
     return given if isinstance(given, list | tuple) and not is_pair else [given]
 
 
-def picture_file(given: Any) -> bytes:
+def picture_file(given: Any, param: str = "images") -> bytes:
     """A picture as the bytes of a file. A file stays as it is; all else becomes a PNG.
 
-    Raises `InvalidRequestError` for what is no picture.
+    Raises `InvalidRequestError` for what is no picture; its message begins with ``param``.
 
     >>> pictures.facts(picture_file(np.zeros((2, 3, 3), np.uint8)))
     Facts(format='PNG', width=3, height=2)
     """
-    data = _file(given, "images")
+    data = _file(given, param)
     if data is None and hasattr(given, "savefig"):  # a figure
         file = io.BytesIO()
         given.savefig(file, format="png", bbox_inches="tight")
@@ -71,23 +71,23 @@ def picture_file(given: Any) -> bytes:
         shown = shown[0] if isinstance(shown, tuple) else shown
         data = shown if isinstance(shown, bytes) else None
     if data is None and hasattr(given, "__array__"):
-        data = pictures.png(_pixels(np.asarray(given)))
+        data = pictures.png(_pixels(np.asarray(given), param))
     if data is None:
         raise InvalidRequestError(
-            f"images: {type(given).__name__} is no picture; give {PICTURES}.", "images"
+            f"{param}: {type(given).__name__} is no picture; give {PICTURES}.", param
         )
     pictures.facts(data)
     return data
 
 
 def _of_pillow(image: Any) -> bytes:
-    file = io.BytesIO()
+    image, file = pictures.upright(image), io.BytesIO()  # a PNG keeps no notes of a camera
     kept = image.mode in ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
     (image if kept else image.convert("RGB")).save(file, "PNG")
     return file.getvalue()
 
 
-def _pixels(array: np.ndarray) -> np.ndarray:
+def _pixels(array: np.ndarray, param: str) -> np.ndarray:
     """uint8 pixels from the usual arrays. Raises `InvalidRequestError`."""
     has_shape = array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (1, 3, 4))
     if not has_shape or not array.size:
@@ -95,23 +95,23 @@ def _pixels(array: np.ndarray) -> np.ndarray:
         if array.ndim == 3 and array.shape[0] in (1, 3, 4):
             hint = " Channels come last: np.moveaxis(array, 0, -1)."
         raise InvalidRequestError(
-            f"images: an array of shape {array.shape} is no picture; it must be (height, width), "
+            f"{param}: an array of shape {array.shape} is no picture; it must be (height, width), "
             f"or (height, width, 3) or (height, width, 4).{hint}",
-            "images",
+            param,
         )
     if array.dtype == np.uint8:
         return array
     if array.dtype == bool:
         return array.astype(np.uint8) * np.uint8(255)
     if not np.issubdtype(array.dtype, np.number) or np.issubdtype(array.dtype, np.complexfloating):
-        raise InvalidRequestError(f"images: {array.dtype} are no pixels.", "images")
+        raise InvalidRequestError(f"{param}: {array.dtype} are no pixels.", param)
     low, high = float(array.min()), float(array.max())
     is_share = np.issubdtype(array.dtype, np.floating) and high <= 1.0
     if not 0.0 <= low <= high <= 255.0:  # also NaN
         raise InvalidRequestError(
-            f"images: the numbers of an array go from {low:g} to {high:g}; pixels go from 0 to "
+            f"{param}: the numbers of an array go from {low:g} to {high:g}; pixels go from 0 to "
             "255, or from 0.0 to 1.0.",
-            "images",
+            param,
         )
     return np.rint(array * 255.0 if is_share else array).astype(np.uint8)
 

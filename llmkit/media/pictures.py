@@ -27,6 +27,7 @@ __all__ = [
     "reduced",
     "size",
     "thumbnail",
+    "upright",
 ]
 
 MAX_BYTES = 20_000_000  # of a file
@@ -152,7 +153,7 @@ def _decoded(
             if side is not None:
                 image.draft("RGB", (side, side))
             image.load()
-            return (shown or _rgb)(_upright(image, Image))
+            return (shown or _rgb)(upright(image))
     except InvalidRequestError:
         raise
     except MemoryError as error:
@@ -169,12 +170,15 @@ def _decoded(
         ) from error
 
 
-def _upright(image: Any, pillow: Any) -> Any:
+def upright(image: Any) -> Any:
+    """An image of Pillow's as its camera's notes say that it is to be seen."""
+    from PIL import Image
+
     try:
         way = _UPRIGHT.get(image.getexif().get(_ORIENTATION, 1))
     except Exception:  # broken notes of a camera are no reason to refuse its picture
         return image
-    return image if way is None else image.transpose(pillow.Transpose[way])
+    return image if way is None else image.transpose(Image.Transpose[way])
 
 
 def _rgb(image: Any) -> Any:

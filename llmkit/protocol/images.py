@@ -1,15 +1,16 @@
 """Images: what is asked of a model that draws, and the seam that such models implement.
 
 Standard library only. A model that draws (an `ImageGenerator`) is behind an `EngineClient` like any
-other. Its requests are `GenerationRequest`s with a `Drawing`, whose prompt says what is to be seen;
-the text of their streams is lines: `Step`s and `Picture`s.
+other. Its requests are `GenerationRequest`s with a `Drawing`, whose prompt says what is to be seen,
+and whose media have the files that it starts from; the text of their streams is lines: `Step`s and
+`Picture`s.
 """
 
 from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, Protocol
 
@@ -39,6 +40,7 @@ MAX_PREVIEWS = MAX_STEPS  # one for each step
 MAX_PROMPT_CHARS = 4000
 MAX_SEED = 2**53 - 1 - MAX_IMAGES  # what JSON's readers hold exactly
 SIDE, MIN_SIDE, MAX_SIDE = 64, 64, 2048
+MIN_STRENGTH = 0.01
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +52,10 @@ class Drawing:
     how closely the prompt is followed; ``negative_prompt``: what is not to be seen. ``format`` with
     ``quality`` 0 (smallest file) to 100 (best image), for JPEG and WebP. ``previews``: how many
     steps of each image are shown, spread evenly; ``small_previews``: as they come, as JPEGs.
+
+    ``image`` is the digest of a picture to start from, and ``strength`` how far the result may be
+    from it, above 0 (not at all) to 1 (as far as without it); fewer steps are taken for less.
+    ``mask`` is the digest of one of the same size, whose clear pixels say what is drawn anew.
     """
 
     n: int = 1
@@ -63,6 +69,9 @@ class Drawing:
     quality: int = 90
     previews: int = 0
     small_previews: bool = False
+    image: str = ""
+    mask: str = ""
+    strength: float | None = None
 
     def __post_init__(self) -> None:
         check_integer(self.n, "n", 1, MAX_IMAGES)
@@ -99,6 +108,10 @@ class Drawing:
         )
         check_integer(self.quality, "output_compression", 0, 100)
         check_integer(self.previews, "partial_images", 0, MAX_PREVIEWS)
+        if self.strength is not None:
+            check_number(self.strength, "strength", MIN_STRENGTH, 1)
+        for name in ("mask", "strength"):
+            check(bool(self.image) or not getattr(self, name), name, "needs an image.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,12 +164,17 @@ class ImageGenerator(Protocol):
         ...
 
     def images(
-        self, prompt: str, options: Drawing, is_over: Callable[[], bool] = lambda: False
+        self,
+        prompt: str,
+        options: Drawing,
+        files: Mapping[str, bytes],
+        is_over: Callable[[], bool] = lambda: False,
     ) -> Iterator[Step | Picture]:
-        """Each image's steps from 0 on, then its picture. ``options`` have all but the scale.
+        """Each image's steps from 0 on, then its picture. ``options`` have all but the scales, and
+        ``files`` what they name.
 
-        Once ``is_over`` says so, the rest is left out, within a second. Raises `EngineError`, and
-        what ``check_room`` raises.
+        Once ``is_over`` says so, the rest is left out, within a second. Raises `EngineError`,
+        `InvalidRequestError` for a file that cannot be read, and what ``check_room`` raises.
         """
         ...
 

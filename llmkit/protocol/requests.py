@@ -88,7 +88,7 @@ class GenerationRequest:
     stopped, and ``show_tokens`` has deltas carry what that takes. ``hearing`` is for models that
     write down speech, ``saying`` for those that speak the ``prompt``; see `llmkit.protocol.speech`.
     ``drawing`` is for those that draw it; see `llmkit.protocol.images`.
-    ``media`` has the files of the messages' `Media`, by digest.
+    ``media`` has the files of the messages' `Media`, or of the ``drawing``, by digest.
     """
 
     request_id: str

@@ -5,6 +5,7 @@ Nothing stops the library in the middle of an image, so the owner ends this proc
 
 from __future__ import annotations
 
+import base64
 import os
 import threading
 from pathlib import Path
@@ -27,7 +28,7 @@ def run(owner: Owner) -> None:
         os.nice(NICE)
     parts = {name: Path(path) for name, path in task["parts"].items()}
     weights = Weights(Path(task["path"]), task["is_whole"], task["cfg_scale"], parts)
-    model = StableDiffusion(weights, task["threads"], owner.progress)
+    model = StableDiffusion(weights, task["threads"], owner.progress, reads=task["reads"])
     threading.Thread(target=_end_with, args=(owner,), name="llmkit-end", daemon=True).start()
     owner.ready(uses_gpu=model.uses_gpu)
     while (asked := owner.asked()) is not None:
@@ -35,6 +36,7 @@ def run(owner: Owner) -> None:
             model.draw(
                 asked["prompt"],
                 Drawing(**asked["drawing"]),
+                {digest: base64.b64decode(text) for digest, text in asked["files"].items()},
                 lambda event: owner.tell(ImageLines.of(event)),
             )
         except LLMKitError as error:

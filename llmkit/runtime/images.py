@@ -8,18 +8,22 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 
 from llmkit.diffusion.extra import check_installed
 from llmkit.errors import InsufficientMemoryError, InvalidRequestError
+from llmkit.media import pictures
 from llmkit.models.image_files import ImageModel, image_model
 from llmkit.models.memory import MemoryEstimate, free_ram
 from llmkit.models.registry import ModelSpec
 from llmkit.protocol import GenerationRequest, ModelDescription
 from llmkit.protocol.images import (
     MAX_PROMPT_CHARS,
+    MAX_SIDE,
     MAX_WORK,
+    MIN_SIDE,
+    SIDE,
     Drawing,
     ImageGenerator,
     ImageLines,
@@ -36,6 +40,7 @@ __all__ = ["LocalImages", "estimate", "open_images"]
 PATCH = 16 * 16  # pixels of a token, which each step costs
 CHARS = 4  # of a token of a prompt, about
 PIECE = 1 << 18  # characters of a line that are sent at once
+STRENGTH = 0.75  # by default: the picture can still be recognised
 
 
 def open_images(
@@ -100,6 +105,7 @@ class LocalImages(SerialEngine):
             n_slots=1,
             created=int(time.time()),
             image_size=_said(model.size),
+            inputs=("image",),  # to start from
             **model.facts,
         )
         super().__init__(description, options.max_waiting)
@@ -127,7 +133,7 @@ class LocalImages(SerialEngine):
                 raise InvalidRequestError(
                     f"{name}: NUL and halves of surrogate pairs are no text; leave them out.", name
                 )
-        drawing = self._whole(request.drawing)
+        drawing = self._whole(request.drawing, request.media)
         width, height, steps = drawing.width or 0, drawing.height or 0, drawing.steps or 0
         if drawing.n * steps * width * height > MAX_WORK:
             most = MAX_WORK // (width * height)
@@ -140,34 +146,64 @@ class LocalImages(SerialEngine):
 
     def _lines(self, job: Job) -> Iterator[tuple[str, int]]:
         """Long lines come in pieces. Between two images others may have their turn."""
-        drawing, prompt = job.request.drawing, str(job.request.prompt)
+        drawing, prompt, files = job.request.drawing, str(job.request.prompt), job.request.media
         assert drawing is not None
         job.prompt_tokens = -(-(len(prompt) + len(drawing.negative_prompt)) // CHARS)
-        whole = self._whole(drawing)
+        whole = self._whole(drawing, files)
         made_a_step = (whole.width or 0) * (whole.height or 0) // PATCH
         for index in range(whole.n):
             if index:
                 yield PAUSE, 0
             one = replace(whole, n=1, seed=(whole.seed or 0) + index)
             job.redone_s = self._model.load_s
-            for event in self._model.images(prompt, one, lambda: job.is_over):
+            for event in self._model.images(prompt, one, files, lambda: job.is_over):
                 line = ImageLines.of(replace(event, index=index))
                 made = made_a_step if isinstance(event, Step) and event.step else 0
                 for at in range(0, len(line), PIECE):
                     yield line[at : at + PIECE], 0 if at else made
 
-    def _whole(self, drawing: Drawing) -> Drawing:
+    def _whole(self, drawing: Drawing, files: Mapping[str, bytes]) -> Drawing:
         width, height = self._model.size
+        if drawing.image:
+            width, height = _shaped(_size(drawing, files), width * height)
         return replace(
             drawing,
             width=drawing.width or width,
             height=drawing.height or height,
             seed=secrets.randbelow(2**31) if drawing.seed is None else drawing.seed,
             steps=drawing.steps or self._model.steps,
+            strength=STRENGTH if drawing.image and drawing.strength is None else drawing.strength,
         )
 
     def _free(self) -> None:
         self._model.close()
+
+
+def _size(drawing: Drawing, files: Mapping[str, bytes]) -> tuple[int, int]:
+    """Of the picture to start from. Raises `InvalidRequestError`, also for a mask of another
+    size."""
+    found = []
+    for name, digest in (("image", drawing.image), ("mask", drawing.mask or drawing.image)):
+        try:
+            found.append(pictures.size(files.get(digest, b"")))
+        except InvalidRequestError as error:
+            raise InvalidRequestError(f"{name}: {error}", name) from None
+    if found[0] != found[1]:
+        raise InvalidRequestError(
+            f"mask: it has {_said(found[1])} pixels, the image {_said(found[0])}; they must be of "
+            "one size.",
+            "mask",
+        )
+    return found[0]
+
+
+def _shaped(sides: tuple[int, int], pixels: int) -> tuple[int, int]:
+    """The sides of an image that is shaped like a picture, and has about so many pixels."""
+    scale = (pixels / (sides[0] * sides[1])) ** 0.5
+    width, height = (
+        min(max(round(side * scale / SIDE) * SIDE, MIN_SIDE), MAX_SIDE) for side in sides
+    )
+    return width, height
 
 
 def _said(size: tuple[int, int]) -> str:

@@ -8,6 +8,7 @@ __all__ = [
     "BOUNDED",
     "COMPUTING",
     "DRAWING",
+    "EDITING",
     "GENERATING",
     "HEARING",
     "SEEING",
@@ -62,6 +63,7 @@ SEEING = re.compile(
 )
 HEARING = frozenset({"/v1/audio/transcriptions", "/v1/audio/translations"})
 SPEAKING = frozenset({"/v1/audio/speech"})
-DRAWING = frozenset({"/v1/images/generations"})
+EDITING = frozenset({"/v1/images/edits"})
+DRAWING = EDITING | {"/v1/images/generations"}
 BOUNDED = GENERATING | VECTORS | ASKING | HEARING | SPEAKING | DRAWING  # in time
 COMPUTING = BOUNDED - LOOKS  # for rates and budgets, which a look at a model costs nothing

@@ -10,6 +10,7 @@ from pydantic import Field, field_validator
 
 from llmkit.errors import InvalidRequestError
 from llmkit.gateway.bodies import Strict
+from llmkit.gateway.forms import as_text
 from llmkit.gateway.openai.schemas import Ignored
 from llmkit.protocol import Usage
 from llmkit.protocol.speech import FORMATS, Hearing, Saying, Segment
@@ -52,11 +53,7 @@ class TranslationBody(Strict):
     temperature: Annotated[float, Field(ge=0, le=1)] | None = None
     user: str | None = None
 
-    @field_validator("prompt", "model", "user", mode="before")
-    @classmethod
-    def _as_text(cls, value: Any) -> Any:
-        """A form's text may look like a number, or like true."""
-        return json.dumps(value) if isinstance(value, bool | int | float) else value
+    _as_text = field_validator("prompt", "model", "user", mode="before")(as_text)
 
     @property
     def wants_words(self) -> bool:

@@ -6,16 +6,20 @@ import base64
 import json
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from llmkit.errors import InvalidRequestError
+from llmkit.gateway.forms import as_text
 from llmkit.gateway.openai.schemas import Ignored
+from llmkit.media import pictures
+from llmkit.media.addresses import digest_of
 from llmkit.protocol import Usage
 from llmkit.protocol.images import IMAGE_FORMATS, MAX_IMAGES, Drawing, Picture, Step
 
-__all__ = ["ImageBody", "completed", "image_usage", "images_object", "partial"]
+__all__ = ["ImageBody", "ImageEditBody", "completed", "image_usage", "images_object", "partial"]
 
 MAX_PARTIAL = 3
 QUALITY = 90  # of JPEG and WebP
@@ -99,6 +103,42 @@ class ImageBody(Ignored):
         return int(found[1]), int(found[2])
 
 
+class ImageEditBody(ImageBody):
+    """POST /v1/images/edits, as a form"""
+
+    image: Annotated[bytes, Field(json_schema_extra={"format": "binary"})]
+    mask: Annotated[bytes, Field(json_schema_extra={"format": "binary"})] = b""
+    strength: float | None = None
+    input_fidelity: Word | None = None
+
+    _as_text = field_validator("prompt", "model", "negative_prompt", "user", mode="before")(as_text)
+
+    def drawing(self) -> tuple[Drawing, list[str]]:
+        drawing, ignored = super().drawing()
+        if self.input_fidelity is not None:
+            ignored.append("input_fidelity")
+        for name, data in (("image", self.image), ("mask", self.mask)):
+            if data or name == "image":
+                _check(name, data)
+        mask = digest_of(self.mask) if self.mask else ""
+        with_image = replace(
+            drawing, image=digest_of(self.image), mask=mask, strength=self.strength
+        )
+        return with_image, ignored
+
+    def files(self) -> dict[str, bytes]:
+        """What a drawing starts from, by digest."""
+        return {digest_of(data): data for data in (self.image, self.mask) if data}
+
+
+def _check(name: str, data: bytes) -> None:
+    """Raises `InvalidRequestError` for a file that is none of a picture."""
+    try:
+        pictures.facts(data)
+    except InvalidRequestError as error:
+        raise InvalidRequestError(f"{name}: {error}", name) from None
+
+
 def images_object(
     pictures: Sequence[Picture], drawing: Drawing, usage: Usage, created: int
 ) -> Iterator[bytes]:
@@ -126,7 +166,7 @@ def partial(step: Step, index: int, drawing: Drawing, created: int) -> dict[str,
     """A preview; ``index`` counts those of its image."""
     size = "auto" if drawing.width is None else f"{drawing.width}x{drawing.height}"
     return {
-        "type": "image_generation.partial_image",
+        "type": f"{_kind(drawing)}.partial_image",
         "b64_json": _text(step.preview),
         "partial_image_index": index,
         "image_index": step.index,
@@ -141,7 +181,7 @@ def completed(
 ) -> dict[str, Any]:
     """A finished image."""
     return {
-        "type": "image_generation.completed",
+        "type": f"{_kind(drawing)}.completed",
         "b64_json": _text(picture.data),
         "image_index": picture.index,
         "seed": picture.seed,
@@ -155,6 +195,10 @@ def image_usage(picture: Picture, steps: int, counted: int, whole: Usage | None)
     if whole is None:
         return _usage(0, picture.width * picture.height // PATCH * steps)
     return _usage(whole.prompt_tokens, whole.completion_tokens - counted)
+
+
+def _kind(drawing: Drawing) -> str:
+    return "image_edit" if drawing.image else "image_generation"
 
 
 def _facts(size: str, drawing: Drawing, created: int) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""OpenAI's route for images: generations. Tornado loop only.
+"""OpenAI's routes for images: generations and edits. Tornado loop only.
 
 Images are encoded in the process of the model, not here.
 """
@@ -11,9 +11,11 @@ from collections.abc import AsyncIterator, Callable, Iterator
 
 from llmkit.gateway.directory import EngineDirectory
 from llmkit.gateway.exchange import Exchange
+from llmkit.gateway.failures import not_supported
 from llmkit.gateway.ids import new_id
 from llmkit.gateway.openai.image_objects import (
     ImageBody,
+    ImageEditBody,
     completed,
     image_usage,
     images_object,
@@ -34,7 +36,7 @@ Event = Step | Picture | Completion
 
 
 class ImageRoutes:
-    """The route over the engines of a directory that draw."""
+    """The routes over the engines of a directory that draw."""
 
     def __init__(
         self,
@@ -44,16 +46,62 @@ class ImageRoutes:
         self._specialists = Specialists(directory, on_use)
 
     def routes(self) -> list[Route]:
-        path = "/v1/images/generations"
-        return [Route("POST", path, self.generations, "Images of a prompt", "OpenAI", ImageBody)]
+        form = "multipart/form-data"
+        return [
+            Route(
+                "POST",
+                "/v1/images/generations",
+                self.generations,
+                "Images of a prompt",
+                "OpenAI",
+                ImageBody,
+            ),
+            Route(
+                "POST",
+                "/v1/images/edits",
+                self.edits,
+                "Images of a prompt, from a picture",
+                "OpenAI",
+                ImageEditBody,
+                media=form,
+            ),
+            Route(
+                "POST",
+                "/v1/images/variations",
+                self.variations,
+                "Not supported",
+                "OpenAI",
+            ),
+        ]
 
     async def generations(self, exchange: Exchange) -> None:
         body = await exchange.read(ImageBody)
-        drawing, ignored = body.drawing()
+        await self._draw(exchange, body, *body.drawing(), {})
+
+    async def edits(self, exchange: Exchange) -> None:
+        body = await exchange.read_form(ImageEditBody, frozenset())
+        assert exchange.reading is not None
+        drawing, ignored = await exchange.reading.aside(exchange, body.drawing)
+        await self._draw(exchange, body, drawing, ignored, body.files())
+
+    async def variations(self, exchange: Exchange) -> None:
+        raise not_supported(
+            "Models here draw by a prompt. Send the picture to /v1/images/edits, with a prompt "
+            "that says what is to be seen."
+        )
+
+    async def _draw(
+        self,
+        exchange: Exchange,
+        body: ImageBody,
+        drawing: Drawing,
+        ignored: list[str],
+        files: dict[str, bytes],
+    ) -> None:
         for name in ignored:
             exchange.ignore(name)
         engine = self._specialists.engine(body.model, "draw")
-        request = GenerationRequest(new_id("img"), prompt=body.prompt, drawing=drawing)
+        request = GenerationRequest(new_id("img"), prompt=body.prompt, drawing=drawing, media=files)
         streams = self._specialists.submit(exchange, engine, request)
         try:
             if body.stream:
