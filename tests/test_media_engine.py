@@ -341,6 +341,23 @@ def test_an_engine_that_waits_for_pictures_does_nothing_else(
     assert engine.close()
 
 
+def test_when_the_encoder_rests_the_engine_has_its_cores_again(
+    hand: FakeEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = Engine(FakeRunner(n_slots=2), is_end=lambda t: t == END, encoder=hand)
+    freed = []
+    monkeypatch.setattr(engine._governor, "free", lambda: freed.append(len(hand.left)))
+    streams = [submit(engine, prompt_of(Picture(f"p{i}"), b"?")) for i in range(2)]
+    wait_for(lambda: len(hand.left) == 2)
+    hand.go_on()
+    streams[0].result(5)
+    assert not freed, "the other one is still being encoded"
+    hand.go_on()
+    streams[1].result(5)
+    assert freed == [0]
+    assert engine.close()
+
+
 def test_a_picture_that_fails_ends_its_own_requests(hand: FakeEncoder) -> None:
     runner = FakeRunner()
     engine = Engine(runner, is_end=lambda t: t == END, encoder=hand, encoded_bytes=100)

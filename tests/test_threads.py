@@ -70,6 +70,24 @@ def test_follows_the_load(cores: int, best_when_busy: int) -> None:
     assert governor.count == cores and run(300) > 0.95
 
 
+def test_when_its_owner_knows_the_cores_are_free_nothing_is_tried() -> None:
+    """As when the last picture is encoded: the next step is the picture's own, and long."""
+    machine = Machine(2)
+    governor = ThreadGovernor(2, machine.set_threads, clock=lambda: machine.now)
+    for busy in (0, 1, 1):
+        machine.busy = busy
+        for _ in range(100):
+            governor.observe(1, machine.step(1))
+    assert machine.threads == 1
+    machine.busy = 0
+    governor.free()
+    assert machine.threads == governor.count == 2
+    machine.spent.clear()
+    for tokens in [64, *[1] * 300]:
+        governor.observe(tokens, machine.step(tokens))
+    assert list(machine.spent) == [2]
+
+
 def test_a_machine_that_got_slower_for_good_is_not_tried_for_ever() -> None:
     machine = Machine(4)
     governor = ThreadGovernor(4, machine.set_threads, clock=lambda: machine.now)

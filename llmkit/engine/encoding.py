@@ -62,6 +62,11 @@ class Encodings:
         self.num_encoded = 0
         self.seconds = 0.0
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether something is with the encoder."""
+        return bool(self._begun)
+
     def blocks(self, request: Request) -> bool:
         """Whether the request waits for its next item to be encoded."""
         return (item := request.item) is not None and item.key not in self._kept

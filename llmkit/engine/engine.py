@@ -239,6 +239,8 @@ class Engine:
                 aborted.append(message)
             elif isinstance(message, Encoded):
                 ended += self._scheduler.take(message)
+                if not self._scheduler.encodings.is_busy:  # its cores are ours again
+                    self._governor.free()
                 self._stats.refresh()
             elif isinstance(message, MakeWay):
                 refused += (

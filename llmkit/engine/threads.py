@@ -78,6 +78,14 @@ class ThreadGovernor:
         elif self._clock() >= self._retry_at:
             self._try([self.candidates[0]])
 
+    def free(self) -> None:
+        """What took cores from it has ended, as its owner knows: all threads at once."""
+        if self._trials or self.count != self.candidates[0]:
+            self._trials.clear()
+            self._cost.clear()
+            self._slow_steps, self._best = 0, self.candidates[0]
+            self._switch(self._best)
+
     def _watch(self, size: int, cost: float) -> None:
         """With all threads computing: is a step as fast as usual?"""
         self._usual[size] *= min(cost, FORGET)
