@@ -93,7 +93,7 @@ def test_what_is_refused_before_anything_is_computed(engine: LocalEngine) -> Non
     seen = asking("look: ", RED, "!")
     before = engine.stats().encoded_total
     refused: dict[str, GenerationRequest] = {
-        "It takes image": asking("listen: ", wav(1), "!"),
+        "It takes images.": asking("listen: ", wav(1), "!"),
         "without its file": replace(seen, media={}),
         "does not match its digest": replace(seen, media=dict.fromkeys(seen.media, png(5))),
         "beside a prompt": replace(seen, messages=None, prompt="look"),

@@ -28,7 +28,8 @@ def refusal(
     messages: this model takes no images: it
     """
     some, many = WORDS[kind]
-    others = f" It takes {' and '.join(inputs)}." if inputs else ""
+    taken = " and ".join(WORDS[each][0] for each in inputs if each in WORDS)
+    others = f" It takes {taken}." if taken else ""
     return InvalidRequestError(
         f"{place}: {who} takes no {some}: it was loaded without a projector (mmproj) for them."
         f"{others} Load it with projector=FILE, or leave {many} out.",
