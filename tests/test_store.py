@@ -17,6 +17,7 @@ import sqlalchemy as sa
 from access_client import add_key
 
 from llmkit.errors import InvalidRequestError, StoreError
+from llmkit.store import database as database_module
 from llmkit.store.database import Database, default_path, open_database
 from llmkit.store.keys import KeyStore
 from llmkit.store.migrations import HEAD
@@ -138,6 +139,22 @@ class TestDatabase:
             connection.exec_driver_sql("PRAGMA max_page_count=100000")
         add_key(keys, "bob")
         assert keys.version() == version + 1
+
+    def test_no_room_for_the_index_is_told_as_a_full_disk(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def told(place: str) -> str:
+            return str(database_module.explained(OSError("disk I/O error"), place))
+
+        assert "its disk reported an error" in told(f"{tmp_path}/llmkit.db")
+        monkeypatch.setattr(database_module, "LEAST_BYTES", 1 << 62)
+        assert "its disk is full; free some space" in told(f"{tmp_path}/llmkit.db")
+        assert "its disk reported an error" in told("postgresql://h/d")
+
+    def test_no_password_of_an_address_is_shown(self) -> None:
+        url = sa.make_url("postgresql://ann:not-shown@h/d?password=not-shown")
+        shown = database_module._postgresql(url).place
+        assert shown == "postgresql://ann:***@h/d?password=***"
 
     def test_one_that_everyone_may_write_is_refused(self, tmp_path: Path) -> None:
         path = tmp_path / "llmkit.db"
