@@ -28,6 +28,18 @@ async def test_a_long_prompt_that_fails_is_an_error(monkeypatch: pytest.MonkeyPa
     assert (nobody.requests, nobody.errors, nobody.tok_s) == (3, 3, 0)
 
 
+def test_what_a_server_says_is_no_escape_code(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async def fails(*_: Any, **__: Any) -> Any:
+        return _summary([Reply(0.0, error="HTTP 500 \x1b[2Jboom")], 1, 1.0, None)
+
+    monkeypatch.setattr(workload, "run_load", fails)
+    load = {"clients": [1], "requests": 1, "seed": 0, "as_json": False}
+    assert workload.main("http://h/v1", **load) == 1
+    assert "HTTP 500 \\x1b[2Jboom" in capsys.readouterr().err
+
+
 def trial(label: str, rate: float, **rest: Any) -> Trial:
     return Trial(label, {"threads": 1}, "m.gguf", rate, rate, rate, **rest)
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import http.server
 import json
 import os
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -302,3 +304,33 @@ async def test_models_of_a_gateway_that_may_be_administered(
         )
         assert await command(capsys, "load", "odd", *url) == (0, "loaded evil\\x1b[2J\n", "")
     assert asked[:2] == [{"model": "other"}, {"model": "fake", "force": True}]
+
+
+@pytest.mark.parametrize("body", [b"[1, 2]", b"null", b'{"data": null}', b'{"choices": []}'])
+def test_a_server_that_is_no_gateway(body: bytes, capsys: pytest.CaptureFixture[str]) -> None:
+    class Other(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.do_GET()
+
+        def log_message(self, *_: Any) -> None: ...
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Other)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+    thread.start()
+    try:
+        url = ["--base-url", f"http://127.0.0.1:{server.server_port}/v1"]
+        for words, what in ((["list"], "lists no models"), (["load", "x"], "what it did")):
+            assert main(["models", *words, *url]) == 1
+            out, err = capsys.readouterr()
+            assert out == "" and what in err, "nothing was loaded"
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()

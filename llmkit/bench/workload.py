@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 
 from llmkit.bench.prompts import body, prompt_text
 from llmkit.errors import InvalidRequestError
+from llmkit.system.text import printable
 
 __all__ = ["LoadResult", "Reply", "main", "run_load"]
 
@@ -271,7 +272,7 @@ def main(
             failed = True
             print(
                 f"llmkit: {result.errors} of {result.requests} requests failed; "
-                f"the first: {result.error}",
+                f"the first: {printable(result.error)}",
                 file=sys.stderr,
             )
     return int(failed)

@@ -19,6 +19,8 @@ def models_of(base_url: str, api_key: str) -> list[dict[str, Any]]:
     """
     endpoint = Endpoint(base_url, api_key)
     reply = checked(endpoint.call("GET", "/models", timeout_s=LIST_S)).json()
+    if not (isinstance(reply, dict) and isinstance(reply.get("data"), list)):
+        raise EndpointError(f"{base_url} lists no models: is it an OpenAI-compatible server?")
     models = [_with_phase(m) for m in _objects(reply, "data")]
     try:
         path = "/admin/models"
@@ -54,4 +56,6 @@ def act(base_url: str, api_key: str, what: str, body: dict[str, Any]) -> dict[st
             raise
         message = f"{base_url} has no admin routes; start the gateway with --admin."
         raise InvalidRequestError(message, "base_url") from None
-    return done if isinstance(done, dict) else {}
+    if not (isinstance(done, dict) and isinstance(done.get("id"), str)):
+        raise EndpointError(f"{base_url} does not say what it did: is it a gateway of llmkit?")
+    return done
