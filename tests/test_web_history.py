@@ -173,6 +173,23 @@ def test_pages_that_fail_are_asked_for_again(page: Page, served: ServedModels) -
     assert len(tries) == 3
 
 
+@pytest.mark.browser
+def test_what_was_loaded_of_the_list_stays(page: Page) -> None:
+    page.evaluate(
+        "async () => { for (let i = 0; i < 50; i++) await fetch('v1/sessions', {method: 'POST', "
+        "headers: {'Content-Type': 'application/json'}, body: JSON.stringify({title: `S${i}`})}); }"
+    )
+    page.reload()
+    rows = page.locator("#sessions li[data-id]")
+    expect(rows).to_have_count(40)
+    page.get_by_role("button", name="Show more").click()
+    expect(rows).to_have_count(50)
+    say(page, "One more")
+    expect(rows.first).to_contain_text("One more")
+    page.wait_for_timeout(1000)  # the list is loaded once more after the answer
+    expect(rows).to_have_count(50)
+
+
 @pytest.fixture
 def quiet(browser: Browser, served: ServedModels) -> Iterator[Page]:
     page = browser.new_page()

@@ -10,12 +10,10 @@ from typing import Any
 
 import pytest
 from browser_page import browser
-from playwright.sync_api import Browser, Locator, Page, Route, WebSocketRoute, expect
+from playwright.sync_api import Browser, Locator, Page, Route, expect
 from scripted_model import ScriptedModel, ServedModels
 from test_web_chat import LONG, answers, ended, model, page, say, served
 from test_web_history import Gate
-
-from llmkit.gateway.conversations import turns
 
 __all__ = ["browser", "model", "page", "served"]  # fixtures
 
@@ -105,6 +103,18 @@ def test_one_that_waits_can_be_stopped(page: Page, model: ScriptedModel) -> None
     expect(page).to_have_title("Mine · llmkit")
     expect(box(page)).to_have_value("hello")
     assert contents(page, made) == []
+
+
+def test_one_that_begins_can_be_stopped(page: Page, model: ScriptedModel) -> None:
+    model.script, model.token_s = lambda said: LONG, 0.01
+    gate = Gate(page, BEGIN)
+    box(page).fill("Count")
+    box(page).press("Enter")
+    asked_for(page, gate)
+    page.keyboard.press("Escape")
+    gate.open()
+    expect(page.get_by_text("Stopped before its end.")).to_be_visible()
+    expect(page.locator(".message.user")).to_have_count(1)
 
 
 def test_settings_and_model_wait_for_their_conversation(page: Page, model: ScriptedModel) -> None:
@@ -330,115 +340,3 @@ def test_an_edit_that_is_refused_is_not_lost(page: Page, model: ScriptedModel) -
     ended(page)
     page.get_by_label("Edit the message").press("Enter")
     expect(page.locator(".message.user .branches")).to_have_text("2/2")
-
-
-def test_a_streamed_answer_is_whole_after_a_look_elsewhere(
-    page: Page, model: ScriptedModel
-) -> None:
-    model.script, model.token_s = lambda said: LONG, 0.01
-    say(page, "Count", ends=False)
-    for name in ("New chat", "Models"):
-        seen = len(page.locator(".streaming .prose").inner_text())
-        page.wait_for_function(
-            "seen => document.querySelector('.streaming .prose').innerText.length > seen + 400",
-            arg=seen,
-        )
-        if name == "New chat":
-            page.get_by_role("button", name=name).click()
-            expect(page.locator("#welcome")).to_be_visible()
-            page.locator("#sessions li[data-id] a").click()
-        else:
-            page.get_by_role("link", name=name).click()
-            expect(page.locator("#state table").first).to_be_visible()
-            page.get_by_role("link", name="Chat").click()
-        expect(page.locator(".streaming .prose")).to_contain_text("0 bottles of water")
-        expect(page.locator(".streaming .prose")).to_contain_text(", 20 bottles of water")
-    model.token_s = 0
-    ended(page)
-    assert answers(page) == [LONG]
-
-
-class Line:
-    """The sockets of a page, which connect only while ``is_there``."""
-
-    def __init__(self, page: Page) -> None:
-        self.is_there = True
-        page.route_web_socket("**/v1/chat/ws", self._connect)
-        page.reload()
-
-    def _connect(self, socket: WebSocketRoute) -> None:
-        if self.is_there:
-            socket.connect_to_server()
-        else:
-            socket.close()
-
-
-def test_a_message_without_a_connection(quiet: Page, model: ScriptedModel) -> None:
-    """It is sent once there is one; until then it can be taken back, and outlives a reload."""
-    page, line = quiet, Line(quiet)
-    line.is_there = False
-    box(page).fill("precious words")
-    box(page).press("Enter")
-    expect(page.locator("#offline")).to_be_visible()
-    expect(box(page)).to_have_value("")
-    page.get_by_role("button", name="Stop").click()
-    expect(box(page)).to_have_value("precious words")
-    expect(page.locator(".message")).to_have_count(0)
-    box(page).press("Enter")
-    expect(page.locator(".message.user")).to_have_text(re.compile("precious words"))
-    page.wait_for_timeout(600)
-    page.reload()
-    expect(box(page)).to_have_value("precious words")
-    box(page).press("Enter")
-    expect(page.locator("#offline")).to_be_visible()
-    page.keyboard.type("more")
-    line.is_there = True
-    expect(page.locator(".message.assistant")).to_have_count(1)
-    ended(page)
-    assert [m.text for asked in model.asked for m in asked.messages or ()] == ["precious words"]
-    page.wait_for_timeout(600)
-    page.reload()
-    expect(page.locator(".message.assistant")).to_have_count(1)
-    expect(box(page)).to_have_value("more")
-
-
-def test_a_conversation_that_went_on_elsewhere(
-    page: Page, browser: Browser, model: ScriptedModel
-) -> None:
-    say(page, "first")
-    other = browser.new_page()
-    other.goto(page.url)
-    expect(other.locator(".message.assistant")).to_have_count(1)
-    say(other, "second")
-    other.close()
-    box(page).fill("third")
-    box(page).press("Enter")
-    expect(page.locator("#note.error")).to_contain_text("went on elsewhere")
-    expect(page.locator(".message.assistant")).to_have_count(2)
-    expect(box(page)).to_have_value("third")
-    say(page, "third")
-    assert answers(page) == ["You said: first", "You said: second", "You said: third"]
-
-
-def test_a_turn_that_the_server_forgot(
-    quiet: Page, served: ServedModels, model: ScriptedModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """After a long sleep, or a new start of the server: what is stored is shown."""
-    page, line = quiet, Line(quiet)
-    model.script, model.token_s = lambda said: LONG, 0.01
-    say(page, "Count", ends=False)
-    expect(page.locator(".streaming .prose")).to_contain_text("20 bottles")
-    monkeypatch.setattr(turns, "KEPT_S", 0.0)
-    line.is_there = False
-    served.cut_sockets()
-    expect(page.locator("#offline")).to_be_visible()
-    model.token_s = 0
-    page.wait_for_function(
-        "async url => !(await (await fetch(url)).json()).data.length",
-        arg=f"v1/sessions/{page.url.partition('#')[2]}/turns",
-    )
-    line.is_there = True
-    ended(page)
-    assert answers(page) == [LONG]
-    expect(page.get_by_role("button", name="Send")).to_be_visible()
-    say(page, "Again")
