@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from llmkit.backend.gbnf import to_lark
 from llmkit.backend.patience import Patience
 from llmkit.backend.vocab import Vocab, on_a_deep_stack
 from llmkit.errors import EngineError, InvalidRequestError
@@ -203,6 +202,8 @@ def source(grammar: Grammar) -> str:
                 )
             )
         case "gbnf":
+            from llmkit.backend.gbnf import to_lark  # takes a while, and few ask for it
+
             return str(llguidance.LLMatcher.grammar_from_lark(to_lark(grammar.text)))
         case _:
             rules = re.split(r"\n(?![ \t]*\|)", grammar.text)

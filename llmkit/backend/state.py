@@ -18,15 +18,17 @@ import time
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from filelock import FileLock
 
 from llmkit.backend.library import C
 from llmkit.errors import InvalidRequestError
 from llmkit.system.files import open_plain, shallow_json
 from llmkit.system.reporting import report
+
+if TYPE_CHECKING:
+    from filelock import BaseFileLock
 
 __all__ = ["StateStore", "fingerprint"]
 
@@ -263,8 +265,10 @@ class StateStore:
         self._states.clear()
 
 
-def _lock_of(folder: Path, locks: Path) -> FileLock:
+def _lock_of(folder: Path, locks: Path) -> BaseFileLock:
     """The lock of a folder, kept elsewhere: the folder holds prefixes only."""
+    from filelock import FileLock  # takes a while, and few loads need it
+
     locks.mkdir(mode=0o700, parents=True, exist_ok=True)
     return FileLock(
         locks / f"{hashlib.sha256(bytes(folder.resolve())).hexdigest()[:24]}.lock", timeout=LOCK_S

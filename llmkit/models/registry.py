@@ -14,14 +14,17 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import platformdirs
 
 from llmkit.errors import ModelNotFoundError
-from llmkit.models import bert, download, hub
-from llmkit.models.download import DownloadEvent
+from llmkit.models import bert
 from llmkit.models.speech_files import speech_kind, whisper_file
 from llmkit.models.splits import first_of, names_of, stem_of
+
+if TYPE_CHECKING:
+    from llmkit.models.download import DownloadEvent
 
 __all__ = ["ALIASES", "MODELS_DIR", "ModelSpec", "cache_folder", "packaged_files", "resolve"]
 
@@ -102,6 +105,8 @@ def resolve(
             stem_of(path.name).removesuffix(".safetensors") or text,
             _absolute(first) if len(names_of(path.name)) > 1 else path.resolve(),
         )
+    from llmkit.models import download, hub  # what is here already needs neither
+
     if hub.is_hub_name(text):
         file = download.download(text, on_event=on_event).path
         return ModelSpec(stem_of(file.name), file)
@@ -123,6 +128,8 @@ def resolve(
 
 def _is_repository(text: str, path: Path) -> bool:
     """Whether the Hub is meant, and no file in a folder that is here."""
+    from llmkit.models import hub
+
     return hub.is_repository(text) and not path.parent.is_dir()
 
 
