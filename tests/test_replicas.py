@@ -77,7 +77,7 @@ def test_a_prompt_that_kills_engines_kills_two(gateway: Gateway) -> None:
         time.sleep(0.1)
     thread.join()
     assert len(killed) == 2 and "2 engines ended" in str(results[0]), results
-    assert "again. The prompt is refused for a minute." in str(results[0])
+    assert "killed or restarted. The prompt is refused for a minute." in str(results[0])
     gateway.wait_for(2)
     refused = gateway.http.post(
         "/v1/completions", json={"model": "smollm2", "prompt": "Doom:", "max_tokens": 4}

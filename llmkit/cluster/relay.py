@@ -252,7 +252,7 @@ class Relay:
         if self._aborted:
             return self._finish(self._cut(), None)
         if self.suspect.is_guilty:
-            last = str(failure).rstrip(".")
+            last = str(failure).partition(". ")[0].rstrip(".")  # without its advice
             message = (
                 f"{self.suspect.deaths} engines ended while they computed this request; "
                 f"the last one: {last}. The prompt is refused for a minute."

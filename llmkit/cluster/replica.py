@@ -55,7 +55,7 @@ class Ticket:
     depth: int
     work: float
     _of: Replica
-    _is_home: bool = False  # of the conversation
+    _is_guess: bool = False  # sent home, where the turn before may have been
     _noted: bool = False  # the index had not known of it there
     _instead_of: tuple[tuple[int, ...], ...] = ()  # what the index held in its place
     _pending: bool = True

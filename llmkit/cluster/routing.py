@@ -119,11 +119,12 @@ class Router:
         """The replica for a request that was ``answered`` with so many tokens already; None if
         none takes requests. Those to ``avoid`` only take it when there is no other."""
         best: tuple[float, Replica, int, float] | None = None
+        is_strange = self._is_strange(chain)
         home, away = self._home(chain)
         for replica in self._candidates(chain, avoid, home):
             depth = self._depth(replica, chain)
             matched = float(chain.ends[depth - 1] if depth else 0)
-            if replica is home and matched < chain.past:
+            if is_strange and replica is home and matched < chain.past:
                 matched += self._found * (chain.past - matched)
             work = (chain.size - matched) / self._bytes_per_token + answered + 1
             cost = self._cost(replica, work)
@@ -139,9 +140,8 @@ class Router:
         replica.pending += work
         is_new = chain.marks[-1] not in replica.prefixes
         instead_of = self._note(replica, chain.marks)
-        return Ticket(
-            replica.name, chain, depth, work, replica, replica is home, is_new, instead_of
-        )
+        is_guess = is_strange and replica is home
+        return Ticket(replica.name, chain, depth, work, replica, is_guess, is_new, instead_of)
 
     def beside(self, ticket: Ticket) -> Ticket:
         """Another answer to the same prompt, at the same replica: computed once."""
@@ -201,7 +201,7 @@ class Router:
         self._work_tokens += SMOOTHING * (prompt_tokens - cached_tokens - self._work_tokens)
         ratio = chain.size / prompt_tokens
         true_size = cached_tokens * ratio * SLACK + SLACK_BYTES
-        if ticket._is_home and ticket.depth < chain.depth_at(chain.past):
+        if ticket._is_guess:
             self._found += SMOOTHING * ((true_size >= chain.past) - self._found)
         self._bytes_per_token += SMOOTHING * (min(max(ratio, 1.0), 16.0) - self._bytes_per_token)
         true_depth = chain.depth_at(true_size)
@@ -226,13 +226,18 @@ class Router:
             cost += waits * service_s / slots
         return cost
 
+    def _is_strange(self, chain: PrefixChain) -> bool:
+        """Whether it goes on with what no replica is known to have."""
+        if not chain.past:
+            return False
+        depth = chain.depth_at(chain.past)
+        is_strange = not depth or chain.marks[depth - 1] not in self._index
+        self._strange += SMOOTHING * (is_strange - self._strange)
+        return is_strange
+
     def _home(self, chain: PrefixChain) -> tuple[Replica | None, float]:
         """Where a conversation belongs, and the seconds that it may cost to compute it elsewhere:
         later turns that come to other gateways look for it there."""
-        if chain.past:
-            depth = chain.depth_at(chain.past)
-            is_strange = not depth or chain.marks[depth - 1] not in self._index
-            self._strange += SMOOTHING * (is_strange - self._strange)
         found = self._homes.of(chain, len(self._replicas))
         if found is None:
             return None, 0.0
