@@ -14,6 +14,7 @@ from fakes import FakeClient
 
 from llmkit.bridge import connection as files
 from llmkit.bridge.server import BridgeServer
+from llmkit.errors import ModelLoadError
 
 
 @pytest.fixture
@@ -28,6 +29,19 @@ def server(slow: FakeClient) -> Iterator[BridgeServer]:
     bridge = BridgeServer(slow)
     yield bridge
     bridge.close()
+
+
+def test_a_folder_that_cannot_be_written_is_named(
+    slow: FakeClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("JUPYTER_RUNTIME_DIR", str(tmp_path / "file" / "runtime"))
+    sockets = tmp_path / "s"
+    sockets.mkdir()
+    monkeypatch.setattr(files, "_socket_root", lambda: str(sockets))
+    with pytest.raises(ModelLoadError, match=r"file/runtime cannot be written .*JUPYTER_RUNTIME"):
+        BridgeServer(slow)
+    assert not list(sockets.iterdir())
 
 
 def test_the_file_is_private_and_complete(server: BridgeServer) -> None:

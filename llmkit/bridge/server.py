@@ -23,6 +23,7 @@ from llmkit.bridge.curve import CurveKeys, Doorkeeper, beat
 from llmkit.bridge.intake import Intake
 from llmkit.bridge.peers import Peer
 from llmkit.bridge.waker import Waker
+from llmkit.errors import ModelLoadError
 from llmkit.protocol.client import EngineClient
 from llmkit.system.process import life_of
 from llmkit.version import __version__
@@ -96,7 +97,17 @@ class BridgeServer:
             connection = replace(
                 connection, address=self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
             )
-        path = Path() if listen is not None else files.write(connection)
+        try:
+            path = Path() if listen is not None else files.write(connection)
+        except OSError as error:
+            self._close_sockets()
+            self._waker.close()
+            files.remove(connection)
+            raise ModelLoadError(
+                f"the model cannot be shared: {files.runtime_dir()} cannot be written "
+                f"({error.strerror or error}). Name another folder in JUPYTER_RUNTIME_DIR; in "
+                "Python, share=False does without."
+            ) from None
         self.connection = replace(connection, path=path)
         self._thread = threading.Thread(target=self._run, name="llmkit-bridge", daemon=True)
         self._thread.start()
