@@ -4,7 +4,8 @@ One gateway as `llmkit serve` puts it together, before an engine whose steps onl
 process of its own as a served model is, with its sessions in SQLite (or in ``--db-url``). A client
 process sends, in turns: a chat with the whole history in its body, a turn of a session with that
 history, and a chat that names such a session by ``session_id``. Each session gets one turn, so all
-have the same length. Medians in pairs, to the first text of a stream and to its end.
+have the same length. Medians in pairs: to the first text of a stream, to its end, and CPU time of
+the gateway, which depends less on what else the machine does (Linux).
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -31,8 +33,8 @@ from llmkit.gateway.sources import ConnectionFiles  # noqa: E402
 from llmkit.settings.serving import read_settings  # noqa: E402
 
 CLIENT = """
-import http.client, json, statistics, sys, time
-port, turns, tokens, reps = map(int, sys.argv[1:5])
+import http.client, json, os, pathlib, statistics, sys, time
+port, turns, tokens, reps, gateway = map(int, sys.argv[1:6])
 connection = http.client.HTTPConnection("127.0.0.1", port)
 connection.connect()
 import socket
@@ -45,9 +47,14 @@ def call(method, path, body):
     assert reply.status == 200, data
     return json.loads(data)
 
+def cpu_ms():
+    tasks = pathlib.Path(f"/proc/{gateway}/task")
+    return sum(int((t / "schedstat").read_text().split()[0]) for t in tasks.iterdir()) / 1e6
+
 def timed(path, body, mark):
     text = json.dumps(body)
-    begin = time.perf_counter()
+    time.sleep(0.005)  # what the request before left to be done
+    used, begin = cpu_ms(), time.perf_counter()
     connection.request("POST", path, text)
     reply = connection.getresponse()
     assert reply.status == 200, reply.read()
@@ -59,7 +66,9 @@ def timed(path, body, mark):
         data += part
         if not first and mark in data:
             first = time.perf_counter() - begin
-    return 1e3 * first, 1e3 * (time.perf_counter() - begin)
+    end = time.perf_counter() - begin
+    time.sleep(0.005)
+    return 1e3 * first, 1e3 * end, cpu_ms() - used
 
 history = []
 for i in range(turns):
@@ -123,7 +132,7 @@ async def run(args: argparse.Namespace, folder: str) -> None:
     server.add_sockets(sockets)
     port = sockets[0].getsockname()[1]
     for turns in args.turns:
-        given = [str(x) for x in (port, turns, args.tokens, args.reps)]
+        given = [str(x) for x in (port, turns, args.tokens, args.reps, os.getpid())]
         process = await asyncio.create_subprocess_exec(
             sys.executable, "-c", CLIENT, *given, stdout=subprocess.PIPE
         )
@@ -140,14 +149,15 @@ def show(turns: int, rows: dict[str, list[Any]]) -> None:
     from statistics import median
 
     for name, figures in rows.items():
-        firsts, ends = ([f[i] for f in figures] for i in (0, 1))
+        firsts, ends, cpu = ([f[i] for f in figures] for i in range(3))
         more = [
             median(f[i] - base[i] for f, base in zip(figures, rows["chat"], strict=True))
-            for i in (0, 1)
+            for i in range(3)
         ]
         print(
             f"{2 * turns} messages, {name}: {median(firsts):.2f} ms to the first text "
-            f"({more[0]:+.2f}), {median(ends):.2f} ms to the end ({more[1]:+.2f})"
+            f"({more[0]:+.2f}), {median(ends):.2f} ms to the end ({more[1]:+.2f}), "
+            f"{median(cpu):.2f} ms of the gateway's CPU ({more[2]:+.2f})"
         )
 
 
