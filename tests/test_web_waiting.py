@@ -246,6 +246,29 @@ def test_one_that_is_left_keeps_what_is_written(
     assert model.asked == [] and contents(page, first) == contents(page, second) == []
 
 
+def test_a_file_that_is_still_read_is_for_the_conversation_that_was_shown(
+    page: Page, tmp_path: Path
+) -> None:
+    (tmp_path / "f.txt").write_text("attached\n")
+    first, second = begun(page, title="First"), begun(page, title="Second")
+    page.evaluate("id => { location.hash = id; }", first)
+    expect(page).to_have_title("First · llmkit")
+    page.evaluate(
+        "() => { const {text} = Blob.prototype; const opened = new Promise(open => { "
+        "window.open_ = open; }); Blob.prototype.text = async function () { await opened; "
+        "return text.call(this); }; }"
+    )
+    page.locator("#file").set_input_files(tmp_path / "f.txt")
+    page.evaluate("id => { location.hash = id; }", second)
+    expect(page).to_have_title("Second · llmkit")
+    page.evaluate("window.open_()")
+    page.wait_for_timeout(200)
+    expect(page.locator("#files li")).to_have_count(0)
+    page.go_back()
+    expect(page).to_have_title("First · llmkit")
+    expect(page.locator("#files li")).to_have_count(1)
+
+
 def test_one_that_begins_is_left(page: Page, model: ScriptedModel) -> None:
     """What was said begins it all the same, and nothing of it comes into another."""
     other = begun(page, title="Other")

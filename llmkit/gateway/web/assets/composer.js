@@ -111,9 +111,11 @@ export class Composer {
     return {text, files: []};
   }
 
+  get place() { return this.spot.place; }
+
   restore(session) {
-    if (this.place) this.keep();
-    this.place = placeOf(session);
+    if (this.spot) this.keep();
+    this.spot = {place: placeOf(session)};  // the same one when the conversation begins
     this.put(this.draft(this.place));
   }
 
@@ -129,7 +131,7 @@ export class Composer {
     const before = this.place, unsent = this.unsent.get(before);
     this.unsent.delete(before);
     this.store(before, '', []);
-    this.place = placeOf(session);
+    this.spot.place = placeOf(session);
     if (unsent) this.unsent.set(this.place, unsent);
     this.keep();
   }
@@ -161,13 +163,23 @@ export class Composer {
     $('attach').title = label;
   }
 
+  // Files take a while to be read: they are for the conversation that was shown before.
   async take(files) {
+    const {spot} = this, isShown = () => spot.place === this.place;
+    const add = file => {
+      if (isShown()) { this.files = [...this.files, file]; return; }
+      const draft = this.draft(spot.place);
+      this.store(spot.place, draft.text, [...draft.files, file]);
+    };
     for (const file of files) {
-      if (this.files.length >= MAX_FILES) { note(`At most ${MAX_FILES} files.`, true); break; }
+      if (isShown() && this.files.length >= MAX_FILES) {
+        note(`At most ${MAX_FILES} files.`, true);
+        break;
+      }
       if (isPicture(file)) {
         if (!this.sees) { note('This model takes no pictures.', true); continue; }
         try {
-          this.files.push({name: file.name, picture: await taken(file)});
+          add({name: file.name, picture: await taken(file)});
         } catch (error) { note(error.message, true); }
         continue;
       }
@@ -177,8 +189,9 @@ export class Composer {
         note(`${file.name} is no text file.`, true);
         continue;
       }
-      this.files.push({name: file.name, text});
+      add({name: file.name, text});
     }
+    if (!isShown()) return;
     this.showFiles();
     this.area.focus();
   }
