@@ -12,7 +12,7 @@ from fakes import wait_for
 from toy_models import write_checkpoint
 
 from llmkit.drawing import TextToImage
-from llmkit.errors import InvalidRequestError, ModelUnloadedError
+from llmkit.errors import InvalidRequestError, ModelLoadError, ModelUnloadedError
 from llmkit.models import image_files
 from llmkit.models.registry import ModelSpec
 from llmkit.protocol import FinishReason, GenerationRequest
@@ -91,6 +91,27 @@ def test_a_size_without_memory_is_refused(tmp_path: Path, monkeypatch: pytest.Mo
     with pytest.raises(InvalidRequestError, match="2048x2048"):
         list(process.images("a cat", Drawing(width=2048, height=2048), {}))
     image_process.ImageProcess(model, force=True).check_room(2048, 2048)
+
+
+def test_a_model_that_reads_no_pictures_goes_on_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one whose small decoder came without its other half."""
+    write_checkpoint(tmp_path / "sd.safetensors")
+    started = []
+
+    def start(self: image_process.ImageProcess, *_: Any) -> None:
+        started.append(self._reads)
+        if self._reads:
+            raise ModelLoadError("sd.safetensors cannot be loaded: tensor 'encoder' is missing.")
+
+    monkeypatch.setattr(image_process.ImageProcess, "_start", start)
+    process = image_process.ImageProcess(image_files.image_model(tmp_path / "sd.safetensors"))
+    sides = {"width": 64, "height": 64}
+    with pytest.raises(InvalidRequestError, match=r"^image: 'sd' cannot start .* is missing\."):
+        list(process.images("a cat", Drawing(image="i", **sides), {"i": b""}))
+    assert list(process.images("a cat", Drawing(**sides), {})) == []
+    assert started == [False, True, False]
 
 
 def test_unloading_during_an_image_says_so(tmp_path: Path) -> None:

@@ -133,9 +133,8 @@ class ImageProcess:
         is_whole = False
         try:
             if self.pid is None or (options.image and not self._reads):
-                self._reads = self._reads or bool(options.image)
                 self.check_room(options.width or 0, options.height or 0)
-                self._start(lambda _: None, is_over)
+                self._start_for(options, is_over)
             child = self._child
             if child is None or self._words is None:  # nobody waits any longer
                 return
@@ -181,6 +180,22 @@ class ImageProcess:
                 yield line.news
             if line.done:
                 return
+
+    def _start_for(self, options: Drawing, is_over: Callable[[], bool]) -> None:
+        """Start a process that can do what is asked for. Raises `InvalidRequestError` if the model
+        has nothing that reads pictures."""
+        before, self._reads = self._reads, self._reads or bool(options.image)
+        try:
+            self._start(lambda _: None, is_over)
+        except ModelLoadError as error:
+            if self._reads == before:
+                raise
+            self._reads = before
+            raise InvalidRequestError(
+                f"image: {self._model.path.stem!r} cannot start from a picture: {error} It draws "
+                "without one.",
+                "image",
+            ) from error
 
     def _start(self, on_progress: Callable[[float], None], is_over: Callable[[], bool]) -> None:
         """Start a process and wait for the model; ends early once nobody waits for it."""
