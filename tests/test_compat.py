@@ -276,6 +276,10 @@ async def test_llms_lists_generates_and_chats(gateway: Governed) -> None:
     assert "".join(event["content"] for event in streamed.objects) == expected
     streamed = await curl(gateway.api.url, "/api/generate/stream", body)
     assert "".join(event["text"] for event in streamed.objects) == expected
+    streamed = await curl(gateway.api.url, "/api/generate", {**body, "stream": True})
+    assert "".join(event["text"] for event in streamed.objects) == expected
+    whole = await curl(gateway.api.url, "/api/generate", {**body, "stream": False})
+    assert whole.json["text"] == expected
     plain = await curl(gateway.api.url, "/v1/completions", body)
     for path in ("/api/completions", "/api/completions/stream"):
         reply = await curl(gateway.api.url, path, body)

@@ -38,6 +38,7 @@ class LlmsBody(Strict):
     top_p: float | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     stop: list[str] | None = None
+    stream: bool = False  # as the path with /stream always does
 
     def chat(self, messages: list[Message]) -> Chat:
         sampling = sampling_params(
@@ -136,13 +137,13 @@ class Llms:
         return run
 
     async def generate(self, exchange: Exchange) -> None:
-        await self._whole(exchange, await exchange.read(LlmsGenerateBody))
+        await self._answer(exchange, await exchange.read(LlmsGenerateBody))
 
     async def chat(self, exchange: Exchange) -> None:
-        await self._whole(exchange, await exchange.read(LlmsChatBody))
+        await self._answer(exchange, await exchange.read(LlmsChatBody))
 
     async def complete(self, exchange: Exchange) -> None:
-        await self._whole(exchange, await exchange.read(LlmsCompletionBody))
+        await self._answer(exchange, await exchange.read(LlmsCompletionBody))
 
     async def stream_generate(self, exchange: Exchange) -> None:
         await self._stream(exchange, await exchange.read(LlmsGenerateBody))
@@ -155,6 +156,9 @@ class Llms:
 
     def _engine(self, model: str) -> EngineClient:
         return self._directory.lookup(model, "generate")
+
+    async def _answer(self, exchange: Exchange, body: Body) -> None:
+        await (self._stream if body.stream else self._whole)(exchange, body)
 
     async def _whole(self, exchange: Exchange, body: Body) -> None:
         engine = self._engine(body.model)
