@@ -90,6 +90,16 @@ def test_pictures_of_all_kinds(given: Any) -> None:
     assert (pictures.pixels(picture_file(given)) == RED).all()
 
 
+def test_a_photo_is_upright_however_it_is_given(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (40, 20), "red").save(tmp_path / "photo.jpg", exif=exif)
+    opened = Image.open(tmp_path / "photo.jpg")
+    assert opened.size == (40, 20)
+    for given in (opened, tmp_path / "photo.jpg", (tmp_path / "photo.jpg").read_bytes()):
+        assert pictures.pixels(picture_file(given)).shape == (40, 20, 3)  # high, wide
+
+
 def test_grey_pictures_figures_and_files(tmp_path: Path) -> None:
     grey = picture_file(np.eye(5, dtype=bool))
     assert pictures.pixels(grey)[0, 0].tolist() == [255, 255, 255]
