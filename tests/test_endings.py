@@ -7,12 +7,20 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import pytest
+import tiny_models
+from fakes import wait_for
 
 from llmkit.errors import EngineGoneError, ModelUnloadedError
+from llmkit.models.registry import resolve
 from llmkit.runtime.lifetime import Lifetime
+from llmkit.settings.options import EngineOptions
 from llmkit.system.endings import LastWords, ended, reason_in
+from llmkit.workers import engine
+from llmkit.workers.supervisor import Supervisor
 
 
 def run(code: str) -> subprocess.Popen[bytes]:
@@ -88,3 +96,23 @@ def test_a_model_of_this_process_may_be_used_until_it_ends() -> None:
         os._exit(2)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
     assert life.is_ours
+
+
+@pytest.mark.model
+def test_nothing_is_left_of_a_worker_that_was_killed(
+    tmp_path: Path, private_runtime: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = resolve(tiny_models.write(tmp_path / "tiny.gguf", "llama"))
+    with tempfile.TemporaryDirectory() as folder:
+        monkeypatch.setenv("XDG_RUNTIME_DIR", folder)
+        worker = Supervisor(engine.task(spec, EngineOptions(n_ctx=64), name="tiny"))
+        try:
+            wait_for(lambda: worker.state.phase == "ready", 60)
+            (first,) = os.listdir(folder)
+            os.kill(worker.pid or 0, signal.SIGKILL)
+            wait_for(lambda: worker.restarts == 1 and worker.state.phase == "ready", 60)
+            (second,) = os.listdir(folder)
+            assert second != first
+        finally:
+            worker.close()
+        assert not os.listdir(folder) and not os.listdir(private_runtime)

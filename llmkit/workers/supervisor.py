@@ -11,8 +11,10 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+from llmkit.bridge import connection as files
 from llmkit.bridge.child import Child
 from llmkit.errors import LLMKitError, ModelLoadError
 from llmkit.protocol import READY, EngineState
@@ -53,6 +55,7 @@ class Supervisor:
         self._failure: LLMKitError | None = None
         self.restarts = 0
         self._words: LastWords | None = None
+        self._connection: files.Connection | None = None
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="llmkit-supervisor", daemon=True)
         self._thread.start()
@@ -144,7 +147,9 @@ class Supervisor:
             self._watch(child, self._words)
         finally:
             child.end(END_S)
-            self._child = None
+            if self._connection is not None:  # one that was killed left its file and socket
+                files.remove(self._connection)
+            self._child = self._connection = None
 
     def _watch(self, child: Child, words: LastWords) -> None:
         """Until it is told to end. Raises the reason if it ends before."""
@@ -176,6 +181,8 @@ class Supervisor:
             if line.progress is not None:
                 self._state = EngineState("loading", told, line.progress)
             if line.ready is not None:
+                with contextlib.suppress(OSError):
+                    self._connection = files.read(Path(line.ready.get("path", "")))
                 self._state, self._ready_at = READY, time.monotonic()
                 with contextlib.suppress(Exception):  # whoever listened may be gone
                     self._on_ready()
