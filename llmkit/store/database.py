@@ -89,12 +89,11 @@ class Database:
 
     @contextlib.contextmanager
     def connected(self, *, writes: bool = False, relaxed: bool = False) -> Iterator[Connection]:
-        """`reading`, or with ``writes`` `writing`, without the cost of a session."""
-        if not writes:
-            with self._explained(), self.engine.connect() as connection:
-                yield connection
-            return
-        engine = self._relaxed if relaxed else self._writing
+        """`reading`, or with ``writes`` `writing`, without the cost of a session: one transaction,
+        so all that is read was there at one moment (SQLite)."""
+        engine = self.engine
+        if writes:
+            engine = self._relaxed if relaxed else self._writing
         with self._explained(), engine.begin() as connection:
             yield connection
 

@@ -53,8 +53,9 @@ class Compiled(NamedTuple):
 class Prepared:
     """A statement of SQLAlchemy's. An INSERT or UPDATE without values sets ``columns``.
 
-    ``values`` are those of its parameters and ``columns``, by name. All methods work within the
-    connection's transaction, and raise what SQLAlchemy raises, or `sqlite3.Error`.
+    ``values`` are those of its parameters and ``columns``, by name; none may be missing. All
+    methods work within the transaction that the connection has begun, and raise what SQLAlchemy
+    raises, or `sqlite3.Error`.
     """
 
     def __init__(self, statement: Any, columns: Sequence[str] | None = None) -> None:
@@ -72,7 +73,11 @@ class Prepared:
                 (name, compiled.binds[name].type.dialect_impl(SQLITE).bind_processor(SQLITE))
                 for name in compiled.positiontup
             ],
-            {name: value for name, value in compiled.params.items() if value is not None},
+            {
+                name: bind.value
+                for name, bind in compiled.binds.items()
+                if bind.value is not None and not bind.required
+            },
             row._make,
             [
                 (index, process)
