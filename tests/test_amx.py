@@ -24,6 +24,7 @@ from llmkit.backend.model import Loading
         (["(Ubuntu 13.3.0-6ubuntu2~24.04) 13.3.0"], False),
         (["(Debian 14.2.0-19) 14.2.0"], False),
         (["(GNU) 10.2.1 20210130 (Red Hat 10.2.1-11)"], False),  # knows no AMX
+        (["(Debian 12.2.0-14+deb12u1) 12.2.0", "\0Debian clang version 14.0.6"], False),
         (["(GNU) 4.8.5", "(GNU) 12.3.1 20240101"], True),  # the C library's own files are older
         ([], False),
     ],

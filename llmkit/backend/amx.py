@@ -1,7 +1,8 @@
 """Builds of llama.cpp whose code for Intel's matrix unit (AMX) ends the process with SIGILL.
 
-GCC before 11.5, 12.4, 13.3 and 14 does not see that `ldtilecfg` reads the whole tile configuration,
-and drops ggml's stores to it: no tile has a row, and the first one used faults (GCC's PR 114098).
+GCC 11 before 11.5, 12 before 12.4 and 13 before 13.3 do not see that `ldtilecfg` reads the whole
+tile configuration, and drop ggml's stores to it: no tile has a row, and the first one used faults
+(GCC's PR 114098).
 Debian 12 has such a GCC: what is compiled there for a server with AMX crashes at the first prompt.
 Such a build computes without AMX.
 """
@@ -37,14 +38,14 @@ def amx_is_broken() -> bool:
 
 def miscompiles_amx(file: Path) -> bool:
     """Whether the newest GCC that a library names as its compiler is one of these; False if it
-    names none."""
+    names none, or clang too: the files of the C library that are linked in name a GCC."""
     with (
         contextlib.suppress(OSError, ValueError),  # unreadable, or empty
         file.open("rb") as opened,
         mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as content,
     ):
         releases = [(int(m[1]), int(m[2])) for m in COMPILER.finditer(content)]
-        if releases:
+        if releases and content.find(b"clang version") < 0:
             major, minor = max(releases)
             return minor < MENDED.get(major, 0)
     return False

@@ -210,7 +210,8 @@ def llama(known: Llama, root: Path = Path("/")) -> Iterator[Finding]:
             "llama-cpp-python"
         )
         if "AMX_INT8" in unused:
-            advice += "\n    AMX needs clang, or a GCC that compiles it right: 11.5, 12.4, 13.3, 14"
+            advice += "\n    AMX needs clang, or a GCC that compiles it correctly: "
+            advice += "11.5, 12.4, 13.3, or 14 on"
         yield Finding("llama.cpp", "warn", text, f"faster: {advice}")
     else:
         yield Finding("llama.cpp", "ok", f"{text}; nothing faster is known for this machine")
