@@ -138,6 +138,11 @@ def test_a_model_whose_file_was_deleted_is_not_offered(tmp_path: Path) -> None:
         manager.load("tiny")
     file.write_bytes(content)
     assert manager.name_of("tiny") == "tiny" and manager.status("tiny").phase == "unloaded"
+    file.unlink()
+    elsewhere = tmp_path / "sub" / "tiny.gguf"  # another file of the same name
+    elsewhere.parent.mkdir()
+    elsewhere.write_bytes(content)
+    assert manager.name_of("tiny") == "tiny" and manager.names() == ["tiny"]
 
 
 async def test_without_admin_the_routes_are_not_there(models_dir: Path, tiny: bytes) -> None:

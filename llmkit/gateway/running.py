@@ -96,7 +96,7 @@ class Server:
         collecting.resume()
         await asyncio.sleep(SETTLE_S)
         await build_all()
-        collecting.resume()
+        collecting.settle()
 
     @contextlib.contextmanager
     def _signals(self, parts: Composition) -> Iterator[None]:

@@ -105,8 +105,8 @@ def _bound(options: GatewayOptions) -> list[socket]:
     except OSError as error:
         why, name = error.strerror or str(error), "host"
         if error.errno == errno.EADDRINUSE:
-            why, name = "another process uses it; choose another, or 0 for a free one", "port"
-        elif isinstance(error, PermissionError):
+            why, name = "another process uses it; choose another port, or 0 for a free one", "port"
+        elif isinstance(error, PermissionError) and 0 < port < 1024:
             why, name = "ports below 1024 need root, or CAP_NET_BIND_SERVICE", "port"
         raise InvalidRequestError(f"cannot listen on {host} port {port}: {why}.", name) from None
 

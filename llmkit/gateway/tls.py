@@ -19,7 +19,7 @@ __all__ = ["Certificates"]
 logger = logging.getLogger("llmkit.gateway")
 
 MAX_FILE_BYTES = 1 << 20
-Seen = tuple[tuple[int, int, int, int], ...]
+Seen = tuple[tuple[int, int, int, int, int], ...]
 
 
 class Certificates:
@@ -42,10 +42,11 @@ class Certificates:
         for path in (self._cert, self._key):
             try:
                 s = path.stat()
-                # That of its mode, too: who was told to run chmod need do nothing else.
-                found.append((s.st_dev, s.st_ino, s.st_ctime_ns, s.st_size))
+                # ctime for its mode: who was told to run chmod need do nothing else. mtime for
+                # Windows, where ctime is when it was made.
+                found.append((s.st_dev, s.st_ino, s.st_ctime_ns, s.st_mtime_ns, s.st_size))
             except OSError:
-                found.append((0, 0, 0, 0))
+                found.append((0, 0, 0, 0, 0))
         return tuple(found)
 
     def _load(self) -> tuple[ssl.SSLContext, Validity]:

@@ -119,7 +119,8 @@ def is_path(name: str) -> bool:
     (True, False)
     """
     parts = name.split("/")
-    return name.isprintable() and not ("\\" in name or {"", ".", ".."} & {*parts})
+    is_plain = name.isprintable() and "\\" not in name and ":" not in name  # of Windows
+    return is_plain and not {"", ".", ".."} & {*parts}
 
 
 def is_hub_name(text: str) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gc
 
-__all__ = ["pause", "resume"]
+__all__ = ["pause", "resume", "settle"]
 
 
 def pause() -> None:
@@ -20,3 +20,9 @@ def resume() -> None:
     """Collect garbage, but never look again at what is there now."""
     gc.freeze()
     gc.enable()
+
+
+def settle() -> None:
+    """Nor at what has been made since `resume` and is no garbage."""
+    gc.collect()  # quick: of what is there since
+    gc.freeze()

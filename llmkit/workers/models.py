@@ -120,6 +120,9 @@ class ModelManager:
         if found is None or found.name == "default":
             return None
         with self._lock:
+            old = self._places.get(found.name)
+            if old is not None and not old.is_offered:  # its files were deleted, these are others
+                del self._places[found.name]
             if found.name not in self._places and found.name not in self._aliases:
                 self.add(found)
             return self.known(found.name)

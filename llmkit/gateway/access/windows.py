@@ -189,13 +189,15 @@ class Redis:
                 retry=retry,  # type: ignore[arg-type]
             )
             # Parameters that the client does not know are else found with the first request.
-            self._storage.bridge.storage.connection_pool.make_connection()  # type: ignore[attr-defined]
+            with contextlib.suppress(AttributeError):  # `limits` promises no such way to its client
+                self._storage.bridge.storage.connection_pool.make_connection()  # type: ignore[attr-defined]
         except (ImportError, ConfigurationError):
             message = "redis_url needs a client: pip install 'llmkit[redis]'."
             raise InvalidRequestError(message, "redis_url") from None
         except (ValueError, TypeError) as error:
             why = str(error).partition(") ")[2] or error  # without the client's own function
-            message = f"redis_url must be like redis://host:6379/0 or unix:///path: {why}."
+            reason = str(why).rstrip(".")
+            message = f"redis_url must be like redis://host:6379/0 or unix:///path: {reason}."
             raise InvalidRequestError(message, "redis_url") from None
         self._limiter = Limiter(self._storage)
         self._is_gone = False
