@@ -103,10 +103,10 @@ MISTAKES = {
     "[keys.'a b']\nkey = 'a'": "the name of a key",
     "[keys.a]\nkey = 'x'\n[keys.b]\nkey = 'x'": "that of 'a' too",
     "[keys]\nann = 'sk-secret'": r"keys.ann must be a table",
-    "api_key = 'x'\n[keys.a]\nkey = 'x'": r"keys\.a\.key: the key is api_key too",
+    "api_key = 'x'\n[keys.a]\nkey = 'x'": r"keys\.a\.key: this key is also api_key",
     "name = 'default'\nmodel = 'a'": "name: .*'default' stands for another",
-    "[server]\nport = 1": "port stands at the top of the file",
-    "[quota.groups]\na = 3": r"quota\.groups\.a: quotas stand in tables",
+    "[server]\nport = 1": "port belongs at the top of the file",
+    "[quota.groups]\na = 3": r"quota\.groups\.a: quotas belong in tables",
     "[models.b]\naliases = ['y']\n[models.y]": r"models\.y\.aliases: 'y' is a name of",
 }
 

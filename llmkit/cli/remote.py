@@ -57,5 +57,5 @@ def act(base_url: str, api_key: str, what: str, body: dict[str, Any]) -> dict[st
         message = f"{base_url} has no admin routes; start the gateway with --admin."
         raise InvalidRequestError(message, "base_url") from None
     if not (isinstance(done, dict) and isinstance(done.get("id"), str)):
-        raise EndpointError(f"{base_url} does not say what it did: is it a gateway of llmkit?")
+        raise EndpointError(f"{base_url} does not say what it did: is it an llmkit gateway?")
     return done

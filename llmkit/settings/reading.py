@@ -154,7 +154,7 @@ class Reading:
                 near = difflib.get_close_matches(name, known, n=1)
                 hint = f" Did you mean {ENVIRONMENT}{near[0]}?" if near else _reason(key)
                 if key in SAMPLING_OPTIONS:
-                    hint = f" {key} stands in the table [sampling] of a settings file."
+                    hint = f" {key} belongs in the table [sampling] of a settings file."
                 message = f"the environment variable {variable} is not a setting of llmkit.{hint}"
                 self.faults.append(Fault(variable, message))
             else:
@@ -206,7 +206,7 @@ class Reading:
                 if not isinstance(values, dict) or not (group or name == "default"):
                     known = FORMS["quota"]
                     at = tuple(key for key in path if key)
-                    self._fault(at, f"{dotted(*at)}: quotas stand in tables {known}.", place)
+                    self._fault(at, f"{dotted(*at)}: quotas belong in tables {known}.", place)
                     continue
                 into = self.quotas.setdefault(group, {}) if group else self.quota
                 self._take_values(path, values, QUOTA_OPTIONS, into, place)
@@ -272,7 +272,7 @@ class Reading:
         close = difflib.get_close_matches(key, TABLES, n=1)
         known = f"did you mean [{close[0]}]?" if close else f"tables are {', '.join(TABLES)}."
         if not close and (found := next((name for name in value if name in TOP), None)):
-            known = f"{found} stands at the top of the file, before the first [table]."
+            known = f"{found} belongs at the top of the file, before the first [table]."
         self._fault((key,), f"{dotted(key)} is not a table of settings; {known}", place)
 
     def _fault(self, key: tuple[str, ...], message: str, place: str) -> None:

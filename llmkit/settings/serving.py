@@ -242,7 +242,7 @@ def _keys(reading: Reading, api_key: str | None) -> tuple[KeyEntry, ...]:
             reading.fail(path, error)
             continue
         if entry.sha256 == owner:  # which would open everything
-            message = "the key is api_key too, which has no limits; each needs its own."
+            message = "this key is also api_key, which has no limits; each needs its own."
             reading.fail(path, InvalidRequestError(message, "key"))
         other = found.setdefault(entry.sha256, entry)
         if other is not entry:
