@@ -138,10 +138,18 @@ def test_a_model_whose_file_was_deleted_is_not_offered(tmp_path: Path) -> None:
         manager.load("tiny")
     file.write_bytes(content)
     assert manager.name_of("tiny") == "tiny" and manager.status("tiny").phase == "unloaded"
-    file.unlink()
-    elsewhere = tmp_path / "sub" / "tiny.gguf"  # another file of the same name
-    elsewhere.parent.mkdir()
-    elsewhere.write_bytes(content)
+
+
+def test_another_file_under_a_deleted_models_name_is_offered(tmp_path: Path) -> None:
+    folders = [tmp_path / name for name in "ab"]
+    for folder in folders:
+        folder.mkdir()
+    files = [tiny_models.write(folder / "tiny.gguf", "llama") for folder in folders]
+    found = [finder(read_settings({"models_dir": str(f)}, None, {})) for f in folders]
+    manager = ModelManager((), find=lambda name: found[0](name), start=False)  # type: ignore[misc]
+    assert manager.name_of("tiny") == "tiny"
+    files[0].unlink()
+    del found[0]
     assert manager.name_of("tiny") == "tiny" and manager.names() == ["tiny"]
 
 
