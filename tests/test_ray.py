@@ -198,7 +198,7 @@ def test_the_number_follows_the_load(fleet: Fleet) -> None:
 def test_what_cannot_start_says_why(fleet: Fleet) -> None:
     done = fleet.up(ONE, model="no-such-model")
     assert done.returncode == 1, done.stdout
-    assert "could not be started: the engine has ended: exit status 1" in done.stderr
+    assert "could not be started: the engine ended with exit status 1" in done.stderr
     assert "there is no model 'no-such-model'" in done.stderr and "Traceback" not in done.stderr
 
 

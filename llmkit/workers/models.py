@@ -96,8 +96,7 @@ class ModelManager:
     def status(self, model: str) -> ModelStatus:
         """Raises `ModelNotFoundError`."""
         with self._lock:
-            place = self._place(model)
-            return self._status(place)
+            return self._status(self._place(model))
 
     def known(self, model: str) -> str | None:
         """The name of a model, given that, an alias or "default"; None if it is not known yet."""
@@ -120,9 +119,8 @@ class ModelManager:
         if found is None or found.name == "default":
             return None
         with self._lock:
-            old = self._places.get(found.name)
-            if old is not None and not old.is_offered:  # its files were deleted, these are others
-                del self._places[found.name]
+            if (old := self._places.get(found.name)) is not None and not old.is_offered:
+                del self._places[found.name]  # its files were deleted: these are others
             if found.name not in self._places and found.name not in self._aliases:
                 self.add(found)
             return self.known(found.name)
