@@ -20,6 +20,7 @@ import psutil
 import pytest
 import tiny_models
 from fakes import wait_for
+from tracing import traced
 
 import llmkit
 from llmkit.cli import app, main
@@ -178,6 +179,37 @@ def test_a_worker_that_is_stopped_is_replaced(tmp_path: Path) -> None:
     wait_for(lambda: worker.restarts == 1, 15)
     assert "stopped (SIGSTOP)" in str(worker.state.reason)
     wait_for(lambda: worker.state.phase == "ready" and worker.pid != pid, 60)
+    worker.close()
+
+
+@pytest.mark.model
+def test_a_worker_that_is_stopped_while_it_loads_is_replaced(tmp_path: Path) -> None:
+    spec = resolve(tiny_models.write(tmp_path / "tiny.gguf", "llama"))
+    task = engine.task(spec, EngineOptions(n_ctx=64), name="tiny")
+    worker = supervisor.Supervisor(task, stopped_s=1.0)
+    wait_for(lambda: worker.pid is not None)
+    pid = worker.pid
+    assert pid is not None
+    os.kill(pid, signal.SIGSTOP)
+    assert worker.state.phase == "loading"
+    wait_for(lambda: worker.restarts == 1, 15)
+    assert "stopped (SIGSTOP)" in str(worker.state.reason)
+    wait_for(lambda: worker.state.phase == "ready" and worker.pid != pid, 60)
+    worker.close()
+
+
+@pytest.mark.model
+def test_a_worker_that_a_debugger_holds_is_left_alone(tmp_path: Path) -> None:
+    spec = resolve(tiny_models.write(tmp_path / "tiny.gguf", "llama"))
+    task = engine.task(spec, EngineOptions(n_ctx=64), name="tiny")
+    worker = supervisor.Supervisor(task, stopped_s=0.5)
+    wait_for(lambda: worker.state.phase == "ready", 60)
+    pid = worker.pid
+    assert pid is not None
+    with traced(pid):
+        time.sleep(2)
+    time.sleep(1)
+    assert worker.pid == pid and not worker.restarts
     worker.close()
 
 

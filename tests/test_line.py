@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import zmq
 from fakes import wait_for
+from tracing import traced
 
 from llmkit.bridge import line as lines
 from llmkit.bridge import wire
@@ -108,6 +109,19 @@ def test_whoever_ends_a_stopped_process_blames_no_request(goes_on: bool) -> None
     line.tick()
     [(reason, blameless)] = heard.ends
     assert "has ended: killed" in reason and blameless is not goes_on
+
+
+def test_whoever_ends_a_process_under_a_debugger_blames_no_request() -> None:
+    with subprocess.Popen(["sleep", "60"]) as process:
+        line, heard, _ = made(pid=process.pid, start_time=process_start_time(process.pid))
+        with traced(process.pid):
+            assert line._connection.life == "traced" and line._connection.is_alive
+            assert line.tick() and not heard.is_gone
+            process.kill()
+        process.wait(10)
+    line.tick()
+    [(reason, blameless)] = heard.ends
+    assert "has ended: killed" in reason and blameless
 
 
 @pytest.mark.parametrize("silent_s", [0.2, 2.0])

@@ -61,7 +61,7 @@ class Receiver(Protocol):
 class EngineLine:
     """An engine on this host is gone when its process is, one of another host (``keys``) when its
     connection is: that is never made again, since nobody could say what was lost meanwhile. If its
-    process was stopped when it ended, or it had been silent, no request is to blame."""
+    process was stopped or traced when it ended, or it had been silent, no request is to blame."""
 
     def __init__(
         self,
@@ -80,7 +80,7 @@ class EngineLine:
         self._greeted = self._heard = self._started = 0.0
         self._is_secure = False  # both sides have shown their keys
         self.greeting = False
-        self._is_stopped = False  # by the last look at its process
+        self._stands = False  # stopped or traced, by the last look at its process
         self._sock: zmq.Socket[bytes] | None = None
         self._monitor: zmq.Socket[bytes] | None = None
         self._loop: Loop | None = None
@@ -163,7 +163,7 @@ class EngineLine:
             life = self._connection.life
             if life == "gone":
                 self._lose_process()
-            self._is_stopped = life == "stopped"
+            self._stands = life in ("stopped", "traced")
         return PING_S
 
     def _lose_process(self) -> None:
@@ -171,7 +171,7 @@ class EngineLine:
         self._receiver.lose(
             f"the process with the model {self._connection.model.name!r} has ended: killed or "
             f"restarted. {self._again}",
-            blameless=self._is_stopped,
+            blameless=self._stands,
         )
 
     def shut(self, failure: Exception | None) -> None:

@@ -13,7 +13,8 @@ from typing import Literal
 
 __all__ = ["Life", "kernel_id", "life_of", "process_start_time", "python_path"]
 
-Life = Literal["alive", "stopped", "gone"]
+Life = Literal["alive", "stopped", "traced", "gone"]
+STATES: dict[str, Life] = {"T": "stopped", "t": "traced"}  # of proc_pid_stat(5)
 
 
 def process_start_time(pid: int) -> float | None:
@@ -25,31 +26,35 @@ def process_start_time(pid: int) -> float | None:
 
 
 def life_of(pid: int, start_time: float) -> Life:
-    """What has become of a process; "gone" only when that is certain."""
+    """What has become of a process; "gone" only when that is certain.
+
+    "stopped" is by SIGSTOP, "traced" held by a debugger or by what writes its core: that lets it go
+    again. Only Linux tells the two apart; elsewhere both may be "stopped".
+    """
     try:
-        started, is_stopped = _look_at(pid)
+        started, life = _look_at(pid)
     except OSError:
         return "alive"
-    if started != start_time:
-        return "gone"
-    return "stopped" if is_stopped else "alive"
+    return life if started == start_time else "gone"
 
 
-def _look_at(pid: int) -> tuple[float | None, bool]:
-    """When a process started, and whether it is stopped."""
+def _look_at(pid: int) -> tuple[float | None, Life]:
+    """When a process started (None: there is none), and what it does."""
     if sys.platform == "linux":
         try:
             fields = Path(f"/proc/{pid}/stat").read_bytes().rsplit(b")", 1)[1].decode().split()
         except (FileNotFoundError, ProcessLookupError, IndexError):
-            return None, False
-        return (None, False) if fields[0] in "ZX" else (float(fields[19]), fields[0] in "Tt")
+            return None, "gone"
+        state = fields[0]
+        return (None, "gone") if state in "ZX" else (float(fields[19]), STATES.get(state, "alive"))
     import psutil
 
     try:
         process = psutil.Process(pid)
-        return float(process.create_time()), process.status() == psutil.STATUS_STOPPED
+        is_stopped = process.status() == psutil.STATUS_STOPPED
+        return float(process.create_time()), "stopped" if is_stopped else "alive"
     except psutil.NoSuchProcess:
-        return None, False
+        return None, "gone"
     except psutil.Error as error:
         raise OSError(f"process {pid} cannot be examined: {error}") from error
 

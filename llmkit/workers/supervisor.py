@@ -33,12 +33,16 @@ STOPPED_S = 60.0
 LAST_LINES = 5  # of its log, shown when it is given up
 
 
+class _StoppedError(ModelLoadError):
+    """The worker was killed since it was stopped, which says nothing of its model."""
+
+
 class Supervisor:
     """A worker for a task of `llmkit.workers.engine`.
 
     A first load that fails is an error, not a crash: ``check`` raises it. ``on_ready`` is called
     after each successful load. A worker whose process has been stopped (SIGSTOP) for ``stopped_s``
-    is killed, and started again.
+    is killed, and started again, also while it loads; one that a debugger holds is not.
     """
 
     def __init__(
@@ -56,6 +60,8 @@ class Supervisor:
         self.restarts = 0
         self._words: LastWords | None = None
         self._connection: files.Connection | None = None
+        self._started: float | None = None  # when its process did
+        self._num_stopped = 0  # looks in a row at which that was stopped
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="llmkit-supervisor", daemon=True)
         self._thread.start()
@@ -110,7 +116,7 @@ class Supervisor:
             except Exception as error:  # such as no process can be started
                 failure = ModelLoadError(f"the model's process could not be started: {error}")
             was_ready = was_ready or self._ready_at is not None
-            if not was_ready:
+            if not (was_ready or isinstance(failure, _StoppedError)):
                 return self._give_up(failure)
             if self._ready_at is not None and time.monotonic() - self._ready_at > HEALTHY_S:
                 num_crashes, delay = 0, FIRST_DELAY_S
@@ -142,6 +148,7 @@ class Supervisor:
         child = self._child = Child(engine.TARGET, self._task, errors=subprocess.PIPE)
         assert child.stderr is not None
         self._words = LastWords(child.stderr)
+        self._started, self._num_stopped = None, 0
         try:
             self._await_ready(child, self._words)
             self._watch(child, self._words)
@@ -153,17 +160,26 @@ class Supervisor:
 
     def _watch(self, child: Child, words: LastWords) -> None:
         """Until it is told to end. Raises the reason if it ends before."""
-        started = process_start_time(child.pid) or 0.0
-        stopped = 0  # looks in a row, not a time: that runs on while we are stopped ourselves
         while not self._stopping.wait(LOOK_S):
             if child.status is not None:
                 raise ModelLoadError(self._why(child, words))
-            stopped = stopped + 1 if life_of(child.pid, started) == "stopped" else 0
-            if stopped * LOOK_S >= self._stopped_s:
-                child.kill()
-                raise ModelLoadError(
-                    f"it was stopped (SIGSTOP) for {self._stopped_s:.0f} s, and was killed"
-                )
+            self._look(child)
+
+    def _look(self, child: Child) -> None:
+        """Called each ``LOOK_S``. Kills a worker that has been stopped for long, and raises that.
+
+        Looks in a row are counted, not time, which runs on while we are stopped ourselves.
+        """
+        if self._started is None:
+            with contextlib.suppress(OSError):
+                self._started = process_start_time(child.pid)
+        is_stopped = self._started is not None and life_of(child.pid, self._started) == "stopped"
+        self._num_stopped = self._num_stopped + 1 if is_stopped else 0
+        if self._num_stopped * LOOK_S >= self._stopped_s:
+            child.kill()
+            raise _StoppedError(
+                f"it was stopped (SIGSTOP) for {self._stopped_s:.0f} s, and was killed"
+            )
 
     def _await_ready(self, child: Child, words: LastWords) -> None:
         told = self._state.reason
@@ -174,6 +190,7 @@ class Supervisor:
                 child.wait(1)
                 raise ModelLoadError(self._why(child, words)) from None
             if line is None:
+                self._look(child)
                 continue
             if line.failure is not None:
                 error = line.failure.error()
