@@ -260,6 +260,8 @@ def test_selectors_meet_their_pods(rendered: dict[str, list[dict[str, Any]]]) ->
         ({"gateway": {"basePath": "llm/"}}, "pattern"),
         ({"hub": {"enabled": True}, "gateway": {"basePath": "/llm"}}, "hub.baseUrl"),
         ({"hub": {"baseUrl": "jupyter"}}, "pattern"),
+        ({"hub": {"podLabels": {"component": None, "app": None}}}, "podLabels"),
+        ({"networkPolicy": {"prometheus": {"namespace": "Upper"}}}, "pattern"),
         ({"gateway": {"config": "# port = 1\n port = 8080\n"}}, "service.port"),
         ({"gateway": {"config": 'tls_cert = "/a.pem"\n'}}, "an Ingress"),
         ({"gateway": {"config": 'gateway.base_path = "/llm"\n'}}, "gateway.basePath"),

@@ -16,9 +16,10 @@ from tornado import httpserver, web
 from tornado.netutil import bind_sockets
 
 from llmkit.errors import InvalidRequestError
+from llmkit.gateway.access import hub_opening
 from llmkit.gateway.access.edge import Edge
 from llmkit.gateway.access.hub_login import HubApi
-from llmkit.gateway.access.hub_opening import HubAccess, hub_proxies
+from llmkit.gateway.access.hub_opening import HubAccess, HubProxies
 from llmkit.gateway.access.hub_tokens import HubGoneError, NoHubError
 from llmkit.gateway.app import Gateway, make_app, make_server
 from llmkit.gateway.directory import EngineDirectory
@@ -193,26 +194,61 @@ def of_hub(url: str = "http://192.0.2.7:8081/hub/api") -> HubPlace:
 )
 def test_only_the_hub_s_own_proxy_says_who_a_client_is(peer: str, said: str, client: str) -> None:
     """Connecting from a private network is not enough, and no more than its last word counts."""
-    proxies = hub_proxies(of_hub(), HubOptions(), ())
+    proxies = HubProxies(of_hub(), HubOptions(), ())
     assert proxies.client(peer, {"X-Forwarded-For": said}) == client
     assert proxies.trusts(peer) is (client != peer)
 
 
 def test_whose_headers_are_believed_is_a_setting(caplog: pytest.LogCaptureFixture) -> None:
-    named = hub_proxies(of_hub(), HubOptions(hub_proxies=("10.0.0.0/8",)), ())
+    named = HubProxies(of_hub(), HubOptions(hub_proxies=("10.0.0.0/8",)), ())
     assert named.client("10.0.0.5", {"X-Forwarded-For": "6.6.6.6, 10.1.1.1"}) == "10.1.1.1"
     assert not caplog.records
     for i in range(3):
         assert named.client(f"127.0.0.{i}", {"X-Forwarded-For": "6.6.6.6"}) == f"127.0.0.{i}"
     [record] = caplog.records
-    assert "127.0.0.0 sends" in record.message and "hub_proxies" in record.message
-    all_of_them = hub_proxies(of_hub(), HubOptions(), ("192.0.2.7", "10.0.0.0/8"))
+    assert "127.0.0.0 sends" in record.message and "not among hub_proxies" in record.message
+    all_of_them = HubProxies(of_hub(), HubOptions(), ("192.0.2.7", "10.0.0.0/8"))
     chain = {"X-Forwarded-For": "203.0.113.9, 10.1.1.1"}
     assert all_of_them.client("192.0.2.7", chain) == "203.0.113.9"
+    caplog.clear()
+    assert all_of_them.client("127.0.0.1", chain) == "127.0.0.1"
+    [record] = caplog.records  # the setting that counts
+    assert "not among trusted_proxies" in record.message and "hub_proxies" not in record.message
     with pytest.raises(InvalidRequestError, match="hub_proxies"):
         HubOptions(hub_proxies=("proxy.example.org",))
 
 
 def test_a_hub_whose_name_is_not_found_is_no_proxy() -> None:
-    proxies = hub_proxies(of_hub("http://no-such-host.invalid:8081/hub/api"), HubOptions(), ())
+    proxies = HubProxies(of_hub("http://no-such-host.invalid:8081/hub/api"), HubOptions(), ())
     assert proxies.trusts("127.0.0.1") and not proxies.trusts("10.0.0.1")
+
+
+async def test_a_hub_that_moves_is_found_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its name is looked up again; while that fails, the last address counts."""
+    now, num_asked = ["192.0.2.7"], 0
+
+    def look_up(host: str, *_: object, **__: object) -> list[tuple[object, ...]]:
+        nonlocal num_asked
+        assert host == "hub"
+        num_asked += 1
+        return [(0, 0, 0, "", (address, 0)) for address in now]
+
+    monkeypatch.setattr(hub_opening.socket, "getaddrinfo", look_up)
+    monkeypatch.setattr(hub_opening, "LOOK_UP_S", 0.01)  # a minute, really
+    place = of_hub("http://hub:8081/hub/api")
+    proxies = HubProxies(place, HubOptions())
+    assert proxies.trusts("192.0.2.7")
+    now = ["192.0.2.8", "2001:db8::8"]
+    keeping = asyncio.ensure_future(proxies.keep())
+    while not proxies.trusts("192.0.2.8"):
+        await asyncio.sleep(0.01)
+    assert proxies.trusts("2001:db8::8") and proxies.trusts("127.0.0.1")
+    assert not proxies.trusts("192.0.2.7")
+    now, before = [], num_asked
+    while num_asked < before + 3:
+        await asyncio.sleep(0.01)
+    assert proxies.trusts("192.0.2.8")
+    keeping.cancel()
+    async with asyncio.timeout(10):  # nothing to look up
+        await HubProxies(place, HubOptions(hub_proxies=("::1",))).keep()
+        await HubProxies(place, HubOptions(), ("::1",)).keep()

@@ -41,8 +41,7 @@ from llmkit.settings.serving import ServeSettings
 from llmkit.workers.place import ModelStatus
 
 if TYPE_CHECKING:
-    from llmkit.gateway.access.hub_opening import HubAccess
-    from llmkit.gateway.access.proxies import Proxies
+    from llmkit.gateway.access.hub_opening import HubAccess, HubProxies
     from llmkit.gateway.served import Served
     from llmkit.gateway.workers import Workers
     from llmkit.settings.hub_place import HubPlace
@@ -75,6 +74,7 @@ class Composition:
         is_needed = hub is not None
         database = _database(settings, is_needed) if shared or options.db_url else None
         of_hub, proxies = (None, None) if hub is None else _hub_access(hub, settings)
+        self._hub_proxies = proxies
         self.access = access = Access(
             options, settings.keys, database, of_hub=of_hub, proxies=proxies
         )
@@ -226,9 +226,10 @@ class Composition:
 
     async def keep(self, server: httpserver.HTTPServer) -> None:
         """What goes on beside the requests, until cancelled."""
-        if self.access.hub is not None:
-            await self.access.hub.check()
-        await self.access.keep_certificates(server)
+        parts = [self.access.keep_certificates(server)]
+        if self.access.hub is not None and self._hub_proxies is not None:
+            parts += [self.access.hub.check(), self._hub_proxies.keep()]
+        await asyncio.gather(*parts)
 
     async def close(self) -> None:
         """End what is generated, write down what was used, and export what waits."""
@@ -264,15 +265,15 @@ def guards_of(settings: ServeSettings) -> Guards:
 
 def _hub_access(
     hub: HubPlace, settings: ServeSettings
-) -> tuple[Callable[[Edge], HubAccess], Proxies]:
+) -> tuple[Callable[[Edge], HubAccess], HubProxies]:
     """Raises `InvalidRequestError` without jupyterhub."""
     try:
-        from llmkit.gateway.access.hub_opening import HubAccess, hub_proxies
+        from llmkit.gateway.access.hub_opening import HubAccess, HubProxies
     except ImportError as error:
         raise InvalidRequestError(
             f"a hub's service needs jupyterhub ({error}): pip install 'llmkit[hub]'.", "hub"
         ) from None
-    proxies = hub_proxies(hub, settings.hub, settings.gateway.trusted_proxies)
+    proxies = HubProxies(hub, settings.hub, settings.gateway.trusted_proxies)
     return lambda edge: HubAccess(hub, settings.hub, settings.quotas, edge), proxies
 
 

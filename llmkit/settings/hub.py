@@ -26,7 +26,7 @@ class HubOptions:
     )  # fmt: skip
     hub_proxies: tuple[str, ...] = option(
         "networks", (), "Where the hub's own proxy connects from: addresses or networks; by "
-        "default this machine and that of $JUPYTERHUB_API_URL.", HUB,
+        "default 127.0.0.1, ::1 and the host of $JUPYTERHUB_API_URL.", HUB,
     )  # fmt: skip
     cache_scope: str = option(
         "choice", "user", "With whom a hub's user shares cached prompts: nobody, a group of its "

@@ -5,6 +5,7 @@ Tornado loop only; imported only where there is a hub.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import socket
@@ -15,14 +16,16 @@ from llmkit.gateway.access.edge import Edge
 from llmkit.gateway.access.hub import HubUsers
 from llmkit.gateway.access.hub_login import HubApi, HubCookies, HubVisitors
 from llmkit.gateway.access.hub_tokens import HubGoneError, NoHubError, TokenOwners
-from llmkit.gateway.access.proxies import LOOPBACK, Proxies
+from llmkit.gateway.access.proxies import LOOPBACK, MAX_HOPS, Proxies
 from llmkit.settings.hub import HubOptions
 from llmkit.settings.hub_place import HubPlace
 from llmkit.settings.quotas import Quotas
 
-__all__ = ["HubAccess", "hub_proxies"]
+__all__ = ["HubAccess", "HubProxies"]
 
 logger = logging.getLogger("llmkit.gateway")
+
+LOOK_UP_S = 60.0
 
 
 class HubAccess:
@@ -63,14 +66,28 @@ class HubAccess:
             )
 
 
-def hub_proxies(place: HubPlace, options: HubOptions, trusted: Sequence[str]) -> Proxies:
+class HubProxies(Proxies):
     """The hub's own proxy, through which all requests come: only the address that it notes itself
     is believed, since its clients may be in the same networks. With ``trusted`` proxies, those.
     """
-    if trusted:
-        return Proxies(trusted, on_stranger=_once())
-    named = options.hub_proxies or (*LOOPBACK, *_addresses_of(place.api_url))
-    return Proxies(named, hops=1, on_stranger=_once())
+
+    def __init__(self, place: HubPlace, options: HubOptions, trusted: Sequence[str] = ()) -> None:
+        self._url = None if trusted or options.hub_proxies else place.api_url
+        named = trusted or options.hub_proxies or (*LOOPBACK, *_addresses_of(place.api_url))
+        super().__init__(
+            named,
+            hops=MAX_HOPS if trusted else 1,
+            on_stranger=_once("trusted_proxies" if trusted else "hub_proxies"),
+        )
+
+    async def keep(self) -> None:
+        """Look the hub's address up again each minute, until cancelled: a hub that is started anew
+        may have another. While none is found, the last one counts."""
+        while self._url is not None:
+            await asyncio.sleep(LOOK_UP_S)
+            found = await asyncio.to_thread(_addresses_of, self._url)
+            if found:
+                self.replace((*LOOPBACK, *found))
 
 
 def _addresses_of(url: str) -> list[str]:
@@ -81,17 +98,18 @@ def _addresses_of(url: str) -> list[str]:
     return []
 
 
-def _once() -> Callable[[str], None]:
-    """Says of the first proxy that is not known."""
+def _once(setting: str) -> Callable[[str], None]:
+    """Says of the first proxy that is not known that ``setting`` does not name it."""
     said: list[str] = []
 
     def say(address: str) -> None:
         if not said:
             said.append(address)
             logger.warning(
-                "%s sends what a proxy would, and is none of hub_proxies: all whom it brings "
-                "count as one address",
+                "%s sends a proxy's headers but is not among %s: all who come through it count as "
+                "one address",
                 address,
+                setting,
             )
 
     return say

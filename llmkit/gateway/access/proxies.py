@@ -9,7 +9,7 @@ from ipaddress import IPv4Address, IPv6Address
 
 from llmkit.settings.gateway import GATEWAY_OPTIONS
 
-__all__ = ["FORWARDING", "LOOPBACK", "OURSELVES", "Proxies", "is_loopback", "place"]
+__all__ = ["FORWARDING", "LOOPBACK", "MAX_HOPS", "OURSELVES", "Proxies", "is_loopback", "place"]
 
 OURSELVES = "local"
 MAX_HOPS, MAX_HEADER = 32, 4096
@@ -72,6 +72,10 @@ class Proxies:
         on_stranger: Callable[[str], None] = lambda _: None,
     ) -> None:
         self._hops, self._on_stranger = hops, on_stranger
+        self.replace(trusted)
+
+    def replace(self, trusted: Sequence[str]) -> None:
+        """Believe these from now on. Raises `InvalidRequestError`."""
         GATEWAY_OPTIONS["trusted_proxies"].check(tuple(trusted))
         self._networks = [ipaddress.ip_network(text.strip()) for text in trusted]
 
