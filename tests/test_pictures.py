@@ -133,6 +133,19 @@ def many_scans() -> bytes:
     return data[:-2] + scan * 200 + data[-2:]
 
 
+def test_a_video_behind_a_photo_is_no_scan() -> None:
+    """As phones put it there; by chance it has many markers, but no header."""
+    photo = saved(Image.new("RGB", (64, 64), (200, 40, 90)), "JPEG", quality=95)
+    video = b"\0\0\0\x18ftypmp42" + np.random.default_rng(5).bytes(8_000_000)
+    assert video.count(b"\xff\xda") > pictures.MAX_SCANS
+    assert np.array_equal(pictures.pixels(photo + video), pictures.pixels(photo))
+    whole = many_scans()
+    with pytest.raises(InvalidRequestError, match="scans"):
+        pictures.facts(whole)
+    with pytest.raises(InvalidRequestError, match="scans"):
+        pictures.facts(photo[:-2] + whole[whole.index(b"\xff\xda") :] + video)
+
+
 def padded(kind: str, part: bytes, before: bytes, count: int = 300_000) -> bytes:
     """A picture with many parts, or stray bytes, before one of its own."""
     data = saved(Image.new("RGB", (4, 4)), kind)

@@ -7,7 +7,9 @@ one format that was recognised. What is called here takes up to a second: never 
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Callable
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from llmkit.errors import InvalidRequestError
@@ -48,6 +50,9 @@ _UPRIGHT = {
     8: "ROTATE_90",
 }
 _ORIENTATION = 0x0112
+# The header of a JPEG's scan: its marker, its length, and the number of its components, as decoders
+# check them. A video behind the picture, as phones put it there, has the marker alone by chance.
+_SCAN = re.compile(rb"\xff\xda\0(?:\x08\x01|\x0a\x02|\x0c\x03|\x0e\x04)")
 
 
 def facts(data: bytes) -> Facts:
@@ -73,7 +78,7 @@ def facts(data: bytes) -> Facts:
     if found is None:
         raise _refused(f"{_other(data)} {READABLE}")
     _check_size(found.width, found.height)
-    if found.format == "JPEG" and data.count(b"\xff\xda") > MAX_SCANS:
+    if found.format == "JPEG" and any(islice(_SCAN.finditer(data), MAX_SCANS, None)):
         raise _refused(
             f"The picture comes in more than {MAX_SCANS} scans. Save it as a plain JPEG."
         )
