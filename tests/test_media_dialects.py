@@ -278,18 +278,38 @@ def test_more_than_a_model_is_told_are_too_many(served: ServedModels, model: Scr
     assert len(asked(model).media) == 1
 
 
-def test_bodies_may_be_large_where_a_model_sees(tmp_path: Path) -> None:
-    for inputs, status in ((("image",), 200), ((), 413)):
-        served = ServedModels(
-            tmp_path, ScriptedModel("m", inputs=inputs), max_body_bytes=2000, max_media_bytes=50_000
-        )
-        part = {"type": "text", "text": "x" * 10_000}
-        body = {"model": "m", "messages": [{"role": "user", "content": [part]}]}
-        assert post(served, "v1/chat/completions", body).status_code == status
-        assert post(served, "v1/embeddings", body).status_code == 413
-        body["messages"][0]["content"][0]["text"] = "x" * 60_000  # type: ignore[index]
-        assert post(served, "v1/chat/completions", body).status_code == 413
-        served.stop()
+def test_a_model_that_draws_has_no_chats_with_pictures(tmp_path: Path) -> None:
+    painter = ScriptedModel("painter", inputs=("image",), image_size="64x64")
+    served = ServedModels(tmp_path, painter)
+    assert "vision" not in (ollama.Client(served.url).show("painter").capabilities or [])
+    modalities = httpx.get(served.url + "props?model=painter").json()["modalities"]
+    assert not any(modalities.values())
+    listed = httpx.get(served.url + "v1/models").json()
+    assert "multimodal" not in listed["models"][0]["capabilities"]
+    assert listed["data"][0]["architecture"] == {
+        "input_modalities": ["text", "image"], "output_modalities": ["image"],
+    }  # fmt: skip
+    (shown,) = httpx.get(served.url + "status?no_track_activity=1").json()["models"]
+    assert shown["inputs"] == []  # by which the page offers to attach pictures
+    served.stop()
+
+
+@pytest.mark.parametrize(
+    ("description", "status"),
+    [({"inputs": ("image",)}, 200), ({}, 413), ({"inputs": ("image",), "image_size": "8x8"}, 413)],
+)
+def test_bodies_may_be_large_where_a_model_sees(
+    tmp_path: Path, description: dict[str, Any], status: int
+) -> None:
+    model = ScriptedModel("m", **description)
+    served = ServedModels(tmp_path, model, max_body_bytes=2000, max_media_bytes=50_000)
+    part = {"type": "text", "text": "x" * 10_000}
+    body = {"model": "m", "messages": [{"role": "user", "content": [part]}]}
+    assert post(served, "v1/chat/completions", body).status_code == status
+    assert post(served, "v1/embeddings", body).status_code == 413
+    body["messages"][0]["content"][0]["text"] = "x" * 60_000  # type: ignore[index]
+    assert post(served, "v1/chat/completions", body).status_code == 413
+    served.stop()
 
 
 def test_llama_servers_data_is_for_chats_only(served: ServedModels) -> None:

@@ -20,7 +20,7 @@ from tornado import web
 
 from llmkit.gateway import pipeline
 from llmkit.gateway.access.authenticator import Authenticator
-from llmkit.gateway.access.computing import EDITING, HEARING, SEEING
+from llmkit.gateway.access.computing import EDITING, HEARING, SEEING, SUBMITTING
 from llmkit.gateway.access.edge import Edge
 from llmkit.gateway.access.held import MAX_HELD_BYTES, Held
 from llmkit.gateway.access.identity import ADMIN, Identity
@@ -195,12 +195,16 @@ class Gateway:
             return self._max_sound_bytes + FORM_BYTES
         if exchange.path in EDITING:
             return max(self.max_body_bytes, self._max_media_bytes)
+        if exchange.path == SUBMITTING:  # also what is drawn from a picture
+            return self._limit(any(e.description.inputs for e in self._directory.clients()))
         return self.message_limit() if SEEING.fullmatch(exchange.path) else self.max_body_bytes
 
     def message_limit(self) -> int:
         """The largest body of a chat, in bytes, with the models that are there now."""
-        takes = any(engine.description.inputs for engine in self._directory.clients())
-        return max(self.max_body_bytes, self._max_media_bytes) if takes else self.max_body_bytes
+        return self._limit(any(e.description.senses for e in self._directory.clients()))
+
+    def _limit(self, has_media: bool) -> int:
+        return max(self.max_body_bytes, self._max_media_bytes) if has_media else self.max_body_bytes
 
     def early(self, exchange: Exchange) -> ApiError | None:
         """Why a request need not be read; None if it is to be read."""

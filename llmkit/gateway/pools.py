@@ -122,5 +122,5 @@ def _identity(client: EngineClient) -> Hashable:
         model.hears,
         model.voices,
         model.image_size,
-        model.inputs,
+        model.senses,
     )

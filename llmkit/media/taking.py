@@ -15,8 +15,8 @@ WORDS = {"image": ("images", "pictures"), "audio": ("sound", "sounds")}
 
 def check_takes(model: ModelDescription, kind: str, param: str = "messages") -> None:
     """Raises `InvalidRequestError` if a model takes none of this kind, image or audio."""
-    if kind not in model.inputs:
-        raise refusal(kind, model.inputs, param, f"the model {model.name}", param)
+    if kind not in model.senses:
+        raise refusal(kind, model.senses, param, f"the model {model.name}", param)
 
 
 def refusal(

@@ -151,7 +151,7 @@ class ModelDescription:
     voices: tuple[str, ...] = ()  # with which it speaks, the default first
     languages: tuple[str, ...] = ()  # that it hears or speaks
     image_size: str = ""  # of the images that it draws, by default, such as "512x512"
-    inputs: tuple[str, ...] = ()  # what its messages may hold beside text: "image", "audio"
+    inputs: tuple[str, ...] = ()  # what it takes beside text: "image", "audio"
 
     def __post_init__(self) -> None:
         # A connection file's JSON has lists.
@@ -159,6 +159,11 @@ class ModelDescription:
         object.__setattr__(self, "adapters", pairs)
         for name in ("voices", "languages", "inputs"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
+
+    @property
+    def senses(self) -> tuple[str, ...]:
+        """Of its ``inputs``, what its messages may hold: a model that draws has no messages."""
+        return () if self.use == "draw" else self.inputs
 
     @property
     def use(self) -> Use:

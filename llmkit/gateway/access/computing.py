@@ -13,9 +13,11 @@ __all__ = [
     "HEARING",
     "SEEING",
     "SPEAKING",
+    "SUBMITTING",
     "VECTORS",
 ]
 
+SUBMITTING = "/engine/submit"
 GENERATING = frozenset(
     {
         "/v1/chat/completions",
@@ -34,7 +36,7 @@ GENERATING = frozenset(
         "/api/completions/stream",
         "/completion",
         "/infill",
-        "/engine/submit",
+        SUBMITTING,
     }
 )
 VECTORS = frozenset(

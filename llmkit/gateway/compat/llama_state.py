@@ -57,9 +57,9 @@ class LlamaStateRoutes:
                 "model_ftype": model.quantization,
                 "model_path": exchange.shown_path(model.path),
                 "modalities": {
-                    "vision": "image" in model.inputs,
+                    "vision": "image" in model.senses,
                     "video": False,
-                    "audio": "audio" in model.inputs,
+                    "audio": "audio" in model.senses,
                 },
                 "media_marker": "<__media__>",
                 "endpoint_slots": True,
@@ -144,13 +144,17 @@ def with_models(listing: Callable[[], dict[str, Any]]) -> Callable[[Exchange], A
     async def answer(exchange: Exchange) -> None:
         listed = listing()
         data = [{**each, "aliases": [each["id"]], "tags": []} for each in listed["data"]]
-        models = [
-            objects.listed(each["id"], each.get("architecture", {}).get("input_modalities", ()))
-            for each in data
-        ]
+        models = [objects.listed(each["id"], _senses(each)) for each in data]
         exchange.send_json({"models": models, **listed, "data": data})
 
     return answer
+
+
+def _senses(model: dict[str, Any]) -> list[str]:
+    """What the chats of a model may hold; one that draws has no chats."""
+    modalities: dict[str, list[str]] = model.get("architecture", {})
+    writes = modalities.get("output_modalities") == ["text"]
+    return modalities["input_modalities"] if writes else []
 
 
 def _list(body: bytes) -> list[dict[str, Any]]:

@@ -267,7 +267,7 @@ class OllamaRoutes:
             capabilities = ["embedding"]
         else:
             capabilities = ["completion", "tools", *(["thinking"] if model.reasoning else [])]
-            capabilities += [SENSES[kind] for kind in model.inputs if kind in SENSES]
+            capabilities += [SENSES[kind] for kind in model.senses if kind in SENSES]
         facts = {
             "general.architecture": model.architecture,
             "general.parameter_count": model.n_params,

@@ -123,7 +123,7 @@ class StatusRoutes:
             "quantization": model.quantization,
             "device": model.device,
             "generates": model.use == "generate",
-            "inputs": model.inputs,
+            "inputs": model.senses,
             "gpus": model.gpu_bytes,
             "n_ctx": model.n_ctx,
             "kernel": origin.kernel_id,
