@@ -55,7 +55,7 @@ class TextToImage(Handle):
             result has its shape, unless ``size`` says another.
         mask: a picture of the same size, whose transparent pixels say what is drawn anew; by
             default all of it.
-        strength: how far the result may be from ``image``, above 0 to 1; by default 0.75.
+        strength: how far the result may be from ``image``, from 0.01 to 1; by default 0.75.
 
         A notebook shows the steps with a preview. ■ ends the work at once and gives the memory
         back; the next call loads the model again. Raises `InvalidRequestError`, `EngineError` if

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import io
+import os
+import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
+from llmkit.bridge.child import Owner
 from llmkit.diffusion.files import encoded
-from llmkit.errors import EngineError, InvalidRequestError
-from llmkit.protocol.images import Drawing, Picture, Step
+from llmkit.errors import EngineError, InvalidRequestError, ModelLoadError
+from llmkit.protocol.images import Drawing, ImageLines, Picture, Step
 
-__all__ = ["FakePainter", "image"]
+__all__ = ["FakePainter", "image", "loading"]
 
 
 class FakePainter:
@@ -21,6 +25,7 @@ class FakePainter:
     for before each step after the first."""
 
     size, steps, load_s = (128, 64), 4, 0.0
+    refusal: str | None = None
     max_pixels = 1 << 22
 
     def __init__(self) -> None:
@@ -67,6 +72,18 @@ class FakePainter:
 
     def close(self) -> None:
         self.stopped.set()
+
+
+def loading(owner: Owner) -> None:
+    """For a child process: a model that reads no pictures, which the name of its file says how."""
+    if owner.task["reads"]:
+        if Path(owner.task["path"]).stem == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        raise ModelLoadError("tensor 'encoder' is missing.")
+    owner.ready(uses_gpu=False)
+    while owner.asked() is not None:
+        owner.tell(ImageLines.of(Step(0, 1, 1)))
+        owner.done()
 
 
 def image(data: bytes) -> Image.Image:

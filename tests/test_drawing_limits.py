@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from pathlib import Path
 from typing import Any
@@ -9,13 +10,17 @@ from typing import Any
 import pytest
 from drawing import FakePainter
 from fakes import wait_for
+from pictures import picture
 from toy_models import write_checkpoint
 
+from llmkit.bridge.client import BridgeClient
+from llmkit.bridge.server import BridgeServer
 from llmkit.drawing import TextToImage
 from llmkit.errors import InvalidRequestError, ModelLoadError, ModelUnloadedError
 from llmkit.models import image_files
 from llmkit.models.registry import ModelSpec
 from llmkit.protocol import FinishReason, GenerationRequest
+from llmkit.protocol.client import EngineClient
 from llmkit.protocol.images import Drawing, ImageLines, Picture
 from llmkit.runtime import image_process
 from llmkit.runtime.images import LocalImages
@@ -82,7 +87,7 @@ def test_a_size_without_memory_is_refused(tmp_path: Path, monkeypatch: pytest.Mo
     write_checkpoint(tmp_path / "sd.safetensors")
     model = image_files.image_model(tmp_path / "sd.safetensors")
     room = model.weights_bytes + image_process.PROCESS_BYTES + model.buffer_of(1024, 1024)
-    monkeypatch.setattr(image_process.ImageProcess, "_start", lambda *_: None)
+    monkeypatch.setattr(image_process.ImageProcess, "_start", lambda *_, reads: None)
     monkeypatch.setattr(image_process, "free_ram", lambda: room)
     process = image_process.ImageProcess(model)
     process.check_room(1024, 1024)
@@ -93,25 +98,84 @@ def test_a_size_without_memory_is_refused(tmp_path: Path, monkeypatch: pytest.Mo
     image_process.ImageProcess(model, force=True).check_room(2048, 2048)
 
 
-def test_a_model_that_reads_no_pictures_goes_on_without(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.fixture
+def starts(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """For each process that was started, whether it was to read pictures: those of `loading`."""
+    monkeypatch.setattr(image_process.image_child, "TARGET", "drawing:loading")
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
+    started, start = [], image_process.ImageProcess._start
+
+    def counted(*args: Any, reads: bool) -> None:
+        started.append(reads)
+        start(*args, reads=reads)
+
+    monkeypatch.setattr(image_process.ImageProcess, "_start", counted)
+    return started
+
+
+def painter(folder: Path, name: str) -> image_process.ImageProcess:
+    write_checkpoint(folder / f"{name}.safetensors")
+    return image_process.ImageProcess(image_files.image_model(folder / f"{name}.safetensors"))
+
+
+SIDES: dict[str, Any] = {"width": 64, "height": 64}
+PNG = picture()
+
+
+def test_a_model_that_reads_no_pictures_goes_on_without(tmp_path: Path, starts: list[bool]) -> None:
+    """As one whose small decoder came without its other half. It is tried once."""
+    process = painter(tmp_path, "sd")
+    for _ in range(2):
+        with pytest.raises(InvalidRequestError, match=r"^image: 'sd' cannot start .* is missing\."):
+            list(process.images("a cat", Drawing(image="i", **SIDES), {"i": PNG}))
+        assert len(list(process.images("a cat", Drawing(**SIDES), {}))) == 1
+        pid = process.pid
+    assert starts == [False, True, False] and pid == process.pid
+    process.close()
+
+
+def test_a_model_that_reads_no_pictures_says_so(tmp_path: Path, starts: list[bool]) -> None:
+    """Also to those who reach it from other processes."""
+    spec = ModelSpec("sd", tmp_path / "sd.safetensors")
+    engine = LocalImages(spec, painter(tmp_path, "sd"), EngineOptions())
+    bridge = BridgeServer(engine)
+    clients: list[EngineClient] = [engine, BridgeClient(bridge.connection)]
+    edit = GenerationRequest(
+        "r", prompt="a cat", drawing=Drawing(image="i", **SIDES), media={"i": PNG}
+    )
+    assert all(client.description.inputs == ("image",) for client in clients)
+    with pytest.raises(InvalidRequestError, match="is missing"):
+        engine.submit(edit).result(30)
+    for client in clients:
+        wait_for(lambda client=client: client.description.inputs == (), 10)  # type: ignore[misc]
+        with pytest.raises(InvalidRequestError, match="It can draw without one"):
+            client.submit(edit)
+    assert starts == [False, True]
+    clients[1].close()
+    bridge.close()
+    engine.close()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no signals")
+def test_a_process_that_was_killed_is_no_refusal(tmp_path: Path, starts: list[bool]) -> None:
+    process = painter(tmp_path, "killed")
+    for _ in range(2):
+        with pytest.raises(ModelLoadError, match="SIGKILL, perhaps because memory ran out"):
+            list(process.images("a cat", Drawing(image="i", **SIDES), {"i": PNG}))
+        assert process.refusal is None
+    assert len(list(process.images("a cat", Drawing(**SIDES), {}))) == 1
+    assert starts == [False, True, True, False]
+    process.close()
+
+
+def test_who_leaves_while_it_is_tried_costs_others_nothing(
+    tmp_path: Path, starts: list[bool]
 ) -> None:
-    """As one whose small decoder came without its other half."""
-    write_checkpoint(tmp_path / "sd.safetensors")
-    started = []
-
-    def start(self: image_process.ImageProcess, *_: Any) -> None:
-        started.append(self._reads)
-        if self._reads:
-            raise ModelLoadError("sd.safetensors cannot be loaded: tensor 'encoder' is missing.")
-
-    monkeypatch.setattr(image_process.ImageProcess, "_start", start)
-    process = image_process.ImageProcess(image_files.image_model(tmp_path / "sd.safetensors"))
-    sides = {"width": 64, "height": 64}
-    with pytest.raises(InvalidRequestError, match=r"^image: 'sd' cannot start .* is missing\."):
-        list(process.images("a cat", Drawing(image="i", **sides), {"i": b""}))
-    assert list(process.images("a cat", Drawing(**sides), {})) == []
-    assert started == [False, True, False]
+    process = painter(tmp_path, "sd")
+    assert not list(process.images("a cat", Drawing(image="i", **SIDES), {"i": PNG}, lambda: True))
+    assert len(list(process.images("a cat", Drawing(**SIDES), {}))) == 1
+    assert starts == [False, True, False]
+    process.close()
 
 
 def test_unloading_during_an_image_says_so(tmp_path: Path) -> None:

@@ -47,6 +47,7 @@ from llmkit.protocol import (
     Unload,
     Vocabulary,
 )
+from llmkit.protocol.images import Drawing
 from llmkit.protocol.speech import Hearing
 
 # What llmkit said and wrote before the wire had a version, as recorded.
@@ -187,6 +188,29 @@ def test_an_engine_from_before_versions(peer: Peer) -> None:
     assert "older llmkit" in str(remote.state.reason) and "restart" in str(remote.state.reason)
     with pytest.raises(EngineGoneError, match="older llmkit"):
         remote.submit(ask("hello"))
+    remote.close()
+
+
+def test_an_engine_that_knows_no_pictures_to_start_from(peer: Peer) -> None:
+    """It would ignore the field, and draw the prompt alone."""
+    remote = BridgeClient(peer.connection)
+    identity = peer.greeted()
+    older = {**OLD_DESCRIPTION, "image_size": "64x64"}
+    answers = ((older, "older llmkit"), ({**older, "inputs": ["image"]}, ""))
+    for description, refusal in answers:
+        welcome = {"description": description, "version": wire.VERSION, "llmkit": "0.0"}
+        peer.socket.send_multipart([identity, wire.WELCOME, json.dumps(welcome).encode()])
+        wait_for(lambda d=description: remote.description.inputs == tuple(d.get("inputs", ())))  # type: ignore[misc]
+        wait_for(lambda: remote.description.image_size == "64x64")
+        for drawing in (Drawing(), Drawing(image="5d41", strength=0.5)):
+            asked = GenerationRequest(f"r{refusal}{drawing.image}", prompt="x", drawing=drawing)
+            if drawing.image and refusal:
+                with pytest.raises(InvalidRequestError, match=refusal):
+                    remote.submit(asked)
+            else:
+                remote.submit(asked)
+                body, _ = peer.next(wire.SUBMIT)
+                assert wire.decode_request(body).drawing == drawing
     remote.close()
 
 

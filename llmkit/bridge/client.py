@@ -32,6 +32,7 @@ from llmkit.protocol import (
     Inquiry,
     ModelDescription,
     Origin,
+    check_drawing,
     check_size,
 )
 from llmkit.protocol.stream import Channel, Stream
@@ -104,6 +105,7 @@ class BridgeClient:
     def submit_choices(self, request: GenerationRequest) -> list[Stream]:
         self._check_taking()
         check_size(request, self._description.n_ctx)
+        check_drawing(request, self._description.inputs)
         channels = [
             Channel(choice, self.abort, keeps_text=request.keeps_text)
             for choice in wire.choice_ids(request.request_id, request.n)

@@ -70,6 +70,7 @@ class BridgeServer:
         self._ends_at: float | None = None  # by time.monotonic(), once it drains
         self._is_drained = False
         self._peers: dict[bytes, Peer] = {}
+        self._described = client.description
         self._intake = Intake(client, self._waker, self._send, self._is_connected)
         connection = files.make_connection(client.description, kernel_id, time.time(), tcp=tcp)
         if listen is not None:
@@ -211,6 +212,7 @@ class BridgeServer:
                     self._tell_of_drain(identity, self._ends_at)
             more = self._receive_some()
             self._intake.settle()
+            self._tell_of_change()
             self._send_news()
             self._is_drained = self._intake.draining and not any(
                 peer.num_requests for peer in self._peers.values()
@@ -277,13 +279,20 @@ class BridgeServer:
         if why is not None:
             return self._send(identity, wire.GOODBYE, wire.encode(wire.Goodbye(why)))
         self._peers[identity] = Peer(identity, time.monotonic(), hello.owner, weighs=hello.weighs)
-        self._send(
-            identity,
-            wire.WELCOME,
-            wire.encode(wire.Welcome(self._client.description, wire.VERSION, __version__)),
-        )
+        self._welcome(identity)
         if self._ends_at is not None:
             self._tell_of_drain(identity, self._ends_at)
+
+    def _welcome(self, identity: bytes) -> None:
+        welcome = wire.Welcome(self._client.description, wire.VERSION, __version__)
+        self._send(identity, wire.WELCOME, wire.encode(welcome))
+
+    def _tell_of_change(self) -> None:
+        """Welcome all clients again once the model is another than was said."""
+        if self._described != (found := self._client.description):
+            self._described = found
+            for identity in list(self._peers):
+                self._welcome(identity)
 
     def _tell_of_drain(self, identity: bytes, ends_at: float) -> None:
         left = max(0.0, ends_at - time.monotonic())
@@ -318,7 +327,7 @@ class BridgeServer:
         """Drop silent peers whose process has ended, or has been stopped for long; of other hosts,
         those whose connection is lost.
 
-        One that is merely busy (a cell in C code that holds the GIL) stays.
+        One that is merely busy (a cell in C code that holds the GIL), or held by a debugger, stays.
         """
         now = time.monotonic()
         if self._doorkeeper is not None:

@@ -33,6 +33,7 @@ from llmkit.protocol import (
     Inquiry,
     ModelDescription,
     Origin,
+    check_drawing,
     check_size,
 )
 from llmkit.protocol.client import EngineClient
@@ -144,6 +145,7 @@ class ReplicaPool:
         self._begin()
         if self._description is not None:  # before it is noted for a replica
             check_size(request, self._description.n_ctx)
+            check_drawing(request, self._description.inputs)
         chain = chain_of(request)
         refusal = self._roster.refused(chain)
         if refusal is not None:

@@ -39,6 +39,7 @@ from llmkit.protocol import (
     ModelDescription,
     Origin,
     Unload,
+    check_drawing,
     check_size,
 )
 from llmkit.protocol.stream import Channel, Stream
@@ -99,6 +100,7 @@ class RemoteEngine:
 
     def submit_choices(self, request: GenerationRequest) -> list[Stream]:
         check_size(request, self._description.n_ctx)
+        check_drawing(request, self._description.inputs)
         body = _encoded(lambda: wire.encode_request(request))
         ids = wire.choice_ids(request.request_id, request.n)
         submission = Submission(

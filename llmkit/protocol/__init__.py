@@ -39,6 +39,7 @@ from llmkit.protocol.requests import (
     EmbeddingRequest,
     GenerationRequest,
     Resume,
+    check_drawing,
     check_size,
 )
 from llmkit.protocol.results import (
@@ -95,6 +96,7 @@ __all__ = [
     "Unload",
     "Usage",
     "Vocabulary",
+    "check_drawing",
     "check_size",
     "depth_of",
 ]

@@ -54,8 +54,8 @@ class Drawing:
     steps of each image are shown, spread evenly; ``small_previews``: as they come, as JPEGs.
 
     ``image`` is the digest of a picture to start from, and ``strength`` how far the result may be
-    from it, above 0 (not at all) to 1 (as far as without it); fewer steps are taken for less.
-    ``mask`` is the digest of one of the same size, whose clear pixels say what is drawn anew.
+    from it, from 0.01 to 1 (as far as without it); lower values take fewer steps. ``mask`` is the
+    digest of one of the same size, whose clear pixels say what is drawn anew.
     """
 
     n: int = 1
@@ -152,6 +152,11 @@ class ImageGenerator(Protocol):
     @property
     def facts(self) -> dict[str, Any]:
         """Of a `ModelDescription`: its architecture, its device."""
+        ...
+
+    @property
+    def refusal(self) -> str | None:
+        """Why it cannot start from a picture; None if it can, or as long as nobody knows."""
         ...
 
     @property

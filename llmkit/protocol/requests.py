@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -19,6 +20,7 @@ __all__ = [
     "EmbeddingRequest",
     "GenerationRequest",
     "Resume",
+    "check_drawing",
     "check_size",
 ]
 
@@ -208,6 +210,18 @@ def check_id(request_id: str) -> None:
     """Raises `InvalidRequestError` for what is no request's id."""
     fine = isinstance(request_id, str) and len(request_id) <= MAX_ID
     check(fine, "request_id", f"must be a string of at most {MAX_ID} characters.")
+
+
+def check_drawing(request: GenerationRequest, inputs: Collection[str]) -> None:
+    """Refuse a picture to start from where a model has no such ``inputs`` before it is sent: an
+    older llmkit would leave it out, and draw the prompt alone. Raises `InvalidRequestError`."""
+    if request.drawing is not None and request.drawing.image:
+        check(
+            "image" in inputs,
+            "image",
+            "cannot be read by this model: it has nothing that reads pictures, or its process has "
+            "an older llmkit. It can draw without one.",
+        )
 
 
 def check_size(request: GenerationRequest, n_ctx: int) -> None:

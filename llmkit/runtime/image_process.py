@@ -63,10 +63,12 @@ class ImageProcess:
         self._model, self._threads, self._force = model, threads, force
         self._load_s = 0.0
         self._reads = False  # whether the process can read pictures
+        self._refusal: str | None = None
+        self._is_killed = False  # the latest process, by a signal, before it was ready
         self._child: Child | None = None
         self._words: LastWords | None = None
         self._facts: dict[str, Any] = {}
-        self._start(on_progress, lambda: False)
+        self._start(on_progress, lambda: False, reads=False)
 
     @property
     def size(self) -> tuple[int, int]:
@@ -116,6 +118,11 @@ class ImageProcess:
         return 0
 
     @property
+    def refusal(self) -> str | None:
+        """Why it cannot start from a picture; None until that is known."""
+        return self._refusal
+
+    @property
     def pid(self) -> int | None:
         """Of the child; None while there is none."""
         child = self._child
@@ -131,6 +138,8 @@ class ImageProcess:
         """Leaving the loop early ends the process as well. The first picture to start from loads
         the model again, with what reads pictures."""
         is_whole = False
+        if options.image and self._refusal is not None:
+            raise InvalidRequestError(self._refusal, "image")
         try:
             if self.pid is None or (options.image and not self._reads):
                 self.check_room(options.width or 0, options.height or 0)
@@ -182,22 +191,24 @@ class ImageProcess:
                 return
 
     def _start_for(self, options: Drawing, is_over: Callable[[], bool]) -> None:
-        """Start a process that can do what is asked for. Raises `InvalidRequestError` if the model
-        has nothing that reads pictures."""
-        before, self._reads = self._reads, self._reads or bool(options.image)
+        """Start a process that can do what is asked for. Raises `InvalidRequestError`, from then on
+        at once, if the model has nothing that reads pictures."""
+        reads = self._reads or bool(options.image)
         try:
-            self._start(lambda _: None, is_over)
+            self._start(lambda _: None, is_over, reads=reads)
         except ModelLoadError as error:
-            if self._reads == before:
+            # A signal may have come for want of memory: another time it may work.
+            if self._is_killed or reads == self._reads:
                 raise
-            self._reads = before
-            raise InvalidRequestError(
-                f"image: {self._model.path.stem!r} cannot start from a picture: {error} It draws "
-                "without one.",
-                "image",
-            ) from error
+            self._refusal = (
+                f"image: {self._model.path.stem!r} cannot start from a picture: {error} It can "
+                "draw without one."
+            )
+            raise InvalidRequestError(self._refusal, "image") from error
 
-    def _start(self, on_progress: Callable[[float], None], is_over: Callable[[], bool]) -> None:
+    def _start(
+        self, on_progress: Callable[[float], None], is_over: Callable[[], bool], *, reads: bool
+    ) -> None:
         """Start a process and wait for the model; ends early once nobody waits for it."""
         self.close()
         model = self._model
@@ -207,9 +218,9 @@ class ImageProcess:
             "cfg_scale": model.cfg_scale,
             "parts": {name: str(path) for name, path in model.parts.items()},
             "threads": self._threads,
-            "reads": self._reads,
+            "reads": reads,
         }
-        begun = time.monotonic()
+        begun, self._is_killed = time.monotonic(), False
         child = Child(image_child.TARGET, task, errors=subprocess.PIPE, kept=_is_kept)
         assert child.stderr is not None
         self._words = LastWords(child.stderr)
@@ -223,7 +234,7 @@ class ImageProcess:
             child.close_input()
             child.kill()
             return
-        self._child, self._load_s = child, time.monotonic() - begun
+        self._child, self._load_s, self._reads = child, time.monotonic() - begun, reads
 
     def _await_ready(
         self, child: Child, on_progress: Callable[[float], None], is_over: Callable[[], bool]
@@ -233,6 +244,7 @@ class ImageProcess:
                 line = child.read(LOOK_S)
             except EOFError:
                 child.wait(END_S)
+                self._is_killed = child.status is None or child.status < 0
                 raise ModelLoadError(f"{self._why(child)}.") from None
             if line is None:
                 continue

@@ -142,6 +142,8 @@ class LocalImages(SerialEngine):
                 f"at this size at most {most} steps of all images together are allowed.",
                 "n",
             )
+        if drawing.image and (refusal := self._model.refusal) is not None:
+            raise InvalidRequestError(refusal, "image")
         self._model.check_room(width, height)
 
     def _lines(self, job: Job) -> Iterator[tuple[str, int]]:
@@ -156,11 +158,19 @@ class LocalImages(SerialEngine):
                 yield PAUSE, 0
             one = replace(whole, n=1, seed=(whole.seed or 0) + index)
             job.redone_s = self._model.load_s
-            for event in self._model.images(prompt, one, files, lambda: job.is_over):
-                line = ImageLines.of(replace(event, index=index))
-                made = made_a_step if isinstance(event, Step) and event.step else 0
-                for at in range(0, len(line), PIECE):
-                    yield line[at : at + PIECE], 0 if at else made
+            try:
+                for event in self._model.images(prompt, one, files, lambda: job.is_over):
+                    line = ImageLines.of(replace(event, index=index))
+                    made = made_a_step if isinstance(event, Step) and event.step else 0
+                    for at in range(0, len(line), PIECE):
+                        yield line[at : at + PIECE], 0 if at else made
+            finally:
+                self._describe()
+
+    def _describe(self) -> None:
+        """Without pictures among the inputs once the model has turned out to read none."""
+        if self._model.refusal is not None:
+            self.description = replace(self.description, inputs=())
 
     def _whole(self, drawing: Drawing, files: Mapping[str, bytes]) -> Drawing:
         width, height = self._model.size
