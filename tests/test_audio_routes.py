@@ -24,6 +24,9 @@ import llmkit
 from llmkit.errors import InvalidRequestError
 from llmkit.gateway.directory import EngineDirectory
 from llmkit.gateway.forms import fields_of
+from llmkit.gateway.openai.audio_objects import TranscriptionBody
+from llmkit.gateway.openai.image_objects import ImageEditBody
+from llmkit.gateway.reading import words_of
 from llmkit.models.registry import resolve
 from llmkit.runtime.speech import LocalSpeech
 from llmkit.settings.options import EngineOptions
@@ -346,13 +349,34 @@ async def test_without_such_a_model_the_answer_says_what_to_install() -> None:
         assert reply.status_code == 404 and "whisper-tiny.en" in reply.text
 
 
+def part(name: str, value: str, more: str = "") -> bytes:
+    """Of a form."""
+    head = f'--x\r\nContent-Disposition: form-data; name="{name}"{more}\r\n\r\n'
+    return (head + value + "\r\n").encode()
+
+
+def test_text_of_a_form_stays_as_it_is_written() -> None:
+    """Whatever it looks like; what is no text there becomes what it is."""
+    names = ("model", "prompt", "user", "language", "response_format", "timestamp_granularities[]")
+    more = ("temperature", "stream")
+    body = b"".join(part(name, "007") for name in names) + part("temperature", "007")
+    lists = frozenset({"timestamp_granularities"})
+    found = fields_of(
+        "multipart/form-data; boundary=x",
+        body + part("stream", "true") + b"--x--",
+        lists,
+        words_of(TranscriptionBody),
+    )
+    assert [found.pop(name) for name in more] == [7, True]
+    assert found.pop("timestamp_granularities") == ("007",)
+    assert set(found.values()) == {"007"} and len(found) == 5
+    words = words_of(ImageEditBody)
+    assert {"prompt", "model", "negative_prompt", "user", "size", "quality"} < words
+    assert not words & {"n", "seed", "steps", "cfg_scale", "strength", "stream", "image", "mask"}
+
+
 def test_forms_are_read_strictly() -> None:
     kind = "multipart/form-data; boundary=x"
-
-    def part(name: str, value: str, more: str = "") -> bytes:
-        head = f'--x\r\nContent-Disposition: form-data; name="{name}"{more}\r\n\r\n'
-        return (head + value + "\r\n").encode()
-
     body = part("n", "3") + part("t", "0.5") + part("b", "true") + part("s", "x y")
     body += part("l[]", "a") + part("l[]", "b") + part("f", "12", '; filename="f"') + b"--x--"
     assert fields_of(kind, body, frozenset({"l"})) == {

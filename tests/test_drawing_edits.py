@@ -5,17 +5,19 @@ from __future__ import annotations
 
 import base64
 import io
+import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import openai
 import pytest
 from drawing import FakePainter, image
 from gateway_client import serve
 from PIL import Image
-from scripted_model import ServedModels
+from scripted_model import ScriptedModel, ServedModels
 from test_drawing import Drawn
 
 import llmkit
@@ -25,7 +27,9 @@ from llmkit.diffusion.start import Start
 from llmkit.drawing import TextToImage
 from llmkit.errors import InvalidRequestError
 from llmkit.gateway.directory import EngineDirectory
+from llmkit.gateway.openai import image_objects
 from llmkit.media import pictures
+from llmkit.media.addresses import digest_of
 from llmkit.models.registry import ModelSpec
 from llmkit.protocol.images import Drawing
 from llmkit.runtime.images import LocalImages
@@ -119,6 +123,7 @@ async def test_what_cannot_be_changed_is_refused(drawn: Drawn) -> None:
         ({"image": ("a.png", bytes(bomb))}, "image"),
         ({"image": ("a.png", b"")}, "image"),
         ({"mask": ("m.png", b"GIF")}, "mask"),
+        ({"mask": ("m.png", b"")}, "mask"),  # not as if there were none
         ({"mask": ("m.png", png(64, 128, (0, 0, 0, 0)))}, "mask"),
         ({"extra_body": {"strength": 0}}, "strength"),
         ({"extra_body": {"strength": 1.5}}, "strength"),
@@ -139,6 +144,38 @@ async def test_what_cannot_be_changed_is_refused(drawn: Drawn) -> None:
     assert code == 400 and "multipart/form-data" in answer["error"]["message"]
     code, answer = await drawn.api.post("/v1/images/variations", {})
     assert code == 501 and EDITS in answer["error"]["message"]
+
+
+async def test_text_of_a_form_stays_as_it_is_written(drawn: Drawn) -> None:
+    files = {"image": ("a.png", png())}
+
+    async def edit(**fields: str) -> httpx.Response:
+        async with httpx.AsyncClient() as client:
+            return await client.post(drawn.api.url + EDITS, data=fields, files=files)
+
+    given = {"model": "fake", "prompt": "007", "negative_prompt": "1.50", "user": "true"}
+    assert (await edit(**given, seed="007", stream="false")).status_code == 200
+    prompt, asked = drawn.painter.asked[-1]
+    assert (prompt, asked.negative_prompt, asked.seed) == ("007", "1.50", 7)
+    reply = await edit(model="2.50", prompt="a cat")
+    assert reply.status_code == 404 and "'2.50'" in reply.json()["error"]["message"]
+    reply = await edit(model="fake", prompt="a cat", size="512")
+    assert reply.status_code == 400
+    assert "size: 512 is neither auto nor a size" in reply.json()["error"]["message"]
+
+
+async def test_files_are_read_once_and_beside_the_loop(
+    drawn: Drawn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads = []
+
+    def noted(data: bytes) -> str:
+        threads.append(threading.current_thread())
+        return digest_of(data)
+
+    monkeypatch.setattr(image_objects, "digest_of", noted)
+    await drawn.client.images.edit(model="fake", prompt="a cat", image=png(), mask=masked())
+    assert len(threads) == 2 and threading.current_thread() not in threads
 
 
 async def test_a_picture_may_be_larger_than_other_bodies(drawn: Drawn) -> None:
@@ -186,6 +223,18 @@ def test_pictures_go_to_other_processes(tmp_path: Path) -> None:
     client.close()
     server.close()
     engine.close()
+
+
+def test_an_older_gateway_is_told_what_it_would_leave_out(tmp_path: Path) -> None:
+    """It would draw the prompt alone, since it knows no such field."""
+    older = ScriptedModel("older", image_size="64x64")
+    gateway = ServedModels(tmp_path, older)
+    far: Any = llmkit.attach(gateway.url)
+    with pytest.raises(InvalidRequestError, match=r"^image cannot be read by this model.* older"):
+        far.generate("a cat", image=png())
+    assert not older.asked
+    far.unload()
+    gateway.stop()
 
 
 def start(picture: bytes, mask: bytes = b"", **options: Any) -> Start | None:

@@ -5,8 +5,8 @@ Runs on a lane. Knows the fields of no dialect.
 
 from __future__ import annotations
 
-import json
 import re
+from collections.abc import Collection
 from email.message import Message
 from typing import Any
 
@@ -14,17 +14,20 @@ from tornado.httputil import HTTPFile, HTTPInputError, parse_multipart_form_data
 
 from llmkit.errors import InvalidRequestError
 
-__all__ = ["as_text", "fields_of"]
+__all__ = ["fields_of"]
 
 MAX_TEXT = 64 << 10
 MAX_HEADER = 500  # characters of Content-Type, whose reader takes the square of its length
 NUMBER = re.compile(r"-?\d{1,15}(\.\d{1,15})?")
 
 
-def fields_of(content_type: str, body: bytes, lists: frozenset[str]) -> dict[str, Any]:
+def fields_of(
+    content_type: str, body: bytes, lists: frozenset[str], words: Collection[str] = ()
+) -> dict[str, Any]:
     """The fields of a form: files as their bytes, numbers and booleans as such.
 
-    Names may end in ``[]``; those in ``lists`` hold lists. Raises `InvalidRequestError`.
+    Names may end in ``[]``; those in ``lists`` hold lists. The fields in ``words`` are text, also
+    where it looks like a number. Raises `InvalidRequestError`.
 
     >>> form = b'--x\\r\\nContent-Disposition: form-data; name="n"\\r\\n\\r\\n3\\r\\n--x--'
     >>> fields_of("multipart/form-data; boundary=x", form, frozenset())
@@ -56,7 +59,9 @@ def fields_of(content_type: str, body: bytes, lists: frozenset[str]) -> dict[str
         found[name] = parts[0].body
     for given, values in texts.items():
         name = given.removesuffix("[]")
-        read = [_value(name, value) for value in values]
+        read: list[Any] = [_text(name, value) for value in values]
+        if name not in words:
+            read = [_value(text) for text in read]
         if name in lists:
             found[name] = (*found.get(name, ()), *read)
         elif len(read) > 1 or name in found:
@@ -66,20 +71,18 @@ def fields_of(content_type: str, body: bytes, lists: frozenset[str]) -> dict[str
     return found
 
 
-def as_text(value: Any) -> Any:
-    """A field that is text: in a form it may look like a number, or like true."""
-    return json.dumps(value) if isinstance(value, bool | int | float) else value
-
-
-def _value(name: str, value: bytes) -> Any:
+def _text(name: str, value: bytes) -> str:
     if len(value) > MAX_TEXT:
         raise InvalidRequestError(
             f"{name:.60}: {len(value)} bytes; at most {MAX_TEXT}. A file has a filename.", name[:60]
         )
     try:
-        text = value.decode()
+        return value.decode()
     except UnicodeDecodeError:
         raise InvalidRequestError(f"{name:.60} is not valid UTF-8.", name[:60]) from None
+
+
+def _value(text: str) -> Any:
     if text in ("true", "false"):
         return text == "true"
     if NUMBER.fullmatch(text):

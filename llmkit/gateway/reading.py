@@ -9,7 +9,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from contextvars import copy_context
 from functools import cache, partial
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar, get_args, get_origin
 
 from pydantic import AliasChoices, AliasPath, BaseModel
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from llmkit.gateway.access.deadlines import Deadline
     from llmkit.gateway.exchange import Exchange
 
-__all__ = ["Admission", "Reading"]
+__all__ = ["Admission", "Reading", "words_of"]
 
 LARGE_BYTES = 128 << 10
 TIMEOUT = "timeout"  # a field that every body may have
@@ -86,12 +86,13 @@ class Reading:
     async def read_form(
         self, exchange: Exchange, schema: type[Schema], lists: frozenset[str]
     ) -> Schema:
-        """As ``read``, for a form with files; fields in ``lists`` hold lists."""
+        """As ``read``, for a form with files; fields in ``lists`` hold lists. What the schema has
+        as text stays as it is written, say 007."""
         body, kind = exchange.body, exchange.header("Content-Type") or ""
         deadline = exchange.record.deadline
 
         def read() -> tuple[Schema, Found]:
-            return self._checked(schema, fields_of(kind, body, lists), deadline)
+            return self._checked(schema, fields_of(kind, body, lists, words_of(schema)), deadline)
 
         value, found = await asyncio.wrap_future(
             self._lanes.submit(exchange.caller, partial(copy_context().run, read))
@@ -175,6 +176,22 @@ def _fields_by_spelling(schema: type[BaseModel]) -> dict[str, str]:
         for name, field in schema.model_fields.items()
         for spelling in _spellings(name, field.validation_alias)
     }
+
+
+@cache
+def words_of(schema: type[BaseModel]) -> frozenset[str]:
+    """The spellings of a schema's fields that hold text."""
+    return frozenset(
+        spelling
+        for spelling, name in _fields_by_spelling(schema).items()
+        if _is_text(schema.model_fields[name].annotation)
+    )
+
+
+def _is_text(kind: Any) -> bool:
+    if get_origin(kind) is Literal:
+        return all(isinstance(value, str) for value in get_args(kind))
+    return kind is str or any(_is_text(part) for part in get_args(kind))
 
 
 def _spellings(name: str, alias: str | AliasPath | AliasChoices | None) -> list[str]:

@@ -6,11 +6,10 @@ import json
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
 from llmkit.errors import InvalidRequestError
 from llmkit.gateway.bodies import Strict
-from llmkit.gateway.forms import as_text
 from llmkit.gateway.openai.schemas import Ignored
 from llmkit.protocol import Usage
 from llmkit.protocol.speech import FORMATS, Hearing, Saying, Segment
@@ -52,8 +51,6 @@ class TranslationBody(Strict):
     response_format: Shape = "json"
     temperature: Annotated[float, Field(ge=0, le=1)] | None = None
     user: str | None = None
-
-    _as_text = field_validator("prompt", "model", "user", mode="before")(as_text)
 
     @property
     def wants_words(self) -> bool:

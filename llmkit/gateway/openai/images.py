@@ -14,6 +14,7 @@ from llmkit.gateway.exchange import Exchange
 from llmkit.gateway.failures import not_supported
 from llmkit.gateway.ids import new_id
 from llmkit.gateway.openai.image_objects import (
+    Asked,
     ImageBody,
     ImageEditBody,
     completed,
@@ -76,28 +77,21 @@ class ImageRoutes:
 
     async def generations(self, exchange: Exchange) -> None:
         body = await exchange.read(ImageBody)
-        await self._draw(exchange, body, *body.drawing(), {})
+        await self._draw(exchange, body, body.drawing())
 
     async def edits(self, exchange: Exchange) -> None:
         body = await exchange.read_form(ImageEditBody, frozenset())
         assert exchange.reading is not None
-        drawing, ignored = await exchange.reading.aside(exchange, body.drawing)
-        await self._draw(exchange, body, drawing, ignored, body.files())
+        await self._draw(exchange, body, await exchange.reading.aside(exchange, body.drawing))
 
     async def variations(self, exchange: Exchange) -> None:
         raise not_supported(
-            "Models here draw by a prompt. Send the picture to /v1/images/edits, with a prompt "
+            "Models here draw from a prompt. Send the picture to /v1/images/edits, with a prompt "
             "that says what is to be seen."
         )
 
-    async def _draw(
-        self,
-        exchange: Exchange,
-        body: ImageBody,
-        drawing: Drawing,
-        ignored: list[str],
-        files: dict[str, bytes],
-    ) -> None:
+    async def _draw(self, exchange: Exchange, body: ImageBody, asked: Asked) -> None:
+        drawing, ignored, files = asked
         for name in ignored:
             exchange.ignore(name)
         engine = self._specialists.engine(body.model, "draw")
