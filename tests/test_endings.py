@@ -60,6 +60,16 @@ def test_the_reason_is_no_line_of_a_backtrace() -> None:
     assert reason_in([]) == ""
 
 
+def test_empty_lines_are_not_passed_on(capsys: pytest.CaptureFixture[str]) -> None:
+    """A notebook would show each of them as an output."""
+    code = "import sys; sys.stderr.write('\\n  \\nWarning: old.\\n\\n')"
+    with subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE) as process:
+        assert process.stderr is not None
+        words = LastWords(process.stderr)
+        words.wait(30)
+    assert capsys.readouterr().err == "Warning: old.\n" and words.last() == ["Warning: old."]
+
+
 def test_a_child_that_says_much_without_a_line_end_or_a_reader(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -60,7 +60,8 @@ def reason_in(lines: Iterable[str]) -> str:
 
 
 class LastWords:
-    """Passes a child's standard error on to ours, on a thread, and keeps its last lines."""
+    """Passes a child's standard error on to ours but for empty lines, on a thread, and keeps its
+    last lines."""
 
     def __init__(self, pipe: IO[bytes]) -> None:
         self._lines: deque[str] = deque(maxlen=MAX_LINES)
@@ -92,7 +93,7 @@ class LastWords:
             while raw := pipe.readline(MAX_LINE):
                 line = printable(raw.decode("utf-8", "replace").rstrip())
                 self._lines.append(line)
-                if is_heard:
+                if line.strip() and is_heard:
                     try:
                         print(line, file=sys.stderr, flush=True)
                     except (OSError, ValueError):  # ours is gone; theirs must not fill
