@@ -282,7 +282,7 @@ def test_quotas_of_a_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("quota = 5", "a quota is a table [quota.default] or [quota.groups.NAME]"),
+        ("quota = 5", "quotas belong in tables [quota.default] or [quota.groups.NAME]"),
         ("[quota.students]\nconcurrent = 1", "quota.students"),
         ("[quota]\ngroups = 1", "quota.groups"),
         ("[quota.groups]\nstudents = 1", "quota.groups.students"),
