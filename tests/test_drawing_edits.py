@@ -143,7 +143,7 @@ async def test_what_cannot_be_changed_is_refused(drawn: Drawn) -> None:
     code, answer = await drawn.api.post(EDITS, {"prompt": "a cat"})
     assert code == 400 and "multipart/form-data" in answer["error"]["message"]
     code, answer = await drawn.api.post("/v1/images/variations", {})
-    assert code == 501 and EDITS in answer["error"]["message"]
+    assert code == 400 and EDITS in answer["error"]["message"]
 
 
 async def test_text_of_a_form_stays_as_it_is_written(drawn: Drawn) -> None:

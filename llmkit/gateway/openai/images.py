@@ -9,9 +9,9 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 
+from llmkit.errors import InvalidRequestError
 from llmkit.gateway.directory import EngineDirectory
 from llmkit.gateway.exchange import Exchange
-from llmkit.gateway.failures import not_supported
 from llmkit.gateway.ids import new_id
 from llmkit.gateway.openai.image_objects import (
     Asked,
@@ -85,7 +85,7 @@ class ImageRoutes:
         await self._draw(exchange, body, await exchange.reading.aside(exchange, body.drawing))
 
     async def variations(self, exchange: Exchange) -> None:
-        raise not_supported(
+        raise InvalidRequestError(
             "Models here draw from a prompt. Send the picture to /v1/images/edits, with a prompt "
             "that says what is to be seen."
         )
