@@ -9,6 +9,7 @@ import asyncio
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
+from urllib.parse import quote
 
 from tornado.httputil import HTTPHeaders, HTTPServerRequest, RequestStartLine
 
@@ -43,7 +44,7 @@ class Nowhere:
         for name, value in headers.items():
             kept.add(name, value)
         self.request = HTTPServerRequest(
-            start_line=RequestStartLine("POST", path, "HTTP/1.1"), headers=kept, body=body
+            start_line=RequestStartLine("POST", quote(path), "HTTP/1.1"), headers=kept, body=body
         )
         self.headers: dict[str, str] = {}  # of the answer
 
