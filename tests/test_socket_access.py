@@ -296,6 +296,7 @@ async def test_turns_of_others_are_not_there(tmp_path: Path) -> None:
             {"type": "cancel", "turn": turn["turn"]},
             {"type": "send", "session": turn["session"], "content": "hi"},
             {"type": "regenerate", "session": turn["session"]},
+            {"type": "send", "session": "caf\u00e9 \U0001f600", "content": "hi"},
         ):
             await bob.say(**message, ref="r")
             frame = await bob.get("error")

@@ -388,3 +388,10 @@ async def test_without_a_database_sessions_are_off(model: FakeClient) -> None:
         assert error["code"] == "sessions_off"
         status, body = await api.post("/v1/responses", {"model": "fake", "input": "hi"})
         assert status == 200 and body["store"] is False
+
+
+@pytest.mark.parametrize("name", ["caf%C3%A9", "%F2%91%B8%A6%0E", "a%3Fb%23c", "%25C3"])
+async def test_an_id_of_any_letters_is_only_unknown(api: Api, name: str) -> None:
+    for path, body in (("messages", {"content": "x"}), (f"messages/{name}/regenerate", {})):
+        reply = await api.fetch("POST", f"/v1/sessions/{name}/{path}", body)
+        assert is_error(reply, 404)["code"] == "not_found"

@@ -43,9 +43,8 @@ class Nowhere:
         kept = HTTPHeaders({"Host": "turn"})
         for name, value in headers.items():
             kept.add(name, value)
-        self.request = HTTPServerRequest(
-            start_line=RequestStartLine("POST", quote(path), "HTTP/1.1"), headers=kept, body=body
-        )
+        line = RequestStartLine("POST", quote(path, errors="replace"), "HTTP/1.1")
+        self.request = HTTPServerRequest(start_line=line, headers=kept, body=body)
         self.headers: dict[str, str] = {}  # of the answer
 
     def set_header(self, name: str, value: str) -> None:
