@@ -7,15 +7,15 @@ import asyncio
 import base64
 import json
 import threading
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
 from drawing import FakePainter, image
+from drawing_gateway import Drawn, drawn
 from fakes import wait_for
-from gateway_client import Api, serve
+from gateway_client import serve
 from toy_models import write_checkpoint, write_decoder
 
 from llmkit.diffusion import extra
@@ -39,35 +39,7 @@ from llmkit.settings.options import EngineOptions
 from llmkit.workers.budget import need_of
 from llmkit.workers.engine import task
 
-
-class Drawn:
-    """A gateway over a model that draws, and its client."""
-
-    def __init__(self, api: Api, painter: FakePainter, engine: LocalImages) -> None:
-        self.api, self.painter, self.engine = api, painter, engine
-        self.client = openai.AsyncOpenAI(base_url=api.url + "/v1", api_key="k", max_retries=0)
-
-    async def draw(self, **options: Any) -> Any:
-        fields = {"model": "fake", "prompt": "a cat", **options}
-        more = {k: fields.pop(k) for k in ("seed", "steps", "cfg_scale") if k in fields}
-        return await self.client.images.generate(**fields, extra_body=more)
-
-
-@pytest.fixture
-async def drawn(tmp_path: Path) -> AsyncIterator[Drawn]:
-    painter = FakePainter()
-    spec = ModelSpec("fake", tmp_path / "fake.safetensors")
-    engine = LocalImages(spec, painter, EngineOptions())
-
-    class Source:
-        def find(self) -> dict[Any, Any]:
-            return {"only": lambda: engine}
-
-    async for api in serve(None, directory=EngineDirectory([Source()])):
-        drawn = Drawn(api, painter, engine)
-        yield drawn
-        await drawn.client.close()
-    engine.close()
+__all__ = ["drawn"]  # a fixture
 
 
 async def test_images_in_every_format_and_size(drawn: Drawn) -> None:

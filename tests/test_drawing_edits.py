@@ -6,7 +6,6 @@ from __future__ import annotations
 import base64
 import io
 import threading
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +14,10 @@ import numpy as np
 import openai
 import pytest
 from drawing import FakePainter, image
+from drawing_gateway import Drawn, drawn
 from gateway_client import serve
 from PIL import Image
 from scripted_model import ScriptedModel, ServedModels
-from test_drawing import Drawn
 
 import llmkit
 from llmkit.bridge.client import BridgeClient
@@ -35,23 +34,9 @@ from llmkit.protocol.images import Drawing
 from llmkit.runtime.images import LocalImages
 from llmkit.settings.options import EngineOptions
 
+__all__ = ["drawn"]  # a fixture
+
 EDITS = "/v1/images/edits"
-
-
-@pytest.fixture
-async def drawn(tmp_path: Path) -> AsyncIterator[Drawn]:
-    painter = FakePainter()
-    engine = LocalImages(ModelSpec("fake", tmp_path / "fake.safetensors"), painter, EngineOptions())
-
-    class Source:
-        def find(self) -> dict[Any, Any]:
-            return {"only": lambda: engine}
-
-    async for api in serve(None, directory=EngineDirectory([Source()])):
-        drawn = Drawn(api, painter, engine)
-        yield drawn
-        await drawn.client.close()
-    engine.close()
 
 
 def png(width: int = 64, height: int = 64, colour: Any = (200, 0, 0)) -> bytes:
