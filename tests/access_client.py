@@ -115,7 +115,7 @@ async def exchange_raw(port: int, data: bytes, *, tls: ssl.SSLContext | None = N
     reader, writer = await asyncio.open_connection("127.0.0.1", port, ssl=tls)
     writer.write(data)
     try:
-        async with asyncio.timeout(15):
+        async with asyncio.timeout(30):
             return await reader.read()
     finally:
         writer.close()

@@ -77,7 +77,7 @@ class FakeRunner:
         self.hurt: set[int] = set()  # requests, by serial, that an error of ours ended
         self.lose_parked = False
         self._interrupt = threading.Event()
-        self.num_interrupted = 0
+        self.interrupted: list[Batch] = []
         self.faults: list[tuple[int, str]] = []
         self.closed = False
 
@@ -290,7 +290,7 @@ class FakeRunner:
             tokens.append(tuple(chosen))
         resident = [len(self.slots[c.slot]) for c in batch.chunks]
         if interrupted:
-            self.num_interrupted += 1
+            self.interrupted.append(batch)
             return StepOutput(nothing, resident, interrupted=True, lost=lost, broken=tuple(broken))
         faults = [*self.faults, *([(fault, "it alone went wrong")] if fault is not None else [])]
         emptied = [c.slot for c in batch.chunks if c.slot == fault and not self.slots[c.slot]]

@@ -187,7 +187,7 @@ def ask(
     )
 
 
-def wait_for(condition: object, timeout: float = 10.0) -> None:
+def wait_for(condition: object, timeout: float = 30.0) -> None:
     """Poll until ``condition()`` is true."""
     end = time.monotonic() + timeout
     while not condition():  # type: ignore[operator]

@@ -85,7 +85,7 @@ def engine_process(
         with suppress(BrokenPipeError):
             process.stdin.close()
         process.kill()
-        process.wait(15)
+        process.wait(30)
         process.stdout.close()
 
 

@@ -156,7 +156,7 @@ async def governed(
         folder.cleanup()
 
 
-async def until(condition: Any, seconds: float = 10.0) -> None:
+async def until(condition: Any, seconds: float = 30.0) -> None:
     """Wait on the loop until ``condition()`` is true."""
     async with asyncio.timeout(seconds):
         while not condition():

@@ -120,7 +120,7 @@ def request(
 
 def undisturbed(wanted: GenerationRequest) -> Any:
     with contextlib.closing(FakeClient(runner=FakeRunner(n_slots=8))) as client:
-        return client.submit(wanted).result(10)
+        return client.submit(wanted).result(30)
 
 
 def busy(members: list[Mortal]) -> Mortal:

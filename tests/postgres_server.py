@@ -38,7 +38,7 @@ def postgres_server() -> Iterator[str]:
             yield url
         finally:
             server.terminate()
-            server.wait(20)
+            server.wait(30)
 
 
 def _opens(url: str) -> bool:

@@ -96,10 +96,10 @@ def running(command: list[str], folder: Path) -> Iterator[subprocess.Popen[bytes
         finally:
             process.send_signal(signal.SIGTERM)
             try:
-                process.wait(10)
+                process.wait(30)
             except subprocess.TimeoutExpired:
                 process.kill()
-                process.wait(10)
+                process.wait(30)
 
 
 def make_certificate(folder: Path) -> None:

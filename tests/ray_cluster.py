@@ -90,12 +90,12 @@ class RayCluster:
 
     def one(self, name: str) -> psutil.Process:
         """The process of Ray's that has this name."""
-        return next(process for process in self._all() if process.name().startswith(name))
+        return self._named(name)[0]
 
     @property
     def alive(self) -> bool:
         """Whether its head is."""
-        return any(process.name() == "gcs_server" for process in self._all())
+        return bool(self._named("gcs_server"))
 
     def stop(self) -> None:
         processes = self._all()
@@ -104,6 +104,14 @@ class RayCluster:
                 process.kill()
         psutil.wait_procs(processes, 10)
         shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _named(self, start: str) -> list[psutil.Process]:
+        found = []
+        for process in self._all():
+            with contextlib.suppress(psutil.Error):  # it has just ended
+                if process.name().startswith(start):
+                    found.append(process)
+        return found
 
     def _all(self) -> set[psutil.Process]:
         """By their home, which is this folder, and by their parents: actors rename themselves."""

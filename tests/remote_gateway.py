@@ -37,7 +37,7 @@ class RemoteGateway:
         self._port, self._ready = port, Future[int]()
         self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()), daemon=True)
         self._thread.start()
-        self.port = self._ready.result(20)
+        self.port = self._ready.result(30)
         scheme = "https" if options.get("tls_cert") else "http"
         self.url = f"{scheme}://127.0.0.1:{self.port}{options.get('base_path', '')}"
 
@@ -63,7 +63,7 @@ class RemoteGateway:
     def stop(self) -> None:
         if self._thread.is_alive():
             self._loop.call_soon_threadsafe(self._stop.set)
-            self._thread.join(20)
+            self._thread.join(30)
 
 
 @pytest.fixture

@@ -68,7 +68,7 @@ class Lines:
         return self._found[0]
 
     def close(self) -> None:
-        self._thread.join(5)
+        self._thread.join(30)
 
 
 def started(command: list[str], pattern: str) -> Lines:
@@ -203,6 +203,6 @@ class FleetGateway(Gateway):
     def close(self) -> None:
         for engine in self.engines.values():
             engine.process.kill()
-            engine.process.wait(15)
+            engine.process.wait(30)
             engine.close()
         super().close()

@@ -26,8 +26,8 @@ async def test_it_gives_what_the_work_gives(aside: Aside) -> None:
 
 async def test_a_caller_takes_one_thread(aside: Aside) -> None:
     goes_on = threading.Event()
-    slow = [asyncio.ensure_future(aside.run("ann", lambda _: goes_on.wait(20))) for _ in range(9)]
-    async with asyncio.timeout(10):
+    slow = [asyncio.ensure_future(aside.run("ann", lambda _: goes_on.wait(30))) for _ in range(9)]
+    async with asyncio.timeout(30):
         assert await aside.run("bob", lambda _: "quick") == "quick"
     goes_on.set()
     await asyncio.gather(*slow)
@@ -59,7 +59,7 @@ async def test_work_ends_when_nobody_waits(aside: Aside) -> None:
 async def test_what_waits_for_its_turn_never_begins(aside: Aside) -> None:
     goes_on = threading.Event()
     begun: list[Waiting] = []
-    slow = asyncio.ensure_future(aside.run("ann", lambda _: goes_on.wait(20)))
+    slow = asyncio.ensure_future(aside.run("ann", lambda _: goes_on.wait(30)))
     others = [asyncio.create_task(aside.run("ann", begun.append)) for _ in range(3)]
     await asyncio.sleep(0)
     for other in others:

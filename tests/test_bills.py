@@ -196,12 +196,12 @@ def test_the_bill_of_trials_is_charged_for_trials_only(monkeypatch: pytest.Monke
 def test_who_was_preempted_for_a_caller_does_not_take_the_slot_back() -> None:
     engine = FakeClient(runner=FakeRunner(n_slots=2, step_s=0.002))
     try:
-        engine.submit(ask("warm", max_tokens=400, caller="bob")).result(20)
+        engine.submit(ask("warm", max_tokens=400, caller="bob")).result(30)
         first = [engine.submit(ask(f"a{i}", max_tokens=200, caller="ann")) for i in range(2)]
         wait_for(lambda: engine.stats().num_running == 2)
         late = engine.submit(ask("b", max_tokens=20, caller="bob"))
         for stream in (*first, late):
-            assert stream.result(20).finish_reason is FinishReason.LENGTH
+            assert stream.result(30).finish_reason is FinishReason.LENGTH
         assert engine.stats().preemptions_total <= 4
     finally:
         engine.close()

@@ -69,8 +69,8 @@ def test_a_remote_engine_is_the_same_engine(slow: FakeClient, remote: BridgeClie
     request = ask("hello", max_tokens=30)
     stream = remote.submit(request)
     assert "".join(stream).encode() == slow.runner.reference(b"hello", 30)
-    local = slow.submit(ask("hello", max_tokens=30)).result(5)
-    assert stream.result(5) == replace(
+    local = slow.submit(ask("hello", max_tokens=30)).result(30)
+    assert stream.result(30) == replace(
         local, request_id=request.request_id, usage=replace(local.usage, cached_tokens=0)
     )
     wait_for(lambda: remote.stats().requests_total == 2)
@@ -79,10 +79,10 @@ def test_a_remote_engine_is_the_same_engine(slow: FakeClient, remote: BridgeClie
 
 def test_errors_keep_their_class(remote: BridgeClient) -> None:
     with pytest.raises(ContextLengthError) as too_long:
-        remote.submit(ask("x" * 60_000)).result(5)
+        remote.submit(ask("x" * 60_000)).result(30)
     assert (too_long.value.num_tokens, too_long.value.n_ctx) == (60_000, 50_000)
     with pytest.raises(InvalidRequestError, match="empty"):
-        remote.submit(ask("")).result(5)
+        remote.submit(ask("")).result(30)
 
 
 def hello(server: BridgeServer) -> bytes:
@@ -166,7 +166,7 @@ def test_abort_and_drop_free_the_slot(slow: FakeClient, remote: BridgeClient) ->
     stream = remote.submit(ask("a", max_tokens=40_000))
     wait_for(lambda: stream.text)
     stream.close()
-    assert stream.wait(5).finish_reason is FinishReason.ABORT  # type: ignore[union-attr]
+    assert stream.wait(30).finish_reason is FinishReason.ABORT  # type: ignore[union-attr]
     for _ in remote.submit(ask("b", max_tokens=40_000)):
         break
     wait_for(lambda: slow.stats().num_running == 0)
@@ -175,7 +175,7 @@ def test_abort_and_drop_free_the_slot(slow: FakeClient, remote: BridgeClient) ->
 def test_a_wrong_key_gets_nothing(slow: FakeClient, server: BridgeServer) -> None:
     stranger = BridgeClient(replace(server.connection, key="0" * 64))
     with pytest.raises(EngineGoneError):
-        stranger.submit(ask("a")).result(5)
+        stranger.submit(ask("a")).result(30)
     stranger.close()
     assert slow.stats().requests_total == 0 and server.num_peers == 0
 
@@ -203,7 +203,7 @@ def another_process(code: str) -> Iterator[subprocess.Popen[bytes]]:
         yield process
     finally:
         process.stdin.close()
-        process.wait(15)
+        process.wait(30)
         process.stdout.close()
 
 
@@ -224,7 +224,7 @@ def test_thousands_of_messages_to_a_stopped_reader_are_not_lost() -> None:
         "print('on', flush=True); sys.stdin.read(); b.close()"
     ) as owner:
         remote = BridgeClient(files.find_connections()[0])
-        assert remote.submit(ask("a")).result(5)
+        assert remote.submit(ask("a")).result(30)
         stop_process(owner.pid)
         streams = [remote.submit(ask("b", max_tokens=1)) for _ in range(4000)]
         os.kill(owner.pid, signal.SIGCONT)
@@ -260,7 +260,7 @@ def test_garbage_changes_nothing(
         packed = json.dumps(payload).encode()
         sock.send_multipart([wire.SUBMIT, packed])
         sock.send_multipart([wire.SUBMIT, packed, wire.encode(wire.About("q"))])
-    assert remote.submit(ask("still here")).result(5).finish_reason is FinishReason.LENGTH
+    assert remote.submit(ask("still here")).result(30).finish_reason is FinishReason.LENGTH
     sock.close(0)
     context.term()
 
@@ -290,7 +290,7 @@ def test_unloading_says_goodbye(
     path = server.connection.path
     server.close()
     with pytest.raises(EngineGoneError, match="unloaded"):
-        stream.result(5)
+        stream.result(30)
     with pytest.raises(EngineGoneError, match="unloaded"):
         remote.submit(ask("b"))
     assert (
@@ -307,12 +307,12 @@ def test_a_silent_process_is_waited_for_not_given_up() -> None:
         "b.close()"
     ) as owner:
         remote = BridgeClient(files.find_connections()[0])
-        assert remote.submit(ask("a")).result(5)
+        assert remote.submit(ask("a")).result(30)
         stop_process(owner.pid)
         stream = remote.submit(ask("b"))
-        assert stream.wait(3) is None and not remote.state.is_gone
+        assert stream.wait(30) is None and not remote.state.is_gone
         os.kill(owner.pid, signal.SIGCONT)
-        assert stream.result(10)
+        assert stream.result(30)
     wait_for(lambda: remote.state.is_gone)
     assert "no longer served" in str(remote.state.reason)
     remote.close()
@@ -329,7 +329,7 @@ def test_a_client_that_was_stopped_for_long_begins_again(
         "it = iter(s); next(it); print('on', flush=True)\n"
         "try: list(it)\n"
         "except EngineGoneError as e: print('told', 'aborted' in str(e), flush=True)\n"
-        "print([c.submit(ask('b')).result(10).usage.completion_tokens for _ in range(20)] "
+        "print([c.submit(ask('b')).result(30).usage.completion_tokens for _ in range(20)] "
         "== [8] * 20, flush=True); c.close()"
     )
     with another_process(code) as other:

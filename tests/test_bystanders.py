@@ -93,7 +93,7 @@ def test_a_stream_beside_a_hostile_neighbour(deed: str) -> None:
         assert mine.result(60).text.encode() == runner.reference(b"bystander", 150)
     with_token, steps = steps_of(runner, 0)
     assert with_token == steps, "it had a token in every step"
-    assert runner.num_interrupted == 0
+    assert not any(c.slot == 0 for batch in runner.interrupted for c in batch.chunks)
     for request in list(client.engine._scheduler.running):
         client.abort(request.request_id)
     client.close()
@@ -112,14 +112,14 @@ def test_whoever_comes_new_gets_a_slot_of_one_who_has_many() -> None:
     with pytest.raises(QueueFullError):
         client.submit(ask("one more", caller="eve"))
     mine = client.submit(ask("mine", max_tokens=20, caller="ann"))
-    assert mine.result(20).text.encode() == client.runner.reference(b"mine", 20)
+    assert mine.result(30).text.encode() == client.runner.reference(b"mine", 20)
     refused = [s for s in greedy if s.finished]
     assert len(refused) == 1 and isinstance(refused[0].failure, QueueFullError), (
         "its newest made way in the queue"
     )
     assert client.stats().preemptions_total >= 1
     again = [client.submit(ask(f"two {i}", max_tokens=5, caller="bob")) for i in range(3)]
-    assert all(s.result(20).usage.completion_tokens == 5 for s in again)
+    assert all(s.result(30).usage.completion_tokens == 5 for s in again)
     client.close()
 
 
@@ -205,16 +205,16 @@ def test_lanes_keep_a_callers_order_and_everybodys_turn() -> None:
     gone = lanes.submit("bob", lambda: order.append("bob"))
     assert gone.cancel()
     held.set()
-    last.result(5)
+    last.result(30)
     wait_for(lambda: len(order) == 7)
     assert [o for o in order if o[0] == "e"] == [f"eve{i}" for i in range(5)] and order.index(
         "ann1"
     ) <= 4
     failing = lanes.submit("ann", lambda: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        failing.result(5)
+        failing.result(30)
     waits = lanes.submit("ann", lambda: None)
-    waits.result(5)
+    waits.result(30)
     lanes.close()
     with pytest.raises(RuntimeError):
         lanes.submit("ann", lambda: None)
@@ -246,10 +246,10 @@ def test_a_request_that_takes_long_to_read_holds_up_its_caller_only() -> None:
         if len(gaps) > 300:
             break
     assert max(gaps) < 0.45, "less than what reading one of the other's requests takes"
-    assert remote.submit(ask("more", max_tokens=1, caller="ann")).result(5)
+    assert remote.submit(ask("more", max_tokens=1, caller="ann")).result(30)
     for stream in hostile:
         stream.close()
-    assert all(s.wait(20) is not None for s in hostile)
+    assert all(s.wait(30) is not None for s in hostile)
     assert client.num_read < 10, "an abort that has come skips its work"
     remote.close()
     server.close()
@@ -264,12 +264,12 @@ def test_a_prompt_travels_once_whatever_n_is(fake: FakeClient) -> None:
     )
     streams = remote.submit_choices(request)
     assert [s.request_id for s in streams] == [f"r-{i}" for i in range(5)]
-    assert [s.result(5).text.encode() for s in streams] == [fake.runner.reference(b"many", 4)] * 5
+    assert [s.result(30).text.encode() for s in streams] == [fake.runner.reference(b"many", 4)] * 5
     assert [c.sampling.seed for c in request.choices()] == [3, 4, 5, 6, 7]
     refused = remote.submit_choices(GenerationRequest("bad", SamplingParams(), prompt="", n=128))
     for stream in refused:
         with pytest.raises(InvalidRequestError):
-            stream.result(5)
+            stream.result(30)
     remote.close()
     server.close()
 

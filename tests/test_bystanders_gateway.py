@@ -188,7 +188,7 @@ def test_a_shortage_of_descriptors_is_no_death(
     monkeypatch.undo()
     assert (
         server.connection.path.exists()
-        and stream.result(10).finish_reason is FinishReason.LENGTH
+        and stream.result(30).finish_reason is FinishReason.LENGTH
         and not remote.state.is_gone
     )
     remote.close()

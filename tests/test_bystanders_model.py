@@ -197,7 +197,7 @@ def test_embeddings_are_fair_bounded_counted_and_can_be_aborted() -> None:
         assert not book.done(), "one text does not wait for a book"
         embedder.abort("book")
         with pytest.raises(llmkit.EngineError, match="aborted"):
-            book.result(20)
+            book.result(30)
         wait_for(lambda: embedder.stats().num_running == 0)
         assert len(embedder._admission) == 0
     with llmkit.load("minilm", share=False, max_waiting=3, name="small") as llm:

@@ -102,7 +102,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_program() -> None:
         shown.expect("word3 ")
         shown.interrupt()
         shown.expect(r"\(stopped\).*>>> ")
-        assert stop.wait(5)
+        assert stop.wait(30)
         shown.send("half a li")
         shown.expect("half a li")
         shown.interrupt()

@@ -26,7 +26,7 @@ def slow(n_slots: int = 4) -> FakeRunner:
 
 async def at_rest(gate: Governed) -> None:
     """Nothing is computed any more."""
-    await until(lambda: not gate.model.engine._scheduler.has_work, 3)
+    await until(lambda: not gate.model.engine._scheduler.has_work)
 
 
 @pytest.mark.parametrize("path", dialects(1))
@@ -35,7 +35,8 @@ async def test_a_timeout_in_the_body_ends_an_answer_that_was_not_streamed(path: 
         body = {**dialects(1000)[path], "timeout": 0.3}
         start = time.monotonic()
         reply = await gate.post(path, body)
-        assert 0.25 < time.monotonic() - start < 3 and reply.code == 408
+        assert 0.25 < time.monotonic() - start < 15, "all of it would take 20 s"
+        assert reply.code == 408
         assert "0.3 s (its timeout)" in message_of(reply)
         assert reply.headers["x-should-retry"] == "false", "again would take as long"
         await at_rest(gate)
@@ -171,7 +172,7 @@ async def test_vectors_and_counts_have_their_time_too(path: str) -> None:
     async with governed(model=model) as gate:
         reply = await gate.post(path, {**SINGLE[path], "timeout": 0.2})
         assert reply.code == 408 and "0.2 s" in message_of(reply)
-        await until(lambda: model.futures[0].cancelled() or model.aborted, 3)
+        await until(lambda: model.futures[0].cancelled() or model.aborted)
         for future in model.futures:
             future.cancel()
 

@@ -47,7 +47,7 @@ def test_who_leaves_pays_for_the_reload(tmp_path: Path) -> None:
     for _ in range(4 * 3):
         painter.gate.release()
     for stream in streams:
-        stream.result(10)
+        stream.result(30)
     assert [prompt for prompt, _ in painter.asked] == ["left", "first", "second", "again"]
     engine.close()
 
@@ -69,7 +69,7 @@ def test_callers_take_turns_after_each_image(tmp_path: Path) -> None:
     for _ in range(4 * 3):
         painter.gate.release()
     wait_for(lambda: len(painter.asked) == 4, 10)
-    assert one.result(10).finish_reason is FinishReason.STOP
+    assert one.result(30).finish_reason is FinishReason.STOP
     first = [prompt for prompt, _ in painter.asked]
     assert first[:3] == ["many", "one", "left"]
     left.close()
@@ -78,7 +78,7 @@ def test_callers_take_turns_after_each_image(tmp_path: Path) -> None:
     lines = ImageLines()
     events = [event for text in texts for event in lines.read(text)]
     assert [(e.index, e.seed) for e in events if isinstance(e, Picture)] == [(0, 5), (1, 6), (2, 7)]
-    assert many.result(10).usage.completion_tokens == 3 * 4 * 128 * 64 // 256
+    assert many.result(30).usage.completion_tokens == 3 * 4 * 128 * 64 // 256
     wait_for(lambda: engine.stats().num_running + engine.stats().num_waiting == 0, 10)
     engine.close()
 

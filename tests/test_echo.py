@@ -139,12 +139,12 @@ def test_it_queues_aborts_and_ends() -> None:
     with pytest.raises(QueueFullError):
         engine.submit(asked(3))
     first.close()
-    assert first.wait(10) is not None
-    assert second.result(10).text == "Echo: Hello, world"
+    assert first.wait(30) is not None
+    assert second.result(30).text == "Echo: Hello, world"
     waits = engine.submit(long)
     engine.close()
     with pytest.raises(ModelUnloadedError):
-        waits.result(10)
+        waits.result(30)
     with pytest.raises(ModelUnloadedError):
         engine.submit(asked(4))
     assert engine.state.is_gone and engine.stats().requests_total == 2

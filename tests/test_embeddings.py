@@ -302,13 +302,13 @@ except llmkit.ModelUnloadedError: print("unloaded")
 def test_over_the_bridge(fake: FakeClient) -> None:
     server = BridgeServer(fake)
     remote = BridgeClient(server.connection)
-    found = remote.embed(EmbeddingRequest("e1", ("four", "seven77"))).result(5)
+    found = remote.embed(EmbeddingRequest("e1", ("four", "seven77"))).result(30)
     assert np.frombuffer(found.data, np.float32).tolist() == [4, 1, 7, 1] and found.num_tokens == (
         4,
         7,
     )
     with pytest.raises(InvalidRequestError, match="empty"):
-        remote.embed(EmbeddingRequest("e2", ("",))).result(5)
+        remote.embed(EmbeddingRequest("e2", ("",))).result(30)
     remote.close()
     server.close()
 

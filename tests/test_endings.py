@@ -52,7 +52,7 @@ def test_the_reason_is_no_line_of_a_backtrace() -> None:
         assert process.stderr is not None
         words = LastWords(process.stderr)
         process.wait()
-        words.wait(5)
+        words.wait(30)
     assert ended(process.poll()) == "was ended by SIGABRT"
     assert words.reason == "\\x1b[1mggml.c:7: GGML_ASSERT(n) failed"
     assert words.last(2) == ["libggml-base.so.0(+0x18e33)"] * 2
@@ -81,7 +81,7 @@ def test_a_child_that_says_much_without_a_line_end_or_a_reader(
         assert process.stderr is not None
         words = LastWords(process.stderr)
         assert process.wait(30) == 0, "its pipe is read on"
-        words.wait(5)
+        words.wait(30)
         monkeypatch.undo()
     with contextlib.suppress(BrokenPipeError):
         gone.close()

@@ -85,7 +85,7 @@ def test_reports_are_lines_until_nobody_reads() -> None:
     reports.begin(lambda: {"running": 1})
     with open(reading, "rb") as pipe:
         assert json.loads(pipe.readline()) == {"running": 1}
-    assert lost.wait(5)
+    assert lost.wait(30)
     os.close(writing)
 
 
@@ -101,7 +101,7 @@ def test_a_reader_that_sleeps_stops_nobody() -> None:
     for _ in range(3):  # the pipe holds one
         assert said.acquire(timeout=10)
     os.close(reading)
-    assert lost.wait(5)
+    assert lost.wait(30)
     os.close(writing)
 
 

@@ -64,7 +64,7 @@ def test_a_client_with_a_wrong_key_is_told(slow: FakeClient, ending: ExitStack) 
         joined.server.connection, keys=CurveKeys(STRANGE.public, STRANGE.secret, ENGINE.public)
     )
     with pytest.raises(EngineGoneError, match="does not know our fleet key"):
-        stranger.submit(ask("a")).result(10)
+        stranger.submit(ask("a")).result(30)
     stranger.close()
 
 

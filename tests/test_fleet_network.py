@@ -94,7 +94,7 @@ def started() -> Iterator[list[subprocess.Popen[bytes]]]:
     yield processes
     for process in processes:
         process.kill()
-        process.wait(15)
+        process.wait(30)
         if process.stdout is not None:
             process.stdout.close()
 
@@ -181,7 +181,7 @@ def test_an_eavesdropper_reads_nothing(
         assert word.encode() not in seen, word
     # The engine's host said by itself which of its addresses leads to the gateway.
     engine.send_signal(signal.SIGTERM)
-    assert engine.wait(20) == 0
+    assert engine.wait(30) == 0
     wait_for(lambda: not _knows(on_gateway, NAME), 20)
 
 
@@ -243,7 +243,7 @@ def test_the_commands_on_one_host(started: list[subprocess.Popen[bytes]], tmp_pa
         line(engine, b"takes nothing new")
         chunks = [json.loads(each[6:]) for each in reply if each.startswith(b"data: {")]
         assert chunks[-1]["choices"][0]["finish_reason"] == "length", "what ran was finished"
-    assert engine.wait(20) == 0
+    assert engine.wait(30) == 0
     second = start(started, [*ENGINE, *join, "--drain-s", "600"], tmp_path)
     line(second, b"is ready at")
     wait_for(is_there, 20)
@@ -252,7 +252,7 @@ def test_the_commands_on_one_host(started: list[subprocess.Popen[bytes]], tmp_pa
         second.send_signal(signal.SIGTERM)
         line(second, b"takes nothing new")
         second.send_signal(signal.SIGTERM)
-        assert second.wait(15) == 0
+        assert second.wait(30) == 0
 
 
 @pytest.mark.parametrize(

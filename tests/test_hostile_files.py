@@ -10,6 +10,8 @@ from pathlib import Path
 import mutations
 import pytest
 import tiny_models
+from children import children
+from fakes import wait_for
 
 import llmkit
 from llmkit.bridge import connection as files
@@ -55,8 +57,6 @@ def test_a_known_file_is_not_tried_again(tmp_path: Path, monkeypatch: pytest.Mon
 
 @pytest.mark.model
 def test_the_stop_button_ends_a_trial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import psutil
-
     from llmkit.runtime.probing import probe
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -66,7 +66,7 @@ def test_the_stop_button_ends_a_trial(tmp_path: Path, monkeypatch: pytest.Monkey
 
     with pytest.raises(KeyboardInterrupt):
         probe(tiny_models.write_large(tmp_path / "large.gguf"), on_wait=press)
-    assert not [c for c in psutil.Process().children() if "probing" in " ".join(c.cmdline())]
+    wait_for(lambda: not children("probing"))
 
 
 @pytest.mark.model
@@ -107,10 +107,10 @@ def test_a_sparse_header_costs_little(tmp_path: Path) -> None:
             + struct.pack("<IIQ", 9, 8, 30_000_000)
         )
         file.truncate(1 << 30)
-    began = time.process_time()
+    began = time.thread_time()
     with pytest.raises(InvalidModelFileError, match="claims"):
         gguf.read_header(path)
-    assert time.process_time() - began < 3
+    assert time.thread_time() - began < 10
     path.write_bytes(
         b"GGUF"
         + struct.pack("<IQQ", 3, 0, 1)

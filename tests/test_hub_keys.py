@@ -173,7 +173,7 @@ async def test_a_hub_that_hangs_holds_up_nobody_who_is_known() -> None:
     assert await owners.owner("also", "", ADDRESS) == named("bob"), "at once"
     del hub.owners["good"]
     hub.answers.set()
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         while await owners.owner("good", "", ADDRESS) is not None:
             await asyncio.sleep(0)
     assert hub.count == before + 1, "the questions went on"

@@ -86,7 +86,7 @@ async def answer(service: Service, *lines: str) -> tuple[str, str, str]:
     """Status line, headers and body of the answer to a request of which only the head is sent."""
     reader, writer = await asyncio.open_connection("127.0.0.1", service.port)
     writer.write("\r\n".join([*lines, "Host: hub", "", ""]).encode())
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(30):
         head = (await reader.readuntil(b"\r\n\r\n")).decode()
         length = re.search(r"Content-Length: (\d+)", head)
         body = await reader.readexactly(int(length[1]) if length else 0)
@@ -249,6 +249,6 @@ async def test_a_hub_that_moves_is_found_again(monkeypatch: pytest.MonkeyPatch) 
         await asyncio.sleep(0.01)
     assert proxies.trusts("192.0.2.8")
     keeping.cancel()
-    async with asyncio.timeout(10):  # nothing to look up
+    async with asyncio.timeout(30):  # nothing to look up
         await HubProxies(place, HubOptions(hub_proxies=("::1",))).keep()
         await HubProxies(place, HubOptions(), ("::1",)).keep()

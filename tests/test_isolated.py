@@ -14,6 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 import tiny_models
+from children import children
 from fakes import wait_for
 
 import llmkit
@@ -68,7 +69,7 @@ def test_its_death_is_an_error_here_and_not_the_end() -> None:
     next(pieces)
     os.kill(connection.pid, signal.SIGKILL)
     with pytest.raises(EngineGoneError, match="ended"):
-        stream.result(20)
+        stream.result(30)
     wait_for(lambda: llm.closed)
     again = llmkit.load("smollm2", n_ctx=512, n_slots=2, isolated=True)
     assert (
@@ -85,9 +86,7 @@ def test_loads_that_fail(tmp_path: Path) -> None:
         llmkit.load(bad, isolated=True)
     with pytest.raises(llmkit.InsufficientMemoryError, match="n_ctx"):
         llmkit.load("smollm2", isolated=True, n_ctx=8192, n_slots=256)
-    wait_for(
-        lambda: not [c for c in psutil.Process().children() if "isolated" in " ".join(c.cmdline())]
-    )
+    wait_for(lambda: not children("isolated"))
 
 
 def test_every_option_reaches_the_child(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import sqlalchemy as sa
 from access_client import COMPLETION, Hands, entry, served
 from fakes import FakeClient, wait_for
 from gateway_client import CHAT, is_error
@@ -267,7 +268,7 @@ async def test_a_client_that_leaves_gives_its_place_back(model: FakeClient) -> N
         ann = api.by("secret-ann")
         await leave(api.port, {**COMPLETION, "max_tokens": 4000, "stream": True})
         codes = []
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(30):
             while not codes or codes[-1] != 200:
                 codes.append((await ann.post("/v1/completions", COMPLETION))[0])
                 await asyncio.sleep(0.05)
@@ -373,8 +374,8 @@ def test_spans_as_openai_writes_them(seconds: float, text: str) -> None:
     assert duration(seconds) == text
 
 
-async def test_the_stage_is_cheap(database: Database) -> None:
-    """50 µs a request at most; the best of some runs, since other programs run here."""
+async def test_the_stage_asks_no_database(database: Database) -> None:
+    """Neither to let a request in nor to count it: `benchmarks/pipeline.py` measures the rest."""
     day = date.today()
     writer = UsageWriter(UsageStore(database), KeyStore(database), lambda: day, 3600)
     allowance = Allowance(rate="1000000/minute", concurrent=10, tokens_per_day=10**12)
@@ -387,12 +388,11 @@ async def test_the_stage_is_cheap(database: Database) -> None:
         counted_as="key ann",
         set_header=lambda name, value: None,
     )
-    took = []
-    for _ in range(7):
-        began = time.perf_counter()
-        for _ in range(500):
-            async with stage(exchange):  # type: ignore[union-attr]
-                pass
-        took.append((time.perf_counter() - began) / 500)
+    asked: list[str] = []
+    sa.event.listen(database.engine, "before_cursor_execute", lambda *args: asked.append(args[2]))
+    for _ in range(500):
+        async with stage(exchange):  # type: ignore[union-attr]
+            pass
+    assert not asked
     writer.close()
-    assert min(took) < 50e-6, f"{min(took) * 1e6:.0f} µs"
+    assert asked, "they were counted"

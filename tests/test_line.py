@@ -118,7 +118,7 @@ def test_whoever_ends_a_process_under_a_debugger_blames_no_request() -> None:
             assert line._connection.life == "traced" and line._connection.is_alive
             assert line.tick() and not heard.is_gone
             process.kill()
-        process.wait(10)
+        process.wait(30)
     line.tick()
     [(reason, blameless)] = heard.ends
     assert "has ended: killed" in reason and blameless

@@ -38,7 +38,7 @@ class Sink:
         self.gate.set()
 
     def write(self, data: bytes) -> None:
-        self.gate.wait(10)
+        self.gate.wait(30)
         if self.fault is not None:
             raise self.fault
         self.data += data
@@ -256,7 +256,7 @@ def test_a_reader_that_sleeps_holds_up_nobody(sink: Sink) -> None:
     start = time.perf_counter()
     for i in range(2000):
         logger.info("line %d", i)
-    assert time.perf_counter() - start < 2
+    assert time.perf_counter() - start < 20
     assert handler.num_lost > 1000
     sink.gate.set()
     wait_for(lambda: any("lines of the log were lost" in line for line in sink.lines) or (

@@ -145,7 +145,7 @@ def test_a_panel_sends_and_streams_without_blocking(panel: ChatPanel, llm: llmki
     value(panel, "box").value = "Name a fruit. <b>"
     value(panel, "send").click()
     assert value(panel, "box").value == ""
-    panel.wait(20)
+    panel.wait(30)
     (_, question, answer) = panel.session.messages
     assert (
         question.content == "Name a fruit. <b>"
@@ -167,7 +167,7 @@ def test_a_panel_stops_edits_and_clears(panel: ChatPanel) -> None:
     assert value(panel, "send").disabled
     panel.send("ignored while busy")
     value(panel, "stop").click()
-    panel.wait(20)
+    panel.wait(30)
     assert not panel.busy and panel.session.num_turns == 1 and panel.session.messages[-1].content
     value(panel, "edit").click()
     assert value(panel, "box").value == "Tell a very long story." and panel.session.num_turns == 0
@@ -187,7 +187,7 @@ def test_a_panel_starts_over_without_waiting(fake: FakeClient) -> None:
     gate.set()
 
     def gated(batch: Any) -> Any:
-        gate.wait(10)
+        gate.wait(60)
         return execute(batch)
 
     fake.runner.execute = gated  # type: ignore[method-assign]
@@ -199,15 +199,15 @@ def test_a_panel_starts_over_without_waiting(fake: FakeClient) -> None:
     gate.clear()  # a step that does not end
     dropped, started = panel._thread, time.monotonic()
     panel.clear()
-    assert time.monotonic() - started < 5 and not panel.busy
+    assert time.monotonic() - started < 30 and not panel.busy
     assert [m.role for m in panel.session.messages] == ["system"]
     panel.session.sampling["max_tokens"] = 20
     panel.send("two")
     assert panel.busy
     gate.set()
-    panel.wait(10)
+    panel.wait(30)
     assert dropped is not None
-    dropped.join(10)
+    dropped.join(30)
     assert not dropped.is_alive() and not panel.busy
     assert [m.text for m in panel.session.messages] == ["Be brief.", "two", expected]
 

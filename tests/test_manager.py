@@ -296,7 +296,7 @@ def test_killing_does_not_wait_for_a_worker_that_is_stuck(
     time.sleep(0.5)
     assert psutil.pid_exists(pid)
     manager.kill()
-    closing.join(10)
+    closing.join(30)
     assert not closing.is_alive() and not psutil.pid_exists(pid)
 
 
@@ -308,12 +308,12 @@ def test_a_server_ends_only_when_nothing_is_left_to_serve(
 
     lazy = manage(ServedModel("bad", broken, lazy=True))
     with pytest.raises(ModelLoadError):
-        lazy.load("bad").result(5)
+        lazy.load("bad").result(30)
     lazy.check()  # a request must not end the server
     finding = manage(find=lambda name: ServedModel(name, broken, lazy=True))
     assert finding.name_of("huge") == "huge"
     with pytest.raises(ModelLoadError):
-        finding.load("huge").result(5)
+        finding.load("huge").result(30)
     finding.check()
     eager = manage(ServedModel("bad", broken))
     wait_for(lambda: phases(eager) == {"bad": "failed"}, 5)
@@ -352,7 +352,7 @@ def test_a_reload_waits_for_old_requests_only(manage: Callable[..., ModelManager
     new = manager.enter("a")  # waits for the reload, so the reload must not wait for it
     manager.leave("a", old)
     begun = time.monotonic()
-    done.result(25)
+    done.result(30)
     assert time.monotonic() - begun < 25 and phases(manager)["a"] == "ready"
     assert manager.status("a").num_used == 1
     manager.leave("a", new)
@@ -364,15 +364,15 @@ def test_unloading_what_is_being_prepared_ends_it(manage: Callable[..., ModelMan
 
     def slow() -> dict[str, Any]:
         made.append(1)
-        go.wait(10)
+        go.wait(30)
         return worker_task("smollm2", name="a", tuned=False, force=True, n_ctx=256, n_slots=1)
 
     manager = manage(ServedModel("a", slow, lambda _: Need(1), lazy=True))
     waiting = manager.load("a")
     wait_for(lambda: made == [1], 5)
-    manager.unload("a").result(5)
+    manager.unload("a").result(30)
     with pytest.raises(ModelBusyError, match="being unloaded"):
-        waiting.result(5)
+        waiting.result(30)
     go.set()
     time.sleep(0.5)
     assert phases(manager) == {"a": "unloaded"} and made == [1] and not manager.pids()
@@ -395,6 +395,6 @@ def test_after_the_end_nothing_waits(manage: Callable[..., ModelManager]) -> Non
     manager = manage(small("a", lazy=True))
     manager.close()
     with pytest.raises(Exception, match="shutting down"):
-        manager.load("a").result(1)
+        manager.load("a").result(30)
     with pytest.raises(Exception, match="shutting down"):
-        manager.unload("a", again=True).result(1)
+        manager.unload("a", again=True).result(30)

@@ -333,7 +333,7 @@ def test_an_engine_that_waits_for_pictures_does_nothing_else(
         wait_for(lambda: hand.left or all(s.finished for s in streams))
         if hand.left:
             hand.go_on()
-    assert [s.result(5).text.encode() for s in streams] == [
+    assert [s.result(30).text.encode() for s in streams] == [
         runner.reference(prompt_of(Picture(f"p{i}"), b"?")[0], 4) for i in range(4)
     ]
     assert engine.stats.encoded_total == engine.stats.media_total == 4
@@ -350,10 +350,10 @@ def test_when_the_encoder_rests_the_engine_has_its_cores_again(
     streams = [submit(engine, prompt_of(Picture(f"p{i}"), b"?")) for i in range(2)]
     wait_for(lambda: len(hand.left) == 2)
     hand.go_on()
-    streams[0].result(5)
+    streams[0].result(30)
     assert not freed, "the other one is still being encoded"
     hand.go_on()
-    streams[1].result(5)
+    streams[1].result(30)
     assert freed == [0]
     assert engine.close()
 
@@ -367,9 +367,9 @@ def test_a_picture_that_fails_ends_its_own_requests(hand: FakeEncoder) -> None:
     hand.go_on()
     for stream in bad:
         with pytest.raises(EngineError, match="the image could not be encoded: it is bad"):
-            stream.result(5)
+            stream.result(30)
     hand.go_on()
-    assert good.result(5).text.encode() == runner.reference(prompt_of(RED, b"?")[0], 4)
+    assert good.result(30).text.encode() == runner.reference(prompt_of(RED, b"?")[0], 4)
     assert engine.close()
 
 
@@ -381,7 +381,7 @@ def test_a_file_that_is_refused_when_it_is_read_again_is_the_callers_fault(
     wait_for(lambda: hand.left)
     hand.go_on()
     with pytest.raises(InvalidRequestError, match="could not be encoded: it is cut off"):
-        stream.result(5)
+        stream.result(30)
     assert engine.close()
 
 
@@ -393,5 +393,5 @@ def test_abort_while_it_is_encoded(hand: FakeEncoder) -> None:
     wait_for(lambda: engine.stats.num_running == 0)
     hand.go_on()
     wait_for(lambda: engine.stats.encoded_total == 1)
-    assert submit(engine, prompt_of(RED, b"?")).result(5).text, "and it is of use to others"
+    assert submit(engine, prompt_of(RED, b"?")).result(30).text, "and it is of use to others"
     assert engine.close()

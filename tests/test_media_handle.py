@@ -223,11 +223,11 @@ def test_a_notebook_shows_thumbnails(llm: LLM, model: ScriptedModel) -> None:
     assert len(html) < 20_000 and "data:image/png;base64," in html
     panel = llm.chat_panel()
     panel.send("Look.", images=PNG)
-    panel.wait(20)
+    panel.wait(30)
     assert "<img " in panel.html() and told(model)[-1] == ("user", [PNG, "Look."])
     assert panel.edit() == "Look." and "<img " not in panel.html()
     panel.send("Look again.")
-    panel.wait(20)
+    panel.wait(30)
     assert told(model) == [("user", [PNG, "Look again."])]
     panel._repr_mimebundle_()
     assert panel._widgets is not None
@@ -239,7 +239,7 @@ def test_a_notebook_shows_thumbnails(llm: LLM, model: ScriptedModel) -> None:
                      "last_modified": datetime.now(UTC)},)  # fmt: skip
     panel._widgets["box"].value = "And this?"
     panel._widgets["send"].click()
-    panel.wait(20)
+    panel.wait(30)
     assert told(model)[-1] == ("user", [PNG, "And this?"]) and not upload.value
     blind = LLM(ScriptedModel("blind"))
     kinds = [type(w).__name__ for w in blind.chat_panel()._make()["panel"].children[-1].children]

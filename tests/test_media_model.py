@@ -287,7 +287,7 @@ def test_pictures_cross_the_bridge(seeing: LocalEngine) -> None:
     assert "green" in answer.text and answer.usage.image_tokens == 1
     asked = asking("The picture is", png((0, 255, 0)), ".")
     question = TokenizeChat(asked.messages or (), media=asked.media)
-    listed = client.inquire(Inquiry("i", question)).result(10).tokens
+    listed = client.inquire(Inquiry("i", question)).result(30).tokens
     assert len(listed) == answer.usage.prompt_tokens and listed.count(-1) == 1
     client.close()
     server.close()

@@ -84,7 +84,7 @@ def test_a_model_of_text_says_how_to_load_it(text: Path) -> None:
     )
     question = TokenizeChat((asking("?", RED).messages or ())[:1])
     with pytest.raises(InvalidRequestError, match="without a projector"):
-        blind.inquire(Inquiry("i", question)).result(5)
+        blind.inquire(Inquiry("i", question)).result(30)
     assert blind.submit(asking("hello")).result(30).usage.completion_tokens
     blind.close()
 
@@ -116,11 +116,11 @@ def test_text_cannot_pass_for_an_image(engine: LocalEngine) -> None:
     seen = engine.render(asking("<__media__>", RED))
     assert sum(token < 0 for token in seen) == 4
     shown = engine.inquire(Inquiry("i", RenderChat(asking("a", RED, "b").messages or ())))
-    assert "a<image>b" in shown.result(5)
+    assert "a<image>b" in shown.result(30)
     asked = asking("a", RED, "b")
     listed = engine.inquire(
         Inquiry("i", TokenizeChat(asked.messages or (), media=asked.media, with_pieces=True))
-    ).result(5)
+    ).result(30)
     assert list(listed.tokens) == [max(t, -1) for t in engine.render(asked)]
     assert [piece == b"" for piece in listed.pieces or ()] == [t == -1 for t in listed.tokens]
 
@@ -177,7 +177,7 @@ def test_a_model_that_is_unloaded_while_it_encodes_is_freed_afterwards(
     with pytest.warns(ResourceWarning, match="an image is still being encoded"):
         engine.close()
     with pytest.raises(LLMKitError):
-        stream.result(5)
+        stream.result(30)
     assert engine._model.handle
     go_on.set()
     wait_for(lambda: not engine._model.handle)

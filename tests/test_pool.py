@@ -59,7 +59,7 @@ def test_a_stream_whose_replica_dies_goes_on_elsewhere(replicas: Any, after: int
     text = "".join(next(pieces) for _ in range(after))
     busy(members).end()
     text += "".join(pieces)
-    whole, done = undisturbed(wanted), stream.result(1)
+    whole, done = undisturbed(wanted), stream.result(30)
     assert text == whole.text == done.text
     assert done.tokens == whole.tokens and done.usage.completion_tokens == 60
     assert done.request_id == "x" and done.finish_reason is FinishReason.LENGTH
@@ -76,8 +76,8 @@ def test_stop_strings_and_held_back_text_survive(replicas: Any) -> None:
     text = "".join(next(pieces) for _ in range(5))
     busy(members).end()
     text += "".join(pieces)
-    assert text == whole[: whole.index(stop)] == stream.result(1).text
-    assert stream.result(1).stop == stop
+    assert text == whole[: whole.index(stop)] == stream.result(30).text
+    assert stream.result(30).stop == stop
 
 
 def test_all_choices_go_on(replicas: Any) -> None:
@@ -90,7 +90,7 @@ def test_all_choices_go_on(replicas: Any) -> None:
     assert one.asked == ["x-0", "x-1", "x-2"], "one replica computes their prompt once"
     one.end()
     whole = undisturbed(request(max_tokens=50)).text
-    assert [s.result(10).text for s in streams] == [whole] * 3
+    assert [s.result(30).text for s in streams] == [whole] * 3
 
 
 def test_a_prompt_that_kills_engines_kills_two(replicas: Any) -> None:
@@ -99,12 +99,12 @@ def test_a_prompt_that_kills_engines_kills_two(replicas: Any) -> None:
     for _ in range(2):
         busy(members).end()
     with pytest.raises(EngineDiedError, match="2 engines ended"):
-        stream.result(10)
+        stream.result(30)
     alive = [m for m in members if not m.phase.is_gone]
     assert len(alive) == 2 and not any(m.asked for m in alive)
     with pytest.raises(EngineDiedError, match="refused"):
         pool.submit(request("again"))
-    assert pool.submit(request("other", prompt="Another")).result(10).usage.completion_tokens == 40
+    assert pool.submit(request("other", prompt="Another")).result(30).usage.completion_tokens == 40
 
 
 def test_deaths_of_the_same_prompt_elsewhere_count(replicas: Any) -> None:
@@ -113,11 +113,11 @@ def test_deaths_of_the_same_prompt_elsewhere_count(replicas: Any) -> None:
     for _ in range(2):
         busy(members).end()
     with pytest.raises(EngineDiedError):
-        first.result(10)
+        first.result(30)
     second = pool.submit(request("b", prompt="Another"))
     wait_for(lambda: len(second.text) > 2)
     busy(members).end()
-    assert second.result(10).text == undisturbed(request(prompt="Another")).text
+    assert second.result(30).text == undisturbed(request(prompt="Another")).text
 
 
 def test_a_draining_replica_gets_nothing_new_and_finishes(replicas: Any) -> None:
@@ -128,9 +128,9 @@ def test_a_draining_replica_gets_nothing_new_and_finishes(replicas: Any) -> None
     one.drain()
     more = [pool.submit(request(f"new {i}")) for i in range(6)]
     for stream in more:
-        assert stream.result(10).usage.completion_tokens == 40
+        assert stream.result(30).usage.completion_tokens == 40
     assert one.asked[:1] == ["running"] and len(other.asked) >= 6
-    assert running.result(10).text == undisturbed(request()).text
+    assert running.result(30).text == undisturbed(request()).text
     assert len([a for a in one.asked if a.startswith("new")]) <= 1, "refused at most once"
     other.drain()
     assert pool.state.phase == "draining"
@@ -142,8 +142,8 @@ def test_drained_past_the_grace_is_no_death(replicas: Any) -> None:
     for i in range(3):
         wait_for(lambda n=i: len(stream.text) > 3 + 3 * n)
         busy(members).end(blameless=True)
-    assert stream.result(10).text == undisturbed(request(max_tokens=200)).text
-    assert pool.submit(request()).result(10).usage.completion_tokens == 40
+    assert stream.result(30).text == undisturbed(request(max_tokens=200)).text
+    assert pool.submit(request()).result(30).usage.completion_tokens == 40
 
 
 def test_without_replicas_a_request_waits_for_one(replicas: Any) -> None:
@@ -156,7 +156,7 @@ def test_without_replicas_a_request_waits_for_one(replicas: Any) -> None:
         pool.submit(request("new"))
     late = Mortal("late")
     pool.update({"late": late})
-    assert stream.result(10).text == undisturbed(request(max_tokens=60)).text
+    assert stream.result(30).text == undisturbed(request(max_tokens=60)).text
     assert pool.state.phase == "ready"
     FakeClient.close(late)
 
@@ -167,7 +167,7 @@ def test_patience_ends(replicas: Any) -> None:
     wait_for(lambda: len(stream.text) > 2)
     only.end()
     with pytest.raises(EngineGoneError, match="none came within"):
-        stream.result(10)
+        stream.result(30)
     assert pool.state.is_gone and "has ended" in (pool.state.reason or "")
 
 
@@ -177,19 +177,19 @@ def test_abort_at_any_stage(replicas: Any) -> None:
     running = pool.submit(request("running", max_tokens=200))
     wait_for(lambda: len(running.text) > 2)
     running.close()
-    assert running.result(10).finish_reason is FinishReason.ABORT
+    assert running.result(30).finish_reason is FinishReason.ABORT
     moved = pool.submit(request("moved", max_tokens=200))
     wait_for(lambda: len(moved.text) > 2)
     busy(members).end()
     wait_for(lambda: len(moved.text) > 10)
     moved.close()
-    assert moved.result(10).finish_reason is FinishReason.ABORT
+    assert moved.result(30).finish_reason is FinishReason.ABORT
     left = next(m for m in members if not m.phase.is_gone)
     parked = pool.submit(request("parked", max_tokens=200))
     wait_for(lambda: len(parked.text) > 2)
     left.end()
     parked.close()
-    assert parked.result(10).finish_reason is FinishReason.ABORT
+    assert parked.result(30).finish_reason is FinishReason.ABORT
     wait_for(lambda: all(m.stats().num_running == 0 for m in members))
 
 
@@ -218,7 +218,7 @@ def test_one_that_cannot_be_resumed_says_so(replicas: Any) -> None:
     wait_for(lambda: len(stream.text) > 2)
     busy(members).end()
     with pytest.raises(EngineGoneError, match="no other can go on"):
-        stream.result(10)
+        stream.result(30)
 
 
 def test_questions_and_texts_are_asked_again(replicas: Any) -> None:
@@ -235,9 +235,9 @@ def test_questions_and_texts_are_asked_again(replicas: Any) -> None:
         if hasattr(member, "kept"):
             member.silent = True
             member.end(blameless=True)
-    assert futures[0].result(5).num_tokens == (2, 1)
-    assert futures[1].result(5).tokens == (104, 105)
-    assert pool.inquire(Inquiry("s", ListSlots())).result(5) == ()
+    assert futures[0].result(30).num_tokens == (2, 1)
+    assert futures[1].result(30).tokens == (104, 105)
+    assert pool.inquire(Inquiry("s", ListSlots())).result(30) == ()
     with pytest.raises(InvalidRequestError):
         pool.embed(EmbeddingRequest("bad", ("",)))
 
@@ -245,7 +245,7 @@ def test_questions_and_texts_are_asked_again(replicas: Any) -> None:
 def test_counters_never_fall(replicas: Any) -> None:
     pool, members = replicas()
     for i in range(4):
-        pool.submit(request(f"{i}", prompt=f"{i} times")).result(10)
+        pool.submit(request(f"{i}", prompt=f"{i} times")).result(30)
     before = pool.stats()
     assert before.requests_total == 4 and before.num_slots == 16
     assert pool.description.n_slots == 16
@@ -265,7 +265,7 @@ def test_a_member_that_vanishes_counts_as_dead_unless_it_said_so(replicas: Any) 
         one.close = one.end  # type: ignore[method-assign]  # its connection is closed
         pool.update(names)
     with pytest.raises(EngineDiedError):
-        stream.result(10)
+        stream.result(30)
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -286,7 +286,7 @@ def test_races(replicas: Any, seed: int) -> None:
                 if (number + turn) % 5 == 4:
                     time.sleep(0.005)
                     stream.close()
-                    stream.wait(10)
+                    stream.wait(30)
                     continue
                 text = "".join(stream)
             except EngineDiedError as error:

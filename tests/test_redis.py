@@ -134,11 +134,11 @@ async def test_redis_may_go_and_come_back(
         began = time.perf_counter()
         for _ in range(100):
             await windows[0].take(rate, "ann")
-        assert time.perf_counter() - began < 5, "nobody waits for what is gone"
+        assert time.perf_counter() - began < 20, "nobody waits for what is gone"
         assert caplog.text.count("is gone") == 1
         assert "not-shown" not in caplog.text and f"127.0.0.1:{redis.port}" in caplog.text
         redis.start()
-        async with asyncio.timeout(15):
+        async with asyncio.timeout(30):
             while "shared again" not in caplog.text:
                 await windows[0].take(rate, "bob")
                 await asyncio.sleep(0.1)
@@ -155,7 +155,7 @@ async def test_a_redis_that_hangs_holds_nobody_up(redis: RealRedis, windows: lis
     try:
         began = time.perf_counter()
         taken = await asyncio.gather(*(windows[0].take(rate, "ann") for _ in range(50)))
-        assert time.perf_counter() - began < 10 and all(s.is_allowed for s in taken)
+        assert time.perf_counter() - began < 20 and all(s.is_allowed for s in taken)
     finally:
         redis.freeze(False)
 
@@ -183,7 +183,7 @@ async def test_a_redis_that_answers_and_cannot_count(
             await asyncio.sleep(0.1)
         assert caplog.text.count("is gone") == 1 and "shared again" not in caplog.text
         redis.tell(cure)
-        async with asyncio.timeout(15):
+        async with asyncio.timeout(30):
             while "shared again" not in caplog.text:
                 await windows[0].take(rate, "ann")
                 await asyncio.sleep(0.1)

@@ -45,6 +45,9 @@ from llmkit.protocol import (
 
 __all__ = ["gateway", "remote", "slow"]  # fixtures
 
+MINE = {"llmkit-remote"}
+"""Threads that a handle starts."""
+
 
 def test_a_remote_engine_is_the_same_engine(slow: FakeClient, remote: RemoteEngine) -> None:
     assert remote.description == replace(slow.description, path="fake.gguf")
@@ -64,7 +67,7 @@ def test_a_remote_engine_is_the_same_engine(slow: FakeClient, remote: RemoteEngi
 
 def test_inquiries_and_vectors(remote: RemoteEngine) -> None:
     def asked(question: Any) -> Any:
-        return remote.inquire(Inquiry("q", question)).result(10)
+        return remote.inquire(Inquiry("q", question)).result(30)
 
     assert asked(Tokenize("hé")).tokens == (104, 195, 169)
     assert asked(Detokenize((104, 105))) == "hi" and asked(DescribeVocabulary()).eos_token == "\0"
@@ -73,25 +76,25 @@ def test_inquiries_and_vectors(remote: RemoteEngine) -> None:
     with pytest.raises(InvalidRequestError, match="lets go"):
         asked(Unload())
     many = tuple("x" * (i % 7 + 1) for i in range(over_http.MAX_TEXTS + 3))
-    made = remote.embed(EmbeddingRequest("e", many)).result(20)
+    made = remote.embed(EmbeddingRequest("e", many)).result(30)
     assert made.num_tokens == tuple(map(len, many)) and len(made.data) == 8 * len(many)
     with pytest.raises(InvalidRequestError, match="empty"):
-        remote.embed(EmbeddingRequest("e", ("",))).result(10)
+        remote.embed(EmbeddingRequest("e", ("",))).result(30)
 
 
 def test_errors_keep_their_class(gateway: RemoteGateway, remote: RemoteEngine) -> None:
     with pytest.raises(ContextLengthError) as too_long:
-        remote.submit(ask("x" * 6000)).result(10)
+        remote.submit(ask("x" * 6000)).result(30)
     assert (too_long.value.num_tokens, too_long.value.n_ctx) == (6000, 5000)
     with pytest.raises(ContextLengthError):
         remote.submit(ask("x" * 400_000))
     with pytest.raises(InvalidRequestError, match="empty") as empty:
-        remote.submit(ask("")).result(10)
+        remote.submit(ask("")).result(30)
     assert empty.value.param == "prompt"
     with pytest.raises(InvalidRequestError, match="surrogate"):
         remote.submit(ask("\ud800"))
     with pytest.raises(InvalidRequestError, match="token id"):
-        remote.submit(GenerationRequest("t", prompt=(1, 300))).result(10)
+        remote.submit(GenerationRequest("t", prompt=(1, 300))).result(30)
     with pytest.raises(ModelNotFoundError, match=r"'other'.*'fake'"):
         RemoteEngine(Address.of(gateway.url, ANN), "other")
 
@@ -101,7 +104,7 @@ def test_closing_a_stream_frees_its_slot(slow: FakeClient, remote: RemoteEngine)
     wait_for(lambda: slow.engine.stats.num_running == 4)
     text = next(iter(streams[0]))
     streams[0].close()
-    partial = streams[0].wait(5)
+    partial = streams[0].wait(30)
     assert partial is not None and partial.finish_reason is FinishReason.ABORT
     assert partial.text.startswith(text) and partial.usage.completion_tokens > 0
     for stream in streams[1:]:
@@ -112,12 +115,13 @@ def test_closing_a_stream_frees_its_slot(slow: FakeClient, remote: RemoteEngine)
     one, two = remote.submit_choices(request)
     wait_for(lambda: slow.engine.stats.num_running == 2)
     one.close()
-    assert one.result(5).finish_reason is FinishReason.ABORT and not two.finished
+    assert one.result(30).finish_reason is FinishReason.ABORT and not two.finished
     two.close()
     wait_for(lambda: slow.engine.stats.num_running == 0)
 
 
 def test_the_stop_button(gateway: RemoteGateway, slow: FakeClient) -> None:
+    before = {*threading.enumerate()}
     llm = llmkit.attach(gateway.url, key=ANN, model="fake")
     interrupt_after(llm, 20)
     with pytest.raises(Interrupted):
@@ -130,7 +134,8 @@ def test_the_stop_button(gateway: RemoteGateway, slow: FakeClient) -> None:
     with pytest.raises(InvalidRequestError, match=f"{gateway.url}/v1"):
         llm.serve()
     llm.unload()
-    assert "unloaded" in repr(llm) and threading.active_count() < 50
+    assert "unloaded" in repr(llm)
+    wait_for(lambda: not [t for t in threading.enumerate() if t.name in MINE and t not in before])
     with pytest.raises(llmkit.ModelUnloadedError):
         llm.generate("The")
 
@@ -143,16 +148,16 @@ def test_a_server_that_goes_away_and_comes_back(
     next(pieces)
     gateway.stop()
     with pytest.raises(EngineGoneError, match="lost"):
-        running.result(10)
+        running.result(30)
     assert running.text and not remote.state.is_gone
     with pytest.raises(EngineGoneError, match=f"nothing answers at {gateway.url}"):
-        remote.submit(ask("hello")).result(10)
+        remote.submit(ask("hello")).result(30)
     assert remote.stats().num_running == 0
     again = RemoteGateway([entry("ann")], base_path="/services/llmkit", port=gateway.port)
-    assert remote.submit(ask("hello")).result(10).usage.completion_tokens == 8
+    assert remote.submit(ask("hello")).result(30).usage.completion_tokens == 8
     again.stop()
     third = RemoteGateway([entry("ann")], base_path="/services/llmkit", port=gateway.port)
-    assert remote.submit(ask("hello")).result(10), "its kept connections were closed"
+    assert remote.submit(ask("hello")).result(30), "its kept connections were closed"
     third.stop()
 
 
@@ -163,7 +168,7 @@ def test_closing_ends_everything(remote: RemoteEngine) -> None:
     remote.close()
     for stream in streams:
         with pytest.raises(EngineGoneError):
-            stream.result(5)
+            stream.result(30)
     with pytest.raises(EngineGoneError):
         remote.submit(ask("x"))
     with pytest.raises(EngineGoneError):
@@ -314,7 +319,7 @@ def test_events_come_at_once_and_pass_proxies(gateway: RemoteGateway) -> None:
 
 def test_no_slow_reader_is_waited_for_by_others(remote: RemoteEngine) -> None:
     unread = [remote.submit(ask("x", max_tokens=300)) for _ in range(3)]
-    assert remote.submit(ask("y", max_tokens=3)).result(10).usage.completion_tokens == 3
+    assert remote.submit(ask("y", max_tokens=3)).result(30).usage.completion_tokens == 3
     assert [s.result(30).usage.completion_tokens for s in unread] == [300] * 3
 
 

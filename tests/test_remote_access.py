@@ -72,15 +72,15 @@ def test_who_calls_is_the_key_s_to_say(
         priority=-5,
     )
     for client in (ann, bob, owner):
-        assert client.submit(forged).result(10).usage.cached_tokens == 0
+        assert client.submit(forged).result(30).usage.cached_tokens == 0
     assert [r.caller for r in seen] == ["key ann", "key bob", "key owner"]
     assert all(r.cache_scope is None and r.weight == 1 for r in seen)
     assert [r.priority for r in seen] == [0, 0, -5], "administrators may go first"
-    assert ann.submit(replace(forged, request_id="r-again")).result(10).usage.cached_tokens > 20
+    assert ann.submit(replace(forged, request_id="r-again")).result(30).usage.cached_tokens > 20
     for change in ({"keep_on_disk": True}, {"resume": Resume((97,))}):
         with pytest.raises(AccessError, match="administrators"):
-            ann.submit(replace(ask("x"), **change)).result(10)  # type: ignore[arg-type]
-        assert owner.submit(replace(ask("x"), **change)).result(10)  # type: ignore[arg-type]
+            ann.submit(replace(ask("x"), **change)).result(30)  # type: ignore[arg-type]
+        assert owner.submit(replace(ask("x"), **change)).result(30)  # type: ignore[arg-type]
     for client in (ann, bob, owner):
         client.close()
 
@@ -96,7 +96,7 @@ def test_nobody_sees_what_others_do() -> None:
     wait_for(lambda: client.engine.stats.num_running == 2)
 
     def look(question: Any) -> Any:
-        return ann.inquire(Inquiry("q", question)).result(10)
+        return ann.inquire(Inquiry("q", question)).result(30)
 
     (row,) = look(ListRequests())
     assert (row.request, row.caller) == (same.request_id, "key ann")
@@ -158,13 +158,13 @@ def test_a_full_queue_is_waited_for_or_said(monkeypatch: pytest.MonkeyPatch) -> 
     running.append(client.submit(ask("x", max_tokens=4000)))
     monkeypatch.setattr("llmkit.cluster.room.PATIENCE_S", 0.0)
     with pytest.raises(QueueFullError):
-        engine.submit(ask("y")).result(20)
+        engine.submit(ask("y")).result(30)
     monkeypatch.setattr("llmkit.cluster.room.PATIENCE_S", 60.0)
     waits = engine.submit(ask("y"))
     time.sleep(0.1)
     for stream in running:
         stream.close()
-    assert waits.result(20).usage.completion_tokens == 8
+    assert waits.result(30).usage.completion_tokens == 8
     engine.close()
     gateway.stop()
     bridge.close()
@@ -263,7 +263,7 @@ def test_hostile_bodies(gateway: RemoteGateway, remote: RemoteEngine) -> None:
     assert call(f"{gateway.url}/engine?look=everything", None)[0] == 400
     assert call(f"{gateway.url}/engine", None, key="")[0] == 401
     long = replace(ask("hi", max_tokens=2), request_id="x" * 250)
-    assert remote.submit(long).result(10).request_id == "x" * 250
+    assert remote.submit(long).result(30).request_id == "x" * 250
 
 
 def test_versions_are_compared(

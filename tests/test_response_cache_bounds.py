@@ -35,7 +35,7 @@ def answered(client: FakeClient, kept: ResponseCache, prompt: str, **more: Any) 
     key = kept.key_of(client, request)
     assert key is not None
     (stream,), hit = kept.streams(key, client, request)
-    assert stream.result(5).text.encode() == client.runner.reference(prompt.encode(), 20)
+    assert stream.result(30).text.encode() == client.runner.reference(prompt.encode(), 20)
     return hit
 
 
@@ -146,7 +146,7 @@ def test_many_threads() -> None:
             if i % 5 == 4:
                 stream.close()
                 continue
-            text = stream.result(20).text.encode()
+            text = stream.result(30).text.encode()
             wrong.extend([prompt] if text != client.runner.reference(prompt.encode(), 12) else [])
 
     threads = [threading.Thread(target=run, args=(n,)) for n in range(6)]
@@ -188,8 +188,8 @@ def test_vectors_are_computed_once_for_all_who_wait() -> None:
     assert futures[0].cancel() and not client.aborted, "others still wait"
     made = Embeddings(b"\0" * 16, 2, (1, 1))
     client.asked[0][1].set_result(made)
-    assert futures[1].result(1) is made and futures[2].result(1) is made
-    assert kept.embed(key, client, requests[0])[0].result(1) is made and kept.hits == 3
+    assert futures[1].result(30) is made and futures[2].result(30) is made
+    assert kept.embed(key, client, requests[0])[0].result(30) is made and kept.hits == 3
     other = EmbeddingRequest("e9", ("c",))
     other_key = kept.key_of(client, other)
     assert other_key is not None and other_key != key

@@ -139,7 +139,7 @@ def test_random_cuts(
         for sent in {cut.sent_chars, cut.sent_chars * sent_at // 1000}:
             check_cut(client, request, Resume(cut.tokens, sent), done)
         for stream in beside:
-            stream.result(20)
+            stream.result(30)
     finally:
         client.close()
 
@@ -164,7 +164,7 @@ def test_what_no_engine_can_have_sent_is_refused(
     request = ask("a", max_tokens=8, stop="STOP")
     with pytest.raises(InvalidRequestError, match=words):
         rest(talker, request, resume)
-    assert talker.submit(ask("a")).result(5).usage.completion_tokens == 8
+    assert talker.submit(ask("a")).result(30).usage.completion_tokens == 8
 
 
 @pytest.mark.parametrize(

@@ -95,17 +95,17 @@ def test_a_drain(talker: FakeClient, bridged: tuple[BridgeServer, BridgeClient])
         client.submit(ask("b"))
     with pytest.raises(DrainingError):
         client.embed(EmbeddingRequest("e", ("text",)))
-    assert client.inquire(Inquiry("i", ListSlots())).result(5) == ()
+    assert client.inquire(Inquiry("i", ListSlots())).result(30) == ()
     late = BridgeClient(server.connection)
     wait_for(lambda: late.state.phase == "draining")
     late._draining = None  # as one that has not heard of it yet
     for stream in late.submit_choices(replace(ask("b"), n=2)):
         with pytest.raises(DrainingError):
-            stream.result(5)
+            stream.result(30)
     with pytest.raises(DrainingError):
-        late.embed(EmbeddingRequest("e", ("text",))).result(5)
+        late.embed(EmbeddingRequest("e", ("text",))).result(30)
     assert not server.is_drained
-    assert running.result(20).usage.completion_tokens == 100
+    assert running.result(30).usage.completion_tokens == 100
     wait_for(lambda: server.is_drained)
     late.close()
 

@@ -319,4 +319,4 @@ def test_a_thousand_replicas() -> None:
         ticket = router.route(chained([text(i % 40), text(i, 500)]))
         assert ticket is not None
         told(router, ticket)
-    assert time.perf_counter() - began < 5
+    assert time.perf_counter() - began < 30

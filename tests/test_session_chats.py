@@ -140,7 +140,7 @@ async def test_a_client_that_leaves_ends_its_answer(path: str) -> None:
             await asyncio.sleep(0.3)
             error = await api.fetch("POST", path, {**chat, "session_id": made})
             assert error.code == 409
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             while True:
                 found = (await get(api, f"/v1/sessions/{made}/messages"))["data"]
                 if found[-1]["status"] != "running":

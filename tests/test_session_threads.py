@@ -21,14 +21,14 @@ async def test_one_caller_holds_up_no_other(tmp_path: Path) -> None:
     """A caller's calls of the store take two threads, reading another; leases have their own."""
     shelf = shelf_in(tmp_path)
     goes_on = threading.Event()
-    slow = [shelf.call("ann", lambda _: goes_on.wait(20), f"sess_{i}") for i in range(40)]
-    slow += [shelf.look("ann", lambda _: goes_on.wait(20)) for _ in range(8)]
-    async with asyncio.timeout(10):
+    slow = [shelf.call("ann", lambda _: goes_on.wait(30), f"sess_{i}") for i in range(40)]
+    slow += [shelf.look("ann", lambda _: goes_on.wait(30)) for _ in range(8)]
+    async with asyncio.timeout(30):
         await shelf.call("bob", lambda store: store.create("bob"))
         assert len(await shelf.look("bob", lambda store: store.list("bob"))) == 1
         await shelf.responses("bob", lambda store: store.renew())
         # All threads are taken: those of the leases are not.
-        slow += [shelf.call(f"c{i}", lambda _: goes_on.wait(20)) for i in range(8)]
+        slow += [shelf.call(f"c{i}", lambda _: goes_on.wait(30)) for i in range(8)]
         await shelf._submit(shelf._leasing, "", lambda stores: stores.tidy())
     goes_on.set()
     await asyncio.gather(*slow)
@@ -47,7 +47,7 @@ async def test_one_key_s_sessions_wait_for_each_other_in_part(tmp_path: Path) ->
         with lock:
             running += 1
             most = max(most, running)
-        goes_on.wait(20)
+        goes_on.wait(30)
         with lock:
             running -= 1
 
@@ -79,7 +79,7 @@ async def test_a_checkpoint_waits_for_no_backlog(
     await until(lambda: kept._timer is None)
     assert (await shelf.call("ann", lambda s: s.messages("ann", known.id)))[-1].text == "one "
     goes_on = threading.Event()
-    slow = [shelf.call("ann", lambda _: goes_on.wait(20), known.id) for _ in range(3)]
+    slow = [shelf.call("ann", lambda _: goes_on.wait(30), known.id) for _ in range(3)]
     behind = shelf._lanes.num_waiting
     kept.take([Content("two")])
     await until(lambda: kept._timer is None)

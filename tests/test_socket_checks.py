@@ -75,8 +75,8 @@ async def test_a_revoked_socket_that_reads_nothing_is_cut(
         await until(lambda: len(there.room) == 1)
         [found] = there.room._who
         stream: Any = found._wire._protocol.stream
-        await until(lambda: len(stream._write_buffer or b"") > 0, 30)
-        await until(stream.writing, 30)
+        await until(lambda: len(stream._write_buffer or b"") > 0)
+        await until(stream.writing)
         async with there.chat(headers={"x-api-key": "secret-bob"}) as other:
             await other.get("hello")
             await other.ask(count=15000)
@@ -139,7 +139,7 @@ async def test_rendering_takes_no_thread_of_others_and_ends_with_its_follower(
             begun, running = begun + 1, running + 1
             most = max(most, running)
         assert threading.current_thread().name.startswith("llmkit-rendering")
-        goes_on.wait(20)
+        goes_on.wait(30)
         with lock:
             running -= 1
         return made(tokens)

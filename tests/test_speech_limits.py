@@ -203,7 +203,7 @@ class Broken:
         self.go = threading.Event()
 
     def segments(self, *_: object) -> Iterator[object]:
-        self.go.wait(10)
+        self.go.wait(30)
         raise SystemExit("the thread ends")
         yield
 
@@ -222,7 +222,7 @@ def test_no_reader_waits_for_a_thread_that_has_ended() -> None:
     model.go.set()
     for stream in streams:
         with pytest.raises(EngineGoneError, match="the thread ends"):
-            stream.result(10)
+            stream.result(30)
     assert engine.state.is_gone and engine.stats().num_running == 0
     with pytest.raises(EngineGoneError):
         engine.submit(GenerationRequest("late", prompt="", hearing=hearing))
@@ -250,12 +250,12 @@ async def test_few_connections_linger_and_none_for_long(monkeypatch: pytest.Monk
         each.close()
     assert closed == [0, 1]
     all_five[3]._read_finished = True
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         while len(closed) < 3:
             await asyncio.sleep(0.01)
     assert closed == [0, 1, 3]
     all_five[2].stream, all_five[4]._read_finished = None, True
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         while len(closed) < 5:
             await asyncio.sleep(0.01)
 

@@ -136,7 +136,7 @@ def test_it_is_compiled_and_tried_soon(family: str) -> None:
     began = time.thread_time()
     fresh = ChatTemplate(template(family).source, bos="<s>", eos="</s>")
     assert fresh.manners is fresh.manners and fresh.reasoning == template(family).reasoning
-    assert time.thread_time() - began < 2
+    assert time.thread_time() - began < 10
     assert fresh._trials._left > TRIAL_STEPS * 0.9, "all that there is to find out can be paid for"
 
 

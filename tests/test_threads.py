@@ -122,7 +122,7 @@ def test_turns_are_taken_in_order() -> None:
             thread.start()
             wait_for(lambda i=i: len(turns._waiting) == i)
     for thread in threads:
-        thread.join(10)
+        thread.join(30)
     assert order == list(range(9))
 
 
@@ -139,16 +139,16 @@ def test_a_turn_is_not_handed_to_one_that_was_stopped() -> None:
     def compute() -> None:
         with turns:
             inside.set()
-            ended.wait(20)
+            ended.wait(30)
 
     thread = threading.Thread(target=compute)
     thread.start()
-    assert inside.wait(10)
+    assert inside.wait(30)
     threading.Thread(target=press).start()
     with pytest.raises(KeyboardInterrupt), turns:
         pytest.fail("it is not our turn")
     ended.set()
-    thread.join(10)
+    thread.join(30)
     with turns:
         assert not turns._waiting
 

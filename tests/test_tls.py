@@ -97,7 +97,7 @@ async def test_a_handshake_that_never_ends_is_let_go(
     cert, key = pairs["one"]
     async with served(tls_cert=cert, tls_key=key) as api:
         readers = [(await asyncio.open_connection("127.0.0.1", api.port)) for _ in range(20)]
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(30):
             assert await asyncio.gather(*(reader.read() for reader, _ in readers)) == [b""] * 20
         for _, writer in readers:
             writer.close()

@@ -63,7 +63,7 @@ def test_a_client_has_it_unloaded_and_everybody_is_told(model: FakeClient) -> No
     client, bystander = (BridgeClient(find_connections()[0]) for _ in range(2))
     stream = bystander.submit(ask("hello", max_tokens=4000))
     wait_for(lambda: model.engine.stats.num_running)
-    assert client.inquire(Inquiry("u", Unload())).result(10) is True
+    assert client.inquire(Inquiry("u", Unload())).result(30) is True
     with pytest.raises(ModelUnloadedError):
         stream.result()
     wait_for(lambda: client.state.is_gone and bystander.state.is_gone and not find_connections())
@@ -78,7 +78,7 @@ def test_the_handle_says_so_and_loads_anew(tmp_path: Path) -> None:
     path = tiny_models.write(tmp_path / "tiny.gguf", "llama")
     llm = llmkit.load(path, n_ctx=256, n_slots=2)
     client = BridgeClient(find_connections()[0])
-    assert client.inquire(Inquiry("u", Unload())).result(10) is True
+    assert client.inquire(Inquiry("u", Unload())).result(30) is True
     assert llm.closed and "the model 'tiny' was unloaded" in repr(llm)
     with pytest.raises(ModelUnloadedError, match=r"load it again with llmkit.load\(\)"):
         llm.generate("a")
@@ -95,7 +95,7 @@ def test_one_that_is_isolated_ends_its_process(tmp_path: Path) -> None:
     llm = llmkit.load(path, n_ctx=256, n_slots=2, isolated=True)
     pid = llm.engine.origin.pid
     client = BridgeClient(find_connections()[0])
-    client.inquire(Inquiry("u", Unload())).result(10)
+    client.inquire(Inquiry("u", Unload())).result(30)
     client.close()
     wait_for(lambda: llm.closed and process_start_time(pid or 0) is None)
     assert "unloaded it" in repr(llm)
@@ -173,16 +173,16 @@ def test_others_in_a_bridge_hear_the_bridge(model: FakeClient) -> None:
     """Twice at once: the second one's answer is the goodbye."""
     client = BridgeClient(find_connections()[0])
     first, second = (client.inquire(Inquiry(f"u{i}", Unload())) for i in range(2))
-    assert first.result(10) is True
+    assert first.result(30) is True
     with pytest.raises(EngineGoneError, match="another program of yours unloaded it"):
-        second.result(10)
+        second.result(30)
     client.close()
 
 
 def test_a_bridge_outlives_no_client(model: FakeClient) -> None:
     bridge = BridgeServer(FakeClient("other", FakeRunner()))
     client = BridgeClient(next(c for c in find_connections() if c.model.name == "other"))
-    client.inquire(Inquiry("u", Unload())).result(10)
+    client.inquire(Inquiry("u", Unload())).result(30)
     wait_for(lambda: not bridge.alive)
     assert [c.model.name for c in find_connections()] == ["fake"] and not bridge.is_unloading
     client.close()

@@ -124,7 +124,7 @@ def test_only_a_gateway_gives_more_than_the_usual_weight(
         request = GenerationRequest(
             f"w{weight}", SamplingParams(max_tokens=1), prompt="x", weight=weight
         )
-        assert remote.submit(request).result(5)
+        assert remote.submit(request).result(30)
     assert seen == ([50.0, 1.0, 0.25] if gateway else [1.0, 1.0, 0.25])
     remote.close()
     server.close()
@@ -176,23 +176,25 @@ class TestCompany:
         for i in range(3):
             streams.append(client.submit(ask(f"number {i}", max_tokens=3)))
             time.sleep(0.03)
-        assert all(s.result(5) for s in streams)
+        assert all(s.result(30) for s in streams)
         assert len(client.runner.batches[0].chunks) == 3, "one step for all three prompts"
         client.close()
 
     def test_a_full_batch_waits_no_longer(self) -> None:
         client = self.client(30.0)
         streams = [client.submit(ask(f"n{i}", max_tokens=2)) for i in range(4)]
-        assert all(s.result(5) for s in streams)
+        assert all(s.result(30) for s in streams)
         client.close()
 
     def test_who_comes_while_others_run_does_not_wait(self) -> None:
         client = self.client(2.0)
-        long = client.submit(ask("long", max_tokens=3000))
+        long = client.submit(ask("long", max_tokens=20_000))
         wait_for(lambda: long.text)
-        start = time.monotonic()
-        assert client.submit(ask("short", max_tokens=1)).result(5)
-        assert time.monotonic() - start < 1.5
+        batches = client.runner.batches
+        before = len(batches)
+        assert client.submit(ask("short", max_tokens=1)).result(30)
+        (at,) = [i for i in range(before, len(batches)) if len(batches[i].chunks) == 2]
+        assert at - before < 1000, "in one of the next steps: 2 s are 2,000 of them"
         long.close()
         client.close()
 
@@ -200,12 +202,12 @@ class TestCompany:
         client = self.client(30.0)
         stream = client.submit(ask("gone", max_tokens=5))
         stream.close()
-        completion = stream.wait(5)
+        completion = stream.wait(30)
         assert completion is not None and not completion.text
         client.submit(ask("left behind", max_tokens=5))
         start = time.monotonic()
         client.close()
-        assert time.monotonic() - start < 3
+        assert time.monotonic() - start < 20
         assert not client.runner.batches, "nothing was computed"
 
     def test_a_full_queue_is_still_full(self) -> None:
@@ -277,7 +279,7 @@ def test_a_real_engine_shares_by_weight(tmp_path: Any) -> None:
                 running.append((caller, engine.submit(request)))
         for entry in [e for e in running if e[1].finished]:
             running.remove(entry)
-            tokens[entry[0]] += entry[1].result(1).usage.completion_tokens
+            tokens[entry[0]] += entry[1].result(30).usage.completion_tokens
         time.sleep(0.001)
     for _, stream in running:
         stream.close()

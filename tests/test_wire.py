@@ -175,7 +175,7 @@ def test_a_newer_engine(peer: Peer) -> None:
     peer.socket.send_multipart(
         [identity, wire.EVENTS, msgspec.msgpack.encode([news, [end], "more"])]
     )
-    done = stream.result(5)
+    done = stream.result(30)
     assert (done.text, done.tokens, done.usage.prompt_tokens) == ("text", (5,), 3)
     remote.close()
 
@@ -249,7 +249,7 @@ def test_a_picture_travels_and_is_refused_in_words(engine: Any) -> None:
     bridge = BridgeServer(engine)
     remote = BridgeClient(bridge.connection)
     with pytest.raises(InvalidRequestError, match=r"messages\[0\]: this model takes no images"):
-        remote.submit(picture).result(10)
+        remote.submit(picture).result(30)
     remote.close()
     bridge.close()
 
@@ -258,7 +258,7 @@ def test_what_a_request_took_leaves_the_engine_as_data(
     fake: FakeClient, server: BridgeServer
 ) -> None:
     remote = BridgeClient(server.connection)
-    metrics = remote.submit(ask("abab" * 5, max_tokens=9)).result(10).metrics
+    metrics = remote.submit(ask("abab" * 5, max_tokens=9)).result(30).metrics
     assert (metrics.prompt_tokens, metrics.cached_tokens, metrics.completion_tokens) == (20, 0, 9)
     assert metrics.draft_tokens >= metrics.accepted_tokens >= 0
     assert metrics.queue_s <= metrics.ttft_s and metrics.tpot_s == metrics.decode_s / 8
@@ -317,8 +317,8 @@ def test_an_answer_that_cannot_be_read_fails_its_question_alone(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fake, "inquire", lambda _: done)
         with pytest.raises(EngineError, match="could not be read"):
-            remote.inquire(Inquiry("1", Tokenize("a"))).result(5)
-    assert remote.inquire(Inquiry("2", Tokenize("ab"))).result(5) == Tokens((97, 98))
+            remote.inquire(Inquiry("1", Tokenize("a"))).result(30)
+    assert remote.inquire(Inquiry("2", Tokenize("ab"))).result(30) == Tokens((97, 98))
     remote.close()
 
 
@@ -355,6 +355,6 @@ def test_a_text_without_utf8_ends_its_request_alone(fake: FakeClient, server: Br
     remote = BridgeClient(server.connection)
     fake.submit = broken  # type: ignore[method-assign]
     with pytest.raises(InvalidRequestError, match="half of a pair"):
-        remote.submit(ask("hello")).result(5)
+        remote.submit(ask("hello")).result(30)
     assert not remote.state.is_gone and server.alive
     remote.close()

@@ -40,4 +40,4 @@ def traced(pid: int) -> Iterator[None]:
             yield
         finally:
             tracer.stdin.close()
-            tracer.wait(10)
+            tracer.wait(30)
