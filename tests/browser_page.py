@@ -203,6 +203,12 @@ def run_all(page: Page, timeout: int = 240_000) -> None:
     assert page.locator(WRONG).count() == 0, page.locator(WRONG).all_text_contents()
 
 
+def saved(page: Page, server: JupyterServer, path: str) -> NotebookNode:
+    """Save the notebook that is shown, and read it."""
+    page.evaluate("() => window.jupyterapp.commands.execute('docmanager:save')")
+    return nbformat.from_dict(server.request("GET", f"/api/contents/{path}")["content"])
+
+
 def select(page: Page, index: int) -> None:
     page.evaluate(
         (

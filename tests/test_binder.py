@@ -28,6 +28,7 @@ def test_post_build_makes_an_image_that_works(tmp_path: Path) -> None:
         "PATH": f"{tmp_path / 'env' / 'bin'}:{os.environ['PATH']}",
         "HOME": str(home),
         "PIP_CACHE_DIR": cache,
+        "PIP_COMPILE": "0",  # a minute less
         "PYTHONPATH": "",
     }
     done = subprocess.run(

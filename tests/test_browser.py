@@ -1,4 +1,5 @@
-"""The lessons in a real JupyterLab and Notebook 7, in Debian's chromium: they run to the end."""
+"""The lessons in a real JupyterLab and Notebook 7, in Debian's chromium: they run to the end, and
+what is saved can be read without widgets."""
 
 from __future__ import annotations
 
@@ -7,10 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from browser_page import CARD, browser, jupyterlab, lesson, opened, run_all, select, shot
+from browser_page import CARD, browser, jupyterlab, lesson, opened, run_all, saved, select, shot
 from conftest import ROOT
 from jupyter_client_http import JupyterServer
 from playwright.sync_api import Browser, Page
+from saved_notebook import check_saved
 
 __all__ = ["browser"]  # a fixture
 
@@ -35,6 +37,7 @@ def page(browser: Browser) -> Page:
 def test_notebook_01_runs_to_the_end(page: Page, lab: JupyterServer) -> None:
     with opened(page, lab, FIRST.name, lesson(FIRST)):
         run_all(page)
+        assert check_saved(saved(page, lab, FIRST.name)) > 0, "a monitor"
         assert page.get_by_text("smollm2 is served in Jupyter").count() == 1
         assert page.locator(".jp-RenderedImage img").count() == 1, "the profile's picture"
         assert (
@@ -72,3 +75,4 @@ def test_the_lessons_run_to_the_end(page: Page, lab: JupyterServer, notebook: Pa
     with opened(page, lab, notebook.name, lesson(notebook)):
         run_all(page)
         shot(page, notebook.stem)
+        check_saved(saved(page, lab, notebook.name))

@@ -11,7 +11,6 @@ import threading
 from pathlib import Path
 
 from llmkit.bridge.child import Owner
-from llmkit.diffusion.stable_diffusion import StableDiffusion, Weights
 from llmkit.errors import LLMKitError
 from llmkit.protocol.images import Drawing, ImageLines
 
@@ -23,6 +22,9 @@ NICE = 5  # chats go first: each of their tokens is waited for
 
 def run(owner: Owner) -> None:
     """Load, and draw what is asked for. Raises what a load raises, and `EngineError`."""
+    # Here: the owner, a gateway that starts, too, imports this module and need not have numpy.
+    from llmkit.diffusion.stable_diffusion import StableDiffusion, Weights
+
     task = owner.task
     if hasattr(os, "nice"):
         os.nice(NICE)
