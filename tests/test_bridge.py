@@ -310,7 +310,7 @@ def test_a_silent_process_is_waited_for_not_given_up() -> None:
         assert remote.submit(ask("a")).result(30)
         stop_process(owner.pid)
         stream = remote.submit(ask("b"))
-        assert stream.wait(30) is None and not remote.state.is_gone
+        assert stream.wait(3) is None and not remote.state.is_gone
         os.kill(owner.pid, signal.SIGCONT)
         assert stream.result(30)
     wait_for(lambda: remote.state.is_gone)
