@@ -8,12 +8,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
-
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from typing import TYPE_CHECKING, Any, Literal
 
 from llmkit.gateway.web.assets import MODULES, STYLES, folder
 from llmkit.version import __version__
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
 
 __all__ = ["View", "docs_page", "page", "status_part", "usage_page"]
 
@@ -87,6 +88,9 @@ def _render(name: str, **values: Any) -> str:
 @cache
 def _environment() -> Environment:
     """Keeps every template it has loaded."""
+    # Here: a gateway starts without it.
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
