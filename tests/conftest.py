@@ -16,8 +16,9 @@ import tiny_models
 from fake_runner import FakeRunner
 from fakes import FakeClient
 from gateway_client import Api, serve
+from hypothesis import HealthCheck, settings
 from jupyter_client_http import JupyterServer, Kernel
-from loopback_hub import DATA, FILE, Hub, serving, use
+from loopback_hub import DATA, FILE, OTHER, Hub, serving, use
 
 from llmkit.bridge.server import BridgeServer
 from llmkit.models import transfer
@@ -33,6 +34,10 @@ os.environ["XDG_DATA_HOME"] = _data.name
 # A run in the background of a script ignores SIGINT, and its children would: ■ would do nothing.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+# How long an example takes depends on what else the machine does.
+settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("busy")
+
 MODEL = "smollm2"
 
 
@@ -165,7 +170,7 @@ def tiny(tmp_path: Path) -> ModelSpec:
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     """A hub with one repository, which this process's huggingface_hub asks."""
-    made = Hub({"org/m": {FILE: DATA, "m-Q8_0.gguf": DATA[::-1]}})
+    made = Hub({"org/m": {FILE: DATA, "m-Q8_0.gguf": OTHER}})
     with serving(made):
         use(made.url, tmp_path / "hf", monkeypatch)
         monkeypatch.setattr(transfer, "FIRST_DELAY_S", 0.01)

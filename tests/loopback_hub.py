@@ -20,10 +20,12 @@ import pytest
 
 from llmkit.models import download
 
-DATA = os.urandom(600_000)  # the model's file
+DATA = b"GGUF" + os.urandom(599_996)  # the model's file
+OTHER = b"GGUF" + DATA[:3:-1]  # the same in another type
 FILE = "m-Q4_K_M.gguf"
 COMMIT = "a" * 40
 CHUNK = 1 << 14
+HELD_AT = 12 * CHUNK
 
 
 @dataclass
@@ -41,6 +43,7 @@ class Hub:
     retry_after: str = "0"  # with those
     damage: int = 0  # so many answers have a wrong byte
     pause_s: float = 0.0  # after each chunk
+    held: threading.Event | None = None  # which the chunks after `HELD_AT` bytes wait for
     cdn: str = ""  # where to redirect to
     requests: list[tuple[str, str, dict[str, str]]] = field(default_factory=list)
     url: str = ""
@@ -149,6 +152,8 @@ class Handler(BaseHTTPRequestHandler):
         with contextlib.suppress(OSError):
             for at in range(0, len(data if cut is None else data[:cut]), CHUNK):
                 end = at + CHUNK if cut is None else min(at + CHUNK, cut)
+                if self.hub.held is not None and at >= HELD_AT:
+                    self.hub.held.wait(60)
                 self.wfile.write(data[at:end])
                 if self.hub.pause_s:
                     time.sleep(self.hub.pause_s)
@@ -195,7 +200,7 @@ def use(hub_url: str, home: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         "HF_TOKEN_PATH": str(home / "token"),
         "HF_HUB_OFFLINE": False,
         "HF_HUB_DISABLE_XET": True,
-        "HF_HUB_DOWNLOAD_TIMEOUT": 2,
+        "HF_HUB_DOWNLOAD_TIMEOUT": 30,
     }.items():
         monkeypatch.setattr(constants, name, value)
     forget_session()

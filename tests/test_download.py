@@ -10,11 +10,16 @@ import threading
 from pathlib import Path
 
 import pytest
-from loopback_hub import COMMIT, DATA, FILE, Hub, fetch, forget_session, parts
+from loopback_hub import COMMIT, DATA, FILE, OTHER, Hub, fetch, forget_session, parts
 
 import llmkit
 from llmkit.cli import main
-from llmkit.errors import DownloadError, InvalidRequestError, ModelNotFoundError
+from llmkit.errors import (
+    DownloadError,
+    InvalidModelFileError,
+    InvalidRequestError,
+    ModelNotFoundError,
+)
 from llmkit.models import download, transfer
 from llmkit.models.download import DownloadEvent
 from llmkit.models.hub import HubName, is_hub_name
@@ -72,11 +77,11 @@ def test_what_a_name_means(hub: Hub, name: str, file: str) -> None:
 
 def test_a_type_in_several_forms(hub: Hub, tmp_path: Path) -> None:
     names = ["Q8_0/big-00001-of-00002.gguf", "Q8_0/big-00002-of-00002.gguf", "big-IQ4_XS.gguf"]
-    eyes = {"mmproj-F32.gguf": b"f32", "mmproj-F16.gguf": b"f16", "big-imatrix.gguf": b"no"}
-    hub.content["org/big"] = {n: n.encode() * 9 for n in names} | eyes
+    eyes = {"mmproj-F32.gguf": b"GGUF 32", "mmproj-F16.gguf": b"GGUF 16", "big-imatrix.gguf": b"no"}
+    hub.content["org/big"] = {n: b"GGUF" + n.encode() * 9 for n in names} | eyes
     done = download.download("org/big:Q8_0", mmproj=True, models_dir=tmp_path / "models")
     assert [f.name for f in done.files] == [n.split("/")[1] for n in names[:2]]
-    assert done.mmproj is not None and done.mmproj.read_bytes() == b"f16"
+    assert done.mmproj is not None and done.mmproj.read_bytes() == b"GGUF 16"
     assert all((tmp_path / "models" / "org" / "big" / n).exists() for n in names[:2])
     assert fetch("org/big").name == "big-IQ4_XS.gguf", "the usual one"
     hub.content["org/big"]["other-IQ4_XS.gguf"] = b"x"
@@ -227,7 +232,16 @@ def test_the_command_and_python(
     assert main(["models", "pull", "org/m:Q3_K_M"]) == 1
     assert "has no Q3_K_M; it has" in capsys.readouterr().err
     assert main(["models", "pull", "nonsense"]) == 1
-    assert llmkit.download("org/m:Q8_0").read_bytes() == DATA[::-1]
+    assert llmkit.download("org/m:Q8_0").read_bytes() == OTHER
     assert llmkit.download("org/m", models_dir=str(tmp_path / "o")).is_relative_to(tmp_path / "o")
     assert main(["models", "rm", "org/m:m-Q8_0.gguf", "--yes"]) == 0
     assert not any(m.id.endswith("Q8_0.gguf") for m in Library(None).models())
+
+
+def test_what_the_hub_has_may_be_no_model(hub: Hub, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its checksum is right, but nothing could load it."""
+    hub.content["org/m"][FILE] = b"<!DOCTYPE html>" * 9
+    with pytest.raises(InvalidModelFileError, match=r"not a GGUF file.*an HTML page.*choose another"):
+        fetch()
+    assert main(["models", "pull", f"org/m:{FILE}"]) == 1
+    assert "is not a GGUF file" in capsys.readouterr().err

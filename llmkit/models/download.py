@@ -14,8 +14,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from llmkit.errors import DownloadError, ModelNotFoundError
+from llmkit.errors import DownloadError, InvalidModelFileError, ModelNotFoundError
 from llmkit.models import hub, scanning
+from llmkit.models.gguf import check_is_gguf
 from llmkit.models.hub import HubFile, HubName, Unreachable
 from llmkit.models.names import gigabytes
 from llmkit.models.transfer import Part, Progress, check_room
@@ -78,8 +79,9 @@ def download(
     ten times a second, ``cancelled`` is asked as often.
 
     Raises `InvalidRequestError` (no such spelling), `ModelNotFoundError` (no such repository,
-    revision, file or type, none of several; the Hub is out of reach) and `DownloadError` (disk,
-    network, checksum, cancelled): what arrived is kept, and the next call goes on from there.
+    revision, file or type, none of several; the Hub is out of reach), `DownloadError` (disk,
+    network, checksum, cancelled): what arrived is kept, and the next call goes on from there; and
+    `InvalidModelFileError` if the Hub's own file is something else.
     """
     wanted = HubName.parse(name)
     on_event(DownloadEvent("looking", str(wanted)))
@@ -93,6 +95,7 @@ def download(
     taken = str(replace(wanted, file=parts[0], label=None))
     places = [_place(file, models_dir) for file in files]
     paths = _fetch(places, on_event, cancelled)
+    _check(paths)
     size = sum(f.size for f in files)
     on_event(DownloadEvent("done", taken, size, size))
     model = paths[: len(parts)]
@@ -178,6 +181,21 @@ def _fetch(
         paths.append(_linked(file) if place.in_cache else place.data)
         before += file.size
     return paths
+
+
+def _check(paths: list[Path]) -> None:
+    """Whether each is what its name says: anybody can upload anything."""
+    for path in paths:
+        try:
+            check_is_gguf(path)
+        except InvalidModelFileError as error:
+            raise InvalidModelFileError(
+                f"{error} The Hub has it like that: choose another file or repository."
+            ) from None
+        except OSError as error:
+            raise DownloadError(
+                f"{printable(str(path))} cannot be read: {error.strerror or error}."
+            ) from None
 
 
 def _tell(

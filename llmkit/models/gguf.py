@@ -209,8 +209,7 @@ def _read_file(path: Path, size: int, modified: int) -> ModelInfo:
         raise InvalidModelFileError(f"{path} cannot be read: {error}") from None
     with opened as file:
         start = file.read(4)
-        if start != b"GGUF":
-            raise InvalidModelFileError(f"{path} is not a GGUF file: it {_what(start, size)}.")
+        _check_start(start, path, size)
         reader = _Reader(file, size, path)
         version, n_tensors, n_keys = reader.unpack("IQQ")
         if version not in (2, 3):
@@ -230,6 +229,17 @@ def _read_file(path: Path, size: int, modified: int) -> ModelInfo:
         info = ModelInfo(path, size, metadata, tensors, (path,))
         _check_tensors(info, file.tell())
     return info
+
+
+def check_is_gguf(path: Path) -> None:
+    """Look at the first bytes only. Raises `InvalidModelFileError`, and `OSError`."""
+    with open_plain(path) as file:
+        _check_start(file.read(4), path, path.stat().st_size)
+
+
+def _check_start(start: bytes, path: Path, size: int) -> None:
+    if start != b"GGUF":
+        raise InvalidModelFileError(f"{path} is not a GGUF file: it {_what(start, size)}.")
 
 
 def _gguf_names(folder: Path) -> str:
