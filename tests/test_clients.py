@@ -148,7 +148,7 @@ def test_no_request_that_the_schemas_describe_is_a_server_error(tmp_path: Path) 
         "--phases",
         "coverage,fuzzing",
         "--max-examples",
-        "8",
+        "4",
         "--request-timeout",
         "30",
         "-w",

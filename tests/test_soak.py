@@ -39,7 +39,7 @@ def submit(engine: LocalEngine, job: tuple[str, int, float, int], **request: Any
 
 @pytest.mark.parametrize(
     ("family", "count", "kinds"),
-    [("tiny", 2000, 40), ("smollm2", int(os.environ.get("SOAK", "150")), 12)],
+    [("tiny", 1000, 40), ("smollm2", int(os.environ.get("SOAK", "60")), 12)],
 )
 def test_a_soak_ends_as_it_began(tmp_path: Path, family: str, count: int, kinds: int) -> None:
     model = tiny_models.write(tmp_path / "tiny.gguf", "llama") if family == "tiny" else "smollm2"
