@@ -216,6 +216,7 @@ def test_what_counts_is_shown_with_its_place_and_no_secret(
     ("address", "shown"),
     [
         ("redis://:p@ss@host:6379", "redis://:***@host:6379"),
+        ("redis://p-ss@host:6379", "redis://***@host:6379"),
         ("postgresql://a:b/c@host/db", "postgresql://a:***@host/db"),
         ("postgresql://host/db?user=a&password=b", "postgresql://host/db?user=a&password=***"),
         ("sqlite:////a/b.db", "sqlite:////a/b.db"),

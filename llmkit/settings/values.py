@@ -37,6 +37,8 @@ ORIGIN = re.compile(
     re.A,
 )
 PASSWORD = re.compile(r"(?<=://)([^:@/?#]*):.*@", re.S)
+# Redis has users since version 6: what stands alone before @ was meant as the password.
+ALONE = re.compile(r"((?:redis|valkey)s?(?:\+\w+)?://)[^:@/?#]+@", re.I)
 PARAMETER = re.compile(r"([?&][^=&]*(?:pass|secret|token|key)[^=&]*=)[^&#]*", re.I)
 WORDS = {"true": True, "yes": True, "on": True, "1": True}
 WORDS |= {"false": False, "no": False, "off": False, "0": False}
@@ -167,7 +169,8 @@ def masked(text: str) -> str:
     >>> masked("connection refused: /v1/traces?api_key=secret")
     'connection refused: /v1/traces?api_key=***'
     """
-    return PARAMETER.sub(rf"\1{MASK}", PASSWORD.sub(rf"\1:{MASK}@", text))
+    text = ALONE.sub(rf"\1{MASK}@", PASSWORD.sub(rf"\1:{MASK}@", text))
+    return PARAMETER.sub(rf"\1{MASK}", text)
 
 
 def brief(value: object, most: int = 60) -> str:

@@ -191,8 +191,12 @@ def final(
     }
 
 
-def listed(model: str, inputs: Collection[str] = ()) -> dict[str, Any]:
-    """A model in ``models`` of /v1/models; llama-server leaves most of it empty too."""
+def listed(model: str, inputs: Collection[str] | None) -> dict[str, Any]:
+    """A model in ``models`` of /v1/models; llama-server leaves most of it empty too. ``inputs`` are
+    what its chats may hold; None if it has none."""
+    capabilities = [] if inputs is None else ["completion"]
+    if {"image", "audio"} & {*(inputs or ())}:
+        capabilities.append("multimodal")
     details = {
         "parent_model": "",
         "format": "gguf",
@@ -210,7 +214,7 @@ def listed(model: str, inputs: Collection[str] = ()) -> dict[str, Any]:
         "type": "model",
         "description": "",
         "tags": [""],
-        "capabilities": ["completion", *(["multimodal"] if {"image", "audio"} & {*inputs} else [])],
+        "capabilities": capabilities,
         "parameters": "",
         "details": details,
     }

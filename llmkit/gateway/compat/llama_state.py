@@ -144,17 +144,17 @@ def with_models(listing: Callable[[], dict[str, Any]]) -> Callable[[Exchange], A
     async def answer(exchange: Exchange) -> None:
         listed = listing()
         data = [{**each, "aliases": [each["id"]], "tags": []} for each in listed["data"]]
-        models = [objects.listed(each["id"], _senses(each)) for each in data]
+        models = [_entry(each) for each in data]
         exchange.send_json({"models": models, **listed, "data": data})
 
     return answer
 
 
-def _senses(model: dict[str, Any]) -> list[str]:
-    """What the chats of a model may hold; one that draws has no chats."""
+def _entry(model: dict[str, Any]) -> dict[str, Any]:
+    """Of a model that is not loaded nobody knows what it does; one that draws has no chats."""
     modalities: dict[str, list[str]] = model.get("architecture", {})
-    writes = modalities.get("output_modalities") == ["text"]
-    return modalities["input_modalities"] if writes else []
+    writes = modalities.get("output_modalities", ["text"]) == ["text"]
+    return objects.listed(model["id"], modalities.get("input_modalities", ()) if writes else None)
 
 
 def _list(body: bytes) -> list[dict[str, Any]]:
