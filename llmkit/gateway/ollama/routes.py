@@ -261,7 +261,9 @@ class OllamaRoutes:
         )
         model = engine.description
         embeds = bool(model.embedding_size)
-        if model.ranks:  # for which Ollama has no word
+        if model.use == "draw":
+            capabilities = ["image"]
+        elif model.ranks or model.use not in ("generate", "embed"):  # Ollama has no word for them
             capabilities = []
         elif embeds:
             capabilities = ["embedding"]
