@@ -324,11 +324,14 @@ def test_an_engine_that_waits_for_pictures_does_nothing_else(
     schedule = engine._scheduler.schedule
     monkeypatch.setattr(engine._scheduler, "schedule", lambda: [planned.append(1), schedule()][1])
     streams = [submit(engine, prompt_of(Picture(f"p{i}"), b"?")) for i in range(4)]
-    wait_for(lambda: engine.stats.num_encoding == 2 and engine._is_stuck)
+    queued = engine._scheduler.waiting  # all have come, and then it has looked at them
+    wait_for(lambda: engine.stats.num_encoding == len(queued) == 2 and engine._is_stuck)
     before = len(planned)
     assert not engine._scheduler.has_work or engine._is_stuck
     assert len(planned) == before <= 8, "two run, two wait, and nobody asks again and again"
     assert [r.is_encoding for r in engine.requests()] == [True, True]
+    wait_for(lambda: (engine.stats.num_running, engine.stats.num_waiting) == (2, 2))
+    assert engine.stats.requests_total == 4, "those that wait are counted before anything is done"
     while not all(s.finished for s in streams):
         wait_for(lambda: hand.left or all(s.finished for s in streams))
         if hand.left:

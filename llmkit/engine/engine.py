@@ -281,6 +281,7 @@ class Engine:
         if not batch.chunks and not batch.ops and running:
             # All of them wait: for encodings, or for their grammars.
             self._is_stuck = self._scheduler.num_encoding == len(running)
+            self._stats.refresh()  # others may have come
             if not self._is_stuck:
                 time.sleep(HELD_S)
             return
