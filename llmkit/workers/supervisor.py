@@ -129,12 +129,12 @@ class Supervisor:
                 last = self._words.last(LAST_LINES) if self._words is not None else []
                 message += "".join(f"\n  {line:.500}" for line in last)
                 return self._give_up(ModelLoadError(message))
-            self.restarts += 1
             told = (
                 f"The engine process of {self._name!r} has ended ({failure}) "
                 "and is being started again."
             )
             self._state = EngineState("loading", told)
+            self.restarts += 1  # whoever sees that sees why
             _say(f"llmkit: {told}")
             self._stopping.wait(delay)
             delay = min(2 * delay, MAX_DELAY_S)
