@@ -75,12 +75,16 @@ def test_text(kernel: Kernel) -> None:
 def test_stop(kernel: Kernel) -> None:
     """■ ends what the hub computes."""
     code = (
-        "import _thread, threading\n"
-        "threading.Timer(1.0, _thread.interrupt_main).start()\n"
-        "try: llm.generate('Once upon a time', max_tokens=900, ignore_eos=True)\n"
+        "import _thread, threading, time\n"
+        "while llm.stats.num_running: time.sleep(0.05)\n"
+        "def press():\n"
+        "    while not llm.stats.num_running: time.sleep(0.05)\n"
+        "    _thread.interrupt_main()\n"
+        "try:\n"
+        "    threading.Thread(target=press).start()\n"
+        "    llm.generate('Once upon a time', max_tokens=900, ignore_eos=True)\n"
         "except KeyboardInterrupt: made = llm.last\n"
-        "import time\n"
-        "end = time.monotonic() + 20\n"
+        "end = time.monotonic() + 30\n"
         "while llm.stats.num_running and time.monotonic() < end: time.sleep(0.05)"
     )
     kernel.run(code)

@@ -197,8 +197,8 @@ class TestInJupyterLab:
         said = panel.get_by_role("status")
         expect(said).to_have_text("Unloaded smollm2; its memory is free.")
         expect(panel).to_contain_text("No model is loaded")
-        assert page.evaluate("document.activeElement.textContent") == "Models"
-        assert page.locator(".llmkit-Status:visible").count() == 0
+        page.wait_for_function("document.activeElement.textContent === 'Models'")
+        expect(page.locator(".llmkit-Status:visible")).to_have_count(0)
         run_code(page, "print('closed', llm.closed, repr(llm))")
         page.get_by_text(
             "closed True LLM('smollm2', gone: the model 'smollm2' was unloaded"

@@ -27,13 +27,18 @@ def tab_to(page: Page, condition: str, most: int = 40) -> None:
     pytest.fail(f"Tab never comes to {condition}")
 
 
+def focused(page: Page, condition: str) -> None:
+    """Wait until what has the focus is this."""
+    page.wait_for_function(f"() => (e => {condition})(document.activeElement)")
+
+
 def test_by_keyboard_alone(page: Page, model: ScriptedModel) -> None:
     page.locator(".skip").focus()  # the first that Tab comes to
     page.keyboard.press("Enter")
-    assert page.evaluate("document.activeElement.id") == "message"
+    focused(page, "e.id === 'message'")
     tab_to(page, "e.id === 'theme'", 60)
     page.keyboard.press("/")
-    assert page.evaluate("document.activeElement.id") == "message"
+    focused(page, "e.id === 'message'")
     page.get_by_label("Message", exact=True).press("Control+a")
     page.keyboard.type("one")
     page.keyboard.press("Shift+Enter")
@@ -42,23 +47,23 @@ def test_by_keyboard_alone(page: Page, model: ScriptedModel) -> None:
     ended(page)
     assert answers(page) == ["You said: one\ntwo".replace("\n", " ")]
     page.keyboard.press("ArrowUp")
-    assert page.evaluate("document.activeElement.ariaLabel") == "Edit the message"
+    focused(page, "e.ariaLabel === 'Edit the message'")
     page.keyboard.press("Escape")
-    assert page.evaluate("document.activeElement.ariaLabel") == "Edit"
+    focused(page, "e.ariaLabel === 'Edit'")
     tab_to(page, "e.ariaLabel === 'Regenerate'")
     page.keyboard.press("Enter")
     expect(page.locator(".message.assistant .branches")).to_have_text("2/2")
     ended(page)
     page.keyboard.press("Control+Shift+O")
     expect(page.locator("#welcome")).to_be_visible()
-    assert page.evaluate("document.activeElement.id") == "message"
+    focused(page, "e.id === 'message'")
     tab_to(page, "(e.ariaLabel || '').startsWith('More for')", 60)
     page.keyboard.press("Enter")
-    assert page.evaluate("document.activeElement.textContent") == "Rename"
+    focused(page, "e.textContent === 'Rename'")
     page.keyboard.press("End")
-    assert page.evaluate("document.activeElement.textContent") == "Delete"
+    focused(page, "e.textContent === 'Delete'")
     page.keyboard.press("Escape")
-    assert page.evaluate("document.activeElement.ariaLabel").startswith("More for")
+    focused(page, "(e.ariaLabel || '').startsWith('More for')")
     tab_to(page, "e.id === 'model'", 60)
     page.keyboard.press("Enter")
     page.keyboard.press("ArrowDown")
@@ -75,9 +80,9 @@ def test_a_new_list_keeps_the_focus_and_the_menu(page: Page, model: ScriptedMode
     model.token_s = 0
     ended(page)
     expect(page.locator("#sessions [title=Answering]")).to_be_hidden()  # the list has come
-    assert page.evaluate("document.activeElement.textContent") == "Rename"
+    focused(page, "e.textContent === 'Rename'")
     page.keyboard.press("Escape")
-    assert page.evaluate("document.activeElement.ariaLabel") == "More for Count"
+    focused(page, "e.ariaLabel === 'More for Count'")
 
 
 def test_one_polite_region_hears_the_answer_once(page: Page, model: ScriptedModel) -> None:
@@ -98,7 +103,9 @@ def test_one_polite_region_hears_the_answer_once(page: Page, model: ScriptedMode
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_it_is_accessible(browser: Browser, served: ServedModels, model: ScriptedModel,
                           scheme: str) -> None:  # fmt: skip
-    page = browser.new_page(viewport={"width": 1280, "height": 860}, color_scheme=scheme)  # type: ignore[arg-type]
+    page = browser.new_page(
+        viewport={"width": 1280, "height": 860}, color_scheme=scheme, reduced_motion="reduce"  # type: ignore[arg-type]
+    )  # fmt: skip
     page.goto(served.url)
     page.wait_for_selector("html.ready")
     assert faults(page, "body") == []

@@ -7,6 +7,7 @@ import asyncio
 import json
 import os
 import re
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -86,7 +87,7 @@ def test_a_question_is_answered(page: Page, model: ScriptedModel) -> None:
     expect(page.locator("#said")).to_contain_text("Answer: Rain on")
     expect(page.locator("#sessions li.current")).to_contain_text("Write about rain")
     assert re.search(r"#sess_[0-9a-f]{24}$", page.url)
-    assert page.title() == "Write about rain · llmkit"
+    expect(page).to_have_title("Write about rain · llmkit")
     assert page.evaluate("document.activeElement.id") == "message"
     shot(page, "chat-answer")
     page.reload()
@@ -130,15 +131,15 @@ def test_edit_and_regenerate_make_branches(page: Page, model: ScriptedModel) -> 
     ended(page)
     assert answers(page) == ["Another one"]
     page.locator(".message.assistant").get_by_role("button", name="Previous branch").click()
-    assert answers(page) == ["You said: first changed"]
+    expect(page.locator(".assistant .prose")).to_have_text(["You said: first changed"])
     with page.expect_response(lambda reply: reply.request.method == "PATCH"):  # keeps the head
         page.locator(".message.user").first.get_by_role("button", name="Previous branch").click()
-    assert answers(page) == ["You said: first", "You said: second"]
-    assert page.evaluate("document.activeElement.ariaLabel") == "Next branch"
+    both = ["You said: first", "You said: second"]
+    expect(page.locator(".assistant .prose")).to_have_text(both)
+    page.wait_for_function("document.activeElement.ariaLabel === 'Next branch'")
     shot(page, "chat-branches")
     page.reload()
-    expect(page.locator(".message.assistant")).to_have_count(2)
-    assert answers(page) == ["You said: first", "You said: second"]
+    expect(page.locator(".assistant .prose")).to_have_text(both)
     expect(page.locator(".message.user .branches")).to_have_text("1/2")
 
 
@@ -160,16 +161,18 @@ def test_an_answer_that_is_rendered_late(
     page: Page, model: ScriptedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its text is shown meanwhile; the first answer of a busy server is one."""
-    fed = following.Page._fed
+    fed, is_seen = following.Page._fed, threading.Event()
 
     async def late(self: following.Page, text: str, *, last: bool = False) -> Any:
-        await asyncio.sleep(0.5)
+        if text or last:
+            await asyncio.to_thread(is_seen.wait, 60)
         return await fed(self, text, last=last)
 
     monkeypatch.setattr(following.Page, "_fed", late)
     model.script = lambda said: "*No*"  # one token, and one block of HTML
     say(page, "Is it?", ends=False)
     expect(page.locator(".message.assistant .tail")).to_have_text("*No*")
+    is_seen.set()
     expect(page.locator(".message.assistant em")).to_have_text("No")
     ended(page)
     assert answers(page) == ["No"]
@@ -299,7 +302,10 @@ def test_a_list_that_comes_late_undoes_nothing(page: Page) -> None:
         "**/v1/sessions?*", lambda route: late.append(route) if is_late else route.continue_()
     )
     say(page, "And more")  # asks for the list, a moment later
-    page.wait_for_timeout(1000)
+    for _ in range(1200):
+        if late:
+            break
+        page.wait_for_timeout(50)
     is_late = False
     assert late
     replies = [route.fetch() for route in late]
@@ -332,7 +338,7 @@ def test_settings_and_model_reach_the_model(page: Page, model: ScriptedModel) ->
     page.get_by_role("button", name="Model: scripted").click()
     page.get_by_role("menuitemradio", name="other").click()
     say(page, "and you")
-    assert page.locator(".message .name").all_inner_texts() == ["scripted", "other"]
+    expect(page.locator(".message .name")).to_have_text(["scripted", "other"])
     page.reload()
     expect(page.get_by_role("button", name="Model: other, ready")).to_be_visible()
     page.get_by_role("button", name="Settings of this conversation").click()

@@ -60,6 +60,11 @@ class Line:
             socket.close()
 
 
+def stored(page: Page, text: str) -> None:
+    """Wait until the page has put away what is written, which it does a moment later."""
+    page.wait_for_function("text => Object.values(sessionStorage).includes(text)", arg=text)
+
+
 def test_a_message_without_a_connection(quiet: Page, model: ScriptedModel) -> None:
     """It is sent once there is one; until then it can be taken back, and outlives a reload."""
     page, line = quiet, Line(quiet)
@@ -73,7 +78,7 @@ def test_a_message_without_a_connection(quiet: Page, model: ScriptedModel) -> No
     expect(page.locator(".message")).to_have_count(0)
     box(page).press("Enter")
     expect(page.locator(".message.user")).to_have_text(re.compile("precious words"))
-    page.wait_for_timeout(600)
+    stored(page, "precious words")
     page.reload()
     expect(box(page)).to_have_value("precious words")
     box(page).press("Enter")
@@ -83,7 +88,7 @@ def test_a_message_without_a_connection(quiet: Page, model: ScriptedModel) -> No
     expect(page.locator(".message.assistant")).to_have_count(1)
     ended(page)
     assert [m.text for asked in model.asked for m in asked.messages or ()] == ["precious words"]
-    page.wait_for_timeout(600)
+    stored(page, "more")
     page.reload()
     expect(page.locator(".message.assistant")).to_have_count(1)
     expect(box(page)).to_have_value("more")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from browser_page import browser
+from browser_page import browser, drawn
 from playwright.sync_api import Browser, Page, Route, expect
 from scripted_model import ScriptedModel, ServedModels
 from test_web_chat import model, page, say, served
@@ -74,13 +74,31 @@ class Gate:
             route.continue_()
 
 
+def asked_for(page: Page, gate: Gate, count: int = 1) -> None:
+    for _ in range(2400):
+        if len(gate.waiting) >= count:
+            return
+        page.wait_for_timeout(25)
+    raise AssertionError(f"{len(gate.waiting)} requests wait at the gate, not {count}")
+
+
+def steady(page: Page, number: str) -> float:
+    """What a number of the page is once it changes no more."""
+    before, now = None, page.evaluate(number)
+    while now != before:
+        page.wait_for_timeout(100)
+        drawn(page)
+        before, now = now, page.evaluate(number)
+    return float(now)
+
+
 @pytest.mark.browser
 def test_the_last_messages_come_first(page: Page, served: ServedModels) -> None:
     gate = Gate(page)
     opened(page, served, long(1400, "m1399"))
     expect(page.locator(".message").last).to_contain_text("Number 1399.")
     page.wait_for_function(f"() => {COUNT} === 60")
-    assert len(gate.waiting) == 1
+    asked_for(page, gate)
     # What is before all of this is known where it matters.
     page.get_by_role("button", name="Settings of this conversation").click()
     expect(page.get_by_label("System prompt")).to_have_value("Be brief.")
@@ -125,7 +143,7 @@ def test_a_conversation_that_is_left_is_loaded_no_further(page: Page, served: Se
     made = imported(page, long(1700, "b1"))  # whose shown end is four pages back
     page.route("**/messages?*after=*", take)
     page.evaluate("id => { location.hash = id; }", made)
-    for _ in range(100):
+    for _ in range(1200):
         if held:
             break
         page.wait_for_timeout(50)
@@ -146,14 +164,12 @@ def test_reading_goes_on_where_it_was(page: Page, served: ServedModels) -> None:
     opened(page, served, long(700, "m699"))
     page.wait_for_function(f"() => {COUNT} === 60")
     page.locator(".message", has_text="Number 670.").scroll_into_view_if_needed()
-    page.wait_for_timeout(100)
     top = "document.querySelector('[data-seen]').getBoundingClientRect().top"
     page.locator(".message", has_text="Number 670.").evaluate("e => e.dataset.seen = 1")
-    before = page.evaluate(top)
+    before = steady(page, top)
     gate.open()
     page.wait_for_function(f"() => {COUNT} === 701")
-    page.wait_for_timeout(200)
-    assert abs(page.evaluate(top) - before) < 5
+    assert abs(steady(page, top) - before) < 5
 
 
 @pytest.mark.browser

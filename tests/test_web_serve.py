@@ -45,7 +45,7 @@ def test_the_page_of_a_gateway_with_a_key(browser: Browser) -> None:
 
 def test_administrators_load_and_unload(browser: Browser) -> None:
     served = Served("smollm2", "--port", "0", "--n-ctx", "512", "--n-slots", "2", "--admin")
-    page = browser.new_page(viewport={"width": 1280, "height": 860})
+    page = browser.new_page(viewport={"width": 1280, "height": 860}, reduced_motion="reduce")
     try:
         wait_for(lambda: served.health() == 200, 60)
         page.goto(served.url.removesuffix("v1"))

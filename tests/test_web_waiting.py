@@ -13,7 +13,7 @@ from browser_page import browser
 from playwright.sync_api import Browser, Locator, Page, Route, expect
 from scripted_model import ScriptedModel, ServedModels
 from test_web_chat import LONG, answers, ended, model, page, say, served
-from test_web_history import Gate
+from test_web_history import Gate, asked_for
 
 __all__ = ["browser", "model", "page", "served"]  # fixtures
 
@@ -47,14 +47,6 @@ def api(page: Page, path: str, body: Any = None) -> Any:
 
 def begun(page: Page, **fields: Any) -> str:
     return str(api(page, "v1/sessions", fields)["id"])
-
-
-def asked_for(page: Page, gate: Gate, count: int = 1) -> None:
-    for _ in range(400):
-        if len(gate.waiting) >= count:
-            return
-        page.wait_for_timeout(25)
-    raise AssertionError(f"{len(gate.waiting)} requests wait at the gate, not {count}")
 
 
 def opening(page: Page, session: str, gate: Gate) -> None:
@@ -148,6 +140,10 @@ def test_a_message_waits_for_what_was_set(page: Page, model: ScriptedModel) -> N
     page.get_by_role("button", name="Save").click()
     box(page).fill("second")
     box(page).press("Enter")
+    for _ in range(1200):
+        if held:
+            break
+        page.wait_for_timeout(50)
     page.wait_for_timeout(300)
     assert len(held) == 1 and len(model.asked) == 1
     held[0].continue_()
