@@ -1,8 +1,9 @@
-"""The processes that a test's own process has started."""
+"""The processes that a test's own process has started, and what holds up those that begin."""
 
 from __future__ import annotations
 
 import contextlib
+from pathlib import Path
 
 import psutil
 
@@ -15,3 +16,12 @@ def children(word: str) -> list[psutil.Process]:
             if word in " ".join(process.cmdline()):
                 found.append(process)
     return found
+
+
+def held_up(folder: Path) -> Path:
+    """A file: while it is there, no Python process begins whose PYTHONPATH is this folder."""
+    hold = folder / "hold"
+    (folder / "sitecustomize.py").write_text(
+        f"import os, time\nwhile os.path.exists({str(hold)!r}):\n    time.sleep(0.01)\n"
+    )
+    return hold

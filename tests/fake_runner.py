@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import threading
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from llmkit.engine.batch import (
     Batch,
@@ -68,6 +68,7 @@ class FakeRunner:
         self.serials = [0] * n_slots
         self.open: dict[int, SamplingParams] = {}
         self.batches: list[Batch] = []
+        self.before: Callable[[Batch], object] = lambda _: None  # called as a step begins
         self.fail_next: str | None = None
         self.no_room_next = False
         self.crash_next = False
@@ -207,6 +208,7 @@ class FakeRunner:
     def execute(self, batch: Batch) -> StepOutput:
         assert not self.closed
         self.batches.append(batch)
+        self.before(batch)
         broken: set[int] = set()
         lost: list[int] = []
         for op in batch.ops:
@@ -312,6 +314,15 @@ class FakeRunner:
         slot = able[self.fault_next[0] % len(able)]
         self.hurt.add(self.serials[slot])
         return slot
+
+    def of_first(self, slot: int) -> list[Batch]:
+        """The steps of the first request that had a slot, until another began there."""
+        found, opened = [], 0
+        for batch in self.batches:
+            opened += sum(isinstance(op, Open) and op.slot == slot for op in batch.ops)
+            if opened == 1 and any(chunk.slot == slot for chunk in batch.chunks):
+                found.append(batch)
+        return found
 
     def interrupt(self) -> None:
         self._interrupt.set()

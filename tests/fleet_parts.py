@@ -89,8 +89,11 @@ def engine_process(
         process.stdout.close()
 
 
-def speak(address: str, keys: CurveKeys | None, *messages: list[bytes]) -> list[list[bytes]]:
-    """Say something to a socket, and what it answers within a moment."""
+def speak(
+    address: str, keys: CurveKeys | None, *messages: list[bytes], wait_s: float = 30
+) -> list[list[bytes]]:
+    """Say something to a socket, and what it answers: one thing to each message, if that comes
+    within ``wait_s``."""
     with zmq.Context() as context, context.socket(zmq.DEALER) as sock:
         sock.linger = 0
         if keys is not None:
@@ -99,10 +102,12 @@ def speak(address: str, keys: CurveKeys | None, *messages: list[bytes]) -> list[
         for message in messages:
             sock.send_multipart(message)
         found: list[list[bytes]] = []
-        while len(found) < len(messages) and sock.poll(500):
+        while len(found) < len(messages) and sock.poll(int(1000 * wait_s)):
             found.append(sock.recv_multipart())
         return found
 
 
-def said_to(address: str, keys: CurveKeys | None, announced: Announcement) -> list[list[bytes]]:
-    return speak(address, keys, [ANNOUNCE, pack(announced)])
+def said_to(
+    address: str, keys: CurveKeys | None, announced: Announcement, wait_s: float = 30
+) -> list[list[bytes]]:
+    return speak(address, keys, [ANNOUNCE, pack(announced)], wait_s=wait_s)

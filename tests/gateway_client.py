@@ -36,6 +36,8 @@ class Api:
             headers={**auth, **(headers or {})},
             raise_error=False,
             allow_nonstandard_methods=True,
+            connect_timeout=60,
+            request_timeout=60,
         )
 
     async def post(self, path: str, body: Any) -> tuple[int, Any]:

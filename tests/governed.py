@@ -56,11 +56,18 @@ class Governed:
     rules: Rules
     gateway: Gateway
     records: list[Record]
+    bridge: BridgeServer
 
     @property
     def cache(self) -> ResponseCache:
         assert self.rules.cache is not None
         return self.rules.cache
+
+    @property
+    def num_preparing(self) -> int:
+        """Requests that the model's bridge has, and that it has not handed on to the model."""
+        peers = list(self.bridge._peers.values())
+        return sum(len(peer.preparing) + len(peer.asking) for peer in peers)
 
     def under_way(self, caller: str) -> int:
         """Requests of a caller that have reached an engine."""
@@ -145,7 +152,7 @@ async def governed(
     server.add_sockets(sockets)
     api = Api(f"http://127.0.0.1:{sockets[0].getsockname()[1]}")
     try:
-        yield Governed(api, model, overload, deadlines, rules, gateway, records)
+        yield Governed(api, model, overload, deadlines, rules, gateway, records, bridge)
     finally:
         server.stop()
         await gateway.turns.close()

@@ -3,6 +3,7 @@ as a browser would."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import secrets
@@ -75,14 +76,12 @@ class JupyterServer:
         end = time.monotonic() + START_TIMEOUT_S
         while time.monotonic() < end and self.process.poll() is None:
             for file in self.runtime.glob("jpserver-*.json"):
-                info = json.loads(file.read_text() or "{}")
-                if info.get("pid") == self.process.pid:
-                    url = str(info["url"]).replace("localhost", "127.0.0.1").rstrip("/")
-                    try:
+                with contextlib.suppress(OSError, ValueError):  # it is just written, or removed
+                    info = json.loads(file.read_text())
+                    if info.get("pid") == self.process.pid:
+                        url = str(info["url"]).replace("localhost", "127.0.0.1").rstrip("/")
                         with urllib.request.urlopen(f"{url}/api", timeout=5):
                             return url
-                    except OSError:
-                        pass
             time.sleep(0.1)
         raise AssertionError("the Jupyter server did not start:\n" + self.output())
 
@@ -95,7 +94,7 @@ class JupyterServer:
         request = urllib.request.Request(
             self.url + path, data, {"Authorization": f"Bearer {token or self.token}"}, method=method
         )
-        with urllib.request.urlopen(request, timeout=30) as reply:
+        with urllib.request.urlopen(request, timeout=60) as reply:
             text = reply.read()
             return json.loads(text) if text else None
 

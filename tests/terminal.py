@@ -91,8 +91,8 @@ class Terminal:
             assert time.monotonic() < end, f"still running: {self.text[-500:]!r}"
             if not self._read(0.1):
                 time.sleep(0.05)
-        while self._read(0.1) and select.select([self._fd], [], [], 0)[0]:
-            pass
+        while self._read(0.5) and time.monotonic() < end:
+            pass  # what it said last may come after its end
         return self.process.returncode
 
     def close(self) -> None:

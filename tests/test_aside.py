@@ -72,9 +72,14 @@ async def test_what_waits_for_its_turn_never_begins(aside: Aside) -> None:
 
 
 async def test_a_wait_for_something_else_ends_too(aside: Aside) -> None:
-    never: Future[int] = Future()
-    task = asyncio.create_task(aside.run("ann", lambda waiting: waiting.result(never, 60)))
-    await asyncio.sleep(0.05)
+    begun, never = threading.Event(), Future[int]()
+
+    def work(waiting: Waiting) -> int:
+        begun.set()
+        return waiting.result(never, 60)
+
+    task = asyncio.create_task(aside.run("ann", work))
+    await asyncio.to_thread(begun.wait, 30)
     task.cancel()
     assert await aside.run("ann", lambda _: "free") == "free"
     assert never.cancelled()

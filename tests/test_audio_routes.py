@@ -7,7 +7,6 @@ import json
 import os
 import signal
 import threading
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -44,16 +43,16 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         "--audio-mb", "3", "--audio-minutes", "3", "--log-level", "warning", "--no-access-log",
         JUPYTER_RUNTIME_DIR=str(folder), XDG_DATA_HOME=str(folder / "data"),
     )  # fmt: skip
-    wait_for(lambda: server.health() == 200, 60)
+    wait_for(lambda: server.health() == 200, 120)
     names = {"smollm2", "whisper-tiny.en", "hibari"}
-    wait_for(lambda: loaded(server) == names, 60)
+    wait_for(lambda: loaded(server) == names, 120)
     yield server
     code, errors = server.stop(signal.SIGINT)
     assert code == 0 and "Traceback" not in errors, errors
 
 
 def loaded(server: Served) -> set[str]:
-    models = httpx.get(server.url + "/models").json()["data"]
+    models = httpx.get(server.url + "/models", timeout=60).json()["data"]
     return {m["id"] for m in models if m["status"]["value"] == "loaded"}
 
 
@@ -171,7 +170,7 @@ class Slow:
 
 
 def stats(server: Served, model: str) -> dict[str, Any]:
-    state = httpx.get(server.url.removesuffix("/v1") + "/status").json()
+    state = httpx.get(server.url.removesuffix("/v1") + "/status", timeout=60).json()
     return next(m for m in state["models"] if m["id"] == model)
 
 
@@ -243,14 +242,14 @@ def test_what_a_transcription_refuses_is_named(
             hear(file=("a.wav", sound), model="whisper-tiny.en", **options)  # type: ignore[call-overload]
         assert caught.value.param == param
     url = server.url + "/audio/translations"
-    reply = httpx.post(url, files={"file": ("a.wav", sound)})
+    reply = httpx.post(url, files={"file": ("a.wav", sound)}, timeout=60)
     assert reply.status_code == 400
     said = reply.json()["error"]["message"]
     assert "knows English only" in said and "needs a multilingual Whisper" in said
     url = server.url + "/audio/transcriptions"
-    reply = httpx.post(url, json={"model": "whisper-tiny.en"})
+    reply = httpx.post(url, json={"model": "whisper-tiny.en"}, timeout=60)
     assert reply.status_code == 400 and "multipart/form-data" in reply.text
-    reply = httpx.post(url, files={"model": (None, "whisper-tiny.en")})
+    reply = httpx.post(url, files={"model": (None, "whisper-tiny.en")}, timeout=60)
     assert reply.status_code == 400 and reply.json()["error"]["param"] == "file"
 
 
@@ -287,20 +286,22 @@ def test_an_attached_notebook_may_not_send_more_than_callers(server: Served) -> 
 
 async def test_a_caller_who_leaves_ends_the_work(server: Served, sound: bytes) -> None:
     samples = say(openai.OpenAI(base_url=server.url, api_key="k"), LONG, response_format="flac")
+
+    def running() -> int:
+        count: int = stats(server, "whisper-tiny.en")["num_running"]
+        return count
+
     async with openai.AsyncOpenAI(base_url=server.url, api_key="k", max_retries=0) as client:
         task = asyncio.ensure_future(
             client.audio.transcriptions.create(
                 file=("a.flac", samples), model="whisper-tiny.en", response_format="json"
             )
         )
-        await asyncio.sleep(0.6)
+        await asyncio.to_thread(wait_for, lambda: running() == 1)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
-    end = time.monotonic() + 10
-    while stats(server, "whisper-tiny.en")["num_running"] and time.monotonic() < end:
-        await asyncio.sleep(0.05)
-    assert stats(server, "whisper-tiny.en")["num_running"] == 0
+    await asyncio.to_thread(wait_for, lambda: running() == 0)
 
 
 def test_a_worker_that_dies_is_started_again(
@@ -318,20 +319,20 @@ def test_a_worker_that_dies_is_started_again(
             return False
         return folded(reply.text) == folded(TEXT)
 
-    wait_for(heard, 30)
+    wait_for(heard, 60)
     assert server.health() == 200
 
 
 def test_metrics_count_speech(server: Served, client: openai.OpenAI, sound: bytes) -> None:
     say(client)
     client.audio.transcriptions.create(file=("a.wav", sound), model="whisper-tiny.en")
-    text = httpx.get(server.url.removesuffix("/v1") + "/metrics").text
+    text = httpx.get(server.url.removesuffix("/v1") + "/metrics", timeout=60).text
     for model, operation in (("hibari", "speech"), ("whisper-tiny.en", "transcription")):
         assert any(
             f'model="{model}"' in line and f'operation="{operation}"' in line
             for line in text.splitlines()
         )
-    document = httpx.get(server.url.removesuffix("/v1") + "/openapi.json").json()
+    document = httpx.get(server.url.removesuffix("/v1") + "/openapi.json", timeout=60).json()
     form = document["paths"]["/v1/audio/transcriptions"]["post"]["requestBody"]["content"]
     assert list(form) == ["multipart/form-data"]
 
@@ -342,7 +343,7 @@ async def test_without_such_a_model_the_answer_says_what_to_install() -> None:
         assert code in (404, 503)
         code, answer = await api.post("/v1/audio/speech", {"input": "Hi"})
         assert code == 404 and 'pip install "llmkit[speech]"' in answer["error"]["message"]
-        async with httpx.AsyncClient() as client:
+        async with httpx.AsyncClient(timeout=60) as client:
             reply = await client.post(
                 api.url + "/v1/audio/transcriptions", files={"file": ("a.wav", b"x")}
             )

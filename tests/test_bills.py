@@ -198,7 +198,7 @@ def test_who_was_preempted_for_a_caller_does_not_take_the_slot_back() -> None:
     try:
         engine.submit(ask("warm", max_tokens=400, caller="bob")).result(30)
         first = [engine.submit(ask(f"a{i}", max_tokens=200, caller="ann")) for i in range(2)]
-        wait_for(lambda: engine.stats().num_running == 2)
+        wait_for(lambda: all(stream.text for stream in first))
         late = engine.submit(ask("b", max_tokens=20, caller="bob"))
         for stream in (*first, late):
             assert stream.result(30).finish_reason is FinishReason.LENGTH

@@ -149,7 +149,7 @@ def test_one_message_a_step_for_all_streams(slow: FakeClient, server: BridgeServ
     together, ended = [], 0
     while ended < 4:
         sock.send_multipart([wire.PING, b"{}"])
-        assert sock.poll(5000)
+        assert sock.poll(30_000)
         kind, payload = sock.recv_multipart()
         if kind == wire.EVENTS:
             events = wire.unpack(payload, kind)
@@ -157,9 +157,8 @@ def test_one_message_a_step_for_all_streams(slow: FakeClient, server: BridgeServ
             ended += len(events.ends)
     sock.close(0)
     context.term()
-    assert len(together) <= 30, (
-        together
-    )  # 80 tokens; a late thread may merge steps, but never split one
+    # A late thread may merge steps, but never split one; 80 tokens are there in all.
+    assert len(together) <= len(slow.runner.batches) < 80 - 4, (together, slow.runner.batches)
 
 
 def test_abort_and_drop_free_the_slot(slow: FakeClient, remote: BridgeClient) -> None:
@@ -210,12 +209,15 @@ def another_process(code: str) -> Iterator[subprocess.Popen[bytes]]:
 def stop_process(pid: int) -> None:
     """SIGSTOP, until all of its threads stand."""
     os.kill(pid, signal.SIGSTOP)
-    wait_for(
-        lambda: all(
-            p.read_text().rsplit(")", 1)[1].split()[0] == "T"
-            for p in Path(f"/proc/{pid}/task").glob("*/stat")
-        )
-    )
+
+    def stands() -> bool:
+        try:
+            threads = [p.read_text() for p in Path(f"/proc/{pid}/task").glob("*/stat")]
+        except OSError:  # one of them has just ended
+            return False
+        return all(text.rsplit(")", 1)[1].split()[0] == "T" for text in threads)
+
+    wait_for(stands)
 
 
 def test_thousands_of_messages_to_a_stopped_reader_are_not_lost() -> None:
@@ -323,7 +325,6 @@ def test_a_client_that_was_stopped_for_long_begins_again(
 ) -> None:
     """The other way round: the client is stopped, after a while its request is aborted; awake
     again, it is told so once, and goes on."""
-    monkeypatch.setattr("llmkit.bridge.server.STOPPED_S", 0.5)  # a minute, really
     code = (
         "c = BridgeClient(find_connections()[0]); s = c.submit(ask('a', max_tokens=40_000)); "
         "it = iter(s); next(it); print('on', flush=True)\n"
@@ -334,7 +335,9 @@ def test_a_client_that_was_stopped_for_long_begins_again(
     )
     with another_process(code) as other:
         stop_process(other.pid)
-        wait_for(lambda: slow.stats().num_running == 0)
+        with monkeypatch.context() as patch:
+            patch.setattr("llmkit.bridge.server.STOPPED_S", 0.5)  # a minute, really
+            wait_for(lambda: slow.stats().num_running == 0)
         os.kill(other.pid, signal.SIGCONT)
         assert other.stdout is not None and other.stdout.read() == b"told True\nTrue\n"
 

@@ -13,6 +13,7 @@ import pytest
 from fake_runner import FakeRunner
 from fakes import FakeClient, ask
 from gateway_client import Api, serve
+from governed import until
 
 from llmkit.bridge.client import BridgeClient
 from llmkit.bridge.connection import find_connections
@@ -66,7 +67,7 @@ async def test_a_stream_through_the_gateway_beside_hostile_bodies(api: Api, deed
     running = asyncio.create_task(stream())
     await asyncio.sleep(0.05)
     codes = []
-    while not done.is_set():
+    while not (codes and done.is_set()):
         reply = await api.fetch("GET" if not body else "POST", path, body or None)
         codes.append(reply.code)
     events = await running
@@ -140,7 +141,7 @@ async def test_idle_connections_make_way_and_running_streams_go_on() -> None:
         running = asyncio.create_task(
             api.events("/v1/completions", {"prompt": "stream", "max_tokens": 150})
         )
-        await asyncio.sleep(0.1)
+        await until(lambda: model.runner.batches)
         idle = [socket.create_connection(("127.0.0.1", port)) for _ in range(60)]
         half = [socket.create_connection(("127.0.0.1", port)) for _ in range(30)]
         for sock in half:

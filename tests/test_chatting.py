@@ -237,7 +237,7 @@ def test_nobody_answers() -> None:
     began = time.monotonic()
     done = chat("hi", "-m", "m", "--base-url", "http://127.0.0.1:9/v1")
     assert done.returncode == 1 and "nothing answers at http://127.0.0.1:9/v1" in done.stderr
-    assert time.monotonic() - began < 20
+    assert time.monotonic() - began < 40
 
 
 async def test_a_gateway_of_ours(api: Api) -> None:
@@ -319,7 +319,7 @@ def test_ctrl_c_ends_one_question_with_130() -> None:
         assert process.stdout is not None
         assert process.stdout.read(5) == "word0"
         process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=10)
+        out, err = process.communicate(timeout=60)
         assert process.returncode == 130 and "Traceback" not in err and out.endswith("\n")
         assert stop.wait(30)  # the endpoint computes no more
 
@@ -333,7 +333,7 @@ def test_a_reader_that_leaves() -> None:
             capture_output=True,
             text=True,
             stdin=subprocess.DEVNULL,
-            timeout=30,
+            timeout=60,
         )
         assert stop.wait(30)
     assert (done.returncode, done.stdout, done.stderr) == (1, "word0", "")

@@ -19,6 +19,7 @@ import openai
 import psutil
 import pytest
 import tiny_models
+from children import held_up
 from fakes import wait_for
 from tracing import traced
 
@@ -54,7 +55,7 @@ class Served:
     def health(self) -> int:
         try:
             with urllib.request.urlopen(
-                self.url.removesuffix("/v1") + "/health", timeout=5
+                self.url.removesuffix("/v1") + "/health", timeout=30
             ) as reply:
                 return int(reply.status)
         except urllib.error.HTTPError as error:
@@ -62,7 +63,7 @@ class Served:
 
     def stop(self, number: int = signal.SIGTERM) -> tuple[int, str]:
         self.process.send_signal(number)
-        _, errors = self.process.communicate(timeout=15)
+        _, errors = self.process.communicate(timeout=60)
         return self.process.returncode, errors
 
 
@@ -120,18 +121,21 @@ def test_a_killed_gateway_takes_its_engine_along() -> None:
     wait_for(lambda: server.health() == 200, 60)
     (engine,) = psutil.Process(server.process.pid).children()
     assert server.stop(signal.SIGKILL)[0] == -signal.SIGKILL
-    wait_for(lambda: process_start_time(engine.pid) is None, 15)
+    wait_for(lambda: process_start_time(engine.pid) is None)
 
 
 @pytest.mark.model
-def test_a_killed_engine_is_started_again() -> None:
-    server = Served("smollm2", "--port", "0", "--n-ctx", "256", "--n-slots", "1")
+def test_a_killed_engine_is_started_again(tmp_path: Path) -> None:
+    hold, options = held_up(tmp_path), ["--port", "0", "--n-ctx", "256", "--n-slots", "1"]
+    server = Served("smollm2", *options, PYTHONPATH=str(tmp_path))
     wait_for(lambda: server.health() == 200, 60)
     (engine,) = psutil.Process(server.process.pid).children()
+    hold.touch()
     engine.kill()
-    wait_for(lambda: server.health() == 503, 15)
+    wait_for(lambda: server.health() == 503)
     with pytest.raises(openai.InternalServerError, match="being started again"):
         ask(server)
+    hold.unlink()
     wait_for(lambda: server.health() == 200, 60)
     assert ask(server).choices[0].text
     code, errors = server.stop()
@@ -163,27 +167,39 @@ def test_a_crash_loop_stops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.model
-def test_a_worker_that_is_stopped_is_replaced(tmp_path: Path) -> None:
+def test_a_worker_that_is_stopped_is_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hold = held_up(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     spec = resolve(tiny_models.write(tmp_path / "tiny.gguf", "llama"))
     task = engine.task(spec, EngineOptions(n_ctx=64), name="tiny")
-    worker = supervisor.Supervisor(task, stopped_s=1.0)
+    worker = supervisor.Supervisor(task)
     wait_for(lambda: worker.state.phase == "ready", 60)
     pid = worker.pid
     assert pid is not None
     os.kill(pid, signal.SIGSTOP)
-    time.sleep(0.4)
+    wait_for(lambda: worker._num_stopped)
     os.kill(pid, signal.SIGCONT)  # a short stop is nothing
-    time.sleep(1.5)
+    wait_for(lambda: not worker._num_stopped)
     assert worker.pid == pid and not worker.restarts
+    worker._stopped_s = 1.0
+    hold.touch()
     os.kill(pid, signal.SIGSTOP)
-    wait_for(lambda: worker.restarts == 1, 15)
-    assert "stopped (SIGSTOP)" in str(worker.state.reason)
+    wait_for(lambda: "stopped (SIGSTOP)" in str(worker.state.reason))
+    assert worker.restarts == 1
+    hold.unlink()
     wait_for(lambda: worker.state.phase == "ready" and worker.pid != pid, 60)
     worker.close()
 
 
 @pytest.mark.model
-def test_a_worker_that_is_stopped_while_it_loads_is_replaced(tmp_path: Path) -> None:
+def test_a_worker_that_is_stopped_while_it_loads_is_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hold = held_up(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    hold.touch()
     spec = resolve(tiny_models.write(tmp_path / "tiny.gguf", "llama"))
     task = engine.task(spec, EngineOptions(n_ctx=64), name="tiny")
     worker = supervisor.Supervisor(task, stopped_s=1.0)
@@ -192,8 +208,9 @@ def test_a_worker_that_is_stopped_while_it_loads_is_replaced(tmp_path: Path) -> 
     assert pid is not None
     os.kill(pid, signal.SIGSTOP)
     assert worker.state.phase == "loading"
-    wait_for(lambda: worker.restarts == 1, 15)
-    assert "stopped (SIGSTOP)" in str(worker.state.reason)
+    wait_for(lambda: "stopped (SIGSTOP)" in str(worker.state.reason))
+    assert worker.restarts == 1
+    hold.unlink()
     wait_for(lambda: worker.state.phase == "ready" and worker.pid != pid, 60)
     worker.close()
 

@@ -54,11 +54,11 @@ async def test_a_callers_requests_at_once_are_bounded(path: str) -> None:
     runner.step_s = 0.02
     async with governed(runner, allowances={"a": Allowance(concurrent=1)}) as gateway:
         body = json.loads(json.dumps(COMPUTING[path]))
-        body.update({"max_tokens": 500} if "max_tokens" in body else {})
-        body.update({"n_predict": 500} if "n_predict" in body else {})
-        body.update({"max-token": 500} if "max-token" in body else {})
+        body.update({"max_tokens": 4000} if "max_tokens" in body else {})
+        body.update({"n_predict": 4000} if "n_predict" in body else {})
+        body.update({"max-token": 4000} if "max-token" in body else {})
         if "sampling_params" in body:
-            body["sampling_params"] = {"max_tokens": 500}
+            body["sampling_params"] = {"max_tokens": 4000}
         async with gateway.connection(path, body, "a"):
             await until(lambda: gateway.under_way("a") == 1)
             second = await curl(gateway.api.url, path, COMPUTING[path], headers={CALLER: "a"})

@@ -67,6 +67,7 @@ async def gateway() -> AsyncIterator[Governed]:
 
 @pytest.fixture
 async def real(engine: LocalEngine) -> AsyncIterator[Api]:
+    await until(lambda: not engine.stats().num_running)  # what tests before this one have left
     bridge = BridgeServer(engine)
     async for api in serve(None):
         yield api

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import signal
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,13 +119,18 @@ async def test_no_other_file_is_loaded(made: Made, path: str, code: int, word: s
 
 
 async def test_nothing_changes_while_requests_wait(made: Made) -> None:
-    body = {"model": "first", "prompt": "x", "max_tokens": 300, "ignore_eos": True}
+    body = {"model": "first", "prompt": "x", "max_tokens": 200, "ignore_eos": True}
     running = [asyncio.create_task(curl(made.url, "/v1/completions", body)) for _ in range(3)]
     waiting = made.parts._overload
     await asyncio.to_thread(wait_for, lambda: waiting.num_waiting > 0, 20)
-    for path, what in (("load", {"model_path": "one.gguf"}), ("unload", b""), ("reload", b"")):
-        reply = await curl(made.url, f"/v1/models/{path}", what)
-        assert reply.code == 409 and reply.json["error"]["code"] == "model_busy", reply.text
+    worker = made.workers.manager.status("first").pid or 0
+    os.kill(worker, signal.SIGSTOP)  # they wait meanwhile
+    try:
+        for path, what in (("load", {"model_path": "one.gguf"}), ("unload", b""), ("reload", b"")):
+            reply = await curl(made.url, f"/v1/models/{path}", what)
+            assert reply.code == 409 and reply.json["error"]["code"] == "model_busy", reply.text
+    finally:
+        os.kill(worker, signal.SIGCONT)
     replies = await asyncio.gather(*running)
     assert [r.code for r in replies] == [200] * 3
 

@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sqlalchemy as sa
 from conversation_stores import Clock, clock, opened, server, store, texts
+from fakes import wait_for
 
 from llmkit.errors import ConflictError, NotFoundError, StoreError
 from llmkit.protocol import Message
@@ -206,12 +208,23 @@ for turn in range(10**6):
 """
 
 
+def _is_served(database: Database) -> bool:
+    """Whether PostgreSQL still works for the writer: on what it asked last, though it has ended."""
+    if database.engine.dialect.name == "sqlite":
+        return False
+    asked = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'writer'"
+    with database.reading() as session:
+        return bool(session.scalar(sa.text(asked)))
+
+
 class TestCrashes:
     @pytest.mark.parametrize("after", [1, 2, 9, 13, 14, 20, 40])
     def test_kill_9_loses_at_most_the_unfinished_reply(self, opened: Database, after: int) -> None:
         url = opened.engine.url.render_as_string(hide_password=False)
         if opened.engine.dialect.name == "sqlite":
             url = f"sqlite:///{opened.place}"
+        else:
+            url += "&application_name=writer"
         writer = subprocess.Popen(
             [sys.executable, "-c", WRITER, url], stdout=subprocess.PIPE, text=True
         )
@@ -221,6 +234,7 @@ class TestCrashes:
         lines += writer.stdout.read().splitlines(keepends=True)
         writer.wait()
         writer.stdout.close()
+        wait_for(lambda: not _is_served(opened))
         session = lines[0].strip()
         said = [tuple(map(int, line.split())) for line in lines if " " in line and line[-1] == "\n"]
         store = ConversationStore(opened)
@@ -319,8 +333,6 @@ def test_a_turn_s_cost_does_not_grow(database: Database) -> None:
     def count(*arguments: Any) -> None:
         nonlocal rows
         rows += 1
-
-    import sqlalchemy as sa
 
     if database.engine.dialect.name == "sqlite":  # all that the driver is asked
 

@@ -70,7 +70,7 @@ async def test_the_gateway_says_so_too(tiny: llmkit.LLM) -> None:
     async for api in serve(None):
         assert (await api.fetch("GET", "/health")).code == 200
         crash(tiny)
-        for _ in range(100):
+        for _ in range(1000):
             health = await api.fetch("GET", "/health")
             if health.code == 503:
                 break
@@ -85,9 +85,8 @@ async def test_the_gateway_says_so_too(tiny: llmkit.LLM) -> None:
         status, body = await api.post("/v1/completions", {"model": tiny.name, "prompt": "a"})
         assert status == 503 and "out of luck" in body["error"]["message"]
         assert "out of luck" in (await api.fetch("GET", "/status?part=1")).body.decode()
-    assert not list(Path(os.environ["JUPYTER_RUNTIME_DIR"]).glob("llmkit-*")), (
-        "its connection file is gone"
-    )
+    runtime = Path(os.environ["JUPYTER_RUNTIME_DIR"])
+    wait_for(lambda: not list(runtime.glob("llmkit-*")))  # its connection file is gone
 
 
 def test_a_bridge_that_breaks_says_goodbye(
@@ -104,7 +103,8 @@ def test_a_bridge_that_breaks_says_goodbye(
     with pytest.raises(EngineGoneError):
         remote.submit(ask("b", max_tokens=50)).result(30)
     wait_for(lambda: remote.state.is_gone)
-    assert "no more news" in str(remote.state.reason) and not server.connection.path.exists()
+    assert "no more news" in str(remote.state.reason)
+    wait_for(lambda: not server.connection.path.exists())
     remote.close()
     server.close()
 
@@ -127,7 +127,7 @@ def test_a_fault_of_one_group_ends_its_requests_only(tmp_path: Path) -> None:
 
         def sometimes(chunks, lost):  # type: ignore[no-untyped-def]
             adapters = runner._adapters.get(runner._serials[chunks[0].slot], ())
-            if adapters and failing.is_set():
+            if adapters and failing.is_set() and chunks[0].start > 8:  # within its answer
                 return StepOutput(
                     [()] * len(chunks), [0] * len(chunks), error="it broke", lost=lost
                 )
@@ -135,9 +135,8 @@ def test_a_fault_of_one_group_ends_its_requests_only(tmp_path: Path) -> None:
 
         runner._decode_together = sometimes  # type: ignore[method-assign]
         good = llm.stream("abc", max_tokens=40, temperature=0, ignore_eos=True, lora={})
-        bad = llm.stream("abc", max_tokens=200, temperature=0, ignore_eos=True)
-        wait_for(lambda: good.text and bad.text)
         failing.set()
+        bad = llm.stream("abc", max_tokens=200, temperature=0, ignore_eos=True)
         with pytest.raises(EngineError, match="it broke"):
             bad.result(30)
         assert good.result(30).tokens == plain.tokens
@@ -207,7 +206,7 @@ def test_a_child_that_loads_does_not_outlive_its_owner(kind: str, tmp_path: Path
     owner.kill()
     owner.wait()
     owner.stdout.close()
-    _, alive = psutil.wait_procs(children, timeout=20)
+    _, alive = psutil.wait_procs(children, timeout=60)
     for process in alive:
         process.kill()
     assert not alive
@@ -242,6 +241,7 @@ def test_a_stopped_gateway_finishes_what_runs_and_a_second_signal_ends_it() -> N
             prompt="Once",
             max_tokens=120,
             stream=True,
+            temperature=0,
             extra_body={"ignore_eos": True},
         )
         next(iter(stream))

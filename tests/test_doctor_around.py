@@ -75,6 +75,7 @@ def test_the_extension(jupyter_config: Path, texts: dict[str, str], level: str, 
 
 def test_the_servers_that_run(private_runtime: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
+    monkeypatch.setattr(surroundings, "PATIENCE_S", 60.0)
     assert only(surroundings.servers()).level == "none"
     with Script((200, {}, b"{}")) as server:
         url = server.url.removesuffix("v1")
@@ -103,6 +104,7 @@ def test_the_servers_that_run(private_runtime: Path, monkeypatch: pytest.MonkeyP
 async def test_the_port(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
     import asyncio
 
+    monkeypatch.setattr(surroundings, "PATIENCE_S", 60.0)
     number = int(api.url.rsplit(":", 1)[1])
     found = only(await asyncio.to_thread(lambda: list(surroundings.port(number=number))))
     assert found.level == "warn" and "by a gateway of llmkit" in found.text

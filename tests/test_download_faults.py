@@ -8,10 +8,10 @@ import shutil
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import pytest
+from fakes import wait_for
 from loopback_hub import DATA, FILE, OTHER, Hub, fetch, parts, serving
 
 from llmkit.errors import DownloadError, ModelNotFoundError
@@ -48,10 +48,10 @@ def test_a_hub_that_stalls_is_asked_again(hub: Hub, monkeypatch: pytest.MonkeyPa
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.3)
-    hub.pause_s = 1.0
-    threading.Timer(0.8, lambda: setattr(hub, "pause_s", 0.0)).start()
+    hub.held = threading.Event()
     assert fetch().read_bytes() == DATA
     assert len(hub.gets()) > 1
+    hub.held.set()
 
 
 def test_a_hub_that_names_no_time_to_wait(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,19 +105,18 @@ def test_who_may_not(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_process_that_is_killed_loses_nothing(hub: Hub, tmp_path: Path) -> None:
-    hub.pause_s = 0.02
+    hub.held = threading.Event()
     code = f"from llmkit.models.download import download; print(download('org/m:{FILE}').path)"
     settings = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "NO_PROXY": "*"}
     settings |= {"HF_HUB_DISABLE_XET": "1"}
     child = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, **settings})
-    end = time.monotonic() + 30
-    while time.monotonic() < end and not any(p.stat().st_size > 50_000 for p in parts(tmp_path)):
-        time.sleep(0.02)
+    wait_for(lambda: any(p.stat().st_size > 50_000 for p in parts(tmp_path)), 60)
     child.kill()
     child.wait()
     (part,) = parts(tmp_path)
     kept = part.stat().st_size
-    hub.pause_s = 0
+    hub.held.set()
+    hub.held = None
     hub.requests.clear()
     assert fetch().read_bytes() == DATA and 0 < kept < len(DATA)
     assert [h.get("Range") for h in hub.gets()] == [f"bytes={kept}-"]

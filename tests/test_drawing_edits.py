@@ -135,7 +135,7 @@ async def test_text_of_a_form_stays_as_it_is_written(drawn: Drawn) -> None:
     files = {"image": ("a.png", png())}
 
     async def edit(**fields: str) -> httpx.Response:
-        async with httpx.AsyncClient() as client:
+        async with httpx.AsyncClient(timeout=60) as client:
             return await client.post(drawn.api.url + EDITS, data=fields, files=files)
 
     given = {"model": "fake", "prompt": "007", "negative_prompt": "1.50", "user": "true"}

@@ -48,7 +48,7 @@ def test_a_notebook_draws(server: JupyterServer, kernel: Kernel, tmp_path: Path)
     assert errors == ["Interrupted"]
     idle = kernel.run(
         "import time\n"
-        "end = time.time() + 10\n"
+        "end = time.time() + 30\n"
         "while psutil.Process().children() and time.time() < end:\n"
         "    time.sleep(0.05)\n"
         "print(len(psutil.Process().children()), sd.stats.num_running)"

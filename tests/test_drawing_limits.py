@@ -40,9 +40,9 @@ def test_who_leaves_pays_for_the_reload(tmp_path: Path) -> None:
     left = ask("left", "ann")
     assert next(iter(left))  # it has begun
     left.close()
-    wait_for(lambda: engine.stats().num_running == 0, 10)
+    wait_for(lambda: engine.stats().num_running == 0)
     streams = [ask("first", "bob")]
-    wait_for(lambda: engine.stats().num_running == 1, 10)
+    wait_for(lambda: engine.stats().num_running == 1)
     streams += [ask("again", "ann"), ask("second", "eve")]
     for _ in range(4 * 3):
         painter.gate.release()
@@ -68,7 +68,7 @@ def test_callers_take_turns_after_each_image(tmp_path: Path) -> None:
     one, left = ask("one", 1), ask("left", 2)
     for _ in range(4 * 3):
         painter.gate.release()
-    wait_for(lambda: len(painter.asked) == 4, 10)
+    wait_for(lambda: len(painter.asked) == 4)
     assert one.result(30).finish_reason is FinishReason.STOP
     first = [prompt for prompt, _ in painter.asked]
     assert first[:3] == ["many", "one", "left"]
@@ -79,7 +79,7 @@ def test_callers_take_turns_after_each_image(tmp_path: Path) -> None:
     events = [event for text in texts for event in lines.read(text)]
     assert [(e.index, e.seed) for e in events if isinstance(e, Picture)] == [(0, 5), (1, 6), (2, 7)]
     assert many.result(30).usage.completion_tokens == 3 * 4 * 128 * 64 // 256
-    wait_for(lambda: engine.stats().num_running + engine.stats().num_waiting == 0, 10)
+    wait_for(lambda: engine.stats().num_running + engine.stats().num_waiting == 0)
     engine.close()
 
 
@@ -147,7 +147,7 @@ def test_a_model_that_reads_no_pictures_says_so(tmp_path: Path, starts: list[boo
     with pytest.raises(InvalidRequestError, match="is missing"):
         engine.submit(edit).result(30)
     for client in clients:
-        wait_for(lambda client=client: client.description.inputs == (), 10)  # type: ignore[misc]
+        wait_for(lambda client=client: client.description.inputs == ())  # type: ignore[misc]
         with pytest.raises(InvalidRequestError, match="It can draw without one"):
             client.submit(edit)
     assert starts == [False, True]
@@ -185,7 +185,7 @@ def test_unloading_during_an_image_says_so(tmp_path: Path) -> None:
     handle = TextToImage(LocalImages(spec, painter, EngineOptions()))
 
     def unload() -> None:
-        wait_for(lambda: handle.stats.num_running == 1, 10)
+        wait_for(lambda: handle.stats.num_running == 1)
         handle.unload()
 
     thread = threading.Thread(target=unload)

@@ -53,7 +53,7 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def small(file: Path) -> Iterator[TextToImage]:
     # One thread: several would wait for each other where other processes compute.
-    with llmkit.load(file, share=False, threads=1) as handle:
+    with llmkit.load(file, share=False, threads=2) as handle:
         yield handle  # type: ignore[misc]
 
 
@@ -106,9 +106,9 @@ def test_a_cancelled_image_gives_its_memory_back(small: TextToImage) -> None:
     for event in events(small, steps=50):
         if isinstance(event, Step) and event.step == 2:
             break
-    wait_for(lambda: not psutil.pid_exists(pid), 5)
+    wait_for(lambda: not psutil.pid_exists(pid))
     assert pid_of(small) is None
-    wait_for(lambda: small.stats.num_running == 0, 5)
+    wait_for(lambda: small.stats.num_running == 0)
     assert isinstance(list(events(small))[-1], Picture)
     assert pid_of(small) not in (None, pid)
 
@@ -121,7 +121,7 @@ def test_a_process_that_is_killed_is_started_again(small: TextToImage) -> None:
     assert not small.closed
     assert isinstance(list(events(small))[-1], Picture)
     os.kill(pid_of(small) or 0, signal.SIGKILL)  # while it has nothing to do
-    wait_for(lambda: pid_of(small) is None, 5)
+    wait_for(lambda: pid_of(small) is None)
     assert isinstance(list(events(small))[-1], Picture)
 
 
@@ -139,7 +139,7 @@ def test_the_stop_button_ends_the_process(
         with pytest.raises(Interrupted, match=r"\.last"):
             small.generate("a cat", n=3, seed=4, **SMALL)  # type: ignore[arg-type]
     assert small.last is not None and [i.info["seed"] for i in small.last] == [4]
-    wait_for(lambda: not psutil.pid_exists(pid or 0), 5)
+    wait_for(lambda: not psutil.pid_exists(pid or 0))
     assert small.generate("a cat", **SMALL).size == (64, 64)  # type: ignore[arg-type, union-attr]
 
 
@@ -195,14 +195,14 @@ def test_unloading_ends_the_process(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert child.nice() > psutil.Process().nice() or child.nice() == 19
     assert "PATH" in child.environ() and "HF_TOKEN" not in child.environ()
     handle.unload()
-    wait_for(lambda: not psutil.pid_exists(pid), 5)
+    wait_for(lambda: not psutil.pid_exists(pid))
 
 
 @pytest.fixture(scope="module")
 def server(file: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     folder = tmp_path_factory.mktemp("serving")
     server = Served(
-        str(file), "--port", "0", "--threads", "1", "--log-level", "warning", "--no-access-log",
+        str(file), "--port", "0", "--threads", "2", "--log-level", "warning", "--no-access-log",
         JUPYTER_RUNTIME_DIR=str(folder), XDG_DATA_HOME=str(folder / "data"),
     )  # fmt: skip
     wait_for(lambda: server.health() == 200, 60)
@@ -212,7 +212,7 @@ def server(file: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ser
 
 
 def of(server: Served) -> dict[str, Any]:
-    state = httpx.get(server.url.removesuffix("/v1") + "/status").json()
+    state = httpx.get(server.url.removesuffix("/v1") + "/status", timeout=60).json()
     return next(m for m in state["models"] if m["id"] == "small")
 
 
@@ -245,7 +245,7 @@ def test_a_server_draws_and_outlives_its_painter(server: Served, small: TextToIm
     (painter,) = draws(worker)
 
     def kill() -> None:
-        wait_for(lambda: of(server)["num_running"] == 1, 20)
+        wait_for(lambda: of(server)["num_running"] == 1)
         painter.kill()
 
     killer = threading.Thread(target=kill)
@@ -262,5 +262,5 @@ def test_a_server_draws_and_outlives_its_painter(server: Served, small: TextToIm
     )  # fmt: skip
     assert next(iter(stream)).type == "image_generation.partial_image"
     stream.close()
-    wait_for(lambda: not painter.is_running(), 10)
+    wait_for(lambda: not painter.is_running())
     assert draw().data[0].b64_json == made.data[0].b64_json

@@ -261,7 +261,7 @@ def test_errors_and_pages_are_marked_too(served: Served) -> None:
     for path, status in (("/v1/nothing", 404), ("/health", 200), ("/openapi.json", 200)):
         request = urllib.request.Request(base + path, headers={"Authorization": "Bearer k"})
         try:
-            with urllib.request.urlopen(request, timeout=5) as reply:
+            with urllib.request.urlopen(request, timeout=30) as reply:
                 found, headers = reply.status, reply.headers
         except urllib.error.HTTPError as error:
             found, headers = error.code, error.headers

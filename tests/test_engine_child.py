@@ -99,7 +99,7 @@ def test_a_reader_that_sleeps_stops_nobody() -> None:
 
     Reports(writing, lost.set, read)
     for _ in range(3):  # the pipe holds one
-        assert said.acquire(timeout=10)
+        assert said.acquire(timeout=30)
     os.close(reading)
     assert lost.wait(30)
     os.close(writing)

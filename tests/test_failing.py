@@ -4,7 +4,9 @@ of the process."""
 from __future__ import annotations
 
 import random
+import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import pytest
 from fake_runner import FakeRunner
@@ -73,12 +75,21 @@ def test_what_runs_in_an_engine_that_fails_goes_on_elsewhere(fleet: Make) -> Non
     pool, engines = fleet(2)
     prompts = [f"{i} tales" for i in range(6)]
     whole = [undisturbed(request(prompt=p, max_tokens=90)).text for p in prompts]
+    failed: list[Engine] = []
+    once = threading.Lock()
+
+    def fail(engine: Engine, batch: Batch) -> None:
+        """The first of them, in the middle of an answer."""
+        if any(chunk.start > 20 for chunk in batch.chunks) and once.acquire(blocking=False):
+            failed.append(engine)
+            engine.local.runner.crash_next = True
+
+    for engine in engines:
+        engine.local.runner.before = partial(fail, engine)
     streams = [pool.submit(request(p, 90, p)) for p in prompts]
-    wait_for(lambda: all(stream.text for stream in streams))
-    failing = max(engines, key=lambda engine: engine.local.stats().num_running)
-    failing.local.runner.crash_next = True
     assert [stream.result(30).text for stream in streams] == whole
     assert pool.num_moves
+    (failing,) = failed
     state = failing.client.state
     assert state.is_gone and not state.blameless and "the fake is broken" in str(state.reason)
     assert not failing.server.connection.path.exists()

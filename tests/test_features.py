@@ -15,6 +15,7 @@ from fakes import wait_for
 import llmkit
 from llmkit.backend.llama import LlamaRunner
 from llmkit.backend.model import LlamaModel
+from llmkit.engine.batch import Batch, StepOutput
 from llmkit.errors import InvalidRequestError
 from llmkit.models.registry import resolve
 from llmkit.protocol import Completion, GenerationRequest, SamplingParams
@@ -137,6 +138,19 @@ def test_a_prompt_can_be_scored_alone(llm: llmkit.LLM) -> None:
     )
 
 
+def held_from(engine: LocalEngine, position: int) -> threading.Event:
+    """No step computes a token there or later before the event is set."""
+    goes_on, execute = threading.Event(), engine._runner.execute
+
+    def wait(batch: Batch) -> StepOutput:
+        if any(chunk.start >= position for chunk in batch.chunks):
+            assert goes_on.wait(60)
+        return execute(batch)
+
+    engine._runner.execute = wait  # type: ignore[method-assign]
+    return goes_on
+
+
 def test_an_urgent_request_preempts_and_the_other_ends_the_same() -> None:
     engine = LocalEngine("smollm2", n_ctx=512, n_slots=1)
     for temperature in (0.0, 0.9):
@@ -149,6 +163,7 @@ def test_an_urgent_request_preempts_and_the_other_ends_the_same() -> None:
         }
         run(engine, PASSAGE, max_tokens=1)
         alone = run(engine, PASSAGE, **options)
+        goes_on = held_from(engine, alone.usage.prompt_tokens + 8)
         slow = engine.submit(
             GenerationRequest(
                 f"slow{temperature}", SamplingParams(**options), prompt=PASSAGE, priority=1
@@ -156,7 +171,10 @@ def test_an_urgent_request_preempts_and_the_other_ends_the_same() -> None:
         )
         wait_for(lambda slow=slow: slow.text)
         before = engine.stats().preemptions_total
-        assert run(engine, "Quick:", max_tokens=4).usage.completion_tokens == 4
+        quick = GenerationRequest(f"quick{temperature}", SamplingParams(max_tokens=4), "Quick:")
+        urgent = engine.submit(quick)
+        goes_on.set()
+        assert urgent.result(60).usage.completion_tokens == 4
         assert slow.result(60).text == alone.text
         assert engine.stats().preemptions_total == before + 1
     engine.close()

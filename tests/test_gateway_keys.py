@@ -60,7 +60,7 @@ async def test_a_stranger_is_refused_before_the_body(closed: Api) -> None:
     writer.write(
         b"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 16000000\r\n\r\n"
     )
-    assert (await asyncio.wait_for(reader.readline(), 10)).split()[1] == b"401"
+    assert (await asyncio.wait_for(reader.readline(), 30)).split()[1] == b"401"
     writer.close()
 
 

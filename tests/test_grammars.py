@@ -44,6 +44,7 @@ def test_a_schema_is_kept(llm: llmkit.LLM, temperature: float) -> None:
         ["A person as JSON:"] * 4,
         max_tokens=120,
         temperature=temperature,
+        seed=3,
         grammar=Grammar("json_schema", json.dumps(PERSON)),
     )
     for completion in many:

@@ -205,7 +205,7 @@ def test_a_grammar_that_costs_too_much_is_refused(engine) -> None:  # type: igno
             engine.submit(
                 GenerationRequest("r", SamplingParams(grammar=Grammar(kind, text)), prompt="a")
             )
-        assert time.monotonic() - began < 20
+        assert time.monotonic() - began < 60
     many = Grammar("gbnf", "root ::= " + " | ".join(f'"w{i:05}"' for i in range(6000)))
     text = (
         engine.submit(

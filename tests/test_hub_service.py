@@ -334,7 +334,7 @@ def test_a_socket_of_a_browser(hub: HubWithModels) -> None:
 
 OPENS = """async url => {
   const opened = window.open(url);
-  for (let tries = 0; tries < 200; tries++) {
+  for (let tries = 0; tries < 1200; tries++) {
     await new Promise(resolve => setTimeout(resolve, 50));
     try {
       const proof = opened.document.documentElement?.dataset.proof;

@@ -187,7 +187,7 @@ def test_attach_to_the_model_of_another_process() -> None:
     assert again.generate("a", max_tokens=1).usage.completion_tokens == 1, (
         "letting go left it loaded"
     )
-    other.communicate(timeout=20)
+    other.communicate(timeout=60)
     wait_for(lambda: again.closed)
     with pytest.raises(EngineGoneError):
         again.generate("a")

@@ -177,7 +177,7 @@ def test_use_over_a_socket_is_activity(hub: Hub, ann: UserServer) -> None:
     def last() -> datetime:
         return datetime.fromisoformat((hub.server("ann") or {})["last_activity"])
 
-    wait_for(lambda: last() >= asked, 20)
+    wait_for(lambda: last() >= asked, 60)
 
 
 @pytest.mark.parametrize("who", ["bob", "a stranger", "nobody"])

@@ -204,7 +204,9 @@ def test_broken_files_are_listed_with_their_fault(root: Path, shelf: Library) ->
 
 
 @settings(
-    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=150,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(data=st.data())
 def test_no_header_stops_the_listing(data: Any, root: Path, shelf: Library) -> None:

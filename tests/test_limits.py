@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import re
 import time
 from datetime import UTC, date, datetime
 from pathlib import Path
@@ -205,11 +206,11 @@ async def test_a_rate_is_held_and_said(model: FakeClient) -> None:
             assert reply.code == 200
             assert reply.headers["x-ratelimit-limit-requests"] == "3"
             assert reply.headers["x-ratelimit-remaining-requests"] == str(left)
-            assert reply.headers["x-ratelimit-reset-requests"] in ("1m0s", "60s", "59s")
+            assert re.fullmatch("1m0s|60s|[345].s", reply.headers["x-ratelimit-reset-requests"])
         reply = await ann.fetch("POST", "/v1/completions", COMPLETION)
         error = is_error(reply, 429)
         assert (error["type"], error["code"]) == ("rate_limit_error", "rate_limit_exceeded")
-        assert 50 <= int(reply.headers["Retry-After"]) <= 60
+        assert 30 <= int(reply.headers["Retry-After"]) <= 60
         assert reply.headers["x-ratelimit-remaining-requests"] == "0"
         assert (await ann.fetch("GET", "/v1/models")).code == 200, "a look costs nothing"
         assert (await api.by("secret-bob").post("/v1/completions", COMPLETION))[0] == 200
@@ -233,24 +234,23 @@ async def test_only_what_computes_counts(model: FakeClient) -> None:
 
 
 async def test_requests_at_once(model: FakeClient) -> None:
-    model.runner.step_s = 0.02
-    long = {**COMPLETION, "max_tokens": 60}
+    long = {**COMPLETION, "max_tokens": 2000}
     async with served([entry(concurrent=2), entry("bob")], max_concurrent=3) as api:
         for name, most in (("ann", 2), ("bob", 3)):
             by = api.by(f"secret-{name}")
-            replies = await asyncio.gather(
-                *(by.fetch("POST", "/v1/completions", long) for _ in range(6))
-            )
-            codes = [reply.code for reply in replies]
-            assert (codes.count(200), codes.count(429)) == (most, 6 - most)
-            refused = next(reply for reply in replies if reply.code == 429)
-            assert is_error(refused, 429)["code"] == "too_many_concurrent_requests"
-            assert refused.headers["Retry-After"]
+            model.runner.step_s = 0.02
+            calls = [by.fetch("POST", "/v1/completions", long) for _ in range(6)]
+            coming = asyncio.as_completed(calls)
+            for refused in [await next(coming) for _ in range(6 - most)]:
+                assert is_error(refused, 429)["code"] == "too_many_concurrent_requests"
+                assert refused.headers["Retry-After"]
+            model.runner.step_s = 0.0
+            assert [(await each).code for each in coming] == [200] * most
             assert (await by.post("/v1/completions", COMPLETION))[0] == 200, "places come back"
 
 
 async def leave(port: int, body: dict[str, Any]) -> None:
-    """Begin to read a stream, and go."""
+    """Read some of a stream, and go."""
     data = json.dumps(body).encode()
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     writer.write(
@@ -258,7 +258,8 @@ async def leave(port: int, body: dict[str, Any]) -> None:
         b"Content-Length: %d\r\n\r\n%s" % (len(data), data)
     )
     assert (await reader.readline()).startswith(b"HTTP/1.1 200")
-    await asyncio.sleep(0.2)
+    for _ in range(20):
+        await reader.readuntil(b"data: ")
     writer.close()
 
 
@@ -304,7 +305,7 @@ async def test_budgets(model: FakeClient, database: Database) -> None:
 async def test_budgets_survive_a_restart(model: FakeClient, tmp_path: Path) -> None:
     for number in range(3):
         database = open_database(f"sqlite:///{tmp_path}/llmkit.db")
-        async with served([entry(tokens_per_day=20)], database) as api:
+        async with served([entry(tokens_per_day=20)], database, clock=Hands().clock()) as api:
             code, _ = await api.by("secret-ann").post("/v1/completions", COMPLETION)
             assert code == (200 if number < 2 else 429)
         database.close()
@@ -319,7 +320,7 @@ async def test_what_a_client_left_is_paid_for(model: FakeClient, database: Datab
         usage = UsageStore(database)
         await asyncio.to_thread(wait_for, lambda: usage.tokens(date(2000, 1, 1)) != {})
         (days,) = usage.tokens(date(2000, 1, 1)).values()
-        assert 100 + 5 < sum(days.values()) < 400
+        assert 100 + 5 < sum(days.values()) < 3000
 
 
 async def test_embeddings_and_every_choice_are_paid_for(

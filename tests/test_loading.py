@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fakes import wait_for
 
 from llmkit.backend import model as backend
 from llmkit.backend.model import LlamaModel, Loading
@@ -127,4 +128,4 @@ def test_an_interrupt_before_anybody_waits_frees_the_weights(
     with pytest.raises(KeyboardInterrupt):
         LlamaModel(resolve("smollm2").path, n_gpu_layers=0)
     assert freed == made != []
-    assert not [t for t in threading.enumerate() if t.name == "llmkit-load"]
+    wait_for(lambda: not [t for t in threading.enumerate() if t.name == "llmkit-load"])

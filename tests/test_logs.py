@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 from fakes import FakeClient, wait_for
 from gateway_client import CHAT, Api, serve
+from governed import until
 
 from llmkit.gateway.exchange import Exchange
 from llmkit.gateway.failures import ApiError
@@ -80,7 +81,7 @@ async def api(model: FakeClient, sink: Sink) -> AsyncIterator[Api]:
 async def entries(sink: Sink, number: int, logger: str = "llmkit.access") -> list[dict[str, Any]]:
     """The records of a logger, once there are as many as expected."""
     found: list[dict[str, Any]] = []
-    for _ in range(200):
+    for _ in range(1500):
         found = [e for line in sink.lines if (e := json.loads(line))["logger"] == logger]
         if len(found) >= number:
             break
@@ -103,7 +104,7 @@ async def test_each_request_is_one_line(api: Api, sink: Sink) -> None:
     assert whole["address"] == "127.0.0.1" and whole["method"] == "POST"
     assert (whole["model"], whole["operation"], whole["status"]) == ("fake", "chat", 200)
     assert (whole["prompt_tokens"], whole["completion_tokens"]) == (8, 6)
-    assert 0 <= whole["queue_ms"] <= whole["ttft_ms"] <= whole["total_ms"] < 10_000
+    assert 0 <= whole["queue_ms"] <= whole["ttft_ms"] <= whole["total_ms"] < 60_000
     assert not whole["stream"] and stream["stream"] and stream["cached_tokens"] > 0
     assert (vectors["operation"], vectors["prompt_tokens"]) == ("embeddings", 2)
     assert refused["status"] == 400 and refused["error"] and "model" not in refused
@@ -239,7 +240,8 @@ async def test_a_log_that_cannot_be_written_stops_nothing(
     sink.fault = fault
     for _ in range(5):
         assert (await api.post("/v1/chat/completions", CHAT))[0] == 200
-    await asyncio.sleep(0.2)
+    (handler,) = (h for h in logging.getLogger().handlers if isinstance(h, LogHandler))
+    await until(lambda: handler.num_lost == 5)
     sink.fault = None
     assert (await api.post("/v1/chat/completions", CHAT))[0] == 200
     (line,) = await entries(sink, 1)

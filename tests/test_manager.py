@@ -131,14 +131,14 @@ def test_an_idle_model_is_unloaded_and_comes_back(manage: Callable[..., ModelMan
     time.sleep(1.2)
     assert phases(manager)["a"] == "ready"  # in use
     manager.leave("a", entered)
-    wait_for(lambda: phases(manager)["a"] == "unloaded", 20)
+    wait_for(lambda: phases(manager)["a"] == "unloaded", 60)
     assert not manager.pids()
     manager.keep("a", None)  # never again
     manager.load("a").result(LOAD_S)
     time.sleep(1.2)
     assert phases(manager)["a"] == "ready"
     manager.keep("a", 0)
-    wait_for(lambda: phases(manager)["a"] == "unloaded", 20)
+    wait_for(lambda: phases(manager)["a"] == "unloaded", 60)
 
 
 def test_unloading_waits_for_requests_or_is_refused_or_ends_them(
@@ -169,21 +169,18 @@ def test_a_crash_is_one_models_alone(manage: Callable[..., ModelManager]) -> Non
     manager = manage(small("a"), small("b"))
     wait_for(lambda: set(phases(manager).values()) == {"ready"}, LOAD_S)
     engines = {c.model.name: BridgeClient(c) for c in find_connections()}
-    streams = {
-        name: engine.submit(
-            GenerationRequest(name, SamplingParams(max_tokens=n, ignore_eos=True), prompt="One")
-        )
-        for (name, engine), n in (
-            (pair, 900 if pair[0] == "a" else 200) for pair in engines.items()
-        )
-    }
-    next(iter(streams["a"]))
+    params = {n: SamplingParams(max_tokens=t, ignore_eos=True) for n, t in (("a", 900), ("b", 200))}
+    many, (other,) = (
+        [engines[n].submit(GenerationRequest(f"{n}{i}", params[n], prompt="One")) for i in range(c)]
+        for n, c in (("a", 9), ("b", 1))
+    )
+    next(iter(many[0]))
     pid = manager.status("a").pid
     assert pid is not None
     os.kill(pid, signal.SIGSEGV)
     with pytest.raises(Exception, match="has ended"):
-        streams["a"].result(30)
-    assert streams["b"].result(60).usage.completion_tokens == 200
+        many[-1].result(30)  # which cannot have ended by itself
+    assert other.result(60).usage.completion_tokens == 200
     wait_for(lambda: manager.status("a").restarts == 1, 30)
     wait_for(lambda: phases(manager)["a"] == "ready", LOAD_S)
     assert manager.status("a").pid != pid
@@ -198,13 +195,14 @@ def test_a_crash_loop_ends_with_the_last_lines_of_its_log(
     monkeypatch.setattr("llmkit.workers.supervisor.FIRST_DELAY_S", 0.05)
     manager = manage(small("a"), small("b"))
     wait_for(lambda: set(phases(manager).values()) == {"ready"}, LOAD_S)
-    for crash in range(2):
-        wait_for(lambda n=crash: manager.status("a").restarts == n, 30)
+    killed: list[int | None] = [None]
+    for _ in range(2):
         wait_for(lambda: phases(manager)["a"] == "ready", LOAD_S)
+        wait_for(lambda: manager.status("a").pid not in killed)
         pid = manager.status("a").pid
         assert pid is not None
+        killed.append(pid)
         os.kill(pid, signal.SIGKILL)
-        wait_for(lambda: phases(manager)["a"] != "ready", 30)
     wait_for(lambda: phases(manager)["a"] == "failed", 30)
     assert "ended 2 times" in manager.status("a").reason
     assert "SIGKILL, perhaps because memory ran out" in manager.status("a").reason
@@ -316,7 +314,7 @@ def test_a_server_ends_only_when_nothing_is_left_to_serve(
         finding.load("huge").result(30)
     finding.check()
     eager = manage(ServedModel("bad", broken))
-    wait_for(lambda: phases(eager) == {"bad": "failed"}, 5)
+    wait_for(lambda: phases(eager) == {"bad": "failed"})
     with pytest.raises(ModelLoadError, match="broken"):
         eager.check()
 
@@ -331,29 +329,32 @@ def test_who_waits_longer_goes_first_though_its_victim_is_asked_for_again(
     )
     manager.load("victim").result(LOAD_S)
     new = manager.load("new")
-    wait_for(lambda: phases(manager)["victim"] in ("draining", "stopping", "unloaded"), 10)
+    wait_for(lambda: phases(manager)["victim"] in ("draining", "stopping", "unloaded"))
     again = manager.load("victim")  # comes first in the table, but later in time
     new.result(LOAD_S)
     assert not again.done() or again.exception() is None
 
 
 def test_models_of_the_start_push_nobody_out(manage: Callable[..., ModelManager]) -> None:
-    late = replace(small("b"), need=lambda _: time.sleep(0.5) or Need(500 * MB))
-    manager = manage(small("a", 500), late, budget=Budget(ram_bytes=800 * MB))
+    first = threading.Event()
+    late = replace(small("b"), need=lambda _: (first.wait(60), Need(500 * MB))[1])
+    manager = manage(
+        small("a", 500), late, budget=Budget(ram_bytes=800 * MB),
+        on_change=lambda s: first.set() if s.phase == "ready" else None,
+    )  # fmt: skip
     wait_for(lambda: phases(manager) == {"a": "ready", "b": "failed"}, LOAD_S)
     assert "make it lazy" in manager.status("b").reason and manager.status("a").loads == 1
 
 
 def test_a_reload_waits_for_old_requests_only(manage: Callable[..., ModelManager]) -> None:
-    manager = manage(small("a"), drain_s=30)
+    manager = manage(small("a"), drain_s=600)
     manager.load("a").result(LOAD_S)
     old = manager.enter("a")
     done = manager.unload("a", again=True)
     new = manager.enter("a")  # waits for the reload, so the reload must not wait for it
     manager.leave("a", old)
-    begun = time.monotonic()
-    done.result(30)
-    assert time.monotonic() - begun < 25 and phases(manager)["a"] == "ready"
+    done.result(LOAD_S)
+    assert phases(manager)["a"] == "ready"
     assert manager.status("a").num_used == 1
     manager.leave("a", new)
     assert manager.status("a").num_used == 0
@@ -369,7 +370,7 @@ def test_unloading_what_is_being_prepared_ends_it(manage: Callable[..., ModelMan
 
     manager = manage(ServedModel("a", slow, lambda _: Need(1), lazy=True))
     waiting = manager.load("a")
-    wait_for(lambda: made == [1], 5)
+    wait_for(lambda: made == [1])
     manager.unload("a").result(30)
     with pytest.raises(ModelBusyError, match="being unloaded"):
         waiting.result(30)
@@ -387,8 +388,7 @@ def test_nobody_waits_for_a_load_that_all_have_left(manage: Callable[..., ModelM
     manager.load("a").result(LOAD_S)
     waiting = manager.load("b")
     waiting.cancel()
-    time.sleep(0.6)
-    assert manager._places["b"].waiters == []
+    wait_for(lambda: manager._places["b"].waiters == [])
 
 
 def test_after_the_end_nothing_waits(manage: Callable[..., ModelManager]) -> None:

@@ -151,7 +151,9 @@ def test_a_file_that_is_cut_is_a_400_and_the_server_goes_on(served: ServedModels
     part = {"type": "image_url", "image_url": {"url": address(cut[: len(cut) * 2 // 3])}}
     body: dict[str, Any] = {"model": MODEL, "messages": [{"role": "user", "content": [part]}]}
     for stream in (False, True):
-        reply = httpx.post(served.url + "v1/chat/completions", json={**body, "stream": stream})
+        reply = httpx.post(
+            served.url + "v1/chat/completions", json={**body, "stream": stream}, timeout=60
+        )
         assert reply.status_code == 400, reply.text
         assert "cut off or broken" in reply.json()["error"]["message"]
     assert "red" in by_openai(served.url, "red").lower()

@@ -4,6 +4,7 @@ it sees."""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +25,7 @@ from llmkit.bridge.client import BridgeClient
 from llmkit.bridge.server import BridgeServer
 from llmkit.chat.template import CHATML
 from llmkit.engine import drafter
-from llmkit.engine.batch import Batch, Chunk, Open, Truncate
+from llmkit.engine.batch import Batch, Chunk, Open, StepOutput, Truncate
 from llmkit.engine.draft import Payoff
 from llmkit.engine.media import Item, cells
 from llmkit.protocol import (
@@ -121,7 +122,9 @@ def test_a_prefix_with_a_picture_is_shared_parked_and_restored(
     assert small.stats().encoded_total == before
 
 
-def test_preempted_and_aborted(small: LocalEngine, reference: Reference) -> None:
+def test_preempted_and_aborted(
+    small: LocalEngine, reference: Reference, monkeypatch: pytest.MonkeyPatch
+) -> None:
     slow = [
         asking(
             f"{i} ",
@@ -133,10 +136,21 @@ def test_preempted_and_aborted(small: LocalEngine, reference: Reference) -> None
         )
         for i in range(3)
     ]
-    streams = [small.submit(request) for request in slow]
+    go_on, runner, streams = threading.Event(), small._engine._runner, []
+    execute = runner.execute
+
+    def held(batch: Batch) -> StepOutput:
+        """They are not to end before the next one comes."""
+        if len(streams) == 3 and all(stream.text for stream in streams):
+            go_on.wait(60)
+        return execute(batch)
+
+    monkeypatch.setattr(runner, "execute", held)
+    streams += [small.submit(request) for request in slow]
     wait_for(lambda: all(stream.text for stream in streams))
     urgent = asking("urgent ", png(50, 56), " now")
     gone = small.submit(asking("gone ", png(51, 300, 280), " never", priority=-1))
+    go_on.set()
     wait_for(lambda: small.stats().preemptions_total)
     gone.close()
     answers(small, reference, urgent)

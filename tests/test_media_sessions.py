@@ -68,7 +68,7 @@ def test_later_turns_see_the_picture(served: ServedModels, model: ScriptedModel)
     assert told(model) == [("user", [ASKED, PNG])]
     post(served, f"v1/sessions/{session}/messages", {"model": "seer", "content": "And now?"})
     assert told(model)[0] == ("user", [ASKED, PNG]) and told(model)[-1] == ("user", ["And now?"])
-    found = httpx.get(served.url + f"v1/sessions/{session}/messages").json()["data"]
+    found = httpx.get(served.url + f"v1/sessions/{session}/messages", timeout=30).json()["data"]
     assert found[0]["content"] == [
         {"type": "text", "text": ASKED},
         {"type": "media", "digest": digest_of(PNG), "kind": "image"},
@@ -82,10 +82,10 @@ def test_later_turns_see_the_picture(served: ServedModels, model: ScriptedModel)
         served.url + f"v1/sessions/{session}/messages/{found[0]['id']}", json=edited, timeout=30
     )
     assert reply.status_code == 200 and told(model) == [("user", ["Why?", PNG])]
-    file = httpx.get(served.url + f"v1/sessions/{session}/media/{digest_of(PNG)}")
+    file = httpx.get(served.url + f"v1/sessions/{session}/media/{digest_of(PNG)}", timeout=30)
     assert file.content == PNG and file.headers["content-type"] == "image/png"
     assert "sandbox" in file.headers["content-security-policy"]
-    missing = httpx.get(served.url + f"v1/sessions/{session}/media/{'0' * 64}")
+    missing = httpx.get(served.url + f"v1/sessions/{session}/media/{'0' * 64}", timeout=30)
     assert missing.status_code == 404
     post(served, f"v1/sessions/{session}/messages", {"model": "blind", "content": "See?"}, 400)
     strange = [{"type": "media", "digest": "0" * 64, "kind": "image"}]
@@ -120,10 +120,10 @@ def test_to_be_counted_each_file_is_sent_once(forgets: bool) -> None:
 def test_a_fork_and_an_import_have_the_picture(served: ServedModels, model: ScriptedModel) -> None:
     session = begun(served)
     fork = post(served, f"v1/sessions/{session}/fork", {})["id"]
-    exported = httpx.get(served.url + f"v1/sessions/{session}/export").json()
+    exported = httpx.get(served.url + f"v1/sessions/{session}/export", timeout=30).json()
     assert exported["messages"][0]["content"][1] == PART
     copy = post(served, "v1/sessions/import", exported)["id"]
-    httpx.delete(served.url + f"v1/sessions/{session}")
+    httpx.delete(served.url + f"v1/sessions/{session}", timeout=30)
     for other in (fork, copy):
         post(served, f"v1/sessions/{other}/messages", {"model": "seer", "content": "And?"})
         assert told(model)[0] == ("user", [ASKED, PNG])
@@ -263,7 +263,7 @@ def test_a_stored_response_keeps_its_picture_apart(
     image = {"type": "input_image", "image_url": address(large, "image/bmp")}
     text = {"type": "input_text", "text": ASKED}
     asked = {"model": "seer", "input": [{"role": "user", "content": [image, text]}]}
-    httpx.delete(served.url + "v1/sessions")
+    httpx.delete(served.url + "v1/sessions", timeout=30)
     first = post(served, "v1/responses", asked)
     assert first["store"] is True
     second = post(
@@ -272,13 +272,15 @@ def test_a_stored_response_keeps_its_picture_apart(
         {"model": "seer", "input": "And?", "previous_response_id": first["id"]},
     )
     assert told(model)[0] == ("user", [large, ASKED]) and told(model)[-1] == ("user", ["And?"])
-    items = httpx.get(served.url + f"v1/responses/{first['id']}/input_items").json()["data"]
+    items = httpx.get(served.url + f"v1/responses/{first['id']}/input_items", timeout=30).json()[
+        "data"
+    ]
     assert items[0]["content"] == [image, text]
     reference = {"type": "item_reference", "id": items[0]["id"]}
     post(served, "v1/responses", {"model": "seer", "input": [reference]})
     assert told(model) == [("user", [large, ASKED])]
     # What continues a response keeps what that was asked with.
-    assert httpx.delete(served.url + f"v1/responses/{first['id']}").status_code == 200
+    assert httpx.delete(served.url + f"v1/responses/{first['id']}", timeout=30).status_code == 200
     again = {"model": "seer", "input": "And?", "previous_response_id": second["id"]}
     post(served, "v1/responses", again)
     assert told(model)[0] == ("user", [large, ASKED])

@@ -156,7 +156,7 @@ async def test_all_families_count_what_was_answered(measured: Api) -> None:
             samples = await scrape(api)
         return samples
 
-    samples = await asyncio.wait_for(counted(), 10)
+    samples = await asyncio.wait_for(counted(), 30)
     there = {name for name, _ in samples}
     assert there >= NAMES, NAMES - there
 

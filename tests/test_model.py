@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import itertools
+import threading
 import time
 
 import numpy as np
@@ -303,8 +305,15 @@ def test_what_fails_on_a_deep_stack_names_its_field() -> None:
         assert error.value.param == param
 
 
-def test_stop_in_a_long_prefill_is_quick(model: LlamaModel) -> None:
+def test_stop_in_a_long_prefill_is_quick(
+    model: LlamaModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
     engine = LocalEngine("smollm2", n_ctx=4096, n_slots=1)
+    steps, closed, runner = itertools.count(), threading.Event(), engine._engine._runner
+    execute = runner.execute  # whose third step waits until the stream is closed
+    monkeypatch.setattr(
+        runner, "execute", lambda b: (next(steps) < 2 or closed.wait(60), execute(b))[1]
+    )
     stream = engine.submit(
         GenerationRequest(
             "p", SamplingParams(max_tokens=4000, ignore_eos=True), prompt="word and " * 1500
@@ -312,6 +321,7 @@ def test_stop_in_a_long_prefill_is_quick(model: LlamaModel) -> None:
     )
     wait_for(lambda: engine.stats().num_running == 1)
     stream.close()
+    closed.set()
     assert stream.wait(30).finish_reason is FinishReason.ABORT  # type: ignore[union-attr]
     assert engine.stats().kv_cached_tokens < 2500, (
         "the step was interrupted, and the rest of the prompt was never begun"

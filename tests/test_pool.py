@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 from fakes import FakeClient, wait_for
-from mortal import Mortal, busy, request, undisturbed
+from mortal import Mortal, request, undisturbed
+from pausing import end_stuck, hold, let_go, stuck
 
 from llmkit.cluster.pool import ReplicaPool
 from llmkit.errors import (
@@ -54,10 +55,12 @@ def replicas() -> Iterator[Callable[..., tuple[ReplicaPool, list[Mortal]]]]:
 def test_a_stream_whose_replica_dies_goes_on_elsewhere(replicas: Any, after: int) -> None:
     pool, members = replicas()
     wanted = request(max_tokens=60)
+    hold(members, after)
     stream = pool.submit(wanted)
-    pieces = iter(stream)
-    text = "".join(next(pieces) for _ in range(after))
-    busy(members).end()
+    pieces, text = iter(stream), ""
+    while len(text) < after:
+        text += next(pieces)
+    end_stuck(members)
     text += "".join(pieces)
     whole, done = undisturbed(wanted), stream.result(30)
     assert text == whole.text == done.text
@@ -71,10 +74,11 @@ def test_stop_strings_and_held_back_text_survive(replicas: Any) -> None:
     stop = whole[20:24]
     pool, members = replicas()
     wanted = request(max_tokens=60, sampling={"stop": (stop,)})
+    hold(members, 8)
     stream = pool.submit(wanted)
     pieces = iter(stream)
-    text = "".join(next(pieces) for _ in range(5))
-    busy(members).end()
+    text = next(pieces)
+    end_stuck(members)
     text += "".join(pieces)
     assert text == whole[: whole.index(stop)] == stream.result(30).text
     assert stream.result(30).stop == stop
@@ -83,53 +87,60 @@ def test_stop_strings_and_held_back_text_survive(replicas: Any) -> None:
 def test_all_choices_go_on(replicas: Any) -> None:
     pool, members = replicas()
     wanted = request(max_tokens=50, n=3)
+    hold(members, 8)
     streams = pool.submit_choices(wanted)
     assert [s.request_id for s in streams] == ["x-0", "x-1", "x-2"]
     wait_for(lambda: len(streams[0].text) > 3)
     [one] = [m for m in members if m.asked]
     assert one.asked == ["x-0", "x-1", "x-2"], "one replica computes their prompt once"
-    one.end()
+    end_stuck(members)
     whole = undisturbed(request(max_tokens=50)).text
     assert [s.result(30).text for s in streams] == [whole] * 3
 
 
 def test_a_prompt_that_kills_engines_kills_two(replicas: Any) -> None:
     pool, members = replicas(4)
+    hold(members, 3)
     stream = pool.submit(request())
     for _ in range(2):
-        busy(members).end()
+        stuck(members).end()
     with pytest.raises(EngineDiedError, match="2 engines ended"):
         stream.result(30)
     alive = [m for m in members if not m.phase.is_gone]
     assert len(alive) == 2 and not any(m.asked for m in alive)
     with pytest.raises(EngineDiedError, match="refused"):
         pool.submit(request("again"))
+    let_go(alive)
     assert pool.submit(request("other", prompt="Another")).result(30).usage.completion_tokens == 40
 
 
 def test_deaths_of_the_same_prompt_elsewhere_count(replicas: Any) -> None:
     pool, members = replicas(4)
+    hold(members, 4)
     first = pool.submit(request("a"))
     for _ in range(2):
-        busy(members).end()
+        stuck(members).end()
     with pytest.raises(EngineDiedError):
         first.result(30)
     second = pool.submit(request("b", prompt="Another"))
     wait_for(lambda: len(second.text) > 2)
-    busy(members).end()
+    end_stuck(members)
     assert second.result(30).text == undisturbed(request(prompt="Another")).text
 
 
 def test_a_draining_replica_gets_nothing_new_and_finishes(replicas: Any) -> None:
     pool, members = replicas()
+    hold(members, 3)
     running = pool.submit(request("running"))
-    one = busy(members)
+    one = stuck(members)
     other = next(m for m in members if m is not one)
+    let_go([other])
     one.drain()
     more = [pool.submit(request(f"new {i}")) for i in range(6)]
     for stream in more:
         assert stream.result(30).usage.completion_tokens == 40
     assert one.asked[:1] == ["running"] and len(other.asked) >= 6
+    let_go([one])
     assert running.result(30).text == undisturbed(request()).text
     assert len([a for a in one.asked if a.startswith("new")]) <= 1, "refused at most once"
     other.drain()
@@ -138,16 +149,19 @@ def test_a_draining_replica_gets_nothing_new_and_finishes(replicas: Any) -> None
 
 def test_drained_past_the_grace_is_no_death(replicas: Any) -> None:
     pool, members = replicas(4)
+    hold(members, 5)
     stream = pool.submit(request(max_tokens=200))
     for i in range(3):
         wait_for(lambda n=i: len(stream.text) > 3 + 3 * n)
-        busy(members).end(blameless=True)
+        stuck(members).end(blameless=True)
+    let_go(m for m in members if not m.state.is_gone)
     assert stream.result(30).text == undisturbed(request(max_tokens=200)).text
     assert pool.submit(request()).result(30).usage.completion_tokens == 40
 
 
 def test_without_replicas_a_request_waits_for_one(replicas: Any) -> None:
-    pool, [only] = replicas(1)
+    pool, [only] = replicas(1, patience_s=60.0)
+    hold([only], 8)
     stream = pool.submit(request(max_tokens=60))
     wait_for(lambda: len(stream.text) > 5)
     only.end()
@@ -163,6 +177,7 @@ def test_without_replicas_a_request_waits_for_one(replicas: Any) -> None:
 
 def test_patience_ends(replicas: Any) -> None:
     pool, [only] = replicas(1, patience_s=0.3)
+    hold([only], 4)
     stream = pool.submit(request())
     wait_for(lambda: len(stream.text) > 2)
     only.end()
@@ -174,17 +189,20 @@ def test_patience_ends(replicas: Any) -> None:
 def test_abort_at_any_stage(replicas: Any) -> None:
     pool, members = replicas(2)
     pool.submit(request("at once", max_tokens=200)).close()
+    hold(members, 8)
     running = pool.submit(request("running", max_tokens=200))
     wait_for(lambda: len(running.text) > 2)
     running.close()
     assert running.result(30).finish_reason is FinishReason.ABORT
+    hold(members, 8)
     moved = pool.submit(request("moved", max_tokens=200))
     wait_for(lambda: len(moved.text) > 2)
-    busy(members).end()
+    stuck(members).end()
     wait_for(lambda: len(moved.text) > 10)
     moved.close()
     assert moved.result(30).finish_reason is FinishReason.ABORT
     left = next(m for m in members if not m.phase.is_gone)
+    hold([left], 4)
     parked = pool.submit(request("parked", max_tokens=200))
     wait_for(lambda: len(parked.text) > 2)
     left.end()
@@ -195,8 +213,9 @@ def test_abort_at_any_stage(replicas: Any) -> None:
 
 def test_a_dropped_stream_frees_its_slot(replicas: Any) -> None:
     pool, members = replicas()
+    hold(members, 3)
     stream = pool.submit(request(max_tokens=200))
-    busy(members)
+    wait_for(lambda: any(m.stats().num_running for m in members))
     del stream
     wait_for(lambda: all(m.stats().num_running == 0 for m in members))
 
@@ -214,9 +233,10 @@ def test_one_that_cannot_be_resumed_says_so(replicas: Any) -> None:
     pool, members = replicas()
     for member in members:
         member.hides_tokens = True
+    hold(members, 4)
     stream = pool.submit(request())
     wait_for(lambda: len(stream.text) > 2)
-    busy(members).end()
+    end_stuck(members)
     with pytest.raises(EngineGoneError, match="no other can go on"):
         stream.result(30)
 
@@ -257,10 +277,11 @@ def test_counters_never_fall(replicas: Any) -> None:
 
 def test_a_member_that_vanishes_counts_as_dead_unless_it_said_so(replicas: Any) -> None:
     pool, members = replicas(4)
+    hold(members, 3)
     stream = pool.submit(request(max_tokens=150))
     names = {m.label: m for m in members}
     for _ in range(2):
-        one = busy(members)
+        one = stuck(members)
         del names[one.label]
         one.close = one.end  # type: ignore[method-assign]  # its connection is closed
         pool.update(names)

@@ -9,14 +9,17 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from fake_runner import FakeRunner
 from fakes import FakeClient, wait_for
-from mortal import Mortal, busy, request, undisturbed
+from mortal import Mortal, request, undisturbed
+from pausing import FOREVER, end_stuck, hold, let_go, stuck
 
 from llmkit.bridge import wire
 from llmkit.bridge.client import BridgeClient
 from llmkit.cluster.blame import Suspect, blame
 from llmkit.cluster.breaker import MAX_S, Breaker
 from llmkit.cluster.pool import ReplicaPool
+from llmkit.engine.batch import Batch, StepOutput
 from llmkit.errors import EngineDiedError, EngineError, EngineGoneError, QueueFullError
 from llmkit.protocol import (
     EmbeddingRequest,
@@ -60,8 +63,15 @@ class Poisoned(Mortal):
     def submit(self, request: GenerationRequest) -> Stream:
         stream = super().submit(request)
         if request.prompt == "poison":
+            self.runner.execute = lambda batch: self._compute(batch, stream.channel)  # type: ignore[method-assign]
             threading.Thread(target=self._die, args=(stream.channel,)).start()
         return stream
+
+    def _compute(self, batch: Batch, channel: Channel) -> StepOutput:
+        """It computes no more than it can die of."""
+        if len(channel.text_parts) > 3:
+            self.runner.step_s = FOREVER
+        return FakeRunner.execute(self.runner, batch)
 
     def _die(self, channel: Channel) -> None:
         wait_for(lambda: len(channel.text_parts) > 3)
@@ -97,7 +107,7 @@ def test_bystanders_survive_a_prompt_that_kills(count: int) -> None:
             pool.update(dict(there))
         return killer.finished and all(s.finished for s in streams)
 
-    wait_for(started_again, 20)
+    wait_for(started_again)
     with pytest.raises(EngineDiedError, match="engines ended"):
         killer.result(30)
     assert [s.result(30).text for s in streams] == whole
@@ -142,9 +152,11 @@ def test_a_replica_that_is_full_when_asked_later(replicas: Make) -> None:
 
 def test_what_was_admitted_once_waits_for_room(replicas: Make) -> None:
     pool, members = replicas(2)
+    hold(members, 5)
     stream = pool.submit(request(max_tokens=80))
-    one = busy(members)
+    one = stuck(members)
     other = next(m for m in members if m is not one)
+    let_go([other])
     other.refuses = QueueFullError("1024 requests wait")
     wait_for(lambda: len(stream.text) > 3)
     one.end()
@@ -222,9 +234,10 @@ def test_sound_is_not_taken_over_in_the_middle(replicas: Make) -> None:
     pool, members = replicas(2)
     for member in members:
         member.hides_tokens = True
+    hold(members, 4)
     stream = pool.submit(request(hearing=Hearing(b"RIFF")))
     wait_for(lambda: len(stream.text) > 2)
-    busy(members).end()
+    end_stuck(members)
     with pytest.raises(EngineGoneError, match="heard, spoken or drawn in part"):
         stream.result(30)
 
@@ -233,8 +246,9 @@ def test_an_older_engine_is_not_asked_to_go_on(
     replicas: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pool, members = replicas(3)
+    hold(members, 5)
     stream = pool.submit(request(max_tokens=80))
-    one = busy(members)
+    one = stuck(members)
     left = [m for m in members if m is not one]
     old = {left[0].label}
     monkeypatch.setattr(
@@ -285,11 +299,12 @@ def test_slots_of_all_replicas_are_told_apart(replicas: Make) -> None:
 
 def test_a_moved_request_keeps_its_name(replicas: Make) -> None:
     pool, members = replicas(2)
+    hold(members, 5)
     stream = pool.submit(request("mine", max_tokens=200))
-    one = busy(members)
+    one = stuck(members)
     wait_for(lambda: len(stream.text) > 3)
     one.end()
-    other = busy(members)
+    other = stuck(members)
     [there] = [a for a in other.asked if a.startswith("mine")]
     assert there != "mine"
     other.answers = {ListRequests: (RunningRequest(there, "", 0, 9, 0, 0, 1.0),)}

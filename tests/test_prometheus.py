@@ -201,8 +201,12 @@ class Prometheus:
         found: list[Any] = (await self.get(f"/api/v1/query?query={quote(expr)}"))["result"]
         return found
 
+    async def rules(self) -> dict[str, Any]:
+        found = await self.get("/api/v1/rules")
+        return {rule["name"]: rule for group in found["groups"] for rule in group["rules"]}
+
     async def ready(self) -> None:
-        for _ in range(200):
+        for _ in range(600):
             with contextlib.suppress(Exception):
                 if await self.query("1"):
                     return
@@ -256,11 +260,12 @@ async def prometheus(
 
 
 async def test_every_query_finds_data_of_a_real_run(prometheus: Prometheus) -> None:
-    (target,) = (await prometheus.get("/api/v1/targets"))["activeTargets"]
-    assert target["health"] == "up", target["lastError"]
+    async with asyncio.timeout(60):  # one scrape may fail of a machine that stalls
+        while (await prometheus.get("/api/v1/targets"))["activeTargets"][0]["health"] != "up":
+            await asyncio.sleep(SCRAPES_S)
 
     faults = []
-    values = {"$__rate_interval": "5s", "$job": ".*", "$instance": ".*", "$model": ".*"}
+    values = {"$__rate_interval": "60s", "$job": ".*", "$instance": ".*", "$model": ".*"}
     for title, expr in queries():
         filled = re.sub(r"\$\w+", lambda m: values[m[0]], expr)
         found = await prometheus.query(filled)
@@ -280,12 +285,12 @@ async def test_every_query_finds_data_of_a_real_run(prometheus: Prometheus) -> N
         # With bool a comparison tells how it ended, rather than dropping what does not fulfil it.
         told = re.sub(r" (==|<|>) ", r" \1 bool ", expr)
         assert told != expr and await prometheus.query(told), f"{name} has nothing to look at"
-    rules = await prometheus.get("/api/v1/rules")
-    found = {r["name"]: r for group in rules["groups"] for r in group["rules"]}
-    assert set(found) == {name for name, _ in alerts()}
-    assert all(rule["health"] == "ok" for rule in found.values()), found
-    assert found["LlmkitErrors"]["state"] == "pending", "a seventh of the requests failed"
-    assert found["LlmkitDown"]["state"] == "inactive"
+    async with asyncio.timeout(60):
+        while (states := await prometheus.rules())["LlmkitDown"]["state"] != "inactive":
+            await asyncio.sleep(SCRAPES_S)
+    assert set(states) == {name for name, _ in alerts()}
+    assert all(rule["health"] == "ok" for rule in states.values()), states
+    assert states["LlmkitErrors"]["state"] == "pending", "a seventh of the requests failed"
 
 
 async def test_the_names_with_colons_arrive(prometheus: Prometheus) -> None:
@@ -301,6 +306,5 @@ async def test_the_names_with_colons_arrive(prometheus: Prometheus) -> None:
     ):
         assert name in names
     assert not [name for name in names if name.startswith(("vllm_", "llamacpp_"))]
-    tokens = await prometheus.query("vllm:generation_tokens_total")
-    own = await prometheus.query("llmkit_generation_tokens_total")
-    assert float(tokens[0]["value"][1]) == float(own[0]["value"][1]) > 0
+    same = "sum(vllm:generation_tokens_total) == sum(llmkit_generation_tokens_total) > 0"
+    assert await prometheus.query(same), "of one scrape"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import socket
@@ -12,7 +13,7 @@ import pytest
 from access_client import exchange_raw, served
 from fakes import FakeClient
 from gateway_client import CHAT, Api, is_error
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tornado.iostream import IOStream, UnsatisfiableReadError
 
@@ -64,6 +65,7 @@ def test_the_client_is_the_last_address_that_is_no_proxy(
     assert Proxies().client(peer, headers) == peer, "nobody is believed unless named"
 
 
+@settings(deadline=None)
 @given(st.text(max_size=300), st.sampled_from(["X-Forwarded-For", "Forwarded", "X-Real-IP"]))
 def test_whatever_stands_in_the_headers_is_an_address_or_nothing(text: str, name: str) -> None:
     place(PROXIES.client("10.1.1.1", {name: text}))
@@ -74,10 +76,10 @@ def test_whatever_stands_in_the_headers_is_an_address_or_nothing(text: str, name
 
 
 def test_endless_headers_of_proxies_are_cheap() -> None:
-    began = time.perf_counter()
+    began = time.process_time()
     for _ in range(100):
         PROXIES.client("10.1.1.1", {"X-Forwarded-For": "10.0.0.1," * 100_000})
-    assert time.perf_counter() - began < 10
+    assert time.process_time() - began < 10
 
 
 def test_addresses_count_by_network() -> None:
@@ -245,17 +247,26 @@ async def test_every_answer_has_security_headers(model: FakeClient) -> None:
 async def test_so_many_heads_that_are_too_long_are_drained() -> None:
     """Beyond that a connection is closed at once, so they cost no more descriptors than that."""
     heads, pairs = Heads(most=2), [socket.socketpair() for _ in range(5)]
-    before = len(os.listdir("/proc/self/fd"))
+    inodes = {os.fstat(ours.fileno()).st_ino for ours, _ in pairs}
+
+    def num_open() -> int:
+        """Descriptors of ours: others come and go as they like."""
+        count = 0
+        for fd in os.listdir("/proc/self/fd"):
+            with contextlib.suppress(OSError):
+                count += os.fstat(int(fd)).st_ino in inodes
+        return count
+
     for ours, _ in pairs:
         stream = IOStream(ours)
         heads.bound(stream)
         stream.close(UnsatisfiableReadError(f"more than {MAX_HEAD_BYTES} bytes"))  # type: ignore[arg-type]
-    assert len(os.listdir("/proc/self/fd")) == before - 5 + 2
+    assert num_open() == 2
     for _, theirs in pairs:
         assert theirs.recv(1000).startswith(b"HTTP/1.1 414 ")
         theirs.close()
     async with asyncio.timeout(30):
-        while len(os.listdir("/proc/self/fd")) > before - 10:
+        while num_open():
             await asyncio.sleep(0.02)
     assert heads._num_drained == 0
 

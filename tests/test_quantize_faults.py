@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -12,8 +13,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import tiny_models
+from fakes import wait_for
 from tiny_models import leftovers
 
 from llmkit.bridge.child import Owner
@@ -96,6 +99,12 @@ def test_it_can_be_stopped(large: Path, tmp_path: Path) -> None:
     assert not leftovers(tmp_path)
 
 
+def lives(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.Error):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False
+
+
 def test_a_process_that_is_killed_leaves_no_child(large: Path, tmp_path: Path) -> None:
     code = (
         "import sys; from pathlib import Path; from llmkit.models.registry import resolve\n"
@@ -108,9 +117,10 @@ def test_a_process_that_is_killed_leaves_no_child(large: Path, tmp_path: Path) -
     while not leftovers(tmp_path) and time.monotonic() < end:
         time.sleep(0.02)
     (part,) = leftovers(tmp_path)
+    family = psutil.Process(parent.pid).children(recursive=True)
     parent.send_signal(signal.SIGKILL)
     parent.wait()
-    time.sleep(1.0)
+    wait_for(lambda: not any(map(lives, family)))
     size = part.stat().st_size
     time.sleep(0.5)
     assert part.stat().st_size == size, "nobody writes it any more"

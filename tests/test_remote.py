@@ -61,8 +61,8 @@ def test_a_remote_engine_is_the_same_engine(slow: FakeClient, remote: RemoteEngi
     results = [each.result() for each in remote.submit_choices(request)]
     assert [len(each.tokens) for each in results] == [4, 4, 4]
     assert len({each.request_id for each in results}) == 3
-    wait_for(lambda: remote.stats().requests_total >= 5)
-    assert remote.stats().num_slots == 4 and remote.stats().num_running == 0
+    wait_for(lambda: remote.stats().requests_total >= 5 and not remote.stats().num_running)
+    assert remote.stats().num_slots == 4
 
 
 def test_inquiries_and_vectors(remote: RemoteEngine) -> None:
@@ -302,18 +302,29 @@ def test_no_server_and_no_address(other: str, monkeypatch: pytest.MonkeyPatch) -
         llmkit.attach("a", model="b")
 
 
-def test_events_come_at_once_and_pass_proxies(gateway: RemoteGateway) -> None:
-    """Each step is an event of its own, with the headers that keep proxies from buffering."""
+def test_events_come_at_once_and_pass_proxies(
+    gateway: RemoteGateway, slow: FakeClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each step is an event of its own, with the headers that keep proxies from buffering: the next
+    is computed when it has come."""
+    go_on, execute = threading.Semaphore(1), slow.runner.execute
+    monkeypatch.setattr(
+        slow.runner, "execute", lambda batch: (go_on.acquire(timeout=1), execute(batch))[1]
+    )
     body = wire.encode_request(ask("hello", max_tokens=300))
     request = urllib.request.Request(
         f"{gateway.url}/engine/submit?model=fake", body, {"Authorization": f"Bearer {ANN}"}
     )
-    with urllib.request.urlopen(request, timeout=20) as reply:
+    with urllib.request.urlopen(request, timeout=60) as reply:
         assert reply.headers["X-Accel-Buffering"] == "no"
         assert reply.headers["Content-Type"] == "text/event-stream"
-        lines = [line for line in reply if line != b"\n"]
+        lines = []
+        for line in reply:
+            if line != b"\n":
+                lines.append(line)
+                go_on.release()
     events = [over_http.unpack_event(line[6:].strip()) for line in lines]
-    assert len(events) > 20 and len(events[-1].ends) == 1
+    assert len(events) > 250 and len(events[-1].ends) == 1
     assert sum(news.num_tokens for each in events for news in each.news) == 300
 
 

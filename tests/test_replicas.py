@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 
 import pytest
+from fakes import wait_for
 from replica_parts import REQUESTS, Gateway
 
 KILLS = 2  # a worker that ends five times in a row is given up; `test_replicas_fleet.py` does more
@@ -60,8 +61,12 @@ def test_a_stopped_replica_loses_nothing_and_is_replaced(gateway: Gateway) -> No
     for thread in threads:
         thread.join()
     assert results == undisturbed
-    gateway.wait_for(2)
-    assert stopped not in [replica["name"] for replica in gateway.replicas()]
+
+    def is_replaced() -> bool:
+        names = [replica["name"] for replica in gateway.replicas()]
+        return len(names) == 2 and stopped not in names
+
+    wait_for(is_replaced, 60)
 
 
 def test_a_prompt_that_kills_engines_kills_two(gateway: Gateway) -> None:

@@ -130,7 +130,7 @@ def test_an_echo_takes_every_request(files: dict[Path, str], tmp_path: Path) -> 
                 fields = request["body"]["formdata"]
                 form = {f["key"]: f["value"] for f in fields if f["type"] == "text"}
                 files_of = {f["key"]: (f["src"], picture()) for f in fields if "src" in f}
-                reply = httpx.post(base + path, data=form, files=files_of)
+                reply = httpx.post(base + path, data=form, files=files_of, timeout=30)
                 status, data = reply.status_code, reply.content
             else:
                 status, data = send(request["method"], path, request.get("body", {}).get("raw"))

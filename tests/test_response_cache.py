@@ -18,6 +18,7 @@ from llmkit.protocol import GenerationRequest
 from llmkit.protocol.stream import Stream
 
 MB = 1 << 20
+LONG = 600  # tokens: seconds of `slow`, until a test lets them pass
 
 
 def cache(megabytes: float = 8, seconds: float = 600, **options: Any) -> ResponseCache:
@@ -256,7 +257,7 @@ async def test_a_hit_needs_no_place_in_a_full_queue() -> None:
         path = "/v1/chat/completions"
         await gate.post(path, BASE, "eve")
         busy = [
-            asyncio.create_task(gate.post(path, dialects(100, text=f"{i}")[path], "eve"))
+            asyncio.create_task(gate.post(path, dialects(LONG, text=f"{i}")[path], "eve"))
             for i in range(2)
         ]
         await until(lambda: gate.under_way("eve") == 2)
@@ -271,17 +272,26 @@ def slow() -> FakeRunner:
     return FakeRunner(n_slots=4, n_ctx=5000, step_s=0.01)
 
 
+def hurry(gate: Governed) -> None:
+    """What runs takes no time from now on."""
+    gate.model.runner.step_s = 0.0
+
+
 class TestTogether:
     """Equal requests at the same time are computed once."""
 
     async def test_ten_at_once_are_one(self) -> None:
         async with governed(slow(), cache=cache()) as gate:
             path = "/v1/chat/completions"
-            replies = await asyncio.gather(
-                *(gate.post(path, dialects(30, stream=i % 2 == 0)[path]) for i in range(10))
-            )
+            tasks = [
+                asyncio.create_task(gate.post(path, dialects(LONG, stream=i % 2 == 0)[path]))
+                for i in range(10)
+            ]
+            await until(lambda: gate.cache.joined == 9)
+            hurry(gate)
+            replies = await asyncio.gather(*tasks)
             assert all(r.code == 200 for r in replies)
-            expected = gate.model.runner.reference(b"[user]hi", 30).decode()
+            expected = gate.model.runner.reference(b"[user]hi", LONG).decode()
             assert all(text_in(without_ids(r.body.decode())) == expected for r in replies)
             assert gate.model.stats().requests_total == 1
             assert (gate.cache.misses, gate.cache.hits, gate.cache.joined) == (1, 9, 9)
@@ -291,13 +301,14 @@ class TestTogether:
     async def test_who_came_first_may_leave(self) -> None:
         async with governed(slow(), cache=cache()) as gate:
             path = "/v1/chat/completions"
-            body = dialects(60, stream=True)[path]
+            body = dialects(LONG, stream=True)[path]
             async with gate.connection(path, body) as reader:
                 await reader.readuntil(b"content")
                 second = asyncio.create_task(gate.post(path, body))
                 await until(lambda: gate.cache.joined == 1)
+            hurry(gate)
             reply = await second
-            expected = gate.model.runner.reference(b"[user]hi", 60).decode()
+            expected = gate.model.runner.reference(b"[user]hi", LONG).decode()
             assert text_in(without_ids(reply.body.decode())) == expected, "from its beginning"
             assert len(gate.cache) == 1
 
@@ -315,7 +326,7 @@ class TestTogether:
     async def test_a_failure_is_everybodys_and_kept_by_nobody(self) -> None:
         async with governed(slow(), cache=cache()) as gate:
             path = "/v1/chat/completions"
-            tasks = [asyncio.create_task(gate.post(path, dialects(90)[path])) for _ in range(4)]
+            tasks = [asyncio.create_task(gate.post(path, dialects(LONG)[path])) for _ in range(4)]
             await until(lambda: gate.cache.joined == 3)
             gate.model.runner.fail_next = "the decode failed"
             assert [r.code for r in await asyncio.gather(*tasks)] == [500] * 4
@@ -324,7 +335,7 @@ class TestTogether:
     async def test_a_cancelled_response_is_its_own(self) -> None:
         async with governed(slow(), cache=cache()) as gate:
             path = "/v1/responses"
-            body = dialects(80, stream=True)[path]
+            body = dialects(LONG, stream=True)[path]
             async with gate.connection(path, body) as reader:
                 head = await reader.readuntil(b"output_text.delta")
                 response_id = head.split(b'"id": "resp_')[1].split(b'"')[0].decode()
@@ -333,8 +344,9 @@ class TestTogether:
                 reply = await gate.post(f"/v1/responses/resp_{response_id}/cancel", {})
                 assert json.loads(reply.body)["status"] == "cancelled"
                 await asyncio.wait_for(reader.readuntil(b"event: response.incomplete"), 30)
+            hurry(gate)
             final = json.loads((await other).body.decode().strip().split("data: ")[-1])
-            assert len(final["response"]["output"][0]["content"][0]["text"]) == 80
+            assert len(final["response"]["output"][0]["content"][0]["text"]) == LONG
 
 
 async def weighted(gate: Governed) -> list[float]:

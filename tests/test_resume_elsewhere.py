@@ -12,6 +12,7 @@ import msgspec
 import pytest
 from fakes import FakeClient, ask, wait_for
 from gateway_client import Api, serve
+from pausing import hold, let_go
 from resuming import Talker, begun, collect, rest, whole
 
 from llmkit.bridge import wire
@@ -48,6 +49,7 @@ def test_from_one_process_to_another(bridged: tuple[BridgeServer, BridgeClient])
     first = FakeClient(runner=Talker(n_ctx=200, step_s=0.002))
     request = replace(ask("a prompt", max_tokens=150, stop="STOP: no"), show_tokens=True)
     _, expected = whole(bridged[1], request)
+    hold([first], 100)
     server = BridgeServer(first)
     client = BridgeClient(server.connection)
     stream = client.submit(replace(request, request_id="moved"))
@@ -85,7 +87,7 @@ def test_news_of_an_older_engine_cannot_be_resumed() -> None:
 
 def test_a_drain(talker: FakeClient, bridged: tuple[BridgeServer, BridgeClient]) -> None:
     server, client = bridged
-    talker.runner.step_s = 0.005
+    hold([talker], 5)
     running = client.submit(ask("a", max_tokens=100))
     wait_for(lambda: running.text)
     server.drain(30)
@@ -105,6 +107,7 @@ def test_a_drain(talker: FakeClient, bridged: tuple[BridgeServer, BridgeClient])
     with pytest.raises(DrainingError):
         late.embed(EmbeddingRequest("e", ("text",))).result(30)
     assert not server.is_drained
+    let_go([talker])
     assert running.result(30).usage.completion_tokens == 100
     wait_for(lambda: server.is_drained)
     late.close()

@@ -98,7 +98,7 @@ async def behind(
         command = make(tmp_path, port, f"127.0.0.1:{gateway.port}")
         with running(command, tmp_path) as process:
             found = Behind(f"https://127.0.0.1:{port}", gateway, runner, engine, addresses)
-            for _ in range(200):
+            for _ in range(600):
                 with contextlib.suppress(OSError):
                     if (await found.fetch("/health/ready")).code == 200:
                         break

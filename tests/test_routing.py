@@ -19,6 +19,7 @@ from llmkit.protocol.speech import Hearing, Saying
 TEXTS = st.lists(st.binary(max_size=3000), max_size=8)
 
 
+@settings(deadline=None)
 @given(TEXTS, TEXTS)
 def test_marks_in_common_are_text_in_common(one: list[bytes], other: list[bytes]) -> None:
     a, b = chained(one), chained([*one, *other])
@@ -266,7 +267,7 @@ def test_gateways_that_never_talk_choose_the_same_home() -> None:
     assert same > 15  # of two homes and two random ones; by chance alone it were less than one
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 30)), max_size=120), st.randoms())
 def test_the_index_is_bounded_and_consistent(
     steps: list[tuple[int, int]], rng: random.Random

@@ -60,7 +60,8 @@ def test_a_models_life_is_counted() -> None:
 
 
 def test_observing_costs_little() -> None:
-    """Some 13, 27 and 60 microseconds a request here; the bounds leave room for a busy machine."""
+    """Some 13, 27 and 60 microseconds a request here; the bounds are ten times that, since machines
+    are slow and busy."""
     times = RequestMetrics(0.01, 0.1, 2.0, 0.2, 10, 0, 20)
     ended: Any = SimpleNamespace(
         method="POST", route="/v1/chat/completions", path="/v1/chat/completions", streaming=True,
@@ -80,9 +81,9 @@ def test_observing_costs_little() -> None:
     assert tracer is not None
     try:
         for note, most in (
-            (RequestMeter(Names()).note, 60e-6),
-            (logs.note_access, 100e-6),
-            (tracer.note, 200e-6),
+            (RequestMeter(Names()).note, 130e-6),
+            (logs.note_access, 270e-6),
+            (tracer.note, 600e-6),
         ):
             best = math.inf
             for _ in range(20):

@@ -137,7 +137,8 @@ async def test_a_client_that_leaves_ends_its_answer(path: str) -> None:
         async with posting(api, path, {**chat, "session_id": made}) as reader:
             await reader.readuntil(b"\r\n\r\n")
             await reader.readuntil(b"\n")
-            await asyncio.sleep(0.3)
+            while len(model.runner.batches) < 20:
+                await asyncio.sleep(0.02)
             error = await api.fetch("POST", path, {**chat, "session_id": made})
             assert error.code == 409
         async with asyncio.timeout(30):
@@ -231,7 +232,10 @@ def test_a_killed_gateway_loses_nothing_but_the_rest(tmp_path: Path) -> None:
             f"{server.url}/sessions/{made}/messages", json.dumps(body).encode(), method="POST"
         )
         with urllib.request.urlopen(request, timeout=60) as reply:
-            end = time.monotonic() + 2.5
+            text = b""
+            while b"event: delta" not in text:
+                text += reply.read1()
+            end = time.monotonic() + 2.5  # more than a checkpoint
             while time.monotonic() < end:
                 reply.read1()
             server.process.send_signal(signal.SIGKILL)

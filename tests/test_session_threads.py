@@ -81,6 +81,7 @@ async def test_a_checkpoint_waits_for_no_backlog(
     goes_on = threading.Event()
     slow = [shelf.call("ann", lambda _: goes_on.wait(30), known.id) for _ in range(3)]
     behind = shelf._lanes.num_waiting
+    await until(lambda: 2 in map(behind, [*shelf._lanes._busy]))  # the first runs
     kept.take([Content("two")])
     await until(lambda: kept._timer is None)
     lanes = [lane for lane in shelf._lanes._busy if behind(lane)]

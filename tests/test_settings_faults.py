@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from settings_files import ALL_ROWS, write
 
@@ -171,6 +171,7 @@ def test_a_key_that_is_wrong_is_not_said_to_be_missing(tmp_path: Path) -> None:
     ]
 
 
+@settings(deadline=None)
 @given(st.sampled_from(ALL_ROWS), st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.dates()
     | st.datetimes() | st.times() | st.sampled_from([10**400, "\ud800", "é" * 5000]),

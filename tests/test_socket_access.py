@@ -305,7 +305,7 @@ async def test_turns_of_others_are_not_there(tmp_path: Path) -> None:
 
 
 async def test_a_server_that_shuts_down_says_so(tmp_path: Path) -> None:
-    runner = FakeRunner(n_ctx=20000, step_s=0.005)
+    runner = FakeRunner(n_ctx=20000, step_s=0.2)
     async with (
         sockets(tmp_path, runner=runner) as there,
         there.chat() as idle,
@@ -318,6 +318,7 @@ async def test_a_server_that_shuts_down_says_so(tmp_path: Path) -> None:
         await late.ask(count=15000)
         there.gateway.draining = True
         there.room.drain()
+        runner.step_s = 0.005
         assert (await idle.refused())["code"] == "shutting_down"
         assert await idle.ended() == 1001
         frames = await busy.until("end")

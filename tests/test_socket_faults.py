@@ -209,7 +209,7 @@ async def test_large_messages_count_as_held_until_they_are_taken(tmp_path: Path)
         done, _ = await asyncio.wait(
             [asyncio.ensure_future(_until(r, b"too_much_held")) for r in answers],
             return_when=asyncio.FIRST_COMPLETED,
-            timeout=10,
+            timeout=30,
         )
         assert done
         for _, writer in writers:

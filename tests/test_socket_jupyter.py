@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 
 import pytest
 import websocket
+from fakes import wait_for
 from jupyter_client_http import JupyterServer
 
 FAKE = """
@@ -41,7 +42,7 @@ from llmkit.gateway.sockets import room
 from llmkit_jupyter import socket
 
 room.CHECK_S, room.IDLE_CHECKS = 0.05, 1
-socket.ASK_S, socket.TRUSTED_S = 0.2, 1.0
+socket.ASK_S = 0.2
 FOLDER = Path({folder!r})
 
 
@@ -55,6 +56,7 @@ class Hub(IdentityProvider):
         if hasattr(handler, "_found"):  # what some remember of a request
             return handler._found
         note("user")
+        socket.TRUSTED_S = float((FOLDER / "trusted").read_text())
         said = (FOLDER / "user").read_text()
         if said == "down":
             raise web.HTTPError(502, "the hub does not answer")
@@ -204,6 +206,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[JupyterServe
     (folder / "provider.py").write_text(PROVIDER.format(folder=str(folder)))
     user = folder / "user"
     say(user, "ann")
+    say(folder / "trusted", "1")  # seconds
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(folder))
         patch.setenv("XDG_DATA_HOME", str(folder / "data"))
@@ -244,17 +247,25 @@ def test_a_login_that_ends_ends_its_sockets(
 
 def test_a_hub_that_is_away_for_a_moment_ends_nothing(hub: tuple[JupyterServer, Path]) -> None:
     server, user = hub
+    log = user.parent / "asked"
+
+    def asked(times: int) -> None:
+        last = log.read_text().count("user") + times
+        wait_for(lambda: log.read_text().count("user") >= last)
+
     say(user, "ann")
+    say(user.parent / "trusted", "600")  # a moment on any machine
     ws = connect(server)
     assert frame(ws)["type"] == "hello"
     say(user, "down")
-    time.sleep(0.4)
+    asked(3)
     say(user, "ann")
-    for _ in range(10):
-        time.sleep(0.15)
+    asked(3)
+    for _ in range(5):
         ws.send(json.dumps({"type": "ping"}))
         assert frame(ws)["type"] == "pong"
     ws.close()
+    say(user.parent / "trusted", "1")
 
 
 def test_the_authorizer_is_asked_as_seldom_as_the_provider(

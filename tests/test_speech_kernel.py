@@ -33,7 +33,7 @@ def test_a_notebook_hears_and_speaks(server: JupyterServer, kernel: Kernel) -> N
 
     head = {"Authorization": f"token {server.token}"}
     url = f"{server.url}/llmkit/v1"
-    names = {m["id"] for m in httpx.get(f"{url}/models", headers=head).json()["data"]}
+    names = {m["id"] for m in httpx.get(f"{url}/models", headers=head, timeout=60).json()["data"]}
     assert {"hibari", "whisper-tiny.en"} <= names
     body = {"input": SENTENCES[0], "response_format": "flac", "seed": 1}
     sound = httpx.post(f"{url}/audio/speech", json=body, headers=head, timeout=60)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -119,8 +120,10 @@ def test_what_is_interrupted_is_kept_and_what_fails_is_not(
     llm: LLM, store: ConversationStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     session = llm.session(id="x", temperature=0)
+    llm.engine.runner.step_s = 0.1  # type: ignore[attr-defined]  # it ends long after the break
     for _ in session.stream("long", max_tokens=500):
         break
+    llm.engine.runner.step_s = 0.0  # type: ignore[attr-defined]
     reply = store.path("local", session.id or "")[-1]
     assert reply.status == "partial" and reply.text == said(session)[-1] != ""
     before = said(session)
@@ -147,11 +150,15 @@ def test_each_second_is_kept(
 ) -> None:
     monkeypatch.setattr("llmkit.sessions.conversation.CHECKPOINT_S", 0.0)
     session = llm.session(id="x", temperature=0)
+    runner: Any = llm.engine.runner  # type: ignore[attr-defined]
+    go_on, execute = threading.Semaphore(1), runner.execute
+    monkeypatch.setattr(runner, "execute", lambda b: (go_on.acquire(timeout=1), execute(b))[1])
     seen = []
     for piece in session.stream("q", max_tokens=20):
         running = store.path("local", session.id or "")[-1]
         seen.append(running.text)
         assert piece and running.status == "running"
+        go_on.release()  # the next token comes when this one was seen
     assert seen[-1].startswith(seen[0]) and len(seen[-1]) > len(seen[0])
 
 

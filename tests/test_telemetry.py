@@ -115,14 +115,14 @@ async def test_without_a_receiver_nothing_is_held_up(
             def said(text: str) -> int:
                 return sum(text in r.getMessage() for r in caplog.records)
 
-            for _ in range(100):
+            for _ in range(600):
                 if said("cannot be exported"):
                     break
                 await asyncio.sleep(0.05)
             assert said("traces cannot be exported") == 1
             assert (await api.post("/v1/chat/completions", CHAT))[0] == 200
             receiver = Receiver(port)
-            for _ in range(100):
+            for _ in range(600):
                 await api.post("/v1/chat/completions", CHAT)
                 if said("are exported to"):
                     break

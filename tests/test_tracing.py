@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from fakes import FakeClient
 from gateway_client import CHAT, Api
+from governed import until
 from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
 from otlp_receiver import PARENT, TRACE, Receiver, ask, forget_variables, receiving, values
 
@@ -169,7 +170,8 @@ async def test_a_client_that_leaves_is_no_fault(model: FakeClient, receiver: Rec
         )
         await reader.readuntil(b"data: ")
         writer.close()
-        await asyncio.sleep(0.5)
+        await until(lambda: model.stats().num_running == 0)
+        await asyncio.sleep(0.2)
 
     await ask(receiver, leave)
     (span,) = receiver.named("text_completion fake")

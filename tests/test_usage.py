@@ -93,6 +93,7 @@ class TestUsage:
         self, database: Database, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         day, reads = date(2026, 11, 28), 0
+        monkeypatch.setattr("llmkit.store.usage.READ_S", 1000.0)
 
         class Counted(UsageStore):
             def tokens(self, since: date) -> Any:
@@ -101,6 +102,7 @@ class TestUsage:
                 return super().tokens(since)
 
         writer = UsageWriter(Counted(database), KeyStore(database), lambda: day, 0.01)
+        wait_for(lambda: reads == 1)
         time.sleep(0.3)
         assert reads == 1
         writer.add("ann", "m", Spending(1, 10, 0, 5, 0.5))

@@ -122,13 +122,13 @@ def test_stop_while_a_stream_from_outside_runs(server: JupyterServer, kernel: Ke
     """■ ends the notebook's own generation; the other process's stream goes on."""
     kernel.run(LOAD)
     with ThreadPoolExecutor(1) as pool:
-        outside = pool.submit(lambda: chat(server, max_tokens=150, extra_body={"ignore_eos": True}))
+        outside = pool.submit(lambda: chat(server, max_tokens=400, extra_body={"ignore_eos": True}))
         cell = kernel.start("llm.generate('Once', max_tokens=900, ignore_eos=True)")
         wait_for(lambda: num_running(kernel) == 2)
         kernel.interrupt()
         _, error = kernel.wait(cell)
         assert error is not None and "llm.last" in error and "ctypes" not in error
-        assert outside.result(60).usage.completion_tokens == 150
+        assert outside.result(60).usage.completion_tokens == 400
     shown = (
         "print(c.finish_reason.value, c.usage.completion_tokens < 500, "
         "llm.generate('The', max_tokens=2).usage.completion_tokens)"
@@ -139,9 +139,9 @@ def test_stop_while_a_stream_from_outside_runs(server: JupyterServer, kernel: Ke
 
 
 def test_stop_in_prefill_and_in_a_loop(server: JupyterServer, kernel: Kernel) -> None:
-    kernel.run(LOAD)
+    kernel.run(LOAD.replace("n_ctx=1024, n_slots=4", "n_ctx=4096, n_slots=1"))  # seconds of it
     for code in (
-        "llm.generate('word and ' * 480, max_tokens=5)",
+        "llm.generate('word and ' * 1900, max_tokens=5)",
         "for piece in llm.stream('a', max_tokens=900, ignore_eos=True): pass",
     ):
         cell = kernel.start(code)
