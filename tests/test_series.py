@@ -1,4 +1,4 @@
-"""The numbers behind the metrics: bounded, never falling, and cheap."""
+"""The numbers behind the metrics: bounded, and never falling."""
 
 from __future__ import annotations
 
