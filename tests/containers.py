@@ -57,7 +57,7 @@ class Store:
         self.buildah("commit", "--quiet", "--rm", made, BASE)
 
     def buildah(self, *arguments: str | Path) -> str:
-        return run(*self._buildah, *arguments, timeout=280, cwd=ROOT)
+        return run(*self._buildah, *arguments, timeout=560, cwd=ROOT)
 
     def podman(self, *arguments: str | Path, timeout: float = 90) -> str:
         """What it prints on standard output; it must succeed."""

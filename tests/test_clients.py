@@ -74,7 +74,7 @@ def run(environment: str, *command: str | Path, cwd: Path, **variables: str) -> 
         env=env,
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=560,
     )
     assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-5000:]}"
     return done.stdout

@@ -42,7 +42,7 @@ def test_nbval(notebook: Path) -> None:
         str(notebook.parent),
         str(notebook),
     ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=400, cwd=notebook.parent)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=560, cwd=notebook.parent)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -55,7 +55,7 @@ def test_nbconvert_runs_a_lesson(tmp_path: Path) -> None:
         [*command, str(notebook), "--output", str(out)],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=560,
         cwd=notebook.parent,
     )
     assert done.returncode == 0, done.stderr
