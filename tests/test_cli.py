@@ -252,7 +252,7 @@ def test_whatever_load_takes_serve_takes() -> None:
             given = {name: [value] if row.kind == "adapters" else value}
         more = {"kv_unified": True} if name == "kv_tokens" else {}
         assert name in read_settings({**given, **more}).engine
-        command = app.app.registered_commands[0].callback
+        command = app.built("serve").registered_commands[0].callback
         assert name in inspect.signature(command).parameters  # type: ignore[arg-type]
 
 

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer
 from conftest import ROOT
 from fakes import FakeClient
 from terminal import LLMKIT
@@ -183,7 +184,23 @@ def test_completing_never_fails(text: str) -> None:
     assert all(name.startswith(text) for name in model_names(text))
 
 
-def test_every_command_is_registered_once() -> None:
-    names = [c.name or c.callback.__name__ for c in app.app.registered_commands]  # type: ignore[union-attr]
-    names += [str(g.name or g.typer_instance.info.name) for g in app.app.registered_groups]  # type: ignore[union-attr]
+def commands(built: typer.Typer) -> list[str]:
+    names = [c.name or c.callback.__name__ for c in built.registered_commands]  # type: ignore[union-attr]
+    return names + [str(g.name or g.typer_instance.info.name) for g in built.registered_groups]  # type: ignore[union-attr]
+
+
+def test_every_command_is_registered_once_by_the_module_that_is_named() -> None:
+    names = commands(app.built())
     assert sorted(names) == sorted(set(names)) and set(COMMANDS) <= set(names)
+    for own in app.GROUPS.values():
+        for name in own:
+            assert commands(app.built(name)) == [*own]
+    assert commands(app.built("--version")) == names == commands(app.built("srve"))
+
+
+def test_a_command_needs_no_other() -> None:
+    code = (
+        "import sys; from llmkit.cli import main; main(['estimate', '--help']); "
+        "sys.exit('llmkit.cli.chatting' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
