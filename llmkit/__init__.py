@@ -5,7 +5,7 @@
 >>> print(llm.chat("What is a prime number?"))  # doctest: +SKIP
 >>> llm.serve()                             # doctest: +SKIP
 
-Importing llmkit does not load llama.cpp, pandas, matplotlib or ipywidgets; first use does.
+Importing llmkit loads little, and no llama.cpp, pandas, matplotlib or ipywidgets; first use does.
 """
 
 from __future__ import annotations
@@ -35,18 +35,6 @@ from llmkit.errors import (
     QueueFullError,
     StoreError,
 )
-from llmkit.protocol import (
-    Completion,
-    EngineStats,
-    FinishReason,
-    Grammar,
-    Message,
-    RequestMetrics,
-    SamplingParams,
-    TokenLogprob,
-    ToolCall,
-    Usage,
-)
 from llmkit.version import __version__
 
 if TYPE_CHECKING:
@@ -54,6 +42,18 @@ if TYPE_CHECKING:
     from llmkit.drawing import TextToImage
     from llmkit.llm import LLM
     from llmkit.loading import attach, compare, download, estimate, load, quantize
+    from llmkit.protocol import (
+        Completion,
+        EngineStats,
+        FinishReason,
+        Grammar,
+        Message,
+        RequestMetrics,
+        SamplingParams,
+        TokenLogprob,
+        ToolCall,
+        Usage,
+    )
     from llmkit.protocol.stream import Stream
     from llmkit.sound import SpeechToText, TextToSpeech
 
@@ -103,7 +103,12 @@ __all__ = [
     "tune",
 ]
 
+_PROTOCOL = (
+    "Completion", "EngineStats", "FinishReason", "Grammar", "Message", "RequestMetrics",
+    "SamplingParams", "TokenLogprob", "ToolCall", "Usage",
+)  # fmt: skip
 _LATE = {
+    **dict.fromkeys(_PROTOCOL, "llmkit.protocol"),
     "LLM": "llmkit.llm",
     "load": "llmkit.loading",
     "attach": "llmkit.loading",
