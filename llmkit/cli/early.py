@@ -6,6 +6,7 @@ starts one at once. Whatever the settings then say about it, `serve` takes or re
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -23,6 +24,9 @@ WORKER = (
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; see `llmkit.cli.app`."""
+    if argv is None:  # this process is the command's
+        # Its plugins are looked for in the metadata of every package that is installed.
+        os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
     try:
         if argv is None and _serves_a_model(sys.argv[1:]):
             collecting.pause()  # until the gateway runs
