@@ -207,7 +207,8 @@ def download(name: str, *, models_dir: str | Path | None = None, mmproj: bool = 
     mmproj: also fetch the file that reads pictures.
 
     What was interrupted goes on where it stopped, and the checksum is compared. Raises
-    `InvalidRequestError`, `ModelNotFoundError`, and `DownloadError` (disk, network, checksum).
+    `InvalidRequestError`, `ModelNotFoundError`, and `DownloadError` (disk, network, checksum, no
+    GGUF file).
     """
     from llmkit.models.download import download as fetch
 

@@ -17,8 +17,8 @@ import llmkit
 from llmkit.cli import main
 from llmkit.errors import (
     DownloadError,
-    InvalidModelFileError,
     InvalidRequestError,
+    LLMKitError,
     ModelNotFoundError,
 )
 from llmkit.models import download, transfer
@@ -243,10 +243,25 @@ def test_the_command_and_python(
     assert not any(m.id.endswith("Q8_0.gguf") for m in Library(None).models())
 
 
-def test_what_the_hub_has_may_be_no_model(hub: Hub, capsys: pytest.CaptureFixture[str]) -> None:
-    """Its checksum is right, but nothing could load it."""
+def test_what_the_hub_has_may_be_no_model(
+    hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its checksum is right, but nothing could load it; nothing of it is kept."""
     hub.content["org/m"][FILE] = b"<!DOCTYPE html>" * 9
-    with pytest.raises(InvalidModelFileError, match=r"not a GGUF file.*an HTML page.*choose"):
-        fetch()
+    for where in (None, tmp_path / "models"):
+        with pytest.raises(DownloadError, match=f"org/m:{FILE} .* looks like an HTML page. It was"):
+            fetch(models_dir=where)
+    assert not [p for p in tmp_path.rglob("*") if p.is_file() and b"html" in p.read_bytes()[:99]]
     assert main(["models", "pull", f"org/m:{FILE}"]) == 1
-    assert "is not a GGUF file" in capsys.readouterr().err
+    assert "choose another file" in capsys.readouterr().err
+
+
+def test_a_file_of_the_right_size_may_be_damaged(hub: Hub) -> None:
+    """As after a power failure: it is fetched again, and without the Hub it is not there."""
+    path = fetch()
+    path.resolve().write_bytes(bytes(len(DATA)))
+    hub.statuses = [503] * 99
+    with pytest.raises(LLMKitError):
+        fetch()
+    hub.statuses = []
+    assert fetch().read_bytes() == DATA

@@ -14,9 +14,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from llmkit.errors import DownloadError, InvalidModelFileError, ModelNotFoundError
+from llmkit.errors import DownloadError, ModelNotFoundError
 from llmkit.models import hub, scanning
-from llmkit.models.gguf import check_is_gguf
+from llmkit.models.gguf import start_fault
 from llmkit.models.hub import HubFile, HubName, Unreachable
 from llmkit.models.names import gigabytes
 from llmkit.models.transfer import Part, Progress, check_room
@@ -79,9 +79,9 @@ def download(
     ten times a second, ``cancelled`` is asked as often.
 
     Raises `InvalidRequestError` (no such spelling), `ModelNotFoundError` (no such repository,
-    revision, file or type, none of several; the Hub is out of reach), `DownloadError` (disk,
-    network, checksum, cancelled): what arrived is kept, and the next call goes on from there; and
-    `InvalidModelFileError` if the Hub's own file is something else.
+    revision, file or type, none of several; the Hub is out of reach) and `DownloadError` (disk,
+    network, checksum, cancelled): what arrived is kept, and the next call goes on from there. What
+    the Hub has under such a name but is no GGUF file is one too, and is not kept.
     """
     wanted = HubName.parse(name)
     on_event(DownloadEvent("looking", str(wanted)))
@@ -95,7 +95,6 @@ def download(
     taken = str(replace(wanted, file=parts[0], label=None))
     places = [_place(file, models_dir) for file in files]
     paths = _fetch(places, on_event, cancelled)
-    _check(paths)
     size = sum(f.size for f in files)
     on_event(DownloadEvent("done", taken, size, size))
     model = paths[: len(parts)]
@@ -136,7 +135,10 @@ class _Place:
     def is_here(self) -> bool:
         # Where there are no links, the cache has the data under the name alone.
         return any(
-            path is not None and path.is_file() and path.stat().st_size == self.file.size
+            path is not None
+            and path.is_file()
+            and path.stat().st_size == self.file.size
+            and _fault(self.file, path) is None  # a disk's power may have failed
             for path in (self.data, self.pointer)
         )
 
@@ -183,21 +185,6 @@ def _fetch(
     return paths
 
 
-def _check(paths: list[Path]) -> None:
-    """Whether each is what its name says: anybody can upload anything."""
-    for path in paths:
-        try:
-            check_is_gguf(path)
-        except InvalidModelFileError as error:
-            raise InvalidModelFileError(
-                f"{error} The Hub has it like that: choose another file or repository."
-            ) from None
-        except OSError as error:
-            raise DownloadError(
-                f"{printable(str(path))} cannot be read: {error.strerror or error}."
-            ) from None
-
-
 def _tell(
     on_event: Callable[[DownloadEvent], None],
     file: HubFile,
@@ -237,9 +224,33 @@ def _fetch_one(place: _Place, progress: Progress[Phase]) -> None:
         if place.is_here and part.has_digest_of(place.data):
             return
         part.complete()
+        fault = _fault(file, place.part)
+        if fault is not None:
+            place.part.unlink(missing_ok=True)
+            raise DownloadError(
+                f"{file.repo}:{file.name} cannot be used: what the Hub has there {fault}. It was "
+                "not kept; choose another file or repository."
+            )
         part.become(place.data)
     finally:
         lock.release()
+
+
+def _fault(file: HubFile, path: Path) -> str | None:
+    """Why it is not what its name says: anybody can upload anything."""
+    try:
+        return start_fault(path) if file.name.endswith(".gguf") else None
+    except OSError as error:
+        raise DownloadError(
+            f"{printable(str(path))} cannot be read: {error.strerror or error}."
+        ) from None
+
+
+def _is_gguf(path: Path) -> bool:
+    try:
+        return start_fault(path) is None
+    except OSError:
+        return False
 
 
 def _turn(path: Path, progress: Progress[Phase]) -> BaseFileLock:
@@ -281,7 +292,7 @@ def _here(wanted: HubName, models_dir: Path | None, mmproj: bool, why: str) -> D
                 str(f.path.relative_to(folder).as_posix()): f
                 for f in scanning.scan_folder(folder)[0]
             }
-    files = {name: f for name, f in files.items() if not f.fault}
+    files = {name: f for name, f in files.items() if not f.fault and _is_gguf(f.path)}
     try:
         listed: dict[str, int | None] = dict.fromkeys(files)
         first = hub.choose(wanted, listed)[0]

@@ -8,6 +8,7 @@ before llama.cpp sees it. Format: https://github.com/ggml-org/ggml/blob/master/d
 from __future__ import annotations
 
 import math
+import re
 import struct
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -209,7 +210,8 @@ def _read_file(path: Path, size: int, modified: int) -> ModelInfo:
         raise InvalidModelFileError(f"{path} cannot be read: {error}") from None
     with opened as file:
         start = file.read(4)
-        _check_start(start, path, size)
+        if start != b"GGUF":
+            raise InvalidModelFileError(f"{path} is not a GGUF file: it {_what(start, size)}.")
         reader = _Reader(file, size, path)
         version, n_tensors, n_keys = reader.unpack("IQQ")
         if version not in (2, 3):
@@ -231,15 +233,12 @@ def _read_file(path: Path, size: int, modified: int) -> ModelInfo:
     return info
 
 
-def check_is_gguf(path: Path) -> None:
-    """Look at the first bytes only. Raises `InvalidModelFileError`, and `OSError`."""
+def start_fault(path: Path) -> str | None:
+    """What a file looks like that is no GGUF file, by its first bytes. Raises `OSError`."""
     with open_plain(path) as file:
-        _check_start(file.read(4), path, path.stat().st_size)
-
-
-def _check_start(start: bytes, path: Path, size: int) -> None:
-    if start != b"GGUF":
-        raise InvalidModelFileError(f"{path} is not a GGUF file: it {_what(start, size)}.")
+        start = file.read(4)
+    what = None if start == b"GGUF" else _what(start, path.stat().st_size)
+    return what and re.split("[:;]", what)[0]
 
 
 def _gguf_names(folder: Path) -> str:
