@@ -236,4 +236,8 @@ def test_passwords_in_the_address_are_not_shown() -> None:
         Redis("redis://h:1/0?foo=bar&password=not-shown")
     assert "not-shown" not in str(raised.value)
     assert Redis("redis://ann:not-shown@h:1/0?password=not@shown").place == "h:1/0"
+    with pytest.raises(InvalidRequestError, match=r"in a password, / .* as %2F") as raised:
+        Redis("redis://secret/cd==@h:1/0")
+    assert "secret" not in str(raised.value)
+    assert Redis("redis://not%2Fshown@h:1/0").place == "h:1/0"
     assert Redis("unix://:not-shown@/run/redis.sock").place == "/run/redis.sock"

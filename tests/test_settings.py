@@ -217,6 +217,11 @@ def test_what_counts_is_shown_with_its_place_and_no_secret(
     [
         ("redis://:p@ss@host:6379", "redis://:***@host:6379"),
         ("redis://p-ss@host:6379", "redis://***@host:6379"),
+        ("redis://ab/cd==@host:6379/0", "redis://***@host:6379/0"),
+        ("rediss://p@q:r#s@host", "rediss://***@host"),
+        ("valkey://ann:p@q/r@host", "valkey://ann:***@host"),
+        ("unix://secret@/run/redis.sock?db=1", "unix://***@/run/redis.sock?db=1"),
+        ("redis://a:b@host/0?password=c@d", "redis://a:***@host/0?password=***"),
         ("postgresql://a:b/c@host/db", "postgresql://a:***@host/db"),
         ("postgresql://host/db?user=a&password=b", "postgresql://host/db?user=a&password=***"),
         ("sqlite:////a/b.db", "sqlite:////a/b.db"),

@@ -24,7 +24,7 @@ from llmkit.settings.hub import HUB_OPTIONS, HubOptions
 from llmkit.settings.options import EngineOptions
 from llmkit.settings.quotas import Quotas
 from llmkit.settings.reading import ENGINE_OPTIONS, Fault, Reading, dotted
-from llmkit.settings.values import mask
+from llmkit.settings.values import has_password
 
 __all__ = ["CONFIG", "ServeSettings", "faults_in", "faults_of", "ignored", "read_settings"]
 
@@ -260,5 +260,5 @@ def _holds_secret(reading: Reading) -> bool:
     return (
         "api_key" in document.values
         or any(entry.get("key") is not None for entry in reading.keys.values())
-        or any(isinstance(url, str) and mask(url) != url for url in urls)
+        or any(isinstance(url, str) and has_password(url) for url in urls)
     )

@@ -37,8 +37,9 @@ ORIGIN = re.compile(
     re.A,
 )
 PASSWORD = re.compile(r"(?<=://)([^:@/?#]*):.*@", re.S)
-# Redis has users since version 6: what stands alone before @ was meant as the password.
-ALONE = re.compile(r"((?:redis|valkey)s?(?:\+\w+)?://)[^:@/?#]+@", re.I)
+# Redis has users since version 6: what stands alone before @ may be meant as the password. And
+# passwords of any letters are often put there as they are.
+REDIS = re.compile(r"\b((?:redis|valkey)s?(?:\+\w+)?|unix)://(?:([^\s:@/?#]*):)?\S*@", re.I)
 PARAMETER = re.compile(r"([?&][^=&]*(?:pass|secret|token|key)[^=&]*=)[^&#]*", re.I)
 WORDS = {"true": True, "yes": True, "on": True, "1": True}
 WORDS |= {"false": False, "no": False, "off": False, "0": False}
@@ -169,8 +170,18 @@ def masked(text: str) -> str:
     >>> masked("connection refused: /v1/traces?api_key=secret")
     'connection refused: /v1/traces?api_key=***'
     """
-    text = ALONE.sub(rf"\1{MASK}@", PASSWORD.sub(rf"\1:{MASK}@", text))
-    return PARAMETER.sub(rf"\1{MASK}", text)
+    text = PARAMETER.sub(rf"\1{MASK}", text)  # first: there may be an @ in it
+    text = REDIS.sub(lambda m: f"{m[1]}://{'' if m[2] is None else m[2] + ':'}{MASK}@", text)
+    return PASSWORD.sub(rf"\1:{MASK}@", text)
+
+
+def has_password(address: str) -> bool:
+    """Whether a part of an address that is for a password is there.
+
+    >>> has_password("redis://:secret@host"), has_password("redis://limiter@host")
+    (True, False)
+    """
+    return bool(PASSWORD.search(address) or PARAMETER.search(address))
 
 
 def brief(value: object, most: int = 60) -> str:

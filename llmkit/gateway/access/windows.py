@@ -191,8 +191,14 @@ class Redis:
             # Parameters that the client does not know are else found with the first request.
             with contextlib.suppress(AttributeError):  # `limits` promises no such way to its client
                 self._storage.bridge.storage.connection_pool.make_connection()  # type: ignore[attr-defined]
-        except (ImportError, ConfigurationError):
-            message = "redis_url needs a client: pip install 'llmkit[redis]'."
+        except (ImportError, ConfigurationError) as error:
+            if isinstance(error, ImportError) or "prerequisite" in str(error):
+                message = "redis_url needs a client: pip install 'llmkit[redis]'."
+            else:  # its own words may hold a part of the password
+                message = (
+                    "redis_url must be like redis://host:6379/0 or unix:///path; in a password, "
+                    "/ ? # and @ are written as %2F, %3F, %23 and %40."
+                )
             raise InvalidRequestError(message, "redis_url") from None
         except (ValueError, TypeError) as error:
             why = str(error).partition(") ")[2] or error  # without the client's own function
@@ -255,8 +261,8 @@ def _address(url: str) -> tuple[str, str]:
         "valkeys": "async+rediss",
         "unix": "async+redis+unix",
     }
-    parts = urlsplit(url)
-    return f"{parts.netloc.rpartition('@')[2]}{parts.path}", f"{known[scheme]}://{rest}"
+    parts = urlsplit(f"{scheme}://{rest.partition('?')[0].rpartition('@')[2]}")
+    return f"{parts.netloc}{parts.path}", f"{known[scheme]}://{rest}"
 
 
 class Windows:
