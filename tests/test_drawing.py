@@ -341,3 +341,11 @@ def test_an_aborted_request_ends_and_others_wait_their_turn(tmp_path: Path) -> N
     with pytest.raises(InvalidRequestError, match="cannot generate text"):
         engine.submit(GenerationRequest("d", prompt="hello"))
     engine.close()
+
+
+async def test_what_other_dialects_say_of_it(drawn: Drawn) -> None:
+    """It has no vocabulary, and they ask for one."""
+    shown = await drawn.api.fetch("POST", "/api/show", {"model": "fake"})
+    assert shown.code == 200 and json.loads(shown.body)["capabilities"] == ["image"]
+    props = json.loads((await drawn.api.fetch("GET", "/props?model=fake")).body)
+    assert props["chat_template"] == "" and not any(props["modalities"].values())

@@ -15,7 +15,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from concurrent.futures import Future
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from llmkit.engine.admission import Admission
 from llmkit.errors import (
@@ -27,6 +27,7 @@ from llmkit.errors import (
     QueueFullError,
 )
 from llmkit.protocol import (
+    DescribeVocabulary,
     EmbeddingRequest,
     Embeddings,
     EngineState,
@@ -39,6 +40,7 @@ from llmkit.protocol import (
     ListSteps,
     ModelDescription,
     Origin,
+    Vocabulary,
 )
 from llmkit.protocol.stream import Channel, Stream
 from llmkit.runtime.lifetime import Lifetime
@@ -167,10 +169,13 @@ class SerialEngine(ABC):
         raise InvalidRequestError(self._does(), "model")
 
     def inquire(self, inquiry: Inquiry[Answer]) -> Future[Answer]:
-        if not isinstance(inquiry.question, ListSteps | ListSlots | ListRequests):
+        found: Any = ()
+        if isinstance(inquiry.question, DescribeVocabulary):
+            found = Vocabulary("", "", adds_bos=False, chat_template=None)  # it has none
+        elif not isinstance(inquiry.question, ListSteps | ListSlots | ListRequests):
             raise InvalidRequestError(self._does(), "model")
         future: Future[Answer] = Future()
-        future.set_result(())  # type: ignore[arg-type]
+        future.set_result(found)
         return future
 
     def close(self) -> None:
