@@ -5,7 +5,7 @@
 >>> print(llm.chat("What is a prime number?"))  # doctest: +SKIP
 >>> llm.serve()                             # doctest: +SKIP
 
-Importing llmkit loads little, and no llama.cpp, pandas, matplotlib or ipywidgets; first use does.
+Importing llmkit is quick: llama.cpp, pandas, matplotlib and ipywidgets are loaded on first use.
 """
 
 from __future__ import annotations
@@ -125,6 +125,8 @@ _LATE = {
 
 
 def __getattr__(name: str) -> Any:
+    if name in ("models", "protocol"):
+        return importlib.import_module(f"llmkit.{name}")
     if name in _LATE:
         return getattr(importlib.import_module(_LATE[name]), name)
     raise AttributeError(f"module 'llmkit' has no attribute {name!r}")

@@ -42,6 +42,9 @@ def test_the_public_names() -> None:
         assert getattr(llmkit, name) is not None
     with pytest.raises(AttributeError, match="nonsense"):
         llmkit.nonsense  # noqa: B018
+    code = "import llmkit; print(llmkit.models(), llmkit.protocol.speech.Segment)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0 and "Segment" in done.stdout, done.stderr
 
 
 def test_errors_are_one_tree() -> None:
