@@ -24,7 +24,8 @@ from llmkit.version import __version__
 
 __all__ = ["built", "main"]
 
-# The modules that register commands, in the order of the help, and the commands of each.
+# The modules that register commands, in the order of the help, and the commands of each. (The
+# command `models` is not of the module of that name, whose commands make files of models.)
 GROUPS = {
     "chatting": ("run", "chat"),
     "serving": ("serve", "engine"),
@@ -54,9 +55,13 @@ def _root(
 ) -> None: ...
 
 
-@cache
 def built(command: str | None = None) -> typer.Typer:
-    """All commands, or those of the module that has this one."""
+    """All commands; or, of a known command, only those of its module."""
+    return _built(next((m for m, commands in GROUPS.items() if command in commands), None))
+
+
+@cache
+def _built(module: str | None) -> typer.Typer:
     app = typer.Typer(
         name="llmkit",
         help="Run a GGUF model, and let programs use it through an OpenAI-compatible endpoint.",
@@ -67,9 +72,8 @@ def built(command: str | None = None) -> typer.Typer:
         context_settings={"help_option_names": ["-h", "--help"]},
     )
     app.callback()(_root)
-    wanted = [module for module, commands in GROUPS.items() if command in commands]
-    for module in wanted or GROUPS:
-        importlib.import_module(f"llmkit.cli.{module}").register(app)
+    for name in GROUPS if module is None else (module,):
+        importlib.import_module(f"llmkit.cli.{name}").register(app)
     use_everywhere(app)
     return app
 

@@ -25,7 +25,7 @@ WORKER = (
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; see `llmkit.cli.app`."""
     if argv is None:  # this process is the command's
-        # Its plugins are looked for in the metadata of every package that is installed.
+        # Or pydantic looks for plugins in the metadata of every package that is installed.
         os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
     try:
         if argv is None and _serves_a_model(sys.argv[1:]):

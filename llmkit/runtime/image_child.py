@@ -22,7 +22,7 @@ NICE = 5  # chats go first: each of their tokens is waited for
 
 def run(owner: Owner) -> None:
     """Load, and draw what is asked for. Raises what a load raises, and `EngineError`."""
-    # Here: the owner, a gateway that starts, too, imports this module and need not have numpy.
+    # Imported here: a starting gateway imports this module too, and should not wait for numpy.
     from llmkit.diffusion.stable_diffusion import StableDiffusion, Weights
 
     task = owner.task

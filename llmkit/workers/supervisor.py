@@ -134,7 +134,7 @@ class Supervisor:
                 "and is being started again."
             )
             self._state = EngineState("loading", told)
-            self.restarts += 1  # whoever sees that sees why
+            self.restarts += 1  # last: whoever sees the count can read the reason
             _say(f"llmkit: {told}")
             self._stopping.wait(delay)
             delay = min(2 * delay, MAX_DELAY_S)

@@ -88,7 +88,7 @@ def _render(name: str, **values: Any) -> str:
 @cache
 def _environment() -> Environment:
     """Keeps every template it has loaded."""
-    # Here: a gateway starts without it.
+    # Imported here, so that a gateway's start does not wait for it.
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
