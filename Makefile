@@ -28,7 +28,7 @@ test: setup
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 soak: setup
-	SOAK=2000 $(BIN)/python -m pytest --timeout=0 tests/test_soak.py tests/test_replicas_fleet.py $(PYTEST_ARGS)
+	SOAK=2000 $(BIN)/python -m pytest --timeout=0 tests/test_soak.py tests/test_replicas_fleet.py tests/test_browser.py $(PYTEST_ARGS)
 	$(BIN)/python benchmarks/overload.py
 
 demo: setup

@@ -47,7 +47,7 @@ def test_nbval(notebook: Path) -> None:
 
 
 def test_nbconvert_runs_a_lesson(tmp_path: Path) -> None:
-    """One: nbval has run the cells of each, and `test_browser` looks at what each one saves."""
+    """One: nbval runs the cells of each, and `test_browser` looks at what some of them save."""
     (notebook,) = [n for n in NOTEBOOKS if n.name.startswith("06")]
     out = tmp_path / "out.ipynb"
     command = [sys.executable, "-m", "jupyter", "nbconvert", "--to", "notebook", "--execute"]
@@ -71,13 +71,7 @@ def test_notebooks_are_kept_as_they_ran(notebook: Path) -> None:
         "run from top to bottom"
     )
     outputs = [o for c in cells for o in c.outputs]
-    assert any("image/png" in o.get("data", {}) for o in outputs), "make notebooks"
-    assert not any(
-        o.output_type == "error"
-        or o.get("name") == "stderr"
-        or "application/vnd.jupyter.widget-view+json" in o.get("data", {})
-        for o in outputs
-    )
+    assert check_saved(nbformat.read(notebook, as_version=4)) == 0, "make notebooks"
     assert any("nbval-check-output" in c.metadata.get("tags", ()) for c in cells)
     shown = json.dumps(
         [
