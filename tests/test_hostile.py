@@ -204,23 +204,6 @@ def test_what_templates_of_models_use_is_there(source: str, expected: str) -> No
     assert template._run([{"role": "user", "content": "ä<b>"}], True, (), {}) == expected
 
 
-def test_every_pre_tokenizer_takes_every_pattern() -> None:
-    """6,000 characters here; `python tests/pretokenizers.py 260000` is the whole of it."""
-    assert (
-        pretokenizers.scan(
-            6_000,
-            [
-                "default",
-                "deepseek-llm",
-                "deepseek-v3",
-                "gpt-4o",
-                "tekken",
-                "falcon",
-                "bloom",
-                "seed-coder",
-                "superbpe",
-                "jais-2",
-            ],
-        )
-        == {}
-    )
+def test_pre_tokenizers_take_every_pattern() -> None:
+    """Some of them, and 6,000 characters; `python tests/pretokenizers.py 260000` is all of it."""
+    assert pretokenizers.scan(6_000, ["default", "deepseek-v3", "tekken", "superbpe"]) == {}
