@@ -2,7 +2,8 @@
 
 In turns, each with the same file, context and slots; medians of ``--reps`` rounds, and ratios to
 llama-server within a round. A first round is not counted: it reads the files from disk, and Python
-keeps the bytecode, as pip does when it installs.
+keeps the bytecode, as pip does when it installs. With ``--against CHECKOUT`` the other side is
+`llmkit serve` of another working tree.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import sys
 import tempfile
 import time
 import urllib.request
+from pathlib import Path
 
 import arms
 import peer
@@ -51,10 +53,13 @@ def first_token(port: int, process: subprocess.Popen[bytes]) -> None:
     raise RuntimeError(f"the server ended with status {process.returncode}")
 
 
-def served(command: list[str], port: int, environment: dict[str, str]) -> float:
+def served(
+    command: list[str], port: int, environment: dict[str, str], folder: Path = arms.ROOT
+) -> float:
+    """Seconds to the first text; Python finds llmkit in ``folder``, where the command runs."""
     began = time.perf_counter()
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    process = subprocess.Popen(command, env=environment, **quiet)  # type: ignore[call-overload]
+    process = subprocess.Popen(command, env=environment, cwd=folder, **quiet)  # type: ignore[call-overload]
     try:
         first_token(port, process)
         return time.perf_counter() - began
@@ -79,26 +84,33 @@ def main() -> int:
     parser.add_argument("--reps", type=int, default=7, help="rounds")
     parser.add_argument("--n-ctx", type=int, default=4096)
     parser.add_argument("--n-slots", type=int, default=4)
+    parser.add_argument("--against", type=Path, metavar="CHECKOUT", help="not llama-server")
     given = parser.parse_args()
     path, n_ctx, n_slots = resolve(given.model).path, given.n_ctx, given.n_slots
-    binary = peer.llama_server()
+    rival = "llama-server" if given.against is None else str(given.against)
+    tree = arms.ROOT if given.against is None else given.against.resolve()
+    binary = peer.llama_server() if given.against is None else None
     code = LOAD.format(model=given.model, n_ctx=n_ctx, n_slots=n_slots)
-    seconds: dict[str, list[float]] = {"llmkit serve": [], "load()": [], "llama-server": []}
+    seconds: dict[str, list[float]] = {"llmkit serve": [], "load()": [], rival: []}
     with tempfile.TemporaryDirectory() as data:
         own = {**arms.using(arms.ROOT), "XDG_DATA_HOME": data}
         own.pop("PYTHONDONTWRITEBYTECODE", None)
-        theirs = {**os.environ, "LD_LIBRARY_PATH": str(binary.parent)}
+        theirs = {**own, "PYTHONPATH": str(tree)} if binary is None else {**os.environ}
+        if binary is not None:
+            theirs["LD_LIBRARY_PATH"] = str(binary.parent)
         for _ in range(1 + given.reps):
             port, other = arms.free_port(), arms.free_port()
             command = [sys.executable, "-m", "llmkit", "serve", given.model, "--port", str(port)]
             options = ["--n-ctx", str(n_ctx), "--n-slots", str(n_slots)]
             seconds["llmkit serve"].append(served([*command, *options], port, own))
             seconds["load()"].append(loaded(code, own))
-            command = [str(binary), "--host", "127.0.0.1", "--port", str(other), "-m", str(path)]
-            options = ["-c", str(n_ctx * n_slots), "-np", str(n_slots), "-fa", "on", "--no-ui"]
-            seconds["llama-server"].append(served([*command, *options], other, theirs))
+            if binary is not None:
+                command = [str(binary), "--host", "127.0.0.1", "--port", str(port), "-m", str(path)]
+                options = ["-c", str(n_ctx * n_slots), "-np", str(n_slots), "-fa", "on", "--no-ui"]
+            command[command.index("--port") + 1] = str(other)
+            seconds[rival].append(served([*command, *options], other, theirs, tree))
     for name, own_s in seconds.items():
-        pairs = zip(own_s, seconds["llama-server"], strict=True)
+        pairs = zip(own_s, seconds[rival], strict=True)
         ratio = statistics.median(a / b for a, b in list(pairs)[1:])
         print(f"{name:14} {statistics.median(own_s[1:]):5.2f} s, {ratio:.2f}x")
     return 0
