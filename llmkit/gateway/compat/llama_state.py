@@ -151,8 +151,8 @@ def with_models(listing: Callable[[], dict[str, Any]]) -> Callable[[Exchange], A
 
 
 def _entry(model: dict[str, Any]) -> dict[str, Any]:
-    """llama-server says of every model that it completes. We do not of one that draws; nor would
-    its clients find a word for those that embed, hear or speak."""
+    """llama-server lists "completion" for every model, whatever it does. So do we, but for one
+    that is known to draw."""
     modalities: dict[str, list[str]] = model.get("architecture", {})
     writes = modalities.get("output_modalities", ["text"]) == ["text"]
     return objects.listed(model["id"], modalities.get("input_modalities", ()) if writes else None)
