@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 LAB_ARGS ?=
 PYTEST_ARGS ?=
+# Test files that run at once. Most tests keep one core busy, and many wait for other programs.
+LANES ?= 2
 BENCH_ARGS ?=
 DEVICE_ARGS ?=
 ROOT_FLAG := $(shell [ "$$(id -u)" = 0 ] && echo --allow-root)
@@ -25,7 +27,7 @@ lab: setup
 
 test: setup
 	@VENV="$(VENV)" bash .ci/clients
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(LANES) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 soak: setup
 	SOAK=2000 $(BIN)/python -m pytest --timeout=0 tests/test_soak.py tests/test_replicas_fleet.py tests/test_browser.py $(PYTEST_ARGS)
