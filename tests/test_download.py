@@ -249,11 +249,22 @@ def test_what_the_hub_has_may_be_no_model(
     """Its checksum is right, but nothing could load it; nothing of it is kept."""
     hub.content["org/m"][FILE] = b"<!DOCTYPE html>" * 9
     for where in (None, tmp_path / "models"):
-        with pytest.raises(DownloadError, match=f"org/m:{FILE} .* looks like an HTML page. It was"):
+        with pytest.raises(DownloadError, match=f"{FILE} .* looks like an HTML page. It was"):
             fetch(models_dir=where)
     assert not [p for p in tmp_path.rglob("*") if p.is_file() and b"html" in p.read_bytes()[:99]]
     assert main(["models", "pull", f"org/m:{FILE}"]) == 1
     assert "choose another file" in capsys.readouterr().err
+
+
+def test_the_rest_of_what_is_no_model_is_not_waited_for(hub: Hub, tmp_path: Path) -> None:
+    hub.content["org/m"][FILE] = b"<!DOCTYPE html>" * 99_999
+    hub.held = threading.Event()  # the rest never comes
+    try:
+        with pytest.raises(DownloadError, match=f"{FILE} cannot be used: what the Hub sends looks"):
+            fetch()
+    finally:
+        hub.held.set()
+    assert not [p for p in tmp_path.rglob("*") if p.is_file() and b"html" in p.read_bytes()[:99]]
 
 
 def test_a_file_of_the_right_size_may_be_damaged(hub: Hub) -> None:

@@ -26,10 +26,15 @@ def test_a_damaged_beginning_is_fetched_again(hub: Hub, tmp_path: Path) -> None:
     with pytest.raises(DownloadError, match="cancelled"):
         fetch(cancelled=lambda: next(stop))
     (part,) = parts(tmp_path)
-    part.write_bytes(b"x" * part.stat().st_size)
+    part.write_bytes(b"GGUF" + b"x" * part.stat().st_size)
     hub.requests.clear()
     assert fetch().read_bytes() == DATA
     assert len(hub.gets()) == 2, "the rest, then all of it"
+    part.write_bytes(b"x" * 300_000)
+    Path(part.with_suffix("")).unlink()
+    hub.requests.clear()
+    assert fetch().read_bytes() == DATA
+    assert len(hub.gets()) == 1, "nobody needs the rest to see it"
     part.write_bytes(b"x" * (len(DATA) + 5))
     Path(part.with_suffix("")).unlink()
     assert fetch().read_bytes() == DATA, "one that is too long is of another file"

@@ -220,17 +220,10 @@ def _fetch_one(place: _Place, progress: Progress[Phase]) -> None:
     try:
         if place.in_cache and place.is_here:
             return
-        part = Part(place.part, file, progress)
+        part = Part(place.part, file, progress, partial(_fault, file))
         if place.is_here and part.has_digest_of(place.data):
             return
         part.complete()
-        fault = _fault(file, place.part)
-        if fault is not None:
-            place.part.unlink(missing_ok=True)
-            raise DownloadError(
-                f"{file.repo}:{file.name} cannot be used: what the Hub has there {fault}. It was "
-                "not kept; choose another file or repository."
-            )
         part.become(place.data)
     finally:
         lock.release()

@@ -24,6 +24,7 @@ __all__ = ["Part", "Progress", "Remote", "check_room", "transport_errors"]
 INTERVAL_S = 0.1
 SPEED_S = 3.0
 CHUNK = 1 << 20
+START = 4096  # bytes after which the start of a file is looked at
 TRIES, FIRST_DELAY_S, MAX_DELAY_S = 6, 0.5, 30.0
 RANGE = re.compile(r"bytes (\d+)-")
 Phase = TypeVar("Phase", bound=str)
@@ -97,25 +98,35 @@ class _Broken(Exception):
 
 
 class Part:
-    """A file that is arriving: ``path`` holds what is here so far."""
+    """A file that is arriving: ``path`` holds what is here so far.
 
-    def __init__(self, path: Path, remote: Remote, progress: Progress[Any]) -> None:
+    ``start_fault`` says of a file's first bytes why nobody can want the rest, or None.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        remote: Remote,
+        progress: Progress[Any],
+        start_fault: Callable[[Path], str | None],
+    ) -> None:
         self._path, self._remote, self._progress = path, remote, progress
+        self._start_fault = start_fault
         self._size = path.stat().st_size if path.is_file() else 0
 
     def complete(self) -> None:
         """Fetch what is missing, and compare the checksum. Raises `DownloadError`."""
-        if self._size > self._remote.size:  # of another file
-            self._begin_again()
+        if self._size > self._remote.size or (self._size and self._start_fault(self._path)):
+            self._begin_again()  # of another file, or damaged
         resumed = self._size > 0
         self._fetch_rest()
         if self.has_digest_of(self._path):
-            return
+            return self._check_start()
         self._begin_again()
         if resumed:  # what was here may have been damaged: once more, from nothing
             self._fetch_rest()
             if self.has_digest_of(self._path):
-                return
+                return self._check_start()
             self._begin_again()
         raise DownloadError(
             f"{self._remote.name} has another checksum than the Hub says ({self._remote.etag}): it "
@@ -149,6 +160,16 @@ class Part:
             why = error.strerror or error
             raise DownloadError(f"{printable(str(path))} cannot be read: {why}.") from None
         return digest.hexdigest() == etag
+
+    def _check_start(self) -> None:
+        """Raises `DownloadError`, and keeps nothing, before gigabytes of it have come."""
+        fault = self._start_fault(self._path)
+        if fault is not None:
+            self._begin_again()
+            raise DownloadError(
+                f"{self._remote.name} cannot be used: what the Hub sends {fault}. It was not "
+                "kept; choose another file or repository."
+            )
 
     def _begin_again(self) -> None:
         self._path.unlink(missing_ok=True)
@@ -217,6 +238,9 @@ class Part:
                     )
                 file.write(chunk)
                 self._size += len(chunk)
+                if self._size - len(chunk) < START <= self._size:
+                    file.flush()
+                    self._check_start()
                 self._progress.check(self._size)
                 self._progress.tell("downloading", self._size)
         if self._size < self._remote.size:
