@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,7 +39,9 @@ class Store:
                     pytest.fail(f"{why}, and CI may not skip")
                 pytest.skip(why)
         self.folder = folder
-        places = ["--root", str(folder / "store"), "--runroot", str(folder / "run")]
+        # podman takes at most 50 characters for it.
+        self._run = tempfile.TemporaryDirectory(prefix="pod-", ignore_cleanup_errors=True)
+        places = ["--root", str(folder / "store"), "--runroot", self._run.name]
         self._buildah = [tool("buildah", "buildah"), *places]
         self._podman = [
             tool("podman", "podman"), *places, "--runtime", tool("runc", "runc"),
@@ -105,9 +108,10 @@ class Store:
     def close(self) -> None:
         self.tried("rm", "--all", "--force", "--volumes", "--time", "1")
         for line in Path("/proc/self/mounts").read_text().splitlines():
-            if line.split()[1].startswith(str(self.folder)):
+            if line.split()[1].startswith((str(self.folder), self._run.name)):
                 subprocess.run(["umount", "-l", line.split()[1]], check=False)
         shutil.rmtree(self.folder, ignore_errors=True)
+        self._run.cleanup()
 
 
 class Container:

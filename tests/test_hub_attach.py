@@ -31,7 +31,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HubWithModels]:
     hub = HubWithModels(tmp_path_factory.mktemp("hub"), ["smollm2", "minilm"], ENGINE)
     yield hub
     hub.stop()
-    assert "Traceback" not in hub.output(), hub.output()
+    assert not hub.tracebacks(), hub.output()
 
 
 @pytest.fixture(scope="module")

@@ -45,7 +45,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HubWithModels]:
     hub = HubWithModels(tmp_path_factory.mktemp("hub"), ["echo"], SETTINGS)
     yield hub
     hub.stop()
-    assert "Traceback" not in hub.output(), hub.output()
+    assert not hub.tracebacks(), hub.output()
 
 
 @pytest.fixture(scope="module")
@@ -157,6 +157,7 @@ def test_nobody_reads_what_is_another_s(hub: HubWithModels, tokens: dict[str, st
     assert {row["caller"] for row in status.json["callers"]} == {"hub user ann"}
     assert status.json["requests"] == [] and status.json["actions"] == []
     assert [model["pid"] for model in status.json["models"]] == [None]
+    assert all(m["pids"] == [] and m["num_used"] is None for m in status.json["offered"])
     ask("GET", f"{hub.service}/metrics", token=ann)
     assert b"bob" not in ask("GET", f"{hub.service}/metrics", token=ann).body
 

@@ -78,7 +78,7 @@ def answers(
 ) -> list[Completion]:
     """The answers to requests that come at once; each is the helper's."""
     streams = [engine.submit(request) for request in asked]
-    done = [stream.result(60) for stream in streams]
+    done = [stream.result(300) for stream in streams]
     for request, answer in zip(asked, done, strict=True):
         reference.check(request, answer.tokens, CHATML)
     return done
@@ -155,7 +155,7 @@ def test_preempted_and_aborted(
     gone.close()
     answers(small, reference, urgent)
     for request, stream in zip(slow, streams, strict=True):
-        reference.check(request, stream.result(60).tokens, CHATML)
+        reference.check(request, stream.result(300).tokens, CHATML)
     answers(small, reference, asking("gone ", png(51, 300, 280), " never"))
 
 
@@ -256,8 +256,8 @@ def test_a_real_model_says_what_it_sees(seeing: LocalEngine) -> None:
     assert seeing.description.inputs == ("image",)
     said = "What colour? The colour of the picture is"
     for name, colour in COLOURS.items():
-        seen = seeing.submit(asking(said, png(colour), ".", max_tokens=24)).result(60)
-        read = seeing.submit(asking(f"{said} {name}.", max_tokens=24)).result(60)
+        seen = seeing.submit(asking(said, png(colour), ".", max_tokens=24)).result(300)
+        read = seeing.submit(asking(f"{said} {name}.", max_tokens=24)).result(300)
         assert name in seen.text and seen.tokens == read.tokens
         assert seen.usage.prompt_tokens == read.usage.prompt_tokens
         assert (seen.usage.image_tokens, read.usage.image_tokens) == (1, 0)
@@ -269,7 +269,7 @@ def test_ten_turns_over_one_picture(seeing: LocalEngine) -> None:
     for turn in range(10):
         parts = ("The picture is", picture, ".") if turn == 0 else (f"Turn {turn}. Go on.",)
         request = asking(*parts, before=talk, files=[picture])
-        answer = seeing.submit(request).result(60)
+        answer = seeing.submit(request).result(300)
         assert not turn or answer.usage.cached_tokens >= answer.usage.image_tokens + 5
         assert request.messages is not None
         talk = [*request.messages, Message("assistant", answer.text)]
@@ -286,9 +286,9 @@ def test_text_loses_nothing_beside_pictures(
     again = "one two three four five six seven eight nine ten, " * 4
     seen = seeing.submit(asking("The picture is", png((0, 0, 255), 112), ".", max_tokens=40))
     read = [seeing.submit(asking(f"Repeat: {again}", max_tokens=40)) for _ in range(2)]
-    done = [stream.result(60) for stream in read]
+    done = [stream.result(300) for stream in read]
     after = seeing.stats()
-    assert done[0].tokens == done[1].tokens and "blue" in seen.result(60).text
+    assert done[0].tokens == done[1].tokens and "blue" in seen.result(300).text
     assert after.accepted_tokens_total > before.accepted_tokens_total
     assert done[1].usage.cached_tokens > 40
 
@@ -297,7 +297,7 @@ def test_pictures_cross_the_bridge(seeing: LocalEngine) -> None:
     server = BridgeServer(seeing)
     client = BridgeClient(server.connection)
     assert client.description.inputs == ("image",)
-    answer = client.submit(asking("The picture is", png((0, 255, 0)), ".")).result(60)
+    answer = client.submit(asking("The picture is", png((0, 255, 0)), ".")).result(300)
     assert "green" in answer.text and answer.usage.image_tokens == 1
     asked = asking("The picture is", png((0, 255, 0)), ".")
     question = TokenizeChat(asked.messages or (), media=asked.media)

@@ -36,7 +36,7 @@ def generate(engine: LocalEngine, prompt: str | tuple[int, ...], **sampling: obj
     params = SamplingParams(**{"temperature": 0, "max_tokens": 16, **sampling})  # type: ignore[arg-type]
     return engine.submit(
         GenerationRequest(f"t{time.monotonic_ns()}", params, prompt=prompt)
-    ).result(60)
+    ).result(300)
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +138,7 @@ def test_batched_is_greedy_for_each(
         for i, p in enumerate(PROMPTS * 2)
     ]
     for prompt, stream in zip(PROMPTS * 2, [engine.submit(r) for r in requests], strict=True):
-        assert is_near_greedy(runner, model.vocab.tokenize(prompt), list(stream.result(60).tokens))
+        assert is_near_greedy(runner, model.vocab.tokenize(prompt), list(stream.result(300).tokens))
 
 
 def test_same_shapes_give_the_same_tokens(runner: LlamaRunner, model: LlamaModel) -> None:
@@ -225,7 +225,7 @@ def test_stop_strings_end_tokens_and_lengths(engine: LocalEngine) -> None:
             SamplingParams(temperature=0, max_tokens=200),
             messages=(Message("user", "Say yes."),),
         )
-    ).result(60)
+    ).result(300)
     assert chat.finish_reason is FinishReason.STOP and "<|im_end|>" not in chat.text
     on = engine.submit(
         GenerationRequest(
@@ -234,7 +234,7 @@ def test_stop_strings_end_tokens_and_lengths(engine: LocalEngine) -> None:
             messages=(Message("user", "Say yes."),),
         )
     )
-    assert on.result(60).usage.completion_tokens == 60
+    assert on.result(300).usage.completion_tokens == 60
     full = generate(engine, PROMPTS[0], max_tokens=None, ignore_eos=True)
     assert (
         full.finish_reason is FinishReason.LENGTH

@@ -54,7 +54,7 @@ def test_a_soak_ends_as_it_began(tmp_path: Path, family: str, count: int, kinds:
         )
         for i in range(kinds)
     ]
-    alone: list[Completion] = [submit(engine, job).result(60) for job in jobs]
+    alone: list[Completion] = [submit(engine, job).result(300) for job in jobs]
     before = None
     running: list[tuple[int, Stream]] = []
     for i in range(count):

@@ -45,7 +45,7 @@ def test_marks_are_in_the_text_for_the_parser_only(tmp_path: Path) -> None:
         params = SamplingParams(max_tokens=3, logit_bias=((257, 1000.0),), temperature=0)
         assert (
             engine.submit(GenerationRequest(f"m{show}", params, prompt="a", show_marks=show))
-            .result(60)
+            .result(300)
             .text
             == text
         )
@@ -62,7 +62,7 @@ def test_marks_are_in_the_text_for_the_parser_only(tmp_path: Path) -> None:
 def test_a_text_that_goes_round_in_circles_can_be_ended(tmp_path: Path) -> None:
     engine = LocalEngine(tiny_models.write(tmp_path / "m.gguf", "llama"), n_ctx=256, n_slots=1)
     stuck = SamplingParams(max_tokens=100, logit_bias=((100, 1000.0),), max_repetitions=5)
-    done = engine.submit(GenerationRequest("r", stuck, prompt="a")).result(60)
+    done = engine.submit(GenerationRequest("r", stuck, prompt="a")).result(300)
     assert done.finish_reason is FinishReason.REPETITION and done.usage.completion_tokens == 5
     engine.close()
 

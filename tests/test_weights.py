@@ -256,9 +256,9 @@ def test_a_real_engine_computes_so_many_at_once(
     monkeypatch.setattr(runner, "execute", lambda batch: (all_came.wait(30), execute(batch))[1])
     together = [engine.submit(ask(text, max_tokens=10)) for text in texts]
     all_came.set()
-    answers = [stream.result(60).tokens for stream in together]
+    answers = [stream.result(300).tokens for stream in together]
     assert max(len(step.chunks) for step in engine._engine.steps()) == most
-    assert answers == [engine.submit(ask(text, max_tokens=10)).result(60).tokens for text in texts]
+    assert answers == [engine.submit(ask(text, max_tokens=10)).result(300).tokens for text in texts]
     engine.close()
 
 
