@@ -126,7 +126,7 @@ def test_whoever_ends_a_process_under_a_debugger_blames_no_request() -> None:
 
 @pytest.mark.parametrize("silent_s", [0.2, 120.0])
 def test_a_connection_lost_in_a_silence_is_nobodys_fault(
-    silent_s: float, monkeypatch: pytest.MonkeyPatch
+    silent_s: float, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     line, heard, _ = made(keys=CurveKeys(*zmq.curve_keypair(), b""))
     events = [zmq.EVENT_HANDSHAKE_SUCCEEDED, zmq.EVENT_DISCONNECTED]
@@ -142,6 +142,12 @@ def test_a_connection_lost_in_a_silence_is_nobodys_fault(
     line._watch(None)  # type: ignore[arg-type]
     [(reason, blameless)] = heard.ends
     assert "was lost" in reason and blameless is (silent_s > lines.SILENT_S)
+    address = line._connection.address
+    assert address not in reason and address in caplog.text, "the log alone says where"
+    caplog.clear()
+    events.append(zmq.EVENT_DISCONNECTED)
+    line._watch(None)  # type: ignore[arg-type]
+    assert not caplog.text, "of one that is gone already"
 
 
 def test_a_second_greeting_has_its_own_time(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,4 +160,5 @@ def test_a_second_greeting_has_its_own_time(monkeypatch: pytest.MonkeyPatch) -> 
     assert not heard.is_gone
     now += lines.WELCOME_S + 1
     line.tick()
-    assert "does not answer" in heard.ends[0][0]
+    reason = heard.ends[0][0]
+    assert "does not answer" in reason and line._connection.address not in reason

@@ -17,7 +17,7 @@ from pausing import FOREVER, end_stuck, hold, let_go, stuck
 from llmkit.bridge import wire
 from llmkit.bridge.client import BridgeClient
 from llmkit.cluster.blame import Suspect, blame
-from llmkit.cluster.breaker import MAX_S, Breaker
+from llmkit.cluster.breaker import MAX_FAILURES, MAX_S, Breaker
 from llmkit.cluster.pool import ReplicaPool
 from llmkit.engine.batch import Batch, StepOutput
 from llmkit.errors import EngineDiedError, EngineError, EngineGoneError, QueueFullError
@@ -33,6 +33,7 @@ from llmkit.protocol import (
     SlotContent,
     Step,
     StepChunk,
+    Tokenize,
 )
 from llmkit.protocol.speech import Hearing
 from llmkit.protocol.stream import Channel, Stream
@@ -185,6 +186,31 @@ def test_one_that_fails_at_once_does_not_get_all(replicas: Make) -> None:
         return len(members[0].asked) > len(failed)
 
     wait_for(is_used_again)
+
+
+def test_vectors_say_that_a_replica_works_and_questions_say_nothing(replicas: Make) -> None:
+    pool, [only] = replicas(1)
+    [member] = pool.members
+    breaker = member.breaker
+
+    def fails() -> None:
+        raise EngineError("the device is lost")
+
+    def embed() -> Any:
+        return pool.embed(EmbeddingRequest("e", ("ab",))).result(30)
+
+    for _ in range(2 * MAX_FAILURES):  # now and then, in its whole life
+        only.on_ask = fails
+        with pytest.raises(EngineError, match="device"):
+            embed()
+        with pytest.raises(EngineError, match="device"):
+            pool.inquire(Inquiry("q", Tokenize("a")))
+        only.on_ask = lambda: None
+        assert embed() and not breaker.is_tripped
+    for _ in range(MAX_FAILURES):
+        breaker.failed(0.0)
+    assert pool.inquire(Inquiry("q", Tokenize("a"))).result(30) and breaker.is_tripped
+    assert embed() and not breaker.is_tripped
 
 
 def test_a_breaker_waits_longer_each_time() -> None:

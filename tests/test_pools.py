@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable, Hashable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
@@ -9,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fakes import FakeClient, wait_for
-from fleet_parts import Joined
+from fakes import FakeClient, ask, wait_for
+from fleet_parts import ENGINE, Joined, said_to
 from mortal import Mortal
 
 from llmkit.bridge.connection import Connection, make_connection
-from llmkit.cluster.announcing import model_hash
+from llmkit.cluster.announcing import announcement, model_hash
 from llmkit.cluster.fleet import Fleet
 from llmkit.cluster.pool import ReplicaPool
 from llmkit.errors import EngineGoneError
@@ -22,6 +23,7 @@ from llmkit.gateway import sources
 from llmkit.gateway.directory import EngineDirectory
 from llmkit.gateway.pools import Pooled
 from llmkit.gateway.sources import WorkerFiles
+from llmkit.protocol import EngineState, Inquiry, ListSlots, ModelDescription, Tokenize
 from llmkit.protocol.client import EngineClient
 
 pytest_plugins = ["fleet_fixtures"]
@@ -77,11 +79,12 @@ def test_engines_of_other_weights_or_options_are_not_pooled(
 ) -> None:
     file = tmp_path / "m.gguf"
     file.write_bytes(b"GGUF one")
-    plain = model_hash(file, {"n_slots": 4, "kv_type": "f16", "deterministic": None})
-    assert plain == model_hash(file, {}) != model_hash(file, {"deterministic": True})
+    model = ModelDescription("m", str(file))
+    plain = model_hash(model, {"n_slots": 4, "kv_type": "f16", "deterministic": None})
+    assert plain == model_hash(model, {}) != model_hash(model, {"deterministic": True})
     client = FakeClient()
     ending.callback(client.close)
-    for digest in (plain, plain, model_hash(file, {"kv_type": "q8_0"})):
+    for digest in (plain, plain, model_hash(model, {"kv_type": "q8_0"})):
         joined = Joined(client, [fleet.address], model_hash=digest)
         ending.callback(joined.close)
     wait_for(lambda: len(fleet.find()) == 3)
@@ -89,6 +92,113 @@ def test_engines_of_other_weights_or_options_are_not_pooled(
     assert sorted(len(pool.members) for pool in found) == [1, 2]
     for pool in found:
         pool.close()
+
+
+def test_an_upgrade_takes_requests_once_most_slots_are_new(ending: ExitStack) -> None:
+    given = Given(ending)
+    given.put("another", name="another")
+    new = [given.put("n0", n_ctx=700)]
+    old = [given.put(f"o{i}") for i in range(2)]
+    directory = EngineDirectory([Pooled([given])])
+    ending.callback(directory.close)
+
+    def serves() -> set[str]:
+        directory.look_again()
+        pool = directory.lookup("fake")
+        assert isinstance(pool, ReplicaPool)
+        return {str(m.client.origin.host) for m in pool.members}
+
+    assert serves() == {"o0", "o1"}, "the first of the new ones does not get everything"
+    assert directory.lookup("default").description.name == "another", "the newest name"
+    old[0].drain()
+    assert serves() == {"n0"}, "as many slots, and newer"
+    new[0].phase = EngineState("loading", "it has not answered yet")
+    assert serves() == {"o0", "o1"}
+
+
+def test_the_default_is_no_engine_that_has_not_answered_yet(ending: ExitStack) -> None:
+    given = Given(ending)
+    newest = given.put("n0", name="newest")
+    given.put("e0")
+    newest.phase = EngineState("loading", "it has not answered yet")
+    directory = EngineDirectory([Pooled([given])])
+    ending.callback(directory.close)
+    assert directory.lookup("default").description.name == "fake"
+    assert directory.lookup("newest").state.phase == "loading", "but it is known"
+    newest.phase = EngineState()
+    directory.look_again()
+    assert directory.lookup("default").description.name == "newest"
+
+
+def test_an_engine_that_announces_itself_and_does_not_answer_gets_nothing(
+    ending: ExitStack, fleet: Fleet
+) -> None:
+    silent = ending.enter_context(socket.create_server(("127.0.0.1", 0)))
+    client = FakeClient()
+    ending.callback(client.close)
+    address = f"tcp://127.0.0.1:{silent.getsockname()[1]}"
+    said = announcement(model=client.description, address=address)
+    assert said_to(fleet.address, ENGINE, said)
+    pooled = Pooled([fleet])
+    [pool] = pools(pooled)
+    ending.callback(pool.close)
+    assert pool.state.phase == "loading" and pool.num_ready_slots == 0
+    for ask_it in (
+        lambda: pool.submit(ask("a")),
+        lambda: pool.inquire(Inquiry("q", Tokenize("a"))),
+    ):
+        with pytest.raises(EngineGoneError):
+            ask_it()
+    joined = Joined(client, [fleet.address])
+    ending.callback(joined.close)
+    wait_for(lambda: len(fleet.find()) == 2)
+    pooled.find()
+    wait_for(lambda: pool.state.phase == "ready")
+    for i in range(20):
+        assert pool.submit(ask(f"{i}", max_tokens=2)).result(30)
+    assert pool.inquire(Inquiry("q", ListSlots())).result(30) == ()
+    assert sorted(m.client.state.phase for m in pool.members) == ["loading", "ready"]
+
+
+def test_adapters_projectors_and_all_parts_of_a_model_tell_engines_apart(tmp_path: Path) -> None:
+    def written(name: str, text: str = "") -> str:
+        file = tmp_path / name
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(f"GGUF {text or name}")
+        return str(file)
+
+    def hashed(path: str, *adapters: tuple[str, float], **options: str) -> str:
+        inputs = ("image",) if options else ()
+        model = ModelDescription("m", path, adapters=adapters, inputs=inputs)
+        return model_hash(model, options)
+
+    alone = written("alone/m.gguf", "m")
+    law, again, other = (
+        written(f"{folder}/law.gguf", text)
+        for folder, text in (("here", "law"), ("there", "law"), ("elsewhere", "laws of old"))
+    )
+    eyes, better = written("eyes.gguf"), written("better.gguf")
+    distinct = [
+        hashed(alone),
+        hashed(alone, (law, 1.0)),
+        hashed(alone, (law, 0.5)),
+        hashed(alone, (other, 1.0)),
+        hashed(alone, (law, 1.0), (eyes, 1.0)),
+        hashed(alone, (eyes, 1.0), (law, 1.0)),
+        hashed(alone, projector=eyes),
+        hashed(alone, projector=better),
+    ]
+    assert len(set(distinct)) == len(distinct) and all(distinct)
+    assert hashed(alone, (again, 1.0)) == hashed(alone, (law, 1.0)), "wherever it lies"
+    assert hashed(alone, projector="none") == hashed(alone)
+    assert hashed(alone, (str(tmp_path / "none"), 1.0)) == ""
+    written("alone/mmproj-m.gguf")
+    seen = ModelDescription("m", alone, inputs=("image",))
+    assert model_hash(seen, {}) not in ("", hashed(alone)), "that beside it"
+    first, second = (written(f"split/s-0000{i}-of-00002.gguf") for i in (1, 2))
+    whole = hashed(first)
+    written("split/s-00002-of-00002.gguf", "finetuned")
+    assert whole and second and hashed(first) not in ("", whole)
 
 
 def test_what_nobody_waits_for_is_forgotten(ending: ExitStack) -> None:

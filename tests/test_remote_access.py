@@ -25,6 +25,7 @@ from llmkit.cluster.refusals import refusal
 from llmkit.cluster.remote import RemoteEngine
 from llmkit.errors import (
     AccessError,
+    EngineError,
     EngineGoneError,
     InvalidRequestError,
     LimitError,
@@ -210,6 +211,32 @@ def test_the_hub(gateway: RemoteGateway, monkeypatch: pytest.MonkeyPatch) -> Non
     assert isinstance(refused, AccessError)
     assert "access:services!service=models" in str(refused)
     assert "c.Spawner.server_token_scopes" in str(refused) and "no scope" in str(refused)
+
+
+@pytest.mark.parametrize("is_hub", [False, True])
+def test_what_a_proxy_refuses_is_not_taken_for_another_server(is_hub: bool) -> None:
+    address = Address.of("http://h/services/models", "t", is_hub=is_hub)
+
+    def refused(status: int, body: bytes = b"<html>", *, attaching: bool = False) -> Exception:
+        return refusal(address, status, {}, body, attaching=attaching)
+
+    for attaching in (False, True):
+        for status in (413, 431):
+            error = refused(status, attaching=attaching)
+            assert isinstance(error, InvalidRequestError)
+            assert "larger than a proxy before http://h/services/models lets" in str(error)
+        for status in (500, 501):
+            error = refused(status, attaching=attaching)
+            assert isinstance(error, EngineError) and "no llmkit" not in str(error)
+            assert isinstance(error, EngineGoneError) is attaching
+            assert f"status {status}" in str(error)
+    for status in (302, 400, 404, 405):
+        assert "no llmkit" in str(refused(status, attaching=True))
+        error = refused(status)
+        assert isinstance(error, EngineGoneError) and "no llmkit" not in str(error)
+        assert f"status {status}" in str(error)
+    own = refused(413, b'{"error": {"message": "over 16 MiB", "code": null, "param": "body"}}')
+    assert isinstance(own, InvalidRequestError) and str(own) == "over 16 MiB"
 
 
 def call(url: str, body: bytes | None, key: str = ANN, **headers: str) -> tuple[int, bytes]:

@@ -74,6 +74,7 @@ class BridgeClient:
         self._draining: str | None = None
         self._is_blameless = False
         self._version = wire.VERSION  # until it says its own
+        self._is_welcome = False
         self._again = again
         self._line = EngineLine(connection, self, weighs=weighs, keys=keys, again=again)
         self._line.begin()
@@ -89,6 +90,11 @@ class BridgeClient:
         return EngineState.gone_for(
             self._gone, blameless=self._is_blameless or self._draining is not None
         )
+
+    @property
+    def is_welcome(self) -> bool:
+        """Whether the engine has ever answered a greeting."""
+        return self._is_welcome
 
     @property
     def version(self) -> int:
@@ -236,6 +242,7 @@ class BridgeClient:
             welcome = wire.decode(body, wire.Welcome)
             self._line.greeting = False
             self._description, self._version = welcome.description, welcome.version
+            self._is_welcome = True
             why = wire.stranger(welcome.version, welcome.llmkit)
             if why is not None:
                 self.lose(f"the model {self._description.name!r} cannot be used: {why}.")

@@ -156,15 +156,19 @@ class EngineLine:
         name = self._connection.model.name
         if self._keys is not None:
             if self.greeting and time.monotonic() - self._greeted > WELCOME_S:
-                self._receiver.lose(
-                    f"the engine of {name!r} at {self._connection.address} does not answer"
-                )
+                self._lose_remote(f"the engine of {name!r} does not answer")
         else:
             life = self._connection.life
             if life == "gone":
                 self._lose_process()
             self._stands = life in ("stopped", "traced")
         return PING_S
+
+    def _lose_remote(self, reason: str, *, blameless: bool = False) -> None:
+        """Its address is for the log: a reason also goes to whoever asks for the model."""
+        if not self._receiver.is_gone:  # nor has it said goodbye
+            logger.warning("%s; its address is %s", reason, self._connection.address)
+        self._receiver.lose(reason, blameless=blameless)
 
     def _lose_process(self) -> None:
         self._receive_all()  # its last words
@@ -230,22 +234,21 @@ class EngineLine:
                     continue
                 self._receive_all()  # its last words
                 silent_s = time.monotonic() - self._heard
-                name, address = self._connection.model.name, self._connection.address
+                name = self._connection.model.name
                 if not self._is_secure:
                     reason = (
-                        f"the engine of {name!r} cannot be reached at {address}, or does not know "
-                        "our fleet key"
+                        f"the engine of {name!r} cannot be reached, or does not know our fleet key"
                     )
                 elif silent_s > SILENT_S:
                     reason = (
-                        f"the connection to the engine of {name!r} at {address} was lost after a "
-                        f"silence of {silent_s:.1f} s: the process is stopped, its host has ended, "
-                        "or the network between"
+                        f"the connection to the engine of {name!r} was lost after a silence of "
+                        f"{silent_s:.1f} s: the process is stopped, its host has ended, or the "
+                        "network between"
                     )
                 else:
                     reason = (
-                        f"the connection to the engine of {name!r} at {address} was lost: the "
-                        "process or its host has ended, or the network between"
+                        f"the connection to the engine of {name!r} was lost: the process or its "
+                        "host has ended, or the network between"
                     )
                 is_cut_off = not self._is_secure or silent_s > SILENT_S
-                self._receiver.lose(reason, blameless=is_cut_off)
+                self._lose_remote(reason, blameless=is_cut_off)

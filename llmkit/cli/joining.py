@@ -147,7 +147,7 @@ def hold_joined(
                 phase="ready",
                 address=server.connection.address,
                 key=server.connection.key,
-                model_hash=model_hash(Path(llm.model.path), options),
+                model_hash=model_hash(llm.model, options),
             )
             announcer.tell(lambda: msgspec.structs.replace(said, **_now(engine, server)))
             loaded.set()

@@ -26,6 +26,10 @@ from llmkit.bridge.curve import CurveKeys, beat
 from llmkit.bridge.waker import Waker
 from llmkit.cluster import announcements as words
 from llmkit.cluster.announcements import Announcement, Place
+from llmkit.errors import ModelNotFoundError
+from llmkit.models.projectors import projector_of
+from llmkit.models.splits import names_of
+from llmkit.protocol import ModelDescription
 from llmkit.settings.options import EngineOptions
 from llmkit.system.reporting import report
 from llmkit.version import __version__
@@ -69,16 +73,24 @@ def announcement(**facts: object) -> Announcement:
     return Announcement(**{**own, **versions, **facts})  # type: ignore[arg-type]
 
 
-def model_hash(path: Path, options: Mapping[str, object]) -> str:
-    """Tells what answers the same from what does not: by a model's file (its size, first and last
-    mebibyte), and those of its ``options`` that change answers; "" without a file."""
+def model_hash(model: ModelDescription, options: Mapping[str, object]) -> str:
+    """Tells what answers the same from what does not: by the files of a model, its adapters with
+    their scales and its projector (of each the size, first and last mebibyte), and those of its
+    ``options`` that change answers; "" without these files."""
+    path, digest = Path(model.path), hashlib.sha256()
     try:
-        with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            digest = hashlib.sha256(str(size).encode() + file.read(SAMPLE_BYTES))
-            file.seek(max(0, size - SAMPLE_BYTES))
-            digest.update(file.read(SAMPLE_BYTES))
-    except OSError:
+        for name in names_of(path.name):
+            _sample(path.with_name(name), digest.update)
+        for adapter, scale in model.adapters:
+            digest.update(f"adapter {scale!r} ".encode())
+            _sample(Path(adapter), digest.update)
+        wanted = options.get("projector")
+        wanted = None if wanted is None else str(wanted)
+        projector = projector_of(path, wanted) if model.senses else None
+        if projector is not None:
+            digest.update(b"projector ")
+            _sample(projector, digest.update)
+    except (OSError, ModelNotFoundError):
         return ""
     usual = EngineOptions()
     chosen = [(name, options.get(name)) for name in ANSWERING]
@@ -86,6 +98,15 @@ def model_hash(path: Path, options: Mapping[str, object]) -> str:
     if unusual:
         digest.update(repr(unusual).encode())
     return digest.hexdigest()[:32]
+
+
+def _sample(path: Path, update: Callable[[bytes], object]) -> None:
+    """Raises `OSError`."""
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        update(str(size).encode() + file.read(SAMPLE_BYTES))
+        file.seek(max(0, size - SAMPLE_BYTES))
+        update(file.read(SAMPLE_BYTES))
 
 
 class Announcer:

@@ -26,10 +26,15 @@ MAX_IN_COMPANY = 2 * MAX_DEATHS  # then it fails, though others may have been to
 
 
 class Asking:
-    """One question, asked again elsewhere when the replica is lost before its answer, or full."""
+    """One question, asked again elsewhere when the replica is lost before its answer, or full.
 
-    def __init__(self, roster: Roster, ask: Callable[[EngineClient], Future[Any]]) -> None:
-        self._roster, self._ask = roster, ask
+    Only what the model ``computes`` says whether a replica works.
+    """
+
+    def __init__(
+        self, roster: Roster, ask: Callable[[EngineClient], Future[Any]], *, computes: bool
+    ) -> None:
+        self._roster, self._ask, self._computes = roster, ask, computes
         self._answer: Future[Any] = Future()
         self._asked: Future[Any] | None = None
         self._avoid: set[str] = set()
@@ -44,7 +49,7 @@ class Asking:
 
     def _try(self, failure: BaseException | None) -> None:
         while True:
-            leg = self._roster.choose_any(self._suspect, self._avoid)
+            leg = self._roster.choose_any(self._suspect, self._avoid, is_judged=self._computes)
             self._tries += 1
             if leg is None or leg.member.name in self._avoid or self._tries > MAX_TRIES:
                 if leg is not None:
@@ -92,7 +97,8 @@ class Asking:
                 except Exception as failure:
                     error = failure
         else:
-            self._roster.leave(leg, failure=error if isinstance(error, Exception) else None)
+            failed = error if isinstance(error, Exception) else None
+            self._roster.leave(leg, failure=failed, answered=error is None)
         if not self._answer.set_running_or_notify_cancel():
             return
         if error is not None:

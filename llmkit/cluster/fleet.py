@@ -23,7 +23,7 @@ from llmkit.bridge.waker import Waker
 from llmkit.cluster import announcements as words
 from llmkit.cluster.announcements import Announcement
 from llmkit.errors import InvalidRequestError
-from llmkit.protocol import Origin
+from llmkit.protocol import EngineState, Origin
 from llmkit.protocol.client import EngineClient
 
 __all__ = ["Fleet", "FleetEngine"]
@@ -37,7 +37,8 @@ RETRY_S, MAX_RETRY_S = 0.5, 30.0
 
 
 class FleetEngine(BridgeClient):
-    """An engine of another host; engines of one ``model_hash`` answer the same."""
+    """An engine of another host; engines of one ``model_hash`` answer the same. It is "loading"
+    until it has answered: one that announces itself may not be reachable from here."""
 
     def __init__(self, announced: Announcement, keys: CurveKeys) -> None:
         place = words.Place.read(announced.address, "address")
@@ -61,6 +62,16 @@ class FleetEngine(BridgeClient):
     @property
     def origin(self) -> Origin:
         return self._origin
+
+    @property
+    def state(self) -> EngineState:
+        found = super().state
+        if found.phase != "ready" or self.is_welcome:
+            return found
+        name = self.description.name
+        return EngineState(
+            "loading", f"the engine of {name!r} has not answered yet; try again in a moment"
+        )
 
 
 @dataclass(slots=True)
@@ -138,17 +149,17 @@ class Fleet:
         return {(i, heard.tries): self._reach(i, heard) for i, heard in usable}
 
     def absent(self, name: str) -> str | None:
-        """Why a model that was heard of cannot be used yet; None for others."""
+        """Why a model that was heard of cannot be used yet; None for others. Names no host: it is
+        for whoever asks."""
         now = self._clock()
         with self._lock:
-            hosts = [
-                h.said.host or "another host"
-                for h in self._heard.values()
-                if h.said.model.name == name
+            is_loading = any(
+                h.said.model.name == name
                 and h.said.phase == "loading"
                 and now - h.at <= words.TTL_S
-            ]
-        return f"The model {name!r} is being loaded on {hosts[0]}." if hosts else None
+                for h in self._heard.values()
+            )
+        return f"The model {name!r} is being loaded; try again in a moment." if is_loading else None
 
     def close(self) -> None:
         """Listen no more; the clients are their owner's."""

@@ -61,11 +61,15 @@ class Member:
 
 @dataclass(slots=True, eq=False)
 class Leg:
-    """A request at one replica; ``stream`` is None until it is there."""
+    """A request at one replica; ``stream`` is None until it is there.
+
+    ``is_judged``: what becomes of it says whether the replica works.
+    """
 
     member: Member
     ticket: Ticket
     suspect: Suspect
+    is_judged: bool = True
     stream: Stream | None = None
 
     @property

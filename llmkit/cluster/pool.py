@@ -97,6 +97,12 @@ class ReplicaPool:
         return self._roster.members
 
     @property
+    def num_ready_slots(self) -> int:
+        """How many requests its ready replicas compute at once."""
+        ready = (m.client for m in self.members if m.client.state.phase == "ready")
+        return sum(client.description.n_slots for client in ready)
+
+    @property
     def is_closed(self) -> bool:
         """Whether it will have no members again."""
         return self._closed
@@ -199,14 +205,15 @@ class ReplicaPool:
         return None if self._closed else self._roster.choose(chain, suspect, avoid)
 
     def embed(self, request: EmbeddingRequest) -> Future[Embeddings]:
-        return self._ask(lambda client: client.embed(request))
+        return self._ask(lambda client: client.embed(request), computes=True)
 
     def inquire(self, inquiry: Inquiry[Answer]) -> Future[Answer]:
         merge = merged(inquiry.question, self._moved_ids)
         if merge is not None:
-            clients = [m.client for m in self.members if not m.client.state.is_gone]
+            there = ("ready", "draining")  # who has not answered yet would be waited for
+            clients = [m.client for m in self.members if m.client.state.phase in there]
             return all_of(clients, lambda client: client.inquire(inquiry), merge)
-        return self._ask(lambda client: client.inquire(inquiry))
+        return self._ask(lambda client: client.inquire(inquiry), computes=False)
 
     def _moved_ids(self) -> dict[str, str]:
         """Requests by their ids at another replica than the first."""
@@ -214,10 +221,10 @@ class ReplicaPool:
             relays = list(self._relays.values())
         return {r.id_there: r.request_id for r in relays if r.id_there is not None}
 
-    def _ask(self, ask: Callable[[EngineClient], Future[Any]]) -> Future[Any]:
+    def _ask(self, ask: Callable[[EngineClient], Future[Any]], *, computes: bool) -> Future[Any]:
         """Anybody's single answer; asked again elsewhere when a replica is lost meanwhile."""
         self._begin()
-        return Asking(self._roster, ask).begin()
+        return Asking(self._roster, ask, computes=computes).begin()
 
     def abort(self, request_id: str) -> None:
         relay = self._relays.get(request_id)

@@ -21,8 +21,9 @@ from llmkit.errors import (
     QueueFullError,
 )
 
-__all__ = ["BUSY", "no_gateway", "refusal", "retry_after", "said_in"]
+__all__ = ["BUSY", "another_server", "error_of", "no_gateway", "refusal", "retry_after", "said_in"]
 
+TOO_LARGE = {413: "request", 414: "address", 431: "header"}
 # For the moment: others are served, and nothing was begun.
 BUSY = frozenset({"queue_full", "too_many_concurrent_requests", "server_busy"})
 BY_CODE: dict[str, type[LLMKitError]] = {
@@ -36,12 +37,23 @@ BY_CODE: dict[str, type[LLMKitError]] = {
 }
 
 
-def refusal(address: Address, status: int, headers: Mapping[str, str], body: bytes) -> LLMKitError:
-    """The error for an answer that is none; header names are lower case."""
+def refusal(
+    address: Address,
+    status: int,
+    headers: Mapping[str, str],
+    body: bytes,
+    *,
+    attaching: bool = False,
+) -> LLMKitError:
+    """The error for an answer that is none; header names are lower case. Only while ``attaching``
+    it may say that no llmkit is there: later that is known better."""
     said = said_in(body)
+    other = no_gateway if attaching else another_server
     if 300 <= status < 400:
         where = headers.get("location", "")
-        return no_gateway(address, f"it sends everybody to {where:.200}" if where else "")
+        return other(
+            address, f"it sends everybody to {where:.200}" if where else f"status {status}"
+        )
     if status == 401:
         return AccessError(_unknown_key(address, _message(said)))
     if status == 403 and said.get("code") != "not_allowed":
@@ -56,7 +68,18 @@ def refusal(address: Address, status: int, headers: Mapping[str, str], body: byt
             )
         if status == 429:
             return LimitError(_message(said) or "the server refuses it for now (status 429)")
-        return no_gateway(address, f"status {status}")
+        if status in TOO_LARGE:
+            return InvalidRequestError(
+                f"the {TOO_LARGE[status]} is larger than a proxy before {address.base} lets "
+                f"through (status {status}). Send less, or have the proxy's limit raised."
+            )
+        if status >= 500:
+            kind = EngineGoneError if attaching else EngineError
+            return kind(
+                f"{address.base} answers with status {status}, and not why: the server, or a proxy "
+                "before it, has failed. Try again in a while; their logs say more."
+            )
+        return other(address, f"status {status}")
     return error_of(said, status)
 
 
@@ -95,6 +118,14 @@ def no_gateway(address: Address, what: str) -> LLMKitError:
         f"there is no llmkit gateway at {address.base}{said}. llmkit.attach needs one, of this "
         "version: `llmkit serve`, or a hub's. For another server with OpenAI's routes, use the "
         "openai package."
+    )
+
+
+def another_server(address: Address, what: str) -> LLMKitError:
+    """Something else answers where llmkit was."""
+    return EngineGoneError(
+        f"it is not llmkit that answers at {address.base} now ({what}): a proxy before it has "
+        "changed, or the server has moved. Try again in a while, or attach again."
     )
 
 

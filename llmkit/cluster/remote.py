@@ -23,7 +23,7 @@ import msgspec
 from llmkit.bridge import inquiries, over_http, wire
 from llmkit.cluster.address import Address
 from llmkit.cluster.link import Link, Reply
-from llmkit.cluster.refusals import error_of, no_gateway, refusal, said_in
+from llmkit.cluster.refusals import another_server, error_of, no_gateway, refusal, said_in
 from llmkit.cluster.room import Room
 from llmkit.cluster.submission import Submission
 from llmkit.errors import EngineError, EngineGoneError, InvalidRequestError
@@ -68,6 +68,7 @@ class RemoteEngine:
         self._description = ModelDescription(model, "")
         self._stats, self._state = EngineStats(), READY
         self._gone: str | None = None
+        self._is_attached = False  # an llmkit was there
         self._submissions: dict[str, Submission] = {}  # by the ids of their answers
         self._futures: dict[Future[Any], str] = {}
         self._works: dict[str, set[asyncio.Task[Any]]] = {}  # of the futures, by request
@@ -336,6 +337,7 @@ class RemoteEngine:
         why = wire.stranger(found.version, found.llmkit)
         if why is not None:
             raise EngineGoneError(f"{self.address.base} cannot be used: {why}.")
+        self._is_attached = True
         self._model, self._description = found.model, found.description
         self._state, self._stats = found.state, found.stats
         if found.state.is_gone:  # another engine may take its place there
@@ -350,7 +352,10 @@ class RemoteEngine:
 
     def _checked(self, reply: Reply) -> bytes:
         if reply.status != 200:
-            raise refusal(self.address, reply.status, reply.headers, reply.body)
+            attaching = not self._is_attached
+            raise refusal(
+                self.address, reply.status, reply.headers, reply.body, attaching=attaching
+            )
         return reply.body
 
     async def _post(self, route: str, body: bytes) -> bytes:
@@ -361,7 +366,8 @@ class RemoteEngine:
         try:
             return wire.decode(body, kind)
         except (msgspec.MsgspecError, ValueError):
-            raise no_gateway(self.address, f"it answers {body[:40]!r}") from None
+            other = another_server if self._is_attached else no_gateway
+            raise other(self.address, f"it answers {body[:40]!r}") from None
 
 
 def _parts(request: EmbeddingRequest) -> list[EmbeddingRequest]:

@@ -64,6 +64,8 @@ class Roster:
                 if name not in self._members:
                     member = self._members[name] = Member(name, client, client.stats())
                     self._router.add(name, home_of(client))
+                    if client.state.phase != "ready":
+                        self._router.close(name)
                     self._router.report(name, member.figures)
             left = [m for name, m in self._members.items() if name not in clients]
             for member in left:
@@ -85,6 +87,11 @@ class Roster:
                 for member in self._members.values():
                     if not member.away and member.client.state.phase == "ready":
                         self._router.open(member.name)
+
+    def _hear_if_none_is_open(self) -> None:
+        """One may have become ready just now."""
+        if not self.has_open:
+            self.hear()
 
     def _hear(self, member: Member, now: float) -> None:
         state, stats = member.client.state, member.client.stats()
@@ -126,6 +133,7 @@ class Roster:
         one death, in any case after two. Raises `EngineGoneError` if the only replicas cannot go
         on with what others began.
         """
+        self._hear_if_none_is_open()
         with self._lock:
             old = {m.name for m in self._members.values() if not m.resumes} if begun else set()
             crowded = self._crowded(suspect)
@@ -142,13 +150,16 @@ class Roster:
                 raise EngineGoneError(OLD)
             return None
 
-    def choose_any(self, suspect: Suspect, avoid: Collection[str]) -> Leg | None:
-        """A replica for something that leaves no prefix."""
+    def choose_any(
+        self, suspect: Suspect, avoid: Collection[str], *, is_judged: bool
+    ) -> Leg | None:
+        """A replica for something that leaves no prefix; ``is_judged`` is as in `Leg`."""
+        self._hear_if_none_is_open()
         with self._lock:
             ticket = self._router.spread({*avoid, *self._apart(suspect)})
             if ticket is None:
                 return None
-            return self._leg(self._members[ticket.replica], ticket, suspect)
+            return self._leg(self._members[ticket.replica], ticket, suspect, is_judged)
 
     def beside(self, leg: Leg) -> Leg:
         """Another answer to the same prompt, at the same replica."""
@@ -175,14 +186,15 @@ class Roster:
             if leg.suspect.goes_apart and leg.suspect.prompt != suspect.prompt
         }
 
-    def _leg(self, member: Member, ticket: Ticket, suspect: Suspect) -> Leg:
-        leg = Leg(member, ticket, suspect)
+    def _leg(self, member: Member, ticket: Ticket, suspect: Suspect, is_judged: bool = True) -> Leg:
+        leg = Leg(member, ticket, suspect, is_judged)
         member.legs[leg] = None
         if suspect.deaths:
             self._suspected.add(leg)
-        now = time.monotonic()
-        member.breaker.taken(now)
-        self._close_if_tripped(member, now)
+        if is_judged:
+            now = time.monotonic()
+            member.breaker.taken(now)
+            self._close_if_tripped(member, now)
         return leg
 
     def _close_if_tripped(self, member: Member, now: float) -> None:
@@ -190,13 +202,19 @@ class Roster:
             self._router.close(member.name)
 
     def leave(
-        self, leg: Leg, completion: Completion | None = None, failure: Exception | None = None
+        self,
+        leg: Leg,
+        completion: Completion | None = None,
+        failure: Exception | None = None,
+        *,
+        answered: bool = False,
     ) -> None:
-        """A request has left its replica."""
+        """A request has left its replica; ``answered`` if it was, without a completion."""
         with self._lock:
             leg.member.legs.pop(leg, None)
             self._suspected.discard(leg)
-            self._judge(leg.member, completion, failure)
+            if leg.is_judged:
+                self._judge(leg.member, completion, failure, answered)
             if failure is not None and leg.ticket.is_pending:
                 self._router.refused(leg.ticket)
             elif completion is None:
@@ -211,17 +229,20 @@ class Roster:
                 )
 
     def _judge(
-        self, member: Member, completion: Completion | None, failure: Exception | None
+        self,
+        member: Member,
+        completion: Completion | None,
+        failure: Exception | None,
+        answered: bool,
     ) -> None:
         """What the end of a request says of its replica."""
         now = time.monotonic()
         if isinstance(failure, EngineError) and not isinstance(failure, LOSSES):
             member.breaker.failed(now)
             self._close_if_tripped(member, now)
-        elif (
-            failure is None
-            and completion is not None
-            and completion.finish_reason is not FinishReason.ABORT
+        elif failure is None and (
+            answered
+            or (completion is not None and completion.finish_reason is not FinishReason.ABORT)
         ):
             member.breaker.succeeded()
         else:

@@ -26,8 +26,10 @@ class Pooled:
     """An `EngineSource` over others: each model that their engines have is one `ReplicaPool`.
 
     Engines are replicas of each other if they have one name and one model with the same options.
-    Kernels are never pooled: there the newest of a name wins. Give their source to the directory
-    as it is. What ``pools`` does not let in is found as it is, too.
+    Of several pools of one name, that with the most slots ready comes first, then the newest: in a
+    rolling upgrade the first new engine does not get everything. Kernels are never pooled: there
+    the newest of a name wins. Give their source to the directory as it is. What ``pools`` does not
+    let in is found as it is, too.
     """
 
     def __init__(
@@ -62,9 +64,20 @@ class Pooled:
             groups.setdefault(_identity(client), {})[self._names[key]] = client
         self._update(groups)
         self._keep_looking()
-        # Those with engines first, in the order of their newest; then those that wait for some.
-        ordered = [*groups, *(i for i in self._pools if i not in groups)]
-        return {**{("pool", i): _held(self._pools[i]) for i in ordered}, **single}
+        return {**{("pool", i): _held(self._pools[i]) for i in self._ordered(groups)}, **single}
+
+    def _ordered(self, groups: Mapping[Hashable, object]) -> list[Hashable]:
+        """Names in the order of their newest engine, within a name by ready slots; then pools that
+        wait for engines."""
+        newest: dict[str, int] = {}
+        for place, identity in enumerate(groups):
+            newest.setdefault(self._pools[identity].description.name, place)
+
+        def order(identity: Hashable) -> tuple[int, int]:
+            pool = self._pools[identity]
+            return newest[pool.description.name], -pool.num_ready_slots
+
+        return [*sorted(groups, key=order), *(i for i in self._pools if i not in groups)]
 
     def _update(self, groups: Mapping[Hashable, Mapping[str, EngineClient]]) -> None:
         """Make the pools these groups."""

@@ -82,9 +82,10 @@ class HealthRoutes:
         """ready, draining, loading or unavailable."""
         if self._is_draining():
             return "draining"
-        if any(not entry.client.state.is_gone for entry in self._directory.entries()):
+        engines = {entry.client.state.phase for entry in self._directory.entries()}
+        if engines & {"ready", "draining"}:
             return "ready"
-        phases = {status.phase for status in self._offered()}
+        phases = {status.phase for status in self._offered()} | engines
         if "unloaded" in phases:
             return "ready"
         # A model that is ready is found by the directory a moment later.
