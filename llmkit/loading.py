@@ -305,17 +305,22 @@ def _remote(where: str, model: str | None, key: str | None) -> EngineClient:
 
 
 def estimate(model: str | Path = "smollm2", **options: Any) -> MemoryEstimate:
-    """The memory that `load` would take with these options, without a draft model.
+    """The memory that `load` would take with these options, without a draft model; of a model that
+    hears with an hour of sound.
 
     Reads the file's header only. Raises what `load` raises for invalid files and options.
     """
-    from llmkit.models import gguf
+    from llmkit.models import gguf, memory
     from llmkit.models.image_files import image_model, is_image_model
+    from llmkit.models.speech_files import speech_kind
     from llmkit.runtime import assembly, images
 
-    if is_image_model(resolved(model).path):
-        return images.estimate(image_model(resolved(model).path))
-    return assembly.estimate(gguf.read_header(resolved(model).path), engine_options(**options))
+    path, settings = resolved(model).path, engine_options(**options)
+    if speech_kind(path):
+        return memory.speech_estimate(path, settings.n_gpu_layers)
+    if is_image_model(path):
+        return images.estimate(image_model(path))
+    return assembly.estimate(gguf.read_header(path), settings)
 
 
 def compare(

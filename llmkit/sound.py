@@ -11,9 +11,10 @@ from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from llmkit.errors import EngineError, ModelUnloadedError
 from llmkit.handle import Handle
 from llmkit.notebook.sounds import LiveText, Speech, Transcript, sound_bytes
-from llmkit.protocol import GenerationRequest
+from llmkit.protocol import FinishReason, GenerationRequest
 from llmkit.protocol.speech import Facts, Hearing, Lines, Saying, Segment
 from llmkit.sessions.running import Interrupted, new_id
 
@@ -37,10 +38,21 @@ class _Sounding(Handle):
     def _events(
         self, request: GenerationRequest
     ) -> Iterator[Generator[Facts | Segment | bytes, None, None]]:
-        """What the engine says, as it says it. Leaving the context ends the request."""
+        """What the engine says, as it says it. Leaving the context ends the request.
+
+        Raises what the engine raises, and `ModelUnloadedError` or `EngineError` for a request that
+        was ended elsewhere before it was done.
+        """
         with self.engine.submit(request) as stream:
             lines = Lines()
             yield (event for text in stream for event in lines.read(text))
+            end = stream.channel.result
+        if end is not None and end.finish_reason is FinishReason.ABORT:
+            raise (
+                ModelUnloadedError("the model was unloaded during this request")
+                if self.closed
+                else EngineError("the request was ended before it was done; send it again")
+            )
 
 
 class SpeechToText(_Sounding):
@@ -65,14 +77,16 @@ class SpeechToText(_Sounding):
         show: bool | None = None,
     ) -> Transcript:
         """Write down a sound: a path, a file's bytes, what `TextToSpeech.say` returned, or samples
-        (an array of floats or 16-bit integers, with their ``rate``; (n, channels) or (n,)).
+        (an array of floats from -1 to 1 or of integers, which are scaled by their type, with their
+        ``rate`` a second; (n, channels) or (n,)).
 
         Readable are WAV, MP3, FLAC, Ogg and AIFF. ``words`` adds the times of words, ``translate``
         gives English; ``prompt`` is text that may have come before, whose spelling is followed.
         ``show``: print segments as they come; by default in notebooks and terminals. ■ stops it,
         and ``last`` has what was heard so far.
 
-        Raises `InvalidRequestError` for what is no sound, and for unknown languages.
+        Raises `InvalidRequestError` for what is no sound, and for unknown languages, and
+        `ModelUnloadedError` after an ``unload()`` meanwhile.
         """
         hearing = Hearing(sound_bytes(sound, rate), language, translate, temperature, words)
         request = GenerationRequest(new_id(), prompt=prompt, hearing=hearing)
@@ -124,7 +138,8 @@ class TextToSpeech(_Sounding):
         """Speak a text; a notebook shows a player, ``play`` starts it at once.
 
         The same ``seed`` gives the same sound. ■ stops it. Raises `InvalidRequestError` for a voice
-        that is not here, and for texts above 4096 characters.
+        that is not here, and for texts above 4096 characters, and `ModelUnloadedError` after an
+        ``unload()`` meanwhile.
         """
         saying = Saying(voice, speed, seed, "wav")
         request = GenerationRequest(new_id(), prompt=text, saying=saying)

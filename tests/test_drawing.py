@@ -310,9 +310,26 @@ def test_lines_are_read_in_any_pieces() -> None:
 
 
 def test_a_drawing_is_checked() -> None:
-    for options in ({"width": 64}, {"width": 65, "height": 64}, {"seed": 2**53}, {"format": "gif"}):
+    for options in (
+        {"width": 64},
+        {"width": 65, "height": 64},
+        {"seed": 2**53},
+        {"seed": 2**53 - 9, "n": 10},
+        {"format": "gif"},
+    ):
         with pytest.raises(InvalidRequestError):
             Drawing(**options)  # type: ignore[arg-type]
+
+
+def test_the_largest_seed_gives_all_images(tmp_path: Path) -> None:
+    spec = ModelSpec("fake", tmp_path / "fake.safetensors")
+    engine = LocalImages(spec, FakePainter(), EngineOptions())
+    largest = Drawing(n=3, seed=2**53 - 3)
+    lines = ImageLines()
+    stream = engine.submit(GenerationRequest("a", prompt="a cat", drawing=largest))
+    made = [e for text in stream for e in lines.read(text) if isinstance(e, Picture)]
+    assert [picture.seed for picture in made] == [2**53 - 3, 2**53 - 2, 2**53 - 1]
+    engine.close()
 
 
 def test_an_aborted_request_ends_and_others_wait_their_turn(tmp_path: Path) -> None:

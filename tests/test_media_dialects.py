@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import anthropic
@@ -20,6 +21,8 @@ from scripted_model import ScriptedModel, ServedModels
 from speech import tone, wav
 
 import llmkit
+from llmkit.gateway.app import FORM_BYTES, Gateway
+from llmkit.gateway.directory import EngineDirectory
 from llmkit.media import pictures
 from llmkit.media.taking import MAX_MEDIA
 from llmkit.protocol import GenerationRequest, Media, Message
@@ -310,6 +313,46 @@ def test_bodies_may_be_large_where_a_model_sees(
     body["messages"][0]["content"][0]["text"] = "x" * 60_000  # type: ignore[index]
     assert post(served, "v1/chat/completions", body).status_code == 413
     served.stop()
+
+
+class Offered:
+    """A source whose models come and go."""
+
+    def __init__(self) -> None:
+        self.here: list[ScriptedModel] = []
+
+    def find(self) -> dict[Any, Any]:
+        return {e.description.name: lambda e=e: e for e in self.here}  # type: ignore[misc]
+
+
+def test_limits_are_those_of_what_may_be_loaded() -> None:
+    source = Offered()
+    directory = EngineDirectory([source], offered=lambda: ["seer", "plain"])
+    sizes = {"max_body_bytes": 1000, "max_media_bytes": 5000, "max_sound_bytes": 6000}
+    gateway = Gateway(directory, **sizes)  # type: ignore[arg-type]
+
+    def limits() -> tuple[int, int]:
+        directory.look_again()
+        paths = ("/v1/chat/completions", "/engine/submit")
+        chat, attached = (gateway.body_limit(SimpleNamespace(path=p)) for p in paths)  # type: ignore[arg-type]
+        assert gateway.message_limit() == chat
+        return chat, attached
+
+    sound = 8000 + FORM_BYTES
+    assert limits() == (5000, sound), "nobody knows them yet"
+    source.here = [ScriptedModel("plain")]
+    assert limits() == (5000, sound)
+    source.here = [ScriptedModel("seer", inputs=("image",))]
+    assert limits() == (5000, 5000), "each was here: none hears"
+    source.here = []
+    assert limits() == (5000, 5000), "as it was when it was here"
+    source.here = [ScriptedModel("seer"), ScriptedModel("ears", hears=True)]
+    assert limits() == (1000, sound), "it was loaded without its projector"
+    source.here = []
+    assert limits() == (1000, 1000)
+    found = Gateway(EngineDirectory([source], finds=True), **sizes)  # type: ignore[arg-type]
+    assert found.message_limit() == 5000
+    assert Gateway(EngineDirectory([source]), **sizes).message_limit() == 1000  # type: ignore[arg-type]
 
 
 def test_llama_servers_data_is_for_chats_only(served: ServedModels) -> None:

@@ -110,6 +110,39 @@ def test_grey_pictures_figures_and_files(tmp_path: Path) -> None:
     assert picture_file(path) == picture_file(str(path)) == PNG
 
 
+def test_what_exceeds_the_range_by_arithmetic_is_cut_off() -> None:
+    shares = np.array([[-1e-7, 0.5], [1.0000001, 1.01]])
+    expected = [[0, 128], [255, 255]]
+    for given in (shares, shares.astype(np.float32), np.array([[-0.2, 128.0], [255.3, 257.0]])):
+        assert pictures.pixels(picture_file(given))[..., 0].tolist() == expected
+
+
+@pytest.mark.parametrize(
+    ("numbers", "seen"),
+    [
+        (np.array([[0.0, 0.2], [0.4, 1.0]], np.float32), [[0, 51], [102, 255]]),
+        (np.array([[0.0, 51.0], [102.0, 255.0]], np.float32), [[0, 51], [102, 255]]),
+        (np.array([[0, 51], [102, 255]], np.int32), [[0, 51], [102, 255]]),
+        (np.array([[0, 51], [102, 255]], np.int32) * 257, [[0, 51], [102, 255]]),
+        (np.array([[0, 51], [102, 255]], np.uint16) * 257, [[0, 51], [102, 255]]),
+    ],
+)
+def test_pictures_of_numbers_keep_their_greys(numbers: np.ndarray, seen: list[list[int]]) -> None:
+    assert pictures.pixels(picture_file(Image.fromarray(numbers)))[..., 0].tolist() == seen
+
+
+@pytest.mark.parametrize("mode", ["PA", "La", "RGBa", "LA", "RGBA"])
+def test_what_is_transparent_stays_so(mode: str) -> None:
+    image = Image.new("RGBA", (4, 4), (0, 0, 0, 0))
+    way = {"La": ["LA", "La"], "PA": ["P", "PA"]}.get(mode, [mode])
+    for step in way:
+        image = image.convert(step)
+    if mode == "PA":
+        image.putalpha(0)
+    assert image.mode == mode
+    assert not pictures.alpha(picture_file(image)).any()
+
+
 @pytest.mark.parametrize(
     ("given", "reason"),
     [
@@ -117,6 +150,13 @@ def test_grey_pictures_figures_and_files(tmp_path: Path) -> None:
         (np.zeros((0, 4), np.uint8), "no picture"),
         (np.full((4, 4), -1.0), "go from -1 to -1"),
         (np.full((4, 4), np.nan), "pixels go from 0"),
+        (np.full((4, 4), 1.02), "np.clip"),
+        (np.full((4, 4), 257.6), "go from 257.6"),
+        (np.full((4, 4), 256), "go from 256 to 256"),
+        (Image.new("I", (0, 4)), "no picture"),
+        (Image.fromarray(np.full((4, 4), -7, np.int32)), "go from -7 to -7"),
+        (Image.fromarray(np.full((4, 4), 70_000, np.int32)), "go from 70000"),
+        (Image.fromarray(np.full((4, 4), np.nan, np.float32)), "pixels go from 0"),
         (np.full((4, 4), 1j), "no pixels"),
         (b"hello", "JPEG, PNG"),
         ("nowhere.png", "cannot be read"),
@@ -137,9 +177,41 @@ def test_sounds_of_all_kinds(tmp_path: Path) -> None:
     path = tmp_path / "tone.wav"
     path.write_bytes(wav(sound))
     assert sound_file(path) == path.read_bytes() == sound_file(path.read_bytes())
-    for wrong in (sound, b"hello", (np.zeros((2, 2)), 16_000), None):
+    for wrong in (
+        sound,
+        b"hello",
+        (np.zeros((2, 2)), 16_000),
+        None,
+        (sound, True),
+        (sound, "16000"),
+        (sound, 16_000.5),
+        (sound, float("nan")),
+        (sound * 20_000, 16_000),
+        (sound > 0, 16_000),
+        (np.full(9000, 1 << 20), 16_000),
+    ):
         with pytest.raises(llmkit.InvalidRequestError, match="sound"):
             sound_file(wrong)
+
+
+@pytest.mark.parametrize("kind", ["int8", "uint8", "int16", "uint16", "int32", "float16"])
+def test_samples_are_scaled_by_their_type(kind: str) -> None:
+    sound, middle, half = tone(0.5, 16_000), 0.0, 1.0
+    if kind != "float16":
+        half = 2.0 ** (8 * np.dtype(kind).itemsize - 1)
+        middle = half if kind.startswith("u") else 0.0
+    array = (sound.astype(np.float64) * half + middle).astype(kind)
+    made = sounds.samples(sound_file((array, np.int64(16_000))), 16_000)
+    assert np.abs(made - sound).max() < (0.01 if "8" in kind else 1e-3)
+
+
+def test_a_rate_may_be_any_whole_number(llm: LLM, model: ScriptedModel) -> None:
+    array = np.arange(-2000, 2000, dtype=np.int16)
+    for rate in (8000, 8000.0, np.int32(8000), np.float32(8000)):
+        llm.chat(ASKED, sounds=(array, rate))
+        (heard,) = (part for _, parts in told(model) for part in parts if isinstance(part, bytes))
+        assert heard[44:] == array.tobytes()
+        assert int.from_bytes(heard[24:28], "little") == 8000
 
 
 def test_a_chat_with_pictures(llm: LLM, model: ScriptedModel) -> None:
@@ -245,6 +317,61 @@ def test_a_notebook_shows_thumbnails(llm: LLM, model: ScriptedModel) -> None:
     kinds = [type(w).__name__ for w in blind.chat_panel()._make()["panel"].children[-1].children]
     assert "FileUpload" not in kinds
     blind.unload()
+
+
+def test_a_panel_takes_back_sounds_and_loses_nothing(llm: LLM, model: ScriptedModel) -> None:
+    panel, sound, fail = llm.chat_panel(), wav(tone(0.5, 16_000)), True
+    panel.session.say("Hear.", images=PNG, sounds=sound)
+    assert panel.edit() == "Hear." and panel.edit() == ""
+
+    def script(said: str) -> str:
+        if fail:
+            raise llmkit.EngineError("not now")
+        return said
+
+    model.script = script  # refused before anything is said: everything is there for the next
+    for _ in range(2):
+        panel.send("Hear again.")
+        assert panel._error == "not now" and panel.edit() == "Hear again."
+    fail = False
+    panel.send("Hear again.")
+    panel.wait(30)
+    assert told(model) == [("user", [PNG, sound, "Hear again."])]
+    assert panel.edit() == "Hear again."
+    panel.send("And this?", images=PIXELS)  # an array, whose truth nobody may ask
+    panel.wait(30)
+    ((_, parts),) = told(model)
+    assert parts[1:] == [sound, "And this?"] and parts[0] != PNG
+
+
+def test_a_panel_is_not_jammed_by_what_cannot_be_sent(llm: LLM, model: ScriptedModel) -> None:
+    panel = llm.chat_panel()
+    panel.session.say("Look.", images=PNG)
+    panel.edit()
+    panel._again = type(panel._again)([b"no picture"], ())
+    panel.send("Look again.")
+    assert "picture" in panel._error
+    panel.send("Look again.")
+    panel.wait(30)
+    assert not panel._error and told(model) == [("user", ["Look again."])]
+
+
+def test_a_panel_keeps_the_pictures_of_an_answer_that_failed(
+    llm: LLM, model: ScriptedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(channel: Any, *_: Any) -> None:
+        channel.fail(llmkit.EngineError("it ended"))
+        channel.wake()
+
+    panel = llm.chat_panel()
+    with monkeypatch.context() as only:
+        only.setattr(model, "_speak", fail)
+        panel.send("Look.", images=PNG)
+        panel.wait(30)
+    assert panel._error == "it ended" and panel.edit() == "Look."
+    panel.send("Look.")
+    panel.wait(30)
+    assert told(model) == [("user", [PNG, "Look."])]
 
 
 def test_the_magic_sends_variables_and_files(

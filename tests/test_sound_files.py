@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import itertools
 import random
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,13 +15,13 @@ from speech import SENTENCES, cues, decoded, encoded, tone, wav
 import llmkit
 from llmkit.errors import InvalidRequestError, ModelLoadError, ModelNotFoundError
 from llmkit.media.resampling import Resampler
-from llmkit.protocol.speech import FORMATS, Segment
+from llmkit.protocol.speech import FORMATS, Hearing, Segment
 from llmkit.speech import extra
 from llmkit.speech.decoding import RATE, pcm_of
 from llmkit.speech.encoding import encoder_of
 from llmkit.speech.formats import srt, vtt
 from llmkit.speech.hibari import Hibari
-from llmkit.speech.whisper import _pieces
+from llmkit.speech.whisper import Whisper, _pieces
 
 
 def test_subtitles_keep_their_form_whatever_is_said() -> None:
@@ -102,6 +104,42 @@ def test_long_sound_is_cut_where_it_is_quiet() -> None:
     assert [at for at, _ in pieces] == list(
         itertools.accumulate([len(p) for _, p in pieces[:-1]], initial=0)
     )
+
+
+class Deciding:
+    """faster-whisper's model: it takes silence for English, and hears German."""
+
+    def __init__(self) -> None:
+        self.languages: list[str | None] = []
+
+    def transcribe(self, piece: np.ndarray, language: str | None, **_: Any) -> tuple[Any, Any]:
+        self.languages.append(language)
+        language = language or ("de" if piece.any() else "en")
+        found = SimpleNamespace(
+            text=" Guten Tag.",
+            start=0.0,
+            end=1.0,
+            words=None,
+            tokens=(1,),
+            avg_logprob=0.0,
+            compression_ratio=1.0,
+            no_speech_prob=0.0,
+            temperature=0.0,
+        )
+        return [found] if piece.any() else [], SimpleNamespace(language=language)
+
+
+@pytest.mark.parametrize(
+    ("given", "asked"), [(None, [None, None, "de", "de"]), ("fr", ["fr", "fr", "fr", "fr"])]
+)
+def test_silence_decides_no_language(given: str | None, asked: list[str | None]) -> None:
+    sound = np.zeros(RATE * 1000, np.float32)
+    sound[RATE * 400 :] = 0.1
+    whisper, library = object.__new__(Whisper), Deciding()
+    whisper._model, whisper._stops = library, SimpleNamespace()
+    segments = list(whisper.segments(sound, Hearing(b"", given)))
+    assert library.languages == asked
+    assert {segment.language for segment in segments} == {given or "de"} and len(segments) == 3
 
 
 def test_what_is_missing_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

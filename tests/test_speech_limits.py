@@ -7,26 +7,32 @@ import asyncio
 import itertools
 import random
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 from speech import encoded, silence, tone, wav
 
-from llmkit.errors import EngineGoneError, InvalidRequestError
+import llmkit
+from llmkit.errors import EngineError, EngineGoneError, InvalidRequestError, ModelUnloadedError
 from llmkit.gateway import lingering
 from llmkit.gateway.forms import fields_of
 from llmkit.media.resampling import Resampler
-from llmkit.models.registry import resolve
+from llmkit.models.registry import ModelSpec, resolve
 from llmkit.notebook.sounds import sound_bytes
 from llmkit.protocol import GenerationRequest
-from llmkit.protocol.speech import MAX_SPOKEN_CHARS, Hearing
+from llmkit.protocol.speech import MAX_SPOKEN_CHARS, Hearing, Segment
 from llmkit.runtime.speech import LocalSpeech
 from llmkit.settings.options import EngineOptions
+from llmkit.sound import SpeechToText, TextToSpeech
 from llmkit.speech import hibari
 from llmkit.speech.decoding import RATE, pcm_of
 from llmkit.speech.sentences import MAX_CHARS, sentences_of
+from llmkit.wanted import worker_task
+from llmkit.workers.budget import Need, need_of
 
 CHARACTERS = random.Random(1)
 NUMBERS = "777777777777777 " * 64
@@ -227,6 +233,133 @@ def test_no_reader_waits_for_a_thread_that_has_ended() -> None:
     with pytest.raises(EngineGoneError):
         engine.submit(GenerationRequest("late", prompt="", hearing=hearing))
     engine.close()
+
+
+class Ears(Broken):
+    """Hears nothing, and does not break."""
+
+    def segments(self, *_: object) -> Iterator[object]:
+        yield from ()
+
+
+def test_a_request_that_is_collected_as_its_turn_comes() -> None:
+    """The garbage collector aborts on any thread: on the engine's, while it chooses."""
+    engine = LocalSpeech(resolve("hibari"), Ears(), EngineOptions())  # type: ignore[arg-type]
+    aborting = ["dropped"]
+
+    class Caller(str):
+        def __hash__(self) -> int:
+            if aborting and threading.current_thread() is engine._thread:
+                engine.abort(aborting.pop())
+            return super().__hash__()
+
+    hearing = Hearing(wav(tone(1, RATE)))
+    with engine._lock:  # both wait when it looks
+        streams = [
+            engine.submit(GenerationRequest(name, prompt="", hearing=hearing, caller=Caller("a")))
+            for name in ("dropped", "kept")
+        ]
+    reasons = [stream.result(30).finish_reason.value for stream in streams]
+    assert reasons == ["abort", "stop"] and not engine.state.is_gone
+    assert engine.stats().num_waiting == 0 == len(engine._admission)
+    engine.close()
+
+
+class Patient:
+    """Hears or speaks one piece, and then waits until nobody wants the rest."""
+
+    languages, voices, rate = ("en",), ("a",), 24_000
+
+    def __init__(self) -> None:
+        self.begun = threading.Event()
+
+    def heard(
+        self, pcm: np.ndarray, options: Hearing, prompt: str, is_over: Callable[[], bool]
+    ) -> Iterator[Segment]:
+        yield Segment("One", 0.0, 0.5)
+        self._wait(is_over)
+
+    def speak(
+        self, text: str, voice: Any, speed: float, seed: Any, is_over: Callable[[], bool]
+    ) -> Iterator[np.ndarray]:
+        yield np.zeros(240, np.float32)
+        self._wait(is_over)
+
+    def _wait(self, is_over: Callable[[], bool]) -> None:
+        self.begun.set()
+        while not is_over():
+            threading.Event().wait(0.01)
+
+    def close(self) -> None:
+        pass
+
+
+class PatientEars(Patient):
+    """The same as a `Transcriber`."""
+
+    segments = Patient.heard
+
+
+@pytest.fixture(params=[SpeechToText, TextToSpeech], ids=["hears", "speaks"])
+def patient(
+    request: pytest.FixtureRequest, tmp_path: Path
+) -> Iterator[tuple[Any, Patient, Callable[[], object]]]:
+    """A handle, its model, and what asks it for something."""
+    (tmp_path / "model.bin").write_bytes(b"x")
+    model = PatientEars() if request.param is SpeechToText else Patient()
+    spec = ModelSpec("patient", tmp_path / "model.bin")
+    handle = request.param(LocalSpeech(spec, model, EngineOptions()))  # type: ignore[arg-type]
+    sound = wav(tone(1, RATE))
+    ask = (lambda: handle.transcribe(sound)) if handle.model.hears else (lambda: handle.say("hm"))
+    yield handle, model, ask
+    handle.unload()
+
+
+def test_unloading_meanwhile_is_an_error(
+    patient: tuple[Any, Patient, Callable[[], object]],
+) -> None:
+    handle, model, ask = patient
+
+    def unload() -> None:
+        model.begun.wait(30)
+        handle.unload()
+
+    thread = threading.Thread(target=unload)
+    thread.start()
+    with pytest.raises(ModelUnloadedError, match="during this request"):
+        ask()
+    thread.join(30)
+    if handle.model.hears:
+        assert [segment.text for segment in handle.last.segments] == ["One"]
+
+
+def test_what_was_ended_elsewhere_is_an_error(
+    patient: tuple[Any, Patient, Callable[[], object]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    handle, model, ask = patient
+    monkeypatch.setattr("llmkit.sound.new_id", lambda: "asked")
+
+    def end() -> None:
+        model.begun.wait(30)
+        handle.engine.abort("asked")
+
+    thread = threading.Thread(target=end)
+    thread.start()
+    with pytest.raises(EngineError, match="ended before it was done"):
+        ask()
+    thread.join(30)
+
+
+@pytest.mark.parametrize("name", ["whisper-tiny.en", "hibari"])
+def test_what_a_server_counts_is_the_estimate(name: str) -> None:
+    estimate = llmkit.estimate(name)
+    assert estimate.total_bytes > 300 << 20 and "KV" not in repr(estimate)
+    task = worker_task(name, name="a", tuned=False, force=False)
+    assert need_of(task) == Need(estimate.ram_bytes)
+    on_gpu = llmkit.estimate(name, n_gpu_layers=-1)
+    assert (on_gpu.gpu_bytes > 1 << 30) is (name == "whisper-tiny.en")
+    task = worker_task(name, name="a", tuned=False, force=False, n_gpu_layers=-1)
+    assert need_of(task) == Need(estimate.ram_bytes, on_gpu.gpu_bytes)
 
 
 def test_a_form_names_its_boundary_briefly() -> None:

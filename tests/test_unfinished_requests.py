@@ -12,14 +12,18 @@ from typing import Any
 import pytest
 from access_client import entry, served
 from fakes import FakeClient, wait_for
+from scripted_model import ScriptedModel
 
+from llmkit.bridge import wire
+from llmkit.bridge.over_http import told
 from llmkit.bridge.server import BridgeServer
 from llmkit.errors import QueueFullError
 from llmkit.gateway.access.limiting import spending_of
 from llmkit.gateway.record import Record, recording
 from llmkit.gateway.streams import merge
 from llmkit.gateway.vectors import embed
-from llmkit.protocol import EmbeddingRequest, Embeddings, GenerationRequest
+from llmkit.protocol import Delta, EmbeddingRequest, Embeddings, GenerationRequest
+from llmkit.protocol.speech import Facts, Hearing, Lines, Saying, Segment
 from llmkit.protocol.stream import Channel, Stream
 from llmkit.store.database import Database
 from llmkit.store.usage import UsageStore
@@ -82,6 +86,58 @@ def test_no_prompt_costs_more_than_the_context() -> None:
     record.forget_unfinished()
     assert spending_of(record).total_tokens == 0
     model.close()
+
+
+def test_sound_and_speech_cost_what_they_are() -> None:
+    model, record = Silent(), Record()
+    heard = GenerationRequest("heard", prompt=PROMPT, hearing=Hearing(b"RIFF"))
+    record.begin(model, [heard], ["heard"])
+    assert spending_of(record).prompt_tokens == 0, "nobody knows how long it is"
+    record.heard_s = 3600.0
+    assert spending_of(record).prompt_tokens == 180_000, "no context holds that many"
+    record.begin(model, [GenerationRequest("said", prompt="x" * 40, saying=Saying())], ["said"])
+    assert spending_of(record).prompt_tokens == 180_000 + 40, "a character each"
+    model.close()
+
+
+class Ears(ScriptedModel):
+    """Hears one segment of a minute, and goes on."""
+
+    def submit(self, request: GenerationRequest) -> Stream:
+        self.asked.append(request)
+        channel = Channel(request.request_id, self.abort)
+        for event in (Facts(60.0), Segment("One", 0.0, 1.0)):
+            channel.push(Delta(Lines.of(event), 0))
+        return Stream(channel)
+
+
+@pytest.mark.parametrize("is_attached", [False, True])
+async def test_who_leaves_a_transcription_pays_for_its_sound(
+    database: Database, is_attached: bool
+) -> None:
+    model = Ears("ears", hears=True, languages=("en",))
+    bridge = BridgeServer(model)
+    form = b'--b\r\nContent-Disposition: form-data; name="file"; filename="a.wav"\r\n\r\nRIFF\r\n'
+    form += b'--b\r\nContent-Disposition: form-data; name="stream"\r\n\r\ntrue\r\n--b--\r\n'
+    path, kind, data = "/v1/audio/transcriptions", "multipart/form-data; boundary=b", form
+    if is_attached:
+        request = GenerationRequest("r", prompt="", hearing=Hearing(b"RIFF"))
+        path, kind = "/engine/submit?model=ears", "application/json"
+        data = wire.encode_request(request)
+    async with served([entry()], database) as api:
+        reader, writer = await asyncio.open_connection("127.0.0.1", api.port)
+        head = f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nAuthorization: Bearer secret-ann\r\n"
+        head += f"Content-Type: {kind}\r\nx-llmkit-wire: {told()}\r\n"
+        writer.write(f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data)
+        try:
+            await asyncio.wait_for(reader.readuntil(b"data: "), 30)
+        finally:
+            writer.close()
+        usage = UsageStore(database)
+        await asyncio.to_thread(wait_for, lambda: usage.tokens(date(2000, 1, 1)) != {})
+        (days,) = usage.tokens(date(2000, 1, 1)).values()
+        assert list(days.values()) == [3000]
+    bridge.close()
 
 
 async def test_what_the_engine_refused_costs_nothing() -> None:

@@ -64,6 +64,7 @@ NOTE_S = 1.0
 MAX_SOUND_BYTES, MAX_SOUND_S = 25_000_000, 3600.0
 MAX_MEDIA_BYTES = 64_000_000
 FORM_BYTES = 256 << 10  # of a form beside its file
+BASE64 = 4 / 3  # in which a sound comes from `llmkit.attach`
 HELD_BODIES = 4  # largest bodies that one caller may have pending
 HELD_MEDIA = 2  # the same of those with pictures
 
@@ -113,7 +114,8 @@ class Gateway:
     ) -> None:
         self.max_body_bytes = max_body_bytes
         self._max_sound_bytes, self._max_media_bytes = max_sound_bytes, max_media_bytes
-        largest = max(max_body_bytes, max_sound_bytes)
+        self._max_attached_bytes = math.ceil(BASE64 * max_sound_bytes) + FORM_BYTES
+        largest = max(max_body_bytes, self._max_attached_bytes)
         self.held = Held(max(MAX_HELD_BYTES, HELD_BODIES * largest, HELD_MEDIA * max_media_bytes))
         self._directory, self._fetcher = directory, Fetcher(media_hosts)
         self.draining = False
@@ -175,7 +177,7 @@ class Gateway:
                 logger.info("client disconnected during %s", exchange.path)
                 exchange.drop()
             except Exception as error:
-                answer = api_error(error)
+                answer = api_error(error, for_admin=ADMIN in exchange.identity.scopes)
                 if answer.code == "internal_error":
                     logger.exception("%s %s failed", exchange.method, exchange.path)
                 exchange.send_error(answer)
@@ -190,18 +192,20 @@ class Gateway:
 
     def body_limit(self, exchange: Exchange) -> int:
         """The largest body of a request, in bytes: files of sound may be larger than others, and
-        chats where a model takes pictures."""
+        chats where a model takes pictures or may be loaded that does."""
         if exchange.path in HEARING:
             return self._max_sound_bytes + FORM_BYTES
         if exchange.path in EDITING:
             return max(self.max_body_bytes, self._max_media_bytes)
         if exchange.path == SUBMITTING:  # also what is drawn from a picture
-            return self._limit(any(e.description.inputs for e in self._directory.clients()))
+            limit = self._limit(self._directory.may(lambda model: model.inputs))
+            hears = self._directory.may(lambda model: model.hears)
+            return max(limit, self._max_attached_bytes) if hears else limit
         return self.message_limit() if SEEING.fullmatch(exchange.path) else self.max_body_bytes
 
     def message_limit(self) -> int:
-        """The largest body of a chat, in bytes, with the models that are there now."""
-        return self._limit(any(e.description.senses for e in self._directory.clients()))
+        """The largest body of a chat, in bytes, with the models that are there or offered now."""
+        return self._limit(self._directory.may(lambda model: model.senses))
 
     def _limit(self, has_media: bool) -> int:
         return max(self.max_body_bytes, self._max_media_bytes) if has_media else self.max_body_bytes

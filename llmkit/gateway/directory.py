@@ -11,7 +11,7 @@ from llmkit.errors import EngineGoneError, ModelNotFoundError
 from llmkit.gateway.access.permission import may_use
 from llmkit.gateway.sources import ConnectionFiles, EngineSource
 from llmkit.protocol.client import EngineClient
-from llmkit.protocol.description import Use
+from llmkit.protocol.description import ModelDescription, Use
 
 __all__ = ["DEFAULT", "EngineDirectory", "Entry", "Use"]
 
@@ -33,8 +33,9 @@ class EngineDirectory:
 
     ``default`` is the model behind the name "default"; None means the newest. ``names`` gives the
     name of a model for an alias. ``absent`` says why a model that is offered is not here, because
-    it is being loaded say, and ``offered`` lists such models. Models that a request's caller may
-    not use are not there for it, see `llmkit.gateway.access.permission`.
+    it is being loaded say, and ``offered`` lists such models; ``finds``: there may be more, that
+    nobody has asked for yet. Models that a request's caller may not use are not there for it, see
+    `llmkit.gateway.access.permission`.
     """
 
     def __init__(
@@ -45,10 +46,13 @@ class EngineDirectory:
         names: Callable[[str], str | None] = lambda _: None,
         absent: Callable[[str], str | None] = lambda _: None,
         offered: Callable[[], Sequence[str]] = tuple,
+        finds: bool = False,
     ) -> None:
         self._sources: list[EngineSource] = [ConnectionFiles()] if sources is None else [*sources]
         self._default = default if callable(default) else lambda: default
         self._names, self._absent, self._offered = names, absent, offered
+        self._finds = finds
+        self._known: dict[str, ModelDescription | None] = {}  # of those that are offered
         self._clients: dict[Hashable, EngineClient] = {}
         self._gone: dict[str, str] = {}
         self._refreshed = 0.0
@@ -76,6 +80,16 @@ class EngineDirectory:
         """All engines, whoever asks."""
         self._refresh()
         return list(self._clients.values())
+
+    def may(self, can: Callable[[ModelDescription], object]) -> bool:
+        """Whether a model can do something, whoever asks: one that is here, or one that is offered
+        and was so when it was last here. Of one that never was, nobody knows, so it may."""
+        here = [client.description for client in self.clients()]
+        newest = {each.name: each for each in reversed(here)}
+        self._known = {n: newest.get(n) or self._known.get(n) for n in self._offered()}
+        if self._finds or any(each is None for each in self._known.values()):
+            return True
+        return any(can(each) for each in (*here, *self._known.values()) if each is not None)
 
     def engine_of(self, name: str) -> EngineClient | None:
         """The engine that has this very name now. Any thread."""
@@ -153,15 +167,19 @@ class EngineDirectory:
         self._refresh()
         wanted = self._default() or DEFAULT if model == DEFAULT else model
         clients = list(self._clients.values())
+        loading: EngineClient | None = None  # better than none
         for client, exact in zip(clients, _exact_names(clients), strict=True):
             name = client.description.name
             if not may_use(name):
                 continue
             if wanted == DEFAULT and use is not None and client.description.use != use:
                 continue
-            if wanted in (DEFAULT, name, exact):
+            if wanted not in (DEFAULT, name, exact):
+                continue
+            if client.state.phase != "loading":
                 return client
-        return None
+            loading = loading or client
+        return loading
 
     def _refresh(self) -> None:
         now = time.monotonic()

@@ -9,6 +9,7 @@ import io
 import sys
 import wave
 from collections.abc import Sequence
+from numbers import Real
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import numpy as np
 from llmkit.errors import InvalidRequestError
 from llmkit.media import pictures, sounds
 from llmkit.media.addresses import digest_of, from_data_url, is_data_url
+from llmkit.media.waveforms import check_rate, floats, pcm16
 from llmkit.protocol import Media
 from llmkit.protocol.messages import Part
 
@@ -27,7 +29,12 @@ PICTURES = (
     "a PIL image, a path, the bytes of a file, a numpy array (height, width, 3) of 0 to 255 or "
     "0.0 to 1.0, or a matplotlib figure"
 )
-SOUNDS = "a path, the bytes of a file, or samples with their rate: (array, 16000)"
+OVERSHOOT = 0.01  # of the whole: arithmetic and resampling leave 1.0000001, or -0.003
+NO_SHARE = 2.0  # what is below may be shares that were sharpened
+SOUNDS = (
+    "a path, the bytes of a file, or samples with their rate: (array, 16000), floats from -1 to 1 "
+    "or integers"
+)
 
 
 def attached(files: dict[str, bytes], images: Any = (), sounds: Any = ()) -> tuple[Part, ...]:
@@ -46,7 +53,7 @@ def attached(files: dict[str, bytes], images: Any = (), sounds: Any = ()) -> tup
 
 def _listed(given: Any) -> Sequence[Any]:
     """A list of things, or a thing alone: a pair of samples and rate is one."""
-    is_pair = isinstance(given, tuple) and len(given) == 2 and isinstance(given[1], int)
+    is_pair = isinstance(given, tuple) and len(given) == 2 and isinstance(given[1], Real)
     return given if isinstance(given, list | tuple) and not is_pair else [given]
 
 
@@ -65,7 +72,7 @@ def picture_file(given: Any, param: str = "images") -> bytes:
         data = file.getvalue()
     pillow = sys.modules.get("PIL.Image")
     if data is None and pillow is not None and isinstance(given, pillow.Image):
-        data = _of_pillow(given)
+        data = _of_pillow(given, param)
     if data is None and hasattr(given, "_repr_png_"):  # IPython.display.Image
         shown = given._repr_png_()
         shown = shown[0] if isinstance(shown, tuple) else shown
@@ -80,10 +87,30 @@ def picture_file(given: Any, param: str = "images") -> bytes:
     return data
 
 
-def _of_pillow(image: Any) -> bytes:
+def _of_pillow(image: Any, param: str) -> bytes:
     image, file = pictures.upright(image), io.BytesIO()  # a PNG keeps no notes of a camera
-    kept = image.mode in ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
-    (image if kept else image.convert("RGB")).save(file, "PNG")
+    if image.mode == "F" or image.mode.startswith("I"):  # Pillow would cut these off at 0 and 255
+        return _of_numbers(np.asarray(image), image.info.get("transparency"), param)
+    if image.mode not in ("1", "L", "LA", "P", "RGB", "RGBA"):
+        image = image.convert("LA") if image.mode == "La" else image
+        image = image.convert("RGBA" if image.has_transparency_data else "RGB")
+    image.save(file, "PNG")
+    return file.getvalue()
+
+
+def _of_numbers(grey: np.ndarray, clear: Any, param: str) -> bytes:
+    """A file of 16 bits of grey, where that is what these numbers are, else of 8. ``clear`` is the
+    one value that is transparent, if it is a number."""
+    is_deep = grey.dtype.itemsize == 2
+    if grey.dtype.kind == "i" and grey.size:
+        is_deep = grey.min() >= 0 and 255 < grey.max() < 1 << 16
+    if not is_deep or not grey.size:
+        return pictures.png(_pixels(grey, param))
+    from PIL import Image
+
+    file = io.BytesIO()
+    options = {"transparency": clear} if isinstance(clear, int) else {}
+    Image.fromarray(grey.astype(np.uint16)).save(file, "PNG", **options)
     return file.getvalue()
 
 
@@ -106,14 +133,23 @@ def _pixels(array: np.ndarray, param: str) -> np.ndarray:
     if not np.issubdtype(array.dtype, np.number) or np.issubdtype(array.dtype, np.complexfloating):
         raise InvalidRequestError(f"{param}: {array.dtype} are no pixels.", param)
     low, high = float(array.min()), float(array.max())
-    is_share = np.issubdtype(array.dtype, np.floating) and high <= 1.0
-    if not 0.0 <= low <= high <= 255.0:  # also NaN
+    is_float = np.issubdtype(array.dtype, np.floating)
+    is_share = is_float and high <= 1.0 + OVERSHOOT
+    if is_float and 1.0 + OVERSHOOT < high < NO_SHARE:
+        raise InvalidRequestError(
+            f"{param}: the numbers of an array go from {low:g} to {high:g}: too much for 0.0 to "
+            "1.0, and black for 0 to 255. Give np.clip(array, 0, 1), or array.astype(np.uint8).",
+            param,
+        )
+    most = 1.0 if is_share else 255.0
+    beyond = OVERSHOOT * most if is_float else 0.0
+    if not -beyond <= low <= high <= most + beyond:  # also NaN
         raise InvalidRequestError(
             f"{param}: the numbers of an array go from {low:g} to {high:g}; pixels go from 0 to "
             "255, or from 0.0 to 1.0.",
             param,
         )
-    return np.rint(array * 255.0 if is_share else array).astype(np.uint8)
+    return np.asarray(np.rint(np.clip(array, 0.0, most) * (255.0 / most)), np.uint8)
 
 
 def sound_file(given: Any) -> bytes:
@@ -135,16 +171,15 @@ def sound_file(given: Any) -> bytes:
 
 
 def _wav(samples: np.ndarray, rate: Any) -> bytes:
-    if samples.ndim != 1 or not isinstance(rate, int) or not 1 <= rate <= 1_000_000:
+    if samples.ndim != 1:
         raise InvalidRequestError(f"sounds: give {SOUNDS}; samples have one channel.", "sounds")
-    if np.issubdtype(samples.dtype, np.floating):
-        samples = np.rint(np.clip(np.nan_to_num(samples), -1.0, 1.0) * 32767.0)
+    known = check_rate(rate, "sounds")
     file = io.BytesIO()
     with wave.open(file, "wb") as writer:
         writer.setnchannels(1)
         writer.setsampwidth(2)
-        writer.setframerate(rate)
-        writer.writeframes(samples.astype("<i2").tobytes())
+        writer.setframerate(known)
+        writer.writeframes(pcm16(floats(samples, "sounds")).tobytes())
     return file.getvalue()
 
 

@@ -8,10 +8,12 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from llmkit.models.devices import DeviceNeed, Gpu, places
 from llmkit.models.gguf import ModelInfo
+from llmkit.models.speech_files import speech_kind
 from llmkit.system.resources import group_memory
 
 __all__ = [
@@ -21,6 +23,7 @@ __all__ = [
     "estimate",
     "free_ram",
     "layers_that_fit",
+    "speech_estimate",
 ]
 
 GIB = 1 << 30
@@ -36,6 +39,9 @@ DEFAULT_CONTEXT = 4096
 DEFAULT_SLOTS = 8
 # Size relative to an f16 element: blocks of 32 with their scales.
 KV_SIZE = {"f16": 1.0, "q8_0": 34 / 64, "q4_0": 18 / 64}
+SPEECH_BYTES = 300 << 20  # libraries, and what is computed at once
+SPEECH_GPU_BYTES = 1 << 30  # CUDA's own, and what is computed at once
+HOUR_BYTES = 3600 * 16_000 * 4  # the samples of the longest sound, by default
 KV_SHARE = 0.25  # of the free memory, for the default number of slots
 
 
@@ -189,6 +195,23 @@ def estimate(
         gpu_free_bytes=sum(gpu.free_bytes for gpu in gpus) if gpus else None,
         devices=devices,
         projector_bytes=projector_bytes,
+    )
+
+
+def speech_estimate(path: Path, n_gpu_layers: int | str = "auto") -> MemoryEstimate:
+    """The memory that a model takes that hears, with an hour of sound, or that speaks; ``path`` is
+    its file. What hears is on a GPU if ``n_gpu_layers`` says so."""
+    size, hears = path.stat().st_size, speech_kind(path) == "whisper"
+    on_gpu = size + SPEECH_GPU_BYTES if hears and n_gpu_layers not in ("auto", 0) else 0
+    return MemoryEstimate(
+        weights_bytes=size,
+        kv_bytes=0,
+        compute_bytes=SPEECH_BYTES + (HOUR_BYTES if hears else 0) + size + on_gpu,
+        free_bytes=free_ram(),
+        n_ctx=0,
+        n_slots=1,
+        kv_tokens=0,
+        gpu_bytes=on_gpu,
     )
 
 

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from html import escape
 from importlib.util import find_spec
@@ -26,6 +27,14 @@ INTERVAL_S = 0.1  # between updates of a streaming answer
 Entry = tuple[str, str, tuple[Media, ...]]  # a message: role, text, pictures and sounds
 
 
+@dataclass(frozen=True, slots=True)
+class Attached:
+    """Pictures and sounds that go with a message, as `with_media` takes them."""
+
+    images: Any = ()
+    sounds: Any = ()
+
+
 class ChatPanel:
     """A chat next to your code: send, stop, edit and resend the last message, start over.
 
@@ -41,8 +50,8 @@ class ChatPanel:
         self._lock = threading.RLock()
         self._widgets: dict[str, Any] | None = None
         self._said = ""  # the last message sent
-        self._shown: tuple[Media, ...] = ()  # the pictures with it
-        self._again: list[bytes] = []  # those of a message that was taken back
+        self._shown: tuple[Media, ...] = ()  # what went with it
+        self._again = Attached()  # what went with a message that was taken back
         self._error = ""
         self._rendered: dict[Entry, str] = {}
 
@@ -54,7 +63,8 @@ class ChatPanel:
     def send(self, text: str, images: Any = ()) -> None:
         """Send a message, with pictures as for `LLM.chat`; returns at once.
 
-        After ``edit()`` it has those of the message that was taken back.
+        After ``edit()`` it has those of the message that was taken back, unless others are given,
+        and its sounds.
         """
         with self._lock:
             if self._turn is not None or not text.strip():
@@ -64,10 +74,15 @@ class ChatPanel:
                 branch = self.session.fork(
                     stored=False
                 )  # joins the conversation at its end, unless cleared
-                (asked,) = with_media([Message("user", text)], branch.files, images or self._again)
-                self._shown, self._again = asked.media, self._files(asked)
-                self._turn = turn = branch.stream(text, images=self._again)
-                self._again = []
+                given = self._given(images)
+                (asked,) = with_media(
+                    [Message("user", text)], branch.files, given.images, given.sounds
+                )
+                self._shown, self._again = asked.media, self._files(asked.media)
+                self._turn = turn = branch.stream(
+                    text, images=self._again.images, sounds=self._again.sounds
+                )
+                self._again = Attached()
             except Exception as error:
                 self._fail(error)
                 # Put the message back, unless the next one is being typed: then "Edit last" does.
@@ -94,28 +109,52 @@ class ChatPanel:
                 return ""
             if self._error:  # the message never became a turn
                 message = self._said
+                if self._shown:
+                    self._again = self._files(self._shown)
+                self._error = ""
             else:
-                mine = (m for m in reversed(self.session.messages) if m.role == "user")
-                last = next(mine, Message("user", ""))
-                message, self._again = last.text, self._files(last)
-                self.session.undo()
-            self._error = ""
+                last = next((m for m in reversed(self.session.messages) if m.role == "user"), None)
+                if last is None:
+                    return ""
+                message, self._again = last.text, self._files(last.media)
+                self._said, self._shown = message, last.media
+                self._write(self.session.undo)
             self._show()
             return message
 
-    def _files(self, message: Message) -> list[bytes]:
-        files = self.session.files
-        return [files[item.digest] for item in message.media if item.digest in files]
+    def _given(self, images: Any) -> Attached:
+        """What goes with a message: these pictures, if there are any, before those taken back."""
+        if images is None or (isinstance(images, list | tuple) and not images):
+            # Should it be refused, the next message must not be refused for it, too.
+            given, self._again = self._again, Attached()
+            return given
+        return Attached(images, self._again.sounds)
+
+    def _files(self, media: Sequence[Media]) -> Attached:
+        found, files = Attached([], []), self.session.files
+        for item in media:
+            if item.digest in files:
+                kind = found.images if item.kind == "image" else found.sounds
+                kind.append(files[item.digest])
+        return found
 
     def clear(self) -> None:
         """Start over, at once; system messages stay, and a streaming answer is dropped."""
         with self._lock:
             self.stop()
             self._turn = None
-            self._again = []
+            self._again = Attached()
             self.session.messages[:] = [m for m in self.session.messages if m.role == "system"]
-            self._error = ""
+            self._said, self._shown, self._error = "", (), ""
+            self._write(self.session.commit)
             self._show()
+
+    def _write(self, change: Callable[[], None]) -> None:
+        """Change a conversation that may be in a database."""
+        try:
+            change()
+        except LLMKitError as error:
+            self._fail(error)
 
     def wait(self, timeout: float | None = None) -> None:
         """Wait for the answer."""
@@ -243,9 +282,12 @@ class ChatPanel:
         )
 
         def on_send(_: Any) -> None:
-            text, box.value = box.value, ""
-            images, picture.value = [bytes(each["content"]) for each in picture.value], ()
-            self.send(text, images)
+            with self._lock:
+                if self.busy or not box.value.strip():
+                    return  # what is there goes with the next message
+                text, box.value = box.value, ""
+                images, picture.value = [bytes(each["content"]) for each in picture.value], ()
+                self.send(text, images)
 
         def on_edit(_: Any) -> None:
             box.value = self.edit() or box.value

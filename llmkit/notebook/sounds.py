@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmkit.errors import InvalidRequestError
-from llmkit.media.sounds import HIGHEST, LOWEST, MAX_CHANNELS
+from llmkit.media.sounds import MAX_CHANNELS
 from llmkit.notebook import charts
 from llmkit.protocol.speech import Segment, Word
 from llmkit.speech.formats import clock, srt, text_of, vtt
@@ -200,6 +200,7 @@ def sound_bytes(sound: Any, rate: int | None) -> bytes:
         return bytes(sound)
     if isinstance(sound, str | Path):
         return Path(sound).expanduser().read_bytes()
+    from llmkit.media.waveforms import check_rate, floats, pcm16
     from llmkit.speech.encoding import wav_header
 
     samples = np.asarray(sound)
@@ -218,33 +219,9 @@ def sound_bytes(sound: Any, rate: int | None) -> bytes:
         )
     if rate is None:
         raise InvalidRequestError(f"say how many samples a second: rate={RATE}, say.", "rate")
-    if not LOWEST <= rate <= HIGHEST:
-        raise InvalidRequestError(
-            f"rate is {rate!r:.20}; sound has {LOWEST} to {HIGHEST} samples a second.", "rate"
-        )
-    floats = _floats(samples)
-    mono = floats.mean(axis=1) if floats.ndim == 2 else floats
-    pcm = (np.clip(mono, -1, 1) * 32767).astype("<i2")
-    return bytes(wav_header(int(rate), len(pcm)) + pcm.tobytes())
-
-
-def _floats(samples: np.ndarray) -> np.ndarray:
-    """From -1 to 1, by the range of their type; what Python's own integers hold are 16 bits."""
-    import numpy as np
-
-    if samples.dtype.kind == "f":
-        return np.asarray(np.nan_to_num(samples), np.float32)
-    if samples.dtype.itemsize == 8:
-        if samples.size and max(-int(samples.min()), int(samples.max())) > 32768:
-            raise InvalidRequestError(
-                "sound has 64-bit integers above 32768: give it the type that it was recorded in, "
-                'such as sound.astype("int32").',
-                "sound",
-            )
-        samples = np.clip(samples, -32768, 32767).astype(np.int16)
-    half = 1 << (8 * samples.dtype.itemsize - 1)
-    middle = half if samples.dtype.kind == "u" else 0
-    return np.asarray((samples.astype(np.float64) - middle) / half, np.float32)
+    known, mono = check_rate(rate, "rate"), floats(samples, "sound")
+    pcm = pcm16(mono.mean(axis=1) if mono.ndim == 2 else mono)
+    return bytes(wav_header(known, len(pcm)) + pcm.tobytes())
 
 
 def _in_kernel() -> bool:

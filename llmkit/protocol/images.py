@@ -38,7 +38,7 @@ MAX_STEPS = 150
 MAX_WORK = 300 * 1024 * 1024  # pixels of all steps of a request
 MAX_PREVIEWS = MAX_STEPS  # one for each step
 MAX_PROMPT_CHARS = 4000
-MAX_SEED = 2**53 - 1 - MAX_IMAGES  # what JSON's readers hold exactly
+MAX_SEED = 2**53 - 1  # of the last image: what JSON's readers hold exactly
 SIDE, MIN_SIDE, MAX_SIDE = 64, 64, 2048
 MIN_STRENGTH = 0.01
 
@@ -48,10 +48,11 @@ class Drawing:
     """How a prompt is drawn; what is None is the model's own.
 
     ``n`` images of ``width`` by ``height`` pixels, multiples of 64. The same ``seed`` gives the
-    same image, and image ``i`` has the seed ``seed + i``. ``steps`` of denoising; ``cfg_scale``:
-    how closely the prompt is followed; ``negative_prompt``: what is not to be seen. ``format`` with
-    ``quality`` 0 (smallest file) to 100 (best image), for JPEG and WebP. ``previews``: how many
-    steps of each image are shown, spread evenly; ``small_previews``: as they come, as JPEGs.
+    same image, and image ``i`` has the seed ``seed + i``, at most 2**53 - 1. ``steps`` of
+    denoising; ``cfg_scale``: how closely the prompt is followed; ``negative_prompt``: what is not
+    to be seen. ``format`` with ``quality`` 0 (smallest file) to 100 (best image), for JPEG and
+    WebP. ``previews``: how many steps of each image are shown, spread evenly; ``small_previews``:
+    as they come, as JPEGs.
 
     ``image`` is the digest of a picture to start from, and ``strength`` how far the result may be
     from it, from 0.01 to 1 (as far as without it); lower values take fewer steps. ``mask`` is the
@@ -91,7 +92,7 @@ class Drawing:
                 f"{MAX_SIDE}, such as 512x512 or 1024x768.",
             )
         if self.seed is not None:
-            check_integer(self.seed, "seed", 0, MAX_SEED)
+            check_integer(self.seed, "seed", 0, MAX_SEED - (self.n - 1))
         if self.steps is not None:
             check_integer(self.steps, "steps", 1, MAX_STEPS)
         if self.cfg_scale is not None:

@@ -36,6 +36,7 @@ SoundFormat = Literal["mp3", "opus", "flac", "wav", "pcm"]
 FORMATS: tuple[SoundFormat, ...] = ("mp3", "opus", "flac", "wav", "pcm")
 MAX_SPOKEN_CHARS = 4096
 MAX_SEED = 2**63 - 1
+SOUND_TOKENS = 50  # a second of sound in tokens: the positions of Whisper's encoder
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ Between two pieces of its work a model looks whether its request was aborted.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import logging
 import sys
@@ -120,10 +121,8 @@ class SerialEngine(ABC):
             least = min(self._served.values(), default=0.0)
             if request.caller not in self._served:
                 self._served[request.caller] = least + self._owed.pop(request.caller, 0.0)
-            out = [found for c in displaced if (found := self._newest(c)) is not None]
-            for each in out:
-                self._waiting.remove(each)
-                self._admission.leave(each.request.caller)
+            found = [self._newest(c) for c in displaced]
+            out = [each for each in found if each is not None and self._stops_waiting(each)]
             self._requests += 1
             self._lock.notify()
         for each in out:
@@ -146,14 +145,21 @@ class SerialEngine(ABC):
             found = [j for j in jobs if j.request.request_id == request_id]
             for job in found:
                 job.is_over = True
-                if job in self._paused:
-                    self._paused.remove(job)
-                if job in self._waiting:
-                    self._waiting.remove(job)
-                    self._admission.leave(job.request.caller)
+                self._stops_waiting(job)
         for job in found:
             job.finish(FinishReason.ABORT)
             job.channel.wake()
+
+    def _stops_waiting(self, job: Job) -> bool:
+        """False: it no longer did. The garbage collector may abort within the lock."""
+        with contextlib.suppress(ValueError):
+            self._paused.remove(job)
+            return True
+        with contextlib.suppress(ValueError):
+            self._waiting.remove(job)
+            self._admission.leave(job.request.caller)
+            return True
+        return False
 
     def stats(self) -> EngineStats:
         return EngineStats(
@@ -187,8 +193,12 @@ class SerialEngine(ABC):
                 return
             self._life.closed = True
             running = self._running
+            if running is not None:
+                running.channel.fail(_unloaded())  # first: what ends because of it was cut off
+                running.is_over = True
             self._lock.notify()
-        self.abort(running.request.request_id if running is not None else "")
+        if running is not None:
+            running.channel.wake()
         self._thread.join()
         self._free()
         if sys.platform == "linux":
@@ -202,7 +212,7 @@ class SerialEngine(ABC):
         self._life.check(self.description.name, self._failure)
 
     def _run(self) -> None:
-        failure: Exception = ModelUnloadedError("the model was unloaded during this request")
+        failure: Exception = _unloaded()
         try:
             while (job := self._next()) is not None:
                 self._compute(job)
@@ -220,22 +230,20 @@ class SerialEngine(ABC):
     def _next(self) -> Job | None:
         """The first request of the caller that was served least; None when closed."""
         with self._lock:
-            self._lock.wait_for(lambda: self._waiting or self._paused or self.closed)
-            if self.closed:
-                return None
-            jobs = [*self._waiting, *self._paused]
-            there = {j.request.caller for j in jobs}
-            self._served = {c: s for c, s in self._served.items() if c in there}
-            job = min(jobs, key=lambda j: (j.request.priority, self._served[j.request.caller]))
-            job.resumed = time.monotonic()
-            if job in self._paused:
-                self._paused.remove(job)
-            else:
-                self._waiting.remove(job)
-                self._admission.leave(job.request.caller)
-                job.begun = job.resumed
-            self._running = job
-            return job
+            while True:
+                self._lock.wait_for(lambda: self._waiting or self._paused or self.closed)
+                if self.closed:
+                    return None
+                jobs = [*self._waiting, *self._paused]
+                there = {j.request.caller for j in jobs}
+                self._served = {c: s for c, s in self._served.items() if c in there}
+                job = min(jobs, key=lambda j: (j.request.priority, self._served[j.request.caller]))
+                job.resumed = time.monotonic()
+                job.begun = job.begun or job.resumed
+                self._running = job  # first: an abort finds it at any moment
+                if self._stops_waiting(job):
+                    return job
+                self._running = None
 
     def _compute(self, job: Job) -> None:
         lines, job.lines = job.lines or self._lines(job), None
@@ -249,7 +257,7 @@ class SerialEngine(ABC):
                         return
                     continue
                 job.push(line, num_tokens)
-            job.finish(FinishReason.STOP)
+            job.finish(FinishReason.ABORT if job.is_over else FinishReason.STOP)
         except LLMKitError as error:
             job.channel.fail(error)
         except Exception as error:
@@ -278,3 +286,7 @@ class SerialEngine(ABC):
                 elif caller in self._served:
                     self._served[caller] += seconds / weight
             job.channel.wake()
+
+
+def _unloaded() -> ModelUnloadedError:
+    return ModelUnloadedError("the model was unloaded during this request")

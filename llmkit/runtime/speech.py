@@ -14,7 +14,14 @@ from llmkit.errors import InvalidRequestError
 from llmkit.models.registry import ModelSpec
 from llmkit.models.speech_files import speech_kind
 from llmkit.protocol import GenerationRequest, ModelDescription
-from llmkit.protocol.speech import MAX_SPOKEN_CHARS, Facts, Lines, Speaker, Transcriber
+from llmkit.protocol.speech import (
+    MAX_SPOKEN_CHARS,
+    SOUND_TOKENS,
+    Facts,
+    Lines,
+    Speaker,
+    Transcriber,
+)
 from llmkit.runtime.running import running
 from llmkit.runtime.serial import SerialEngine
 from llmkit.runtime.serial_jobs import Job
@@ -26,7 +33,6 @@ from llmkit.speech.extra import need
 __all__ = ["LocalSpeech", "open_speech"]
 
 HEARD_TOKENS = 448  # the text that Whisper can follow and write at once
-SOUND_TOKENS = 50  # a second of sound in tokens: the positions of Whisper's encoder
 CANNOT = "it cannot generate text"
 FRAME_S = 0.0125  # a token of speech: what the voice predicts at once
 

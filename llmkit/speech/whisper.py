@@ -96,12 +96,13 @@ class Whisper:
         before = prompt
         for at, piece in _pieces(pcm):
             found, info = self._model.transcribe(piece, initial_prompt=before or None, **settings)
-            settings["language"] = str(info.language)
             said = []
             for each in found:
                 segment = _moved(_segment(each, str(info.language)), at / RATE, len(pcm) / RATE)
                 said.append(segment.text)
                 yield segment
+            if said:  # what it takes silence for is no language of the rest
+                settings["language"] = str(info.language)
             before = "".join(said)[-REMEMBERED:] or prompt
 
     def close(self) -> None:

@@ -18,6 +18,7 @@ from llmkit.gateway.access.computing import COMPUTING
 from llmkit.gateway.access.identity import Allowance
 from llmkit.gateway.access.windows import Standing, Windows, rate_of
 from llmkit.gateway.failures import NO_RETRY, ApiError
+from llmkit.protocol.speech import SOUND_TOKENS
 from llmkit.store.records import Spending
 
 if TYPE_CHECKING:
@@ -153,11 +154,14 @@ def spending_of(record: Record) -> Spending:
     """
     usage = record.usage
     most = math.inf if record.engine is None else record.engine.description.n_ctx
-    prompts = [_prompt_tokens(request) for request in record.unfinished.values()]
+    left = record.unfinished.values()
+    # The context of a model that hears is that of its text.
+    heard = sum(request.hearing is not None for request in left) * record.heard_s * SOUND_TOKENS
+    prompts = [_prompt_tokens(request) for request in left if request.hearing is None]
     prompts += [_num_tokens(text) for text in record.unfinished_texts]
     return Spending(
         1,
-        usage.prompt_tokens + int(sum(min(most, tokens) for tokens in prompts)),
+        usage.prompt_tokens + int(sum(min(most, tokens) for tokens in prompts)) + round(heard),
         usage.cached_tokens,
         usage.completion_tokens + record.num_unfinished_tokens,
         time.monotonic() - record.started_at,
@@ -166,6 +170,8 @@ def spending_of(record: Record) -> Spending:
 
 def _prompt_tokens(request: GenerationRequest) -> int:
     """An estimate of the tokens of a prompt."""
+    if request.saying is not None:
+        return len(request.prompt or "")  # characters, as the engine counts them
     if request.prompt is not None:
         return _num_tokens(request.prompt)
     texts = "".join(message.text for message in request.messages or ())

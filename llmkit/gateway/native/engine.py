@@ -45,6 +45,7 @@ from llmkit.protocol import (
     Unload,
 )
 from llmkit.protocol.client import EngineClient
+from llmkit.protocol.speech import Facts, Lines
 
 __all__ = ["EngineRoutes"]
 
@@ -173,6 +174,7 @@ class EngineRoutes:
         await _check_media(exchange, engine, request.messages or (), request.media)
         mine = self._allowed(exchange, engine.description, request)
         streams = submit_all(engine, exchange.owned(engine, [mine]))
+        lines = Lines()
         try:
             updates = merge(streams)
             update = await anext(updates)
@@ -183,6 +185,10 @@ class EngineRoutes:
                     await exchange.send_text(": ping\n\n")
                 else:
                     index, deltas, completion = update
+                    if mine.hearing is not None and not exchange.record.heard_s:
+                        heard = lines.read("".join(delta.text for delta in deltas))
+                        facts = (event for event in heard if isinstance(event, Facts))
+                        exchange.record.heard_s = next((f.duration for f in facts), 0.0)
                     events = wire.Events(
                         [wire.News.of(ids[index], deltas)] if deltas else [],
                         [] if completion is None else [wire.End.of(ids[index], completion)],

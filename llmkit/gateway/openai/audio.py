@@ -131,7 +131,7 @@ class AudioRoutes:
                 if isinstance(event, Segment):
                     segments.append(event)
                 elif isinstance(event, Facts):
-                    duration = event.duration
+                    duration = exchange.record.heard_s = event.duration
                 elif isinstance(event, Completion):
                     usage = event.usage
                 if is_stream:
