@@ -121,7 +121,7 @@ V2_SERVICE = {
     "system.slice/cpu.max": "200000 100000\n",
     "system.slice/memory.max": str(4 * GIB),
     "system.slice/memory.current": str(3 * GIB),
-    "system.slice/memory.stat": f"anon 5\ninactive_file {GIB}\n",
+    "system.slice/memory.stat": (f"anon 5\ninactive_file {GIB // 2}\nactive_file {GIB // 2}\n"),
 }
 V1 = {
     "cpu/docker/abc/cpu.cfs_quota_us": "150000",

@@ -300,6 +300,26 @@ def test_names(root: Path, shelf: Library) -> None:
     assert near("", ["a"]) == "."
 
 
+def test_names_by_which_models_were_downloaded(root: Path, shelf: Library) -> None:
+    for name in ("org/repo/m-Q8_0", "org/repo/m-Q4_0", "org/repo/sub/n-Q4_0", "org/one/one-F16"):
+        write(root / f"{name}.gguf")
+    split(root / "org" / "parts", "p", 2)
+    found = {
+        "org/repo:Q8_0": "org/repo/m-Q8_0",
+        "org/repo:m-Q8_0.gguf": "org/repo/m-Q8_0",
+        "https://huggingface.co/org/repo:sub/n-Q4_0.gguf": "org/repo/sub/n-Q4_0",
+        "org/one": "org/one/one-F16",
+        "org/parts:p-00002-of-00002.gguf": "org/parts/p",
+    }
+    for name, id_ in found.items():
+        stored = shelf.get(name)
+        assert stored is not None and stored.id == shelf.find(name).id == id_, name
+    for name in ("org/repo", "org/repo:Q4_0", "org/repo@main:Q8_0", "org/rep:Q8_0", "org/one:Q8_0"):
+        assert shelf.get(name) is None, name
+        with pytest.raises(ModelNotFoundError):
+            shelf.find(name)
+
+
 def test_a_server_looks_at_the_disk_once_a_second(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

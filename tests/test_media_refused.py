@@ -7,11 +7,12 @@ import shutil
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import gguf
+import header_files
 import media_models
 import pytest
 import tiny_models
@@ -29,6 +30,7 @@ from llmkit.errors import (
     ModelLoadError,
     ModelNotFoundError,
 )
+from llmkit.models.gguf import read_header
 from llmkit.models.projectors import projector_of, read_projector
 from llmkit.protocol import (
     FinishReason,
@@ -39,9 +41,11 @@ from llmkit.protocol import (
     SamplingParams,
     TokenizeChat,
 )
+from llmkit.runtime.assembly import estimate
 from llmkit.runtime.local import LocalEngine
 from llmkit.runtime.opening import open_model
 from llmkit.settings.options import EngineOptions
+from llmkit.workers.budget import need_of
 
 RED = png((255, 0, 0))
 
@@ -154,7 +158,7 @@ def test_waiting_pictures_hold_a_bounded_number_of_pixels(
         streams = [engine.submit(asking(png(i, 56), f" {i}?")) for i in range(8)]
         reader = engine._reader
         assert reader is not None and reader.prepared.num_bytes <= 2 * 56 * 56 * 12
-        assert all(stream.result(60).usage.image_tokens for stream in streams)
+        assert all(stream.result(300).usage.image_tokens for stream in streams)
         assert reader.prepared.num_bytes == 0
 
 
@@ -203,10 +207,10 @@ def test_templates_that_lose_images(
 def test_a_full_context_ends_a_request_with_an_image(engine: LocalEngine) -> None:
     """Only text is shifted."""
     endless: dict[str, Any] = {"max_tokens": 400, "sampling": {"ignore_eos": True}}
-    seen = engine.submit(asking("look: ", RED, "!", **endless)).result(60)
+    seen = engine.submit(asking("look: ", RED, "!", **endless)).result(300)
     assert seen.finish_reason is FinishReason.LENGTH
     assert seen.usage.total_tokens == 256
-    read = engine.submit(asking("read this", **endless)).result(60)
+    read = engine.submit(asking("read this", **endless)).result(300)
     assert read.usage.completion_tokens == 400
 
 
@@ -231,9 +235,9 @@ def test_an_image_larger_than_a_batch_makes_the_batch_larger(folder: Path, text:
     media_models.write_vision(path, "gemma3", sizes=Sizes(picture=224))
     opened = LocalEngine(text, n_ctx=512, n_slots=2, threads=1, projector=str(path), batch_tokens=8)
     streams = [opened.submit(asking(f"{i}", max_tokens=200)) for i in range(1)]
-    answer = opened.submit(asking("look: ", png(1, 300), "!")).result(60)
+    answer = opened.submit(asking("look: ", png(1, 300), "!")).result(300)
     assert answer.usage.image_tokens == 64 and answer.usage.completion_tokens
-    assert streams[0].result(60).usage.completion_tokens
+    assert streams[0].result(300).usage.completion_tokens
     opened.close()
 
 
@@ -306,6 +310,40 @@ def test_a_projector_is_tried_in_a_child(tmp_path: Path, monkeypatch: pytest.Mon
     assert opened.description.inputs == ()
     opened.close()
     monkeypatch.undo()
+
+
+@pytest.mark.usefixtures("own_cache")
+@pytest.mark.parametrize("fault", ["cut", "llama", "link"])
+def test_what_only_lies_beside_a_model_and_is_no_projector_is_left_out(
+    tmp_path: Path, projector: Path, fault: str
+) -> None:
+    text = tiny_models.write(tmp_path / "text.gguf", "llama")
+    bad = tmp_path / "mmproj.gguf"
+    match fault:
+        case "cut":
+            bad.write_bytes(projector.read_bytes()[:-8])
+        case "llama":
+            shutil.copy(text, bad)
+        case _:
+            bad.symlink_to("nothing.gguf")
+    options = EngineOptions(n_ctx=256, n_slots=1, threads=1)
+    assert estimate(read_header(text), options).projector_bytes == 0
+    assert need_of({"path": str(text), "options": asdict(options)}).ram_bytes > 0
+    if fault != "link":
+        with pytest.raises(InvalidModelFileError):
+            estimate(read_header(text), replace(options, projector=str(bad)))
+    with pytest.warns(RuntimeWarning, match="loaded for text alone"):
+        opened = open_model(text, options)
+    assert opened.description.inputs == ()
+    opened.close()
+
+
+def test_a_model_that_embeds_has_no_projector(tmp_path: Path, projector: Path) -> None:
+    shutil.copy(projector, tmp_path / "mmproj.gguf")
+    embeds = header_files.write(tmp_path / "embeds.gguf", "bert", bert__pooling_type=1)
+    assert estimate(read_header(embeds), EngineOptions()).projector_bytes == 0
+    other = header_files.write(tmp_path / "other.gguf", "bert")
+    assert estimate(read_header(other), EngineOptions()).projector_bytes > 0
 
 
 def test_which_projector_is_a_models(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import loopback_hub
 import pytest
+import tiny_models
 from loopback_hub import Hub
 
 from llmkit.cli.offering import offered
@@ -64,6 +65,24 @@ def test_safetensors_are_converted_once_and_need_no_hub_then(
     assert resolve("org/mini") == spec
 
 
+def test_another_repositorys_model_is_not_taken_for_this_ones(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = registry.cache_folder()
+    made.mkdir()
+    for name in ("BAAI--bge-small-0123456789ab", "BAAI--bge-0123456789ab-ba9876543210-Q8_0"):
+        (made / f"{name}.gguf").write_bytes(GGUF)
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ModelNotFoundError):
+        resolve("BAAI/bge")
+    own = made / "BAAI--bge-ba9876543210.gguf"
+    own.write_bytes(GGUF)
+    assert resolve("BAAI/bge").path == own
+    assert resolve("BAAI/bge-small").path == made / "BAAI--bge-small-0123456789ab.gguf"
+
+
 def test_what_cannot_be_converted_names_a_gguf(hub: Hub) -> None:
     hub.add("org/chat", **{"config.json": LLAMA, "model.safetensors": b"weights"})
     with pytest.raises(ModelLoadError, match=r"LlamaForCausalLM.*look for a GGUF"):
@@ -116,9 +135,53 @@ def test_a_tokenizer_of_the_file_itself_may_be_named(hub: Hub) -> None:
 
 def test_callers_may_say_what_the_command_line_said(hub: Hub) -> None:
     hub.add("org/some-GGUF", **{"some-Q4_K_M.gguf": GGUF})
-    from llmkit.models import gguf
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gguf, "read_header", lambda path: None)
-        (model,) = offered(read_settings({"model": ["org/some-GGUF"]}, None, {}))
+    (model,) = offered(read_settings({"model": ["org/some-GGUF"]}, None, {}))
     assert (model.name, model.aliases) == ("some-Q4_K_M", ("org/some-GGUF",))
+
+
+@pytest.mark.parametrize(
+    ("spelled", "name"),
+    [
+        ("org/some-GGUF:sub/some-Q8_0.gguf", "some-Q8_0"),
+        ("hf.co/org/some-GGUF:Q8_0", "some-Q8_0"),
+        ("org/some-GGUF", "some-Q4_K_M"),
+        ("org/split:Q8_0", "parts-Q8_0"),
+        ("org/mini", "mini"),
+    ],
+)
+def test_a_model_of_the_hub_is_downloaded_only_once_the_server_listens(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch, spelled: str, name: str
+) -> None:
+    hub.add("org/some-GGUF", **{"sub/some-Q8_0.gguf": GGUF, "some-Q4_K_M.gguf": GGUF})
+    hub.add("org/split", **{f"parts-Q8_0-0000{i}-of-00002.gguf": GGUF for i in (1, 2)})
+    config = b'{"architectures": ["BertModel"]}'
+    hub.add("org/mini", **{"config.json": config, "model.safetensors": b"weights"})
+    (model,) = offered(read_settings({"model": [spelled]}, None, {}))
+    assert (model.name, model.aliases, model.lazy) == (name, (spelled,), False)
+    assert not hub.gets(".gguf") and not hub.gets(".safetensors")
+    if name != "mini":
+        assert model.task()["file"] == model.task()["name"] == name
+        from huggingface_hub import constants
+
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+        (model,) = offered(read_settings({"model": [spelled]}, None, {}))
+        assert model.name == name, "without the Hub what is here counts"
+
+
+def test_what_the_hub_does_not_have_is_said_at_once(hub: Hub) -> None:
+    hub.add("org/some-GGUF", **{"some-Q8_0.gguf": GGUF})
+    for name in ("org/some-GGUF:Q4_0", "org/some-GGUF:none.gguf", "org/none", "org/none:Q4_0"):
+        with pytest.raises(ModelNotFoundError):
+            offered(read_settings({"model": [name]}, None, {}))
+
+
+def test_a_model_that_was_downloaded_to_the_models_dir_is_not_asked_for(
+    hub: Hub, tmp_path: Path
+) -> None:
+    file = tmp_path / "models" / "org" / "some-GGUF" / "some-Q8_0.gguf"
+    file.parent.mkdir(parents=True)
+    tiny_models.write(file, "llama")
+    settings = {"model": ["org/some-GGUF:Q8_0"], "models_dir": str(tmp_path / "models")}
+    (model,) = offered(read_settings(settings, None, {}))
+    assert (model.name, model.task()["path"]) == ("some-Q8_0", str(file))
+    assert not hub.requests

@@ -14,10 +14,13 @@ from test_turns import posting
 from tornado.netutil import bind_sockets
 
 from llmkit.errors import InvalidRequestError
+from llmkit.gateway.access.identity import Allowance, Identity
+from llmkit.gateway.access.permission import Allowed, may_use, seeing
 from llmkit.gateway.app import make_server
 from llmkit.gateway.composition import Composition
 from llmkit.gateway.ops.models import ModelRoutes
 from llmkit.gateway.workers import Workers
+from llmkit.settings.entries import KeyEntry
 from llmkit.settings.gateway import GatewayOptions
 from llmkit.settings.serving import ServeSettings
 from llmkit.wanted import worker_task
@@ -220,3 +223,59 @@ def test_the_default_model_is_found_at_the_start() -> None:
     workers.close()
     with pytest.raises(InvalidRequestError, match="there are first, second"):
         Workers(GatewayOptions(default_model="thrid"), models, start=False)
+
+
+@pytest.mark.parametrize("allowed", [{"allowed_models": ("t?o",)}, {}])
+async def test_a_model_may_be_used_by_whoever_may_use_its_alias(
+    allowed: dict[str, tuple[str, ...]],
+) -> None:
+    models = [served("first", lazy=True), served("second", lazy=True, aliases=("two",))]
+    workers = Workers(GatewayOptions(), models, start=False)
+    key = KeyEntry(name="ann", key="ann", models=("*",) if allowed else ("two",))
+    settings = ServeSettings(GatewayOptions(**allowed), keys=(key,))
+    parts = Composition(settings, workers.directory, workers, shared=False)
+    server = make_server(parts.app(), edge=parts.access.edge)
+    sockets = bind_sockets(0, "127.0.0.1")
+    server.add_sockets(sockets)
+    ann = Api(f"http://127.0.0.1:{sockets[0].getsockname()[1]}", "ann")
+    listed = json.loads((await ann.fetch("GET", "/v1/models")).body)["data"]
+    assert [m["id"] for m in listed] == ["second"]
+    assert (await ann.post("/v1/chat/completions", chat("first")))[0] == 404
+    server.stop()
+    await server.close_all_connections()
+    await parts.close()
+    workers.directory.close()
+
+
+def test_aliases_count_in_each_list() -> None:
+    aliases = {"second": ("two", "zwei")}
+    allowed = Allowed(lambda: ("two",), lambda name: aliases.get(name, ()))
+    for own, may in (("zwei", True), ("second", True), ("first", False)):
+        identity = Identity("ann", allowance=Allowance(models=(own,)))
+        with seeing(identity, allowed):
+            assert may_use("second@kernel") == may_use("second") == may
+            assert not may_use("first")
+
+
+async def test_a_default_model_that_was_never_asked_for_is_looked_for_at_a_reload() -> None:
+    def find(name: str) -> ServedModel | None:
+        return served("found", lazy=True) if name == "found" else None
+
+    workers = Workers(GatewayOptions(), [served("first", lazy=True)], find, start=False)
+    before = ServeSettings(GatewayOptions(allowed_models=("*",)))
+    parts = Composition(before, workers.directory, workers)
+
+    def applied(default: str | None) -> str | None:
+        options = replace(before.gateway, default_model=default)
+        parts.apply(replace(before, gateway=options))
+        return workers.manager.default
+
+    assert applied("found") == "found"
+    with pytest.raises(InvalidRequestError, match="default_model: there is no model 'none'"):
+        applied("none")
+    assert workers.manager.default == "found"
+    assert applied(None) == "first", "as at a start"
+    workers.manager.set_default("found")  # by an administrator
+    assert applied(None) == "found"
+    await parts.close()
+    workers.directory.close()

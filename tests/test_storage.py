@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from fakes import FakeClient
+from filelock import FileLock
 from gateway_client import Api, serve
 from header_files import split, write
 
@@ -28,7 +29,7 @@ from llmkit.models.copies import places_for
 from llmkit.models.library import Library, StoredModel
 from llmkit.models.quantization import TYPES, label_of
 from llmkit.models.removal import remove
-from llmkit.models.scanning import hub_cache
+from llmkit.models.scanning import OWN, hub_cache
 from llmkit.settings.options import WEIGHT_TYPES
 
 
@@ -151,6 +152,27 @@ def test_removing_from_the_folder(root: Path, shelf: Library, tmp_path: Path) ->
     assert (real.parent / "m.gguf").exists()
     with pytest.raises(InvalidRequestError, match="pip uninstall"):
         remove(shelf, shelf.find("smollm2"))
+
+
+def test_a_download_in_the_folder_of_what_is_removed_keeps_its_lock(
+    root: Path, shelf: Library
+) -> None:
+    write(root / "org" / "m" / "a.gguf")
+    own = root / "org" / "m" / OWN
+    own.mkdir()
+    idle, held, part = own / "a.lock", own / "b.lock", own / "b.part"
+    for file in (idle, held, part):
+        file.touch()
+    with FileLock(held):
+        remove(shelf, shelf.find("org/m/a"))
+        assert idle.exists() and held.exists() and part.exists()
+        write(root / "org" / "m" / "a.gguf")
+        part.unlink()  # it is about to begin, or has just ended
+        remove(shelf, shelf.find("org/m/a"))
+        assert held.exists()
+    write(root / "org" / "m" / "a.gguf")
+    remove(shelf, shelf.find("org/m/a"))
+    assert not (root / "org").exists()
 
 
 def test_removing_from_the_cache(root: Path, tmp_path: Path) -> None:

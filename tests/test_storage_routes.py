@@ -6,8 +6,10 @@ import json
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
+import media_models
 import pytest
 import tiny_models
+from fakes import wait_for
 from gateway_client import Api
 from loopback_hub import Hub, serving, use
 from tornado.netutil import bind_sockets
@@ -22,7 +24,10 @@ from llmkit.models.copies import places_for
 from llmkit.models.library import Library
 from llmkit.settings.gateway import GatewayOptions
 from llmkit.settings.serving import ServeSettings, read_settings
+from llmkit.wanted import worker_task
+from llmkit.workers.budget import Need
 from llmkit.workers.models import ModelManager
+from llmkit.workers.place import ServedModel
 
 
 @pytest.fixture
@@ -65,6 +70,7 @@ async def test_a_model_is_pulled_listed_and_deleted(
 ) -> None:
     events = await api.events("/admin/storage/pull", {"model": "org/tiny:tiny-Q8_0.gguf"})
     assert events[-1] == "[DONE]" and events[-2]["phase"] == "done"
+    assert events[-2]["id"] == "org/tiny/tiny-Q8_0"
     (file,) = models_dir.rglob("*.gguf")
     assert file.read_bytes() == tiny
     stored = json.loads((await api.fetch("GET", "/admin/storage")).body)["models"]
@@ -83,11 +89,32 @@ async def test_ollamas_pull_and_delete(api: Api, tiny: bytes, models_dir: Path) 
     assert lines[-1] == {"status": "success"}
     (file,) = models_dir.rglob("*.gguf")
     name = str(file.relative_to(models_dir).with_suffix(""))
-    code, again = await api.post("/api/pull", {"name": "org/tiny:tiny-Q8_0.gguf", "stream": False})
+    named = {"name": "org/tiny:tiny-Q8_0.gguf", "model": "", "username": "", "password": ""}
+    code, again = await api.post("/api/pull", {**named, "stream": False})
     assert code == 200 and again == {"status": "success"}
     assert (await api.fetch("DELETE", "/api/delete", {"model": name})).code == 200
     assert not file.exists()
     assert (await api.fetch("DELETE", "/api/delete", {"model": name})).code == 404
+
+
+async def test_what_was_pulled_is_found_by_the_name_it_was_pulled_by(
+    api: Api, tiny: bytes, models_dir: Path
+) -> None:
+    name = "org/tiny:Q8_0"
+    code, done = await api.post("/admin/storage/pull", {"model": name, "stream": False})
+    assert code == 200 and done["id"] == "org/tiny/tiny-Q8_0"
+    settings = read_settings({"models_dir": str(models_dir)}, None, {})
+    manager = ModelManager((), find=finder(settings), start=False)
+    for spelled in (name, "org/tiny:tiny-Q8_0.gguf", "hf.co/org/tiny:Q8_0", "org/tiny"):
+        assert manager.known(spelled) is None and manager.name_of(spelled) == done["id"]
+        assert manager.known(spelled) == done["id"], "kept, so that the disk is not looked at again"
+    assert manager.names() == [done["id"]]
+    assert (await api.fetch("DELETE", f"/admin/storage/{name}")).code == 200
+    assert not list(models_dir.rglob("*.gguf")) and manager.known(name) is None
+    code, _ = await api.post("/api/pull", {"model": f"hf.co/{name}", "stream": False})
+    assert code == 200 and list(models_dir.rglob("*.gguf"))
+    assert (await api.fetch("DELETE", "/api/delete", {"model": f"hf.co/{name}"})).code == 200
+    assert not list(models_dir.rglob("*.gguf"))
 
 
 @pytest.mark.parametrize("name", ["org/none:Q4_K_M", "../../etc/passwd", "org/tiny:none.gguf", ""])
@@ -119,11 +146,35 @@ async def test_the_model_of_a_loaded_copy_stays(
     place.parent.mkdir()
     copy = tiny_models.write(place, "llama")
     storage = Storage(Library(models_dir, cache=tmp_path / "hub"))
-    with pytest.raises(ModelBusyError, match="'tiny' is loaded"):
+    with pytest.raises(ModelBusyError, match="'tiny' is in use"):
         await storage.remove("tiny", frozenset({copy.resolve()}))
     assert file.exists() and copy.exists()
     await storage.remove("tiny", frozenset())
     assert not file.exists() and not copy.exists()
+
+
+@pytest.mark.parametrize("used", ["tiny", "draft", "eye"])
+async def test_a_model_stays_while_it_is_being_loaded_or_another_needs_it(
+    models_dir: Path, tmp_path: Path, used: str
+) -> None:
+    for name in ("tiny", "draft"):
+        tiny_models.write(models_dir / f"{name}.gguf", "llama")
+    (models_dir / "eye").mkdir()
+    tiny_models.write(models_dir / "eye" / "eye.gguf", "llama")
+    eye = media_models.write_vision(models_dir / "eye" / "mmproj-eye.gguf", "phi4")
+    options = {"draft": str(models_dir / "draft.gguf"), "projector": str(eye)}
+    file = models_dir / "tiny.gguf"
+    task = worker_task(file, name="tiny", tuned=False, force=False, **options)
+    other = ServedModel("other", lambda: task, lambda _: Need(1), lazy=True)
+    manager = ModelManager([other], start=False)
+    storage = Storage(Library(models_dir, cache=tmp_path / "hub"), manager.files)
+    place = manager._places["other"]
+    wait_for(lambda: place.need() is not None)
+    assert manager.files() >= {file.resolve(), eye.resolve()}
+    with pytest.raises(ModelBusyError, match="is in use"):
+        await storage.remove("eye/eye" if used == "eye" else used, frozenset())
+    place.refuse(ModelBusyError("no room"))
+    await storage.remove("eye/eye" if used == "eye" else used, frozenset())
 
 
 def test_a_model_whose_file_was_deleted_is_not_offered(tmp_path: Path) -> None:

@@ -277,3 +277,23 @@ async def test_chat_over_tls(model: FakeClient, pairs: dict[str, tuple[str, str]
         )
         answer = await exchange_raw(api.port, request, tls=trusting(cert))
         assert answer.startswith(b"HTTP/1.1 200") and b"data: [DONE]" in answer
+
+
+def test_a_certificate_that_ends_soon_is_told_of_once_a_day(
+    pairs: dict[str, tuple[str, str]], caplog: pytest.LogCaptureFixture
+) -> None:
+    start = datetime.now(UTC)
+    certificates = Certificates(*pairs["one"])  # for 30 days
+
+    def said(days: float) -> list[str]:
+        caplog.clear()
+        assert not certificates.refresh(start + timedelta(days=days))
+        return [record.getMessage() for record in caplog.records]
+
+    with caplog.at_level(logging.WARNING, "llmkit.gateway"):
+        assert said(10) == [] == said(22)
+        (soon,) = said(24.5)
+        assert "expires in 5 days" in soon
+        assert said(24.6) == [] == said(25.4)
+        assert "expires in 4 days" in said(25.6)[0]
+        assert "has expired" in said(31)[0] and said(31.5) == []

@@ -118,7 +118,16 @@ def _library(settings: ServeSettings) -> Library | None:
 def _served(
     entry: ModelEntry, library: Library | None, found: StoredModel | None = None
 ) -> ServedModel:
+    # A file on the Hub may have to be downloaded, which must not hold up the others.
+    of_hub = is_hub_name(entry.model) or (
+        is_repository(entry.model) and not Path(entry.model).exists()
+    )
     name = entry.name if found is None else found.id
+    is_spelled = of_hub and name is None
+    if is_spelled and not _is_here(entry.model, library):
+        from llmkit.models.repositories import called  # what is here already needs none of it
+
+        name = called(entry.model)
 
     def task() -> dict[str, Any]:
         source: Any = entry.model
@@ -135,17 +144,13 @@ def _served(
         made = worker_task(source, name=name, tuned=entry.tuned, force=entry.force, **options)
         return {**made, "name": name or made["file"]}
 
-    # A file on the Hub may have to be downloaded, which must not hold up the others.
-    of_hub = is_hub_name(entry.model) or (
-        is_repository(entry.model) and not Path(entry.model).exists()
-    )
     waits = name is not None and (entry.lazy or of_hub)
     return ServedModel(
         name=name if waits and name is not None else task()["name"],
         task=task,
         need=lambda task: need_of(task).times(entry.replicas),
         # Callers may say what the command line said.
-        aliases=(*entry.aliases, entry.model) if of_hub and name is None else entry.aliases,
+        aliases=(*entry.aliases, entry.model) if is_spelled else entry.aliases,
         lazy=entry.lazy,
         pinned=entry.pinned,
         force=entry.force,
@@ -153,3 +158,13 @@ def _served(
         replicas=entry.replicas,
         is_there=lambda: found is None or all(map(os.path.isfile, found.files)),
     )
+
+
+def _is_here(model: str, library: Library | None) -> bool:
+    """Whether a name of the Hub means what is in the models dir, or a path after all."""
+    if is_repository(model) and Path(model).parent.is_dir():
+        return True
+    try:
+        return library is not None and bool(library.find(model))
+    except ModelNotFoundError:
+        return False

@@ -20,7 +20,7 @@ from llmkit.gateway.access.edge import Edge
 from llmkit.gateway.access.keys import is_loopback
 from llmkit.gateway.access.opening import Access
 from llmkit.gateway.access.overload import Overload
-from llmkit.gateway.access.permission import admitting
+from llmkit.gateway.access.permission import Allowed, admitting
 from llmkit.gateway.app import Gateway, make_app
 from llmkit.gateway.compat.lifecycle import LifecycleRoutes
 from llmkit.gateway.compat.otron import MAX_REPETITIONS, matching
@@ -113,7 +113,7 @@ class Composition:
             ],
             early=overload.early,
             admin=options.admin,
-            allowed_models=lambda: self._settings.gateway.allowed_models,
+            allowed_models=self._allowed(),
             max_body_bytes=int(options.body_mb * 1e6),
             max_sound_bytes=int(options.audio_mb * 1e6),
             max_sound_s=options.audio_minutes * 60,
@@ -124,6 +124,14 @@ class Composition:
             **self._models(),
         )
         logging.getLogger("llmkit.access").disabled = not options.access_log
+
+    def _allowed(self) -> Allowed:
+        """The models that anyone may ask for, by their names or aliases."""
+
+        def globs() -> Sequence[str]:
+            return self._settings.gateway.allowed_models
+
+        return Allowed(globs) if self._workers is None else Allowed(globs, self._workers.aliases_of)
 
     def _observers(self) -> Sequence[Observer]:
         observers: list[Observer] = [access_log()]
@@ -169,7 +177,9 @@ class Composition:
         from llmkit.gateway.storage import Storage
         from llmkit.models.library import Library
 
-        storage = Storage(Library(self._settings.gateway.models_dir))
+        workers = self._workers
+        held = frozenset if workers is None else workers.manager.files
+        storage = Storage(Library(self._settings.gateway.models_dir), held)
         return [
             *StorageRoutes(storage, self._directory).routes(),
             *OllamaStorageRoutes(storage, self._directory).routes(),
@@ -205,17 +215,15 @@ class Composition:
         """
         options = settings.gateway
         guards = guards_of(settings)
-        manager = None if self._workers is None else self._workers.manager
-        default = options.default_model
-        if default == self._settings.gateway.default_model:
-            default = None  # an administrator may have chosen another since
-        if manager is not None and default is not None:
-            manager.phase(default)  # it must be there
+        workers = self._workers
+        if options.default_model == self._settings.gateway.default_model:
+            workers = None  # an administrator may have chosen another since
+        default = None if workers is None else workers.default_of(options)
         self.access.apply(options, settings.keys)
         if self.access.hub is not None:
             self.access.hub.users.apply(settings.hub, settings.quotas)
-        if manager is not None and default is not None:
-            manager.set_default(default)
+        if workers is not None:
+            workers.manager.set_default(default)
         self._rules.guards = guards
         self._overload.max_queue = options.max_queue
         self._overload.max_concurrent = options.max_concurrent

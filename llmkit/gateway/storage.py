@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,10 +26,13 @@ class _End:
 
 
 class Storage:
-    """The models of a folder; without one, of Hugging Face's cache."""
+    """The models of a folder; without one, of Hugging Face's cache.
 
-    def __init__(self, library: Library) -> None:
-        self._library = library
+    ``held`` gives files, links resolved, that stay: of models that are being loaded, say.
+    """
+
+    def __init__(self, library: Library, held: Callable[[], frozenset[Path]] = frozenset) -> None:
+        self._library, self._held = library, held
 
     async def models(self) -> list[StoredModel]:
         return list(await asyncio.to_thread(self._library.models))
@@ -81,10 +84,15 @@ class Storage:
         finally:
             cancelled.set()
 
+    async def id_of(self, downloaded: Downloaded) -> str | None:
+        """What a model that was downloaded is called here; None if it is gone already."""
+        models = await self.models()
+        return next((m.id for m in models if m.path == downloaded.path), None)
+
     async def remove(self, name: str, in_use: frozenset[Path]) -> Removed:
         """Remove a model's files.
 
-        Raises `ModelNotFoundError`, `ModelBusyError` if it is loaded, `InvalidRequestError` for
+        Raises `ModelNotFoundError`, `ModelBusyError` if it is in use, `InvalidRequestError` for
         one that is not to be removed, and `LLMKitError` if the disk refuses.
         """
         return await asyncio.to_thread(self._remove, name, in_use)
@@ -92,8 +100,12 @@ class Storage:
     def _remove(self, name: str, in_use: frozenset[Path]) -> Removed:
         model = self._library.find(name)
         # It may be a copy in another type that is loaded.
-        if in_use & {file.resolve() for file in files_to_remove(self._library, model)}:
-            raise ModelBusyError(f"the model {model.id!r} is loaded; unload it first.")
+        files = {file.resolve() for file in files_to_remove(self._library, model)}
+        if files & (in_use | self._held()):
+            raise ModelBusyError(
+                f"the model {model.id!r} is in use: it is loaded, or will be in a moment, or "
+                "another that is loaded needs it; unload that first."
+            )
         try:
             return remove(self._library, model)
         except OSError as error:

@@ -7,7 +7,7 @@ import logging
 import os
 import ssl
 import stat
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from llmkit.errors import InvalidRequestError
@@ -19,6 +19,7 @@ __all__ = ["Certificates"]
 logger = logging.getLogger("llmkit.gateway")
 
 MAX_FILE_BYTES = 1 << 20
+DAY = timedelta(days=1)
 Seen = tuple[tuple[int, int, int, int, int], ...]
 
 
@@ -32,8 +33,8 @@ class Certificates:
     def __init__(self, cert: str | Path, key: str | Path) -> None:
         self._cert, self._key = Path(cert), Path(key)
         self._seen = self._look()
-        self.context, validity = self._load()
-        _say_validity(validity, datetime.now(UTC))
+        self.context, self._validity = self._load()
+        self._say_validity(datetime.now(UTC))
         self._bad: Seen | None = None  # files that were tried and do not fit
 
     def _look(self) -> Seen:
@@ -86,18 +87,26 @@ class Certificates:
             "they must be a certificate with its chain and its key, both as PEM."
         )
 
-    def refresh(self) -> bool:
+    def refresh(self, now: datetime | None = None) -> bool:
         """Load the files again if they changed; True if ``context`` is a new one.
 
         Files that cannot be used leave the old certificate in use. That is said if they still
-        cannot at the next look: often one of the two is written a moment before the other.
+        cannot at the next look: often one of the two is written a moment before the other. Of a
+        certificate that ends soon is told once a day.
         """
+        is_new = self._reload()
+        now = now or datetime.now(UTC)
+        if is_new or abs(now - self._said_at) >= DAY:
+            self._say_validity(now)
+        return is_new
+
+    def _reload(self) -> bool:
         seen = self._look()
         if seen == self._seen:
             self._bad = None
             return False
         try:
-            self.context, validity = self._load()
+            self.context, self._validity = self._load()
         except InvalidRequestError as error:
             if self._bad == seen:
                 self._seen = seen
@@ -105,9 +114,12 @@ class Certificates:
             self._bad = seen
             return False
         self._seen, self._bad = seen, None
-        logger.info("a new certificate is in use, valid until %s", validity.until)
-        _say_validity(validity, datetime.now(UTC))
+        logger.info("a new certificate is in use, valid until %s", self._validity.until)
         return True
+
+    def _say_validity(self, now: datetime) -> None:
+        self._said_at = now
+        _say_validity(self._validity, now)
 
 
 def _read(path: Path, param: str, *, is_secret: bool = False) -> bytes:

@@ -51,6 +51,8 @@ class Workers:
         self._lock = threading.Lock()
         self._on_change: Callable[[ModelStatus], None] | None = None
         self._early: list[ModelStatus] = []  # changes before anybody listened
+        self._aliases = {model.name: model.aliases for model in models}
+        self._finds = find is not None
         self.manager = ModelManager(
             models,
             budget=budget,
@@ -61,17 +63,30 @@ class Workers:
             on_change=self._changed,
             start=False,
         )
-        if options.default_model is not None:
-            if self.manager.name_of(options.default_model) is None:
-                names = ", ".join(self.manager.names())
-                raise InvalidRequestError(
-                    f"default_model: there is no model {options.default_model!r:.80}; there are "
-                    f"{names:.300}.",
-                    "default_model",
-                )
-            self.manager.set_default(options.default_model)
+        self.manager.set_default(self.default_of(options))
         if start:
             self.manager.start()
+
+    def aliases_of(self, name: str) -> Sequence[str]:
+        """What else a model is called by the settings."""
+        return self._aliases.get(name, ())
+
+    def default_of(self, options: GatewayOptions) -> str | None:
+        """The name of the default model, looked for on disk too; None is the first of the start.
+
+        Raises `InvalidRequestError` if there is none of that name.
+        """
+        if options.default_model is None:
+            return None
+        name = self.manager.name_of(options.default_model)
+        if name is None:
+            names = ", ".join(self.manager.names())
+            raise InvalidRequestError(
+                f"default_model: there is no model {options.default_model!r:.80}; "
+                + (f"there are {names:.300}." if names else "none is offered."),
+                "default_model",
+            )
+        return name
 
     @cached_property
     def directory(self) -> EngineDirectory:
@@ -87,6 +102,7 @@ class Workers:
             names=lambda model: self.served.names(model),
             absent=lambda model: self.served.absent(model),
             offered=lambda: self.served.offered(),
+            finds=self._finds,
         )
 
     @cached_property

@@ -25,7 +25,7 @@ from llmkit.system.text import printable
 if TYPE_CHECKING:
     from filelock import BaseFileLock
 
-__all__ = ["DownloadEvent", "Downloaded", "download", "download_files"]
+__all__ = ["DownloadEvent", "Downloaded", "download", "download_files", "look_up"]
 
 MAX_HTTP_BYTES = 50_000_000_000
 LOOK_S = 0.2
@@ -99,6 +99,21 @@ def download(
     on_event(DownloadEvent("done", taken, size, size))
     model = paths[: len(parts)]
     return Downloaded(taken, model[0], tuple(model), paths[-1] if projector else None)
+
+
+def look_up(name: str) -> str:
+    """What `download` would take for a name, ``org/repo:file.gguf``; nothing is fetched.
+
+    Raises what `download` raises for a name that means no file.
+    """
+    wanted = HubName.parse(name)
+    try:
+        first = hub.choose(wanted, {} if wanted.file else hub.files_of(wanted))[0]
+        if wanted.file:  # else the Hub has just listed it
+            hub.about(wanted, first)
+    except Unreachable as error:
+        return _here(wanted, None, False, str(error)).name
+    return str(replace(wanted, file=first, label=None))
 
 
 def download_files(

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import PurePosixPath
+from typing import TypeVar
 
 from llmkit.errors import InvalidRequestError, ModelNotFoundError
 from llmkit.models.names import folded, gigabytes
@@ -27,6 +28,7 @@ __all__ = [
     "HubName",
     "NoGGUFError",
     "Unreachable",
+    "among",
     "ask",
     "choose",
     "files_of",
@@ -48,6 +50,7 @@ USUAL = (
     "F16", "F32",
 )  # fmt: skip
 SHOWN = 12
+T = TypeVar("T")
 
 
 class NoGGUFError(ModelNotFoundError):
@@ -292,6 +295,28 @@ def choose(name: HubName, files: Mapping[str, int | None]) -> list[str]:
         )
     folder, _, last = found[0].rpartition("/")
     return [f"{folder}/{part}" if folder else part for part in names_of(last)]
+
+
+def among(text: str, here: Callable[[str], Mapping[str, T]]) -> T | None:
+    """What a name means of the files that are ``here`` of its repository; None if it is no name of
+    the Hub, or means none of them or several.
+
+    ``org/repo`` means the only file, and a name with a revision none: files do not say theirs.
+
+    >>> among("org/repo:Q8_0", lambda repo: {"some-Q8_0.gguf": 8, "some-Q4_0.gguf": 4})
+    8
+    """
+    try:
+        name = HubName.parse(text)
+        if name.revision is not None:
+            return None
+        files = here(name.repo)
+        if name.file is None and name.label is None and len(files) != 1:
+            return None
+        first = choose(name, dict.fromkeys(files))[0]
+    except (InvalidRequestError, ModelNotFoundError):
+        return None
+    return files.get(first)
 
 
 def projector_of(name: HubName, model: str, files: Mapping[str, int | None]) -> str:

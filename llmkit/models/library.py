@@ -22,6 +22,7 @@ from llmkit.errors import (
     ModelNotFoundError,
 )
 from llmkit.models import gguf, registry, scanning, speech_files
+from llmkit.models.hub import among
 from llmkit.models.names import folded, gigabytes, near
 from llmkit.models.projectors import nearest
 from llmkit.models.quantization import label_of, type_of
@@ -223,14 +224,17 @@ class Library:
         return self._seen[1:]
 
     def get(self, name: str) -> StoredModel | None:
-        """The model of exactly that name. Compares with no other name, so it costs little."""
-        return self._recent()[1].get(name)
+        """The model of exactly that name, or that was downloaded to the models dir by it, which
+        comes first. Compares with no other name, so it costs little."""
+        known = self._recent()[1].get(name)
+        is_own = known is not None and known.source == "folder"
+        return known if is_own else next(iter(self._downloaded(name)), known)
 
     def find(self, name: str) -> StoredModel:
         """The model of that name: exactly, else in any case if only one is meant.
 
-        A path counts if it leads to a file in the models dir. Raises `ModelNotFoundError` with
-        similar names, or saying why the file is not served.
+        What lies in the models dir counts by the name that it was downloaded by too, and by a path.
+        Raises `ModelNotFoundError` with similar names, or saying why the file is not served.
         """
         models = list(self._recent()[0])
         text = str(name)
@@ -239,6 +243,7 @@ class Library:
             [m for m in models if m.id == text.removesuffix(".gguf")],
             [m for m in models if folded(m.id) == folded(text)],
             [m for m in models if folded(m.id) == folded(text).removesuffix(".gguf")],
+            self._downloaded(text),
             self._at(text, models),
         ):
             same = [m for m in same if m.source == same[0].source]  # in the order of `models`
@@ -252,6 +257,19 @@ class Library:
             f"there is no model {text!r:.200} on this machine{hint} `llmkit models list` shows "
             "what there is."
         )
+
+    def _downloaded(self, text: str) -> list[StoredModel]:
+        """What lies where a model of the Hub with that name is downloaded to; see `among`."""
+        if self.folder is None:
+            return []
+        models, folder = self._recent()[0], self.folder
+
+        def here(repo: str) -> Mapping[str, StoredModel]:
+            own = [m for m in models if m.source == "folder" and m.id.startswith(f"{repo}/")]
+            return {m.path.relative_to(folder / repo).as_posix(): m for m in own}
+
+        found = among(text, here)
+        return [] if found is None else [found]
 
     def _at(self, text: str, models: list[StoredModel]) -> list[StoredModel]:
         """The model at a path; none if the text is no path. Raises `ModelNotFoundError` for a

@@ -78,7 +78,10 @@ def _bare(path: Path) -> str:
 
 def read_projector(path: Path) -> ModelInfo:
     """The header of a projector, checked. Raises `InvalidModelFileError`."""
-    info = gguf.read_header(path)
+    try:
+        info = gguf.read_header(path)
+    except OSError as error:
+        raise InvalidModelFileError(f"{path} cannot be read: {error.strerror or error}") from None
     if info.architecture != "clip":
         raise InvalidModelFileError(
             f"{path} is not a projector; its architecture is {info.architecture or 'unknown'}. "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from dataclasses import dataclass
@@ -84,13 +85,29 @@ def _remove_empty(folder: Path, root: Path) -> None:
         own = folder / scanning.OWN
         try:
             if own.is_dir():
-                for lock in own.glob("*.lock"):
-                    lock.unlink()
-                own.rmdir()
+                _remove_own(own)
             folder.rmdir()
-        except OSError:  # not empty
+        except (OSError, NotImplementedError):  # not empty; or a disk that has no locks
             return
         folder = folder.parent
+
+
+def _remove_own(own: Path) -> None:
+    """Llmkit's folder beside models, if it holds nothing but locks that nobody has: a download that
+    runs there needs its own. Raises `OSError`, and `NotImplementedError` where there are no locks.
+    """
+    from filelock import FileLock
+
+    locks = list(own.iterdir())
+    if any(file.suffix != ".lock" for file in locks):
+        raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), own)
+    for lock in locks:
+        with FileLock(lock).acquire(timeout=0):  # an `OSError` if somebody has it
+            if os.name == "posix":
+                lock.unlink()
+        if os.name != "posix":  # there no file goes that anybody has opened
+            lock.unlink(missing_ok=True)
+    own.rmdir()
 
 
 def _same_in_cache(cache: Path, name: Path) -> list[Path]:

@@ -5,7 +5,9 @@ Safetensors are converted where `llmkit convert` can do it, once for each commit
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from llmkit.errors import (
@@ -16,13 +18,13 @@ from llmkit.errors import (
 )
 from llmkit.models import hub, registry
 from llmkit.models.convert import CONVERTER, can_convert, convert_folder
-from llmkit.models.download import DownloadEvent, download, download_files
+from llmkit.models.download import DownloadEvent, download, download_files, look_up
 from llmkit.models.hub import HubName, NoGGUFError, Unreachable
 from llmkit.models.quantization import label_of
 from llmkit.models.splits import stem_of
 from llmkit.system.files import shallow_json
 
-__all__ = ["fetch"]
+__all__ = ["called", "fetch"]
 
 # Who publishes GGUF files of others' models under the same name.
 PUBLISHERS = ("unsloth", "bartowski", "lmstudio-community")
@@ -54,11 +56,37 @@ def fetch(text: str, on_event: Callable[[DownloadEvent], None]) -> tuple[str, Pa
         raise ModelNotFoundError(f"{name} is not on this machine, and {error}") from None
 
 
+def called(text: str) -> str:
+    """What a model of the Hub is called once it is here; no weights are fetched for that.
+
+    Raises what `fetch` raises for what cannot be had.
+    """
+    name = HubName.parse(text)
+    short = name.repo.partition("/")[2]
+    is_whole = name.file is None and name.label is None
+    try:
+        return stem_of(str(HubName.parse(look_up(text)).file).rpartition("/")[2])
+    except NoGGUFError:
+        if not is_whole:
+            raise
+    except ModelNotFoundError:
+        if not is_whole or _kept(name) is None:
+            raise
+        return short
+    try:
+        _convertible(name)
+    except Unreachable as error:
+        raise ModelNotFoundError(f"{name} is not on this machine, and {error}") from None
+    return short
+
+
 def _kept(name: HubName) -> Path | None:
     """The last conversion, which does where the Hub is out of reach."""
     if name.revision is not None:
         return None
-    made = registry.cache_folder().glob(f"{_stem(name)}-*.gguf")
+    # Others' names may begin alike, and copies in other types lie there too.
+    named = re.compile(rf"{re.escape(_stem(name))}-[0-9a-f]{{12}}\.gguf")
+    made = [file for file in registry.cache_folder().glob("*.gguf") if named.fullmatch(file.name)]
     return max(made, key=lambda path: path.stat().st_mtime, default=None)
 
 
@@ -66,28 +94,51 @@ def _stem(name: HubName) -> str:
     return name.repo.replace("/", "--")
 
 
+@dataclass(frozen=True, slots=True)
+class _Conversion:
+    """A ``target`` that is made, if it is not there, from the ``files`` of a commit; its ``config``
+    is here then."""
+
+    target: Path
+    exact: HubName
+    files: list[str]
+    config: Path | None
+
+
 def _converted(name: HubName, on_event: Callable[[DownloadEvent], None]) -> Path:
     from filelock import FileLock
 
+    found = _convertible(name, on_event)
+    target = found.target
+    if found.config is None:
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(target.with_suffix(".lock")):
+        if not target.exists():
+            download_files(found.exact, found.files, on_event=on_event)
+            convert_folder(found.config.parent, target)
+    return target
+
+
+def _convertible(
+    name: HubName, on_event: Callable[[DownloadEvent], None] = lambda _: None
+) -> _Conversion:
+    """What a conversion makes of a repository. Raises `ModelNotFoundError` and `ModelLoadError` if
+    there is none, and `Unreachable`."""
     commit, files = _listing(name)
     target = registry.cache_folder() / f"{_stem(name)}-{commit[:12]}.gguf"
+    exact = HubName(name.repo, commit)
     if target.exists():
-        return target
+        return _Conversion(target, exact, files, None)
     if not any(file.endswith(".safetensors") for file in files):
         raise ModelNotFoundError(f"{name.repo} has neither a GGUF file nor safetensors.")
     if "config.json" not in files:
         raise ModelNotFoundError(f"{name.repo} has no GGUF file, and no config.json to convert by.")
-    exact = HubName(name.repo, commit)
     (config,) = download_files(exact, ["config.json"], on_event=on_event)
     kinds = _architectures(name, config)
     if not can_convert(kinds):
         raise ModelLoadError(_advice(name, kinds))
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(target.with_suffix(".lock")):
-        if not target.exists():
-            download_files(exact, files, on_event=on_event)
-            convert_folder(config.parent, target)
-    return target
+    return _Conversion(target, exact, files, config)
 
 
 def _listing(name: HubName) -> tuple[str, list[str]]:

@@ -15,7 +15,12 @@ from typing import TYPE_CHECKING, Any
 from llmkit.backend.advice import faster
 from llmkit.backend.placement import Placement, chosen
 from llmkit.engine.prefill import ALIGNMENT
-from llmkit.errors import InsufficientMemoryError, InvalidRequestError, ModelLoadError
+from llmkit.errors import (
+    InsufficientMemoryError,
+    InvalidModelFileError,
+    InvalidRequestError,
+    ModelLoadError,
+)
 from llmkit.models import gguf, memory, projectors
 from llmkit.models.devices import Gpu
 from llmkit.models.quantization import scaled
@@ -30,7 +35,9 @@ if TYPE_CHECKING:
     from llmkit.backend.model import LlamaModel, Loading
     from llmkit.runtime.media import MediaUnit
 
-__all__ = ["estimate", "gpus", "load_draft", "load_target", "loading", "placement_of"]
+__all__ = ["POOLING", "estimate", "gpus", "load_draft", "load_target", "loading", "placement_of"]
+
+POOLING = (1, 2, 3, 4)  # how a model that embeds makes one vector of many
 
 
 def estimate(info: gguf.ModelInfo, options: EngineOptions) -> memory.MemoryEstimate:
@@ -62,7 +69,7 @@ def estimate(info: gguf.ModelInfo, options: EngineOptions) -> memory.MemoryEstim
         "batch_tokens": options.batch_tokens or memory.BATCH_TOKENS,
         "tensor_split": options.tensor_split,
         "gpus": used,
-        "projector_bytes": _projector_bytes(projectors.projector_of(info.path, options.projector)),
+        "projector_bytes": _projector_bytes(info, options.projector),
         "projector_gpu": options.projector_gpu,
     }
     layers = options.n_gpu_layers
@@ -72,11 +79,20 @@ def estimate(info: gguf.ModelInfo, options: EngineOptions) -> memory.MemoryEstim
     return replace(need, hint=_hint(options, there) or "")
 
 
-def _projector_bytes(path: Path | None) -> int:
-    """What a projector takes, weights and computing. Raises `InvalidModelFileError`."""
+def _projector_bytes(model: gguf.ModelInfo, wanted: str | None) -> int:
+    """What a model's projector takes, weights and computing; 0 for one that only lies beside it
+    and cannot be used, which is left out. Raises `InvalidModelFileError` for one that is named."""
+    if model.value("pooling_type") in POOLING:
+        return 0
+    path = projectors.projector_of(model.path, wanted)
     if path is None:
         return 0
-    info = projectors.read_projector(path)
+    try:
+        info = projectors.read_projector(path)
+    except InvalidModelFileError:
+        if wanted is None:
+            return 0
+        raise
     return info.weights_bytes + projectors.compute_bytes(info)
 
 

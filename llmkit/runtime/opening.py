@@ -16,7 +16,7 @@ from llmkit.models.projectors import NONE, projector_of
 from llmkit.models.registry import ModelSpec, resolve
 from llmkit.models.speech_files import speech_kind
 from llmkit.runtime import assembly
-from llmkit.runtime.assembly import estimate, placement_of
+from llmkit.runtime.assembly import POOLING, estimate, placement_of
 from llmkit.runtime.probing import probe
 from llmkit.runtime.quantizing import quantized
 from llmkit.runtime.running import running
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 
 __all__ = ["open_model"]
 
-POOLING = (1, 2, 3, 4)
 MAKING = 0.9  # of the progress, when a copy has to be made first
 logger = logging.getLogger("llmkit")
 

@@ -83,18 +83,19 @@ def group_memory(root: Path = SLASH) -> GroupMemory | None:
     found = []
     for folder, is_v2 in _groups(root, "memory"):
         names = (
-            ("memory.max", "memory.current", "inactive_file")
+            ("memory.max", "memory.current", "(?:in)?active_file")
             if is_v2
-            else ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+            else ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_(?:in)?active_file")
         )
         with contextlib.suppress(OSError, ValueError):
             text = (folder / names[0]).read_text().strip()
             if text == "max" or not 0 < int(text) < UNLIMITED:
                 continue
             used = int((folder / names[1]).read_text())
-            stat = re.search(rf"^{names[2]} (\d+)$", (folder / "memory.stat").read_text(), re.M)
-            # Files in the cache make way when memory is wanted.
-            found.append(GroupMemory(int(text), max(0, used - int(stat[1] if stat else 0))))
+            stat = (folder / "memory.stat").read_text()
+            # Files in the cache make way when memory is wanted, as in the machine's own count.
+            files = sum(map(int, re.findall(rf"^{names[2]} (\d+)$", stat, re.MULTILINE)))
+            found.append(GroupMemory(int(text), max(0, used - files)))
     return min(found, key=lambda group: group.free, default=None)
 
 

@@ -13,24 +13,21 @@ from llmkit.models.memory import free_ram
 from llmkit.models.projectors import NONE
 from llmkit.models.registry import resolve
 from llmkit.models.speech_files import speech_kind
-from llmkit.runtime.assembly import estimate
+from llmkit.runtime.assembly import POOLING, estimate
 from llmkit.runtime.images import estimate as image_estimate
 from llmkit.settings.options import EngineOptions
 
 __all__ = ["Budget", "Need", "need_of"]
 
 GIB = 1 << 30
-POOLING = (1, 2, 3, 4)
-SPEECH_BYTES = 300 << 20  # libraries, and what is computed at once
 WORKER_BYTES = 120 << 20  # a worker beside the process that draws
-HOUR_BYTES = 3600 * 16_000 * 4  # the samples of the longest sound, by default
 
 
 @dataclass(frozen=True, slots=True)
 class Need:
-    """Memory in bytes: in RAM, and on GPUs. ``resident``: the part of ``ram_bytes`` that the
-    system counts as used already. ``n_ctx``: the context that it is for; 0 if that is not known.
-    ``in_child``: most of it is in a child of the worker."""
+    """Memory in bytes: in RAM, and on GPUs. ``resident_bytes``: the part of ``ram_bytes`` that the
+    system counts as used already, which weights that are mapped are not. ``n_ctx``: the context
+    that it is for; 0 if that is not known. ``in_child``: most of it is in a child of the worker."""
 
     ram_bytes: int
     gpu_bytes: int = 0
@@ -99,12 +96,13 @@ def _said(what: str, need: int, free: int, total: int) -> str:
 def need_of(task: dict[str, Any]) -> Need:
     """The memory of a worker's task, estimated from the headers of its files; runs no llama.cpp.
 
-    Where there is a GPU, layers count as its own unless the options keep them off it. Raises what
+    Where there is a GPU, layers count as its own unless the options keep them off it. What draws
+    counts as RAM alone: only its library knows whether it uses a GPU. Raises what
     `llmkit.models.gguf.read_header` raises.
     """
-    if kind := speech_kind(Path(task["path"])):
-        sound = HOUR_BYTES if kind == "whisper" else 0
-        return Need(SPEECH_BYTES + sound + 2 * Path(task["path"]).stat().st_size)
+    if speech_kind(Path(task["path"])):
+        speech = memory.speech_estimate(Path(task["path"]), task["options"]["n_gpu_layers"])
+        return Need(speech.ram_bytes, speech.gpu_bytes)
     if is_image_model(Path(task["path"])):
         whole = image_estimate(image_model(Path(task["path"])))
         return Need(WORKER_BYTES + whole.total_bytes, in_child=True)

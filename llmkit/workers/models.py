@@ -12,11 +12,11 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
+from pathlib import Path
 
 from llmkit.errors import (
     EngineGoneError,
     InsufficientMemoryError,
-    LLMKitError,
     ModelBusyError,
     ModelNotFoundError,
 )
@@ -28,6 +28,7 @@ __all__ = ["ModelManager"]
 TICK_S = 0.25
 WAIT_FOR_ROOM_S = 60.0  # for models in use to become idle
 RETRY_S = 10.0  # before a model that failed to load is tried again
+MAX_ALIASES = 4096  # with those that models were found by
 
 
 class ModelManager:
@@ -61,7 +62,7 @@ class ModelManager:
         self._seen: dict[str, tuple[str, int]] = {}
         for model in models:
             self.add(model)
-        self._default = models[0].name if models else None
+        self._default = self._first = models[0].name if models else None
         for model in models:
             if not model.lazy:
                 self._places[model.name].want(Future(), evicts=False)
@@ -79,9 +80,9 @@ class ModelManager:
         """The model behind the name "default"."""
         return self._default
 
-    def set_default(self, model: str) -> None:
-        """Raises `ModelNotFoundError`."""
-        self._default = self._place(model).model.name
+    def set_default(self, model: str | None) -> None:
+        """None is the first of the start. Raises `ModelNotFoundError`."""
+        self._default = self._first if model is None else self._place(model).model.name
 
     def names(self) -> list[str]:
         """The names of all models."""
@@ -123,7 +124,10 @@ class ModelManager:
                 del self._places[found.name]  # its files were deleted: these are others
             if found.name not in self._places and found.name not in self._aliases:
                 self.add(found)
-            return self.known(found.name)
+            name = self.known(found.name)
+            if name is not None and name != model and len(self._aliases) < MAX_ALIASES:
+                self._aliases[model] = name
+            return name
 
     def pids(self, *, replicated: bool | None = None) -> frozenset[int]:
         """Process ids of the workers; or of those that are replicas, or are none."""
@@ -200,25 +204,16 @@ class ModelManager:
         """
         with self._lock:
             place = self._place(model)
-            name = place.model.name
             future: Future[None] = Future()
             if self._closing:
                 future.set_exception(EngineGoneError("the server is shutting down"))
                 return future
-            if place.phase in ("unloaded", "failed"):
-                place.forget_failure()
-                if again:
-                    place.want(future)
-                else:
-                    place.refuse_waiters()
-                    future.set_result(None)
-            else:
-                if not (drain or force) and self._in_use(place):
-                    raise ModelBusyError(
-                        f"{name!r} is answering requests; wait for them (drain), or end them "
-                        "(force)."
-                    )
-                place.drain(future, self._drain_s if not force else 0.0, again)
+            is_up = place.phase not in ("unloaded", "failed")
+            if is_up and not (drain or force) and self._in_use(place):
+                raise ModelBusyError(
+                    f"{place.model.name!r} is answering requests; wait (drain) or end them (force)."
+                )
+            place.drain(future, self._drain_s if not force else 0.0, again)
         self._wake.set()
         return future
 
@@ -226,6 +221,11 @@ class ModelManager:
         """Whether requests run or wait. Raises `ModelNotFoundError`."""
         with self._lock:
             return self._in_use(self._place(model))
+
+    def files(self) -> frozenset[Path]:
+        """The files of the models that are loaded or being loaded, links resolved."""
+        with self._lock:
+            return frozenset(file for place in self._places.values() for file in place.files)
 
     def need_of(self, model: str) -> Need:
         """What loading a model would take. May take a while; raises what estimating it raises."""
@@ -246,9 +246,8 @@ class ModelManager:
         """Raises the reason if all models have failed and none could be loaded by a request."""
         with self._lock:
             places = list(self._places.values())
-        if self._find is not None or not places or any(p.model.lazy for p in places):
-            return
-        if all(place.phase == "failed" for place in places):
+        is_open = self._find is not None or any(p.model.lazy for p in places)
+        if places and not is_open and all(place.phase == "failed" for place in places):
             raise places[0].failure or EngineGoneError(places[0].reason)
 
     def close(self) -> None:
@@ -323,7 +322,7 @@ class ModelManager:
         try:
             need = place.need()
         except Exception as error:
-            place.fail(error if isinstance(error, LLMKitError) else EngineGoneError(str(error)))
+            place.fail(error)
             return
         if need is None:
             return  # its file is being fetched

@@ -7,13 +7,14 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
-import psutil
-
-from llmkit.errors import EngineGoneError, ModelBusyError
+from llmkit.errors import EngineGoneError, LLMKitError, ModelBusyError, ModelLoadError
 from llmkit.workers.budget import Need
 from llmkit.workers.crew import Crew
+from llmkit.workers.files import files_of
+from llmkit.workers.resident import Resident, resident, total
 
 __all__ = ["ModelStatus", "Phase", "Place", "ServedModel"]
 
@@ -75,6 +76,7 @@ class _Preparation:
         self._model, self._on_end = model, on_end
         self.task: dict[str, Any] | None = None
         self.need: Need | None = None
+        self.files: frozenset[Path] = frozenset()
         self.fault: Exception | None = None
         self.ended_at = 0.0
         self._thread = threading.Thread(target=self._run, name="llmkit-prepare", daemon=True)
@@ -84,6 +86,7 @@ class _Preparation:
         try:
             task = self._model.task()
             self.task, self.need = task, self._model.need(task)
+            self.files = files_of(task)
         except Exception as error:
             self.fault = error
         self.ended_at = time.monotonic()
@@ -132,6 +135,11 @@ class Place:
     def holds(self) -> bool:
         """Whether it takes memory."""
         return self.worker is not None
+
+    @property
+    def files(self) -> frozenset[Path]:
+        """The files that it has loaded, or is about to load; none while they may be downloaded."""
+        return frozenset() if self._prepared is None else self._prepared.files
 
     @property
     def is_offered(self) -> bool:
@@ -192,11 +200,22 @@ class Place:
 
     def holding(self) -> Need:
         """What it takes, measured where it can be."""
+        return self._holding(self._measured())
+
+    def _holding(self, measured: Resident) -> Need:
+        need = self._estimated
+        ram = max(need.ram_bytes, measured.all_bytes)
+        return Need(ram, need.gpu_bytes, measured.used_bytes)
+
+    @property
+    def _estimated(self) -> Need:
         prepared = self._prepared
-        need = Need(0) if prepared is None or prepared.need is None else prepared.need
+        return Need(0) if prepared is None or prepared.need is None else prepared.need
+
+    def _measured(self) -> Resident:
+        """What its processes have taken."""
         pids = () if self.worker is None else self.worker.pids
-        resident = sum(_resident(pid, with_children=need.in_child) for pid in pids)
-        return Need(max(need.ram_bytes, resident), need.gpu_bytes, resident)
+        return total(resident(pid, with_children=self._estimated.in_child) for pid in pids)
 
     def start(self) -> None:
         """Start its worker."""
@@ -232,18 +251,33 @@ class Place:
             self.phase, self.reason = "restarting", state.reason or ""
 
     def drain(self, future: Future[None] | None, seconds: float, again: bool) -> None:
-        """Unload it once it is idle, or after ``seconds``."""
-        if future is not None:
-            (self.waiters if again else self._unloading).append(future)
-        if not again and self.phase == "loading":
+        """Unload it once it is idle, or after ``seconds``; at once if it still loads.
+
+        ``again``: have it loaded then, also if nobody waits for that any more.
+        """
+        is_loading = self.phase == "loading"
+        if again:
+            self.want(future or Future())
+            self.want(Future())  # which nobody cancels
+        elif future is not None:
+            self._unloading.append(future)
+        if self.phase in ("unloaded", "failed"):
+            self.phase, self.reason, self.failure = "unloaded", "", None
+            self._answer(self._unloading)
+        if not again and self.phase in ("unloaded", "loading"):
             self.refuse_waiters()
+        if self.phase == "unloaded":
+            return
         self.again = self.again or again
         if self.phase not in ("draining", "stopping"):
             self._epoch += 1
             self.num_old, self.num_used = self.num_old + self.num_used, 0
         if self.phase != "stopping":
+            # Requests that wait for a load wait for the next one: it must not wait for them.
+            until = time.monotonic() + (0.0 if is_loading else seconds)
+            is_draining = self.phase == "draining"
+            self.drain_until = min(until, self.drain_until) if is_draining else until
             self.phase, self.reason = "draining", f"{self.model.name!r} is being unloaded"
-            self.drain_until = time.monotonic() + seconds
 
     def stop(self) -> None:
         """End its worker, on a thread: that takes a while."""
@@ -276,6 +310,8 @@ class Place:
 
     def fail(self, error: Exception) -> None:
         """It could not be loaded, or has crashed for good."""
+        if not isinstance(error, LLMKitError):  # of the system, with a path say
+            error = ModelLoadError(str(error))
         self.phase, self.reason = "failed", str(error)
         self.failure, self.failed_at = error, time.monotonic()
         self._prepared = None
@@ -301,10 +337,6 @@ class Place:
             if future.set_running_or_notify_cancel():
                 future.set_exception(error)
 
-    def forget_failure(self) -> None:
-        if self.phase == "failed":
-            self.phase, self.reason, self.failure = "unloaded", "", None
-
     def _answer(self, futures: list[Future[None]]) -> None:
         for future in futures:
             if future.set_running_or_notify_cancel():
@@ -313,7 +345,8 @@ class Place:
 
     def status(self, is_default: bool, idle_unload_s: float | None = None) -> ModelStatus:
         now = time.monotonic()
-        holding = self.holding() if self.holds else Need(0)
+        measured = self._measured()
+        holding = self._holding(measured) if self.holds else Need(0)
         keep = self.keep(idle_unload_s)
         idle = now - self.last_used if self.phase == "ready" and not self.num_used else None
         state = None if self.worker is None else self.worker.state
@@ -332,7 +365,7 @@ class Place:
             num_used=self.num_used + self.num_old,
             idle_s=idle,
             expires_s=None if keep is None or idle is None else max(0.0, keep - idle),
-            ram_bytes=holding.resident_bytes or holding.ram_bytes,
+            ram_bytes=measured.all_bytes or holding.ram_bytes,
             gpu_bytes=holding.gpu_bytes,
             pid=next(iter(pids), None),
             restarts=self.restarts,
@@ -342,13 +375,3 @@ class Place:
             replicas_ready=0 if self.worker is None else self.worker.num_ready,
             pids=pids,
         )
-
-
-def _resident(pid: int, *, with_children: bool = False) -> int:
-    try:
-        process = psutil.Process(pid)
-        children = process.children() if with_children else []
-        own = int(process.memory_info().rss)
-    except psutil.Error:
-        return 0
-    return own + sum(_resident(child.pid) for child in children)

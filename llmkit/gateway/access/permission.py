@@ -10,6 +10,7 @@ import contextlib
 import re
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextvars import ContextVar
+from dataclasses import dataclass
 from fnmatch import translate
 from functools import lru_cache
 from typing import TYPE_CHECKING
@@ -24,10 +25,32 @@ if TYPE_CHECKING:
     from llmkit.gateway.pipeline import Stage
     from llmkit.gateway.reading import Admission
 
-__all__ = ["admitting", "may_use", "permitting", "seeing"]
+__all__ = ["Allowed", "admitting", "may_use", "permitting", "seeing"]
 
 ALL = ("*",)
-_visible: ContextVar[tuple[tuple[str, ...], ...]] = ContextVar("visible", default=())
+
+
+@dataclass(frozen=True, slots=True)
+class Allowed:
+    """What anyone may use: ``globs`` gives those of models, none means all. A model also matches,
+    here and in a caller's own list, by what ``aliases`` gives for its name."""
+
+    globs: Callable[[], Sequence[str]]
+    aliases: Callable[[str], Sequence[str]] = lambda _: ()
+
+    def __call__(self) -> Sequence[str]:
+        return self.globs()
+
+
+@dataclass(frozen=True, slots=True)
+class _Visible:
+    """Lists of globs, each of which a model must match."""
+
+    lists: tuple[tuple[str, ...], ...]
+    aliases: Callable[[str], Sequence[str]]
+
+
+_visible: ContextVar[_Visible | None] = ContextVar("visible", default=None)
 
 
 def may_use(model: str) -> bool:
@@ -35,14 +58,17 @@ def may_use(model: str) -> bool:
 
     ``name@kernel`` is ``name``.
     """
-    lists = _visible.get()
-    return not lists or all(_matches(globs, model) for globs in lists)
+    visible = _visible.get()
+    if visible is None:
+        return True
+    bare = model.rpartition("@")[0] or model
+    names = (model, bare, *visible.aliases(bare))
+    return all(any(_matches(globs, name) for name in names) for globs in visible.lists)
 
 
 @lru_cache(4096)
-def _matches(globs: tuple[str, ...], model: str) -> bool:
-    names = {model, model.rpartition("@")[0] or model}
-    return any(re.fullmatch(_pattern(glob), name) for glob in globs for name in names)
+def _matches(globs: tuple[str, ...], name: str) -> bool:
+    return any(re.fullmatch(_pattern(glob), name) for glob in globs)
 
 
 @lru_cache(1024)
@@ -75,7 +101,8 @@ def seeing(identity: Identity, everybody: Callable[[], Sequence[str]] = tuple) -
     if not lists:
         yield
         return
-    token = _visible.set(lists)
+    aliases = everybody.aliases if isinstance(everybody, Allowed) else lambda _: ()
+    token = _visible.set(_Visible(lists, aliases))
     try:
         yield
     finally:

@@ -90,13 +90,15 @@ class ModelRoutes:
 
     async def unload(self, exchange: Exchange) -> None:
         body = await exchange.read(EndBody)
-        await self._end(body)
-        self._send(exchange, body.model, 200 if body.wait else 202)
+        name = await self._known(body.model)
+        await self._end(name, body)
+        self._send(exchange, name, 200 if body.wait else 202)
 
     async def reload(self, exchange: Exchange) -> None:
         body = await exchange.read(EndBody)
-        await self._end(body, again=True)
-        self._send(exchange, body.model, 200 if body.wait else 202)
+        name = await self._known(body.model)
+        await self._end(name, body, again=True)
+        self._send(exchange, name, 200 if body.wait else 202)
 
     async def switch(self, exchange: Exchange) -> None:
         """Put this model in the place of the default one, which is unloaded.
@@ -135,16 +137,16 @@ class ModelRoutes:
                 self._manager.set_default(name)
                 await asyncio.wrap_future(self._manager.load(name))
                 return
-            old = body.model_copy(update={"model": before, "wait": True})
+            old = body.model_copy(update={"wait": True})
             self._check_end(before, name, body)
             if await asyncio.to_thread(self._manager.fits, name):
                 await asyncio.wrap_future(self._manager.load(name))
                 self._manager.set_default(name)
-                await self._end(old)
+                await self._end(before, old)
                 return
             self._manager.set_default(name)  # who asks for the default from now on waits for it
             try:
-                await self._end(old)
+                await self._end(before, old)
                 await asyncio.wrap_future(self._manager.load(name))
             except BaseException:
                 self._manager.set_default(before)
@@ -161,11 +163,9 @@ class ModelRoutes:
         """The model's name. Raises `ModelNotFoundError`."""
         return await self._served.name_of(model) or self._manager.status(model).name
 
-    async def _end(self, body: EndBody, *, again: bool = False) -> None:
+    async def _end(self, name: str, body: EndBody, *, again: bool = False) -> None:
         try:
-            future = self._manager.unload(
-                body.model, drain=body.drain, force=body.force, again=again
-            )
+            future = self._manager.unload(name, drain=body.drain, force=body.force, again=again)
         except ModelBusyError as error:
             raise ApiError(409, str(error), code="model_busy") from None
         if body.wait:

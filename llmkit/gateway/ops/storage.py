@@ -46,7 +46,8 @@ class StorageRoutes:
         exchange.send_json({"models": models})
 
     async def pull(self, exchange: Exchange) -> None:
-        """Progress as events, then what was downloaded; without ``stream`` only that."""
+        """Progress as events, then what was downloaded, and its id in the list; without ``stream``
+        only that."""
         body = await exchange.read(DownloadBody)
         updates = self._storage.pull(body.model)
         try:
@@ -58,6 +59,7 @@ class StorageRoutes:
                     await exchange.send_event(asdict(update))
                 update = await anext(updates)
             done: dict[str, Any] = {"phase": "done", "model": update.name}
+            done["id"] = await self._storage.id_of(update)
             if not body.stream:
                 exchange.send_json(done)
                 return
