@@ -194,6 +194,18 @@ async def test_a_session_has_the_name_that_its_client_gives_it(gateway: Governed
     assert other.code == 200 and len((await curl(url, "/v1/sessions")).json["data"]) == 1
 
 
+@pytest.mark.parametrize("is_header", [False, True])
+async def test_a_prompt_without_a_template_goes_on_with_no_session(
+    gateway: Governed, is_header: bool
+) -> None:
+    named, url = f"sess_{'0' * 24}", gateway.api.url
+    sampling = {"max_tokens": 3, **({} if is_header else {"session_id": named})}
+    body = {"prompt": "x", "use_chat_template": False, "sampling_params": sampling}
+    headers = {"session-id": named if is_header else "its own"}
+    reply = await curl(url, "/v1/generate", body, headers=headers)
+    assert reply.code == 400 and "session_id" in reply.json["error"]["message"]
+
+
 async def test_openais_client_without_a_prefix(gateway: Governed) -> None:
     from openai import AsyncOpenAI
 

@@ -137,6 +137,10 @@ class TestTurns:
         assert store.recover() == 0
 
 
+def refuse(*_: Any, **__: Any) -> None:
+    raise StoreError("the database is full")
+
+
 class TestLeases:
     def test_a_living_writer_is_left_alone(
         self, opened: Database, store: ConversationStore, clock: Clock
@@ -187,6 +191,42 @@ class TestLeases:
         assert ConversationStore(opened, now=clock).recover() == 1
         kept = away.end_reply(session, reply, Message("assistant", "all"))
         assert away.path("ann", session)[-1] == kept
+
+    def test_a_reply_that_is_given_up_blocks_nothing_for_long(
+        self, store: ConversationStore, clock: Clock
+    ) -> None:
+        session, reply = begun(store)
+        other, kept = begun(store)
+        store.update_reply(session, reply, "so far")
+        store.give_up(reply)
+        for _ in range(4):
+            clock.now += writers.ABANDONED_S / 3
+            store.renew()
+        assert store.recover() == 1
+        assert (store.path("ann", session)[-1].status, store.path("ann", session)[-1].text) == (
+            "partial",
+            "so far",
+        )
+        store.begin_turn("ann", session, messages=USER)
+        assert store.path("ann", other)[-1].id == kept
+        assert store.path("ann", other)[-1].status == "running"
+
+    def test_no_more_is_renewed_than_is_under_way(
+        self, store: ConversationStore, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        session, reply = begun(store)
+        with monkeypatch.context() as patch, pytest.raises(StoreError):
+            patch.setattr(store, "_end", refuse)
+            store.end_reply(session, reply, Message("assistant", "all"))
+        assert store._under_way == {reply}, "it is tried again"
+        store.end_reply(session, reply, Message("assistant", "all"))
+        gone, late = begun(store)
+        store.delete("ann", gone)
+        with pytest.raises(NotFoundError):
+            store.end_reply(gone, late, Message("assistant", "all"))
+        refused, taken = begun(store)
+        store.cancel_turn(refused, taken)
+        assert not store._under_way
 
 
 WRITER = """

@@ -25,6 +25,7 @@ from test_turns import get, posting, session, told
 from tornado.simple_httpclient import HTTPStreamClosedError
 
 from llmkit.bridge.server import BridgeServer
+from llmkit.gateway.bodies import MAX_COUNTS
 from llmkit.gateway.conversations import fitting, history, turn_routes
 from llmkit.gateway.conversations.shelf import Shelf
 from llmkit.gateway.exchange import Exchange
@@ -218,6 +219,21 @@ async def test_an_export_comes_in_parts(
     assert reply.code == 200
     if format == "json":
         assert json.loads(reply.body)["messages"] == [] and not json.loads(reply.body)["head"]
+
+
+async def test_a_session_of_many_messages_is_imported_again(api: Api) -> None:
+    """Its file has more fields than any other body may have."""
+    usage = {"prompt_tokens": 9, "completion_tokens": 5, "cached_tokens": 0, "reasoning_tokens": 0}
+    said: list[dict[str, Any]] = [dict(message) for message in talk(24_000)]
+    for i, message in enumerate(said):
+        message |= {"id": f"m{i}", "parent": f"m{i - 1}" if i else None, "status": "complete"}
+        if message["role"] == "assistant":
+            message |= {"model": "fake", "finish_reason": "stop", "usage": usage}
+    body = {"messages": said, "head": said[-1]["id"]}
+    assert json.dumps(body).count('":') > MAX_COUNTS["fields"]
+    status, made = await api.post("/v1/sessions/import", body)
+    assert status == 200 and made["num_messages"] == len(said), made
+    is_error(await api.fetch("POST", "/v1/chat/completions", body), 400)
 
 
 async def test_parts_are_what_the_whole_is(tmp_path: Path) -> None:

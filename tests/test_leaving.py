@@ -44,7 +44,11 @@ async def test_while_its_body_is_read() -> None:
 
 async def test_while_its_body_waits_for_a_lane(monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[int] = []
-    monkeypatch.setattr("llmkit.gateway.reading.check_counts", lambda body: read.append(len(body)))
+
+    def counted(body: bytes, _: object) -> None:
+        read.append(len(body))
+
+    monkeypatch.setattr("llmkit.gateway.reading.check_counts", counted)
     async with governed() as gate:
         held = threading.Event()
         for number in range(2):

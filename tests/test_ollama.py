@@ -16,7 +16,7 @@ from llmkit.bridge.server import BridgeServer
 from llmkit.gateway.bodies import parse
 from llmkit.gateway.media.attached import Attached
 from llmkit.gateway.ollama.routes import OLLAMA_VERSION
-from llmkit.gateway.ollama.schemas import ChatBody
+from llmkit.gateway.ollama.schemas import ChatBody, GenerateBody
 from llmkit.protocol import Grammar, ModelDescription
 
 
@@ -82,6 +82,25 @@ async def test_ollama_negatives_and_nulls_are_defaults(api: Api) -> None:
         "POST", "/api/generate", {"model": "fake", "prompt": "x", "raw": True, "system": "y"}
     )
     assert refused.code == 400 and "raw" in json.loads(refused.body)["error"]
+
+
+# What Ollama's own client, which is in Go, sends with every request.
+EMPTY: dict[str, Any] = {"suffix": "", "system": "", "template": "", "options": None}
+
+
+async def test_empty_texts_are_as_if_they_were_not_there(api: Api, fake: FakeClient) -> None:
+    few = {"options": {"num_predict": 5, "temperature": 0}}
+    ask = {"model": "fake", "stream": False, "prompt": "hi", **few}
+    _, plain = await api.post("/api/generate", ask)
+    status, same = await api.post("/api/generate", {**EMPTY, **ask})
+    assert status == 200 and same["response"] == plain["response"]
+    status, text = await api.post("/api/generate", {**EMPTY, **ask, "raw": True})
+    assert status == 200 and text["response"] == reference(fake, b"hi", 5)
+    status, load = await api.post("/api/generate", {**EMPTY, **ask, "prompt": ""})
+    assert status == 200 and load["done_reason"] == "load"
+    ending = {"model": "fake", "keep_alive": 0, "prompt": "", "suffix": "", "system": ""}
+    body = parse(GenerateBody, json.dumps(ending).encode())
+    assert body.ends_model and not body.uses_model
 
 
 @pytest.mark.parametrize(

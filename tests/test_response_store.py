@@ -184,3 +184,46 @@ def test_one_that_is_computed_for_long_is_not_taken_for_lost(
     assert store.find("ann", "r1").status == "in_progress"
     clock.now += 3000
     assert store.recover() == 1 and store.find("ann", "r1").status == "failed"
+
+
+def test_one_that_is_given_up_has_failed_before_long(store: ResponseStore, clock: Clock) -> None:
+    for name in ("r1", "r2", "r3", "r4"):
+        store.put("ann", name, response(status="in_progress"), [item("q")])
+    store.give_up("r1")
+    store.put("ann", "r3", response("a"), [item("q")])
+    store.delete("ann", "r4")
+    assert store._under_way == {"r2"}
+    for _ in range(4):
+        clock.now += 200
+        store.renew()
+    assert store.recover() == 1 and store.find("ann", "r1").status == "failed"
+    assert store.find("ann", "r2").status == "in_progress"
+
+
+def test_who_has_most_makes_way(opened: Database, clock: Clock) -> None:
+    store = ResponseStore(opened, max_kept=6, now=clock)
+    store.put("ann", "kept", response("a"), [])
+    store.put("ann", "running", response(status="in_progress"), [])
+    for i in range(20):
+        assert store.put("eve", f"e{i}", response("a"), [])
+        assert store.count() <= 6
+    assert store.count("ann") == 2 and store.find("eve", "e19")
+    assert store.put("ann", "running", response("b"), []), "also after eve's flood"
+    large = ResponseStore(opened, max_bytes=4000, now=clock)
+    for i in range(20):
+        assert large.put("eve", f"large{i}", response("x" * 300), [])
+    assert store.count("ann") == 2 and store.num_bytes() <= 4000
+
+
+def test_what_is_in_progress_makes_way_for_nobody(opened: Database, clock: Clock) -> None:
+    store = ResponseStore(opened, max_kept=3, now=clock)
+    for i in range(3):
+        assert store.put("eve", f"e{i}", response(status="in_progress"), [])
+    assert not store.put("ann", "a", response("a"), []) and store.count() == 3
+    store.put("eve", "e0", response("a"), [])
+    assert store.put("ann", "a", response("a"), []) and store.count() == 3
+    with pytest.raises(NotFoundError):
+        store.find("eve", "e0")
+    small = ResponseStore(opened, max_owner_bytes=1000, now=clock)
+    assert not small.put("eve", "e3", response("x" * 400, status="in_progress"), [item("y" * 400)])
+    assert small.count("eve") == 2

@@ -14,16 +14,20 @@ from example_tools import ADD
 from fake_runner import FakeRunner
 from fakes import FakeClient
 from gateway_client import Api, is_error, serve
+from governed import dialects, governed
 
 from llmkit.bridge.server import BridgeServer
 from llmkit.chat.parsers.events import Call, Content, Reasoning
+from llmkit.errors import StoreError
 from llmkit.gateway.bodies import parse
+from llmkit.gateway.conversations import shelf as shelves
 from llmkit.gateway.media.attached import Attached
 from llmkit.gateway.openai.event_stream import EventStream
 from llmkit.gateway.openai.responses import ResponsesBody, input_items
 from llmkit.gateway.openai.stored import Kept, Stored
 from llmkit.protocol import ModelDescription
 from llmkit.runtime.local import LocalEngine
+from llmkit.store.responses import ResponseStore
 
 ASK: dict[str, Any] = {"input": "hi", "max_output_tokens": 6}
 
@@ -333,3 +337,33 @@ async def test_the_stock_client(engine: LocalEngine) -> None:
             with pytest.raises(openai.NotFoundError):
                 await client.responses.retrieve(first.id)
     bridge.close()
+
+
+async def test_a_response_whose_end_is_not_stored_is_not_in_progress_for_ever(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(shelves, "RENEW_S", 0.01)
+    put = ResponseStore._put
+
+    def begins_only(
+        self: ResponseStore, owner: str, response_id: str, response: dict[str, Any], *rest: Any
+    ) -> bool:
+        if response["status"] != "in_progress":
+            raise StoreError("the database is locked")
+        return put(self, owner, response_id, response, *rest)
+
+    async with governed() as gate:
+        with monkeypatch.context() as patch:
+            patch.setattr(ResponseStore, "_put", begins_only)
+            asked = dialects(5, stream=True)["/v1/responses"]
+            reply = await gate.post("/v1/responses", asked)
+            assert reply.code == 200 and b"response.incomplete" in reply.body
+        last = json.loads(reply.body.decode().strip().split("data: ")[-1])["response"]
+        assert last["store"] is False
+        async with asyncio.timeout(30):
+            while True:
+                kept = await gate.api.fetch("GET", f"/v1/responses/{last['id']}")
+                if json.loads(kept.body)["status"] == "incomplete":
+                    break
+                await asyncio.sleep(0.02)
+        assert json.loads(kept.body)["output"] == last["output"]

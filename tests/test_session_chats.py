@@ -15,12 +15,15 @@ import pytest
 from fake_runner import FakeRunner
 from fakes import FakeClient, wait_for
 from gateway_client import Api, is_error, serve
-from governed import dialects
+from governed import CALLER, Governed, dialects, governed, message_of, until
 from test_cli import Served
-from test_turns import get, posting, session, told
+from test_overload import fill, hurry, slow
+from test_turns import SETTINGS, get, posting, session, told
 
 from llmkit.bridge.server import BridgeServer
-from llmkit.errors import ConflictError
+from llmkit.errors import ConflictError, DrainingError, ModelBusyError, ModelUnloadedError
+from llmkit.gateway import rules
+from llmkit.gateway.response_cache import ResponseCache
 from llmkit.runtime.local import LocalEngine
 from llmkit.store.conversations import ConversationStore
 
@@ -151,6 +154,108 @@ async def test_a_client_that_leaves_ends_its_answer(path: str) -> None:
         wait_for(lambda: not model.stats().num_running)
     bridge.close()
     model.close()
+
+
+async def test_a_conversation_with_parts_of_others_goes_on(api: Api) -> None:
+    far = {"type": "image_url", "image_url": {"url": "https://example.org/a.png"}}
+    said = [
+        {"role": "user", "content": [{"type": "text", "text": "What is this? "}, far]},
+        {"role": "assistant", "content": [{"type": "refusal", "refusal": "I do not say."}]},
+        {"role": "user", "content": [{"type": "input_text", "text": "And "}, {"type": "video"}]},
+        {"role": "assistant", "content": "A film."},
+    ]
+    _, made = await api.post("/v1/sessions/import", {"messages": said, "settings": SETTINGS})
+    status, turn = await api.post(f"/v1/sessions/{made['id']}/messages", {"content": "Yes?"})
+    assert status == 200, turn
+    texts = [
+        "What is this? (a picture that was not kept)", "I do not say.",
+        "And (a part of type video)", "A film.", "Yes?",
+    ]  # fmt: skip
+    roles = ["user", "assistant", "user", "assistant", "user"]
+    told = [{"role": r, "content": t} for r, t in zip(roles, texts, strict=True)]
+    body = {"model": "fake", "messages": told, **SETTINGS}
+    _, reference = await api.post("/v1/chat/completions", body)
+    assert turn["message"]["content"] == reference["choices"][0]["message"]["content"]
+    found = json.loads((await api.fetch("GET", "/v1/sessions?query=do+not+say")).body)["data"]
+    assert [each["id"] for each in found] == [made["id"]]
+
+
+PATH = "/v1/chat/completions"
+
+
+async def kept(gate: Governed, made: str) -> list[str]:
+    """The texts of eve's session, once nothing of it is under way."""
+    async with asyncio.timeout(30):
+        while gate.gateway.turns._finishing:
+            await asyncio.sleep(0.005)
+    reply = await gate.api.fetch("GET", f"/v1/sessions/{made}/messages", None, {CALLER: "eve"})
+    return [message["content"] for message in json.loads(reply.body)["data"]]
+
+
+async def eves(gate: Governed) -> str:
+    reply = await gate.post("/v1/sessions", {}, "eve")
+    return str(json.loads(reply.body)["id"])
+
+
+@pytest.mark.parametrize("path", CHATS)
+async def test_a_question_that_is_to_be_sent_again_is_there_once(path: str) -> None:
+    cache = ResponseCache(1 << 20, 600)  # with it a request is read before there is a place
+    async with governed(slow(), max_queue=1, cache=cache) as gate:
+        made = await eves(gate)
+        ask = {**dialects(5, text="mine")[path], "session_id": made}
+        running = await fill(gate, 2)
+        for _ in range(3):
+            reply = await gate.post(path, ask, "eve")
+            assert reply.code == 503 and reply.headers["Retry-After"]
+            assert await kept(gate, made) == []
+        hurry(gate)
+        await asyncio.gather(*running)
+        assert (await gate.post(path, ask, "eve")).code == 200
+        assert len(await kept(gate, made)) == 2
+
+
+async def test_the_question_of_a_request_that_made_way_is_taken_back() -> None:
+    async with governed(slow(), max_queue=4) as gate:
+        made = await eves(gate)
+        running = await fill(gate, 4)
+        ask = {**dialects(5, text="mine")[PATH], "session_id": made}
+        mine = asyncio.create_task(gate.post(PATH, ask, "eve"))
+        await until(lambda: gate.under_way("eve") == 5)
+        ann = asyncio.create_task(gate.post(PATH, dialects(5)[PATH], "ann"))
+        reply = await mine
+        assert reply.code == 503 and "made way" in message_of(reply)
+        assert await kept(gate, made) == []
+        hurry(gate)
+        assert all(r.code == 200 for r in await asyncio.gather(ann, *running))
+
+
+async def test_the_question_of_a_request_whose_time_ended_first_is_taken_back() -> None:
+    async with governed(slow()) as gate:
+        made = await eves(gate)
+        running = await fill(gate, 1)
+        ask = {**dialects(5, text="mine")[PATH], "session_id": made, "timeout": 0.2}
+        reply = await gate.post(PATH, ask, "eve")
+        assert reply.code == 408 and reply.headers["Retry-After"]
+        assert await kept(gate, made) == []
+        hurry(gate)
+        await asyncio.gather(*running)
+
+
+@pytest.mark.parametrize("error", [DrainingError, ModelBusyError, ModelUnloadedError])
+async def test_the_question_that_an_engine_does_not_take_is_not_kept(
+    error: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise error("not now")
+
+    async with governed() as gate:
+        made = await eves(gate)
+        ask = {**dialects(5)[PATH], "session_id": made}
+        with monkeypatch.context() as patch:
+            patch.setattr(rules, "submitted", refuse)
+            assert (await gate.post(PATH, ask, "eve")).code == 503
+        assert await kept(gate, made) == []
+        assert (await gate.post(PATH, ask, "eve")).code == 200
 
 
 async def talk(api: Api, made: str, turns: int) -> list[Any]:

@@ -12,9 +12,17 @@ from governed import until
 from test_history import shelf_in
 
 from llmkit.chat.parsers.events import Content
+from llmkit.errors import ConflictError, StoreError
 from llmkit.gateway.conversations import keeping
+from llmkit.gateway.conversations import shelf as shelves
 from llmkit.gateway.conversations.keeping import Keeping
+from llmkit.gateway.conversations.shelf import Shelf
+from llmkit.gateway.failures import ApiError
+from llmkit.store import conversation_replies as replies
 from llmkit.store.conversation_records import NewMessage
+from llmkit.store.conversations import ConversationStore
+
+HI = NewMessage("user", "hi")
 
 
 async def test_one_caller_holds_up_no_other(tmp_path: Path) -> None:
@@ -91,3 +99,65 @@ async def test_a_checkpoint_waits_for_no_backlog(
     await kept.end()
     assert kept.reply.text == "one two" and kept.reply.status == "partial"
     await shelf.close()
+
+
+async def begun(shelf: Shelf) -> tuple[str, Keeping]:
+    """A session of ann's, and its reply, which has all its text."""
+    known = await shelf.call("ann", lambda store: store.create("ann"))
+    turn = await shelf.call("ann", lambda s: s.begin_turn("ann", known.id, None, [HI]))
+    kept = Keeping(shelf, "ann", turn[-1])
+    kept.take([Content("all of it")])
+    return known.id, kept
+
+
+def refuse(*_: Any, **__: Any) -> None:
+    raise StoreError("the database is locked")
+
+
+async def test_an_end_that_the_database_does_not_take_is_stored_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(keeping, "RETRIES_S", (0.0,))
+    monkeypatch.setattr(shelves, "RENEW_S", 0.01)
+    shelf = shelf_in(tmp_path)
+    session, kept = await begun(shelf)
+    other, refused = await begun(shelf)
+    refused._text.clear()
+    refused.size = 0
+    with monkeypatch.context() as patch:
+        patch.setattr(ConversationStore, "_end", refuse)
+        patch.setattr(replies, "cancel", refuse)
+        with pytest.raises(StoreError):
+            await kept.end()
+        with pytest.raises(StoreError):
+            await refused.end(ApiError(429, "not now"))
+        await until(lambda: len(shelf._postponed) == 2)
+        with pytest.raises(ConflictError):
+            await shelf.call("ann", lambda s: s.begin_turn("ann", session, None))
+    await until(lambda: not shelf._postponed)
+    turn = await shelf.call("ann", lambda s: s.begin_turn("ann", session, messages=[HI]))
+    path = await shelf.call("ann", lambda s: s.path("ann", session))
+    assert [m.text for m in path] == ["hi", "all of it", "hi", ""] and path[-1] == turn[-1]
+    assert await shelf.call("ann", lambda s: s.path("ann", other)) == []
+    await shelf.close()
+
+
+async def test_what_waits_for_the_database_is_bounded_and_tried_last_at_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(keeping, "RETRIES_S", ())
+    monkeypatch.setattr(shelves, "POSTPONED_CHARS", 10)
+    shelf = shelf_in(tmp_path)
+    two = [await begun(shelf) for _ in range(2)]
+    with monkeypatch.context() as patch:
+        patch.setattr(ConversationStore, "_end", refuse)
+        for _, kept in two:
+            with pytest.raises(StoreError):
+                await kept.end()
+    assert shelf._stores is not None
+    assert shelf._stores.conversations._under_way == {two[1][1].reply.id}
+    await shelf.close()
+    again = shelf_in(tmp_path)
+    paths = [await again.call("ann", lambda s, i=i: s.path("ann", i)) for i, _ in two]  # type: ignore[misc]
+    assert [path[-1].text for path in paths] == ["", "all of it"]
+    await again.close()

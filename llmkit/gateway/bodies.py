@@ -10,6 +10,7 @@ import difflib
 import json
 import re
 import threading
+from collections.abc import Mapping
 from typing import Annotated, Any, NoReturn, TypeVar
 
 from pydantic import (
@@ -26,15 +27,21 @@ from pydantic_core import CoreSchema, ErrorDetails
 from llmkit.errors import InvalidRequestError
 from llmkit.protocol import MAX_DEPTH, depth_of
 
-__all__ = ["SessionId", "Strict", "build_all", "check_counts", "parse", "parse_json", "validated"]
+__all__ = [
+    "MAX_COUNTS",
+    "SessionId",
+    "Strict",
+    "build_all",
+    "check_counts",
+    "parse",
+    "parse_json",
+    "validated",
+]
 
 MAX_KEYS = 5000
 MAX_DIGITS = 400  # the largest double has 309
-MAX_COUNTS = {
-    "lists and objects": (b"[{", 50_000),
-    "commas": (b",", 1_000_000),
-    "fields": (b":", 200_000),
-}  # outside strings
+SIGNS = {"lists and objects": b"[{", "commas": b",", "fields": b":"}  # outside strings
+MAX_COUNTS = {"lists and objects": 50_000, "commas": 1_000_000, "fields": 200_000}
 # Also matches an unterminated string: otherwise the regex would be retried from every quote.
 STRINGS = re.compile(rb'"(?:[^"\\]|\\.)*+"?', re.DOTALL)
 TYPE_NAMES = re.compile(r"str|int|[A-Z]\w*|.*\[.*")  # in pydantic's locations
@@ -77,19 +84,21 @@ class Strict(BaseModel):
         return {k: v for k, v in data.items() if v is not None} if isinstance(data, dict) else data
 
 
-def check_counts(body: bytes) -> None:
-    """Refuse a body that is expensive to parse. Raises `InvalidRequestError`.
+def check_counts(body: bytes, most: Mapping[str, int] = MAX_COUNTS) -> None:
+    """Refuse a body that is expensive to parse: with more than ``most`` of what `SIGNS` names.
+
+    Raises `InvalidRequestError`.
 
     >>> check_counts(b"[" * 100_000)
     Traceback (most recent call last):
     ...
     llmkit.errors.InvalidRequestError: The body has 100000 lists and objects; the limit is 50000.
     """
-    if all(_count(body, signs) <= limit for signs, limit in MAX_COUNTS.values()):
+    if all(_count(body, SIGNS[name]) <= limit for name, limit in most.items()):
         return
     bare = STRINGS.sub(b"", body)
-    for name, (signs, limit) in MAX_COUNTS.items():
-        count = _count(bare, signs)
+    for name, limit in most.items():
+        count = _count(bare, SIGNS[name])
         if count > limit:
             raise InvalidRequestError(f"The body has {count} {name}; the limit is {limit}.")
 

@@ -6,7 +6,7 @@ Tornado loop only; large bodies are parsed on a lane. Knows no dialect: the rout
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextvars import copy_context
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar, get_args, get_origin
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar, get_args, g
 from pydantic import AliasChoices, AliasPath, BaseModel
 
 from llmkit.gateway.access.deadlines import seconds_of
-from llmkit.gateway.bodies import check_counts, parse_json, validated
+from llmkit.gateway.bodies import MAX_COUNTS, check_counts, parse_json, validated
 from llmkit.gateway.forms import fields_of
 from llmkit.gateway.tolerance import Tolerance
 from llmkit.system.lanes import Lanes
@@ -137,7 +137,7 @@ class Reading:
     ) -> tuple[Schema, Found]:
         data, self._fields = self._fields, None
         if data is None:
-            data = _parsed(body)
+            data = _parsed(body, getattr(schema, "max_counts", MAX_COUNTS))
         return self._checked(schema, data, deadline)
 
     def _checked(
@@ -152,8 +152,8 @@ class Reading:
         return validated(schema, data), Found(given, ignored, timeout)
 
 
-def _parsed(body: bytes) -> dict[str, Any]:
-    check_counts(body)
+def _parsed(body: bytes, most: Mapping[str, int] = MAX_COUNTS) -> dict[str, Any]:
+    check_counts(body, most)
     return parse_json(body)
 
 

@@ -46,9 +46,10 @@ class Record:
     ``completions`` are the answers that have ended, with their `RequestMetrics`. ``status`` is the
     HTTP status of the answer, ``error`` its code; 499 means that the client went away first.
     ``num_unfinished_tokens`` have arrived of answers that have not ended; ``unfinished`` has their
-    requests, by the ids of the answers, and ``unfinished_texts`` what is being embedded. ``cache``
+    requests, by the ids of the answers, and ``unfinished_texts`` what is being embedded.
+    ``heard_s``: how many seconds the sound of a transcription lasts, once that is known. ``cache``
     says whether the answer was a stored one ("hit"), where one could be. ``deadline`` is when it
-    must be over.
+    must be over. ``is_displaced``: it was ended to make way for another caller's.
     """
 
     operation: Operation = ""
@@ -60,6 +61,7 @@ class Record:
     num_unfinished_tokens: int = 0
     unfinished: dict[str, GenerationRequest] = field(default_factory=dict)
     unfinished_texts: tuple[str | tuple[int, ...], ...] = ()
+    heard_s: float = 0.0
     started_at: float = field(default_factory=time.monotonic)
     submitted_at: float | None = None
     first_token_at: float | None = None
@@ -68,6 +70,7 @@ class Record:
     request_id: str = ""
     cache: Literal["", "hit", "miss"] = ""
     deadline: Deadline | None = None
+    is_displaced: bool = False
 
     @property
     def usage(self) -> Usage:

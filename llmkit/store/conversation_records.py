@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from llmkit.errors import InvalidRequestError
+from llmkit.media.addresses import as_part
 from llmkit.protocol import MAX_DEPTH, Completion, Media, Message, ToolCall, depth_of
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "digests_of",
     "is_session_id",
     "new_id",
+    "said_in",
     "storable",
     "usage_of",
 ]
@@ -49,6 +51,7 @@ MAX_OWNER_CHARS = 256 << 20  # of all of an owner's
 MAX_SETTINGS, MAX_TITLE, MAX_MODEL = 1 << 20, 1000, 1000
 MAX_TTL_S = 100 * 365 * 86_400.0
 SESSION_ID = re.compile(r"sess_[0-9a-f]{24}")
+KINDS = {"image_url": "image", "input_audio": "audio"}
 UNSTORABLE = re.compile("[\0\ud800-\udfff]")  # what a database's UTF-8 cannot hold
 
 
@@ -180,7 +183,7 @@ class StoredMessage:
 
     @property
     def message(self) -> Message:
-        """As a chat message. Raises `InvalidRequestError` for parts nobody can read."""
+        """As a chat message, with words in place of parts that no model can be told."""
         return Message(
             self.role,
             self.content if isinstance(self.content, str) else _parts(self.content),
@@ -195,7 +198,7 @@ class StoredMessage:
         """The text of its content."""
         if isinstance(self.content, str):
             return self.content
-        return "".join(str(p.get("text", "")) for p in self.content if p.get("type") == "text")
+        return "".join(said_in(part) or "" for part in self.content)
 
     @property
     def digests(self) -> list[str]:
@@ -333,16 +336,26 @@ def _check_parts(content: Any) -> None:
     checked_json(content, "messages", MAX_MESSAGE_CHARS)
 
 
+def said_in(part: Mapping[str, Any]) -> str | None:
+    """The text of a part; None of one that has none.
+
+    >>> said_in({"type": "refusal", "refusal": "No."})
+    'No.'
+    """
+    text = part.get("refusal" if part["type"] == "refusal" else "text")
+    return text if isinstance(text, str) else None
+
+
 def _parts(content: list[dict[str, Any]]) -> tuple[str | Media, ...]:
     parts: list[str | Media] = []
     for part in content:
-        if part["type"] == "text" and isinstance(part.get("text"), str):
-            parts.append(part["text"])
-        elif part["type"] == "media":
-            parts.append(Media(str(part.get("digest")), part.get("kind", "image")))
+        if part["type"] == "media":
+            kind = part.get("kind")
+            parts.append(Media(str(part.get("digest")), "audio" if kind == "audio" else "image"))
+        elif (text := said_in(part)) is not None:
+            parts.append(text)
+        elif part["type"] in KINDS:  # an address, which nobody fetches
+            parts.append(as_part(KINDS[part["type"]], None)["text"])
         else:
-            raise InvalidRequestError(
-                f"messages: only text is supported, not parts of type {part['type']!r:.40}.",
-                "messages",
-            )
+            parts.append(f"(a part of type {part['type']:.40})")
     return tuple(parts)

@@ -56,6 +56,7 @@ __all__ = [
 
 COLUMNS = REPLIES.c
 RENEW = sa.update(REPLIES).where(HELD)
+RENEWED = 500  # in one statement
 CHANGE = sa.update(MESSAGES).where(MESSAGES.c.id == ID)
 
 
@@ -223,9 +224,12 @@ def _is_there(connection: Connection, conversation_id: str, message_id: str) -> 
     return connection.scalar(query) is not None
 
 
-def renew(connection: Connection, writer: str, now: float) -> None:
-    """Renew all leases of a writer."""
-    connection.execute(sa.update(REPLIES).where(REPLIES.c.writer == writer).values(renewed_at=now))
+def renew(connection: Connection, writer: str, ids: Sequence[str], now: float) -> None:
+    """Renew a writer's leases of these replies."""
+    for first in range(0, len(ids), RENEWED):
+        some = COLUMNS.message_id.in_(ids[first : first + RENEWED])
+        where = sa.and_(COLUMNS.writer == writer, some)
+        connection.execute(sa.update(REPLIES).where(where).values(renewed_at=now))
 
 
 def lost(connection: Connection, now: float) -> list[str]:

@@ -22,6 +22,7 @@ from llmkit.store.conversation_records import (
     StoredConversation,
     StoredMessage,
     new_id,
+    said_in,
     storable,
 )
 from llmkit.store.conversation_statements import (
@@ -221,7 +222,7 @@ def message_values(message: NewMessage) -> dict[str, Any]:
 
 def _text(parts: list[dict[str, Any]]) -> str:
     """The text of parts, to be searched."""
-    return "\n".join(p["text"] for p in parts if isinstance(p.get("text"), str))
+    return "\n".join(text for part in parts if (text := said_in(part)) is not None)
 
 
 def insert(

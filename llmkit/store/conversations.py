@@ -78,6 +78,7 @@ class ConversationStore(ConversationReader):
         self._max_sessions, self._ttl_s = max_sessions, ttl_s
         self._writer = new_writer()
         self._in_use: Ids = []
+        self._under_way: set[str] = set()  # the replies that this store has begun
 
     def create(
         self,
@@ -292,6 +293,7 @@ class ConversationStore(ConversationReader):
                 )
 
         added = self._with_room(owner, conversation_id, begin)
+        self._under_way.add(added[-1].id)
         self._paths.extend(conversation_id, added)
         return added
 
@@ -321,7 +323,8 @@ class ConversationStore(ConversationReader):
         """
         (new,) = rows.as_new([message])
         new = replace(new, status=status, finish_reason=finish_reason, usage=usage)
-        kept = self._end(conversation_id, message_id, new)
+        with self._last_of(message_id):
+            kept = self._end(conversation_id, message_id, new)
         self._paths.extend(conversation_id, [kept])
         return kept
 
@@ -338,14 +341,33 @@ class ConversationStore(ConversationReader):
     def cancel_turn(self, conversation_id: str, message_id: str) -> None:
         """Undo `begin_turn`, of a turn that the engine refused: its messages are deleted, unless
         others build on them."""
-        with self._changing(None, conversation_id, relaxed=True) as (connection, row, now):
+        with (
+            self._last_of(message_id),
+            self._changing(None, conversation_id, relaxed=True) as (connection, row, now),
+        ):
             replies.cancel(connection, row, message_id, self._writer, now)
         self._paths.drop(conversation_id)
+
+    def give_up(self, message_id: str) -> None:
+        """Renew a running reply no longer: it is partial before long, with what is kept of it."""
+        self._under_way.discard(message_id)
+
+    @contextlib.contextmanager
+    def _last_of(self, message_id: str) -> Iterator[None]:
+        """The end of a reply, which is under way only if the database is in trouble."""
+        try:
+            yield
+        except StoreError:
+            raise
+        except Exception:
+            self.give_up(message_id)
+            raise
+        self.give_up(message_id)
 
     def renew(self) -> None:
         """Say that this process still writes its replies; at least every 20 s."""
         with self.database.connected(writes=True, relaxed=True) as connection:
-            replies.renew(connection, self._writer, self._now())
+            replies.renew(connection, self._writer, list(self._under_way), self._now())
 
     def recover(self) -> int:
         """Let the running replies of processes that are gone be partial; how many. At any time."""

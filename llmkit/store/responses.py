@@ -19,10 +19,22 @@ from sqlalchemy.orm import Session
 
 from llmkit.errors import InvalidRequestError, NotFoundError
 from llmkit.store import media
-from llmkit.store.conversation_records import new_id, storable
+from llmkit.store.conversation_records import storable
 from llmkit.store.conversation_rows import owner_key
 from llmkit.store.database import Database
 from llmkit.store.media import TooMuchError
+from llmkit.store.response_rows import (
+    IN_PROGRESS,
+    add,
+    chain,
+    count,
+    delete,
+    delete_one,
+    hold,
+    num_bytes,
+    owners_by_count,
+    owners_by_size,
+)
 from llmkit.store.tables import Responses, Segments
 from llmkit.store.writers import is_gone, new_writer
 
@@ -30,9 +42,8 @@ __all__ = ["ResponseStore", "StoredResponse"]
 
 MAX_KEPT, MAX_KEPT_BYTES, MAX_OWNER_BYTES, MAX_RESPONSE_BYTES = 1000, 64 << 20, 16 << 20, 1 << 20
 MAX_REFERENCES = 1024  # in one request
-MAX_CHAIN = 100_000
+RENEWED = 500  # in one statement
 ADVISORY_LOCK = 0x6C6C6D72  # of PostgreSQL
-IN_PROGRESS = "in_progress"
 RESPONSES: Any = Responses.__table__
 Item = dict[str, Any]
 NOTHING: Mapping[str, bytes] = {}
@@ -76,6 +87,7 @@ class ResponseStore:
         self._max_kept, self._max_bytes = max_kept, max_bytes
         self._max_owner_bytes, self._max_response_bytes = max_owner_bytes, max_response_bytes
         self._writer = new_writer()
+        self._under_way: set[str] = set()  # the responses in progress that this store has put
 
     def find(self, owner: str, response_id: str) -> StoredResponse:
         """A response; it counts as used now."""
@@ -92,7 +104,7 @@ class ResponseStore:
         """All items of the conversation that a response ends."""
         with self._database.reading() as session:
             row = self._find(session, owner, response_id)
-            return [item for data in _chain(session, row.segment_id) for item in json.loads(data)]
+            return [item for data in chain(session, row.segment_id) for item in json.loads(data)]
 
     def input_items(self, owner: str, response_id: str) -> list[Item]:
         """The items that a response was asked with, without those of responses before."""
@@ -159,11 +171,16 @@ class ResponseStore:
         process is gone, see `recover`.
         """
         try:
-            return self._put(
+            is_kept = self._put(
                 owner, response_id, response, items, previous_id, before, digests, files
             )
         except TooMuchError:
-            return False
+            is_kept = False
+        if is_kept and response["status"] == IN_PROGRESS:
+            self._under_way.add(response_id)
+        else:
+            self.give_up(response_id)
+        return is_kept
 
     def _put(
         self,
@@ -185,7 +202,7 @@ class ResponseStore:
                 return False
             if len(body) + len(asked) > self._max_response_bytes:
                 if known is not None:
-                    _delete(session, known)
+                    delete(session, known)
                 return False
             parent = None
             if previous_id is not None:
@@ -195,13 +212,13 @@ class ResponseStore:
                     asked = json.dumps([*before, *items]).encode()
             now = self._now()
             if known is None:
-                first = _add(session, owner, parent, asked, now)
+                first = add(session, owner, parent, asked, now)
                 created_at = now
                 if digests:
                     media.keep(session.connection(), owner, digests, files, now, segment_id=first)
             else:
                 first, created_at = known.input_id, known.created_at
-            last = _add(session, owner, first, said, now)
+            last = add(session, owner, first, said, now)
             status = str(response["status"])
             row = Responses(
                 id=response_id,
@@ -215,9 +232,9 @@ class ResponseStore:
                 created_at=created_at,
                 **self._used(),
             )
-            _hold(session, last)
+            hold(session, last)
             if known is not None:
-                _delete(session, known)
+                delete(session, known)
             session.add(row)
             session.flush()
             self._make_room(session, row)
@@ -226,25 +243,31 @@ class ResponseStore:
     def delete(self, owner: str, response_id: str) -> None:
         """Forget a response; the ones that continue it keep its items."""
         with self._changing() as session:
-            _delete(session, self._find(session, owner, response_id))
+            delete(session, self._find(session, owner, response_id))
+        self.give_up(response_id)
 
     def count(self, owner: str | None = None) -> int:
         """How many there are, of an owner or of all."""
         with self._database.reading() as session:
-            query = sa.select(sa.func.count()).select_from(Responses)
-            where = [] if owner is None else [Responses.owner == owner_key(owner)]
-            return session.scalar(query.where(*where)) or 0
+            return count(session, None if owner is None else owner_key(owner))
 
     def num_bytes(self, owner: str | None = None) -> int:
         """Their size in bytes, of an owner or of all."""
         with self._database.reading() as session:
-            return _num_bytes(session, None if owner is None else owner_key(owner))
+            return num_bytes(session, None if owner is None else owner_key(owner))
+
+    def give_up(self, response_id: str) -> None:
+        """Renew a response in progress no longer: it has failed before long."""
+        self._under_way.discard(response_id)
 
     def renew(self) -> None:
         """Say that this process still computes its responses; at least every 20 s."""
+        ids = list(self._under_way)
         with self._changing() as session:
-            mine = Responses.writer == self._writer, Responses.status == IN_PROGRESS
-            session.execute(sa.update(Responses).where(*mine).values(used_at=self._now()))
+            for first in range(0, len(ids), RENEWED):
+                some = Responses.id.in_(ids[first : first + RENEWED])
+                mine = some, Responses.writer == self._writer, Responses.status == IN_PROGRESS
+                session.execute(sa.update(Responses).where(*mine).values(used_at=self._now()))
 
     def recover(self) -> int:
         """Let responses in progress whose process is gone be failed; how many."""
@@ -270,7 +293,7 @@ class ResponseStore:
                 sa.select(Responses).where(Responses.expires_at <= self._now())
             ).all()
             for row in expired:
-                _delete(session, row)
+                delete(session, row)
             return len(expired)
 
     def _find(self, session: Session, owner: str, response_id: str) -> Responses:
@@ -299,76 +322,18 @@ class ResponseStore:
             yield session
 
     def _make_room(self, session: Session, newest: Responses) -> None:
-        """Delete the least recently used of an owner with too many bytes, then of all."""
+        """Delete the least recently used of an owner with too many bytes, then of whoever has most.
+
+        Those in progress make way for none: without another the newest does.
+        """
         owner = newest.owner
-        while _num_bytes(session, owner) > self._max_owner_bytes:
-            _delete(session, _oldest(session, owner))
-        excess = (session.scalar(sa.select(sa.func.count(Responses.id))) or 0) - self._max_kept
-        for _ in range(excess):
-            _delete(session, _oldest(session, None))
-        while _num_bytes(session, None) > self._max_bytes:
-            _delete(session, _oldest(session, None))
-
-
-def _oldest(session: Session, owner: str | None) -> Responses:
-    where = [] if owner is None else [Responses.owner == owner]
-    query = sa.select(Responses).where(*where).order_by(Responses.used_at, Responses.id).limit(1)
-    return session.scalars(query).one()
-
-
-def _num_bytes(session: Session, owner: str | None) -> int:
-    total = 0
-    for table in (Responses, Segments):
-        query = sa.select(sa.func.sum(table.size))
-        query = query if owner is None else query.where(table.owner == owner)
-        total += int(session.scalar(query) or 0)
-    return total
-
-
-def _add(session: Session, owner: str, parent_id: str | None, data: bytes, now: float) -> str:
-    """A segment after another, which it holds."""
-    segment_id = new_id("seg")
-    values = {"parent_id": parent_id, "data": data, "size": len(data), "holders": 0}
-    session.execute(
-        sa.insert(Segments), {"id": segment_id, "owner": owner, "created_at": now, **values}
-    )
-    if parent_id is not None:
-        _hold(session, parent_id)
-    return segment_id
-
-
-def _hold(session: Session, segment_id: str) -> None:
-    where = Segments.id == segment_id
-    session.execute(sa.update(Segments).where(where).values(holders=Segments.holders + 1))
-
-
-def _delete(session: Session, row: Responses) -> None:
-    """Delete a response, and the segments that nothing else holds."""
-    segment_id: str | None = row.segment_id
-    session.execute(sa.delete(Responses).where(Responses.id == row.id))
-    session.expunge(row)
-    while segment_id is not None:
-        where = Segments.id == segment_id
-        session.execute(sa.update(Segments).where(where).values(holders=Segments.holders - 1))
-        query = sa.select(Segments.holders, Segments.parent_id).where(where)
-        left, parent_id = session.execute(query).one()
-        if left > 0:
-            return
-        session.execute(sa.delete(Segments).where(where))
-        segment_id = parent_id
-
-
-def _chain(session: Session, segment_id: str) -> list[bytes]:
-    """The data of a segment and those before it, oldest first."""
-    found = (
-        sa.select(Segments.id, Segments.parent_id, sa.literal(1).label("depth"))
-        .where(Segments.id == segment_id)
-        .cte("found", recursive=True)
-    )
-    found = found.union_all(
-        sa.select(Segments.id, Segments.parent_id, found.c.depth + 1)
-        .join(found, Segments.id == found.c.parent_id)
-        .where(found.c.depth < MAX_CHAIN)
-    )
-    query = sa.select(Segments.data).join(found, Segments.id == found.c.id)
-    return list(session.scalars(query.order_by(found.c.depth.desc())))
+        bounds: list[tuple[Callable[[], bool], Callable[[], Sequence[str]]]] = [
+            (lambda: num_bytes(session, owner) > self._max_owner_bytes, lambda: [owner]),
+            (lambda: count(session) > self._max_kept, lambda: owners_by_count(session)),
+            (lambda: num_bytes(session) > self._max_bytes, lambda: owners_by_size(session)),
+        ]
+        for is_exceeded, owners in bounds:
+            while is_exceeded():
+                if not delete_one(session, owners(), newest):
+                    delete(session, newest)
+                    return

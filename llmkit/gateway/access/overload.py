@@ -75,7 +75,7 @@ class Overload:
             yield
         except asyncio.CancelledError:
             task = place.task
-            if place.is_displaced and task is not None and task.uncancel() <= 0:
+            if exchange.record.is_displaced and task is not None and task.uncancel() <= 0:
                 exchange.record.forget_unfinished()
                 refusal = refusals.displaced(self.retry_after(exchange))
                 raise self._say(exchange, refusal) from None
@@ -201,8 +201,9 @@ class Overload:
         else:
             count = place.count
             self._release(place)
-            status = place.exchange.record.status
-            if count and not place.is_displaced and (status < 400 or status == GONE):
+            record = place.exchange.record
+            is_served = not record.is_displaced and (record.status < 400 or record.status == GONE)
+            if count and is_served:
                 self.rate.served(self._now() - place.entered_at)
         self._note()
 
@@ -253,7 +254,7 @@ class Overload:
         if victims is None:
             raise self._say(exchange, self._busy(exchange))
         for victim in victims:
-            victim.is_displaced = True
+            victim.exchange.record.is_displaced = True
             self._leave(victim)
             if victim.task is not None:
                 victim.task.cancel()

@@ -41,7 +41,6 @@ class Place:
     reserved: int = 0
     works: list[Work] = field(default_factory=list)
     engine: EngineClient | None = None
-    is_displaced: bool = False
 
 
 @dataclass(slots=True, eq=False)

@@ -17,7 +17,7 @@ from llmkit.gateway.bodies import SessionId, Strict
 from llmkit.gateway.chats import Chat, sampling_params
 from llmkit.gateway.compat.llms import finish_reason
 from llmkit.gateway.compat.streaming import json_event, stream_text
-from llmkit.gateway.conversations.recall import recalled
+from llmkit.gateway.conversations.recall import check_unnamed, recalled
 from llmkit.gateway.directory import EngineDirectory
 from llmkit.gateway.exchange import Exchange
 from llmkit.gateway.failures import not_supported
@@ -95,8 +95,12 @@ class GeneratingRoutes:
     async def generate(self, exchange: Exchange) -> None:
         body = await exchange.read(GenerateEventsBody)
         engine = self._directory.lookup(body.model, "generate")
-        chat = await recalled(exchange, engine, body.chat(), body.sampling_params.session_id)
-        prompt = None if body.use_chat_template else body.prompt
+        chat, session_id = body.chat(), body.sampling_params.session_id
+        if body.use_chat_template:
+            chat, prompt = await recalled(exchange, engine, chat, session_id), None
+        else:
+            check_unnamed(exchange, session_id)
+            prompt = body.prompt
         answer = Answer(engine, chat, new_id("gen"), exchange, self._on_use, prompt=prompt)
         try:
             await stream_text(

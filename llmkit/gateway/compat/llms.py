@@ -96,7 +96,7 @@ class LlmsCompletionBody(LlmsBody):
             exchange,
             on_use,
             prompt=self.prompt,
-            suffix=self.suffix,
+            suffix=self.suffix or None,
         )
 
 

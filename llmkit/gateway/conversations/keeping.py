@@ -121,29 +121,33 @@ class Keeping:
         if not call.cancelled() and (error := call.exception()) is not None:
             logger.warning("an answer could not be stored meanwhile: %s", error)
 
-    async def end(self, failure: ApiError | None = None) -> None:
+    async def end(self, failure: ApiError | None = None, *, comes_again: bool = False) -> None:
         """Store the whole reply; without a completion as partial.
 
-        A question that the engine refused is taken back. Raises what the store raises. Once it was
-        called, further calls wait for its end.
+        A question that the engine refused, or that ``comes_again``, is taken back if there is
+        nothing of an answer. Raises what the store raises. Once it was called, further calls wait
+        for its end.
         """
-        ending = self.start_end(failure)
+        ending = self.start_end(failure, comes_again=comes_again)
         while not ending.done():
             with contextlib.suppress(asyncio.CancelledError):
                 await asyncio.wait([ending])
         ending.result()
 
-    def start_end(self, failure: ApiError | None = None) -> asyncio.Task[None]:
+    def start_end(
+        self, failure: ApiError | None = None, *, comes_again: bool = False
+    ) -> asyncio.Task[None]:
         """`end` without waiting for it."""
         if self._ending is None:
             self.is_over = True
-            self._ending = asyncio.ensure_future(self._end(failure))
+            self._ending = asyncio.ensure_future(self._end(failure, comes_again))
         return self._ending
 
-    async def _end(self, failure: ApiError | None) -> None:
+    async def _end(self, failure: ApiError | None, comes_again: bool) -> None:
         if self._timer is not None:
             self._timer.cancel()
-        is_refused = failure is not None and failure.status in REFUSALS and self.is_empty
+        is_refused = comes_again or (failure is not None and failure.status in REFUSALS)
+        is_refused = is_refused and self.is_empty
         if self._begun is not None:
             if is_refused:
                 self._begun.cancel()  # unless it is under way already
@@ -182,13 +186,20 @@ class Keeping:
         )
 
     async def _surely(self, run: Callable[[ConversationStore], Any]) -> Any:
-        """Run it on a thread, again if the database is in trouble."""
+        """Run it on a thread, again if the database is in trouble. Raises what it raises; if that
+        is still in trouble, it is run later all the same."""
+        reply = self.reply
         for wait in (*RETRIES_S, None):
             try:
-                result, _ = await self._shelf.finish(self._owner, run, self.reply.conversation_id)
+                result, _ = await self._shelf.finish(self._owner, run, reply.conversation_id)
                 return result
             except StoreError:
                 if wait is None:
+                    self._shelf.postpone(
+                        lambda stores: run(stores.conversations),
+                        lambda stores: stores.conversations.give_up(reply.id),
+                        self.size,
+                    )
                     raise
                 await asyncio.sleep(wait)
 

@@ -6,6 +6,7 @@ kept. Tornado loop only; knows no dialect.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from types import TracebackType
@@ -14,13 +15,14 @@ from typing import TYPE_CHECKING
 from llmkit.chat.parsers.events import Event
 from llmkit.chat.reading import AnswerReader
 from llmkit.errors import ConflictError, InvalidRequestError
+from llmkit.gateway.access.refusals import displaced
 from llmkit.gateway.chats import Chat
 from llmkit.gateway.conversations.fitting import fit
 from llmkit.gateway.conversations.keeping import Keeping
 from llmkit.gateway.conversations.placing import settled_path
 from llmkit.gateway.conversations.uses import Use
 from llmkit.gateway.exchange import ClientGoneError, Exchange
-from llmkit.gateway.failures import api_error
+from llmkit.gateway.failures import ApiError, api_error
 from llmkit.protocol import INSTRUCTIONS, Completion, Delta, Message, ModelDescription
 from llmkit.protocol.client import EngineClient
 from llmkit.store.conversation_records import (
@@ -35,7 +37,7 @@ from llmkit.store.conversation_records import (
 if TYPE_CHECKING:
     from llmkit.store.conversations import ConversationStore
 
-__all__ = ["recalled"]
+__all__ = ["check_unnamed", "recalled"]
 
 # Clients send ids of their own in headers of these names, so that only ours count there.
 HEADERS = ("session-id", "session_id", "x-session-id")
@@ -132,12 +134,38 @@ async def recalled(
     def ended(
         kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
     ) -> None:
-        is_failure = isinstance(error, Exception) and not isinstance(error, ClientGoneError)
-        turns.finish(keeping.end(api_error(error) if error is not None and is_failure else None))
+        failure = _failure(exchange, error)
+        # Clients send again what they are told to, and then the question would be there twice.
+        comes_again = failure is not None and "Retry-After" in failure.headers
+        turns.finish(keeping.end(failure, comes_again=comes_again))
 
     exchange.cleanup.push(ended)
     values = {field.name: getattr(fitted.chat, field.name) for field in fields(Chat)}
     return SessionChat(**values, keeping=keeping)
+
+
+def _failure(exchange: Exchange, error: BaseException | None) -> ApiError | None:
+    """What its client is told of a request that ended so; None if it has left, or all went well."""
+    record = exchange.record
+    if isinstance(error, asyncio.CancelledError):  # by a stage, or since the client has left
+        if record.is_displaced:
+            return displaced(0)
+        deadline = record.deadline
+        is_late = deadline is not None and deadline.is_over
+        return api_error(deadline.error(record)) if deadline is not None and is_late else None
+    if isinstance(error, Exception) and not isinstance(error, ClientGoneError):
+        return api_error(error)
+    return None
+
+
+def check_unnamed(exchange: Exchange, session_id: str | None) -> None:
+    """Raises `InvalidRequestError` if a request names a session whose prompt is no chat."""
+    if session_id or _named(exchange):
+        raise InvalidRequestError(
+            "session_id (session-id) goes on with a conversation, which needs the chat template: "
+            "leave out one of session_id and use_chat_template: false.",
+            "session_id",
+        )
 
 
 def _named(exchange: Exchange) -> str | None:

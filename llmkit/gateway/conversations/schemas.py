@@ -216,5 +216,10 @@ class ImportBody(BaseModel):
     """
 
     model_config = ConfigDict(extra="allow")
+    max_counts: ClassVar[dict[str, int]] = {  # of as many messages as a session may hold
+        "lists and objects": 400_000,
+        "commas": 1_500_000,
+        "fields": 1_500_000,
+    }
 
     markdown: str | None = None

@@ -9,11 +9,13 @@ import asyncio
 import contextlib
 import logging
 import threading
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
+from llmkit.errors import StoreError
 from llmkit.gateway.conversations.uses import Uses
 from llmkit.system.lanes import Lanes
 
@@ -23,13 +25,14 @@ if TYPE_CHECKING:
     from llmkit.store.database import Database
     from llmkit.store.responses import ResponseStore
 
-__all__ = ["Shelf"]
+__all__ = ["Shelf", "Stores"]
 
 logger = logging.getLogger("llmkit.gateway")
 
 NUM_THREADS, NUM_LOOKING = 4, 2
 PER_OWNER = 2  # threads: one key may stand for many people
 RENEW_S, TIDY_S = 15.0, 60.0
+POSTPONED_CHARS = 64 << 20  # of answers that wait for a database in trouble
 T = TypeVar("T")
 
 
@@ -53,6 +56,15 @@ class Stores:
         self.recover()
         self.conversations.remove_expired()
         self.responses.remove_expired()
+
+
+@dataclass(frozen=True, slots=True)
+class Postponed:
+    """What a database in trouble did not take: ``size`` is its characters, about."""
+
+    run: Callable[[Stores], object]
+    give_up: Callable[[Stores], None]
+    size: int
 
 
 class Shelf:
@@ -79,6 +91,7 @@ class Shelf:
         self._looking = Lanes(NUM_LOOKING, "llmkit-looking")
         self._leasing = Lanes(1, "llmkit-leases")  # callers may keep all others busy
         self._upkeep: asyncio.Task[None] | None = None
+        self._postponed: deque[Postponed] = deque()
 
     @classmethod
     def of(cls, options: GatewayOptions, db_url: str | None = None) -> Shelf | None:
@@ -159,6 +172,32 @@ class Shelf:
                 break
         return call.result(), cancelled
 
+    def postpone(
+        self, run: Callable[[Stores], object], give_up: Callable[[Stores], None], size: int
+    ) -> None:
+        """Have a call that the database did not take made again with each renewal, until it does.
+
+        Of too much text the oldest is lost, for which ``give_up`` is called.
+        """
+        self._postponed.append(Postponed(run, give_up, size))
+        while sum(each.size for each in self._postponed) > POSTPONED_CHARS:
+            oldest = self._postponed.popleft()
+            logger.warning("an answer is lost: the database takes nothing, and too many wait")
+            if self._stores is not None:
+                oldest.give_up(self._stores)
+
+    async def _catch_up(self) -> None:
+        """Make the postponed calls. Raises `StoreError` at the first that fails again."""
+        while self._postponed:
+            first = self._postponed.popleft()
+            try:
+                await asyncio.shield(self._submit(self._leasing, "", first.run))
+            except StoreError:
+                self._postponed.append(first)  # behind the others: it alone may be at fault
+                raise
+            except Exception as error:
+                logger.warning("an answer could not be stored: %s", error)
+
     async def _keep_up(self) -> None:
         passed = 0.0
         while True:
@@ -167,6 +206,7 @@ class Shelf:
             tidies, passed = passed >= TIDY_S, passed % TIDY_S
             try:
                 await self._submit(self._leasing, "", Stores.tidy if tidies else Stores.renew)
+                await self._catch_up()
             except Exception as error:
                 logger.warning("sessions cannot be kept up: %s", error)
 
@@ -176,6 +216,10 @@ class Shelf:
             self._upkeep.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._upkeep
+        try:
+            await self._catch_up()
+        except StoreError as error:
+            logger.warning("%d answers are lost: %s", len(self._postponed), error)
         for lanes in (self._lanes, self._looking, self._leasing):
             lanes.close()
         if self._opened is not None:

@@ -38,6 +38,8 @@ PARAMETERS = {  # by option, the engine's parameter
     "num_predict": "max_tokens",
 }
 OPTIONS = {parameter: f"options.{option}" for option, parameter in PARAMETERS.items()}
+# Ollama's own client sends each text of a request, also one that nobody has set.
+UnlessEmpty = Annotated[str | None, BeforeValidator(lambda text: None if text == "" else text)]
 INTEGERS = ("top_k", "seed", "repeat_last_n", "num_ctx", "num_predict", "mirostat")
 
 
@@ -220,8 +222,8 @@ class GenerateBody(GenerationBody):
     """POST /api/generate"""
 
     prompt: str = ""
-    suffix: str | None = None
-    system: str | None = None
+    suffix: UnlessEmpty = None
+    system: UnlessEmpty = None
     raw: bool = False
     images: list[str] | None = None
 

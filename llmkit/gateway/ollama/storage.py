@@ -40,6 +40,8 @@ class PullBody(NameBody):
 
     stream: bool = True
     insecure: bool = False
+    username: str | None = None  # ignored, as by Ollama; its own client sends them empty
+    password: str | None = None
 
 
 class OllamaStorageRoutes:
@@ -61,6 +63,9 @@ class OllamaStorageRoutes:
 
     async def pull(self, exchange: Exchange) -> None:
         body = await exchange.read(PullBody)
+        for name in ("username", "password"):
+            if getattr(body, name):
+                exchange.ignore(name)
         updates = self._storage.pull(body.wanted)
         try:
             update = await anext(updates)

@@ -36,7 +36,7 @@ class Run:
 
     def __init__(self, answer: Answer, response: dict[str, Any], owner: str) -> None:
         self.answer, self.response, self.owner = answer, response, owner
-        self.is_deleted = False
+        self.is_stored = self.is_deleted = False
 
     @property
     def is_over(self) -> bool:
@@ -169,6 +169,9 @@ class ResponsesRoutes:
         except StoreError as error:
             logger.warning("the response %s could not be stored: %s", kept.response_id, error)
             is_kept = False
+            if run.is_stored and run.is_over:  # else it would be in progress for ever
+                stored.postpone(kept, response)
+        run.is_stored = is_kept
         if not is_kept:
             run.response = {**run.response, "store": False}
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -17,11 +17,13 @@ from llmkit.gateway.failures import ApiError
 from llmkit.gateway.openai.item_media import digests_of, together
 
 if TYPE_CHECKING:
-    from llmkit.store.responses import StoredResponse
+    from llmkit.gateway.conversations.shelf import Stores
+    from llmkit.store.responses import ResponseStore, StoredResponse
 
 __all__ = ["Kept", "Stored"]
 
 MAX_REFERENCED_BYTES, MAX_REFERENCES = 16 << 20, 1024  # in one request
+MAX_RESPONSE_CHARS = 1 << 20
 Item = dict[str, Any]
 
 
@@ -112,19 +114,33 @@ class Stored:
 
     async def put(self, kept: Kept, response: dict[str, Any]) -> bool:
         """Keep a response, or its latest state. False if it is too large."""
+        return await self._turns.shelf.responses(self._owner, self._putting(kept, response))
+
+    def postpone(self, kept: Kept, response: dict[str, Any]) -> None:
+        """Keep the end of a stored response once the database takes it, unless it is deleted."""
+        owner, response_id = self._owner, kept.response_id
+        # The store has what it continues, and its files.
+        put = self._putting(Kept(response_id, kept.items, kept.previous_id, []), response)
+
+        def run(stores: Stores) -> None:
+            stores.responses.find(owner, response_id)
+            put(stores.responses)
+
+        self._turns.shelf.postpone(
+            run, lambda stores: stores.responses.give_up(response_id), MAX_RESPONSE_CHARS
+        )
+
+    def _putting(self, kept: Kept, response: dict[str, Any]) -> Callable[[ResponseStore], bool]:
         owner = self._owner
-        return await self._turns.shelf.responses(
+        return lambda s: s.put(
             owner,
-            lambda s: s.put(
-                owner,
-                kept.response_id,
-                response,
-                kept.items,
-                kept.previous_id,
-                kept.before,
-                digests_of([*kept.before, *kept.items]),
-                kept.files,
-            ),
+            kept.response_id,
+            response,
+            kept.items,
+            kept.previous_id,
+            kept.before,
+            digests_of([*kept.before, *kept.items]),
+            kept.files,
         )
 
     async def delete(self, response_id: str) -> None:

@@ -19,8 +19,9 @@ export function setKey(value) {
   } catch (error) { /* stores nothing */ }
 }
 
-// What happens when the server wants a key.
+// What happens when the server wants a key, or another one.
 export function onLocked(action) { asking = action; }
+export const askForKey = () => asking(key !== null);
 
 export class ApiError extends Error {
   constructor(status, message, code) {
@@ -79,7 +80,7 @@ export async function request(method, path, body, options = {}) {
     throw new ApiError(0, 'The server does not answer.', 'offline');
   }
   if (reply.ok) return reply;
-  if (reply.status === 401 && sent === key) asking(key !== null);
+  if (reply.status === 401 && sent === key) askForKey();
   let message = `The server answers ${reply.status}.`, code = null;
   try {
     const {error} = await reply.json();

@@ -18,6 +18,7 @@ export class Settings {
   constructor(change) {
     this.values = {};
     this.system = '';
+    this.opened = {system: '', text: ''};  // as it was given, and as the page shows it
     this.change = change;
     this.dialog = $('settings');
     const rows = FIELDS.map(([name, label, min, max, step, hint]) => el('div', {class: 'field'},
@@ -58,16 +59,19 @@ export class Settings {
 
   // `begins` says that another system prompt begins a new branch.
   open(begins) {
-    this.fill(this.values, this.system);
     $('system-hint').hidden = !begins;
-    this.dialog.showModal();
+    this.show(this.values, this.system);
     $('system').focus();
   }
 
   // What was given could not be saved.
   reopen({settings, system}) {
-    if (this.dialog.open) return;
-    this.fill(settings, system);
+    if (!this.dialog.open) this.show(settings, system);
+  }
+
+  show(values, system) {
+    this.fill(values, system);
+    this.opened = {system, text: $('system').value.trim()};
     this.dialog.showModal();
   }
 
@@ -83,6 +87,9 @@ export class Settings {
     if ($('set-effort').value) values.reasoning_effort = $('set-effort').value;
     else delete values.reasoning_effort;
     this.dialog.close();
-    this.change({settings: values, system: $('system').value.trim()});
+    // The box has its own ends of lines: what nobody has changed stays as it was given.
+    const text = $('system').value.trim();
+    const system = text === this.opened.text ? this.opened.system : text;
+    this.change({settings: values, system});
   }
 }

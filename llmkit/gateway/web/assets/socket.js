@@ -1,8 +1,9 @@
 // The socket of all turns: connects when needed, comes back after a loss, and resumes its turns.
 
-import {address, currentKey, xsrf} from './api.js';
+import {address, askForKey, currentKey, xsrf} from './api.js';
 
 const FIRST_DELAY_MS = 300, MOST_DELAY_MS = 8000, PING_MS = 25000;
+const UNWANTED = 1008;  // how the server closes the socket of whom it does not know, or no longer
 
 export class ChatSocket {
   // `onEvent` hears every event of a turn; `onState` whether there is a connection.
@@ -34,21 +35,22 @@ export class ChatSocket {
     const socket = this.socket = new WebSocket(url);
     socket.onopen = () => this.opened();
     socket.onmessage = message => this.heard(JSON.parse(message.data));
-    socket.onclose = () => this.closed(socket);
+    socket.onclose = event => this.closed(socket, event);
   }
 
   opened() {
-    this.delay = FIRST_DELAY_MS;
+    this.fault = null;
     if (currentKey()) this.put({type: 'auth', key: currentKey()});
     for (const turn of this.turns.keys()) this.resume(turn);
     for (const frame of this.queue.splice(0)) this.put(frame);
     this.onState(true);
   }
 
-  closed(socket) {
+  closed(socket, {code}) {
     if (socket !== this.socket) return;
     this.socket = null;
     this.resuming.clear();
+    if (code === UNWANTED) { this.refused(); return; }
     for (const [ref, {frame, reject}] of [...this.waiting]) {
       if (this.queue.includes(frame)) continue;  // it was never sent
       this.waiting.delete(ref);
@@ -58,6 +60,21 @@ export class ChatSocket {
     this.onState(false);
     this.timer = setTimeout(() => this.connect(), this.delay * (0.7 + 0.6 * Math.random()));
     this.delay = Math.min(MOST_DELAY_MS, this.delay * 2);
+  }
+
+  // To connect again would not help: nothing is followed any more, nor waits to be sent.
+  refused() {
+    const {queue, fault} = this;
+    const waiting = [...this.waiting.values()], turns = [...this.turns.keys()];
+    this.queue = [];
+    this.waiting.clear();
+    this.turns.clear();
+    if (fault?.type === 'authentication_error') askForKey();
+    for (const {frame, reject} of waiting) {
+      const error = new Error(fault?.message || 'The connection was refused.');
+      reject(Object.assign(error, {isLost: !queue.includes(frame)}));  // sent: it may have begun
+    }
+    for (const turn of turns) this.onEvent({type: 'lost', turn});
   }
 
   put(frame) {
@@ -103,6 +120,8 @@ export class ChatSocket {
 
   heard(event) {
     const {type, turn, ref} = event;
+    if (type === 'hello') this.delay = FIRST_DELAY_MS;  // it knows who this is
+    if (type === 'error' && !turn && !ref) this.fault = event.error;
     if (type === 'turn' && ref && this.waiting.has(ref)) {
       this.turns.set(turn, this.turns.get(turn) || 0);
       this.waiting.get(ref).resolve(event);
