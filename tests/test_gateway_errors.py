@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import json
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from fakes import FakeClient
 from gateway_client import CHAT, Api, is_error, serve
+from shelf import status as status_of
 from tornado.httpclient import HTTPResponse
 
 from llmkit.bridge.server import BridgeServer
+from llmkit.errors import DownloadError, InsufficientMemoryError, ModelLoadError
+from llmkit.gateway.failures import api_error
+from llmkit.gateway.served import Served
 
 
 async def test_too_much_to_be_scored(api: Api) -> None:
@@ -165,6 +170,32 @@ async def test_unknown_routes_methods_and_models(api: Api) -> None:
         == "model_not_found"
     )
     assert is_error(await api.fetch("POST", "/v1/completions", b"{" + b" " * (17 << 20)), 413)
+
+
+@pytest.mark.parametrize(
+    ("kind", "status"),
+    [(ModelLoadError, 503), (InsufficientMemoryError, 503), (DownloadError, 502)],
+)
+def test_why_a_model_is_not_loaded_is_for_administrators(
+    kind: type[ModelLoadError], status: int
+) -> None:
+    why = "/srv/ann/m.gguf is broken; the last line of its log: node-7 is away"
+    public, full = api_error(kind(why)), api_error(kind(why), for_admin=True)
+    assert public.status == full.status == status and public.code == full.code
+    assert full.message == why
+    assert "/srv" not in public.message and "Ask whoever runs this server" in public.message
+
+
+@pytest.mark.parametrize(
+    ("phase", "said"),
+    [("failed", "cannot be loaded"), ("restarting", "being started again")],
+)
+def test_why_a_model_has_failed_is_not_said_to_whoever_asks(phase: str, said: str) -> None:
+    states = SimpleNamespace(
+        known=lambda name: name, status=lambda name: status_of(phase, reason="no /srv/ann/m.gguf")
+    )
+    told = str(Served(states).absent("m"))  # type: ignore[arg-type]
+    assert said in told and "/srv" not in told
 
 
 async def test_gone_and_never_there() -> None:

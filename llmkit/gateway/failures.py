@@ -41,6 +41,11 @@ LLAMA_SERVER_TYPES = {
 }
 LLMS_CODES = {400: "BAD_REQUEST", 404: "UNSUPPORTED_MODEL", 503: "SERVICE_UNAVAILABLE"}
 NO_RETRY = {"x-should-retry": "false"}
+# Why a model could not be loaded names paths, hosts and other models, and quotes logs.
+ASK = "Ask whoever runs this server: its log says why."
+NO_ROOM = f"There is no room for this model. {ASK}"
+NOT_LOADED = f"This model cannot be loaded. {ASK}"
+NOT_FETCHED = f"A file of this model could not be downloaded. {ASK}"
 
 
 def dialect_of(path: str) -> Dialect:
@@ -117,8 +122,9 @@ class DeadlineError(errors.LLMKitError):
         self.is_callers, self.retry_after = is_callers, retry_after
 
 
-def api_error(error: BaseException) -> ApiError:
-    """The response for an exception; an unexpected one is a 500 that reveals no internals."""
+def api_error(error: BaseException, *, for_admin: bool = False) -> ApiError:
+    """The response for an exception; an unexpected one is a 500 that reveals no internals. Why a
+    model could not be loaded is only said ``for_admin``."""
     if isinstance(error, ApiError):
         return error
     message = str(error)
@@ -161,9 +167,12 @@ def api_error(error: BaseException) -> ApiError:
             503, message, "server_error", code="store_unavailable", headers={"Retry-After": "5"}
         )
     if isinstance(error, errors.DownloadError):
-        return ApiError(502, message, "server_error", code="download_failed")
+        said = message if for_admin else NOT_FETCHED
+        return ApiError(502, said, "server_error", code="download_failed")
     if isinstance(error, errors.ModelLoadError):
-        return ApiError(503, message, "server_error", code="model_load_failed", headers=NO_RETRY)
+        is_full = isinstance(error, errors.InsufficientMemoryError)
+        said = message if for_admin else NO_ROOM if is_full else NOT_LOADED
+        return ApiError(503, said, "server_error", code="model_load_failed", headers=NO_RETRY)
     if isinstance(error, errors.EngineDiedError):
         return ApiError(500, message, "server_error", code="engine_died", headers=NO_RETRY)
     if isinstance(error, errors.EngineGoneError | errors.ModelUnloadedError | errors.DrainingError):

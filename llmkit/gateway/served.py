@@ -96,8 +96,12 @@ class Served:
                 return f"The model {name!r} is being loaded{share}; try again in a moment."
             case "unloaded":
                 return f"The model {name!r} is not loaded; a request for it loads it."
-            case "ready":  # seen by the directory before the manager
+            # Reasons of failures name paths and quote logs: they are for administrators. One that
+            # is "ready" was seen by the directory before the manager.
+            case "ready" | "restarting":
                 return f"The engine process of {name!r} has ended and is being started again."
+            case "failed":
+                return f"The model {name!r} cannot be loaded. The server's log says why."
             case _:
                 return status.reason or f"The model {name!r} is {status.phase}."
 

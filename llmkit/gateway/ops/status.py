@@ -29,6 +29,15 @@ if TYPE_CHECKING:
 __all__ = ["StatusRoutes"]
 
 MAX_CALLERS, MAX_SHOWN, MAX_GONE, MAX_REPLICAS = 200, 50, 20, 64
+# What all callers see of an offered model. The rest tells of others' work, or of this host.
+SEEN = frozenset({"name", "phase", "loaded", "is_default", "aliases", "replicas", "replicas_ready"})
+REASONS = {
+    "failed": "it cannot be loaded, or crashed again and again; the server's log says why",
+    "restarting": "its process has ended and is being started again",
+    "draining": "it is being unloaded",
+    "stopping": "it is being unloaded",
+}
+GONE = "it has ended, was unloaded, or cannot be reached; the server's log says why"
 
 
 @dataclass(slots=True)
@@ -45,7 +54,8 @@ class StatusRoutes:
 
     ``places`` gives notebooks by kernel id, ``offered`` the models of a `ModelManager`, ``actions``
     the paths of what administrators may do. Callers without the scope ``admin`` see these not, nor
-    processes and hosts, nor the requests of anybody else.
+    processes and hosts, nor the requests of anybody else, nor how much a model is used or why it
+    failed: that is null, and a reason says what its phase means.
     """
 
     def __init__(
@@ -95,10 +105,10 @@ class StatusRoutes:
             "version": __version__,
             "up_s": round(time.time() - self._started, 1),
             "models": [self._model(entry, places, is_admin) for entry in self._directory.entries()],
-            "offered": [asdict(each) for each in self._offered() if may_use(each.name)],
+            "offered": [_offer(each, is_admin) for each in self._offered() if may_use(each.name)],
             "actions": list(self._actions()) if is_admin else [],
             "gone": [
-                {"id": name, "reason": reason}
+                {"id": name, "reason": reason if is_admin else GONE}
                 for name, reason in self._directory.gone.items()
                 if "@" not in name
             ][-MAX_GONE:],
@@ -149,6 +159,15 @@ class StatusRoutes:
             exchange.send_page(fragment(state))
         else:
             exchange.send_json(state)
+
+
+def _offer(status: ModelStatus, is_admin: bool) -> dict[str, Any]:
+    """The same fields for everybody."""
+    every = asdict(status)
+    if is_admin:
+        return every
+    seen = {name: value if name in SEEN else None for name, value in every.items()}
+    return {**seen, "reason": REASONS.get(status.phase, ""), "pids": []}
 
 
 def _replicas(client: EngineClient) -> list[dict[str, Any]]:
