@@ -58,8 +58,10 @@ class Handle:
         }
         if name is not None and name != self.name:
             other["name"] = name
-        if share is False and self._sharing.bridge is not None:
-            other["share"] = False
+        isolated = self._options.isolated  # then its process shares it, or never does
+        shared = self.engine.origin.shared if isolated else self._sharing.bridge is not None
+        if (share is False and shared) or (share and isolated and not shared):
+            other["share"] = share
         if other:
             wanted = ", ".join(f"{k}={v!r}" for k, v in other.items())
             raise InvalidRequestError(

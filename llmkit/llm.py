@@ -213,8 +213,8 @@ class LLM(Handle):
         float32 of shape (n, size), or (size,) for a single text; for a table's column (a pandas
         Series), a DataFrame with the column's index.
 
-        ``normalize`` scales them to length 1, so that ``a @ b`` is the cosine similarity. Blocks;
-        texts of this call and of other callers are computed together.
+        ``normalize`` scales them to length 1, so that ``a @ b`` is the cosine similarity. Blocks, ■
+        stops it; texts of this call and of other callers are computed together.
         """
         from llmkit.notebook import arrays
 
@@ -235,7 +235,12 @@ class LLM(Handle):
         return arrays.rank(self._ask_vectors, query, documents, top, ranks=ranks)
 
     def _ask_vectors(self, request: EmbeddingRequest) -> Embeddings:
-        return self.engine.embed(request).result()
+        engine = self.engine
+        try:
+            return engine.embed(request).result()
+        except KeyboardInterrupt:
+            engine.abort(request.request_id)
+            raise Interrupted("stopped; there are no vectors") from None
 
     def save_prefix(self, prompt: str | Messages) -> int:
         """Compute a text, or the beginning of a conversation, and save it in ``prefix_dir``.

@@ -6,16 +6,23 @@ import argparse
 import importlib
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from conftest import ROOT
+from fakes import FakeClient
 
-from llmkit.bench import tuner, workload
+from llmkit.bench import comparing, tuner, workload
+from llmkit.bench.comparing import compare_models
 from llmkit.bench.tuner import Trial, Tuning
 from llmkit.bench.workload import Reply, _summary, run_load
-from llmkit.errors import EngineError, ModelLoadError
+from llmkit.errors import EngineError, InvalidRequestError, ModelLoadError
+from llmkit.handle import Handle
+from llmkit.llm import LLM
+from llmkit.runtime.loaded import loaded
 
 
 async def test_a_long_prompt_that_fails_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,6 +102,40 @@ def test_trials_that_fail_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found.label == "threads=2" and len(timed) == 3, "the first that runs is warmed up"
     with pytest.raises(EngineError, match=r"m\.gguf could not be measured here: no room"):
         list(measure(Path("m.gguf"), candidates[:1]))
+
+
+def test_compare_knows_the_model_of_a_file_whatever_was_made_of_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A model that was loaded with ``quantize=`` has another file than its name says."""
+    monkeypatch.setattr(
+        comparing, "resolve", lambda name: SimpleNamespace(path=Path(f"{name}.f16"))
+    )
+    monkeypatch.setattr(comparing, "_measure", lambda *_: measured.append(1) or {})
+    measured: list[int] = []
+    mine = LLM(FakeClient("mine"))
+    hears = Handle(FakeClient("hears"))
+    hears._description = replace(hears.model, hears=True)
+    made: list[LLM] = []
+
+    def load(name: str, **_: Any) -> LLM:
+        made.append(LLM(FakeClient(name)))
+        return made[-1]
+
+    loaded.add(Path("mine.f16"), mine)
+    loaded.add(Path("hears.f16"), hears)
+    given = ("text to score", 1, 16, 64, {})
+    try:
+        rows = compare_models(load, ["other", "mine"], *given).df
+        assert list(rows.index) == ["other", "mine"] and len(measured) == 2
+        assert [llm.name for llm in made] == ["other"] and made[0].closed and not mine.closed
+        with pytest.raises(InvalidRequestError, match="'hears' does not write"):
+            compare_models(load, ["other", "hears"], *given)
+        assert len(made) == 1 and len(measured) == 2, "before the first is measured"
+    finally:
+        for handle in (mine, hears):
+            loaded.forget(handle)
+            handle.unload()
 
 
 def test_a_comparison_that_does_not_start_leaves_no_server(

@@ -6,6 +6,7 @@ import itertools
 import random
 import threading
 import time
+from collections.abc import Callable
 
 import pytest
 from fake_runner import BAD_SEED, FakeRunner, piece
@@ -121,6 +122,33 @@ def test_an_abort_interrupts_its_own_prompt() -> None:
     assert client.submit(ask("b" * 4000, max_tokens=3)).result(
         30
     ).text.encode() == runner.reference(b"b" * 4000, 3)
+    client.close()
+
+
+def test_the_garbage_collector_may_abort_in_the_middle_of_anything() -> None:
+    """A stream that nobody holds any more is aborted on whichever thread collects it: the engine's
+    as well, while it has its locks."""
+    runner = FakeRunner(n_ctx=5000, step_s=0.001)
+    client = FakeClient(runner=runner)
+    collected = threading.Event()
+
+    def collecting(act: Callable[[], None]) -> Callable[[], None]:
+        dropped = ["dropped", "a"]
+
+        def run() -> None:
+            act()
+            while dropped:
+                client.abort(dropped.pop())
+            collected.set()
+
+        return run
+
+    runner.clear_interrupt = collecting(runner.clear_interrupt)  # type: ignore[method-assign]
+    runner.interrupt = collecting(runner.interrupt)  # type: ignore[method-assign]
+    first = client.submit(ask("a", max_tokens=4000))
+    assert collected.wait(30)
+    first.close()
+    assert client.submit(ask("b")).result(30).text.encode() == runner.reference(b"b", 8)
     client.close()
 
 

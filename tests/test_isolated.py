@@ -15,7 +15,7 @@ import psutil
 import pytest
 import tiny_models
 from children import children
-from fakes import wait_for
+from fakes import FakeClient, wait_for
 
 import llmkit
 from llmkit.bridge.connection import find_connections
@@ -25,7 +25,9 @@ from llmkit.errors import (
     ModelNotFoundError,
     ModelUnloadedError,
 )
+from llmkit.handle import Handle
 from llmkit.models.registry import resolve
+from llmkit.protocol import Origin
 from llmkit.settings.options import EngineOptions
 from llmkit.system.process import process_start_time
 from llmkit.workers import isolated
@@ -120,7 +122,7 @@ import ctypes, llmkit
 llm = llmkit.load("smollm2", n_ctx=512, n_slots=1, isolated=True)
 stream = llm.stream("Once upon a time", max_tokens=60, ignore_eos=True)
 ctypes.PyDLL(None).usleep(4_000_000)  # in one go: between two calls the bridge would run
-print(stream.result(60).usage.completion_tokens)
+print(stream.result(300).usage.completion_tokens)
 llm.unload()
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
@@ -157,6 +159,20 @@ time.sleep(60)
     owner.kill()
     owner.communicate()
     wait_for(lambda: process_start_time(child) is None)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_second_load_cannot_change_who_finds_it(
+    monkeypatch: pytest.MonkeyPatch, shared: bool
+) -> None:
+    origin = Origin("process", 1, shared=shared)
+    monkeypatch.setattr(FakeClient, "origin", origin)
+    options = EngineOptions(isolated=True)
+    with Handle(FakeClient(), None, options) as handle:
+        for same in (shared, None):
+            handle.check_same(options, None, share=same)
+        with pytest.raises(InvalidRequestError, match=rf"share={not shared}; unload\(\) it first"):
+            handle.check_same(options, None, share=not shared)
 
 
 def test_attach_to_the_model_of_another_process() -> None:

@@ -3,6 +3,7 @@ progress."""
 
 from __future__ import annotations
 
+import datetime
 import math
 import re
 import threading
@@ -14,12 +15,12 @@ from typing import Any
 import matplotlib
 import numpy as np
 import pytest
-from fakes import FakeClient, wait_for
+from fakes import FakeClient, ask, wait_for
 
 import llmkit
 from llmkit.bench.comparing import Comparison
 from llmkit.bench.quality import SAMPLE_TEXT
-from llmkit.errors import InvalidRequestError
+from llmkit.errors import EngineGoneError, InvalidRequestError
 from llmkit.notebook import progress
 from llmkit.notebook.monitor import ELSEWHERE, GpuMemory, Monitor, watch
 from llmkit.notebook.panel import ChatPanel, as_html
@@ -182,6 +183,38 @@ def test_a_panel_stops_edits_and_clears(panel: ChatPanel) -> None:
     ).value
 
 
+def test_a_panel_loses_nothing_that_is_not_sent(fake: FakeClient) -> None:
+    llm = llmkit.LLM(fake)
+    fake.description = replace(fake.description, inputs=("image",))
+    panel = ChatPanel(llm.session(max_tokens=2), "fake", sees=True)
+    panel._repr_mimebundle_()
+    upload = next(
+        each
+        for row in value(panel, "panel").children
+        for each in getattr(row, "children", ())
+        if getattr(each, "description", "") == "Picture"
+    )
+    sent: list[Any] = []
+    panel.send = lambda text, images=(): sent.append((text, images))  # type: ignore[method-assign]
+    chosen = {
+        "name": "a.png",
+        "type": "image/png",
+        "size": 1,
+        "content": memoryview(b"x"),
+        "last_modified": datetime.datetime.now(datetime.UTC),
+    }
+    upload.value = [chosen]
+    value(panel, "send").click()
+    value(panel, "box").value = "Look."
+    panel._turn = object()  # type: ignore[assignment]  # an answer is coming
+    value(panel, "send").click()
+    assert not sent and len(upload.value) == 1 and value(panel, "box").value == "Look."
+    panel._turn = None
+    value(panel, "send").click()
+    assert sent == [("Look.", [b"x"])] and not upload.value and value(panel, "box").value == ""
+    llm.unload()
+
+
 def test_a_panel_starts_over_without_waiting(fake: FakeClient) -> None:
     gate, execute = threading.Event(), fake.runner.execute
     gate.set()
@@ -263,6 +296,19 @@ def test_the_monitor_shows_each_request(llm: llmkit.LLM) -> None:
     stream.close()
     wait_for(lambda: not monitor.sample().requests)
     monitor.stop()
+
+
+def test_the_monitor_of_a_model_that_ends_elsewhere_says_so() -> None:
+    client = FakeClient()
+    monitor = Monitor(client, interval=0.25)
+    monitor._repr_mimebundle_()
+    assert ">live<" in monitor._widget.value
+    client.runner.crash_next = True
+    with pytest.raises(EngineGoneError):
+        client.submit(ask("x")).result(30)
+    wait_for(lambda: ">stopped<" in monitor._widget.value)
+    assert not monitor.running and "stopped" in repr(monitor)
+    client.close()
 
 
 def test_the_monitor_splits_the_memory_of_a_gpu(fake: FakeClient) -> None:

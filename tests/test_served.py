@@ -103,7 +103,7 @@ async def test_models_that_are_not_loaded_are_listed(api: Api) -> None:
 
 
 async def test_switching_the_default_waits_for_its_requests(api: Api, workers: Workers) -> None:
-    running = asyncio.create_task(api.post("/v1/chat/completions", chat("default", 450)))
+    running = asyncio.create_task(api.post("/v1/chat/completions", chat("default", 150)))
     await asyncio.to_thread(wait_for, lambda: workers.manager.status("first").num_used == 1)
     code, reply = await api.post("/admin/models/switch", {"model": "second", "drain": False})
     assert code == 409 and reply["error"]["code"] == "model_busy"
@@ -111,7 +111,7 @@ async def test_switching_the_default_waits_for_its_requests(api: Api, workers: W
     code, reply = await api.post("/admin/models/switch", {"model": "two"})
     assert code == 200 and (reply["id"], reply["phase"]) == ("second", "ready")
     code, reply = await running
-    assert code == 200 and reply["usage"]["completion_tokens"] > 100
+    assert code == 200 and reply["usage"]["completion_tokens"] > 50
     assert workers.manager.default == "second" and phase(workers, "first") == "unloaded"
     code, reply = await api.post("/v1/chat/completions", chat("default"))
     assert reply["model"] == "second"

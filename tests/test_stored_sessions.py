@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sqlite3
 import threading
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from llmkit.gateway.access.identity import LOCAL
 from llmkit.llm import LLM
 from llmkit.protocol import Message
 from llmkit.sessions.conversation import LOCAL_OWNER, open_store
+from llmkit.sessions.running import Interrupted
 from llmkit.sessions.session import Session
 from llmkit.store.conversations import ConversationStore
 
@@ -162,12 +164,78 @@ def test_each_second_is_kept(
     assert seen[-1].startswith(seen[0]) and len(seen[-1]) > len(seen[0])
 
 
+@pytest.mark.parametrize("stays", [True, False], ids=["held", "dropped"])
+def test_a_turn_that_nobody_reads_leaves_nothing(
+    llm: LLM, store: ConversationStore, stays: bool
+) -> None:
+    session = llm.session(id="x", temperature=0, max_tokens=3)
+    turns = [session.stream("unread")]
+    if not stays:
+        turns.clear()
+    session.say("hi")
+    assert stored(store, session) == said(session) and said(session)[0] == "hi"
+    for turn in turns:
+        turn.close()
+        list(turn)
+    assert stored(store, session) == said(session) and len(session) == 2
+    assert len(store.messages("local", session.id or "")) == 2
+
+
+@pytest.mark.parametrize("when", ["begin_turn", "end_reply"])
+def test_the_stop_button_leaves_no_answer_open(
+    llm: LLM, store: ConversationStore, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    session = llm.session(id="x", temperature=0, max_tokens=3)
+    session.say("hi")
+    real, presses = getattr(ConversationStore, when), [signal.SIGINT]
+
+    def stopped(*given: Any, **more: Any) -> Any:
+        for pressed in presses:
+            signal.raise_signal(pressed)
+        made = real(*given, **more)
+        while presses:
+            signal.raise_signal(presses.pop())
+        return made
+
+    monkeypatch.setattr(ConversationStore, when, stopped)
+    with pytest.raises(Interrupted, match="so far is in the session"):
+        session.say("again")
+    session.say("and again")
+    assert stored(store, session) == said(session) and len(session) == 6
+
+
+def test_the_panels_buttons_are_kept(
+    llm: LLM, store: ConversationStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    panel = llm.chat_panel(session=llm.session("s", id="x", temperature=0, max_tokens=3))
+    for text in ("one", "two"):
+        panel.send(text)
+        panel.wait(30)
+    assert stored(store, panel.session) == said(panel.session) and len(panel.session) == 5
+    assert panel.edit() == "two"
+    assert stored(store, panel.session) == said(panel.session) and len(panel.session) == 3
+    panel._repr_mimebundle_()
+    with monkeypatch.context() as patch:
+        for button in (panel.edit, panel.clear):
+
+            def full(*_: Any, **__: Any) -> Any:
+                raise StoreError("the disk is full")
+
+            patch.setattr(ConversationStore, "change", full)
+            button()
+            assert "the disk is full" in panel._widgets["coming"].value  # type: ignore[index]
+    panel.clear()
+    assert "disk" not in panel._widgets["coming"].value  # type: ignore[index]
+    assert stored(store, panel.session) == said(panel.session) == ["s"]
+
+
 def test_two_at_once(llm: LLM) -> None:
     one = llm.session(id="x", temperature=0, max_tokens=3)
     one.say("hi")
     two = llm.session(id=one.id)
-    turn = one.stream("first")
-    with pytest.raises(ConflictError, match="is being written at this point"):
+    turn = iter(one.stream("first"))
+    next(turn)
+    with pytest.raises(ConflictError, match=r"is being written at this point.*in a fork"):
         two.say("second")
     assert len(two) == 2
     list(turn)
@@ -186,7 +254,8 @@ def test_a_locked_database_loses_nothing(
     with engine.connect() as connection:
         connection.exec_driver_sql("PRAGMA busy_timeout=50")
     other = sqlite3.connect(tmp_path / "llmkit.db", isolation_level=None)
-    turn = session.stream("two")
+    turn = iter(session.stream("two"))
+    next(turn)
     other.execute("BEGIN IMMEDIATE")
     with pytest.raises(StoreError, match="another program holds it"):
         list(turn)

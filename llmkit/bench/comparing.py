@@ -33,13 +33,14 @@ def compare_models(
     """Implements `llmkit.compare`; ``load`` is `llmkit.load`."""
     if isinstance(names, str | Path) or not names:
         raise InvalidRequestError("compare takes a list of models.", "names")
-    for name in names:
-        resolve(name)  # report a bad name before an hour of measuring
+    # Now, to report a bad name before an hour of measuring.
+    paths = [resolve(name).path for name in names]
+    for path in paths:
+        _known(path)
     rows: list[dict[str, Any]] = []
     reference: list[TokenLogprob] | None = None
-    for name in names:
-        path = resolve(name).path
-        llm = next((m for m in loaded.living().values() if Path(m.model.path) == path), None)
+    for name, path in zip(names, paths, strict=True):
+        llm = _known(path)
         stays = llm is not None
         llm = llm or load(
             name, **{"n_ctx": n_ctx, "n_slots": max(batch_size, 1), "share": False, **options}
@@ -58,6 +59,22 @@ def compare_models(
             if not stays:
                 llm.unload()
     return Comparison(rows)
+
+
+def _known(path: Path) -> LLM | None:
+    """The handle of a file that is loaded here, whatever was made of it (``quantize=``).
+
+    Raises `InvalidRequestError` for one that writes no text.
+    """
+    known = loaded.of(path)
+    if known is None or known.closed:
+        living = loaded.living().values()
+        known = next((m for m in living if Path(m.model.path) == path), None)
+    if known is not None and known.model.use != "generate":
+        raise InvalidRequestError(
+            f"{known.name!r} does not write; compare takes models that do.", "names"
+        )
+    return known  # type: ignore[no-any-return]
 
 
 def _measure(llm: LLM, batch_size: int, prompt_tokens: int) -> dict[str, Any]:

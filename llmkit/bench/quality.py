@@ -8,13 +8,13 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections import deque
 from collections.abc import Sequence
 
 from llmkit.errors import InvalidRequestError
 from llmkit.protocol import GenerationRequest, SamplingParams, TokenLogprob
 from llmkit.protocol.client import EngineClient
 from llmkit.protocol.stream import Stream
+from llmkit.sessions.batches import Batch
 
 __all__ = ["SAMPLE_TEXT", "perplexity", "scores"]
 
@@ -63,20 +63,21 @@ def scores(
         if len(tokens) > size
         else range(1)
     )
-    running: deque[tuple[int, Stream]] = deque()
     entries: list[TokenLogprob] = []
+
+    def submit(start: int) -> Stream:
+        window = tuple(tokens[start : start + size])
+        request_id = f"quality-{next(_ids)}-{time.time_ns()}"
+        return client.submit(GenerationRequest(request_id, params, prompt=window))
+
+    batch = Batch(submit, 2 * client.description.n_slots)
     try:
-        for start in [*starts, None]:
-            while running and (start is None or len(running) >= 2 * client.description.n_slots):
-                begin, stream = running.popleft()
-                entries += stream.result().prompt_logprobs[max(1, len(entries) + 1 - begin) :]
-            if start is not None:
-                window = tuple(tokens[start : start + size])
-                request_id = f"quality-{next(_ids)}-{time.time_ns()}"
-                request = GenerationRequest(request_id, params, prompt=window)
-                running.append((start, client.submit(request)))
+        for start, scored in zip(starts, batch.results(starts), strict=True):
+            if isinstance(scored, Exception):
+                raise scored
+            entries += scored.prompt_logprobs[max(1, len(entries) + 1 - start) :]
     finally:
-        for _, stream in running:
+        for stream in batch.running:
             stream.close()
     return entries
 

@@ -13,6 +13,7 @@ from llmkit.cli.endpoint import Endpoint, EndpointError, checked, events_of
 from llmkit.errors import InvalidRequestError
 from llmkit.protocol import Message
 from llmkit.sessions.messages import to_json, with_media
+from llmkit.system.waiting import deferred
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -157,9 +158,11 @@ class RemotePartner:
         }
         answer = _Answer()
         failed = False
-        kept = self._transcript
-        reply = None if kept is None else kept.begin(self.messages, [question])
+        reply = None
         try:
+            if self._transcript is not None:
+                with deferred():  # nothing else would end it
+                    reply = self._transcript.begin(self.messages, [question])
             with self._endpoint.open("POST", "/chat/completions", body) as response:
                 for event in events_of(response):
                     yield from answer.take(event)

@@ -32,7 +32,10 @@ class Admission:
 
     def __init__(self, most: int) -> None:
         self._most = most
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
+        self._is_counting = False
+        # Not yet counted: the garbage collector may end requests in the middle of a count.
+        self._left: list[str] = []
         self._waiting: dict[str, int] = {}
         self._total = 0
         # Places taken from a caller whose requests have not been refused yet.
@@ -45,23 +48,27 @@ class Admission:
         """Take ``count`` places, or none. Returns the callers to displace, one entry per request to
         refuse. Raises `QueueFullError`."""
         with self._lock:
-            displaced: list[str] = []
-            for taken in range(count):
-                if self._total >= self._most:
-                    largest = max(self._waiting, key=lambda c: self._waiting[c], default=caller)
-                    if (
-                        largest == caller
-                        or self._waiting[largest] <= self._waiting.get(caller, 0) + 1
-                    ):
-                        self._undo(caller, taken, displaced)
-                        raise QueueFullError(
-                            f"{self._total} requests are already waiting; try again later"
-                        )
-                    self._add(largest, -1)
-                    self._owed[largest] = self._owed.get(largest, 0) + 1
-                    displaced.append(largest)
-                self._add(caller, 1)
-            return displaced
+            self._is_counting = True
+            try:
+                return self._enter(caller, count)
+            finally:
+                self._count_left()
+
+    def _enter(self, caller: str, count: int) -> list[str]:
+        displaced: list[str] = []
+        for taken in range(count):
+            if self._total >= self._most:
+                largest = max(self._waiting, key=lambda c: self._waiting[c], default=caller)
+                if largest == caller or self._waiting[largest] <= self._waiting.get(caller, 0) + 1:
+                    self._undo(caller, taken, displaced)
+                    raise QueueFullError(
+                        f"{self._total} requests are already waiting; try again later"
+                    )
+                self._add(largest, -1)
+                self._owed[largest] = self._owed.get(largest, 0) + 1
+                displaced.append(largest)
+            self._add(caller, 1)
+        return displaced
 
     def _undo(self, caller: str, taken: int, displaced: list[str]) -> None:
         self._add(caller, -taken)
@@ -72,8 +79,19 @@ class Admission:
     def leave(self, caller: str) -> None:
         """One of the caller's requests no longer waits: it runs or has ended."""
         with self._lock:
-            if not self._settle(caller):
-                self._add(caller, -1)
+            self._left.append(caller)
+            if not self._is_counting:
+                self._count_left()
+
+    def _count_left(self) -> None:
+        self._is_counting = True
+        try:
+            while self._left:
+                caller = self._left.pop()
+                if not self._settle(caller):
+                    self._add(caller, -1)
+        finally:
+            self._is_counting = False
 
     def _settle(self, caller: str) -> bool:
         """Account for one place taken from the caller; False if there was none."""

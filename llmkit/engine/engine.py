@@ -115,8 +115,8 @@ class Engine:
         self._closed = False
         self._failure: str | None = None
         # Whose tokens the running step computes, and whose abort has arrived: a step is interrupted
-        # only if no other request loses tokens.
-        self._step_lock = threading.Lock()
+        # only if no other request loses tokens. The garbage collector may abort within the lock.
+        self._step_lock = threading.RLock()
         self._in_step: frozenset[str] = frozenset()
         self._aborted: set[str] = set()
         self._thread = threading.Thread(target=self._run, name="llmkit-engine", daemon=True)
@@ -285,8 +285,9 @@ class Engine:
             if not self._is_stuck:
                 time.sleep(HELD_S)
             return
+        in_step = frozenset(running[c.slot] for c in batch.chunks)
         with self._step_lock:
-            self._in_step = frozenset(running[c.slot] for c in batch.chunks)
+            self._in_step = in_step
             if self._in_step and self._in_step <= self._aborted:
                 self._runner.interrupt()
         drafting = 0.0 if self._drafter is None else self._drafter.seconds - self._drafted_s

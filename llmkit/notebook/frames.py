@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -18,6 +17,7 @@ from llmkit.notebook.progress import Progress
 from llmkit.protocol import Completion
 from llmkit.protocol.stream import Stream
 from llmkit.sessions.answers import Answers
+from llmkit.sessions.batches import Batch
 from llmkit.sessions.messages import as_messages
 from llmkit.sessions.running import BATCH_WINDOW, Interrupted, is_constrained, make_request
 
@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     import pandas as pd
 
 __all__ = ["map_rows", "map_table"]
-
-Answer = Completion | LLMKitError
 
 
 def map_table(
@@ -91,21 +89,12 @@ def map_rows(
             "into",
         )
     rows = _Rows(len(table), text_of, made)
-    waiting: deque[Stream | LLMKitError] = deque()
+    batch: Batch[Any] = Batch(lambda prompt: _begin(prompt, submit), window)
     try:
-        for prompt in _prompts(table, template):
-            while len(waiting) >= window:
-                rows.add(waiting.popleft())
-            stream = _begin(prompt, submit)
-            while isinstance(stream, QueueFullError) and waiting:
-                rows.add(waiting.popleft())
-                stream = _begin(prompt, submit)
-            waiting.append(stream)
-        while waiting:
-            rows.add(waiting[0])
-            waiting.popleft()
+        for result in batch.results(_prompts(table, template)):
+            rows.add(result)
     except BaseException:
-        running += [s for s in waiting if isinstance(s, Stream)]
+        running += batch.running
         for each in running:
             each.close()
         raise
@@ -128,13 +117,14 @@ class _Rows:
         self._text_of, self._made = text_of, made
         self._num_failed = 0
 
-    def add(self, stream: Stream | LLMKitError) -> None:
-        """Wait for a row's result and record it."""
-        result = _result(stream)
+    def add(self, result: Completion | Exception) -> None:
+        """Record what became of a row. Raises what concerns them all."""
         if isinstance(result, Completion):
             self._made.append(replace(result, tokens=(), logprobs=(), prompt_logprobs=()))
             self.answers.append(self._text_of(result))
             self.errors.append(None)
+        elif _is_general(result):
+            raise result
         else:
             self._num_failed += 1
             self.answers.append(None)
@@ -149,21 +139,17 @@ def _begin(prompt: Any, submit: Callable[[Any], Stream]) -> Stream | LLMKitError
         return prompt
     try:
         return submit(prompt)
-    except (ModelUnloadedError, EngineGoneError):
-        raise
     except LLMKitError as error:
+        if _is_general(error) or isinstance(error, QueueFullError):
+            raise
         return error
 
 
-def _result(stream: Stream | LLMKitError) -> Answer:
-    if isinstance(stream, LLMKitError):
-        return stream
-    try:
-        return stream.result()
-    except (ModelUnloadedError, EngineGoneError):
-        raise
-    except LLMKitError as error:
-        return error
+def _is_general(error: Exception) -> bool:
+    """Whether it is none of a single row."""
+    return not isinstance(error, LLMKitError) or isinstance(
+        error, ModelUnloadedError | EngineGoneError
+    )
 
 
 def _prompts(table: pd.DataFrame, template: str | Callable[[Any], Any]) -> Iterator[Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import builtins
 import re
 import shlex
 from collections.abc import Callable, Sequence
@@ -17,6 +18,7 @@ from llmkit.media.addresses import digest_of
 from llmkit.media.given import picture_file
 from llmkit.notebook.thumbnails import thumbnail_html
 from llmkit.runtime.loaded import loaded
+from llmkit.sessions.running import Interrupted
 
 __all__ = ["COMMANDS", "LLMMagics", "complete"]
 
@@ -26,6 +28,13 @@ COMMANDS = ("load", "list", "use", "unload", "estimate", "status", "serve", "pro
 PLACE = re.compile(r"(?<![{$])\{([A-Za-z_]\w*(?:\.[A-Za-z_]\w*|\[\w+\])*)\}(?!\})")
 
 MISSING = object()
+# Of models that do not write: what they do, and how to have them do it.
+OTHER_USES = {
+    "hear": "hears and does not write; use .transcribe()",
+    "speak": "speaks and does not write; use .say()",
+    "draw": "draws and does not write; use .generate()",
+    "embed": "makes vectors and does not write; use .embed() or .rerank()",
+}
 
 
 class Help(Exception):
@@ -124,6 +133,8 @@ class LLMMagics(Magics):
             return self._line(line) if cell is None else self._cell(line, cell)
         except Help as text:
             print(text)
+        except KeyboardInterrupt as error:
+            raise error if isinstance(error, Interrupted) else Interrupted("stopped") from None
         except (LLMKitError, OSError, TypeError) as error:
             raise UsageError(str(error)) from None
         return None
@@ -136,7 +147,7 @@ class LLMMagics(Magics):
 
     def _cell(self, line: str, cell: str) -> None:
         options = cell_parser().parse_args([self._expand(word) for word in _split(line)])
-        llm = self._model(options.model)
+        llm = self._writer(options.model)
         prompt = (cell if options.raw else self._expand(cell)).strip()
         if not prompt:
             raise UsageError("%%llm: the cell is empty; write a prompt below the first line.")
@@ -163,6 +174,10 @@ class LLMMagics(Magics):
             for piece in stream:
                 print(piece, end="", flush=True)
             print()
+        except KeyboardInterrupt:
+            stream.close()
+            kept = options.output or "llm.last"
+            raise Interrupted(f"generation stopped; the text so far is in {kept}") from None
         finally:
             if options.output:
                 self._variables[options.output] = stream.wait(1.0) or llm.last
@@ -177,7 +192,15 @@ class LLMMagics(Magics):
 
     def _value(self, match: re.Match[str]) -> str:
         value = _found(self._variables, match[1], MISSING)
-        return match[0] if value is MISSING else str(value)
+        is_text = value is MISSING or self._is_not_the_users(re.split(r"\W", match[1])[0])
+        return match[0] if is_text else str(value)
+
+    def _is_not_the_users(self, name: str) -> bool:
+        """Whether a variable is IPython's or Python's own: pasted code has such names in braces."""
+        if not name.strip("_") or (name.startswith("__") and name.endswith("__")):
+            return True
+        value, hidden = self._variables[name], getattr(self.shell, "user_ns_hidden", {})
+        return value is hidden.get(name, MISSING) or value is vars(builtins).get(name, MISSING)
 
     def _line(self, line: str) -> Any:
         options = line_parser().parse_args(_split(line) or ["--help"])
@@ -187,7 +210,8 @@ class LLMMagics(Magics):
     def _load(self, options: argparse.Namespace) -> Any:
         llm = self._load_model(options.model, n_ctx=options.n_ctx, n_slots=options.n_slots)
         self._variables[options.variable] = llm
-        self.used = llm.name
+        if llm.model.use == "generate":
+            self.used = llm.name
         return llm
 
     def _list(self, _: argparse.Namespace) -> None:
@@ -222,14 +246,21 @@ class LLMMagics(Magics):
         return self._model(options.model).serve()
 
     def _profile(self, options: argparse.Namespace) -> Any:
-        return self._model(options.model).profile()
+        return self._writer(options.model).profile()
 
     def _used(self) -> str | None:
         if self.used in loaded.living():
             return self.used
         latest = list(reversed(loaded.living().items()))
-        writing = [name for name, handle in latest if hasattr(handle, "chat")]
+        writing = [name for name, handle in latest if handle.model.use == "generate"]
         return next(iter([*writing, *(name for name, _ in latest)]), None)
+
+    def _writer(self, name: str | None) -> Any:
+        """The model of a cell. Raises `InvalidRequestError` for one that writes no text."""
+        llm = self._model(name)
+        if llm.model.use in OTHER_USES:
+            raise InvalidRequestError(f"{llm.name!r} {OTHER_USES[llm.model.use]}.", "model")
+        return llm
 
     def _model(self, name: str | None) -> Any:
         wanted = name or self._used()

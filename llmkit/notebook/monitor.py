@@ -150,14 +150,17 @@ class Monitor:
             return ()
 
     def _run(self) -> None:
-        while not self._stopped.wait(self._interval):
-            try:
-                sample = self._take()
-            except (LLMKitError, psutil.Error):
-                break
-            self._last = sample
+        try:
+            while not self._stopped.wait(self._interval):
+                try:
+                    sample = self._take()
+                except (LLMKitError, psutil.Error):
+                    break
+                self._last = sample
+                self._show()
+        finally:
+            self._stopped.set()
             self._show()
-        self._stopped.set()
 
     def _show(self) -> None:
         widget = self._widget

@@ -14,15 +14,16 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 import urllib.error
 import urllib.request
 from dataclasses import dataclass, field
 from html import escape
 from http.client import HTTPException
-from typing import IO
+from typing import IO, Any
 from urllib.parse import urlsplit
 
-from llmkit.errors import EngineError
+from llmkit.errors import EngineError, LLMKitError
 from llmkit.protocol import ModelDescription, Origin
 from llmkit.system.process import python_path
 
@@ -34,6 +35,8 @@ NO_EXTENSION = (
     "enables the extension; check with `jupyter server extension list`) and restart the server."
 )
 START_TIMEOUT_S = 30
+LISTED_AFTER_S = (0.0, 0.3, 0.6)  # a gateway looks for models four times a second
+DB_URL = "LLMKIT_DB_URL"
 # No proxy: the token must reach only this server.
 DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
@@ -118,11 +121,11 @@ class Endpoint:
 def find_or_start(model: ModelDescription, origin: Origin, port: int) -> Endpoint:
     """The gateway of the Jupyter server that owns this kernel, else a new one on loopback.
 
-    Without the extension in that server, or with a ``port``, a new one is started. Raises
-    `EngineError` when it cannot be.
+    With a ``port``, or if that server has no such gateway or does not list the model, a new one is
+    started. Raises `EngineError` when it cannot be.
     """
     if origin.kernel_id is not None and port == 0:
-        endpoint = _in_jupyter(model)
+        endpoint = _in_jupyter(model, f"{model.name}@{origin.label}")
         if endpoint is not None:
             return endpoint
     if origin.pid is None:
@@ -132,8 +135,11 @@ def find_or_start(model: ModelDescription, origin: Origin, port: int) -> Endpoin
     return _start(model, port, origin.pid)
 
 
-def _in_jupyter(model: ModelDescription) -> Endpoint | None:
-    """The gateway of the server that is this kernel's parent, found in the runtime directory."""
+def _in_jupyter(model: ModelDescription, exact: str) -> Endpoint | None:
+    """The gateway of the server that is this kernel's parent, found in the runtime directory.
+
+    None if that does not list the model, whose ``exact`` name is its own wherever it lives.
+    """
     try:
         from jupyter_server.serverapp import list_running_servers
 
@@ -151,8 +157,14 @@ def _in_jupyter(model: ModelDescription) -> Endpoint | None:
         f"{url}/v1/models", headers={"Authorization": f"Bearer {token}"}
     )
     try:
-        with DIRECT.open(request, timeout=5) as reply:
-            json.load(reply)
+        for delay in LISTED_AFTER_S:
+            time.sleep(delay)
+            with DIRECT.open(request, timeout=5) as reply:
+                name = _name_of(model, exact, json.load(reply))
+            if name is not None:
+                break
+        else:
+            return None
     except urllib.error.HTTPError as error:
         if error.code == 404:
             print(NO_EXTENSION, file=sys.stderr)
@@ -163,7 +175,23 @@ def _in_jupyter(model: ModelDescription) -> Endpoint | None:
         "the token of this Jupyter server "
         "(under JupyterHub: an API token of yours, such as $JUPYTERHUB_API_TOKEN)"
     )
-    return Endpoint(f"{_public_url(url)}/v1", model.name, token, how, in_jupyter=True)
+    return Endpoint(f"{_public_url(url)}/v1", name, token, how, in_jupyter=True)
+
+
+def _name_of(model: ModelDescription, exact: str, listing: Any) -> str | None:
+    """By which of the listed names a gateway reaches this very model; None: by none.
+
+    The newest of a name has the plain one, others are ``name@kernel``, with a number if there are
+    several in the kernel.
+    """
+    entries = listing.get("data") if isinstance(listing, dict) else None
+    ids = [
+        str(entry.get("id"))
+        for entry in entries or ()
+        if isinstance(entry, dict) and entry.get("created") == model.created
+    ]
+    mine = [i for i in ids if i == exact or i.startswith(f"{exact}-")]
+    return next((i for i in (*mine, *ids) if i in (*mine, model.name)), None)
 
 
 def _public_url(url: str) -> str:
@@ -188,6 +216,20 @@ def _first_line(output: IO[str]) -> str:
     return lines[0] if lines else ""
 
 
+def _database() -> dict[str, str]:
+    """The variable with the database of this process's sessions, which the gateway is to share.
+
+    Other settings of the user are for a gateway of theirs: keys, hosts, models to load.
+    """
+    from llmkit.settings.serving import read_settings
+
+    try:
+        url = read_settings({}).gateway.db_url
+    except LLMKitError:  # something else is wrong there, which `llmkit serve` would tell
+        url = os.environ.get(DB_URL)
+    return {DB_URL: url} if url else {}
+
+
 def _start(model: ModelDescription, port: int, pid: int) -> Endpoint:
     """A gateway in a process of its own, which ends with this one.
 
@@ -209,6 +251,7 @@ def _start(model: ModelDescription, port: int, pid: int) -> Endpoint:
     inherited = {k: v for k, v in os.environ.items() if not k.startswith("LLMKIT_")}
     environment = {
         **inherited,
+        **_database(),
         "LLMKIT_API_KEY": key,
         "LLMKIT_HOST": "127.0.0.1",
         "PYTHONPATH": python_path(),

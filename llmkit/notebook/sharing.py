@@ -47,9 +47,11 @@ class Sharing:
         if self._endpoint is not None and port not in (0, self._endpoint.port):
             self._endpoint.close()
             self._endpoint = None
-        if self._endpoint is None or not self._endpoint.alive:
-            self._endpoint = serving.find_or_start(engine.description, origin, port)
-        return self._endpoint
+        # The name in Jupyter's gateway changes when another kernel loads a model of that name.
+        found = self._endpoint
+        if found is None or not found.alive or found.in_jupyter:
+            found = self._endpoint = serving.find_or_start(engine.description, origin, port)
+        return found
 
     def close(self) -> None:
         """End the endpoint, then the bridge."""

@@ -13,7 +13,7 @@ from typing import Any
 
 from llmkit.errors import ConflictError, InvalidRequestError, LLMKitError, NotFoundError
 from llmkit.protocol import Message
-from llmkit.store.conversation_records import is_session_id
+from llmkit.store.conversation_records import UNDER_WAY, is_session_id
 from llmkit.store.conversations import (
     ConversationStore,
     NewMessage,
@@ -117,13 +117,20 @@ class Transcript:
         """Write a question, and that it is being answered."""
         self._settle()
         place, rest = self._find([*messages, *new])
-        turn = self.store.begin_turn(
-            self.conversation.owner,
-            self.id,
-            place,
-            self._new(rest),
-            model=self._model,
-        )
+        try:
+            turn = self.store.begin_turn(
+                self.conversation.owner,
+                self.id,
+                place,
+                self._new(rest),
+                model=self._model,
+            )
+        except ConflictError as error:
+            if not str(error).startswith(UNDER_WAY):
+                raise
+            raise ConflictError(
+                f"{UNDER_WAY} Wait for it, leave the loop that reads it, or go on in a fork."
+            ) from None
         for stored, message in zip(turn[:-1], rest, strict=True):
             self._add(stored, message)
         return Reply(self, self.store, turn)

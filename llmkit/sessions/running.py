@@ -7,7 +7,7 @@ import itertools
 import os
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -23,6 +23,7 @@ from llmkit.protocol import (
 )
 from llmkit.protocol.client import EngineClient
 from llmkit.protocol.stream import Channel, Stream
+from llmkit.sessions.batches import Batch
 
 __all__ = [
     "BATCH_WINDOW",
@@ -35,7 +36,7 @@ __all__ = [
     "new_id",
 ]
 
-# Prompts of one batch call in the engine at once: above any slot count, below the queue's limit.
+# Prompts of one batch call in the engine at once: above any slot count.
 BATCH_WINDOW = 256
 REQUEST_OPTIONS = ("priority", "caller", "cache_salt", "lora", "suffix", "parse_special")
 SHAPES = ("json_schema", "regex", "choice")
@@ -145,12 +146,23 @@ class Runs:
     def complete(self, requests: Iterable[GenerationRequest]) -> list[Completion]:
         """All completions, in order. An interrupt or a failed request stops the others."""
         streams: list[Stream] = []
+
+        def submit(numbered: tuple[int, GenerationRequest]) -> Stream:
+            place, request = numbered
+            if place < len(streams):  # once more, but the engine may still know its id
+                request = replace(request, request_id=new_id())
+            stream = self.submit(request)
+            streams[place : place + 1] = [stream]
+            return stream
+
+        def taken(result: Completion | Exception) -> Completion:
+            if isinstance(result, Exception):
+                raise result
+            return result
+
+        batch = Batch(submit, BATCH_WINDOW)
         try:
-            for i, request in enumerate(requests):
-                if i >= BATCH_WINDOW:
-                    streams[i - BATCH_WINDOW].result()
-                streams.append(self.submit(request))
-            return [s.result() for s in streams]
+            return [taken(result) for result in batch.results(enumerate(requests))]
         except BaseException as error:
             self.stop(streams)
             if isinstance(error, KeyboardInterrupt):

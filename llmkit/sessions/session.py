@@ -22,6 +22,7 @@ from llmkit.protocol.stream import Stream
 from llmkit.sessions.messages import NOTHING, as_messages, from_json, to_json, with_media
 from llmkit.sessions.pruning import shortened
 from llmkit.sessions.running import SHAPES, Interrupted, is_constrained, make_request
+from llmkit.system.waiting import deferred
 
 if TYPE_CHECKING:
     from llmkit.sessions.conversation import Reply, Transcript
@@ -129,7 +130,10 @@ class Session:
         return turn.completion
 
     def stream(self, text: str, *, images: Any = (), sounds: Any = (), **sampling: Any) -> Turn:
-        """Send a message; the answer piece by piece. Leaving the loop ends the answer there."""
+        """Send a message; the answer piece by piece. Leaving the loop ends the answer there.
+
+        The turn begins with the first piece that is read; one that nobody reads leaves nothing.
+        """
         if not isinstance(text, str) or not text.strip():
             raise InvalidRequestError("the message must be a non-empty text.", "text")
         said = with_media([Message("user", text)], self.files, images, sounds)
@@ -153,14 +157,9 @@ class Session:
 
     def _turn(self, new: list[Message], sampling: dict[str, Any]) -> Turn:
         stream = self._submit([*self.messages, *new], {**self.sampling, **sampling}, self.files)
-        try:
-            kept = self._transcript
-            reply = None if kept is None else kept.begin(self.messages, new)
-        except BaseException:
-            stream.close()
-            raise
+        kept = self._transcript
 
-        def keep(done: Completion) -> None:
+        def keep(done: Completion, reply: Reply | None) -> None:
             answer = Message("assistant", done.text, reasoning_content=done.reasoning or None)
             self.messages.extend([*new, answer])
             if reply is not None:
@@ -169,7 +168,8 @@ class Session:
                 reply.end(answer, done.finish_reason.value, usage_of(done))
 
         constrained = is_constrained({**self.sampling, **sampling})
-        return Turn(stream, self._reader(constrained), keep, reply)
+        begin = None if kept is None else lambda: kept.begin(self.messages, new)
+        return Turn(stream, self._reader(constrained), keep, begin)
 
     @property
     def num_turns(self) -> int:
@@ -310,11 +310,13 @@ class Turn:
         self,
         stream: Stream,
         reader: AnswerReader,
-        keep: Callable[[Completion], None],
-        reply: Reply | None = None,
+        keep: Callable[[Completion, Reply | None], None],
+        begin: Callable[[], Reply] | None = None,
     ) -> None:
-        self._stream, self._reader, self._keep, self._reply = stream, reader, keep, reply
-        self._kept = self._is_read = False
+        """``begin`` writes down that the answer is coming; ``keep`` gets what it returned."""
+        self._stream, self._reader, self._keep, self._begin = stream, reader, keep, begin
+        self._reply: Reply | None = None
+        self._is_begun = self._kept = self._is_read = False
         self.text = ""  # so far
         self.reasoning = ""  # so far; not in the text
 
@@ -326,6 +328,7 @@ class Turn:
         """The answer as it arrives, with the reasoning before it."""
         failed = False
         try:
+            self._start()
             for piece in self._stream:
                 yield from self._take(self._reader.read([Delta(piece, 0)]))
                 if self._reply is not None:
@@ -336,12 +339,21 @@ class Turn:
             failed = True
             raise
         finally:
-            self._stream.close()
-            if not failed:
-                self._finish()
-            elif self._reply is not None and not self._kept:
-                self._kept = True
-                self._reply.fail(self.text, self.reasoning)
+            with deferred():  # a reply that is not ended here is in the way of the next turn
+                self._stream.close()
+                if not failed:
+                    self._finish()
+                elif self._reply is not None and not self._kept:
+                    self._kept = True
+                    self._reply.fail(self.text, self.reasoning)
+
+    def _start(self) -> None:
+        if self._is_begun or self._kept:
+            return
+        self._is_begun = True
+        if self._begin is not None:
+            with deferred():
+                self._reply = self._begin()
 
     def _take(self, events: list[Event]) -> Iterator[Content | Reasoning]:
         for event in events:
@@ -365,7 +377,10 @@ class Turn:
         if not self._kept:
             self._kept = True
             done = self.completion  # the engine may have been ahead of a reader who left
-            self._keep(done if self._is_read else replace(done, finish_reason=FinishReason.ABORT))
+            if not self._is_read:
+                done = replace(done, finish_reason=FinishReason.ABORT)
+            if self._is_begun:
+                self._keep(done, self._reply)
 
     @property
     def completion(self) -> Completion:
