@@ -213,8 +213,8 @@ class LLM(Handle):
         float32 of shape (n, size), or (size,) for a single text; for a table's column (a pandas
         Series), a DataFrame with the column's index.
 
-        ``normalize`` scales them to length 1, so that ``a @ b`` is the cosine similarity. Blocks, ■
-        stops it; texts of this call and of other callers are computed together.
+        ``normalize`` scales them to length 1, so that ``a @ b`` is the cosine similarity. Blocks; ■
+        stops it. Texts of this call and of other callers are computed together.
         """
         from llmkit.notebook import arrays
 

@@ -305,8 +305,8 @@ def _remote(where: str, model: str | None, key: str | None) -> EngineClient:
 
 
 def estimate(model: str | Path = "smollm2", **options: Any) -> MemoryEstimate:
-    """The memory that `load` would take with these options, without a draft model; of a model that
-    hears with an hour of sound.
+    """The memory that `load` would take with these options, without a draft model; for a model
+    that hears, with an hour of sound.
 
     Reads the file's header only. Raises what `load` raises for invalid files and options.
     """

@@ -86,7 +86,7 @@ class SpeechToText(_Sounding):
         and ``last`` has what was heard so far.
 
         Raises `InvalidRequestError` for what is no sound, and for unknown languages, and
-        `ModelUnloadedError` after an ``unload()`` meanwhile.
+        `ModelUnloadedError` if it is unloaded meanwhile.
         """
         hearing = Hearing(sound_bytes(sound, rate), language, translate, temperature, words)
         request = GenerationRequest(new_id(), prompt=prompt, hearing=hearing)

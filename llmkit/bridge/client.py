@@ -74,7 +74,7 @@ class BridgeClient:
         self._draining: str | None = None
         self._is_blameless = False
         self._version = wire.VERSION  # until it says its own
-        self._is_welcome = False
+        self._has_answered = False
         self._again = again
         self._line = EngineLine(connection, self, weighs=weighs, keys=keys, again=again)
         self._line.begin()
@@ -92,9 +92,9 @@ class BridgeClient:
         )
 
     @property
-    def is_welcome(self) -> bool:
+    def has_answered(self) -> bool:
         """Whether the engine has ever answered a greeting."""
-        return self._is_welcome
+        return self._has_answered
 
     @property
     def version(self) -> int:
@@ -242,7 +242,7 @@ class BridgeClient:
             welcome = wire.decode(body, wire.Welcome)
             self._line.greeting = False
             self._description, self._version = welcome.description, welcome.version
-            self._is_welcome = True
+            self._has_answered = True
             why = wire.stranger(welcome.version, welcome.llmkit)
             if why is not None:
                 self.lose(f"the model {self._description.name!r} cannot be used: {why}.")

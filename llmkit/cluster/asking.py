@@ -28,7 +28,7 @@ MAX_IN_COMPANY = 2 * MAX_DEATHS  # then it fails, though others may have been to
 class Asking:
     """One question, asked again elsewhere when the replica is lost before its answer, or full.
 
-    Only what the model ``computes`` says whether a replica works.
+    Only a question whose answer the model ``computes`` shows whether a replica works.
     """
 
     def __init__(

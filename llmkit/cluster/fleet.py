@@ -66,7 +66,7 @@ class FleetEngine(BridgeClient):
     @property
     def state(self) -> EngineState:
         found = super().state
-        if found.phase != "ready" or self.is_welcome:
+        if found.phase != "ready" or self.has_answered:
             return found
         name = self.description.name
         return EngineState(

@@ -198,14 +198,14 @@ class Gateway:
         if exchange.path in EDITING:
             return max(self.max_body_bytes, self._max_media_bytes)
         if exchange.path == SUBMITTING:  # also what is drawn from a picture
-            limit = self._limit(self._directory.may(lambda model: model.inputs))
-            hears = self._directory.may(lambda model: model.hears)
+            limit = self._limit(self._directory.any_may(lambda model: model.inputs))
+            hears = self._directory.any_may(lambda model: model.hears)
             return max(limit, self._max_attached_bytes) if hears else limit
         return self.message_limit() if SEEING.fullmatch(exchange.path) else self.max_body_bytes
 
     def message_limit(self) -> int:
         """The largest body of a chat, in bytes, with the models that are there or offered now."""
-        return self._limit(self._directory.may(lambda model: model.senses))
+        return self._limit(self._directory.any_may(lambda model: model.senses))
 
     def _limit(self, has_media: bool) -> int:
         return max(self.max_body_bytes, self._max_media_bytes) if has_media else self.max_body_bytes

@@ -81,9 +81,9 @@ class EngineDirectory:
         self._refresh()
         return list(self._clients.values())
 
-    def may(self, can: Callable[[ModelDescription], object]) -> bool:
-        """Whether a model can do something, whoever asks: one that is here, or one that is offered
-        and was so when it was last here. Of one that never was, nobody knows, so it may."""
+    def any_may(self, can: Callable[[ModelDescription], object]) -> bool:
+        """Whether a model may be able to do something, whoever asks: one that is here can, or one
+        that is offered could when it was last here, or was never here, so that nobody knows."""
         here = [client.description for client in self.clients()]
         newest = {each.name: each for each in reversed(here)}
         self._known = {n: newest.get(n) or self._known.get(n) for n in self._offered()}

@@ -103,8 +103,8 @@ class Storage:
         files = {file.resolve() for file in files_to_remove(self._library, model)}
         if files & (in_use | self._held()):
             raise ModelBusyError(
-                f"the model {model.id!r} is in use: it is loaded, or will be in a moment, or "
-                "another that is loaded needs it; unload that first."
+                f"the model {model.id!r} is in use: it is loaded or being loaded, or a loaded "
+                "model needs it, as its draft model say. Unload that model first."
             )
         try:
             return remove(self._library, model)

@@ -27,8 +27,8 @@ def check_rate(rate: Any, param: str) -> int:
     is_number = isinstance(rate, Real) and not isinstance(rate, bool)
     if not is_number or not LOWEST <= rate <= HIGHEST or rate != int(rate):
         raise InvalidRequestError(
-            f"{param}: the rate is {rate!r:.20}; sound has {LOWEST} to {HIGHEST} samples a second, "
-            "a whole number.",
+            f"{param}: the rate is {rate!r:.20}; it must be a whole number of samples per second, "
+            f"from {LOWEST} to {HIGHEST}.",
             param,
         )
     return int(rate)
@@ -58,7 +58,7 @@ def floats(samples: np.ndarray, param: str) -> np.ndarray:
         return np.asarray(np.clip(known, -1, 1), np.float32)
     if samples.dtype.kind not in "iu":
         raise InvalidRequestError(
-            f"{param}: {samples.dtype} is no type of samples; give floats from -1 to 1, or "
+            f"{param}: samples cannot be of type {samples.dtype}; give floats from -1 to 1, or "
             "integers.",
             param,
         )

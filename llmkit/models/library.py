@@ -225,7 +225,7 @@ class Library:
 
     def get(self, name: str) -> StoredModel | None:
         """The model of exactly that name, or that was downloaded to the models dir by it, which
-        comes first. Compares with no other name, so it costs little."""
+        comes first. Looks for no similar names, so it costs little."""
         known = self._recent()[1].get(name)
         is_own = known is not None and known.source == "folder"
         return known if is_own else next(iter(self._downloaded(name)), known)

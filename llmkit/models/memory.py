@@ -199,8 +199,8 @@ def estimate(
 
 
 def speech_estimate(path: Path, n_gpu_layers: int | str = "auto") -> MemoryEstimate:
-    """The memory that a model takes that hears, with an hour of sound, or that speaks; ``path`` is
-    its file. What hears is on a GPU if ``n_gpu_layers`` says so."""
+    """The memory that a model of speech takes: one that hears with an hour of sound, or one that
+    speaks; ``path`` is its file. Only one that hears is on a GPU, if ``n_gpu_layers`` says so."""
     size, hears = path.stat().st_size, speech_kind(path) == "whisper"
     on_gpu = size + SPEECH_GPU_BYTES if hears and n_gpu_layers not in ("auto", 0) else 0
     return MemoryEstimate(

@@ -146,7 +146,7 @@ def _begin(prompt: Any, submit: Callable[[Any], Stream]) -> Stream | LLMKitError
 
 
 def _is_general(error: Exception) -> bool:
-    """Whether it is none of a single row."""
+    """Whether it concerns all rows, not a single one."""
     return not isinstance(error, LLMKitError) or isinstance(
         error, ModelUnloadedError | EngineGoneError
     )

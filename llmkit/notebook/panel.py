@@ -63,8 +63,8 @@ class ChatPanel:
     def send(self, text: str, images: Any = ()) -> None:
         """Send a message, with pictures as for `LLM.chat`; returns at once.
 
-        After ``edit()`` it has those of the message that was taken back, unless others are given,
-        and its sounds.
+        After ``edit()`` it also has the sounds of the message that was taken back, and its pictures
+        unless others are given.
         """
         with self._lock:
             if self._turn is not None or not text.strip():
@@ -123,7 +123,7 @@ class ChatPanel:
             return message
 
     def _given(self, images: Any) -> Attached:
-        """What goes with a message: these pictures, if there are any, before those taken back."""
+        """What goes with a message: these pictures, else those taken back; and the sounds."""
         if images is None or (isinstance(images, list | tuple) and not images):
             # Should it be refused, the next message must not be refused for it, too.
             given, self._again = self._again, Attached()

@@ -122,7 +122,7 @@ class SerialEngine(ABC):
             if request.caller not in self._served:
                 self._served[request.caller] = least + self._owed.pop(request.caller, 0.0)
             found = [self._newest(c) for c in displaced]
-            out = [each for each in found if each is not None and self._stops_waiting(each)]
+            out = [each for each in found if each is not None and self._take_out(each)]
             self._requests += 1
             self._lock.notify()
         for each in out:
@@ -145,13 +145,13 @@ class SerialEngine(ABC):
             found = [j for j in jobs if j.request.request_id == request_id]
             for job in found:
                 job.is_over = True
-                self._stops_waiting(job)
+                self._take_out(job)
         for job in found:
             job.finish(FinishReason.ABORT)
             job.channel.wake()
 
-    def _stops_waiting(self, job: Job) -> bool:
-        """False: it no longer did. The garbage collector may abort within the lock."""
+    def _take_out(self, job: Job) -> bool:
+        """Whether it still waited. The garbage collector may abort within the lock."""
         with contextlib.suppress(ValueError):
             self._paused.remove(job)
             return True
@@ -241,7 +241,7 @@ class SerialEngine(ABC):
                 job.resumed = time.monotonic()
                 job.begun = job.begun or job.resumed
                 self._running = job  # first: an abort finds it at any moment
-                if self._stops_waiting(job):
+                if self._take_out(job):
                     return job
                 self._running = None
 

@@ -101,7 +101,7 @@ class Whisper:
                 segment = _moved(_segment(each, str(info.language)), at / RATE, len(pcm) / RATE)
                 said.append(segment.text)
                 yield segment
-            if said:  # what it takes silence for is no language of the rest
+            if said:  # a language guessed from silence is not that of the rest
                 settings["language"] = str(info.language)
             before = "".join(said)[-REMEMBERED:] or prompt
 

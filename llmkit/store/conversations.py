@@ -354,7 +354,7 @@ class ConversationStore(ConversationReader):
 
     @contextlib.contextmanager
     def _last_of(self, message_id: str) -> Iterator[None]:
-        """The end of a reply, which is under way only if the database is in trouble."""
+        """Around the end of a reply: it stays under way only if the database is in trouble."""
         try:
             yield
         except StoreError:

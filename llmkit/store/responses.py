@@ -324,7 +324,7 @@ class ResponseStore:
     def _make_room(self, session: Session, newest: Responses) -> None:
         """Delete the least recently used of an owner with too many bytes, then of whoever has most.
 
-        Those in progress make way for none: without another the newest does.
+        Others in progress stay: if nothing else can make way, the newest does.
         """
         owner = newest.owner
         bounds: list[tuple[Callable[[], bool], Callable[[], Sequence[str]]]] = [

@@ -17,7 +17,7 @@ from llmkit.gateway.bodies import SessionId, Strict
 from llmkit.gateway.chats import Chat, sampling_params
 from llmkit.gateway.compat.llms import finish_reason
 from llmkit.gateway.compat.streaming import json_event, stream_text
-from llmkit.gateway.conversations.recall import check_unnamed, recalled
+from llmkit.gateway.conversations.recall import check_no_session, recalled
 from llmkit.gateway.directory import EngineDirectory
 from llmkit.gateway.exchange import Exchange
 from llmkit.gateway.failures import not_supported
@@ -99,7 +99,7 @@ class GeneratingRoutes:
         if body.use_chat_template:
             chat, prompt = await recalled(exchange, engine, chat, session_id), None
         else:
-            check_unnamed(exchange, session_id)
+            check_no_session(exchange, session_id)
             prompt = body.prompt
         answer = Answer(engine, chat, new_id("gen"), exchange, self._on_use, prompt=prompt)
         try:

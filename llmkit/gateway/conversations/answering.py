@@ -10,6 +10,7 @@ from dataclasses import replace
 
 from llmkit.chat.parsers.events import Call, Content, Event, Reasoning
 from llmkit.errors import EngineGoneError, ModelNotFoundError
+from llmkit.gateway.access.identity import ADMIN
 from llmkit.gateway.answers import Answer
 from llmkit.gateway.conversations.detached import TurnExchange
 from llmkit.gateway.conversations.fitting import fit
@@ -122,7 +123,7 @@ class Answering:
             await self._admit(exchange, session.model)
             return self._directory.lookup(session.model, "generate")
         except (ModelNotFoundError, EngineGoneError) as error:
-            answer = api_error(error)
+            answer = api_error(error, for_admin=ADMIN in exchange.identity.scopes)
             raise ApiError(
                 answer.status, f"{answer.message} {KEPT}", answer.type, "model", answer.code,
                 answer.headers,

@@ -37,7 +37,7 @@ from llmkit.store.conversation_records import (
 if TYPE_CHECKING:
     from llmkit.store.conversations import ConversationStore
 
-__all__ = ["check_unnamed", "recalled"]
+__all__ = ["check_no_session", "recalled"]
 
 # Clients send ids of their own in headers of these names, so that only ours count there.
 HEADERS = ("session-id", "session_id", "x-session-id")
@@ -158,12 +158,12 @@ def _failure(exchange: Exchange, error: BaseException | None) -> ApiError | None
     return None
 
 
-def check_unnamed(exchange: Exchange, session_id: str | None) -> None:
-    """Raises `InvalidRequestError` if a request names a session whose prompt is no chat."""
+def check_no_session(exchange: Exchange, session_id: str | None) -> None:
+    """Raises `InvalidRequestError` if a request whose prompt is no chat names a session."""
     if session_id or _named(exchange):
         raise InvalidRequestError(
-            "session_id (session-id) goes on with a conversation, which needs the chat template: "
-            "leave out one of session_id and use_chat_template: false.",
+            "session_id (or the header session-id) continues a conversation, which needs the chat "
+            "template: leave it out, or leave out use_chat_template: false.",
             "session_id",
         )
 

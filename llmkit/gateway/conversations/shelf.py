@@ -175,14 +175,14 @@ class Shelf:
     def postpone(
         self, run: Callable[[Stores], object], give_up: Callable[[Stores], None], size: int
     ) -> None:
-        """Have a call that the database did not take made again with each renewal, until it does.
+        """Repeat a call that the database did not take, with each renewal, until it takes it.
 
-        Of too much text the oldest is lost, for which ``give_up`` is called.
+        Beyond `POSTPONED_CHARS` the oldest is lost, and its ``give_up`` is called.
         """
         self._postponed.append(Postponed(run, give_up, size))
         while sum(each.size for each in self._postponed) > POSTPONED_CHARS:
             oldest = self._postponed.popleft()
-            logger.warning("an answer is lost: the database takes nothing, and too many wait")
+            logger.warning("an answer is lost: the database takes none, and too many wait for it")
             if self._stores is not None:
                 oldest.give_up(self._stores)
 
@@ -219,7 +219,7 @@ class Shelf:
         try:
             await self._catch_up()
         except StoreError as error:
-            logger.warning("%d answers are lost: %s", len(self._postponed), error)
+            logger.warning("lost answers: %d (%s)", len(self._postponed), error)
         for lanes in (self._lanes, self._looking, self._leasing):
             lanes.close()
         if self._opened is not None:

@@ -39,7 +39,7 @@ PARAMETERS = {  # by option, the engine's parameter
 }
 OPTIONS = {parameter: f"options.{option}" for option, parameter in PARAMETERS.items()}
 # Ollama's own client sends each text of a request, also one that nobody has set.
-UnlessEmpty = Annotated[str | None, BeforeValidator(lambda text: None if text == "" else text)]
+NoneIfEmpty = Annotated[str | None, BeforeValidator(lambda text: None if text == "" else text)]
 INTEGERS = ("top_k", "seed", "repeat_last_n", "num_ctx", "num_predict", "mirostat")
 
 
@@ -222,8 +222,8 @@ class GenerateBody(GenerationBody):
     """POST /api/generate"""
 
     prompt: str = ""
-    suffix: UnlessEmpty = None
-    system: UnlessEmpty = None
+    suffix: NoneIfEmpty = None
+    system: NoneIfEmpty = None
     raw: bool = False
     images: list[str] | None = None
 
