@@ -32,8 +32,11 @@ class RemoteGateway:
     """In front of this user's engines. ``options`` are those of `GatewayOptions`; ``stop`` closes
     all connections, as the end of its process would."""
 
-    def __init__(self, keys: Sequence[KeyEntry] = (), *, port: int = 0, **options: Any) -> None:
+    def __init__(
+        self, keys: Sequence[KeyEntry] = (), *, port: int = 0, shared: bool = False, **options: Any
+    ) -> None:
         self._settings = ServeSettings(GatewayOptions(**options), keys=tuple(keys))
+        self._shared = shared
         self._port, self._ready = port, Future[int]()
         self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()), daemon=True)
         self._thread.start()
@@ -45,7 +48,7 @@ class RemoteGateway:
         self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
         directory = EngineDirectory()
         try:
-            self.parts = Composition(self._settings, directory, shared=False)
+            self.parts = Composition(self._settings, directory, shared=self._shared)
             tls: ssl.SSLContext | None = self.parts.tls
             server = make_server(self.parts.app(), edge=self.parts.access.edge, tls=tls)
             sockets = bind_sockets(self._port, "127.0.0.1", reuse_port=False)

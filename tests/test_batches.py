@@ -94,7 +94,7 @@ def test_beside_another_caller_who_fills_the_queue(llm: LLM, client: Crowded) ->
     client.runner.step_s = 0.002
     others = []
     for i in range(4):
-        others.append(client.submit(ask(f"other {i}", max_tokens=100, caller="o")))
+        others.append(client.submit(ask(f"other {i}", max_tokens=1000, caller="o")))
         wait_for(lambda: client.stats().num_running == min(len(others), 2))
     assert [c.text for c in llm.generate(PROMPTS, **SHORT)] == expected(client, PROMPTS)
     for stream in others:

@@ -70,6 +70,9 @@ def test_what_ipython_put_there_is_not_replaced(magics: LLMMagics) -> None:
     shell.run_cell("print = str.upper", store_history=True)
     assert magics._expand("{open} {names[1]} {exit}") == "mine b {exit}"
     assert magics._expand("{print}").startswith("<method")
+    # What a startup file of the user's says is hidden too.
+    shell.user_ns["PROJECT"] = shell.user_ns_hidden["PROJECT"] = "llm"
+    assert magics._expand("{PROJECT}") == "llm"
 
 
 @pytest.mark.parametrize(

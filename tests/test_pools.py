@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 from collections.abc import Callable, Hashable, Mapping
 from contextlib import ExitStack
@@ -14,6 +15,7 @@ from fakes import FakeClient, ask, wait_for
 from fleet_parts import ENGINE, Joined, said_to
 from mortal import Mortal
 
+from llmkit.bridge import curve, line
 from llmkit.bridge.connection import Connection, make_connection
 from llmkit.cluster.announcing import announcement, model_hash
 from llmkit.cluster.fleet import Fleet
@@ -131,8 +133,10 @@ def test_the_default_is_no_engine_that_has_not_answered_yet(ending: ExitStack) -
 
 
 def test_an_engine_that_announces_itself_and_does_not_answer_gets_nothing(
-    ending: ExitStack, fleet: Fleet
+    ending: ExitStack, fleet: Fleet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    for module, name in ((curve, "HANDSHAKE_MS"), (line, "WELCOME_S")):
+        monkeypatch.setattr(module, name, 60_000)
     silent = ending.enter_context(socket.create_server(("127.0.0.1", 0)))
     client = FakeClient()
     ending.callback(client.close)
@@ -158,6 +162,21 @@ def test_an_engine_that_announces_itself_and_does_not_answer_gets_nothing(
         assert pool.submit(ask(f"{i}", max_tokens=2)).result(30)
     assert pool.inquire(Inquiry("q", ListSlots())).result(30) == ()
     assert sorted(m.client.state.phase for m in pool.members) == ["loading", "ready"]
+
+
+async def test_an_engine_is_connected_to_before_anybody_asks_for_it(
+    ending: ExitStack, fleet: Fleet
+) -> None:
+    pooled = Pooled([fleet])
+    assert pools(pooled) == []  # as a gateway looks when it starts
+    client = FakeClient()
+    ending.callback(client.close)
+    ending.callback(Joined(client, [fleet.address]).close)
+    while not pooled._pools:
+        await asyncio.sleep(0.01)
+    [pool] = pooled._pools.values()
+    ending.callback(pool.close)
+    await asyncio.to_thread(wait_for, lambda: pool.state.phase == "ready")
 
 
 def test_adapters_projectors_and_all_parts_of_a_model_tell_engines_apart(tmp_path: Path) -> None:

@@ -121,6 +121,7 @@ def test_limits_apply(slow: FakeClient, tmp_path: Any) -> None:
         max_concurrent=3,
         max_tokens_limit=50,
         db_url=f"sqlite:///{tmp_path}/llmkit.db",
+        shared=True,
     )
     llm = llmkit.attach(gateway.url, key=ANN)
     many = llm.generate([f"Number {i}" for i in range(40)], max_tokens=4)

@@ -7,6 +7,8 @@ import os
 import socket
 import subprocess
 import threading
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -14,7 +16,9 @@ from typing import Any
 
 import pytest
 from fakes import FakeClient
+from remote_gateway import RemoteGateway
 
+from llmkit.cli import main
 from llmkit.errors import EngineError
 from llmkit.notebook import serving
 from llmkit.notebook.sharing import Sharing
@@ -145,3 +149,25 @@ def test_whoever_talks_garbage_there_is_no_jupyter_server(monkeypatch: pytest.Mo
         thread.start()
         assert serving._in_jupyter(ModelDescription("m", "m.gguf"), "m@k") is None
         thread.join()
+
+
+def test_keys_of_its_database_do_not_open_a_gateway_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(serving.DB_URL, f"sqlite:///{tmp_path}/team.db")
+    assert main(["keys", "add", "ann"]) == 0
+    of_ann = capsys.readouterr().out.strip()
+    gateway = RemoteGateway(api_key="fresh", db_url=os.environ[serving.DB_URL])
+
+    def asked(key: str) -> int:
+        headers = {"Authorization": f"Bearer {key}"}
+        request = urllib.request.Request(f"{gateway.url}/v1/models", headers=headers)
+        try:
+            return int(serving.DIRECT.open(request, timeout=30).status)
+        except urllib.error.HTTPError as refused:
+            return refused.code
+
+    try:
+        assert (asked("fresh"), asked(of_ann)) == (200, 401)
+    finally:
+        gateway.stop()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import Future
 from pathlib import Path
 
 import media_models
@@ -169,6 +170,7 @@ async def test_a_model_stays_while_it_is_being_loaded_or_another_needs_it(
     manager = ModelManager([other], start=False)
     storage = Storage(Library(models_dir, cache=tmp_path / "hub"), manager.files)
     place = manager._places["other"]
+    place.want(Future())
     wait_for(lambda: place.need() is not None)
     assert manager.files() >= {file.resolve(), eye.resolve()}
     with pytest.raises(ModelBusyError, match="is in use"):

@@ -237,6 +237,10 @@ def test_two_at_once(llm: LLM) -> None:
     next(turn)
     with pytest.raises(ConflictError, match=r"is being written at this point.*in a fork"):
         two.say("second")
+    refused = two.stream("third")
+    with pytest.raises(ConflictError):
+        list(refused)
+    refused.close()
     assert len(two) == 2
     list(turn)
     two.say("second")

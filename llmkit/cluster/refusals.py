@@ -76,8 +76,8 @@ def refusal(
         if status >= 500:
             kind = EngineGoneError if attaching else EngineError
             return kind(
-                f"{address.base} answers with status {status} and gives no reason: the server, or a "
-                "proxy before it, has failed. Try again in a while; their logs say more."
+                f"{address.base} answers with status {status} and gives no reason: the server, or "
+                "a proxy before it, has failed. Try again in a while; their logs say more."
             )
         return other(address, f"status {status}")
     return error_of(said, status)

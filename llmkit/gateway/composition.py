@@ -55,9 +55,9 @@ MB = 1 << 20
 class Composition:
     """A gateway with all that its settings ask for, in front of a directory's engines.
 
-    ``workers`` are its own models, if it has any. Without ``shared`` the user's own database is
-    not opened, whose keys would open this gateway too. With ``hub`` it is that hub's service.
-    Raises `InvalidRequestError` naming a setting, and `StoreError`.
+    ``workers`` are its own models, if it has any. Without ``shared`` no keys of a database open
+    this gateway, and no use is written down; sessions are in ``db_url`` all the same. With ``hub``
+    it is that hub's service. Raises `InvalidRequestError` naming a setting, and `StoreError`.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class Composition:
         self._settings, self._directory, self._workers = settings, directory, workers
         options = settings.gateway
         is_needed = hub is not None
-        database = _database(settings, is_needed) if shared or options.db_url else None
+        database = _database(settings, is_needed) if shared else None
         of_hub, proxies = (None, None) if hub is None else _hub_access(hub, settings)
         self._hub_proxies = proxies
         self.access = access = Access(
@@ -234,6 +234,8 @@ class Composition:
 
     async def keep(self, server: httpserver.HTTPServer) -> None:
         """What goes on beside the requests, until cancelled."""
+        with contextlib.suppress(OSError):
+            self._directory.clients()  # engines are connected to before somebody asks for them
         parts = [self.access.keep_certificates(server)]
         if self.access.hub is not None and self._hub_proxies is not None:
             parts += [self.access.hub.check(), self._hub_proxies.keep()]

@@ -84,10 +84,12 @@ class EngineDirectory:
     def any_may(self, can: Callable[[ModelDescription], object]) -> bool:
         """Whether a model may be able to do something, whoever asks: one that is here can, or one
         that is offered could when it was last here, or was never here, so that nobody knows."""
+        if self._finds:
+            return True
         here = [client.description for client in self.clients()]
         newest = {each.name: each for each in reversed(here)}
         self._known = {n: newest.get(n) or self._known.get(n) for n in self._offered()}
-        if self._finds or any(each is None for each in self._known.values()):
+        if any(each is None for each in self._known.values()):
             return True
         return any(can(each) for each in (*here, *self._known.values()) if each is not None)
 

@@ -101,8 +101,9 @@ class Pooled:
                 del self._quarantines[identity]
 
     def _keep_looking(self) -> None:
-        """Requests that wait for a replica cause no look themselves."""
-        if self._timer is not None or not self._pools:
+        """Requests that wait for a replica cause no look themselves, and one that finds an engine
+        for the first time would come before the engine has answered."""
+        if self._timer is not None:
             return
         with contextlib.suppress(RuntimeError):  # no loop: somebody only asks what there is
             self._timer = asyncio.get_running_loop().call_later(LOOK_S, self._look)

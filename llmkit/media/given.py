@@ -138,7 +138,8 @@ def _pixels(array: np.ndarray, param: str) -> np.ndarray:
     if is_float and 1.0 + OVERSHOOT < high < NO_SHARE:
         raise InvalidRequestError(
             f"{param}: the numbers of an array go from {low:g} to {high:g}: too high for 0.0 to "
-            "1.0, and nearly black as 0 to 255. Give np.clip(array, 0, 1) or array.astype(np.uint8).",
+            "1.0, and nearly black as 0 to 255. Give np.clip(array, 0, 1) or "
+            "array.astype(np.uint8).",
             param,
         )
     most = 1.0 if is_share else 255.0

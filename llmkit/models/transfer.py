@@ -165,7 +165,8 @@ class Part:
         """Raises `DownloadError`, and keeps nothing, before gigabytes of it have come."""
         fault = self._start_fault(self._path)
         if fault is not None:
-            self._begin_again()
+            with contextlib.suppress(PermissionError):  # Windows, while it is open: at the next try
+                self._begin_again()
             raise DownloadError(
                 f"{self._remote.name} cannot be used: what the Hub sends {fault}. It was not "
                 "kept; choose another file or repository."

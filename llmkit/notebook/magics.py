@@ -28,6 +28,9 @@ COMMANDS = ("load", "list", "use", "unload", "estimate", "status", "serve", "pro
 PLACE = re.compile(r"(?<![{$])\{([A-Za-z_]\w*(?:\.[A-Za-z_]\w*|\[\w+\])*)\}(?!\})")
 
 MISSING = object()
+# What IPython keeps among the user's variables: answers and questions, and its own objects.
+OWN_NAME = re.compile(r"_+|_i+|_i?\d+|_(?:dh|ih|oh)|__\w+__")
+OF_IPYTHON = ("In", "Out", "exit", "get_ipython", "open", "quit")
 # Of models that do not write: what they do, and how to have them do it.
 OTHER_USES = {
     "hear": "hears and does not write; use .transcribe()",
@@ -197,10 +200,11 @@ class LLMMagics(Magics):
 
     def _is_not_the_users(self, name: str) -> bool:
         """Whether a variable is IPython's or Python's own: pasted code has such names in braces."""
-        if not name.strip("_") or (name.startswith("__") and name.endswith("__")):
+        if OWN_NAME.fullmatch(name):
             return True
         value, hidden = self._variables[name], getattr(self.shell, "user_ns_hidden", {})
-        return value is hidden.get(name, MISSING) or value is vars(builtins).get(name, MISSING)
+        is_ipythons = name in OF_IPYTHON and value is hidden.get(name, MISSING)
+        return is_ipythons or value is vars(builtins).get(name, MISSING)
 
     def _line(self, line: str) -> Any:
         options = line_parser().parse_args(_split(line) or ["--help"])

@@ -118,14 +118,19 @@ class Endpoint:
         )
 
 
-def find_or_start(model: ModelDescription, origin: Origin, port: int) -> Endpoint:
+def find_or_start(
+    model: ModelDescription, origin: Origin, port: int, *, known: Endpoint | None = None
+) -> Endpoint:
     """The gateway of the Jupyter server that owns this kernel, else a new one on loopback.
 
     With a ``port``, or if that server has no such gateway or does not list the model, a new one is
-    started. Raises `EngineError` when it cannot be.
+    started. One that was ``known`` stays if that server is too busy to answer. Raises `EngineError`
+    when none can be had.
     """
     if origin.kernel_id is not None and port == 0:
-        endpoint = _in_jupyter(model, f"{model.name}@{origin.label}")
+        if known is not None and not known.alive:
+            known = None
+        endpoint = _in_jupyter(model, f"{model.name}@{origin.label}", known)
         if endpoint is not None:
             return endpoint
     if origin.pid is None:
@@ -135,10 +140,13 @@ def find_or_start(model: ModelDescription, origin: Origin, port: int) -> Endpoin
     return _start(model, port, origin.pid)
 
 
-def _in_jupyter(model: ModelDescription, exact: str) -> Endpoint | None:
+def _in_jupyter(
+    model: ModelDescription, exact: str, known: Endpoint | None = None
+) -> Endpoint | None:
     """The gateway of the server that is this kernel's parent, found in the runtime directory.
 
-    None if that does not list the model, whose ``exact`` name is its own wherever it lives.
+    None if that does not list the model, whose ``exact`` name is its own wherever it lives; what
+    was ``known`` if it does not answer.
     """
     try:
         from jupyter_server.serverapp import list_running_servers
@@ -170,7 +178,7 @@ def _in_jupyter(model: ModelDescription, exact: str) -> Endpoint | None:
             print(NO_EXTENSION, file=sys.stderr)
         return None  # refused, so the token would not work for others either
     except (OSError, ValueError, HTTPException):
-        return None
+        return known
     how = (
         "the token of this Jupyter server "
         "(under JupyterHub: an API token of yours, such as $JUPYTERHUB_API_TOKEN)"

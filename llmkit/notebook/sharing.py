@@ -50,7 +50,8 @@ class Sharing:
         # The name in Jupyter's gateway changes when another kernel loads a model of that name.
         found = self._endpoint
         if found is None or not found.alive or found.in_jupyter:
-            found = self._endpoint = serving.find_or_start(engine.description, origin, port)
+            found = serving.find_or_start(engine.description, origin, port, known=found)
+            self._endpoint = found
         return found
 
     def close(self) -> None:

@@ -350,10 +350,12 @@ class Turn:
     def _start(self) -> None:
         if self._is_begun or self._kept:
             return
-        self._is_begun = True
-        if self._begin is not None:
-            with deferred():
-                self._reply = self._begin()
+        if self._begin is None:
+            self._is_begun = True
+            return
+        with deferred():
+            self._reply = self._begin()
+            self._is_begun = True
 
     def _take(self, events: list[Event]) -> Iterator[Content | Reasoning]:
         for event in events:

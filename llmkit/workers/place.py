@@ -139,7 +139,8 @@ class Place:
     @property
     def files(self) -> frozenset[Path]:
         """The files that it has loaded, or is about to load; none while they may be downloaded."""
-        return frozenset() if self._prepared is None else self._prepared.files
+        is_held = self.phase not in ("unloaded", "failed") or self.is_wanted
+        return self._prepared.files if is_held and self._prepared is not None else frozenset()
 
     @property
     def is_offered(self) -> bool:
@@ -215,7 +216,11 @@ class Place:
     def _measured(self) -> Resident:
         """What its processes have taken."""
         pids = () if self.worker is None else self.worker.pids
-        return total(resident(pid, with_children=self._estimated.in_child) for pid in pids)
+        found = total(resident(pid, with_children=self._estimated.in_child) for pid in pids)
+        # Replicas map the same files, which are in memory once.
+        mapped = found.all_bytes - found.used_bytes
+        again = mapped - mapped // max(1, len(pids))
+        return Resident(found.all_bytes, found.used_bytes + again)
 
     def start(self) -> None:
         """Start its worker."""

@@ -190,8 +190,14 @@ class Shelf:
         """Make the postponed calls. Raises `StoreError` at the first that fails again."""
         while self._postponed:
             first = self._postponed.popleft()
+            call = asyncio.ensure_future(self._submit(self._leasing, "", first.run))
             try:
-                await asyncio.shield(self._submit(self._leasing, "", first.run))
+                await asyncio.shield(call)
+            except asyncio.CancelledError:
+                await asyncio.wait([call])
+                if not call.cancelled() and isinstance(call.exception(), StoreError):
+                    self._postponed.append(first)  # it is still to be made
+                raise
             except StoreError:
                 self._postponed.append(first)  # behind the others: it alone may be at fault
                 raise
