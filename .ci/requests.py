@@ -103,7 +103,7 @@ async def document() -> dict[str, Any]:
         database = f"sqlite:///{folder}/llmkit.db"
         options = GatewayOptions(admin=True, models_dir=folder, db_url=database)
         workers = Workers(options, [], start=False)
-        parts = Composition(ServeSettings(options), workers.directory, workers, shared=False)
+        parts = Composition(ServeSettings(options), workers.directory, workers)
         try:
             return describe(parts.gateway.routes)
         finally:
