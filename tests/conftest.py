@@ -68,7 +68,8 @@ def private_runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator
         "VIRTUAL_ENV", raising=False
     )  # another environment than ours may be active, of which IPython would warn
     for name in list(os.environ):
-        if name.startswith("LLMKIT_"):
+        # COLUMNS is pytest-xdist's: what tests start would wrap its lines there.
+        if name.startswith("LLMKIT_") or name == "COLUMNS":
             monkeypatch.delenv(name)
     yield folder
 

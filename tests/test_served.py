@@ -163,9 +163,10 @@ async def test_a_client_that_leaves_while_its_model_loads_holds_nothing(
     api: Api, workers: Workers
 ) -> None:
     async with posting(api, "/v1/chat/completions", chat("second")):
-        await asyncio.to_thread(wait_for, lambda: phase(workers, "second") == "loading")
+        # By a worker: one whose file is only looked at is not loaded when nobody waits any more.
+        await asyncio.to_thread(wait_for, lambda: workers.manager.status("second").pids)
     await asyncio.to_thread(wait_for, lambda: workers.manager.status("second").num_used == 0)
-    await asyncio.to_thread(wait_for, lambda: phase(workers, "second") == "ready", 60)
+    await asyncio.to_thread(wait_for, lambda: phase(workers, "second") == "ready", 300)
 
 
 async def test_ollamas_keep_alive_pins_and_unloads(api: Api, workers: Workers) -> None:
