@@ -86,7 +86,7 @@ def test_garbage_and_too_much_are_dropped(
         changed(instance="x" * 300),
         changed(instance=""),
         changed(phase="dancing"),
-        changed(address="ipc:///tmp/socket"),
+        changed(address="ipc:///run/engine.sock"),
         changed(address="tcp://0.0.0.0:7"),
         changed(address="tcp://host"),
         changed(model={**model, "name": ""}),

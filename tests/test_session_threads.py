@@ -146,7 +146,7 @@ async def test_what_waits_for_the_database_is_bounded_and_tried_last_at_the_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(keeping, "RETRIES_S", ())
-    monkeypatch.setattr(shelves, "POSTPONED_CHARS", 10)
+    monkeypatch.setattr(shelves, "POSTPONED_CHARS", shelves.LEAST_CHARS)  # room for one
     shelf = shelf_in(tmp_path)
     two = [await begun(shelf) for _ in range(2)]
     with monkeypatch.context() as patch:

@@ -33,6 +33,7 @@ NUM_THREADS, NUM_LOOKING = 4, 2
 PER_OWNER = 2  # threads: one key may stand for many people
 RENEW_S, TIDY_S = 15.0, 60.0
 POSTPONED_CHARS = 64 << 20  # of answers that wait for a database in trouble
+LEAST_CHARS = 16 << 10  # that one counts for, so that the shortest are not too many
 T = TypeVar("T")
 
 
@@ -179,7 +180,7 @@ class Shelf:
 
         Beyond `POSTPONED_CHARS` the oldest is lost, and its ``give_up`` is called.
         """
-        self._postponed.append(Postponed(run, give_up, size))
+        self._postponed.append(Postponed(run, give_up, max(size, LEAST_CHARS)))
         while sum(each.size for each in self._postponed) > POSTPONED_CHARS:
             oldest = self._postponed.popleft()
             logger.warning("an answer is lost: the database takes none, and too many wait for it")
